@@ -1,0 +1,27 @@
+"""Every error that defining, loading or training a model raises on purpose.
+
+ModelError
+├── ConfigError       a configuration value that no model can have
+├── CheckpointError   a checkpoint that is missing, damaged, foreign or does not fit its configuration
+└── TrainingError     data or options that training cannot use
+"""
+
+from __future__ import annotations
+
+__all__ = ["CheckpointError", "ConfigError", "ModelError", "TrainingError"]
+
+
+class ModelError(Exception):
+    """Base of this package's errors; its text is one sentence with the thing, the value and the remedy."""
+
+
+class ConfigError(ModelError, ValueError):
+    """A configuration value is outside what it may be."""
+
+
+class CheckpointError(ModelError):
+    """A checkpoint cannot be read as the model that it says it is."""
+
+
+class TrainingError(ModelError):
+    """Training cannot start or go on with this data or these options."""

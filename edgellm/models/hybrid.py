@@ -1,0 +1,183 @@
+"""The recurrent + self-attention language model.
+
+Embedding -> N blocks, each a norm and one mixer (Elman RNN, LSTM, GRU or causal self-attention) with a residual, and
+optionally a norm and a gated MLP with a residual -> norm -> projection to the vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edgellm_runtime.spec import StateSpec
+from torch import Tensor, nn
+
+from edgellm.errors import ConfigError
+from edgellm.models.layers import GatedMLP, RecurrentMixer, RotaryTable, SelfAttention
+from edgellm.models.layers.recurrent import KINDS
+from edgellm.models.protocol import State, Step
+from edgellm.models.registry import Architecture
+from edgellm.ops import take_positions
+
+__all__ = ["ARCHITECTURE", "PRESETS", "Hybrid", "HybridConfig"]
+
+MIXERS = (*KINDS, "attention")
+
+
+@dataclass(frozen=True)
+class HybridConfig:
+    """The shape of a :class:`Hybrid`.
+
+    Args:
+        vocab_size: tokens.
+        width: features between blocks.
+        pattern: one mixer a block, first to last; each of rnn_tanh, rnn_relu, lstm, gru, attention.
+        num_heads: attention heads; divides ``width``.
+        num_kv_heads: key and value heads; divides ``num_heads``.
+        recurrent_width: hidden features of each recurrence, projected back to ``width``.
+        mlp_width: hidden features of the gated MLP after each mixer; 0 for none.
+        max_context: the most tokens that a row may hold.
+        rotary: whether attention turns queries and keys by position (without it, order comes from the recurrences).
+        rope_theta: base of the rotary frequencies.
+        dropout: probability in training, after the embedding and after each mixer and MLP.
+        tie_embeddings: whether the vocabulary projection is the embedding.
+        norm_eps: added to the mean square in the norms.
+    """
+
+    vocab_size: int
+    width: int = 512
+    pattern: Sequence[str] = ("lstm", "attention") * 3
+    num_heads: int = 8
+    num_kv_heads: int = 8
+    recurrent_width: int = 2048
+    mlp_width: int = 0
+    max_context: int = 2048
+    rotary: bool = True
+    rope_theta: float = 10000.0
+    dropout: float = 0.0
+    tie_embeddings: bool = False
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pattern", tuple(self.pattern))
+        for name in ("vocab_size", "width", "num_heads", "num_kv_heads", "recurrent_width", "max_context"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be a positive whole number")
+        if not self.pattern or (unknown := [m for m in self.pattern if m not in MIXERS]):
+            raise ConfigError(f"pattern has {unknown if self.pattern else 'no block'}; each is one of {', '.join(MIXERS)}")
+        if self.width % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"width {self.width}, num_heads {self.num_heads}, num_kv_heads {self.num_kv_heads}: each must divide "
+                "the one before"
+            )
+        if self.rotary and self.head_dim % 2:
+            raise ConfigError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs, so it must be even")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout is {self.dropout}; it must be in [0, 1)")
+
+    @property
+    def head_dim(self) -> int:
+        """Features of one attention head."""
+        return self.width // self.num_heads
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"pattern": list(self.pattern)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> HybridConfig:
+        """From what :meth:`to_json` gave.
+
+        Raises:
+            ConfigError: an unknown key or an impossible value.
+        """
+        unknown = data.keys() - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise ConfigError(f"unknown configuration keys {sorted(unknown)} for the hybrid model")
+        return cls(**data)
+
+
+PRESETS: Mapping[str, HybridConfig] = {
+    "reference": HybridConfig(vocab_size=10000),
+    "tiny": HybridConfig(
+        vocab_size=1024, width=128, pattern=("lstm", "attention") * 2, num_heads=4, num_kv_heads=4,
+        recurrent_width=192, mlp_width=256, max_context=512, tie_embeddings=True,
+    ),
+}  # fmt: skip
+
+
+class Block(nn.Module):
+    """One mixer, and optionally one MLP, each behind a norm and beside a residual."""
+
+    def __init__(self, config: HybridConfig, mixer: str) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.is_attention = mixer == "attention"
+        self.mixer: SelfAttention | RecurrentMixer = (
+            SelfAttention(config.width, config.num_heads, config.num_kv_heads, config.head_dim, bias=False)
+            if self.is_attention
+            else RecurrentMixer(mixer, config.width, config.recurrent_width)
+        )
+        self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps) if config.mlp_width else None
+        self.mlp = GatedMLP(config.width, config.mlp_width) if config.mlp_width else None
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, state: State, prefix: str, step: Step, rotary: RotaryTable | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(batch, time, width) to the same shape, and this block's part of the new state."""
+        y = self.norm(x)
+        if isinstance(self.mixer, SelfAttention):
+            y, present = self.mixer(y, state, prefix, step, rotary)
+        else:
+            y, present = self.mixer(y, state, prefix, step)
+        x = x + self.dropout(y)
+        if self.mlp is not None and self.mlp_norm is not None:
+            x = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        return x, present
+
+
+class Hybrid(nn.Module):
+    """See the module's description; follows :class:`edgellm.models.protocol.LanguageModel`."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, mixer) for mixer in config.pattern)
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        has_attention = "attention" in config.pattern
+        self.rotary = (
+            RotaryTable(config.head_dim, config.max_context, config.rope_theta)
+            if config.rotary and has_attention
+            else None
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def state_specs(self) -> list[StateSpec]:
+        """K and V of each attention, h (and c) of each recurrence."""
+        dtype = str(self.embedding.weight.dtype).removeprefix("torch.")
+        return [
+            spec for i, block in enumerate(self.blocks) for spec in block.mixer.state_specs(f"blocks.{i}", dtype)
+        ]  # fmt: skip
+
+    def forward(
+        self, tokens: Tensor, state: State | None = None, step: Step | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Tokens (batch, time) to logits (batch, count, vocab_size) and the new state."""
+        state, step = state or {}, step or Step.whole(tokens)
+        x = self.dropout(self.embedding(tokens))  # (batch, time, width)
+        present: dict[str, Tensor] = {}
+        for i, block in enumerate(self.blocks):
+            x, new = block(x, state, f"blocks.{i}", step, self.rotary)
+            present |= new
+        return self.head(take_positions(self.norm(x), step.logit_positions)), present
+
+
+ARCHITECTURE = Architecture(name="hybrid", config=HybridConfig, build=Hybrid, presets=PRESETS)

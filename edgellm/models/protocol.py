@@ -1,0 +1,102 @@
+"""What edgellm asks of a model. Any ``nn.Module`` of this shape can be trained, exported and run.
+
+Nothing here knows an architecture or an export format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from edgellm_runtime.spec import StateSpec
+from torch import Tensor
+
+__all__ = ["LanguageModel", "ModelConfig", "State", "Step", "empty_state", "positions_of"]
+
+State = Mapping[str, Tensor]
+
+
+class Step(NamedTuple):
+    """What a step takes besides the tokens and the state."""
+
+    past_lengths: Tensor  # (batch,) int32: tokens that each row already holds
+    lengths: Tensor  # (batch,) int32: how many of the new tokens are valid, at least 1; the rest is padding
+    logit_positions: Tensor  # (batch, count) int64: which of the new positions to project to logits
+
+    @classmethod
+    def whole(cls, tokens: Tensor) -> Step:
+        """Nothing came before, every token is valid, logits are wanted at every position.
+
+        Args:
+            tokens: (batch, time) int64.
+        """
+        batch, time = tokens.shape
+        lengths = torch.full((batch,), time, dtype=torch.int32, device=tokens.device)
+        every = torch.arange(time, device=tokens.device).expand(batch, time)
+        return cls(torch.zeros_like(lengths), lengths, every)
+
+
+@runtime_checkable
+class ModelConfig(Protocol):
+    """What every configuration, a frozen dataclass, says about its model."""
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens the logits cover."""
+        ...
+
+    @property
+    def max_context(self) -> int:
+        """The most tokens that one row may hold."""
+        ...
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """A causal language model that declares its decoding state.
+
+    ``forward(tokens, state, step)`` takes tokens (batch, time) int64 and gives logits (batch, count, vocab) and the
+    state after each row's last valid token. An empty state means: nothing came before and nothing is to be kept, which
+    is how training calls it. ``step=None`` means :meth:`Step.whole`.
+    """
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration."""
+        ...
+
+    def state_specs(self) -> Sequence[StateSpec]:
+        """What the model carries from step to step."""
+        ...
+
+    def __call__(self, tokens: Tensor, state: State = ..., step: Step | None = ...) -> tuple[Tensor, State]:
+        """Run one step."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
+        """As ``nn.Module``'s."""
+        ...
+
+
+def empty_state(
+    model: LanguageModel, batch: int, capacity: int, *, dtype: torch.dtype | None = None, device: Any = None
+) -> dict[str, Tensor]:
+    """The state of rows that hold no token yet.
+
+    Args:
+        model: whose state.
+        batch: rows.
+        capacity: slots for tokens in each row.
+        dtype: overrides the specs' dtype, for a model that was cast.
+        device: where.
+    """
+    return {
+        spec.name: torch.zeros(spec.resolve(batch, capacity), dtype=dtype or getattr(torch, spec.dtype), device=device)
+        for spec in model.state_specs()
+    }
+
+
+def positions_of(tokens: Tensor, past_lengths: Tensor) -> Tensor:
+    """Each new token's position in its row, (batch, time) int64, for models with learned positions."""
+    return past_lengths.long()[:, None] + torch.arange(tokens.shape[1], device=tokens.device)

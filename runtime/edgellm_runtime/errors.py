@@ -1,0 +1,37 @@
+"""Every error the runtime raises on purpose.
+
+RuntimeFault
+├── BundleError      a bundle that is missing, damaged, foreign or newer than this runtime
+├── BackendError     no execution library, or a device that is not there
+├── StateError       a state used with another model, or beyond what it can do (rewinding a recurrence)
+├── ContextError     more tokens than the model's context holds
+└── OptionError      a generation option outside its range (also a ValueError)
+"""
+
+from __future__ import annotations
+
+__all__ = ["BackendError", "BundleError", "ContextError", "OptionError", "RuntimeFault", "StateError"]
+
+
+class RuntimeFault(Exception):
+    """Base of the runtime's errors; its text is one sentence with the thing, the value and the remedy."""
+
+
+class BundleError(RuntimeFault):
+    """The bundle cannot be used: missing, damaged, foreign, or written by a newer edgellm."""
+
+
+class BackendError(RuntimeFault):
+    """The library or the device that should run the graph is not there or refused."""
+
+
+class StateError(RuntimeFault):
+    """A state that does not belong to this model or cannot do what was asked."""
+
+
+class ContextError(RuntimeFault):
+    """The tokens do not fit into the model's context."""
+
+
+class OptionError(RuntimeFault, ValueError):
+    """An option's value is outside what it may be."""

@@ -1,0 +1,145 @@
+"""The contract between a model, the exporter and the device: what a decoding step takes, gives and carries.
+
+Standard library only, because the device reads it and the model declares with it. It describes; it runs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = ["BATCH", "CAPACITY", "DTYPE_BYTES", "Signature", "SpecError", "StateSpec", "TensorSpec", "Update"]
+
+BATCH = "batch"
+CAPACITY = "capacity"
+Dim = int | str
+Update = Literal["append", "replace"]
+DTYPE_BYTES: Mapping[str, int] = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
+
+
+class SpecError(ValueError):
+    """A specification that no graph could have: an unknown dtype, a nameless or misshapen tensor."""
+
+
+def _check(name: str, shape: tuple[Dim, ...], dtype: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise SpecError(f"tensor name {name!r} is not dotted words of letters, digits and '_'")
+    if dtype not in DTYPE_BYTES:
+        raise SpecError(f"{name}: unknown dtype {dtype!r}; known: {', '.join(DTYPE_BYTES)}")
+    for dim in shape:
+        if not (isinstance(dim, str) and dim.isidentifier()) and not (type(dim) is int and 0 < dim < 2**31):
+            raise SpecError(f"{name}: dimension {dim!r} is neither a positive int nor a symbol")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A graph input or output: its name, its shape (ints and symbols) and its dtype."""
+
+    name: str
+    shape: tuple[Dim, ...]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        _check(self.name, self.shape, self.dtype)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TensorSpec:
+        return cls(data["name"], tuple(data["shape"]), data["dtype"])
+
+
+@dataclass(frozen=True, slots=True)
+class StateSpec:
+    """One tensor that a model carries from step to step.
+
+    Args:
+        name: dotted name, unique in the model, such as ``layers.0.k``. The graph's names derive from it.
+        shape: ints and the symbols ``batch`` (first) and ``capacity`` (the axis that tokens fill).
+        dtype: numpy's name for the element type.
+        update: ``append`` grows along the capacity axis, one slot a token (keys and values);
+            ``replace`` is wholly new after each step (a recurrence's h and c).
+    """
+
+    name: str
+    shape: tuple[Dim, ...]
+    dtype: str
+    update: Update
+
+    def __post_init__(self) -> None:
+        _check(self.name, self.shape, self.dtype)
+        if self.update not in ("append", "replace"):
+            raise SpecError(f"{self.name}: update {self.update!r} is neither 'append' nor 'replace'")
+        if not self.shape or self.shape[0] != BATCH:
+            raise SpecError(f"{self.name}: shape {self.shape} must begin with {BATCH!r}")
+        symbols = [d for d in self.shape[1:] if isinstance(d, str)]
+        expected = [CAPACITY] if self.update == "append" else []
+        if symbols != expected:
+            raise SpecError(f"{self.name}: {self.update} state of shape {self.shape} must have symbols {expected}")
+
+    @property
+    def past_name(self) -> str:
+        """The graph input that takes this state."""
+        return f"past.{self.name}"
+
+    @property
+    def present_name(self) -> str:
+        """The graph output that gives this state."""
+        return f"present.{self.name}"
+
+    @property
+    def capacity_axis(self) -> int | None:
+        """Which axis tokens fill, or None for a state that is replaced."""
+        return self.shape.index(CAPACITY) if self.update == "append" else None
+
+    def resolve(self, batch: int, capacity: int) -> tuple[int, ...]:
+        """The concrete shape for so many rows and slots."""
+        sizes = {BATCH: batch, CAPACITY: capacity}
+        return tuple(sizes[d] if isinstance(d, str) else d for d in self.shape)
+
+    def nbytes(self, batch: int, capacity: int) -> int:
+        """Bytes that this state takes for so many rows and slots."""
+        return math.prod(self.resolve(batch, capacity)) * DTYPE_BYTES[self.dtype]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype, "update": self.update}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> StateSpec:
+        return cls(data["name"], tuple(data["shape"]), data["dtype"], data["update"])
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """Everything a caller must know to run a graph: inputs and outputs besides the state, and the state."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    state: tuple[StateSpec, ...]
+
+    def __post_init__(self) -> None:
+        names = [t.name for t in (*self.inputs, *self.outputs)] + [s.name for s in self.state]
+        if len(names) != len(set(names)):
+            raise SpecError(f"names in a signature must be unique: {sorted(names)}")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "inputs": [t.to_json() for t in self.inputs],
+            "outputs": [t.to_json() for t in self.outputs],
+            "state": [s.to_json() for s in self.state],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Signature:
+        return cls(
+            tuple(TensorSpec.from_json(t) for t in data["inputs"]),
+            tuple(TensorSpec.from_json(t) for t in data["outputs"]),
+            tuple(StateSpec.from_json(s) for s in data["state"]),
+        )
