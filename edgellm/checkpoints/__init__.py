@@ -1,0 +1,10 @@
+"""Reading checkpoints (edgellm's own, Hugging Face folders, GGUF files) and writing edgellm's own.
+
+Nothing here names an architecture: what a foreign configuration or tensor is called, its architecture translates.
+"""
+
+from edgellm.checkpoints.checkpoint import Checkpoint
+from edgellm.checkpoints.load import load_checkpoint
+from edgellm.checkpoints.native import checkpoint_directory, save_checkpoint
+
+__all__ = ["Checkpoint", "checkpoint_directory", "load_checkpoint", "save_checkpoint"]

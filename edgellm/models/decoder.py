@@ -6,6 +6,7 @@ Llama: Touvron et al. 2023, arXiv:2302.13971. Foreign names of configuration and
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from edgellm_runtime.spec import StateSpec
 from torch import Tensor, nn
 
-from edgellm.errors import ConfigError
+from edgellm.errors import CheckpointError, ConfigError
 from edgellm.models.layers import GatedMLP, RotaryTable, SelfAttention
 from edgellm.models.protocol import State, Step
 from edgellm.models.registry import Architecture
@@ -144,4 +145,193 @@ class Decoder(nn.Module):
         return self.head(take_positions(self.norm(x), step.logit_positions)), present
 
 
-ARCHITECTURE = Architecture(name="decoder", config=DecoderConfig, build=Decoder, presets=PRESETS)
+_FOREIGN_PARTS = {  # ours: (Hugging Face, GGUF)
+    "embedding": ("model.embed_tokens", "token_embd"),
+    "norm": ("model.norm", "output_norm"),
+    "head": ("lm_head", "output"),
+    "attention_norm": ("input_layernorm", "attn_norm"),
+    "attention.q_proj": ("self_attn.q_proj", "attn_q"),
+    "attention.k_proj": ("self_attn.k_proj", "attn_k"),
+    "attention.v_proj": ("self_attn.v_proj", "attn_v"),
+    "attention.o_proj": ("self_attn.o_proj", "attn_output"),
+    "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
+    "mlp.gate_proj": ("mlp.gate_proj", "ffn_gate"),
+    "mlp.up_proj": ("mlp.up_proj", "ffn_up"),
+    "mlp.down_proj": ("mlp.down_proj", "ffn_down"),
+}
+
+# What a foreign configuration may say without changing what is computed here; any other value is refused by name.
+_HF_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "mlp_bias": (False,),
+    "rope_interleaved": (False,),
+    "partial_rotary_factor": (1,),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "clip_qkv": (None,),
+    "qk_layernorm": (False,),
+    "use_qk_norm": (False,),
+    "num_local_experts": (None, 0, 1),
+}
+_GGUF_READ = frozenset({
+    "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "attention.head_count",
+    "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
+    "rope.dimension_count", "rope.freq_base", "tensor_data_layout",
+})  # fmt: skip
+_GGUF_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (0, 1),
+    "rope.scale_linear": (0, 1),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "attention.causal": (True,),
+    "use_parallel_residual": (False,),
+}
+
+
+def _refuse(key: str, value: Any) -> CheckpointError:
+    return CheckpointError(f"{key} is {value!r}, which the decoder model cannot represent; use another checkpoint")
+
+
+def _whole(data: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = data.get(key)
+    if value is None and default is not None:
+        return default
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"{key} is {value!r}; it must be a positive whole number")
+    return value
+
+
+def _positive(data: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value: Any = data.get(key)
+    if value is None and default is not None:
+        return default
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise CheckpointError(f"{key} is {value!r}; it must be a positive number")
+    return float(value)
+
+
+def _hf_rope_theta(data: Mapping[str, Any]) -> float:
+    scaling = data.get("rope_scaling") or {}  # before transformers 5; "rope_parameters" since
+    rope = data.get("rope_parameters") or {}
+    for name, found in (("rope_scaling", scaling), ("rope_parameters", rope)):
+        if not isinstance(found, Mapping) or any(isinstance(value, Mapping) for value in found.values()):
+            raise _refuse(name, found)
+        kind = found.get("rope_type", found.get("type", "default"))
+        if kind not in ("default", None) or found.get("partial_rotary_factor", 1) != 1:
+            raise _refuse(name, dict(found))
+    return _positive({"rope_theta": rope.get("rope_theta", data.get("rope_theta"))}, "rope_theta", 10000.0)
+
+
+def _hf_check_window(data: Mapping[str, Any], max_context: int) -> None:
+    kind, window = data["model_type"], data.get("sliding_window")
+    if kind == "mistral" and "sliding_window" not in data:
+        window = 4096  # what transformers takes when the file does not say
+    if kind == "qwen2" and not data.get("use_sliding_window", False):
+        window = None
+    if window is not None and not (type(window) is int and window >= max_context):
+        raise _refuse("sliding_window", window)
+    if other := [t for t in data.get("layer_types") or () if t != "full_attention"]:
+        raise _refuse("layer_types", other[0])
+
+
+def _config_from_hf(data: Mapping[str, Any]) -> DecoderConfig:
+    for key, neutral in _HF_NEUTRAL.items():
+        if key in data and data[key] not in neutral:
+            raise _refuse(key, data[key])
+    is_qwen = data["model_type"] == "qwen2"
+    if data.get("attention_bias", False) and not is_qwen:
+        raise _refuse("attention_bias", data["attention_bias"])  # it puts a bias on the output projection too
+    width, heads = _whole(data, "hidden_size"), _whole(data, "num_attention_heads")
+    max_context = _whole(data, "max_position_embeddings")
+    _hf_check_window(data, max_context)
+    return DecoderConfig(
+        vocab_size=_whole(data, "vocab_size"),
+        width=width,
+        num_layers=_whole(data, "num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=_whole(data, "num_key_value_heads", heads if data["model_type"] == "llama" else None),
+        head_dim=_whole(data, "head_dim", width // heads),
+        mlp_width=_whole(data, "intermediate_size"),
+        max_context=max_context,
+        rope_theta=_hf_rope_theta(data),
+        norm_eps=_positive(data, "rms_norm_eps", 1e-6),
+        tie_embeddings=bool(data.get("tie_word_embeddings", False)),
+        attention_bias=is_qwen,
+    )
+
+
+def _gguf_check(values: Mapping[str, Any], head_dim: int) -> None:
+    for key, value in values.items():
+        if key in _GGUF_READ or value in _GGUF_NEUTRAL.get(key, ()):
+            continue
+        if key.startswith("rope.scaling.") and values.get("rope.scaling.type") == "none":
+            continue
+        raise _refuse(key, value)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if values.get(key, head_dim) != head_dim:
+            raise _refuse(key, values[key])
+
+
+def _config_from_gguf(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
+    prefix = f"{metadata['general.architecture']}."
+    values = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    width, heads = _whole(values, "embedding_length"), _whole(values, "attention.head_count")
+    head_dim = _whole(values, "attention.key_length", width // heads)
+    _gguf_check(values, head_dim)
+    embedding = shapes.get("token_embd.weight")
+    if embedding is None:
+        raise CheckpointError("tensor token_embd.weight is missing; convert the model again")
+    return DecoderConfig(
+        vocab_size=embedding[0],
+        width=width,
+        num_layers=_whole(values, "block_count"),
+        num_heads=heads,
+        num_kv_heads=_whole(values, "attention.head_count_kv", heads),
+        head_dim=head_dim,
+        mlp_width=_whole(values, "feed_forward_length"),
+        max_context=_whole(values, "context_length"),
+        rope_theta=_positive(values, "rope.freq_base", 10000.0),
+        norm_eps=_positive(values, "attention.layer_norm_rms_epsilon"),
+        tie_embeddings="output.weight" not in shapes,
+        attention_bias="blk.0.attn_q.bias" in shapes,
+    )
+
+
+def _foreign_name(name: str, which: int, layers: str) -> str:
+    part, suffix = name.rsplit(".", 1)
+    if part.startswith("layers."):
+        _, index, part = part.split(".", 2)
+        return f"{layers}.{index}.{_FOREIGN_PARTS[part][which]}.{suffix}"
+    return f"{_FOREIGN_PARTS[part][which]}.{suffix}"
+
+
+def _hf_name(name: str) -> str:
+    return _foreign_name(name, 0, "model.layers")
+
+
+def _gguf_name(name: str) -> str:
+    return _foreign_name(name, 1, "blk")
+
+
+def _gguf_tensor(config: DecoderConfig, metadata: Mapping[str, Any], name: str, tensor: Tensor) -> Tensor:
+    """Rows of q and k from neighbouring pairs, as llama.cpp rotates this one architecture, to the two halves."""
+    if metadata["general.architecture"] != "llama" or (".q_proj." not in name and ".k_proj." not in name):
+        return tensor
+    pairs = tensor.reshape(-1, config.head_dim // 2, 2, *tensor.shape[1:])  # (heads, head_dim / 2, 2, ...)
+    return pairs.transpose(1, 2).reshape(tensor.shape)
+
+
+ARCHITECTURE = Architecture(
+    name="decoder",
+    config=DecoderConfig,
+    build=Decoder,
+    presets=PRESETS,
+    hf_model_types=("llama", "mistral", "qwen2"),
+    gguf_architectures=("llama", "qwen2"),
+    config_from_hf=_config_from_hf,
+    config_from_gguf=_config_from_gguf,
+    hf_name=_hf_name,
+    gguf_name=_gguf_name,
+    gguf_tensor=_gguf_tensor,
+)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from edgellm.errors import CheckpointError, ConfigError
 
@@ -33,9 +33,11 @@ class Architecture:
         hf_model_types: ``model_type`` values of Hugging Face folders that it loads.
         gguf_architectures: ``general.architecture`` values of GGUF files that it loads.
         config_from_hf: translates a ``config.json``.
-        config_from_gguf: translates GGUF metadata.
+        config_from_gguf: translates GGUF metadata and the shapes of the file's tensors.
         hf_name: our parameter name to the Hugging Face tensor name.
         gguf_name: our parameter name to the GGUF tensor name.
+        gguf_tensor: from configuration, GGUF metadata, our parameter name and the tensor as stored, the tensor in our
+            layout; None where GGUF stores every tensor as we do.
     """
 
     name: str
@@ -45,9 +47,10 @@ class Architecture:
     hf_model_types: tuple[str, ...] = ()
     gguf_architectures: tuple[str, ...] = ()
     config_from_hf: Callable[[Mapping[str, Any]], Any] | None = None
-    config_from_gguf: Callable[[Mapping[str, Any]], Any] | None = None
+    config_from_gguf: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], Any] | None = None
     hf_name: Callable[[str], str] | None = None
     gguf_name: Callable[[str], str] | None = None
+    gguf_tensor: Callable[[Any, Mapping[str, Any], str, Tensor], Tensor] | None = None
 
 
 def find(name: str) -> Architecture:

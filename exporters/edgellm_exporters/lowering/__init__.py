@@ -1,0 +1,1 @@
+"""Each target's form of every canonical op."""

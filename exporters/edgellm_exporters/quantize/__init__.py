@@ -1,0 +1,1 @@
+"""Quantization: a plan says which weights, a method a file says how."""

@@ -1,0 +1,5 @@
+"""The libraries that execute a graph, behind one interface."""
+
+from edgellm_runtime.backends.base import Backend
+
+__all__ = ["Backend"]

@@ -1,0 +1,35 @@
+"""What a checkpoint holds once it is read, whatever its format was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+__all__ = ["Checkpoint"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model with its weights, and what text needs to get in and out of it.
+
+    Args:
+        architecture: its name in :mod:`edgellm.models.registry`.
+        model: in evaluation mode.
+        tokenizer_json: the text of a ``tokenizer.json``, or None.
+        chat_template: Jinja source, or None.
+        bos_token_id: the token that begins a text, or None.
+        eos_token_ids: the tokens that end one; the first is the usual one.
+        add_bos: whether plain text is to begin with ``bos_token_id``; it says so for text encoded *without* special
+            tokens, whatever the tokenizer's own post-processor would add.
+        source: where it came from, in a few words for people.
+    """
+
+    architecture: str
+    model: nn.Module
+    tokenizer_json: str | None
+    chat_template: str | None
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    add_bos: bool
+    source: str

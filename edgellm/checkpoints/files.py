@@ -1,0 +1,73 @@
+"""Reading the small files of a checkpoint, with one kind of error for whatever is wrong with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from edgellm.errors import CheckpointError
+
+__all__ = ["read_json", "read_text", "read_tokenizer", "token_ids"]
+
+
+def read_text(path: Path) -> str:
+    """The file's text.
+
+    Raises:
+        CheckpointError: it cannot be read or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; the checkpoint is incomplete") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); copy the checkpoint again") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The file's JSON object.
+
+    Raises:
+        CheckpointError: it cannot be read or holds something else.
+    """
+    try:
+        data = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); copy the checkpoint again") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(data).__name__}, not an object; copy the checkpoint again")
+    return data
+
+
+def read_tokenizer(path: Path) -> str | None:
+    """The text of a ``tokenizer.json`` that the tokenizers library accepts, or None where there is none.
+
+    Raises:
+        CheckpointError: the library does not accept it.
+    """
+    if not path.exists():
+        return None
+    text = read_text(path)
+    try:
+        Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{path} is not a tokenizer ({error}); copy the checkpoint again") from error
+    return text
+
+
+def token_ids(data: Mapping[str, Any], key: str, path: Path) -> tuple[int, ...]:
+    """The token ids under ``key``, which may be absent, null, one or a list.
+
+    Raises:
+        CheckpointError: something there is not a token id.
+    """
+    value = data.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for i in ids:
+        if type(i) is not int or i < 0:
+            raise CheckpointError(f"{path}: {key} is {value!r}; token ids are whole numbers from 0")
+    return tuple(dict.fromkeys(ids))

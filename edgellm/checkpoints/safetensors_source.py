@@ -1,0 +1,101 @@
+"""Tensors in one safetensors file, or in several with an index, mapped into memory and read one by one."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from edgellm.checkpoints.files import read_json
+from edgellm.errors import CheckpointError
+
+__all__ = ["SafetensorsSource"]
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class SafetensorsSource:
+    """The tensors of some safetensors files; ``dtype`` is what most of their numbers are stored in.
+
+    Args:
+        files: name of each tensor and the file it is in.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or lacks a tensor.
+    """
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._handles: dict[Path, Any] = {path: _open(path) for path in dict.fromkeys(files.values())}
+        self._files = files
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        sizes: Counter[str] = Counter()
+        for name, path in files.items():
+            try:
+                header = self._handles[path].get_slice(name)
+            except SafetensorError:
+                raise CheckpointError(f"{path}: tensor {name} is missing; the checkpoint is incomplete") from None
+            self._shapes[name] = tuple(header.get_shape())
+            sizes[header.get_dtype()] += math.prod(header.get_shape())
+        self.dtype = sizes.most_common(1)[0][0] if sizes else "empty"
+
+    @classmethod
+    def in_directory(cls, directory: Path) -> SafetensorsSource:
+        """``model.safetensors``, or what its index lists, or the only safetensors file there.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+        """
+        if not (directory / SINGLE).exists() and (directory / INDEX).exists():
+            return cls(_indexed(directory))
+        found = [directory / SINGLE] if (directory / SINGLE).exists() else sorted(directory.glob("*.safetensors"))
+        if len(found) != 1:
+            raise CheckpointError(
+                f"{directory} has {len(found)} safetensors files and no {INDEX}; it needs {SINGLE}, or several with "
+                "the index"
+            )
+        return cls(dict.fromkeys(_open(found[0]).keys(), found[0]))
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Every tensor's name and shape."""
+        return self._shapes
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as stored.
+
+        Raises:
+            CheckpointError: it cannot be read, or holds something other than floating-point numbers.
+        """
+        path = self._files[name]
+        try:
+            tensor: Tensor = self._handles[path].get_tensor(name)
+        except (SafetensorError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: tensor {name} cannot be read ({error}); copy it again") from error
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{path}: tensor {name} is {tensor.dtype}; edgellm reads floating-point weights")
+        return tensor
+
+
+def _open(path: Path) -> Any:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; the checkpoint is incomplete")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error}); copy it again") from error
+
+
+def _indexed(directory: Path) -> dict[str, Path]:
+    where = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise CheckpointError(f"{directory / INDEX} has no weight_map; copy the checkpoint again")
+    for name, file in where.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(f"{directory / INDEX}: {name} is in {file!r}, which is not a file beside the index")
+    return {name: directory / file for name, file in where.items()}

@@ -1,0 +1,254 @@
+"""The training loop, for any model that follows ``edgellm.models.protocol.LanguageModel``.
+
+It knows no architecture: a name is only passed on to the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from edgellm.checkpoints import save_checkpoint
+from edgellm.errors import TrainingError
+from edgellm.models.protocol import LanguageModel
+from edgellm.training.distributed import World, open_world
+from edgellm.training.evaluation import unigram_entropy, validation_loss
+from edgellm.training.interrupt import Interrupt
+from edgellm.training.metrics import MetricsLog, read_metrics
+from edgellm.training.optimization import learning_rate
+from edgellm.training.options import TrainOptions
+from edgellm.training.plot import plot_losses
+from edgellm.training.progress import StepReport
+from edgellm.training.resume import TrainerState, load_trainer_state, load_weights
+from edgellm.training.tokenizer import end_of_text_id
+from edgellm.training.tokens import TokenData
+from edgellm.training.update import Updater
+
+__all__ = ["TrainResult", "holds_run", "train"]
+
+BEST, LAST, METRICS, PLOT = "best", "last", "metrics.jsonl", "loss.png"
+RECENT = 20  # steps that the final training loss is the mean of
+MAX_EXPONENT = 700.0  # exp of more overflows a float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run came to.
+
+    Args:
+        checkpoint: the best checkpoint, or the last where none is kept as the best.
+        steps: updates done.
+        train_loss: nats a token, mean of the last 20 steps.
+        val_loss: nats a token, of ``checkpoint``.
+        unigram_entropy: nats a token of the validation text by token frequencies alone.
+        tokens_per_s: tokens trained on in a second, over all processes, without validation and saving.
+        seconds: time spent on updates, over all resumes.
+        parameters: how many the model has.
+        metrics: ``metrics.jsonl``.
+        plot: ``loss.png``.
+        interrupted: whether a signal stopped it before its last step.
+    """
+
+    checkpoint: Path
+    steps: int
+    train_loss: float
+    val_loss: float
+    unigram_entropy: float
+    tokens_per_s: float
+    seconds: float
+    parameters: int
+    metrics: Path
+    plot: Path
+    interrupted: bool
+
+    @property
+    def val_perplexity(self) -> float:
+        """exp of the validation loss."""
+        return math.exp(min(self.val_loss, MAX_EXPONENT))
+
+
+def holds_run(directory: Path) -> bool:
+    """Whether a run was begun there."""
+    return (directory / METRICS).exists() or (directory / LAST).exists()
+
+
+def train(
+    model: nn.Module, data: TokenData, options: TrainOptions, out_dir: Path, *, architecture: str, tokenizer: Tokenizer,
+    resume: bool = False, on_progress: Callable[[StepReport], None] | None = None,
+) -> TrainResult:  # fmt: skip
+    """Train a model, in one process or in those that torchrun started.
+
+    The run writes ``last`` and ``best`` (checkpoints), ``metrics.jsonl`` and ``loss.png`` into ``out_dir``. Ctrl-C or
+    SIGTERM ends it after the step at hand, with a checkpoint. The same seed gives the same curve; on the CPU in
+    float32, with the same number of threads, also bit for bit, however often the run was stopped and resumed.
+
+    Args:
+        model: a ``LanguageModel`` with float32 weights; it is moved to the device and trained in place.
+        data: token ids.
+        options: how to train.
+        out_dir: made if needed.
+        architecture: what the checkpoints call the model.
+        tokenizer: saved with the checkpoints.
+        resume: go on from ``out_dir/last``; where a run was killed before its first checkpoint, from the start.
+        on_progress: told of every step, in the first process.
+
+    Raises:
+        TrainingError: data or options that do not fit, a run that is already there, or a loss that is not finite.
+        CheckpointError: a checkpoint that cannot be resumed.
+    """
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    with open_world(options.device) as world:
+        world.first(lambda: _check(model, data, options, out_dir, resume))
+        if options.precision == "float16" and world.device.type != "cuda":
+            raise TrainingError(f"precision float16 needs a CUDA GPU, not {world.device}; use bfloat16 or float32")
+        run = _Run(model, data, options, out_dir, world, architecture, tokenizer)
+        if resume and (out_dir / LAST).is_dir():
+            run.restore()
+        return run.loop(on_progress)
+
+
+def _check(model: nn.Module, data: TokenData, options: TrainOptions, out_dir: Path, resume: bool) -> None:
+    if not isinstance(model, LanguageModel):
+        name = type(model).__name__
+        raise TrainingError(f"{name} lacks config or state_specs(); add what edgellm.models.protocol.LanguageModel asks")
+    config = model.config
+    if options.context > config.max_context:
+        raise TrainingError(f"context {options.context} is over the model's max_context {config.max_context}; lower it")
+    if data.vocab_size > config.vocab_size:
+        raise TrainingError(
+            f"the data has {data.vocab_size} tokens and the model's vocab_size is {config.vocab_size}; raise vocab_size"
+        )
+    data.check(options.context)
+    if not resume and holds_run(out_dir):
+        raise TrainingError(f"{out_dir} already holds a run; resume it, or choose another folder")
+
+
+class _Run:
+    """The moving parts of one run."""
+
+    def __init__(
+        self, model: nn.Module, data: TokenData, options: TrainOptions, out: Path, world: World,
+        architecture: str, tokenizer: Tokenizer,
+    ) -> None:  # fmt: skip
+        self.data, self.options, self.out, self.world = data, options, out, world
+        self.architecture, self.tokenizer = architecture, tokenizer
+        self.model = model.to(world.device).train()
+        self.updater = Updater(self.model, options, world)
+        self.unigram = unigram_entropy(data)
+        self.step, self.seconds = 0, 0.0
+        self.recent: deque[float] = deque(maxlen=RECENT)
+        self.val_loss = self.best_loss = math.inf
+
+    def restore(self) -> None:
+        """Go back to what ``last`` holds."""
+        last = self.out / LAST
+        state = load_trainer_state(last, self.world.device)
+        state.check(self.options, self.data.fingerprint, last)
+        load_weights(self.model, last / "model.safetensors")
+        self.updater.optimizer.load_state_dict(dict(state.optimizer))
+        self.updater.scaler.load_state_dict(dict(state.scaler))
+        self.step, self.seconds = state.step, state.seconds
+        self.recent.extend(state.recent)
+        self.val_loss, self.best_loss = state.val_loss, state.best_loss
+
+    def loop(self, on_progress: Callable[[StepReport], None] | None) -> TrainResult:
+        """Go on to the last step, or until a signal."""
+        log = None
+        if self.world.is_first:
+            self.out.mkdir(parents=True, exist_ok=True)
+            log = MetricsLog(self.out / METRICS, self.step)
+        stop = False
+        try:
+            with Interrupt() as interrupt:
+                while self.step < self.options.steps and not stop:
+                    report, stop = self._advance(interrupt.requested)
+                    if log is not None:
+                        self._log(log, report)
+                    if on_progress is not None and self.world.is_first:
+                        on_progress(report)
+                    self._keep(report.val_loss, stop)
+        finally:
+            if log is not None:
+                log.close()
+        if self.world.is_first:
+            plot_losses(read_metrics(self.out / METRICS), self.unigram, self.out / PLOT)
+        return self._result(stop)
+
+    def _advance(self, stop: bool) -> tuple[StepReport, bool]:
+        """One update and, when it is due, validation; also whether some process was asked to stop."""
+        options, begin = self.options, time.perf_counter()
+        lr = learning_rate(self.step, options)
+        loss, stop = self.updater.backward(self.data.train, self.step, stop=stop)
+        norm = self.updater.apply(lr) if math.isfinite(loss) else None
+        if norm is None and not (math.isfinite(loss) and options.precision == "float16"):
+            self._fail(loss)
+        spent = time.perf_counter() - begin
+        self.step, self.seconds = self.step + 1, self.seconds + spent
+        self.recent.append(loss)
+        due = self.step % options.eval_every == 0 or self.step == options.steps or stop
+        val_loss = validation_loss(self.model, self.data, options, self.world) if due else None
+        rate = self.updater.windows * options.context / spent
+        return StepReport(self.step, options.steps, loss, lr, norm, rate, val_loss), stop
+
+    def _fail(self, loss: float) -> None:
+        what = "gradient" if math.isfinite(loss) else "loss"
+        kept = self.out / LAST
+        good = f"the last good checkpoint is {kept}" if kept.is_dir() else "no checkpoint was saved yet"
+        raise TrainingError(f"the {what} is not finite at step {self.step + 1}; {good}; train with a lower learning rate")
+
+    def _log(self, log: MetricsLog, report: StepReport) -> None:
+        beside = None if report.val_loss is None else self.unigram
+        log.write(
+            step=report.step, loss=report.loss, lr=report.lr, grad_norm=report.grad_norm,
+            tokens_per_s=round(report.tokens_per_s, 1), val_loss=report.val_loss, unigram_entropy=beside,
+        )  # fmt: skip
+
+    def _keep(self, val_loss: float | None, stop: bool) -> None:
+        """Save the checkpoints that are due."""
+        if val_loss is not None:
+            self.val_loss = val_loss
+            if val_loss < self.best_loss:
+                self.best_loss = val_loss
+                if self.options.keep_best:
+                    self._save(BEST)
+        if stop or self.step % self.options.save_every == 0 or self.step == self.options.steps:
+            self._save(LAST)
+
+    def _save(self, name: str) -> None:
+        if not self.world.is_first:
+            return
+        state = TrainerState(
+            step=self.step, options=self.options.to_json(), data=self.data.fingerprint,
+            optimizer=self.updater.optimizer.state_dict(), scaler=self.updater.scaler.state_dict(),
+            recent=list(self.recent), val_loss=self.val_loss, best_loss=self.best_loss, seconds=self.seconds,
+        )  # fmt: skip
+        save_checkpoint(
+            self.out / name, self.model, architecture=self.architecture, tokenizer_json=self.tokenizer.to_str(),
+            eos_token_ids=(end_of_text_id(self.tokenizer),), extra=state.save if name == LAST else None,
+        )  # fmt: skip
+
+    def _result(self, interrupted: bool) -> TrainResult:
+        best = self.options.keep_best and math.isfinite(self.best_loss)
+        tokens = self.step * self.updater.windows * self.options.context
+        return TrainResult(
+            checkpoint=self.out / (BEST if best else LAST),
+            steps=self.step,
+            train_loss=sum(self.recent) / max(1, len(self.recent)),
+            val_loss=self.best_loss if best else self.val_loss,
+            unigram_entropy=self.unigram,
+            tokens_per_s=tokens / max(self.seconds, 1e-9),
+            seconds=self.seconds,
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            metrics=self.out / METRICS,
+            plot=self.out / PLOT,
+            interrupted=interrupted and self.step < self.options.steps,
+        )

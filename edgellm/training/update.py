@@ -1,0 +1,94 @@
+"""One update: forward and backward passes over the step's windows, then the optimizer."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from edgellm.training.distributed import World
+from edgellm.training.evaluation import autocast, next_token_loss
+from edgellm.training.optimization import make_optimizer
+from edgellm.training.options import TrainOptions
+from edgellm.training.tokens import Tokens
+from edgellm.training.windows import Offsets, random_offsets, step_seed, windows
+
+__all__ = ["Updater"]
+
+
+class Updater:
+    """The model as it trains, with its optimizer.
+
+    Args:
+        model: on the world's device.
+        options: how to train.
+        world: the processes.
+    """
+
+    def __init__(self, model: nn.Module, options: TrainOptions, world: World) -> None:
+        self.model, self.options, self.world = model, options, world
+        self.optimizer = make_optimizer(model, options, world.device)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=options.precision == "float16")
+        self._wrapped = world.wrap(model)
+
+    @property
+    def windows(self) -> int:
+        """How many windows an update takes, over all processes."""
+        return self.options.batch_size * self.options.accumulation * self.world.size
+
+    def backward(self, tokens: Tokens, step: int, *, stop: bool) -> tuple[float, bool]:
+        """Gradients of the step's windows.
+
+        Args:
+            tokens: the training text.
+            step: updates done before.
+            stop: whether this process was asked to stop.
+
+        Returns:
+            The mean loss over all windows of all processes, and whether any process was asked to stop.
+        """
+        options, world = self.options, self.world
+        torch.manual_seed(step_seed(options.seed, step, world.rank))
+        offsets = random_offsets(self.windows, len(tokens), options.context, seed=options.seed, step=step)
+        mine = offsets.reshape(world.size, options.accumulation, options.batch_size)[world.rank]
+        self.optimizer.zero_grad(set_to_none=True)
+        totals = torch.zeros(2, device=world.device)  # loss, requests to stop
+        totals[1] += stop
+        for number, chosen in enumerate(mine, start=1):
+            totals[0] += self._backward(tokens, chosen, last=number == options.accumulation)
+        loss, requests = world.sum(totals).tolist()
+        return loss / world.size, requests > 0
+
+    def _backward(self, tokens: Tokens, offsets: Offsets, *, last: bool) -> torch.Tensor:
+        options, wrapped = self.options, self._wrapped
+        inputs, targets = windows(tokens, offsets, options.context, self.world.device)
+        # the processes exchange gradients once an update, in its last backward pass
+        waits = isinstance(wrapped, nn.parallel.DistributedDataParallel) and not last
+        with wrapped.no_sync() if waits else nullcontext():
+            with autocast(options.precision, self.world.device):
+                logits, _ = wrapped(inputs)
+            loss = next_token_loss(logits, targets) / options.accumulation
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch's stubs lack it
+        return loss.detach()
+
+    def apply(self, lr: float) -> float | None:
+        """Clip the gradients and step the optimizer.
+
+        Args:
+            lr: the learning rate.
+
+        Returns:
+            The gradient's norm before clipping; None, and no step, where it is not finite. With float16 that happens
+            now and then, and the scaler answers with a smaller scale.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.unscale_(self.optimizer)
+        limit = self.options.clip or math.inf
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        if math.isfinite(norm) or self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)  # which itself leaves out a step with infinite gradients
+            self.scaler.update()
+        return norm if math.isfinite(norm) else None

@@ -1,0 +1,135 @@
+"""What a lowering rule works with: new nodes, shared constants, and weights derived from other weights.
+
+A rule turns one canonical node into the target's form of it. Rules know ops, never architectures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from edgellm.ops.canonical import DOMAIN
+from numpy.typing import NDArray
+
+from edgellm_exporters.errors import LoweringError
+from edgellm_exporters.quantize.plan import Plan, QuantizedWeight
+
+__all__ = ["Lowering", "Rule", "lower"]
+
+Array = NDArray[Any]
+
+
+class Lowering:
+    """The state of one lowering.
+
+    Args:
+        model: the graph being lowered, in place.
+        plan: which weights to quantize, and how.
+    """
+
+    def __init__(self, model: ir.Model, plan: Plan) -> None:
+        self.graph, self.plan = model.graph, plan
+        self._tape = ir.tape.Tape()
+        self._before: list[ir.Node] = []
+        self._memo: dict[Hashable, Any] = {}
+
+    def op(
+        self, op_type: str, *inputs: ir.Value | None, outputs: int = 1, domain: str = "", **attributes: Any
+    ) -> Any:  # fmt: skip
+        """Add a node; gives its output, or a list of them when ``outputs`` > 1."""
+        if outputs == 1:
+            return self._tape.op(op_type, inputs, attributes, domain=domain)
+        return list(self._tape.op_multi_out(op_type, inputs, attributes, num_outputs=outputs, domain=domain))
+
+    def const(self, value: Any, dtype: Any = np.int64) -> ir.Value:
+        """A constant, made once for each distinct content."""
+        array = np.asarray(value, dtype=dtype)
+        key = ("const", array.dtype.str, array.shape, array.tobytes())
+        return self.once(key, lambda: self._initializer(f"const.{len(self._memo)}", ir.tensor(array)))
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make`` gave the first time this key was asked for; for values that many nodes share."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
+
+    def input(self, name: str) -> ir.Value:
+        """A graph input by name."""
+        return next(value for value in self.graph.inputs if value.name == name)
+
+    def derived(self, source: ir.Value, suffix: str, make: Callable[[Array], Array], like: Array) -> ir.Value:
+        """A weight computed from another when the graph is written.
+
+        Args:
+            source: an initializer.
+            suffix: what to append to its name.
+            make: from its array to the new one.
+            like: an array of the new one's shape and dtype; its content is not read (``np.broadcast_to`` costs nothing).
+        """
+        tensor = _constant(source)
+        name = f"{source.name}.{suffix}"
+        lazy = ir.LazyTensor(
+            lambda: ir.tensor(np.ascontiguousarray(make(tensor.numpy()))),
+            dtype=ir.DataType.from_numpy(like.dtype), shape=ir.Shape(like.shape), name=name,
+        )  # fmt: skip
+        return self.once(("derived", name), lambda: self._initializer(name, lazy))
+
+    def quantized(self, weight: ir.Value) -> QuantizedWeight | None:
+        """How the plan quantizes a weight, or None if it leaves it alone."""
+        assert weight.name is not None
+        return self.plan.find(weight.name, _constant(weight))
+
+    def part(self, weight: ir.Value, suffix: str, tensor: ir.TensorProtocol) -> ir.Value:
+        """An initializer that holds a part of a quantized weight, such as its codes in the target's layout."""
+        name = f"{weight.name}.{suffix}"
+        return self.once(("part", name), lambda: self._initializer(name, tensor))
+
+    def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+        self.graph.register_initializer(value)
+        return value
+
+    def take_nodes(self) -> list[ir.Node]:
+        """The nodes added since the last call, or since :meth:`put_back`."""
+        nodes, self._before, self._tape = [*self._before, *self._tape.nodes], [], ir.tape.Tape()
+        return nodes
+
+    def put_back(self, nodes: Sequence[ir.Node]) -> None:
+        """Count nodes that were taken as added, before all that is added from now on."""
+        assert not self._tape.nodes
+        self._before = [*self._before, *nodes]
+
+
+Rule = Callable[[Lowering, ir.Node], Sequence[ir.Value]]
+
+
+def lower(model: ir.Model, rules: Mapping[str, Rule], plan: Plan) -> None:
+    """Replace every canonical node by the target's form of it, in place.
+
+    Args:
+        model: a captured graph.
+        rules: canonical op name to rule.
+        plan: which weights to quantize, and how.
+
+    Raises:
+        LoweringError: no rule for a node.
+    """
+    context = Lowering(model, plan)
+    for node in list(model.graph):
+        if node.domain != DOMAIN:
+            continue
+        if node.op_type not in rules:
+            raise LoweringError(f"no form of {node.op_type} for this target; it lowers {', '.join(sorted(rules))}")
+        outputs = rules[node.op_type](context, node)
+        ir.convenience.replace_nodes_and_values(
+            model.graph, node, [node], context.take_nodes(), node.outputs, outputs
+        )  # fmt: skip
+    model.opset_imports.pop(DOMAIN, None)
+
+
+def _constant(value: ir.Value) -> ir.TensorProtocol:
+    if value.const_value is None:
+        raise LoweringError(f"{value.name} is computed, but must be a weight known at export")
+    return value.const_value

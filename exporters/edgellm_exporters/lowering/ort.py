@@ -1,0 +1,130 @@
+"""Canonical ops as ONNX Runtime's fused kernels on CPU.
+
+Traps that this file knows (measured, see docs/benchmarks.md): 8-bit MatMulNBits is two orders of magnitude slower
+without ``accuracy_level=4``, and GroupQueryAttention takes several tokens over a filled cache only one row at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from edgellm_exporters.lowering import recurrent, standard
+from edgellm_exporters.lowering.context import Lowering, Rule
+
+__all__ = ["DOMAIN", "RULES"]
+
+DOMAIN = "com.microsoft"
+_INT8_ACTIVATIONS = 4
+
+
+def embedding(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
+    """GatherBlockQuantized of a quantized table, Gather of a float one."""
+    weight, indices = node.inputs
+    assert weight is not None
+    quantized = context.quantized(weight)
+    if quantized is None:
+        return standard.RULES["Embedding"](context, node)
+    scheme = quantized.scheme
+    rows = context.op(
+        "GatherBlockQuantized", _codes(context, weight, quantized.shape, "table"), indices, _scales(context, weight), domain=DOMAIN, bits=scheme.bits, block_size=scheme.block,
+        gather_axis=0, quantize_axis=1,
+    )  # fmt: skip
+    return [rows]
+
+
+def linear(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
+    """MatMulNBits for a quantized weight, MatMul for a float one."""
+    x, weight, bias = (*node.inputs, None)[:3]
+    assert x is not None and weight is not None
+    return [matmul(context, x, weight, bias)]
+
+
+def matmul(context: Lowering, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
+    """x W^T + b."""
+    quantized = context.quantized(weight)
+    if quantized is None:
+        return standard.matmul(context, x, weight, bias)
+    rows, columns = quantized.shape
+    codes = _codes(context, weight, (rows, columns // quantized.scheme.block, quantized.scheme.block), "codes")
+    y = context.op(
+        "MatMulNBits", x, codes, _scales(context, weight), domain=DOMAIN, N=rows, K=columns, bits=quantized.scheme.bits,
+        block_size=quantized.scheme.block, accuracy_level=_INT8_ACTIVATIONS,
+    )  # fmt: skip
+    return y if bias is None else context.op("Add", y, bias)  # type: ignore[no-any-return]
+
+
+def rms_norm(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
+    """SimplifiedLayerNormalization."""
+    epsilon = node.attributes["epsilon"].as_float()
+    return [context.op("SimplifiedLayerNormalization", *node.inputs, axis=-1, epsilon=epsilon)]
+
+
+def add_rms_norm(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
+    """SkipSimplifiedLayerNormalization: the norm of a sum, and the sum."""
+    epsilon = node.attributes["epsilon"].as_float()
+    y, _, _, total = context.op(
+        "SkipSimplifiedLayerNormalization", *node.inputs, outputs=4, domain=DOMAIN, epsilon=epsilon
+    )
+    return [y, total]
+
+
+def attention(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
+    """GroupQueryAttention with the rotation inside and the cache written in place."""
+    q, k, v, past_k, past_v, past_lengths, lengths, cos, sin = node.inputs
+    packed = _packed(q, k, v)
+    if packed is not None:
+        q, k, v = packed, None, None
+    total = context.once("total", lambda: context.op("Add", past_lengths, lengths))  # (batch,)
+    last = context.once("last", lambda: context.op("Sub", total, context.const(1, np.int32)))
+    longest = context.once("longest", lambda: context.op("ReduceMax", total, keepdims=0))
+    outputs = context.op(
+        "GroupQueryAttention", q, k, v, past_k, past_v, last, longest, cos, sin, outputs=3, domain=DOMAIN,
+        num_heads=node.attributes["num_heads"].as_int(), kv_num_heads=node.attributes["num_kv_heads"].as_int(),
+        scale=node.attributes["scale"].as_float(), do_rotary=int(cos is not None),
+    )  # fmt: skip
+    return list(outputs)
+
+
+def _packed(*parts: ir.Value | None) -> ir.Value | None:
+    """The tensor that was split into just these parts, in this order, or None."""
+    producers = {id(part.producer()) for part in parts if part is not None}
+    node = parts[0].producer() if parts[0] is not None else None
+    if node is None or len(producers) != 1 or node.op_type != "Split" or tuple(node.outputs) != parts:
+        return None
+    return node.inputs[0]
+
+
+def _codes(context: Lowering, weight: ir.Value, shape: tuple[int, ...], view: str) -> ir.Value:
+    """Codes shifted to unsigned, as the kernels read them; every view of them shares its bytes on disk."""
+    quantized = context.quantized(weight)
+    assert quantized is not None
+    unsigned = quantized.lazy(
+        lambda c: (c.codes.astype(np.int16) + 128).astype(np.uint8).reshape(shape), np.broadcast_to(np.uint8(0), shape),
+        storage=f"{weight.name}.codes",
+    )  # fmt: skip
+    return context.part(weight, view, unsigned)
+
+
+def _scales(context: Lowering, weight: ir.Value) -> ir.Value:
+    quantized = context.quantized(weight)
+    assert quantized is not None
+    shape = (quantized.shape[0], quantized.shape[1] // quantized.scheme.block)
+    return context.part(weight, "scales", quantized.lazy(lambda c: c.scales, np.broadcast_to(np.float32(0), shape)))
+
+
+def _nothing_to_hoist(context: Lowering, weight: ir.Value) -> None:
+    """The kernel reads codes and scales as they are stored."""
+
+
+RULES: Mapping[str, Rule] = {
+    **standard.RULES,
+    "AddRMSNorm": add_rms_norm,
+    "Attention": attention,
+    "Embedding": embedding,
+    "Linear": linear,
+    "RMSNorm": rms_norm,
+    **recurrent.rules(matmul, hoist=_nothing_to_hoist),
+}

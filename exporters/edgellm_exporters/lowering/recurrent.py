@@ -1,0 +1,78 @@
+"""The recurrences: ONNX's own RNN, LSTM and GRU ops for float weights, a Scan over the cell for quantized ones.
+
+ONNX orders gates otherwise than PyTorch: LSTM i, o, f, c against i, f, g, o; GRU z, r, h against r, z, n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from edgellm_exporters.lowering.context import Array, Lowering, Rule
+from edgellm_exporters.lowering.scan import Hoist, MatMul, scan
+
+__all__ = ["reorder", "rules"]
+
+_GATES = {"RNN": (0,), "LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}  # ONNX's gate i is PyTorch's _GATES[i]
+
+
+def rules(matmul: MatMul, hoist: Hoist) -> Mapping[str, Rule]:
+    """Rules for RNN, LSTM and GRU.
+
+    Args:
+        matmul: the target's product with a weight, quantized or not.
+        hoist: prepares a weight for ``matmul`` outside the loop over tokens.
+    """
+
+    def rule(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
+        states = 2 if node.op_type == "LSTM" else 1
+        x, *rest = node.inputs
+        past, (w_ih, w_hh, b_ih, b_hh, lengths) = rest[:states], rest[states:]
+        assert x is not None and w_ih is not None and w_hh is not None and b_ih is not None and b_hh is not None
+        if context.quantized(w_ih) is not None or context.quantized(w_hh) is not None:
+            return scan(context, node, matmul, hoist)
+        order = _GATES[node.op_type]
+        weights = [_one_direction(context, w, order) for w in (w_ih, w_hh)]
+        bias = _bias(context, b_ih, b_hh, order)
+        direction = context.const([0])
+        outputs = context.op(
+            node.op_type, context.op("Transpose", x, perm=[1, 0, 2]), *weights, bias, lengths,
+            *(context.op("Unsqueeze", state, direction) for state in past),
+            outputs=1 + states, **_attributes(node, w_hh),
+        )  # fmt: skip
+        y = context.op("Squeeze", outputs[0], context.const([1]))  # (time, batch, hidden)
+        present = [context.op("Squeeze", state, direction) for state in outputs[1:]]
+        return [context.op("Transpose", y, perm=[1, 0, 2]), *present]
+
+    return dict.fromkeys(_GATES, rule)
+
+
+def _attributes(node: ir.Node, w_hh: ir.Value) -> dict[str, object]:
+    attributes: dict[str, object] = {"hidden_size": w_hh.shape[1]}  # type: ignore[index]
+    if node.op_type == "RNN":
+        attributes["activations"] = [node.attributes["activation"].as_string().capitalize()]
+    if node.op_type == "GRU":
+        attributes["linear_before_reset"] = 1
+    return attributes
+
+
+def reorder(array: Array, order: Sequence[int]) -> Array:
+    """Gates along the first axis, in another order."""
+    gates = array.reshape(len(order), -1, *array.shape[1:])
+    return gates[list(order)].reshape(array.shape)
+
+
+def _one_direction(context: Lowering, weight: ir.Value, order: Sequence[int]) -> ir.Value:
+    like = np.broadcast_to(np.zeros((), weight.dtype.numpy()), (1, *weight.shape.numpy()))  # type: ignore[union-attr]
+    return context.derived(weight, "onnx", lambda w: reorder(w, order)[None], like)
+
+
+def _bias(context: Lowering, b_ih: ir.Value, b_hh: ir.Value, order: Sequence[int]) -> ir.Value:
+    assert b_hh.const_value is not None
+    other, rows = b_hh.const_value, b_ih.shape[0]  # type: ignore[index]
+    like = np.broadcast_to(np.zeros((), b_ih.dtype.numpy()), (1, 2 * rows))  # type: ignore[union-attr, operator]
+    return context.derived(
+        b_ih, "onnx", lambda b: np.concatenate([reorder(b, order), reorder(other.numpy(), order)])[None], like
+    )

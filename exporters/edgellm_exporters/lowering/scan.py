@@ -1,0 +1,106 @@
+"""A recurrence with quantized weights: the input product over the whole chunk at once, then a Scan over the cell.
+
+The cells are those of ``edgellm.ops.recurrence``, gate for gate in PyTorch's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import onnx_ir as ir
+
+from edgellm_exporters.lowering.context import Lowering
+
+__all__ = ["Hoist", "MatMul", "scan"]
+
+MatMul = Callable[[Lowering, ir.Value, ir.Value, ir.Value | None], ir.Value]
+Hoist = Callable[[Lowering, ir.Value], object]
+
+
+def scan(context: Lowering, node: ir.Node, matmul: MatMul, hoist: Hoist) -> Sequence[ir.Value]:
+    """Lower RNN, LSTM or GRU; gives y (batch, time, hidden) and the new state."""
+    states = 2 if node.op_type == "LSTM" else 1
+    x, *rest = node.inputs
+    past, (w_ih, w_hh, b_ih, b_hh, lengths) = rest[:states], rest[states:]
+    assert x is not None and w_ih is not None and w_hh is not None and lengths is not None
+    gates_x = context.op("Transpose", matmul(context, x, w_ih, b_ih), perm=[1, 0, 2])  # (time, batch, gates * hidden)
+    hoist(context, w_hh)  # what can be done once for the chunk is not done at every token
+    body = _body(context, node, matmul, w_hh, b_hh, [s for s in past if s is not None])
+    outputs = context.op(
+        "Scan", *past, gates_x, _valid(context, lengths), outputs=states + 1, body=body, num_scan_inputs=2
+    )
+    *present, y = outputs
+    return [context.op("Transpose", y, perm=[1, 0, 2]), *present]
+
+
+def _valid(context: Lowering, lengths: ir.Value) -> ir.Value:
+    """Which tokens are not padding, (time, batch, 1)."""
+
+    def make() -> ir.Value:
+        time = context.op("Shape", context.input("tokens"), start=1, end=2)
+        steps = context.op(
+            "Range", context.const(0), context.op("Squeeze", time, context.const([0])), context.const(1)
+        )
+        columns = context.op("Unsqueeze", steps, context.const([1, 2]))
+        count = context.op("Cast", context.op("Unsqueeze", lengths, context.const([0, 2])), to=ir.DataType.INT64)
+        return context.op("Less", columns, count)  # type: ignore[no-any-return]
+
+    return context.once("valid", make)  # type: ignore[no-any-return]
+
+
+def _body(
+    context: Lowering, node: ir.Node, matmul: MatMul, w_hh: ir.Value, b_hh: ir.Value | None, past: Sequence[ir.Value]
+) -> ir.Graph:
+    """The cell as a graph: (states, gates_x, valid) to (states, y)."""
+    dtype = past[0].dtype
+    hidden, rows = w_hh.shape[1], w_hh.shape[0]  # type: ignore[index]
+    prefix = node.outputs[0].name
+    states = [_value(f"{prefix}.past{i}", dtype, ["batch", hidden]) for i in range(len(past))]
+    gates_x = _value(f"{prefix}.gates", dtype, ["batch", rows])
+    valid = _value(f"{prefix}.valid", ir.DataType.BOOL, ["batch", 1])
+    outer = context.take_nodes()  # what came before belongs to the outer graph
+    gates_h = matmul(context, states[0], w_hh, b_hh)
+    new = _CELLS[node.op_type](context, node, gates_x, gates_h, states)
+    kept = [context.op("Where", valid, n, s) for n, s in zip(new, states, strict=True)]
+    y = context.op("Identity", new[0])
+    nodes = context.take_nodes()
+    context.put_back(outer)
+    for value in (*kept, y):
+        value.type, value.shape = ir.TensorType(dtype), ir.Shape(["batch", hidden])  # type: ignore[arg-type]
+    return ir.Graph([*states, gates_x, valid], [*kept, y], nodes=nodes, name=f"{node.op_type.lower()}_cell")
+
+
+def _value(name: str, dtype: ir.DataType | None, shape: Sequence[object]) -> ir.Value:
+    assert dtype is not None
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))  # type: ignore[arg-type]
+
+
+def _rnn(
+    context: Lowering, node: ir.Node, gates_x: ir.Value, gates_h: ir.Value, states: Sequence[ir.Value]
+) -> list[ir.Value]:
+    activation = node.attributes["activation"].as_string().capitalize()
+    return [context.op(activation, context.op("Add", gates_x, gates_h))]
+
+
+def _lstm(
+    context: Lowering, node: ir.Node, gates_x: ir.Value, gates_h: ir.Value, states: Sequence[ir.Value]
+) -> list[ir.Value]:
+    split = context.op("Split", context.op("Add", gates_x, gates_h), outputs=4, axis=-1, num_outputs=4)
+    i, f, o = (context.op("Sigmoid", split[n]) for n in (0, 1, 3))
+    g = context.op("Tanh", split[2])
+    c = context.op("Add", context.op("Mul", f, states[1]), context.op("Mul", i, g))
+    return [context.op("Mul", o, context.op("Tanh", c)), c]
+
+
+def _gru(
+    context: Lowering, node: ir.Node, gates_x: ir.Value, gates_h: ir.Value, states: Sequence[ir.Value]
+) -> list[ir.Value]:
+    rx, zx, nx = context.op("Split", gates_x, outputs=3, axis=-1, num_outputs=3)
+    rh, zh, nh = context.op("Split", gates_h, outputs=3, axis=-1, num_outputs=3)
+    r, z = context.op("Sigmoid", context.op("Add", rx, rh)), context.op("Sigmoid", context.op("Add", zx, zh))
+    n = context.op("Tanh", context.op("Add", nx, context.op("Mul", r, nh)))
+    # (1 - z) n + z h, as one difference less
+    return [context.op("Add", n, context.op("Mul", z, context.op("Sub", states[0], n)))]
+
+
+_CELLS: dict[str, Callable[..., list[ir.Value]]] = {"RNN": _rnn, "LSTM": _lstm, "GRU": _gru}

@@ -1,0 +1,67 @@
+"""What a graph can be made for: each target's rules, passes, dtypes and needs. A new target is a new value here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from edgellm_exporters.capture import OPSET
+from edgellm_exporters.errors import ExportError
+from edgellm_exporters.lowering import ort, standard
+from edgellm_exporters.lowering.context import Rule
+from edgellm_exporters.passes.add_rms_norm import FuseAddRMSNorm
+from edgellm_exporters.passes.merge_linears import MergeLinears
+
+__all__ = ["TARGETS", "Target", "find_target"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of device library.
+
+    Args:
+        name: what the command line calls it.
+        summary: one line for help texts.
+        rules: canonical op to its form here.
+        passes: fusions of canonical ops that ``rules`` has forms for, in order.
+        domains: operator sets its graphs use, with their versions.
+        dtypes: precisions of activations and unquantized weights.
+        ragged_chunks: whether several tokens over a filled cache may come for several rows at once.
+    """
+
+    name: str
+    summary: str
+    rules: Mapping[str, Rule]
+    passes: tuple[type[ir.passes.InPlacePass], ...]
+    domains: Mapping[str, int]
+    dtypes: tuple[str, ...]
+    ragged_chunks: bool
+
+
+TARGETS: Mapping[str, Target] = {
+    target.name: target
+    for target in (
+        Target(
+            name="onnx", summary="standard ONNX operators only; runs wherever opset 23 does", rules=standard.RULES,
+            passes=(), domains={"": OPSET}, dtypes=("float32",), ragged_chunks=True,
+        ),
+        Target(
+            name="cpu", summary="ONNX Runtime's fused kernels on CPU", rules=ort.RULES,
+            passes=(MergeLinears, FuseAddRMSNorm), domains={"": OPSET, ort.DOMAIN: 1}, dtypes=("float32",),
+            ragged_chunks=False,
+        ),
+    )
+}  # fmt: skip
+
+
+def find_target(name: str) -> Target:
+    """The target of that name.
+
+    Raises:
+        ExportError: there is none.
+    """
+    if name not in TARGETS:
+        raise ExportError(f"unknown target {name!r}; there are {', '.join(TARGETS)}")
+    return TARGETS[name]

@@ -1,0 +1,52 @@
+"""Writing a lowered graph: the structure in ``model.onnx``, the weights beside it, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from edgellm_exporters.quantize.plan import STORAGE
+
+__all__ = ["GRAPH_FILE", "WEIGHTS_FILE", "Progress", "write_graph"]
+
+GRAPH_FILE, WEIGHTS_FILE = "model.onnx", "model.onnx.data"
+Progress = Callable[[str, float], None]  # what is being done, and how much of it (0 to 1)
+_ALIGNMENT = 64
+_INLINE_BYTES = 1024
+
+
+def write_graph(model: ir.Model, directory: Path, progress: Progress) -> None:
+    """Write a model with its larger weights in a file of their own.
+
+    Args:
+        model: whose initializers are replaced by references into that file.
+        directory: where; it exists.
+        progress: told after each tensor.
+    """
+    weights = [v for v in model.graph.initializers.values() if v.const_value is not None]
+    total, done = sum(v.const_value.nbytes for v in weights if v.const_value is not None), 0
+    stored: dict[str, int] = {}
+    with (directory / WEIGHTS_FILE).open("wb") as file:
+        for value in weights:
+            tensor = value.const_value
+            assert tensor is not None
+            if tensor.nbytes >= _INLINE_BYTES:
+                storage = tensor.metadata_props.get(STORAGE, value.name)
+                if storage not in stored:
+                    stored[storage] = file.seek(-file.tell() % _ALIGNMENT, 1)
+                    np.ascontiguousarray(tensor.numpy()).tofile(file)
+                value.const_value = _reference(value, tensor, stored[storage], directory)
+            done += tensor.nbytes
+            progress("writing weights", done / total)
+        file.truncate()
+    ir.save(model, directory / GRAPH_FILE)
+
+
+def _reference(value: ir.Value, tensor: ir.TensorProtocol, offset: int, directory: Path) -> ir.ExternalTensor:
+    return ir.ExternalTensor(
+        WEIGHTS_FILE, offset, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=value.name or "",
+        base_dir=directory,
+    )  # fmt: skip

@@ -1,0 +1,139 @@
+"""ONNX Runtime: every array is bound once, a step copies nothing and allocates nothing it can keep."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellm_runtime.errors import BackendError
+from edgellm_runtime.spec import Signature
+from edgellm_runtime.state import State
+
+__all__ = ["OrtBackend"]
+
+Array = NDArray[Any]
+_KEPT = 4  # bindings a state: two turns of single tokens, and the chunk sizes of a prompt
+
+
+def _library() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError(
+            "ONNX Runtime is not installed; pip install 'edgellm[cpu]' (or 'edgellm[gpu]' for CUDA, never both)"
+        ) from error
+    return onnxruntime
+
+
+def default_threads() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class OrtBackend:
+    """Follows :class:`edgellm_runtime.backends.Backend`.
+
+    Args:
+        graph: the ``model.onnx`` to run, already checked.
+        signature: its inputs, outputs and state.
+        threads: for one step; None for every core that this process may use.
+        device: only ``cpu``.
+
+    Raises:
+        BackendError: the library is missing, or refuses the graph.
+    """
+
+    def __init__(self, graph: Path, signature: Signature, *, threads: int | None = None, device: str = "cpu") -> None:
+        ort = _library()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or default_threads()
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        self.device, self.threads = device, options.intra_op_num_threads
+        self._ort, self._signature = ort, signature
+        try:
+            self._session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the library raises many kinds of its own
+            raise BackendError(f"{graph}: ONNX Runtime {ort.__version__} refuses the graph: {_first_line(error)}") from error
+        self._check_names()
+
+    def _check_names(self) -> None:
+        expected = {t.name for t in self._signature.inputs} | {s.past_name for s in self._signature.state}
+        found = {i.name for i in self._session.get_inputs()}
+        if not found <= expected:
+            raise BackendError(f"the graph asks for {sorted(found - expected)}, which the manifest does not know")
+        self._inputs = found
+        outputs = {t.name for t in self._signature.outputs} | {s.present_name for s in self._signature.state}
+        if outputs != {o.name for o in self._session.get_outputs()}:
+            raise BackendError("the graph's outputs are not those of the manifest; export the model again")
+
+    def run(
+        self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
+    ) -> Array:
+        """See :meth:`edgellm_runtime.backends.Backend.run`."""
+        binding = self._binding(tokens.shape, logit_positions.shape, state)
+        binding.tokens[...] = tokens
+        binding.lengths[...] = lengths
+        binding.past_lengths[...] = state.lengths
+        binding.logit_positions[...] = logit_positions
+        try:
+            self._session.run_with_iobinding(binding.io)
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed in a step: {_first_line(error)}") from error
+        state.swap()
+        return binding.logits
+
+    def _binding(self, tokens: tuple[int, ...], positions: tuple[int, ...], state: State) -> _Binding:
+        # What replaces a state is written beside it, so two bindings take turns: told apart by what is read.
+        turn = next((id(state.tensors[name]) for name in state.spares), 0)
+        key = (id(self), turn, tokens, positions)
+        found: _Binding | None = state.attachments.get(key)
+        if found is None:
+            while len(state.attachments) >= _KEPT:
+                state.attachments.pop(next(iter(state.attachments)))
+            found = _Binding(self._ort, self._session, self._signature, self._inputs, tokens, positions, state)
+            state.attachments[key] = found
+        return found
+
+
+class _Binding:
+    """Arrays bound to the graph's names for one shape of step over one state."""
+
+    def __init__(
+        self, ort: Any, session: Any, signature: Signature, inputs: set[str], tokens: tuple[int, ...],
+        positions: tuple[int, ...], state: State,
+    ) -> None:  # fmt: skip
+        batch = tokens[0]
+        self.tokens = np.zeros(tokens, dtype=np.int64)
+        self.past_lengths = np.zeros(batch, dtype=np.int32)
+        self.lengths = np.zeros(batch, dtype=np.int32)
+        self.logit_positions = np.zeros(positions, dtype=np.int64)
+        (logits,) = signature.outputs
+        self.logits = np.zeros((*positions, logits.shape[-1]), dtype=logits.dtype)
+        self.io = session.io_binding()
+        self._values = []
+
+        def value(array: Array) -> Any:
+            made = ort.OrtValue.ortvalue_from_numpy(array)
+            assert made.data_ptr() == array.ctypes.data, "ONNX Runtime copied an array that must be shared"
+            self._values.append(made)
+            return made
+
+        for name in ("tokens", "past_lengths", "lengths", "logit_positions"):
+            if name in inputs:
+                self.io.bind_ortvalue_input(name, value(getattr(self, name)))
+        for spec in signature.state:
+            past = value(state.tensors[spec.name])
+            present = past if spec.update == "append" else value(state.spares[spec.name])
+            if spec.past_name in inputs:
+                self.io.bind_ortvalue_input(spec.past_name, past)
+            self.io.bind_ortvalue_output(spec.present_name, present)
+        self.io.bind_ortvalue_output(logits.name, value(self.logits))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300]

@@ -1,0 +1,235 @@
+"""A bundle on disk: what its manifest says, and files that are what the manifest says they are.
+
+A bundle is untrusted input. Paths stay inside its directory, sizes and checksums are compared before a parser sees a
+byte, and the graph may read no file but those listed. The format is described in docs/bundle-format.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgellm_runtime.errors import BundleError
+from edgellm_runtime.graphfile import external_files
+from edgellm_runtime.spec import Signature, SpecError
+
+__all__ = ["FORMAT", "GRAPH", "MANIFEST", "Bundle", "FileInfo", "Manifest", "TokenizerInfo", "sha256_of"]
+
+FORMAT = 1
+MANIFEST, GRAPH = "manifest.json", "model.onnx"
+_MAX_MANIFEST_BYTES = 4 << 20
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_KEYS = {"format", "name", "target", "signature", "max_context", "ragged_chunks", "dtype", "files"}
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """What a file must be."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What the runtime must know besides ``tokenizer.json``."""
+
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    add_bos: bool = False
+    has_chat_template: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "bos_token_id": self.bos_token_id, "eos_token_ids": list(self.eos_token_ids), "add_bos": self.add_bos,
+            "has_chat_template": self.has_chat_template,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle says of itself.
+
+    Args:
+        name: for people.
+        target: ``name``, and what the device needs: ``requires``, library to least version.
+        signature: the graph's inputs, outputs and state.
+        max_context: the most tokens that a row may hold.
+        ragged_chunks: see :class:`edgellm_runtime.session.Session`.
+        dtype: of activations and unquantized weights.
+        files: every file but the manifest.
+        tokenizer: None for a model of token ids only.
+        quantization: ``method`` and figures, for people; ``{"method": "none"}`` when there is none.
+        provenance: where it came from, for people.
+        bounds: what ``verify`` holds the bundle to; see :mod:`edgellm_runtime.verify`.
+        measured: what the exporter measured against PyTorch, for people.
+    """
+
+    name: str
+    target: Mapping[str, Any]
+    signature: Signature
+    max_context: int
+    ragged_chunks: bool
+    dtype: str
+    files: Mapping[str, FileInfo]
+    tokenizer: TokenizerInfo | None = None
+    quantization: Mapping[str, Any] = field(default_factory=lambda: {"method": "none"})
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    bounds: Mapping[str, float] = field(default_factory=dict)
+    measured: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "target": dict(self.target),
+            "dtype": self.dtype,
+            "quantization": dict(self.quantization),
+            "max_context": self.max_context,
+            "ragged_chunks": self.ragged_chunks,
+            "tokenizer": None if self.tokenizer is None else self.tokenizer.to_json(),
+            "provenance": dict(self.provenance),
+            "bounds": dict(self.bounds),
+            "measured": dict(self.measured),
+            "files": {name: {"bytes": f.bytes, "sha256": f.sha256} for name, f in self.files.items()},
+            "signature": self.signature.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any, source: Path) -> Manifest:
+        """Check and read a manifest.
+
+        Args:
+            data: the parsed JSON, of which nothing is believed yet.
+            source: the file, for messages.
+
+        Raises:
+            BundleError: a newer format, a missing key, a value of the wrong kind.
+        """
+        if not isinstance(data, dict) or type(data.get("format")) is not int:
+            raise BundleError(f"{source}: not an edgellm manifest; export the model again")
+        if data["format"] > FORMAT:
+            raise BundleError(
+                f"{source}: format {data['format']}, this runtime reads up to {FORMAT}; install a newer edgellm"
+            )
+        if missing := _KEYS - data.keys():
+            raise BundleError(f"{source}: {sorted(missing)} missing; export the model again")
+        try:
+            return cls._parse(data)
+        except (SpecError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BundleError(f"{source}: damaged ({error}); export the model again") from error
+
+    @classmethod
+    def _parse(cls, data: dict[str, Any]) -> Manifest:
+        files = {name: FileInfo(_whole(f["bytes"]), str(f["sha256"])) for name, f in data["files"].items()}
+        for name in files:
+            if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
+                raise ValueError(f"file name {name!r} is not a plain name inside the bundle")
+        tokenizer = data.get("tokenizer")
+        if tokenizer is not None:
+            bos = tokenizer.get("bos_token_id")
+            tokenizer = TokenizerInfo(
+                None if bos is None else _whole(bos), tuple(_whole(t) for t in tokenizer["eos_token_ids"]),
+                bool(tokenizer["add_bos"]), bool(tokenizer["has_chat_template"]),
+            )  # fmt: skip
+        signature = Signature.from_json(data["signature"])
+        if len(signature.outputs) != 1 or type(signature.outputs[0].shape[-1]) is not int:
+            raise ValueError("the signature must have one output, logits over a vocabulary of known size")
+        return cls(
+            name=str(data["name"]), target=dict(data["target"]), signature=signature,
+            max_context=_whole(data["max_context"], least=1), ragged_chunks=bool(data["ragged_chunks"]),
+            dtype=str(data["dtype"]), files=files, tokenizer=tokenizer,
+            quantization=dict(data.get("quantization", {"method": "none"})),
+            provenance=dict(data.get("provenance", {})),
+            bounds={str(k): float(v) for k, v in data.get("bounds", {}).items()},
+            measured={str(k): float(v) for k, v in data.get("measured", {}).items()},
+        )  # fmt: skip
+
+
+def _whole(value: Any, least: int = 0) -> int:
+    if type(value) is not int or not least <= value < 2**62:
+        raise ValueError(f"{value!r} is not a whole number from {least}")
+    return value
+
+
+class Bundle:
+    """A checked bundle directory.
+
+    Args:
+        path: the directory.
+        checksums: whether to read every file and compare its sha256. Sizes are compared in any case.
+
+    Raises:
+        BundleError: it is missing, damaged, foreign or newer.
+    """
+
+    def __init__(self, path: str | Path, *, checksums: bool = True) -> None:
+        self.path = Path(path)
+        self.manifest = Manifest.from_json(_read_manifest(self.path), self.path / MANIFEST)
+        if GRAPH not in self.manifest.files:
+            raise BundleError(f"{self.path / MANIFEST}: lists no {GRAPH}; export the model again")
+        for name, info in self.manifest.files.items():
+            self._check(name, info, checksums)
+        self._check_graph()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its files, the manifest left out."""
+        return sum(f.bytes for f in self.manifest.files.values())
+
+    def file(self, name: str) -> Path:
+        """A listed file's path.
+
+        Raises:
+            BundleError: the manifest lists no such file.
+        """
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.path}: has no {name}; export the model again with it")
+        return self.path / name
+
+    def _check(self, name: str, info: FileInfo, checksums: bool) -> None:
+        file = self.path / name
+        if file.is_symlink() or not file.is_file():
+            raise BundleError(f"{file}: missing or not a plain file; copy the bundle again")
+        if (found := file.stat().st_size) != info.bytes:
+            raise BundleError(f"{file}: {found} bytes instead of {info.bytes}; copy the bundle again")
+        if checksums and (digest := sha256_of(file)) != info.sha256:
+            raise BundleError(
+                f"{file}: checksum {digest[:12]}… instead of {info.sha256[:12]}…; the file was changed, copy the bundle again"
+            )
+
+    def _check_graph(self) -> None:
+        """The graph reads no file but those that were checked."""
+        graph = self.file(GRAPH)
+        try:
+            wanted = external_files(graph.read_bytes())
+        except ValueError as error:
+            raise BundleError(f"{graph}: not an ONNX graph ({error}); export the model again") from error
+        if foreign := wanted - self.manifest.files.keys():
+            raise BundleError(f"{graph}: reads {sorted(foreign)}, which the manifest does not list; refusing to follow")
+
+
+def sha256_of(file: Path) -> str:
+    """A file's sha256 in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_manifest(path: Path) -> Any:
+    file = path / MANIFEST
+    if not path.is_dir():
+        raise BundleError(f"{path}: {'not a directory' if path.exists() else 'does not exist'}; a bundle is the directory "
+                          "that 'edgellm export' wrote")  # fmt: skip
+    if not file.is_file():
+        raise BundleError(f"{path}: has no {MANIFEST}; a bundle is the directory that 'edgellm export' wrote")
+    if file.stat().st_size > _MAX_MANIFEST_BYTES:
+        raise BundleError(f"{file}: {file.stat().st_size} bytes are too many for a manifest; export the model again")
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{file}: not JSON ({error}); copy the bundle again") from error

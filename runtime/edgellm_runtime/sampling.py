@@ -1,0 +1,208 @@
+"""Choosing the next token from logits: greedy, or a draw from the filtered distribution.
+
+The filters apply in the field's usual order: repetition penalty, temperature, top-k, top-p, min-p, and the draw is
+from what is left, renormalised. NumPy only; it knows nothing of text, states or sessions.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellm_runtime.errors import BackendError, OptionError
+
+__all__ = ["Sampler", "SamplingOptions"]
+
+_FIRST_GUESS = 256  # tokens that top-p sorts before it looks at more
+
+
+def check_integer(name: str, value: Any, low: int) -> None:
+    """Raise OptionError unless ``value`` is an integer (not a bool) of at least ``low``."""
+    try:
+        good = not isinstance(value, (bool, np.bool_)) and operator.index(value) >= low
+    except TypeError:
+        good = False
+    if not good:
+        raise OptionError(f"{name} is {value!r}; it must be an integer of at least {low}")
+
+
+def _check_number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    # written so that NaN fails, and infinity too, since every upper bound is finite
+    inside = (low < number if open_low else low <= number) and number <= high
+    if isinstance(value, (bool, str)) or not inside:
+        bounds = f"{'above' if open_low else 'at least'} {low:g} and at most {high:g}"
+        raise OptionError(f"{name} is {value!r}; it must be a number {bounds}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How the next token is chosen.
+
+    Args:
+        temperature: divides the logits; 0 takes the most probable token (lowest id on a tie).
+        top_k: keep the k most probable tokens; 0 keeps all. Fan et al. 2018, arXiv:1805.04833.
+        top_p: keep the fewest tokens whose probabilities sum to at least p. Holtzman et al. 2019, arXiv:1904.09751.
+        min_p: keep tokens at least this fraction as probable as the most probable. Nguyen et al. 2024, arXiv:2407.01082.
+        repetition_penalty: divides positive and multiplies negative logits of every token that the row already holds,
+            prompt included; 1 does nothing. Keskar et al. 2019, arXiv:1909.05858.
+        seed: makes draws repeatable, or None for fresh entropy.
+
+    Raises:
+        OptionError: a value is outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_number("temperature", self.temperature, 0, 1e6)
+        check_integer("top_k", self.top_k, 0)
+        _check_number("top_p", self.top_p, 0, 1, open_low=True)
+        _check_number("min_p", self.min_p, 0, 1)
+        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100)
+        if self.seed is not None:
+            check_integer("seed", self.seed, 0)
+
+
+class Sampler:
+    """Chooses one token for each row of a batch.
+
+    Each row owns a PCG64 generator begun from the same seed, so a row's draws are what it would get alone, whatever
+    its neighbours do. Ties are broken by token id, never by the order a sort happens to leave, so that a seed gives
+    the same tokens on every platform.
+
+    Args:
+        options: how to choose.
+        rows: the batch size.
+        vocab_size: length of a row of logits.
+    """
+
+    def __init__(self, options: SamplingOptions, *, rows: int, vocab_size: int) -> None:
+        self.options = options
+        self._greedy = options.temperature == 0
+        self._penalised = options.repetition_penalty != 1
+        self._draws = [] if self._greedy else [np.random.Generator(np.random.PCG64(options.seed)) for _ in range(rows)]
+        self._seen = np.zeros((rows if self._penalised else 0, vocab_size), dtype=bool)
+
+    def observe(self, row: int, tokens: Iterable[int]) -> None:
+        """Tell the repetition penalty which tokens a row holds; chosen tokens are noted without being told."""
+        if self._penalised:
+            self._seen[row, np.fromiter(tokens, dtype=np.int64)] = True
+
+    def __call__(self, logits: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Choose a token for each row.
+
+        Args:
+            logits: (batch, vocab); left as it is.
+
+        Returns:
+            (batch,) token ids.
+
+        Raises:
+            BackendError: a row's best logit is NaN or infinite.
+        """
+        if self._greedy and not self._penalised:
+            best = logits.argmax(axis=-1)
+            for row, token in enumerate(best):
+                _check_best(logits[row, token])
+            return best
+        return np.array([self._choose(row, logits[row]) for row in range(len(logits))], dtype=np.int64)
+
+    def distribution(self, logits: NDArray[np.float32], *, row: int = 0) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """What a draw for this row would choose from.
+
+        Args:
+            logits: (vocab,).
+            row: whose repetition penalty applies.
+
+        Returns:
+            Token ids in rising order, and their probabilities, which sum to 1.
+        """
+        ids, weights = self._weights(row, logits)
+        return ids, weights / weights.sum()
+
+    def _choose(self, row: int, logits: NDArray[np.float32]) -> int:
+        ids, weights = self._weights(row, logits)
+        token = int(ids[0]) if len(ids) == 1 else _draw(ids, weights, self._draws[row].random())
+        if self._penalised:
+            self._seen[row, token] = True
+        return token
+
+    def _weights(self, row: int, logits: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """The tokens that survive the filters and their unnormalised probabilities, the best being 1; ids rise."""
+        o = self.options
+        if self._penalised:
+            logits = _penalise(logits, np.flatnonzero(self._seen[row]), o.repetition_penalty)
+        best = int(logits.argmax())
+        _check_best(logits[best])
+        if self._greedy or o.top_k == 1:
+            return np.array([best]), np.ones(1)
+        ids = _top_k(logits, o.top_k) if 0 < o.top_k < len(logits) else np.arange(len(logits))
+        kept = logits if len(ids) == len(logits) else logits[ids]
+        with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to minus infinity, as it should
+            weights = np.exp((kept.astype(np.float64) - float(logits[best])) / o.temperature)
+        if o.top_p < 1:
+            chosen = _top_p(weights, o.top_p)
+            ids, weights = ids[chosen], weights[chosen]
+        if o.min_p > 0:
+            chosen = np.flatnonzero(weights >= o.min_p)  # the best weighs 1, and no normalisation changes a ratio
+            ids, weights = ids[chosen], weights[chosen]
+        return ids, weights
+
+
+def _check_best(value: np.float32) -> None:
+    if not math.isfinite(value):
+        raise BackendError(f"the model's best logit is {value}; verify the bundle on this device, then export it again")
+
+
+def _penalise(logits: NDArray[np.float32], seen: NDArray[np.int64], penalty: float) -> NDArray[np.float32]:
+    logits = logits.copy()
+    values = logits[seen]
+    logits[seen] = np.where(values > 0, values / penalty, values * penalty)
+    return logits
+
+
+def _top_k(logits: NDArray[np.floating[Any]], k: int) -> NDArray[np.int64]:
+    """The ids of the k greatest, in rising order; of equals the lower ids."""
+    threshold = np.partition(logits, len(logits) - k)[len(logits) - k]
+    ids = np.flatnonzero(logits >= threshold)
+    if len(ids) > k:
+        above, equal = np.flatnonzero(logits > threshold), np.flatnonzero(logits == threshold)
+        ids = np.sort(np.concatenate([above, equal[: k - len(above)]]))
+    return ids
+
+
+def _top_p(weights: NDArray[np.float64], p: float) -> NDArray[np.int64]:
+    """Indices, rising, of the fewest greatest weights that make up the share p; of equals the lower indices."""
+    wanted = p * weights.sum()
+    count = _FIRST_GUESS
+    while True:
+        # sorting a whole vocabulary costs ten times this, and the share is nearly always reached among a few
+        ids = _top_k(weights, count) if count < len(weights) else np.arange(len(weights))
+        ids = ids[np.argsort(-weights[ids], kind="stable")]
+        cumulative = weights[ids].cumsum()
+        if cumulative[-1] >= wanted or len(ids) == len(weights):
+            return np.sort(ids[: int(np.searchsorted(cumulative, wanted)) + 1])
+        count *= 8
+
+
+def _draw(ids: NDArray[np.int64], weights: NDArray[np.float64], u: float) -> int:
+    """Invert the cumulative distribution at u, in [0, 1)."""
+    cumulative = weights.cumsum()
+    index = int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
+    # u * total may round up to the total itself, past the last token that has any weight
+    return int(ids[min(index, int(np.searchsorted(cumulative, cumulative[-1])))])

@@ -1,0 +1,138 @@
+"""Running a bundle's graph: any number of tokens, any rows, the state from step to step. No text here."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellm_runtime.backends import Backend
+from edgellm_runtime.errors import ContextError, OptionError, StateError
+from edgellm_runtime.spec import Signature
+from edgellm_runtime.state import State
+
+__all__ = ["Session"]
+
+Array = NDArray[Any]
+Wanted = Literal["last", "all", "none"]
+_CHUNK = 512  # tokens a step; long prompts are cut, so that scratch memory does not grow with them
+
+
+class Session:
+    """Steps of one bundle.
+
+    Args:
+        backend: executes the graph.
+        signature: what the graph takes, gives and carries.
+        max_context: the most tokens a row may hold.
+        ragged_chunks: whether the graph takes several tokens for several rows over a filled cache at once; if not, such
+            rows are stepped one by one.
+        chunk: the most tokens of a row in one step.
+    """
+
+    def __init__(
+        self, backend: Backend, signature: Signature, *, max_context: int, ragged_chunks: bool, chunk: int = _CHUNK
+    ) -> None:
+        self._backend, self.signature = backend, signature
+        self.max_context, self._ragged_chunks, self.chunk = max_context, ragged_chunks, chunk
+        self.vocab_size = int(signature.outputs[0].shape[-1])
+
+    @property
+    def device(self) -> str:
+        """Where the graph runs."""
+        return self._backend.device
+
+    def new_state(self, batch: int = 1, capacity: int = 0) -> State:
+        """The state of rows that hold no token yet.
+
+        Args:
+            batch: rows.
+            capacity: tokens that each row is expected to hold; more can come later.
+        """
+        state = State(self.signature.state, batch, 1)
+        state.reserve(min(max(capacity, 1), self.max_context))
+        return state
+
+    def step(
+        self, tokens: Array, state: State, *, lengths: Array | None = None, logits: Wanted = "last"
+    ) -> NDArray[np.float32]:
+        """Read more tokens into the state.
+
+        Args:
+            tokens: (batch, time) whole numbers in the vocabulary; rows may be padded at the end.
+            state: stepped in place.
+            lengths: (batch,), how many tokens of each row are valid, at least 1; None when all are.
+            logits: those of each row's ``last`` valid token, of ``all`` positions, or ``none``.
+
+        Returns:
+            Logits (batch, 1 | longest row | 0, vocab); the array may be overwritten by the next step.
+
+        Raises:
+            ContextError: a row would hold more than ``max_context`` tokens.
+            OptionError: tokens outside the vocabulary, or lengths outside the chunk.
+            StateError: another number of rows than the state's.
+        """
+        tokens = np.asarray(tokens, dtype=np.int64)
+        batch, time = self._check(tokens, state)
+        valid = np.full(batch, time, dtype=np.int32) if lengths is None else np.asarray(lengths, dtype=np.int32)
+        if valid.shape != (batch,) or (valid < 1).any() or (valid > time).any():
+            raise OptionError(f"lengths {valid.tolist()} for {batch} rows of {time} tokens; each must be 1 to {time}")
+        if (total := int((state.lengths + valid).max())) > self.max_context:
+            raise ContextError(
+                f"{total} tokens do not fit into the model's context of {self.max_context}; shorten the prompt"
+            )
+        tokens = tokens[:, : valid.max()]  # what is padding in every row is not worth computing
+        time = tokens.shape[1]
+        state.reserve(int(state.lengths.max()) + time)
+        if time > 1 and batch > 1 and not self._ragged_chunks and (state.lengths.any() or time > self.chunk):
+            return self._rows(tokens, valid, state, logits)
+        if time <= self.chunk:
+            return self._run(tokens, valid, state, logits)
+        return self._chunks(tokens, valid, state, logits)
+
+    def _check(self, tokens: Array, state: State) -> tuple[int, int]:
+        if tokens.ndim != 2 or not tokens.size:
+            raise OptionError(f"tokens of shape {tokens.shape}; they must be (rows, tokens), at least one of each")
+        if tokens.shape[0] != state.batch:
+            raise StateError(f"tokens for {tokens.shape[0]} rows, but the state has {state.batch}")
+        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
+            worst = int(tokens.max() if tokens.max() >= self.vocab_size else tokens.min())
+            raise OptionError(f"token {worst} is outside the vocabulary of {self.vocab_size}; use the bundle's tokenizer")
+        return tokens.shape[0], tokens.shape[1]
+
+    def _run(self, tokens: Array, lengths: Array, state: State, logits: Wanted) -> Array:
+        batch, time = tokens.shape
+        if logits == "all":
+            positions = np.broadcast_to(np.arange(time), (batch, time))
+        else:  # one row of logits costs little, and a graph with none at all is nothing to rely on
+            positions = (lengths - 1)[:, None]
+        result = self._backend.run(tokens, lengths, positions, state)
+        state.lengths += lengths
+        return result if logits != "none" else result[:, :0]
+
+    def _chunks(self, tokens: Array, lengths: Array, state: State, logits: Wanted) -> Array:
+        """One step after another over pieces of a long chunk; rows that have ended wait."""
+        batch, time = tokens.shape
+        if batch > 1 and (lengths != time).any():
+            return self._rows(tokens, lengths, state, logits)
+        pieces: list[Array] = []
+        for start in range(0, time, self.chunk):
+            piece = tokens[:, start : start + self.chunk]
+            last = start + self.chunk >= time
+            wanted: Wanted = logits if logits == "all" or last else "none"
+            valid = np.minimum(lengths - start, piece.shape[1]).astype(np.int32)
+            out = self._run(piece, valid, state, wanted)
+            pieces.append(out.copy() if logits == "all" and not last else out)
+        return np.concatenate(pieces, axis=1) if logits == "all" else pieces[-1]
+
+    def _rows(self, tokens: Array, lengths: Array, state: State, logits: Wanted) -> Array:
+        """Each row on its own, its padding left away."""
+        count = {"last": 1, "all": tokens.shape[1], "none": 0}[logits]
+        result = np.zeros((state.batch, count, self.vocab_size), dtype=np.float32)
+        for row in range(state.batch):
+            alone = state.take([row])
+            out = self.step(tokens[row : row + 1, : lengths[row]], alone, logits=logits)
+            result[row, : out.shape[1]] = out[0]
+            state.put(row, alone)
+        return result

