@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
 from edgellm.checkpoints import Checkpoint, load_checkpoint
 
@@ -25,14 +26,16 @@ def fibonacci(n: int) -> list[int]:
     return values[:n]
 """
 WORDS = [
-    "hello", "Hello, world!", "don't you'll WE'RE it's", "naïve café Ærøskøbing", "Ελληνικά", "русский текст", "中文分词",
-    "日本語テスト", "한국어", "العربية", "עברית", "हिन्दी", "ไทย", "🙂", "👩‍👩‍👧‍👦 family", "🇧🇷🇫🇷", "e\u0301 vs é", "ﬁ ½ ² Ⅷ", "٣٤٥ ४५६",
-    "1234567890", "3.14159e-10", "0xDEADBEEF", "$1,299.99", "2024-01-31T23:59:59Z", "  two", "tab\tseparated", "end  ",
-    "\n\n\n", " \n \t\n", "a\r\nb", "\u00a0nbsp\u2003em\u200bzero", "for (int i = 0; i < n; ++i) { x[i] *= 2; }",
+    "hello", "Hello, world!", "don't you'll WE'RE it's", "naïve café Ærøskøbing", "Ελληνικά", "русский текст",
+    "中文分词", "日本語テスト", "한국어", "العربية", "עברית", "हिन्दी", "ไทย", "🙂", "👩\u200d👩\u200d👧\u200d👦 family", "🇧🇷🇫🇷",
+    "e\u0301 vs é", "ﬁ ½ ² Ⅷ", "٣٤٥ ४५६", "1234567890", "3.14159e-10", "0xDEADBEEF", "$1,299.99",
+    "2024-01-31T23:59:59Z", "  two", "tab\tseparated", "end  ", "\n\n\n", " \n \t\n", "a\r\nb",
+    "\u00a0nbsp\u2003em\u200bzero", "for (int i = 0; i < n; ++i) { x[i] *= 2; }",
     "def f(x):\n    return x ** 2  # square", "SELECT * FROM t WHERE a != 'b';", "<div class=\"x\">&amp;</div>",
-    "https://example.org/a?b=c&d=%20#e", "C:\\Users\\me", "snake_case camelCase SCREAMING_CASE", "__init__.py", "...?!",
-    "<|im_start|>user\nHi<|im_end|>\n", "<|endoftext|>", "a<|im_end|>b", "<|im_start|> <|im_end|>", "<repo_name>x",
-    "<|not_special|>", "<file_sep><empty_output>", "\x00\x01\x7f", "\ufeffbom", "Zürich—“quoted”…",
+    "https://example.org/a?b=c&d=%20#e", "C:\\Users\\me", "snake_case camelCase SCREAMING_CASE", "__init__.py",
+    "...?!", "<|im_start|>user\nHi<|im_end|>\n", "<|endoftext|>", "a<|im_end|>b", "<|im_start|> <|im_end|>",
+    "<repo_name>x", "<|not_special|>", "<file_sep><empty_output>", "\u0000\u0001\u007f", "\ufeffbom",
+    "Zürich—“quoted”…",
 ]  # fmt: skip
 
 
@@ -50,13 +53,28 @@ def ours(gguf_path: Path) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def transformers(gguf_path: Path):  # noqa: ANN201
+def transformers(gguf_path: Path):
     os.environ["HF_HUB_OFFLINE"] = "1"
     return pytest.importorskip("transformers")
 
 
+def transformers_model(path: Path, transformers):
+    """What from_pretrained(gguf_file=) does, which asks for accelerate without needing it."""
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
+    missing, unexpected = model.load_state_dict({n: t.float() for n, t in tensors.items()}, strict=False)
+    assert (set(missing), unexpected) <= ({"lm_head.weight"}, [])
+    model.tie_weights()
+    return model.eval()
+
+
 def lines(template_text: str) -> list[str]:
-    pairs = [f"{a} {b}" for a, b in itertools.pairwise(WORDS)] + [f"{a}{b}" for a, b in zip(WORDS, WORDS[7:])]
+    pairs = [f"{a} {b}" for a, b in itertools.pairwise(WORDS)] + [
+        f"{a}{b}" for a, b in zip(WORDS, WORDS[7:], strict=False)
+    ]
     spread = [f" {word}\t{word}  " for word in WORDS]
     return ["", *WORDS, *pairs, *spread, TEXT, *TEXT.splitlines(), template_text]
 
@@ -70,9 +88,7 @@ def test_metadata_is_what_the_file_says(ours):
 
 
 def test_logits_equal_transformers(ours, gguf_path, transformers):
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        gguf_path.parent, gguf_file=gguf_path.name, dtype=torch.float32
-    ).eval()
+    theirs = transformers_model(gguf_path, transformers)
     tokens = torch.tensor([Tokenizer.from_str(ours.tokenizer_json).encode(TEXT).ids])
     with torch.inference_mode():
         expected, got = theirs(tokens).logits[0], ours.model(tokens)[0][0]
@@ -87,11 +103,19 @@ def test_tokens_equal_transformers(ours, gguf_path, transformers):
     tokenizer = Tokenizer.from_str(ours.tokenizer_json)
     chat = [{"role": "user", "content": "What is 2+2? Réponds en français."}]
     every = lines(theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-    assert len(every) >= 200
+    plain = [line for line in every if not any(c.isnumeric() and not c.isascii() for c in line)]
+    assert len(plain) >= 200
+    for line in plain:
+        assert tokenizer.encode(line, add_special_tokens=False).ids == theirs.encode(line), repr(line)
+    # transformers' GGUF reader leaves out the split at digits that "smollm" stands for; it shows on numerals such as ½
+    theirs.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    )
     for line in every:
         ids = tokenizer.encode(line, add_special_tokens=False).ids
-        assert ids == theirs.encode(line, add_special_tokens=False), repr(line)
+        assert ids == theirs.encode(line), repr(line)
         assert tokenizer.decode(ids, skip_special_tokens=False) == line, repr(line)
+    print(f"{len(every)} lines, {len(plain)} of them without foreign numerals")
     assert tokenizer.get_vocab_size() == len(theirs)
 
 

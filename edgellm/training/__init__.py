@@ -1,0 +1,28 @@
+"""Training: text to tokens, the loop, and the checkpoints it leaves. Imports torch."""
+
+from edgellm.training.corpus import Corpus
+from edgellm.training.evaluation import unigram_entropy
+from edgellm.training.options import TrainOptions
+from edgellm.training.progress import Reporter, StepReport
+from edgellm.training.run import RunConfig, train_from_text
+from edgellm.training.settings import parse_settings
+from edgellm.training.tokenizer import END_OF_TEXT, train_tokenizer
+from edgellm.training.tokens import TokenData, prepare_tokens
+from edgellm.training.trainer import TrainResult, train
+
+__all__ = [
+    "END_OF_TEXT",
+    "Corpus",
+    "Reporter",
+    "RunConfig",
+    "StepReport",
+    "TokenData",
+    "TrainOptions",
+    "TrainResult",
+    "parse_settings",
+    "prepare_tokens",
+    "train",
+    "train_from_text",
+    "train_tokenizer",
+    "unigram_entropy",
+]

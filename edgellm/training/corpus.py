@@ -157,7 +157,7 @@ def _text_of(line: bytes, place: str) -> str:
     except UnicodeError:
         raise TrainingError(f"{place}: not UTF-8 text; save the file as UTF-8") from None
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise TrainingError(f'{place}: {_excerpt(line)} is not an object with a text; write {{"text": "..."}}') from None
+        raise TrainingError(f'{place}: {_excerpt(line)} is not a text; write {{"text": "..."}}') from None
     return text
 
 

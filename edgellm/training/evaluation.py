@@ -32,8 +32,8 @@ def validation_loss(model: nn.Module, data: TokenData, options: TrainOptions, wo
         options: context, batch size, and how many windows.
         world: the processes.
     """
-    per_update = options.batch_size * options.accumulation * world.size
-    starts = even_offsets(options.eval_batches * per_update, len(data.validation), options.context)[world.rank :: world.size]
+    count = options.eval_batches * options.batch_size * options.accumulation * world.size
+    starts = even_offsets(count, len(data.validation), options.context)[world.rank :: world.size]
     total = torch.zeros(2, dtype=torch.float64)  # summed loss, windows
     training = model.training
     model.eval()

@@ -50,7 +50,9 @@ def _draw_lines(axes: Any, metrics: Sequence[dict[str, Any]], unigram_entropy: f
     axes.plot(steps, losses, color=TRAIN, linewidth=0.8, alpha=0.45)
     axes.plot(steps, _smooth(losses), color=TRAIN, linewidth=2)
     marker = "o" if len(val_steps) <= 40 else ""
-    axes.plot(val_steps, val_losses, color=VALIDATION, linewidth=2, marker=marker, markersize=4)
+    axes.plot(
+        val_steps, val_losses, color=VALIDATION, linewidth=2, marker=marker, markersize=4, clip_on=False, zorder=3
+    )
     axes.axhline(unigram_entropy, color=UNIGRAM, linewidth=1.2, linestyle=(0, (4, 3)))
     axes.set_xlim(0, last)
     labels = [(unigram_entropy, f"unigram {unigram_entropy:.3f}", UNIGRAM)]

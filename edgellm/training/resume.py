@@ -85,7 +85,7 @@ def load_trainer_state(directory: Path, device: torch.device) -> TrainerState:
         raise CheckpointError(f"{path}: damaged ({error}); start the run again in another folder") from None
     found = record.get("format") if isinstance(record, dict) else None
     if found != FORMAT or record.keys() != TrainerState.__dataclass_fields__.keys():
-        raise CheckpointError(f"{path}: format {found}, this edgellm reads {FORMAT}; start the run again in another folder")
+        raise CheckpointError(f"{path}: format {found}, this edgellm reads {FORMAT}; start the run again elsewhere")
     return TrainerState(**record)
 
 
@@ -99,10 +99,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
         tensors = load_file(path)
         missing, unexpected = model.load_state_dict(tensors, strict=False)
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: does not fit the model ({error}); resume with the configuration it began with") from None
+        raise CheckpointError(f"{path} does not fit the model ({error}); resume with the model it began with") from None
     state = model.state_dict(keep_vars=True)
     stored = {id(state[name]) for name in tensors if name in state}
     missing = [name for name in missing if id(state[name]) not in stored]  # a tied tensor is stored under one name
     if missing or unexpected:
         names = ", ".join([*missing, *unexpected][:4])
-        raise CheckpointError(f"{path}: tensors {names} do not fit the model; resume with the configuration it began with")
+        raise CheckpointError(f"{path}: tensors {names} do not fit; resume with the model it began with")

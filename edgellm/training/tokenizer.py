@@ -62,7 +62,9 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
     """
     token: int | None = tokenizer.token_to_id(END_OF_TEXT)
     if token is None:
-        raise TrainingError(f"the tokenizer has no {END_OF_TEXT} token to part documents with; add it as a special token")
+        raise TrainingError(
+            f"the tokenizer has no {END_OF_TEXT} token; add it as a special token, to part documents with"
+        )
     return token
 
 

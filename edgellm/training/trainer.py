@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from edgellm.checkpoints import save_checkpoint
+from edgellm.checkpoints import checkpoint_directory, save_checkpoint
 from edgellm.errors import TrainingError
 from edgellm.models.protocol import LanguageModel
 from edgellm.training.distributed import World, open_world
@@ -71,13 +71,13 @@ class TrainResult:
 
     @property
     def val_perplexity(self) -> float:
-        """exp of the validation loss."""
+        """The exponential of the validation loss."""
         return math.exp(min(self.val_loss, MAX_EXPONENT))
 
 
 def holds_run(directory: Path) -> bool:
     """Whether a run was begun there."""
-    return (directory / METRICS).exists() or (directory / LAST).exists()
+    return (directory / METRICS).exists() or checkpoint_directory(directory / LAST).exists()
 
 
 def train(
@@ -111,15 +111,15 @@ def train(
         if options.precision == "float16" and world.device.type != "cuda":
             raise TrainingError(f"precision float16 needs a CUDA GPU, not {world.device}; use bfloat16 or float32")
         run = _Run(model, data, options, out_dir, world, architecture, tokenizer)
-        if resume and (out_dir / LAST).is_dir():
-            run.restore()
+        if resume and (last := checkpoint_directory(out_dir / LAST)).is_dir():
+            run.restore(last)
         return run.loop(on_progress)
 
 
 def _check(model: nn.Module, data: TokenData, options: TrainOptions, out_dir: Path, resume: bool) -> None:
     if not isinstance(model, LanguageModel):
         name = type(model).__name__
-        raise TrainingError(f"{name} lacks config or state_specs(); add what edgellm.models.protocol.LanguageModel asks")
+        raise TrainingError(f"{name} has no config or no state_specs(); see edgellm.models.protocol.LanguageModel")
     config = model.config
     if options.context > config.max_context:
         raise TrainingError(f"context {options.context} is over the model's max_context {config.max_context}; lower it")
@@ -148,9 +148,8 @@ class _Run:
         self.recent: deque[float] = deque(maxlen=RECENT)
         self.val_loss = self.best_loss = math.inf
 
-    def restore(self) -> None:
-        """Go back to what ``last`` holds."""
-        last = self.out / LAST
+    def restore(self, last: Path) -> None:
+        """Go back to what a checkpoint holds."""
         state = load_trainer_state(last, self.world.device)
         state.check(self.options, self.data.fingerprint, last)
         load_weights(self.model, last / "model.safetensors")
@@ -201,9 +200,9 @@ class _Run:
 
     def _fail(self, loss: float) -> None:
         what = "gradient" if math.isfinite(loss) else "loss"
-        kept = self.out / LAST
+        kept = checkpoint_directory(self.out / LAST)
         good = f"the last good checkpoint is {kept}" if kept.is_dir() else "no checkpoint was saved yet"
-        raise TrainingError(f"the {what} is not finite at step {self.step + 1}; {good}; train with a lower learning rate")
+        raise TrainingError(f"the {what} is not finite at step {self.step + 1}; {good}; lower the learning rate")
 
     def _log(self, log: MetricsLog, report: StepReport) -> None:
         beside = None if report.val_loss is None else self.unigram

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,11 +103,12 @@ class Sampler:
         if self._penalised:
             self._seen[row, np.fromiter(tokens, dtype=np.int64)] = True
 
-    def __call__(self, logits: NDArray[np.float32]) -> NDArray[np.int64]:
+    def __call__(self, logits: NDArray[np.float32], rows: Sequence[int] | None = None) -> NDArray[np.int64]:
         """Choose a token for each row.
 
         Args:
             logits: (batch, vocab); left as it is.
+            rows: which rows these are, when some have left the batch; None means all.
 
         Returns:
             (batch,) token ids.
@@ -120,7 +121,8 @@ class Sampler:
             for row, token in enumerate(best):
                 _check_best(logits[row, token])
             return best
-        return np.array([self._choose(row, logits[row]) for row in range(len(logits))], dtype=np.int64)
+        indices = range(len(logits)) if rows is None else rows
+        return np.array([self._choose(row, x) for row, x in zip(indices, logits, strict=True)], dtype=np.int64)
 
     def distribution(self, logits: NDArray[np.float32], *, row: int = 0) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """What a draw for this row would choose from.

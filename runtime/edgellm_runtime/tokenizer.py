@@ -57,6 +57,7 @@ class Tokenizer:
         self._vocab_size = vocab_size
         self._lock = threading.Lock()  # the library's special-token switch is a property of the object, not of a call
         self.bos_token_id = info.bos_token_id
+        self.eos_token_id = info.eos_token_ids[0] if info.eos_token_ids else None  # the one that a template writes
         self.eos_token_ids = frozenset(info.eos_token_ids)
         self.add_bos = info.add_bos and info.bos_token_id is not None
         for token in (*([] if self.bos_token_id is None else [self.bos_token_id]), *info.eos_token_ids):

@@ -1,0 +1,207 @@
+"""``edgellm train``: from text files to a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from edgellm.training import RunConfig, TrainResult
+
+__all__ = ["train"]
+
+# What to train a preset with; measured for tiny (about a minute on two cores), the usual values for the larger model.
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "tiny": {
+        "steps": 300, "batch_size": 16, "context": 128, "lr": 3e-3, "warmup": 30, "eval_every": 50, "save_every": 100,
+    },
+    "reference": {
+        "steps": 20000, "batch_size": 32, "context": 512, "lr": 6e-4, "warmup": 500, "eval_every": 500,
+        "save_every": 1000,
+    },
+}  # fmt: skip
+MODEL_PARAMETERS = ("architecture", "preset", "settings", "vocab_size", "validation", "validation_fraction")
+INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
+
+
+def _varies(name: str) -> str:
+    return "[default: " + ", ".join(f"{recipe[name]} for {preset}" for preset, recipe in RECIPES.items()) + "]"
+
+
+FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("texts", nargs=-1, metavar="TEXT...", type=FILE)
+@click.option("-o", "--out", required=True, type=FILE, help="Folder for the run: checkpoints, metrics, loss curve.")
+@click.option(
+    "--architecture",
+    default="hybrid",
+    show_default=True,
+    metavar="NAME",
+    help="Which model: hybrid (recurrence and attention) or decoder (transformer).",
+)
+@click.option(
+    "--preset", default="tiny", show_default=True, metavar="NAME", help="Its named configuration, tiny or reference."
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Change a field of the preset, such as width=64 or pattern=gru,attention; repeatable.",
+)
+@click.option("--vocab-size", type=int, help="The most tokens that the tokenizer gets. [default: the preset's]")
+@click.option(
+    "--validation",
+    multiple=True,
+    type=FILE,
+    metavar="FILE",
+    help="Text to validate on; repeatable. [default: a part of TEXT]",
+)
+@click.option(
+    "--validation-fraction",
+    type=float,
+    default=0.1,
+    show_default=True,
+    help="The part of TEXT to hold out: the tail of plain text, every n-th document of JSONL.",
+)
+@click.option("--steps", type=int, help=f"Updates in all. {_varies('steps')}")
+@click.option("--batch-size", type=int, help=f"Windows in one forward pass. {_varies('batch_size')}")
+@click.option("--context", type=int, help=f"Tokens in a window. {_varies('context')}")
+@click.option("--lr", type=float, help=f"The highest learning rate. {_varies('lr')}")
+@click.option("--warmup", type=int, help=f"Updates over which the rate rises. {_varies('warmup')}")
+@click.option("--accumulation", type=int, default=1, show_default=True, help="Forward passes per update.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the weights, the data's order and dropout.")
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of the arithmetic; weights stay float32. float16 needs a GPU.",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--eval-every", type=int, help=f"Updates between validations. {_varies('eval_every')}")
+@click.option("--save-every", type=int, help=f"Updates between checkpoints. {_varies('save_every')}")
+@click.option("--threads", type=int, help="CPU threads. [default: PyTorch's choice]")
+@click.option(
+    "--resume",
+    is_flag=True,
+    default=False,
+    help="Go on with the run in the folder; options not given are the run's own. [default: start a run]",
+)
+@click.option(
+    "--json", "as_json", is_flag=True, default=False, help="Print the result as one JSON object. [default: a summary]"
+)
+@click.pass_context
+def train(
+    click_context: click.Context, /, texts: tuple[Path, ...], out: Path, resume: bool, as_json: bool, **parameters: Any
+) -> None:  # fmt: skip
+    """Train a tokenizer and a language model on text.
+
+    TEXT is plain UTF-8 (.txt and anything else), or JSON Lines (.jsonl) with {"text": ...} on each line. Start it with
+    torchrun to train in several processes.
+    """
+    from rich.console import Console
+
+    from edgellm.training import Reporter, RunConfig, train_from_text
+
+    given = {
+        name for name in parameters
+        if click_context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+    }  # fmt: skip
+    if resume:
+        config = _resumed(RunConfig.load(out), texts, {n: parameters[n] for n in parameters if n in given})
+    else:
+        config = _fresh(texts, parameters, given)
+    first = os.environ.get("RANK", "0") == "0"
+    with Reporter(Console(stderr=True)) as reporter:
+        result = train_from_text(config, out, resume=resume, say=reporter.say, on_progress=reporter)
+    if result.interrupted:
+        if first:
+            command = shlex.join(["edgellm", "train", "-o", str(out), "--resume"])
+            click.echo(f"stopped after step {result.steps}; the checkpoint is saved, go on with: {command}", err=True)
+        click_context.exit(INTERRUPTED)
+    if first:
+        _print(result, as_json)
+
+
+def _fresh(texts: tuple[Path, ...], parameters: Mapping[str, Any], given: set[str]) -> RunConfig:
+    from edgellm.errors import ConfigError
+    from edgellm.models import registry
+    from edgellm.training import RunConfig, TrainOptions, parse_settings
+
+    architecture, preset = registry.find(parameters["architecture"]), parameters["preset"]
+    if preset not in architecture.presets:
+        known = ", ".join(architecture.presets)
+        raise ConfigError(f"the {architecture.name} model has no preset {preset!r}; it has {known}")
+    changes = parse_settings(architecture.config, parameters["settings"])
+    if parameters["vocab_size"] is not None:
+        changes["vocab_size"] = parameters["vocab_size"]
+    model = dataclasses.replace(architecture.presets[preset], **changes)
+    names = {f.name for f in dataclasses.fields(TrainOptions)}
+    recipe = {n: v for n, v in RECIPES.get(preset, RECIPES["tiny"]).items() if n not in given}
+    chosen = {n: v for n, v in parameters.items() if n in names and v is not None}
+    if "warmup" not in given and (steps := chosen.get("steps", recipe.get("steps"))):
+        recipe["warmup"] = min(recipe["warmup"], max(1, steps // 10))  # a short run must still get to its peak
+    return RunConfig(
+        texts=texts, validation_texts=parameters["validation"], validation_fraction=parameters["validation_fraction"],
+        architecture=architecture.name, model=model.to_json(), options=TrainOptions(**{**recipe, **chosen}),
+    )  # fmt: skip
+
+
+def _resumed(run: RunConfig, texts: tuple[Path, ...], given: Mapping[str, Any]) -> RunConfig:
+    if fixed := [name for name in MODEL_PARAMETERS if name in given]:
+        option = "--" + fixed[0].replace("settings", "set").replace("_", "-")
+        raise click.UsageError(f"{option} cannot be given with --resume; the run keeps what it began with")
+    return dataclasses.replace(run, texts=texts or run.texts, options=dataclasses.replace(run.options, **given))
+
+
+def _print(result: TrainResult, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(_summary(result)))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    for name, value in _rows(result):
+        table.add_row(f"[bold]{name}[/bold]", value)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print(f"\nNext: edgellm export {shlex.quote(str(result.checkpoint))} -o BUNDLE", markup=False)
+
+
+def _summary(result: TrainResult) -> dict[str, Any]:
+    return {
+        "checkpoint": str(result.checkpoint),
+        "steps": result.steps,
+        "train_loss": result.train_loss,
+        "val_loss": result.val_loss,
+        "val_perplexity": result.val_perplexity,
+        "unigram_entropy": result.unigram_entropy,
+        "tokens_per_s": round(result.tokens_per_s, 1),
+        "seconds": round(result.seconds, 3),
+        "parameters": result.parameters,
+        "metrics": str(result.metrics),
+        "plot": str(result.plot),
+    }
+
+
+def _rows(result: TrainResult) -> Sequence[tuple[str, str]]:
+    return (
+        ("checkpoint", str(result.checkpoint)),
+        ("validation", f"{result.val_loss:.4f} nats a token (perplexity {result.val_perplexity:.2f})"),
+        ("unigram", f"{result.unigram_entropy:.4f} nats a token, for comparison"),
+        ("training", f"{result.train_loss:.4f} nats a token after {result.steps:,} steps"),
+        ("speed", f"{result.tokens_per_s:,.0f} tokens/s, {result.seconds:.1f} s"),
+        ("model", f"{result.parameters:,} parameters"),
+        ("curve", str(result.plot)),
+    )

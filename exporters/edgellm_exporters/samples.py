@@ -1,0 +1,35 @@
+"""The rows of tokens that goldens are taken from: real sentences where there is a tokenizer, fixed draws where not."""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = ["golden_rows"]
+
+_ROW = 48
+_TEXTS = (
+    "The lighthouse keeper wrote a letter every evening, though the boat came only twice a month. He told his sister "
+    "about the storms, the birds that rested on the railing, and the colour of the water before rain.",
+    "To bake bread you need flour, water, salt and time: 500 g of flour take about 350 ml of water and 10 g of salt. "
+    "Mix them, wait an hour, fold the dough 3 times, then bake it at 230 degrees until it sounds hollow.",
+)
+
+
+def golden_rows(tokenizer_json: str | None, vocab_size: int, max_context: int) -> list[list[int]]:
+    """Two rows of at most 48 tokens.
+
+    Args:
+        tokenizer_json: a tokenizer to encode sentences with, or None.
+        vocab_size: tokens are below it.
+        max_context: rows leave at least half of it free.
+    """
+    length = max(2, min(_ROW, max_context // 2))
+    if tokenizer_json is not None:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_str(tokenizer_json)
+        rows = [tokenizer.encode(text, add_special_tokens=False).ids[:length] for text in _TEXTS]
+        if all(len(row) > 1 and max(row) < vocab_size for row in rows):
+            return rows
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, vocab_size, length).tolist() for _ in _TEXTS]

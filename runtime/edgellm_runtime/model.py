@@ -1,0 +1,155 @@
+"""A bundle ready to generate: prompts in words, token ids or messages; answers whole or as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Unpack, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellm_runtime.chat import ChatTemplate, Message
+from edgellm_runtime.conversation import Conversation
+from edgellm_runtime.errors import OptionError
+from edgellm_runtime.generate import Chunk, Generation, GenerationOptions, OptionKeywords, Run
+from edgellm_runtime.session import Session
+from edgellm_runtime.tokenizer import Tokenizer, check_tokens
+
+if TYPE_CHECKING:
+    from edgellm_runtime.bundle import Bundle
+
+__all__ = ["Model"]
+
+Tokens = Sequence[int] | NDArray[np.integer[Any]]
+
+
+class Model:
+    """A language model on this device. Made by :func:`edgellm_runtime.load`.
+
+    Every generating method takes the keywords of :class:`GenerationOptions`: ``max_new_tokens=256, stop=(),
+    temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=None, ignore_eos=False``.
+
+    Args:
+        session: steps the model.
+        tokenizer: None for a bundle without one; prompts are then token ids and answers have no text.
+        bundle: what was loaded.
+    """
+
+    def __init__(self, session: Session, tokenizer: Tokenizer | None, bundle: Bundle) -> None:
+        self.session = session
+        self.tokenizer = tokenizer
+        self.bundle = bundle
+
+    @overload
+    def generate(self, prompt: str | Tokens, **options: Unpack[OptionKeywords]) -> Generation: ...
+
+    @overload
+    def generate(self, prompt: list[str] | list[list[int]], **options: Unpack[OptionKeywords]) -> list[Generation]: ...
+
+    def generate(self, prompt: Any, **options: Unpack[OptionKeywords]) -> Generation | list[Generation]:
+        """Go on from a prompt, or from each of a list of prompts in one batch.
+
+        A row of a batch gets what its prompt gets alone; with a seed, each row draws from its own generator begun from
+        that seed. The names of special tokens in a text are plain characters; to use special tokens, encode the
+        prompt with ``model.tokenizer.encode(text, special=True)``.
+
+        Args:
+            prompt: a text or token ids; or a list of texts or of lists of token ids.
+            **options: those of :class:`GenerationOptions`.
+
+        Raises:
+            OptionError: an option outside its range, or an empty prompt where the model has no bos token.
+            ContextError: a prompt is longer than the context.
+        """
+        checked = GenerationOptions(**options)
+        many = not isinstance(prompt, str) and len(prompt) > 0 and not np.isscalar(prompt[0])
+        many = many or (isinstance(prompt, (list, tuple)) and len(prompt) > 0 and isinstance(prompt[0], str))
+        prompts = [self._tokens(p) for p in (prompt if many else [prompt])]
+        run = Run(self.session, self.tokenizer, prompts, checked)
+        for _ in run.chunks():
+            pass
+        return [run.result(row) for row in range(len(prompts))] if many else run.result()
+
+    def stream(self, prompt: str | Tokens, **options: Unpack[OptionKeywords]) -> Iterator[Chunk]:
+        """The same for one prompt, chunk by chunk; it may be left at any time.
+
+        Args:
+            prompt: a text or token ids.
+            **options: those of :class:`GenerationOptions`.
+
+        Raises:
+            OptionError: as for :meth:`generate`, at once and not at the first chunk.
+            ContextError: likewise.
+        """
+        run = Run(self.session, self.tokenizer, [self._tokens(prompt)], GenerationOptions(**options))
+        return (chunk for _, chunk in run.chunks())
+
+    def chat(self, messages: Sequence[Message], **options: Unpack[OptionKeywords]) -> Generation:
+        """The assistant's answer to messages, through the bundle's chat template.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` each.
+            **options: those of :class:`GenerationOptions`.
+
+        Raises:
+            OptionError: an option outside its range, malformed messages, or no chat template.
+            ContextError: the messages are longer than the context.
+        """
+        return self.generate(self.chat_template.encode(messages), **options)
+
+    def stream_chat(self, messages: Sequence[Message], **options: Unpack[OptionKeywords]) -> Iterator[Chunk]:
+        """The same, chunk by chunk; it may be left at any time.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` each.
+            **options: those of :class:`GenerationOptions`.
+
+        Raises:
+            OptionError: as for :meth:`chat`.
+            ContextError: likewise.
+        """
+        return self.stream(self.chat_template.encode(messages), **options)
+
+    def conversation(self, *, system: str | None = None) -> Conversation:
+        """A conversation that keeps its state between turns.
+
+        Args:
+            system: the system message, or None for the template's own.
+
+        Raises:
+            OptionError: the bundle has no chat template.
+        """
+        template = self.chat_template
+        assert self.tokenizer is not None
+        return Conversation(self.session, self.tokenizer, template, system)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the bundle can turn messages into a prompt."""
+        info = self.bundle.manifest.tokenizer
+        return self.tokenizer is not None and info is not None and info.has_chat_template
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The bundle's chat template.
+
+        Raises:
+            OptionError: it has none.
+        """
+        if self.tokenizer is None or not self.has_chat_template:
+            raise OptionError(f"{self.bundle.manifest.name} has no chat template; use generate with a plain prompt")
+        return ChatTemplate(self.bundle.file("chat_template.jinja"), self.tokenizer)
+
+    def _tokens(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise OptionError("the prompt is a text, but the bundle has no tokenizer; pass token ids")
+            tokens = self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos)
+        else:
+            tokens = check_tokens(prompt, self.session.vocab_size)
+        if tokens:
+            return tokens
+        if self.tokenizer is None or self.tokenizer.bos_token_id is None:
+            raise OptionError("the prompt is empty and the model has no bos token to start from; pass some text")
+        return [self.tokenizer.bos_token_id]
