@@ -123,7 +123,7 @@ def test_a_failure_before_the_end_leaves_the_old_checkpoint(saved):
     assert [p.name for p in saved.parent.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("survived", range(4))
+@pytest.mark.parametrize("survived", range(6))
 def test_a_crash_at_any_rename_leaves_a_whole_checkpoint(saved, monkeypatch, survived):
     """Stops dead, as a crash does: after so many renames and removals nothing more happens, not even cleaning up."""
     left = survived

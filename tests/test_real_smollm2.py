@@ -27,7 +27,8 @@ def fibonacci(n: int) -> list[int]:
 """
 WORDS = [
     "hello", "Hello, world!", "don't you'll WE'RE it's", "naïve café Ærøskøbing", "Ελληνικά", "русский текст",
-    "中文分词", "日本語テスト", "한국어", "العربية", "עברית", "हिन्दी", "ไทย", "🙂", "👩\u200d👩\u200d👧\u200d👦 family", "🇧🇷🇫🇷",
+    "中文分词", "日本語テスト", "한국어", "العربية", "עברית", "हिन्दी", "ไทย", "🙂", "👩\u200d👩\u200d👧\u200d👦 family",
+    "🇧🇷🇫🇷",
     "e\u0301 vs é", "ﬁ ½ ² Ⅷ", "٣٤٥ ४५६", "1234567890", "3.14159e-10", "0xDEADBEEF", "$1,299.99",
     "2024-01-31T23:59:59Z", "  two", "tab\tseparated", "end  ", "\n\n\n", " \n \t\n", "a\r\nb",
     "\u00a0nbsp\u2003em\u200bzero", "for (int i = 0; i < n; ++i) { x[i] *= 2; }",
@@ -72,9 +73,8 @@ def transformers_model(path: Path, transformers):
 
 
 def lines(template_text: str) -> list[str]:
-    pairs = [f"{a} {b}" for a, b in itertools.pairwise(WORDS)] + [
-        f"{a}{b}" for a, b in zip(WORDS, WORDS[7:], strict=False)
-    ]
+    pairs = [f"{a} {b}" for a, b in itertools.pairwise(WORDS)]
+    pairs += [f"{a}{b}" for step in (7, 13) for a, b in zip(WORDS, WORDS[step:], strict=False)]
     spread = [f" {word}\t{word}  " for word in WORDS]
     return ["", *WORDS, *pairs, *spread, TEXT, *TEXT.splitlines(), template_text]
 

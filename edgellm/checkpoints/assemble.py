@@ -132,6 +132,7 @@ def _take(
             "are one; correct the configuration"
         )
     tensor = first.to(dtype)
-    if not bool(torch.isfinite(tensor).all()):
+    low_and_high = torch.stack(tensor.aminmax())  # NaN if any is; needs no second tensor of that size
+    if not bool(low_and_high.isfinite().all()):
         raise CheckpointError(f"{path}: tensor {layout.name(stored[0])} is not finite as {dtype}; use sound weights")
     return tensor

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer
 
 from edgellm.errors import CheckpointError
 
-__all__ = ["read_json", "read_text", "read_tokenizer", "token_ids"]
+__all__ = ["read_json", "read_text", "read_tokenizer", "token_ids", "tokenizer_errors"]
 
 
 def read_text(path: Path) -> str:
@@ -21,7 +22,7 @@ def read_text(path: Path) -> str:
         CheckpointError: it cannot be read or is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; the checkpoint is incomplete") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -52,11 +53,23 @@ def read_tokenizer(path: Path) -> str | None:
     if not path.exists():
         return None
     text = read_text(path)
-    try:
+    with tokenizer_errors(f"{path} is not a tokenizer", "copy the checkpoint again"):
         Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing narrower
-        raise CheckpointError(f"{path} is not a tokenizer ({error}); copy the checkpoint again") from error
     return text
+
+
+@contextmanager
+def tokenizer_errors(what: str, remedy: str) -> Iterator[None]:
+    """Turn whatever the tokenizers library raises into a CheckpointError; it has no class of its own for it."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except BaseException as error:
+        # a panic in the library's Rust code is no Exception and its class cannot be imported
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{what} ({error}); {remedy}") from error
 
 
 def token_ids(data: Mapping[str, Any], key: str, path: Path) -> tuple[int, ...]:

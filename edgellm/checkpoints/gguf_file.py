@@ -29,6 +29,8 @@ class _Reader(gguf.GGUFReader):  # type: ignore[misc]
     """gguf's reader, which by itself reads past the end of a damaged file as if nothing were there."""
 
     def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
+        if isinstance(self.data, np.memmap):
+            self.data = np.asarray(self.data)  # the same mapping; slicing it costs half, and strings are many
         if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
             raise ValueError("it ends early")
         return super()._get(offset, dtype, count, override_order)

@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
+from edgellm.checkpoints.files import tokenizer_errors
 from edgellm.errors import CheckpointError
 
 __all__ = ["adds_bos", "build_tokenizer"]
@@ -81,16 +82,15 @@ def build_tokenizer(metadata: Mapping[str, Any], path: Path) -> str | None:
     if not tokens or len(tokens) != len(types) or len(set(tokens)) != len(tokens):
         raise CheckpointError(f"{path}: its tokens are missing, repeated or without their types; convert it again")
     try:
-        tokenizer = _BUILDERS[kind](metadata, tokens, types)
-        for special in (True, False):
-            wanted = (CONTROL, UNKNOWN) if special else (USER_DEFINED,)
-            added = [t for t, found in zip(tokens, types, strict=True) if found in wanted]
-            tokenizer.add_tokens([AddedToken(t, special=special, normalized=False) for t in added])
-        text: str = tokenizer.to_str()
+        with tokenizer_errors("its tokenizer does not hold together", "convert it again"):
+            tokenizer = _BUILDERS[kind](metadata, tokens, types)
+            for special in (True, False):
+                wanted = (CONTROL, UNKNOWN) if special else (USER_DEFINED,)
+                added = [t for t, found in zip(tokens, types, strict=True) if found in wanted]
+                tokenizer.add_tokens([AddedToken(t, special=special, normalized=False) for t in added])
+            text: str = tokenizer.to_str()
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except Exception as error:  # the library raises nothing narrower
-        raise CheckpointError(f"{path}: its tokenizer does not hold together ({error}); convert it again") from error
     return text
 
 

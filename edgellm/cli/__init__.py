@@ -1,0 +1,107 @@
+"""The command line: ``edgellm COMMAND``. Each command's module loads when it is called, heavy libraries inside it.
+
+Only here do errors become exit codes: 1 for a fault that was explained, 2 for wrong usage, 130 for Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+__all__ = ["COMMANDS", "cli", "main"]
+
+COMMANDS = {
+    "demo": "Train, export, verify, run and time a small model, then a real one.",
+    "train": "Train a language model on text files.",
+    "export": "Turn a checkpoint into a bundle that runs without PyTorch.",
+    "verify": "Check that a bundle still computes what PyTorch computed.",
+    "generate": "Go on from a prompt, or answer it.",
+    "chat": "Talk to a model.",
+    "bench": "Measure a bundle's speed and memory on this device.",
+    "eval": "Measure how well a bundle predicts a text.",
+    "inspect": "Show what a bundle holds.",
+}
+
+
+class _Commands(click.Group):
+    """Knows the names of its commands and imports one when it is called for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"edgellm.cli.{cmd_name}"), _attribute(cmd_name))
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):  # from the table above, so that --help imports nothing
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+def _attribute(command: str) -> str:
+    return {"eval": "evaluate"}.get(command, command)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="edgellm")
+def cli() -> None:
+    """Take a PyTorch language model to the device: train, export, quantize, prove, run, measure."""
+
+
+def main() -> None:
+    """Run the command line and exit with its status."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command.
+
+    Args:
+        arguments: as on the command line, without the program's name.
+
+    Returns:
+        The exit status.
+    """
+    from edgellm.errors import ModelError
+    from edgellm_exporters.errors import ExportError
+    from edgellm_runtime.errors import RuntimeFault
+
+    try:
+        status = cli.main(args=arguments, prog_name="edgellm", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", 130)
+    except (ModelError, ExportError, RuntimeFault) as error:
+        return _fail(str(error), 1)
+    except BrokenPipeError:  # the reader of our output has gone, such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ModuleNotFoundError as error:
+        return _fail(_missing(error), 1)
+    except OSError as error:
+        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
+    return status if isinstance(status, int) else 0
+
+
+def _fail(message: str, status: int) -> int:
+    click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
+    click.echo(" ".join(message.split()), err=True)
+    return status
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    extras = {"torch": "export", "onnx": "export", "onnx_ir": "export", "onnxscript": "export", "gguf": "export",
+              "safetensors": "export", "matplotlib": "train"}  # fmt: skip
+    extra = extras.get((error.name or "").split(".")[0])
+    if extra is None:
+        raise error
+    return f"{error.name} is not installed and this command needs it; pip install 'edgellm[{extra}]'"

@@ -120,7 +120,7 @@ def _plain(path: Path, boundary: int | None) -> Iterator[Piece]:
             validation = boundary is not None and position >= boundary
             to_boundary = boundary - position if boundary is not None and not validation else PIECE_BYTES
             block = file.read(min(PIECE_BYTES, to_boundary))
-            block += file.readline(LINE_BYTES) if block else b""
+            block += file.readline(LINE_BYTES) if block and not block.endswith(b"\n") else b""
             try:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:

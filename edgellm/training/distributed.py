@@ -37,8 +37,10 @@ class World:
 
     def sum(self, values: Tensor) -> Tensor:
         """The elementwise sum over all processes."""
-        if self.size > 1:
-            dist.all_reduce(values)
+        if self.size == 1:
+            return values
+        values = values.to(self.device)
+        dist.all_reduce(values)
         return values
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -46,8 +48,7 @@ class World:
         if self.size == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
-        # buffers are tables that every process computes alike, so broadcasting them each step would be waste
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids)
 
     def first(self, work: Callable[[], None]) -> None:
         """Do ``work`` in the first process while the others wait; if it fails, all fail alike."""

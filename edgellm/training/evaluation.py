@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgellm.errors import TrainingError
 from edgellm.training.distributed import World
 from edgellm.training.options import TrainOptions
 from edgellm.training.tokens import TokenData, Tokens
@@ -45,7 +46,7 @@ def validation_loss(model: nn.Module, data: TokenData, options: TrainOptions, wo
                 logits, _ = model(inputs)
             total += torch.tensor([next_token_loss(logits, targets).item() * len(chosen), len(chosen)])
     model.train(training)
-    summed, count = world.sum(total.to(world.device)).tolist()
+    summed, count = world.sum(total).tolist()
     return float(summed / count)
 
 
@@ -69,5 +70,10 @@ def unigram_entropy(data: TokenData) -> float:
 def _counts(tokens: Tokens, vocab_size: int) -> npt.NDArray[np.int64]:
     counts = np.zeros(vocab_size, np.int64)
     for start in range(0, len(tokens), CHUNK):
-        counts += np.bincount(tokens[start : start + CHUNK], minlength=vocab_size)
+        found = np.bincount(tokens[start : start + CHUNK], minlength=vocab_size)
+        if len(found) > vocab_size:
+            raise TrainingError(
+                f"the data has a token {len(found) - 1} and vocab_size is {vocab_size}; encode it again"
+            )
+        counts += found
     return counts

@@ -83,12 +83,13 @@ def _series(metrics: Sequence[dict[str, Any]], key: str) -> tuple[list[int], lis
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """A moving mean over the steps around each one, narrower at both ends so that they stay true."""
+    """A moving mean over the steps around each one, narrower at the steep beginning so that it stays true."""
     sums = [0.0]
     for value in values:
         sums.append(sums[-1] + value)
     smoothed, widest = [], max(1, round(len(values) * SMOOTH))
     for i in range(len(values)):
-        low, high = max(0, i - min(widest, max(i, 1))), min(len(values), i + widest + 1)
+        reach = min(widest, i)
+        low, high = i - reach, min(len(values), i + reach + 1)
         smoothed.append((sums[high] - sums[low]) / (high - low))
     return smoothed

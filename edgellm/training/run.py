@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -128,7 +129,12 @@ def train_from_text(
 def _prepare(config: RunConfig, corpus: Corpus, out: Path, resume: bool, say: Callable[[str], None]) -> None:
     if not resume and holds_run(out):
         raise TrainingError(f"{out} already holds a run; resume it with --resume, or choose another folder")
-    config.save(out)
+    if resume:  # only what may change is recorded, so that a mistaken resume spoils nothing
+        before = RunConfig.load(out)
+        config.options.check_resumes(before.options)
+        dataclasses.replace(before, options=config.options).save(out)
+    else:
+        config.save(out)
     path = out / DATA / TOKENIZER
     if resume and path.exists():
         tokenizer = Tokenizer.from_file(str(path))

@@ -27,7 +27,7 @@ Tokens = npt.NDArray[np.unsignedinteger[Any]]
 FORMAT = 1
 HEADER = "data.json"
 PARTS = ("train", "validation")
-BATCH_PIECES = 32  # pieces, of at most about 64 KiB in plain text, that are encoded at once
+BATCH_PIECES = 128  # pieces, of at most about 64 KiB in plain text, that are encoded at once
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,8 @@ def train(
 
     The run writes ``last`` and ``best`` (checkpoints), ``metrics.jsonl`` and ``loss.png`` into ``out_dir``. Ctrl-C or
     SIGTERM ends it after the step at hand, with a checkpoint. The same seed gives the same curve; on the CPU in
-    float32, with the same number of threads, also bit for bit, however often the run was stopped and resumed.
+    float32, with the same number of threads, also bit for bit, however often the run was stopped and resumed. For that
+    it seeds PyTorch's global generator before every step.
 
     Args:
         model: a ``LanguageModel`` with float32 weights; it is moved to the device and trained in place.
@@ -189,20 +190,21 @@ class _Run:
         loss, stop = self.updater.backward(self.data.train, self.step, stop=stop)
         norm = self.updater.apply(lr) if math.isfinite(loss) else None
         if norm is None and not (math.isfinite(loss) and options.precision == "float16"):
-            self._fail(loss)
+            self._fail("gradient" if math.isfinite(loss) else "loss", self.step + 1)
         spent = time.perf_counter() - begin
         self.step, self.seconds = self.step + 1, self.seconds + spent
         self.recent.append(loss)
         due = self.step % options.eval_every == 0 or self.step == options.steps or stop
         val_loss = validation_loss(self.model, self.data, options, self.world) if due else None
+        if val_loss is not None and not math.isfinite(val_loss):
+            self._fail("validation loss", self.step)
         rate = self.updater.windows * options.context / spent
         return StepReport(self.step, options.steps, loss, lr, norm, rate, val_loss), stop
 
-    def _fail(self, loss: float) -> None:
-        what = "gradient" if math.isfinite(loss) else "loss"
+    def _fail(self, what: str, step: int) -> None:
         kept = checkpoint_directory(self.out / LAST)
         good = f"the last good checkpoint is {kept}" if kept.is_dir() else "no checkpoint was saved yet"
-        raise TrainingError(f"the {what} is not finite at step {self.step + 1}; {good}; lower the learning rate")
+        raise TrainingError(f"the {what} is not finite at step {step}; {good}; lower the learning rate")
 
     def _log(self, log: MetricsLog, report: StepReport) -> None:
         beside = None if report.val_loss is None else self.unigram

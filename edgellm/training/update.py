@@ -65,8 +65,8 @@ class Updater:
         options, wrapped = self.options, self._wrapped
         inputs, targets = windows(tokens, offsets, options.context, self.world.device)
         # the processes exchange gradients once an update, in its last backward pass
-        exchanging = last or not isinstance(wrapped, nn.parallel.DistributedDataParallel)
-        with nullcontext() if exchanging else wrapped.no_sync():
+        parallel = wrapped if isinstance(wrapped, nn.parallel.DistributedDataParallel) else None
+        with nullcontext() if parallel is None or last else parallel.no_sync():
             with autocast(options.precision, self.world.device):
                 logits, _ = wrapped(inputs)
             loss = next_token_loss(logits, targets) / options.accumulation

@@ -15,8 +15,8 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from edgellm.models.protocol import LanguageModel
-from edgellm_runtime.backends.ort import OrtBackend
 from edgellm_runtime.bundle import GRAPH, MANIFEST, Bundle, FileInfo, Manifest, TokenizerInfo, sha256_of
+from edgellm_runtime.loading import open_session
 from edgellm_runtime.session import Session
 from edgellm_runtime.verify import Verification, verify
 from torch import nn
@@ -33,7 +33,7 @@ from edgellm_exporters.samples import golden_rows
 from edgellm_exporters.targets import Target, find_target
 from edgellm_exporters.write import Progress, write_graph
 
-__all__ = ["Exported", "ExportOptions", "TextAssets", "export", "open_session"]
+__all__ = ["Exported", "ExportOptions", "TextAssets", "export"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,15 +124,6 @@ def export(
         model.train(was_training)
     bundle = Bundle(destination, checksums=False)
     return Exported(bundle, exported.parity, exported.verification, exported.parameters, exported.weight_bytes)
-
-
-def open_session(bundle: Bundle, *, threads: int | None = None) -> Session:
-    """A session on a bundle, as the runtime makes it."""
-    manifest = bundle.manifest
-    backend = OrtBackend(bundle.file(GRAPH), manifest.signature, threads=threads)
-    return Session(
-        backend, manifest.signature, max_context=manifest.max_context, ragged_chunks=manifest.ragged_chunks
-    )  # fmt: skip
 
 
 def _build(

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from edgellm.models.protocol import LanguageModel, Step, empty_state
 from edgellm_runtime.session import Session
-from edgellm_runtime.verify import Check, held, log_softmax
+from edgellm_runtime.verify import Check, held
 from numpy.typing import NDArray
+from torch import Tensor
 
 from edgellm_exporters.goldens import greedy_tokens
 
@@ -83,21 +84,23 @@ def compare(
     Returns:
         The differences.
     """
-    kls, matches, nlls, reference_nlls, worst = [], [], [], [], 0.0
-    first: tuple[int, int] | None = None
+    kls: list[Array] = []
+    matches: list[Array] = []
+    nlls: list[Array] = []
+    reference_nlls: list[Array] = []
+    worst, first = 0.0, None
     for number, window in enumerate(windows):
         for start, ours, theirs in _logits(model, session, np.asarray(window, dtype=np.int64)):
-            worst = max(worst, float(np.abs(ours - theirs).max() / np.abs(theirs).max()))
-            p, q = log_softmax(theirs), log_softmax(ours)
-            kls.append(kl_divergence(p, q))
-            same = ours.argmax(axis=1) == theirs.argmax(axis=1)
+            worst = max(worst, float((ours - theirs).abs().max() / theirs.abs().max()))
+            p, q = theirs.log_softmax(dim=1), ours.log_softmax(dim=1)
+            kls.append(kl_divergence(p, q).numpy())
+            same = (ours.argmax(dim=1) == theirs.argmax(dim=1)).numpy()
             matches.append(same)
             if first is None and not same.all():
                 first = (number, start + int(np.argmin(same)))
-            targets = np.asarray(window[start + 1 : start + 1 + len(ours)], dtype=np.int64)
-            rows = np.arange(len(targets))
-            nlls.append(-q[rows, targets])
-            reference_nlls.append(-p[rows, targets])
+            targets = torch.as_tensor(window[start + 1 : start + 1 + len(ours)])[:, None]
+            nlls.append(-q[: len(targets)].gather(1, targets)[:, 0].numpy())
+            reference_nlls.append(-p[: len(targets)].gather(1, targets)[:, 0].numpy())
         progress((number + 1) / len(windows))
     kl = np.concatenate(kls)
     return ParityReport(
@@ -109,23 +112,23 @@ def compare(
     )  # fmt: skip
 
 
-def kl_divergence(p: Array, q: Array) -> Array:
+def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) for each row of log-probabilities, nats."""
-    return np.asarray((np.exp(p) * (p - q)).sum(axis=1))
+    return (p.exp() * (p - q)).sum(dim=1)
 
 
 _PIECE = 128  # positions whose logits are held at a time: a vocabulary of 150,000 in float64 is large
 
 
 @torch.no_grad()
-def _logits(model: LanguageModel, session: Session, window: Array) -> Iterator[tuple[int, Array, Array]]:
+def _logits(model: LanguageModel, session: Session, window: Array) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Both sides' logits over one window, piece by piece: start, bundle's and PyTorch's (positions, vocab)."""
     state = session.new_state(1, len(window))
     theirs = model(torch.from_numpy(window)[None])[0][0]
     for start in range(0, len(window), _PIECE):
         piece = window[start : start + _PIECE]
-        ours = session.step(piece[None], state, logits="all")[0].astype(np.float64)
-        yield start, ours, theirs[start : start + _PIECE].double().numpy()
+        ours = torch.from_numpy(session.step(piece[None], state, logits="all")[0])
+        yield start, ours.double(), theirs[start : start + _PIECE].double()
 
 
 @torch.no_grad()

@@ -1,0 +1,26 @@
+"""Run exported language models without PyTorch.
+
+>>> from edgellm_runtime import load
+>>> model = load("bundle")
+>>> model.generate("Once upon a time").text
+
+Importing this package is cheap: ONNX Runtime, tokenizers and jinja2 load with the first bundle.
+"""
+
+from edgellm_runtime.errors import BackendError, BundleError, ContextError, OptionError, RuntimeFault, StateError
+from edgellm_runtime.loading import load, open_session
+from edgellm_runtime.spec import Signature, StateSpec, TensorSpec
+
+__all__ = [
+    "BackendError",
+    "BundleError",
+    "ContextError",
+    "OptionError",
+    "RuntimeFault",
+    "Signature",
+    "StateError",
+    "StateSpec",
+    "TensorSpec",
+    "load",
+    "open_session",
+]

@@ -80,12 +80,12 @@ class ChatTemplate:
         """
         checked = check_messages(messages)
         limit = _MAX_OVERHEAD + 4 * sum(len(m["content"]) for m in checked)
+        # templates test for tools and documents, and the field's renderers pass None
+        given = {"messages": checked, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
         parts: list[str] = []
         size = 0
         try:
-            for part in self._template.generate(
-                messages=checked, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **self._tokens
-            ):
+            for part in self._template.generate(**given, **self._tokens):
                 parts.append(part)
                 size += len(part)
                 if size > limit:
@@ -165,11 +165,12 @@ class ChatTemplate:
     @cached_property
     def _template(self) -> Template:
         try:
-            return _environment().from_string(self._source)
+            template: Template = _environment().from_string(self._source)
         except (KeyboardInterrupt, SystemExit, BundleError):
             raise
         except Exception as e:  # besides syntax errors, the parser runs into Python's own limits
             raise self._broken(str(e)) from e
+        return template
 
     def _broken(self, why: str) -> BundleError:
         return BundleError(f"{self._path}: the chat template failed ({why}); correct it and export the model again")
@@ -183,7 +184,7 @@ def _environment() -> Any:
     class Generation(Extension):
         """{% generation %} marks the assistant's words for training; here it is its body."""
 
-        tags = {"generation"}
+        tags = {"generation"}  # noqa: RUF012  jinja2 declares it on the instance
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

@@ -7,7 +7,7 @@ therefore always the one that a fresh reading of the same tokens would give.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Unpack
 
 from edgellm_runtime.chat import ChatTemplate
@@ -76,7 +76,7 @@ class Conversation:
         assert self.last is not None
         return self.last
 
-    def stream(self, text: str, **options: Unpack[OptionKeywords]) -> Iterator[Chunk]:
+    def stream(self, text: str, **options: Unpack[OptionKeywords]) -> Generator[Chunk, None, None]:
         """The same, chunk by chunk; what was said before the stream is left is kept as the answer.
 
         Args:
@@ -91,8 +91,10 @@ class Conversation:
         prompt = self._template.encode(turn)
         return self._answer(turn, prompt, checked)
 
-    def _answer(self, turn: list[dict[str, str]], prompt: list[int], options: GenerationOptions) -> Iterator[Chunk]:
-        state = self._resume(prompt)
+    def _answer(
+        self, turn: list[dict[str, str]], prompt: list[int], options: GenerationOptions
+    ) -> Generator[Chunk, None, None]:
+        state = self._resume(prompt, options)
         run = Run(self._session, self._tokenizer, [prompt], options, state=state)
         said: list[str] = []
         tokens = list(prompt)
@@ -115,16 +117,18 @@ class Conversation:
             if said:
                 self.messages = [*turn, {"role": "assistant", "content": "".join(said)}]
 
-    def _resume(self, prompt: list[int]) -> State:
+    def _resume(self, prompt: list[int], options: GenerationOptions) -> State:
         """A state that holds a proper prefix of the prompt, as long as can be."""
         pairs = zip(self._held, prompt[:-1], strict=False)  # the last token must be read, for its logits
         common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self._held), len(prompt) - 1))
+        needed = len(prompt) + options.max_new_tokens
         if self._state is not None:
             try:
                 self._state.rewind(common)
+                self._state.reserve(min(needed, self._session.max_context))
                 self._held, self.reused_tokens = self._held[:common], common
                 return self._state
             except StateError:  # a recurrence
                 pass
         self._state, self._held, self.reused_tokens = None, [], 0
-        return self._session.new_state(1, len(prompt))
+        return self._session.new_state(1, needed)

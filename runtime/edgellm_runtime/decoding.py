@@ -92,9 +92,9 @@ class Pieces:
         head = kinds.index("ByteFallback") if "ByteFallback" in kinds else 0
         if kinds[head:] not in (["ByteFallback", "Fuse"], ["ByteFallback", "Fuse", "Strip"]):
             return None
-        swaps = [(d.get("pattern", {}).get("String"), d.get("content")) for d in decoders[:head]]
-        if any(k != "Replace" for k in kinds[:head]) or not all(isinstance(old, str) for old, _ in swaps):
+        if any(d["type"] != "Replace" or "String" not in d["pattern"] for d in decoders[:head]):
             return None
+        swaps = [(str(d["pattern"]["String"]), str(d["content"])) for d in decoders[:head]]
         if kinds[-1] == "Strip":
             last = decoders[-1]
             if last["stop"] or last["content"] != " ":

@@ -6,7 +6,7 @@ It knows tokens, a session and a sampler. Prompts in words and chat templates ar
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypedDict
 
@@ -19,7 +19,10 @@ from edgellm_runtime.session import Session
 from edgellm_runtime.state import State
 from edgellm_runtime.tokenizer import Tokenizer
 
-__all__ = ["Chunk", "FinishReason", "Generation", "GenerationOptions", "OptionKeywords", "Run", "StopMatcher", "Timings"]
+__all__ = [
+    "Chunk", "FinishReason", "Generation", "GenerationOptions", "OptionKeywords", "Run",
+    "StopMatcher", "Stream", "Timings",
+]  # fmt: skip
 
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -159,7 +162,9 @@ class StopMatcher:
 class _Row:
     """One answer in the making."""
 
-    def __init__(self, prompt: Sequence[int], tokenizer: Tokenizer | None, options: GenerationOptions, room: int) -> None:
+    def __init__(
+        self, prompt: Sequence[int], tokenizer: Tokenizer | None, options: GenerationOptions, room: int
+    ) -> None:
         self.prompt = prompt
         self.tokens: list[int] = []
         self.texts: list[str] = []
@@ -230,7 +235,7 @@ class Run:
         self._sampler = Sampler(options, rows=len(prompts), vocab_size=session.vocab_size)
         self._ttft_s = self._prefill_s = self._decode_s = 0.0
 
-    def chunks(self) -> Iterator[tuple[int, Chunk]]:
+    def chunks(self) -> Generator[tuple[int, Chunk], None, None]:
         """Each row's chunks as (row, chunk), the rows in turn; may be left at any time, and runs once."""
         for i, row in enumerate(self._rows):
             if row.finish_reason:
@@ -293,3 +298,26 @@ class Run:
             row = self._rows[i]
             row.decode_s = self._decode_s
             yield i, row.push(token)
+
+
+class Stream(Iterator[Chunk]):
+    """One answer's chunks as they come; it may be left at any time.
+
+    Args:
+        run: of one prompt.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._chunks = run.chunks()
+        self.generation: Generation | None = None  # the whole answer, once the last chunk has come
+
+    def __next__(self) -> Chunk:
+        _, chunk = next(self._chunks)
+        if chunk.finish_reason:
+            self.generation = self._run.result()
+        return chunk
+
+    def close(self) -> None:
+        """Stop here."""
+        self._chunks.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edgellm_runtime.chat import ChatTemplate, Message
 from edgellm_runtime.conversation import Conversation
 from edgellm_runtime.errors import OptionError
-from edgellm_runtime.generate import Chunk, Generation, GenerationOptions, OptionKeywords, Run
+from edgellm_runtime.generate import Generation, GenerationOptions, OptionKeywords, Run, Stream
 from edgellm_runtime.session import Session
 from edgellm_runtime.tokenizer import Tokenizer, check_tokens
 
@@ -63,16 +63,15 @@ class Model:
             ContextError: a prompt is longer than the context.
         """
         checked = GenerationOptions(**options)
-        many = not isinstance(prompt, str) and len(prompt) > 0 and not np.isscalar(prompt[0])
-        many = many or (isinstance(prompt, (list, tuple)) and len(prompt) > 0 and isinstance(prompt[0], str))
+        many = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], (Sequence, np.ndarray))
         prompts = [self._tokens(p) for p in (prompt if many else [prompt])]
         run = Run(self.session, self.tokenizer, prompts, checked)
         for _ in run.chunks():
             pass
         return [run.result(row) for row in range(len(prompts))] if many else run.result()
 
-    def stream(self, prompt: str | Tokens, **options: Unpack[OptionKeywords]) -> Iterator[Chunk]:
-        """The same for one prompt, chunk by chunk; it may be left at any time.
+    def stream(self, prompt: str | Tokens, **options: Unpack[OptionKeywords]) -> Stream:
+        """The same for one prompt, chunk by chunk; ``generation`` has the whole answer at the end.
 
         Args:
             prompt: a text or token ids.
@@ -82,8 +81,7 @@ class Model:
             OptionError: as for :meth:`generate`, at once and not at the first chunk.
             ContextError: likewise.
         """
-        run = Run(self.session, self.tokenizer, [self._tokens(prompt)], GenerationOptions(**options))
-        return (chunk for _, chunk in run.chunks())
+        return Stream(Run(self.session, self.tokenizer, [self._tokens(prompt)], GenerationOptions(**options)))
 
     def chat(self, messages: Sequence[Message], **options: Unpack[OptionKeywords]) -> Generation:
         """The assistant's answer to messages, through the bundle's chat template.
@@ -98,7 +96,7 @@ class Model:
         """
         return self.generate(self.chat_template.encode(messages), **options)
 
-    def stream_chat(self, messages: Sequence[Message], **options: Unpack[OptionKeywords]) -> Iterator[Chunk]:
+    def stream_chat(self, messages: Sequence[Message], **options: Unpack[OptionKeywords]) -> Stream:
         """The same, chunk by chunk; it may be left at any time.
 
         Args:

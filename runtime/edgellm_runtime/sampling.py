@@ -19,6 +19,7 @@ from edgellm_runtime.errors import BackendError, OptionError
 
 __all__ = ["Sampler", "SamplingOptions"]
 
+_Weighted = tuple[NDArray[np.int64], NDArray[np.float64]]
 _FIRST_GUESS = 256  # tokens that top-p sorts before it looks at more
 
 
@@ -52,7 +53,8 @@ class SamplingOptions:
         temperature: divides the logits; 0 takes the most probable token (lowest id on a tie).
         top_k: keep the k most probable tokens; 0 keeps all. Fan et al. 2018, arXiv:1805.04833.
         top_p: keep the fewest tokens whose probabilities sum to at least p. Holtzman et al. 2019, arXiv:1904.09751.
-        min_p: keep tokens at least this fraction as probable as the most probable. Nguyen et al. 2024, arXiv:2407.01082.
+        min_p: keep tokens at least this fraction as probable as the most probable. Nguyen et al. 2024,
+            arXiv:2407.01082.
         repetition_penalty: divides positive and multiplies negative logits of every token that the row already holds,
             prompt included; 1 does nothing. Keskar et al. 2019, arXiv:1909.05858.
         seed: makes draws repeatable, or None for fresh entropy.
@@ -117,14 +119,14 @@ class Sampler:
             BackendError: a row's best logit is NaN or infinite.
         """
         if self._greedy and not self._penalised:
-            best = logits.argmax(axis=-1)
+            best: NDArray[np.int64] = logits.argmax(axis=-1)
             for row, token in enumerate(best):
                 _check_best(logits[row, token])
             return best
         indices = range(len(logits)) if rows is None else rows
         return np.array([self._choose(row, x) for row, x in zip(indices, logits, strict=True)], dtype=np.int64)
 
-    def distribution(self, logits: NDArray[np.float32], *, row: int = 0) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    def distribution(self, logits: NDArray[np.float32], *, row: int = 0) -> _Weighted:
         """What a draw for this row would choose from.
 
         Args:
@@ -144,7 +146,7 @@ class Sampler:
             self._seen[row, token] = True
         return token
 
-    def _weights(self, row: int, logits: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    def _weights(self, row: int, logits: NDArray[np.float32]) -> _Weighted:
         """The tokens that survive the filters and their unnormalised probabilities, the best being 1; ids rise."""
         o = self.options
         if self._penalised:

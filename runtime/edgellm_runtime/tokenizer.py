@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from edgellm_runtime.decoding import Pieces, StreamDecoder
 from edgellm_runtime.errors import BundleError, OptionError
@@ -17,26 +17,9 @@ from edgellm_runtime.errors import BundleError, OptionError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
 
-__all__ = ["Tokenizer", "TokenizerInfo"]
+    from edgellm_runtime.bundle import TokenizerInfo
 
-
-class TokenizerInfo(Protocol):
-    """What the manifest says about a tokenizer; ``bundle.TokenizerInfo`` fits."""
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """The token that begins a text, if the model has one."""
-        ...
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer."""
-        ...
-
-    @property
-    def add_bos(self) -> bool:
-        """Whether a plain prompt begins with the bos token."""
-        ...
+__all__ = ["Tokenizer", "check_tokens"]
 
 
 class Tokenizer:

@@ -13,13 +13,18 @@ from edgellm_runtime.errors import BackendError
 from edgellm_runtime.spec import Signature
 from edgellm_runtime.state import State
 
-__all__ = ["OrtBackend"]
+__all__ = ["OrtBackend", "library"]
 
 Array = NDArray[Any]
 _KEPT = 4  # bindings a state: two turns of single tokens, and the chunk sizes of a prompt
 
 
-def _library() -> Any:
+def library() -> Any:
+    """The onnxruntime package.
+
+    Raises:
+        BackendError: it is not installed.
+    """
     try:
         import onnxruntime
     except ImportError as error:
@@ -48,7 +53,7 @@ class OrtBackend:
     """
 
     def __init__(self, graph: Path, signature: Signature, *, threads: int | None = None, device: str = "cpu") -> None:
-        ort = _library()
+        ort = library()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or default_threads()
         options.inter_op_num_threads = 1

@@ -1,0 +1,61 @@
+"""``edgellm bench``: how fast a bundle runs on this device."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+__all__ = ["bench"]
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("bundle", type=click.Path(exists=True, file_okay=False))
+@click.option("--prompt-tokens", type=int, default=128, envvar="PROMPT_TOKENS", show_envvar=True, help="Prompt length.")
+@click.option("--new-tokens", type=int, default=128, envvar="NEW_TOKENS", show_envvar=True, help="Steps after it.")
+@click.option("--threads", type=int, default=2, envvar="THREADS", show_envvar=True, help="CPU threads.")
+@click.option("--rounds", type=int, default=5, help="Measured rounds, after one that is not.")
+@click.option("--device", default="auto", help="Where to run: auto, cpu or cuda.")
+@click.option("--seed", type=int, default=0, help="Of the random prompts.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def bench(
+    bundle: str, prompt_tokens: int, new_tokens: int, threads: int, rounds: int, device: str, seed: int, as_json: bool
+) -> None:
+    """Measure BUNDLE: loading, time to first token, decoding speed and memory.
+
+    Random prompts, greedy, batch 1; figures are medians over the rounds.
+    """
+    from edgellm_runtime.bench import bench as measure
+
+    result = measure(
+        bundle, prompt_tokens=prompt_tokens, new_tokens=new_tokens, threads=threads, rounds=rounds, device=device,
+        seed=seed,
+    )  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        _print_table(bundle, result)
+
+
+def _print_table(bundle: str, result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    itl = result["itl_ms"]
+    peak = result["peak_rss_mb"]
+    versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items() if v)
+    table = Table(
+        "measure", "value", title=bundle, caption=f"{result['device']}, {result['threads']} threads; {versions}"
+    )
+    table.columns[1].justify = "right"
+    for name, value in (
+        ("load", f"{result['load_s']:.2f} s"),
+        (f"time to first token ({result['prompt_tokens']} tokens)", f"{result['ttft_ms']:.1f} ms"),
+        ("prefill", f"{result['prefill_tokens_per_s']:.0f} tok/s"),
+        (f"decode ({result['new_tokens']} tokens)", f"{result['decode_tokens_per_s']:.1f} tok/s"),
+        ("between tokens, p50 / p95 / p99", f"{itl['p50']:.2f} / {itl['p95']:.2f} / {itl['p99']:.2f} ms"),
+        ("peak memory", "unknown" if peak is None else f"{peak:.0f} MB"),
+    ):
+        table.add_row(name, value)
+    Console().print(table)

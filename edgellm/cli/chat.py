@@ -1,0 +1,140 @@
+"""``edgellm chat``: a conversation in the terminal, or over a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import closing, suppress
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from edgellm_runtime.conversation import Conversation
+    from edgellm_runtime.generate import OptionKeywords
+
+__all__ = ["chat"]
+
+_HELP = """\
+/reset          forget the conversation
+/system [TEXT]  show or set the system message; setting it forgets the conversation
+/stats          sizes and speed of the last answer
+/help           this
+/exit           leave; so does end of file"""
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("bundle", type=click.Path(exists=True, file_okay=False))
+@click.option("--system", default=None, help="System message.  [default: the template's own]")
+@click.option("--max-new-tokens", type=int, default=512, help="Most tokens in an answer.")
+@click.option("--temperature", type=float, default=0.0, help="0 is greedy; higher is more varied.")
+@click.option("--top-k", type=int, default=0, help="Keep the k most probable tokens; 0 keeps all.")
+@click.option("--top-p", type=float, default=1.0, help="Keep the fewest tokens that make up this probability.")
+@click.option("--min-p", type=float, default=0.0, help="Keep tokens this fraction as probable as the best.")
+@click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 discourages tokens already there.")
+@click.option("--seed", type=int, default=None, help="Makes sampling repeatable.  [default: random]")
+@click.option("--threads", type=int, default=None, help="CPU threads.  [default: the runtime's choice]")
+@click.option("--device", default="auto", help="Where to run: auto, cpu or cuda.")
+def chat(
+    bundle: str, system: str | None, max_new_tokens: int, temperature: float, top_k: int, top_p: float, min_p: float,
+    repetition_penalty: float, seed: int | None, threads: int | None, device: str,
+) -> None:  # fmt: skip
+    """Talk with the model in BUNDLE. /help lists the commands; Ctrl-C stops an answer.
+
+    Each line of standard input is a message, so a script can be piped in.
+    """
+    from edgellm_runtime import load
+    from edgellm_runtime.generate import GenerationOptions
+
+    options: OptionKeywords = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "seed": seed,
+    }  # fmt: skip
+    GenerationOptions(**options)  # a wrong option is told before the model is loaded
+    conversation = load(bundle, device=device, threads=threads).conversation(system=system)
+    tty = sys.stdin.isatty()
+    if tty:
+        click.secho("/help lists the commands.", err=True, dim=True)
+    _loop(conversation, options, _line_reader(tty))
+
+
+def _loop(conversation: Conversation, options: OptionKeywords, read: Callable[[], str | None]) -> None:
+    interrupted = False
+    while True:
+        try:
+            line = read()
+        except KeyboardInterrupt:
+            click.echo(err=True)
+            if interrupted:
+                return
+            interrupted = True
+            click.secho("Ctrl-C again, or /exit, to leave.", err=True, dim=True)
+            continue
+        interrupted = False
+        if line is None or line.strip() == "/exit":
+            return
+        if line.startswith("/"):
+            _command(conversation, line.strip())
+        elif line.strip():
+            _answer(conversation, line, options)
+
+
+def _line_reader(tty: bool) -> Callable[[], str | None]:
+    """Reads a line without its end, or None at the end of file."""
+    if not tty:
+        return lambda: line.rstrip("\r\n") if (line := sys.stdin.readline()) else None
+    with suppress(ImportError):  # Windows has no such module
+        import readline  # noqa: F401  gives input() history and editing
+
+    def read() -> str | None:
+        try:
+            return input("> ")
+        except EOFError:
+            click.echo(err=True)
+            return None
+
+    return read
+
+
+def _answer(conversation: Conversation, text: str, options: OptionKeywords) -> None:
+    from edgellm_runtime.errors import ContextError, OptionError
+
+    try:
+        with closing(conversation.stream(text, **options)) as chunks:
+            for chunk in chunks:
+                click.echo(chunk.text, nl=False)
+    except KeyboardInterrupt:
+        click.secho(" [stopped]", err=True, dim=True, nl=False)
+    except (ContextError, OptionError) as e:  # this message cannot be answered; the next one may
+        click.secho(f"{e}; /reset begins anew", err=True, fg="red", nl=False)
+    click.echo()
+
+
+def _command(conversation: Conversation, line: str) -> None:
+    name, _, rest = line.partition(" ")
+    if name == "/reset":
+        conversation.reset()
+        note = "The conversation is forgotten."
+    elif name == "/system" and rest.strip():
+        conversation.reset(system=rest.strip())
+        note = "The system message is set; the conversation is forgotten."
+    elif name == "/system":
+        note = conversation.system if conversation.system is not None else "No system message but the template's own."
+    elif name == "/stats":
+        note = _stats(conversation)
+    elif name == "/help":
+        note = _HELP
+    else:
+        note = f"No command {name}; /help lists them."
+    click.secho(note, err=True, dim=True)
+
+
+def _stats(conversation: Conversation) -> str:
+    from edgellm.cli.generate import summary
+
+    if conversation.last is None:
+        return "No answer yet."
+    return (
+        f"{summary(conversation.last)}\n{conversation.reused_tokens} prompt tokens were not read again; the state "
+        f"holds {conversation.held_tokens} tokens in {conversation.state_bytes / 1e6:.1f} MB"
+    )

@@ -1,0 +1,129 @@
+"""``edgellm export``: from a checkpoint to a bundle."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgellm.cli.progress import stages
+
+if TYPE_CHECKING:
+    from edgellm.checkpoints import Checkpoint
+    from edgellm_exporters.export import Exported
+
+__all__ = ["export", "export_checkpoint", "print_summary"]
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the new bundle.")
+@click.option(
+    "--target", default="cpu",
+    help="What it is for: cpu (ONNX Runtime's fused kernels) or onnx (standard operators only).",
+)  # fmt: skip
+@click.option("--dtype", default="float32", help="Precision of activations and of weights that are not quantized.")
+@click.option("--quantize", default="none", help="Weights: none, or int8 (blocks of 32, rounded to nearest).")
+@click.option("--name", default="", help="What the bundle calls itself.  [default: the output's name]", show_default=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def export(
+    checkpoint: Path, output: Path, target: str, dtype: str, quantize: str, name: str, as_json: bool
+) -> None:  # fmt: skip
+    """Turn CHECKPOINT into a bundle that runs without PyTorch, and prove that it computes the same.
+
+    CHECKPOINT is a folder that 'edgellm train' wrote, a Hugging Face folder, or a .gguf file. The bundle appears only
+    when it is complete and equal to PyTorch within the stated bounds.
+    """
+    with stages() as tell:
+        result = export_checkpoint(checkpoint, output, target=target, dtype=dtype, quantize=quantize, name=name, tell=tell)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        print_summary(result)
+
+
+def export_checkpoint(
+    checkpoint: Path, output: Path, *, target: str, dtype: str, quantize: str, name: str = "", tell: Any
+) -> dict[str, Any]:  # fmt: skip
+    """Read, export and sum up; the keys are those of ``--json``."""
+    from edgellm_exporters.atomic import check_destination
+    from edgellm_exporters.export import ExportOptions
+
+    start = time.perf_counter()
+    options = ExportOptions(target=target, dtype=dtype, quantize=quantize, name=name)
+    check_destination(output)
+    tell("importing PyTorch", 0.0)
+    from edgellm.checkpoints import load_checkpoint
+    from edgellm_exporters.export import export as run
+
+    tell("reading the checkpoint", 0.0)
+    loaded = load_checkpoint(checkpoint)
+    provenance = {"source": loaded.source, "architecture": loaded.architecture}
+    exported = run(
+        loaded.model, output, options=options, text=text_of(loaded), provenance=provenance, progress=tell  # type: ignore[arg-type]
+    )  # fmt: skip
+    return _summary(exported, options.target, dtype, quantize) | {"seconds": round(time.perf_counter() - start, 2)}
+
+
+def text_of(loaded: Checkpoint) -> Any:
+    """What the bundle needs for text, or None if the checkpoint has no tokenizer."""
+    from edgellm_exporters.export import TextAssets
+
+    if loaded.tokenizer_json is None:
+        return None
+    return TextAssets(
+        tokenizer_json=loaded.tokenizer_json, chat_template=loaded.chat_template, bos_token_id=loaded.bos_token_id,
+        eos_token_ids=loaded.eos_token_ids, add_bos=loaded.add_bos,
+    )  # fmt: skip
+
+
+def _summary(exported: Exported, target: str, dtype: str, quantize: str) -> dict[str, Any]:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1 << 20)
+    parity = exported.parity
+    return {
+        "bundle": str(exported.bundle.path),
+        "target": target,
+        "dtype": dtype,
+        "quantize": quantize,
+        "parameters": exported.parameters,
+        "bytes": exported.bundle.nbytes,
+        "bits_per_weight": round(8 * exported.weight_bytes / exported.parameters, 3),
+        "parity": {
+            "tokens": parity.tokens, "logits": parity.logits, "kl_mean": parity.kl, "top1_agreement": parity.top1,
+            "state": parity.state, "greedy": parity.greedy,
+        },
+        "checks": [
+            {"name": c.name, "ok": c.ok, "value": c.value, "bound": c.bound, "what": c.what}
+            for c in exported.verification.checks
+        ],
+        "peak_rss_mb": round(peak, 1),
+    }  # fmt: skip
+
+
+def print_summary(result: dict[str, Any]) -> None:
+    """The table at the end of an export."""
+    from rich.console import Console
+    from rich.table import Table
+
+    held = sum(c["ok"] for c in result["checks"])
+    table = Table(title=f"{result['bundle']}", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    parity = result["parity"]
+    for row in (
+        ("target", f"{result['target']}, {result['dtype']}, quantize {result['quantize']}"),
+        ("parameters", f"{result['parameters']:,}"),
+        ("size", f"{result['bytes'] / 1e6:.1f} MB, {result['bits_per_weight']:.2f} bits a weight"),
+        (f"KL from PyTorch, {parity['tokens']} tokens", f"{parity['kl_mean']:.2e} nats"),
+        ("same most likely token", f"{parity['top1_agreement']:.1%}"),
+        ("checks that hold", f"{held} of {len(result['checks'])}"),
+        ("took", f"{result['seconds']:.1f} s, {result['peak_rss_mb']:.0f} MB"),
+    ):
+        table.add_row(*row)
+    Console().print(table)
+    click.echo(f"Next: edgellm generate {result['bundle']} \"Once upon a time\"")

@@ -1,0 +1,90 @@
+"""``edgellm generate``: one answer to one prompt."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from edgellm_runtime.generate import Generation, OptionKeywords
+    from edgellm_runtime.model import Model
+
+__all__ = ["generate"]
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("bundle", type=click.Path(exists=True, file_okay=False))
+@click.argument("prompt")
+@click.option("--chat/--raw", "chat", default=None, help="Send PROMPT as a user's message, or as plain text to go on "
+              "from.  [default: chat if the bundle has a chat template]", show_default=False)  # fmt: skip
+@click.option("--system", default=None, help="System message, in chat mode.  [default: the template's own]")
+@click.option("--special", is_flag=True, help="Read names of special tokens in a raw PROMPT as those tokens.")
+@click.option("--max-new-tokens", type=int, default=256, help="Most tokens to generate.")
+@click.option("--temperature", type=float, default=0.0, help="0 is greedy; higher is more varied.")
+@click.option("--top-k", type=int, default=0, help="Keep the k most probable tokens; 0 keeps all.")
+@click.option("--top-p", type=float, default=1.0, help="Keep the fewest tokens that make up this probability.")
+@click.option("--min-p", type=float, default=0.0, help="Keep tokens this fraction as probable as the best.")
+@click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 discourages tokens already there.")
+@click.option("--seed", type=int, default=None, help="Makes sampling repeatable.  [default: random]")
+@click.option("--stop", multiple=True, help="End the answer before this text; may be given several times.")
+@click.option("--threads", type=int, default=None, help="CPU threads.  [default: the runtime's choice]")
+@click.option("--device", default="auto", help="Where to run: auto, cpu or cuda.")
+@click.option("--ignore-eos", is_flag=True, help="Go on past end tokens.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def generate(
+    bundle: str, prompt: str, chat: bool | None, system: str | None, special: bool, max_new_tokens: int,
+    temperature: float, top_k: int, top_p: float, min_p: float, repetition_penalty: float, seed: int | None,
+    stop: tuple[str, ...], threads: int | None, device: str, ignore_eos: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Answer PROMPT with the model in BUNDLE. A PROMPT of - is read from standard input.
+
+    The answer streams to standard output, a line about its speed to standard error.
+    """
+    from edgellm_runtime import load
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    model = load(bundle, device=device, threads=threads)
+    options: OptionKeywords = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "seed": seed, "stop": stop, "ignore_eos": ignore_eos,
+    }  # fmt: skip
+    ready = _prompt(model, text, chat=chat, system=system, special=special)
+    if as_json:
+        click.echo(json.dumps(model.generate(ready, **options).to_json(), ensure_ascii=False))
+        return
+    stream = model.stream(ready, **options)
+    for chunk in stream:
+        click.echo(chunk.text, nl=False)
+    click.echo()
+    if stream.generation:
+        click.secho(summary(stream.generation), err=True, dim=True)
+
+
+def _prompt(model: Model, text: str, *, chat: bool | None, system: str | None, special: bool) -> str | list[int]:
+    """What the model should go on from."""
+    if chat is None:
+        chat = model.has_chat_template
+    if not chat:
+        if system is not None:
+            raise click.UsageError("--system belongs to chat mode; leave out --raw, or write it into the prompt.")
+        if special and model.tokenizer is not None:
+            return model.tokenizer.encode(text, bos=model.tokenizer.add_bos, special=True)
+        return text
+    if special:
+        raise click.UsageError("--special is for --raw prompts; a chat template writes its own special tokens.")
+    messages = [{"role": "user", "content": text}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    return model.chat_template.encode(messages)
+
+
+def summary(answer: Generation) -> str:
+    """One line about an answer's size and speed."""
+    t = answer.timings
+    return (
+        f"{answer.prompt_tokens} prompt + {len(answer.tokens)} new tokens, {answer.finish_reason}; first token "
+        f"{t.ttft_ms:.0f} ms, prompt {t.prefill_tokens_per_s:.0f} tok/s, then {t.decode_tokens_per_s:.1f} tok/s"
+    )

@@ -1,0 +1,49 @@
+"""``edgellm inspect``: what a bundle holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = ["inspect"]
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as one JSON object and nothing else.")
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Show BUNDLE's target, size, state, tokenizer, origin and what it is held to. Loads no graph."""
+    from edgellm_runtime.bundle import Bundle
+
+    opened = Bundle(bundle, checksums=False)
+    if as_json:
+        click.echo(json.dumps(opened.manifest.to_json()))
+    else:
+        _print(opened)
+
+
+def _print(bundle: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    manifest = bundle.manifest
+    specs = manifest.signature.state
+    slot = sum(s.nbytes(1, 2) - s.nbytes(1, 1) for s in specs)
+    fixed = sum(s.nbytes(1, 1) for s in specs) - slot
+    table = Table(title=f"{manifest.name} ({bundle.path})", show_header=False)
+    for row in (
+        ("target", f"{manifest.target['name']}, {manifest.dtype}, needs {manifest.target.get('requires', {})}"),
+        ("quantization", json.dumps(manifest.quantization)),
+        ("vocabulary, context", f"{manifest.signature.outputs[0].shape[-1]:,} tokens, {manifest.max_context:,} at most"),
+        ("state", f"{len(specs)} tensors: {slot:,} bytes a token, {fixed:,} bytes fixed"),
+        ("tokenizer", json.dumps(manifest.tokenizer.to_json()) if manifest.tokenizer else "none"),
+        ("held to", json.dumps(dict(manifest.bounds))),
+        ("measured", json.dumps({k: float(f"{v:.3g}") for k, v in manifest.measured.items()})),
+        ("made from", ", ".join(f"{k} {v}" for k, v in manifest.provenance.items())),
+        *((f"file {name}", f"{info.bytes:,} bytes, sha256 {info.sha256[:16]}…") for name, info in manifest.files.items()),
+    ):
+        table.add_row(*row)
+    Console().print(table)

@@ -1,0 +1,46 @@
+"""Progress of a long command on standard error: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+__all__ = ["stages"]
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, float], None]]:
+    """Gives a function that is told what is being done and how much of it (0 to 1)."""
+    if sys.stderr.isatty():
+        with _bar() as tell:
+            yield tell
+        return
+    start, last = time.perf_counter(), [""]
+
+    def tell_plainly(what: str, share: float) -> None:
+        if what != last[0]:
+            last[0] = what
+            print(f"{time.perf_counter() - start:7.1f} s  {what}", file=sys.stderr, flush=True)
+
+    yield tell_plainly
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[str, float], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        tasks: dict[str, object] = {}
+
+        def tell(what: str, share: float) -> None:
+            if what not in tasks:
+                for done in tasks.values():
+                    progress.update(done, completed=1.0)  # type: ignore[arg-type]
+                tasks[what] = progress.add_task(what, total=1.0)
+            progress.update(tasks[what], completed=share)  # type: ignore[arg-type]
+
+        yield tell

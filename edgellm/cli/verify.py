@@ -1,0 +1,86 @@
+"""``edgellm verify``: does a bundle still compute what PyTorch computed?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgellm.cli.progress import stages
+
+if TYPE_CHECKING:
+    from edgellm_runtime.bundle import Bundle
+    from edgellm_runtime.session import Session
+    from edgellm_runtime.verify import Check
+
+__all__ = ["verify", "verify_bundle"]
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--against", type=click.Path(path_type=Path), metavar="CHECKPOINT",
+              help="Also compare with this checkpoint in PyTorch, if it is installed.")  # fmt: skip
+@click.option("--device", default="auto", help="Where to run: auto or cpu.")
+@click.option("--threads", type=int, default=None, help="CPU threads.  [default: every core]", show_default=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def verify(bundle: Path, against: Path | None, device: str, threads: int | None, as_json: bool) -> int:
+    """Check BUNDLE on this device; the exit status is 0 only if every check holds.
+
+    Files are compared with their checksums, and the traces that the exporter took from PyTorch are run again. Needs no
+    PyTorch, unless --against is given.
+    """
+    with stages() as tell:
+        checks = verify_bundle(bundle, against, device=device, threads=threads, tell=tell)
+    ok = all(c.ok for c in checks)
+    if as_json:
+        rows = [{"name": c.name, "ok": c.ok, "value": c.value, "bound": c.bound, "what": c.what} for c in checks]
+        click.echo(json.dumps({"ok": ok, "checks": rows}))
+    else:
+        _print(bundle, checks)
+    return 0 if ok else 1
+
+
+def verify_bundle(
+    path: Path, against: Path | None = None, *, device: str = "auto", threads: int | None = None, tell: Any
+) -> list[Check]:
+    """Every check of a bundle, and those against a checkpoint if one is given."""
+    from edgellm_runtime import open_session
+    from edgellm_runtime.bundle import Bundle
+    from edgellm_runtime.verify import verify as run
+
+    tell("checking files", 0.0)
+    bundle = Bundle(path)
+    session = open_session(bundle, device=device, threads=threads)
+    checks = list(run(bundle, session, lambda what: tell(what, 0.0)).checks)
+    return checks + (_against(bundle, session, against, tell) if against is not None else [])
+
+
+def _against(bundle: Bundle, session: Session, checkpoint: Path, tell: Any) -> list[Check]:
+    from dataclasses import replace
+
+    from edgellm_runtime.verify import read_goldens
+
+    from edgellm.checkpoints import load_checkpoint
+    from edgellm_exporters.parity import compare
+
+    tell("reading the checkpoint", 0.0)
+    model: Any = load_checkpoint(checkpoint).model
+    rows = [golden.tokens.tolist() for golden in read_goldens(bundle)]
+    prompts = [row[: len(row) // 2] for row in rows]
+    report = compare(model, session, rows, greedy_prompts=prompts, progress=lambda s: tell("comparing", s))
+    return [replace(c, name=f"{c.name} (against)") for c in report.checks(dict(bundle.manifest.bounds))]
+
+
+def _print(bundle: Path, checks: list[Check]) -> None:
+    from edgellm_runtime.verify import AT_LEAST
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "check", "found", "bound", "what", title=str(bundle))
+    for c in checks:
+        sign = "≥" if c.name.split(" ")[0] in AT_LEAST else "≤"
+        mark = "[green]✓[/]" if c.ok else "[red]✗[/]"
+        table.add_row(mark, c.name, f"{c.value:.3g}", f"{sign} {c.bound:.3g}", c.what)
+    Console().print(table)

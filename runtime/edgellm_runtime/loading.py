@@ -1,0 +1,83 @@
+"""From a bundle's path to something that runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgellm_runtime.errors import BackendError, BundleError
+
+if TYPE_CHECKING:
+    from edgellm_runtime.bundle import Bundle
+    from edgellm_runtime.model import Model
+    from edgellm_runtime.session import Session
+
+__all__ = ["DEVICES", "load", "open_session"]
+
+DEVICES = ("auto", "cpu")
+
+
+def load(
+    path: str | Path, *, device: str = "auto", threads: int | None = None, checksums: bool = True
+) -> Model:  # fmt: skip
+    """Open a bundle, ready to generate.
+
+    Args:
+        path: the bundle's directory.
+        device: ``cpu``, or ``auto`` for the best that this installation has.
+        threads: CPU threads for one step; None for every core that this process may use.
+        checksums: whether to read and compare every file's checksum first; leave it on for bundles from elsewhere.
+
+    Returns:
+        A model with ``generate``, ``stream``, ``chat`` and ``conversation``.
+
+    Raises:
+        BundleError: the bundle is missing, damaged, foreign or newer than this runtime.
+        BackendError: no library can run it here, or the device is not there.
+    """
+    from edgellm_runtime.bundle import Bundle
+    from edgellm_runtime.model import Model
+    from edgellm_runtime.tokenizer import Tokenizer
+
+    bundle = Bundle(path, checksums=checksums)
+    session = open_session(bundle, device=device, threads=threads)
+    info = bundle.manifest.tokenizer
+    file = None if info is None else bundle.file("tokenizer.json")
+    tokenizer = None if info is None or file is None else Tokenizer(file, info, vocab_size=session.vocab_size)
+    return Model(session, tokenizer, bundle)
+
+
+def open_session(bundle: Bundle, *, device: str = "auto", threads: int | None = None) -> Session:
+    """Steps of an opened bundle, without text; arguments and errors as :func:`load`."""
+    from edgellm_runtime.backends.ort import OrtBackend
+    from edgellm_runtime.bundle import GRAPH
+    from edgellm_runtime.session import Session
+
+    if device not in DEVICES:
+        raise BackendError(f"unknown device {device!r}; this runtime has {', '.join(DEVICES)}")
+    if threads is not None and threads < 1:
+        raise BackendError(f"{threads} threads; give at least 1, or none for every core")
+    manifest = bundle.manifest
+    _check_requirements(bundle)
+    backend = OrtBackend(bundle.file(GRAPH), manifest.signature, threads=threads)
+    return Session(
+        backend, manifest.signature, max_context=manifest.max_context, ragged_chunks=manifest.ragged_chunks
+    )  # fmt: skip
+
+
+def _check_requirements(bundle: Bundle) -> None:
+    """Compare the libraries that the bundle needs with those installed, before any work."""
+    requires = bundle.manifest.target.get("requires", {})
+    if not isinstance(requires, dict) or not requires.keys() <= {"onnxruntime"}:
+        raise BundleError(f"{bundle.path}: needs {requires!r}, which this runtime does not know; install a newer edgellm")
+    from edgellm_runtime.backends.ort import library
+
+    found, needed = library().__version__, str(requires.get("onnxruntime", "0"))
+    if _numbers(found) < _numbers(needed):
+        raise BackendError(
+            f"{bundle.path}: needs ONNX Runtime {needed}, here is {found}; pip install 'onnxruntime>={needed}'"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())

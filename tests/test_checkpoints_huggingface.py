@@ -1,0 +1,288 @@
+"""Hugging Face folders: the logits are transformers', and what cannot be represented is refused by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, models, processors
+
+from edgellm.checkpoints import load_checkpoint
+from edgellm.errors import CheckpointError
+from edgellm.models.decoder import ARCHITECTURE, Decoder, DecoderConfig
+
+CONFIG = {
+    "model_type": "llama", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+    "rope_theta": 500.0, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+TOKENS = torch.arange(40).reshape(2, 20)
+
+
+def write_json(path: Path, data: object) -> None:
+    path.write_text(json.dumps(data))
+
+
+def edit(path: Path, **changes) -> None:
+    data = (json.loads(path.read_text()) if path.exists() else {}) | changes
+    write_json(path, {key: value for key, value in data.items() if value is not ...})
+
+
+def logits(path: Path) -> torch.Tensor:
+    with torch.inference_mode():
+        return load_checkpoint(path).model(TOKENS)[0]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    model = Decoder(
+        DecoderConfig(
+            vocab_size=96,
+            width=32,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=8,
+            mlp_width=48,
+            max_context=64,
+            rope_theta=500.0,
+            tie_embeddings=False,
+        )
+    )
+    tensors = {ARCHITECTURE.hf_name(name): tensor for name, tensor in model.state_dict().items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    write_json(tmp_path / "config.json", CONFIG)
+    return tmp_path
+
+
+def transformers_model(kind: str, **options):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(1)
+    config = {key: value for key, value in CONFIG.items() if key not in ("model_type", "rope_theta")}
+    config |= {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "initializer_range": 0.3}
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**(config | options)))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "norm.weight", "layernorm.weight")):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Llama", {}),
+        ("Llama", {"tie_word_embeddings": True}),
+        ("Llama", {"head_dim": 16, "num_key_value_heads": 1}),
+        ("Llama", {"num_key_value_heads": None}),
+        ("Mistral", {"sliding_window": None}),
+        ("Mistral", {"sliding_window": 64}),
+        ("Qwen2", {}),
+        ("Qwen2", {"tie_word_embeddings": True, "sliding_window": 8, "use_sliding_window": False}),
+    ],
+)
+def test_logits_equal_transformers(tmp_path, kind, options, dtype):
+    model = transformers_model(kind, **options)
+    model.to(dtype).save_pretrained(tmp_path)
+    model = type(model).from_pretrained(tmp_path, dtype=torch.float32).eval()  # .float() keeps rounded frequencies
+    with torch.inference_mode():
+        expected = model(TOKENS).logits
+    got = logits(tmp_path)
+    assert got.dtype == torch.float32
+    assert (got - expected).abs().amax() <= 2e-6 * expected.abs().amax()
+    assert torch.equal(got.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("shard_size", ["10KB", "1GB"])
+def test_shards_equal_transformers(tmp_path, shard_size):
+    model = transformers_model("Llama")
+    model.save_pretrained(tmp_path, max_shard_size=shard_size)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard_size == "10KB")
+    with torch.inference_mode():
+        torch.testing.assert_close(logits(tmp_path), model(TOKENS).logits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mamba"}, "config.json: unknown architecture 'mamba'"),
+        ({"model_type": ...}, "unknown architecture ''"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling is .*llama3"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is .*linear"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, "rope_parameters is .*yarn"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters is"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rope_parameters is"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        ({"rope_interleaved": True}, "rope_interleaved is True"),
+        ({"sliding_window": 32}, "sliding_window is 32"),
+        ({"sliding_window": "32"}, "sliding_window is '32'"),
+        ({"model_type": "mistral", "max_position_embeddings": 8192}, "sliding_window is 4096"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}, "sliding_window is 8"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is 'sliding_attention'"),
+        ({"layer_types": 3}, "malformed"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is set"),
+        ({"hidden_size": ...}, "hidden_size is None; it must be a positive whole number"),
+        ({"hidden_size": "32"}, "hidden_size is '32'"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"num_key_value_heads": 3}, "num_kv_heads 3"),
+        ({"model_type": "mistral", "num_key_value_heads": ...}, "num_key_value_heads is None"),
+        ({"head_dim": 7}, "head_dim 7"),
+        ({"rope_theta": -1}, "rope_theta is -1"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"eos_token_id": [2, "x"]}, "eos_token_id is"),
+        ({"vocab_size": 97}, r"embed_tokens.weight has shape \(96, 32\), its configuration says \(97, 32\)"),
+        ({"num_hidden_layers": 3}, "model.layers.2.* is missing"),
+        ({"num_hidden_layers": 1}, "tensors model.layers.1.* and 6 more have no place"),
+        ({"tie_word_embeddings": True}, "model.embed_tokens.weight and lm_head.weight differ"),
+    ],
+)
+def test_what_cannot_be_represented_is_refused(folder, changes, message):
+    edit(folder / "config.json", **changes)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_checkpoint(folder)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_act": "silu", "mlp_bias": False, "attention_bias": False, "pretraining_tp": 2},
+        {"rope_scaling": None, "sliding_window": None},
+        {"rope_scaling": {"rope_type": "default"}},
+        {"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 500}},
+        {"head_dim": None, "num_key_value_heads": 2},
+        {"sliding_window": 64, "layer_types": ["full_attention", "full_attention"]},
+    ],
+)
+def test_what_changes_nothing_is_accepted(folder, changes):
+    expected = logits(folder)
+    edit(folder / "config.json", **changes)
+    assert torch.equal(logits(folder), expected)
+
+
+def test_rotary_frequencies_of_old_files_are_ignored(folder):
+    expected = logits(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, folder / "model.safetensors")
+    assert torch.equal(logits(folder), expected)
+
+
+def test_a_tied_head_may_be_stored_under_either_name_or_both(folder):
+    edit(folder / "config.json", tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    embedding = tensors.pop("lm_head.weight")
+    found = []
+    for names in (["lm_head.weight"], ["model.embed_tokens.weight"], ["lm_head.weight", "model.embed_tokens.weight"]):
+        tensors.pop("model.embed_tokens.weight", None)
+        tensors.pop("lm_head.weight", None)
+        save_file(tensors | {name: embedding.clone() for name in names}, folder / "model.safetensors")
+        found.append(logits(folder))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def shard(folder: Path) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    where = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(names)}
+    for part in ("part-0.safetensors", "part-1.safetensors"):
+        save_file({name: tensors[name] for name in names if where[name] == part}, folder / part)
+    write_json(folder / "model.safetensors.index.json", {"weight_map": where})
+    return folder / "model.safetensors.index.json"
+
+
+def test_shards_equal_one_file(folder):
+    expected = logits(folder)
+    shard(folder)
+    assert torch.equal(logits(folder), expected)
+
+
+def test_bad_shards_are_refused(folder):
+    index = shard(folder)
+    good = json.loads(index.read_text())["weight_map"]
+    first = next(iter(good))
+    cases: dict[str, object] = {
+        "absent.safetensors is missing": good | {first: "absent.safetensors"},
+        "not a file beside the index": good | {first: "../part-0.safetensors"},
+        "not a file beside": good | {first: 3},
+        "tensor extra is missing": good | {"extra": "part-0.safetensors"},
+        f"{first} .* is missing": {name: part for name, part in good.items() if name != first},
+        "has no weight_map": [],
+    }
+    for message, where in cases.items():
+        write_json(index, {"weight_map": where})
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(folder)
+    write_json(index, {"weight_map": good})
+    (folder / "part-1.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"part-1\.safetensors is not a whole safetensors file"):
+        load_checkpoint(folder)
+
+
+def test_weights_that_are_not_safetensors_are_refused(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"0 safetensors files .* needs model\.safetensors"):
+        load_checkpoint(folder)
+
+
+def put_tokenizer(folder: Path, *, adds_bos: bool) -> None:
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "<s>": 1, "</s>": 2, "<end>": 3}, merges=[]))
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<s>", "</s>", "<end>")])
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    ("in_tokenizer", "setting", "expected"),
+    [(False, ..., False), (True, ..., True), (True, False, False), (False, True, True), (True, None, True)],
+)
+def test_add_bos_is_what_the_tokenizer_does_unless_it_is_set(folder, in_tokenizer, setting, expected):
+    put_tokenizer(folder, adds_bos=in_tokenizer)
+    edit(folder / "tokenizer_config.json", add_bos_token=setting)
+    assert load_checkpoint(folder).add_bos is expected
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "settings", "expected"),
+    [
+        ({}, {}, {}, (1, (2,))),
+        ({"eos_token_id": [2, 3, 2]}, {}, {}, (1, (2, 3))),
+        ({}, {"eos_token_id": [3, 2], "bos_token_id": 0}, {}, (0, (3, 2))),
+        ({"eos_token_id": None, "bos_token_id": ...}, {}, {}, (None, ())),
+        ({"eos_token_id": ..., "bos_token_id": None}, {}, {"eos_token": "<end>", "bos_token": {"content": "<s>"}},
+         (1, (3,))),
+    ],
+)  # fmt: skip
+def test_special_tokens(folder, config, generation, settings, expected):
+    put_tokenizer(folder, adds_bos=False)
+    edit(folder / "config.json", **config)
+    edit(folder / "generation_config.json", **generation)
+    edit(folder / "tokenizer_config.json", **settings)
+    loaded = load_checkpoint(folder)
+    assert (loaded.bos_token_id, loaded.eos_token_ids) == expected
+
+
+def test_chat_template_comes_from_the_file_else_the_settings(folder):
+    assert load_checkpoint(folder).chat_template is None
+    several = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+    for setting, expected in ((several, "D"), ("S", "S"), (several[:1], None)):
+        edit(folder / "tokenizer_config.json", chat_template=setting)
+        assert load_checkpoint(folder).chat_template == expected
+    (folder / "chat_template.jinja").write_text("F")
+    assert load_checkpoint(folder).chat_template == "F"
+
+
+def test_source_says_what_was_read(folder):
+    assert load_checkpoint(folder).source == "Hugging Face F32, llama"

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import json
+
+import click
+import edgellm_runtime
+import pytest
+from click.testing import CliRunner
+from edgellm.cli.bench import bench
+from edgellm.cli.chat import chat
+from edgellm.cli.generate import generate
+from generation_fakes import fake_model
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    model = fake_model(tmp_path, max_context=300)
+    monkeypatch.setattr(edgellm_runtime, "load", lambda path, *, device="auto", threads=None: model, raising=False)
+    return model
+
+
+def run(command, *arguments, **keywords):
+    result = CliRunner().invoke(command, list(arguments), catch_exceptions=False, **keywords)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_generate_streams_the_answer_and_keeps_the_figures_apart(model, tmp_path):
+    expected = model.chat([{"role": "user", "content": "hello"}], max_new_tokens=9)
+    result = run(generate, str(tmp_path), "hello", "--max-new-tokens", "9")
+    assert result.stdout == expected.text + "\n"
+    assert "9 new tokens, length" in result.stderr and "tok/s" in result.stderr
+
+
+def test_generate_json_is_one_object(model, tmp_path):
+    result = run(
+        generate, str(tmp_path), "-", "--raw", "--json", "--max-new-tokens", "9", "--temperature", "1", "--seed", "3",
+        "--stop", "zzz", "--stop", "yyy", input="hello",
+    )  # fmt: skip
+    expected = model.generate("hello", max_new_tokens=9, temperature=1.0, seed=3)
+    data = json.loads(result.output)
+    assert data["tokens"] == list(expected.tokens) and data["text"] == expected.text
+    assert set(data) == {"text", "tokens", "prompt_tokens", "finish_reason", "timings"}
+
+
+def test_generate_modes(model, tmp_path):
+    def count(*arguments):
+        return json.loads(run(generate, str(tmp_path), *arguments, "--json", "--max-new-tokens", "1").output)[
+            "prompt_tokens"
+        ]
+
+    user, system = {"role": "user", "content": "hello"}, {"role": "system", "content": "the"}
+    assert count("z", "--raw") == 1
+    assert count("hello") == count("hello", "--chat") == len(model.chat_template.encode([user]))
+    assert count("hello", "--system", "the") == len(model.chat_template.encode([system, user]))
+    assert count("<|im_end|>", "--raw", "--special") == 1
+    for wrong in (["--raw", "--system", "x"], ["--special"]):
+        assert CliRunner().invoke(generate, [str(tmp_path), "hello", *wrong]).exit_code == 2
+
+
+def test_chat_talks_over_a_pipe(model, tmp_path):
+    lines = "hello\n/stats\n\n/system\n/system the world\n/nonsense\n/help\nhello\n/reset\n"
+    result = run(chat, str(tmp_path), "--max-new-tokens", "5", input=lines)
+    plain = model.chat([{"role": "user", "content": "hello"}], max_new_tokens=5).text
+    ruled = [{"role": "system", "content": "the world"}, {"role": "user", "content": "hello"}]
+    assert result.stdout == f"{plain}\n{model.chat(ruled, max_new_tokens=5).text}\n"
+    for word in ("state holds", "No command /nonsense", "/exit", "is forgotten"):
+        assert word in result.stderr
+
+
+def test_chat_survives_an_interrupt_and_a_message_too_long(model, tmp_path):
+    model.session.fail_at = 20
+    result = run(chat, str(tmp_path), "--max-new-tokens", "9", input="hello\n" + "z" * 400 + "\nhello\n/exit\nhello\n")
+    assert "[stopped]" in result.stderr and "/reset begins anew" in result.stderr
+    assert result.stdout.count("\n") == 3
+
+
+def test_bench_takes_its_workload_from_the_environment(model, tmp_path):
+    environment = {"PROMPT_TOKENS": "6", "NEW_TOKENS": "5", "THREADS": "1"}
+    data = json.loads(run(bench, str(tmp_path), "--json", "--rounds", "1", env=environment).output)
+    assert (data["prompt_tokens"], data["new_tokens"], data["threads"]) == (6, 5, 1)
+    assert "time to first token" in run(bench, str(tmp_path), "--rounds", "1", env=environment).output
+
+
+@pytest.mark.parametrize("command", [generate, chat, bench])
+def test_every_option_has_help(command):
+    assert all(p.help for p in command.params if isinstance(p, click.Option))
+    assert CliRunner().invoke(command, ["--help"]).exit_code == 0
