@@ -6,14 +6,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
 from edgellm_runtime.bundle import TokenizerInfo
 from edgellm_runtime.errors import ContextError
 from edgellm_runtime.model import Model
 from edgellm_runtime.spec import StateSpec
 from edgellm_runtime.state import State
 from edgellm_runtime.tokenizer import Tokenizer
-from tokenizers import Tokenizer as Library
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"

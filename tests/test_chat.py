@@ -3,11 +3,12 @@ from __future__ import annotations
 import re
 
 import pytest
-from edgellm_runtime.chat import ChatTemplate
-from edgellm_runtime.errors import BundleError, ContextError, OptionError
 from generation_fakes import TEMPLATE, fake_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from edgellm_runtime.chat import ChatTemplate
+from edgellm_runtime.errors import BundleError, ContextError, OptionError
 
 USER = [{"role": "user", "content": "hello"}]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -58,8 +59,9 @@ def test_a_template_may_still_trim_a_message_with_names(tmp_path):
 
 
 def test_the_templates_helpers_are_there(tmp_path):
-    source = "{% if tools is none %}{{ bos_token }}{{ eos_token }}{% endif %}{{ strftime_now('%Y') }}\n    {% if true %}\nx\n"
-    source += "{% endif %}{% generation %}g{% endgeneration %}{% for i in range(3) %}{% break %}{% endfor %}"
+    source = "{% if tools is none %}{{ bos_token }}{{ eos_token }}{% endif %}{{ strftime_now('%Y') }}\n"
+    source += "    {% if true %}\nx\n{% endif %}{% generation %}g{% endgeneration %}"
+    source += "{% for i in range(3) %}{% break %}{% endfor %}"
     text = template(tmp_path, source + "{{ {'b': 'é', 'a': 1} | tojson }}").render(USER)
     assert re.fullmatch(r'<\|endoftext\|><\|im_end\|>\d{4}\nx\ng\{"b": "é", "a": 1\}', text)
 
@@ -145,7 +147,8 @@ def test_a_turn_reads_only_what_is_new(tmp_path, recurrent):
         assert model.session.read - before == talk.held_tokens - held
         assert answer.tokens == model.chat(talk.messages[:-1], max_new_tokens=500).tokens
         reused += talk.reused_tokens
-    assert reused > 0 and talk.state_bytes > 0
+    assert reused > 0
+    assert talk.state_bytes > 0
 
 
 def test_leaving_an_answer_keeps_what_was_said(tmp_path):
@@ -179,5 +182,6 @@ def test_a_message_that_does_not_fit_is_not_kept(tmp_path):
         talk.say("z" * 60)
     assert talk.messages == kept
     talk.reset(system="the")
-    assert talk.messages == [{"role": "system", "content": "the"}] and talk.held_tokens == 0
+    assert talk.messages == [{"role": "system", "content": "the"}]
+    assert talk.held_tokens == 0
     assert talk.say("hello", max_new_tokens=2).tokens == model.chat(talk.messages[:-1], max_new_tokens=2).tokens

@@ -160,6 +160,8 @@ def test_what_changes_nothing_is_accepted(tmp_path, changes):
         ({"attention.head_count": [4, 2]}, r"attention.head_count is \[4, 2\]"),
         ({"attention.head_count": 0}, "attention.head_count is 0"),
         ({"block_count": None}, "block_count is None"),
+        ({"block_count": 2**31}, "block_count is 2147483648; .* at most 1024"),
+        ({"context_length": 2**31}, "context_length is 2147483648"),
         ({"attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon is None"),
         ({"rope.freq_base": float("inf")}, "rope.freq_base is inf"),
         ({"block_count": 3}, "blk.2.* is missing"),

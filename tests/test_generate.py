@@ -6,11 +6,12 @@ import sys
 
 import numpy as np
 import pytest
-from edgellm_runtime.errors import ContextError, OptionError
-from edgellm_runtime.generate import GenerationOptions, StopMatcher
 from generation_fakes import fake_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from edgellm_runtime.errors import ContextError, OptionError
+from edgellm_runtime.generate import GenerationOptions, StopMatcher
 
 
 @pytest.fixture
@@ -33,7 +34,8 @@ def test_greedy_is_what_reading_everything_again_gives(model):
     assert list(answer.tokens) == naive(model, prompt, 20)
     assert answer.text == model.tokenizer.decode(answer.tokens)
     assert (answer.prompt_tokens, answer.finish_reason) == (len(prompt), "length")
-    assert answer.timings.ttft_ms > 0 and answer.timings.decode_tokens_per_s > 0
+    assert answer.timings.ttft_ms > 0
+    assert answer.timings.decode_tokens_per_s > 0
 
 
 def test_a_texts_tokens_give_the_same(model):
@@ -76,7 +78,8 @@ def test_leaving_a_stream_early_disturbs_nothing(model):
     stream = model.stream("hello", max_new_tokens=10)
     next(stream)
     stream.close()
-    assert list(stream) == [] and stream.generation is None
+    assert list(stream) == []
+    assert stream.generation is None
     assert model.generate("hello", max_new_tokens=10).tokens == expected
 
 
@@ -113,7 +116,8 @@ def test_stop_matcher_cuts_before_the_first_stop_and_loses_nothing(text, stops, 
     if stopped:
         assert any(text[len(out) :].startswith(s) for s in stops)
     else:
-        assert out + matcher.finish() == text and not any(s in text for s in stops)
+        assert out + matcher.finish() == text
+        assert not any(s in text for s in stops)
 
 
 def test_the_answer_ends_where_the_context_does(tmp_path):
@@ -123,13 +127,14 @@ def test_the_answer_ends_where_the_context_does(tmp_path):
     full = model.generate([5] * 10)
     assert (full.tokens, full.finish_reason, full.text) == ((), "length", "")
     rows = model.generate([[5] * 10, [5, 6, 7]], max_new_tokens=100, ignore_eos=True)
-    assert rows[0].tokens == () and rows[1].tokens == answer.tokens
+    assert rows[0].tokens == ()
+    assert rows[1].tokens == answer.tokens
 
 
 def test_a_prompt_longer_than_the_context_is_told_with_both_numbers(tmp_path):
     model = fake_model(tmp_path, max_context=10)
     for call in (model.generate, model.stream):
-        with pytest.raises(ContextError, match="11 tokens.* holds 10; shorten"):
+        with pytest.raises(ContextError, match=r"11 tokens.* holds 10; shorten"):
             call([5] * 11)
 
 

@@ -3,13 +3,14 @@ from __future__ import annotations
 import json
 
 import click
-import edgellm_runtime
 import pytest
 from click.testing import CliRunner
+from generation_fakes import fake_model
+
+import edgellm_runtime
 from edgellm.cli.bench import bench
 from edgellm.cli.chat import chat
 from edgellm.cli.generate import generate
-from generation_fakes import fake_model
 
 
 @pytest.fixture
@@ -29,7 +30,8 @@ def test_generate_streams_the_answer_and_keeps_the_figures_apart(model, tmp_path
     expected = model.chat([{"role": "user", "content": "hello"}], max_new_tokens=9)
     result = run(generate, str(tmp_path), "hello", "--max-new-tokens", "9")
     assert result.stdout == expected.text + "\n"
-    assert "9 new tokens, length" in result.stderr and "tok/s" in result.stderr
+    assert "9 new tokens, length" in result.stderr
+    assert "tok/s" in result.stderr
 
 
 def test_generate_json_is_one_object(model, tmp_path):
@@ -39,7 +41,8 @@ def test_generate_json_is_one_object(model, tmp_path):
     )  # fmt: skip
     expected = model.generate("hello", max_new_tokens=9, temperature=1.0, seed=3)
     data = json.loads(result.output)
-    assert data["tokens"] == list(expected.tokens) and data["text"] == expected.text
+    assert data["tokens"] == list(expected.tokens)
+    assert data["text"] == expected.text
     assert set(data) == {"text", "tokens", "prompt_tokens", "finish_reason", "timings"}
 
 
@@ -71,7 +74,8 @@ def test_chat_talks_over_a_pipe(model, tmp_path):
 def test_chat_survives_an_interrupt_and_a_message_too_long(model, tmp_path):
     model.session.fail_at = 20
     result = run(chat, str(tmp_path), "--max-new-tokens", "9", input="hello\n" + "z" * 400 + "\nhello\n/exit\nhello\n")
-    assert "[stopped]" in result.stderr and "/reset begins anew" in result.stderr
+    assert "[stopped]" in result.stderr
+    assert "/reset begins anew" in result.stderr
     assert result.stdout.count("\n") == 3
 
 

@@ -3,14 +3,15 @@ from __future__ import annotations
 import json
 
 import pytest
-from edgellm_runtime.bundle import TokenizerInfo
-from edgellm_runtime.errors import BundleError, OptionError
-from edgellm_runtime.tokenizer import Tokenizer
 from generation_fakes import byte_level
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from edgellm_runtime.bundle import TokenizerInfo
+from edgellm_runtime.errors import BundleError, OptionError
+from edgellm_runtime.tokenizer import Tokenizer
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 INFO = TokenizerInfo(None, (2,), False, False)

@@ -28,6 +28,8 @@ __all__ = ["GGUFSource", "load_gguf"]
 class _Reader(gguf.GGUFReader):  # type: ignore[misc]
     """gguf's reader, which by itself reads past the end of a damaged file as if nothing were there."""
 
+    data: Any
+
     def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
         if isinstance(self.data, np.memmap):
             self.data = np.asarray(self.data)  # the same mapping; slicing it costs half, and strings are many

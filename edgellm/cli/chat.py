@@ -34,7 +34,7 @@ _HELP = """\
 @click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 discourages tokens already there.")
 @click.option("--seed", type=int, default=None, help="Makes sampling repeatable.  [default: random]")
 @click.option("--threads", type=int, default=None, help="CPU threads.  [default: the runtime's choice]")
-@click.option("--device", default="auto", help="Where to run: auto, cpu or cuda.")
+@click.option("--device", default="auto", help="Where to run; auto takes the best there is.")
 def chat(
     bundle: str, system: str | None, max_new_tokens: int, temperature: float, top_k: int, top_p: float, min_p: float,
     repetition_penalty: float, seed: int | None, threads: int | None, device: str,

@@ -31,7 +31,7 @@ __all__ = ["generate"]
 @click.option("--seed", type=int, default=None, help="Makes sampling repeatable.  [default: random]")
 @click.option("--stop", multiple=True, help="End the answer before this text; may be given several times.")
 @click.option("--threads", type=int, default=None, help="CPU threads.  [default: the runtime's choice]")
-@click.option("--device", default="auto", help="Where to run: auto, cpu or cuda.")
+@click.option("--device", default="auto", help="Where to run; auto takes the best there is.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past end tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def generate(

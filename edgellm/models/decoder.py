@@ -189,16 +189,20 @@ _GGUF_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 
 
+# Far above any real model: a damaged file must give an error, not hours of building layers or gigabytes of angles.
+MAX_LAYERS, MAX_CONTEXT = 1024, 2**21
+
+
 def _refuse(key: str, value: Any) -> CheckpointError:
     return CheckpointError(f"{key} is {value!r}, which the decoder model cannot represent; use another checkpoint")
 
 
-def _whole(data: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def _whole(data: Mapping[str, Any], key: str, default: int | None = None, *, limit: int = 2**31) -> int:
     value = data.get(key)
     if value is None and default is not None:
         return default
-    if type(value) is not int or value < 1:
-        raise CheckpointError(f"{key} is {value!r}; it must be a positive whole number")
+    if type(value) is not int or not 1 <= value <= limit:
+        raise CheckpointError(f"{key} is {value!r}; it must be a positive whole number of at most {limit}")
     return value
 
 
@@ -243,12 +247,12 @@ def _config_from_hf(data: Mapping[str, Any]) -> DecoderConfig:
     if data.get("attention_bias", False) and not is_qwen:
         raise _refuse("attention_bias", data["attention_bias"])  # it puts a bias on the output projection too
     width, heads = _whole(data, "hidden_size"), _whole(data, "num_attention_heads")
-    max_context = _whole(data, "max_position_embeddings")
+    max_context = _whole(data, "max_position_embeddings", limit=MAX_CONTEXT)
     _hf_check_window(data, max_context)
     return DecoderConfig(
         vocab_size=_whole(data, "vocab_size"),
         width=width,
-        num_layers=_whole(data, "num_hidden_layers"),
+        num_layers=_whole(data, "num_hidden_layers", limit=MAX_LAYERS),
         num_heads=heads,
         num_kv_heads=_whole(data, "num_key_value_heads", heads if data["model_type"] == "llama" else None),
         head_dim=_whole(data, "head_dim", width // heads),
@@ -285,12 +289,12 @@ def _config_from_gguf(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[in
     return DecoderConfig(
         vocab_size=embedding[0],
         width=width,
-        num_layers=_whole(values, "block_count"),
+        num_layers=_whole(values, "block_count", limit=MAX_LAYERS),
         num_heads=heads,
         num_kv_heads=_whole(values, "attention.head_count_kv", heads),
         head_dim=head_dim,
         mlp_width=_whole(values, "feed_forward_length"),
-        max_context=_whole(values, "context_length"),
+        max_context=_whole(values, "context_length", limit=MAX_CONTEXT),
         rope_theta=_positive(values, "rope.freq_base", 10000.0),
         norm_eps=_positive(values, "attention.layer_norm_rms_epsilon"),
         tie_embeddings="output.weight" not in shapes,

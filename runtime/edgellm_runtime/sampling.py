@@ -19,7 +19,9 @@ from edgellm_runtime.errors import BackendError, OptionError
 
 __all__ = ["Sampler", "SamplingOptions"]
 
-_Weighted = tuple[NDArray[np.int64], NDArray[np.float64]]
+_Weighted = tuple[NDArray[np.int64], NDArray[np.float32]]
+_GROUP = 64  # weights summed together before a draw looks inside
+_STRIPES = 16  # a vocabulary is compared with itself in so many stripes to find a bound for its k-th greatest
 _FIRST_GUESS = 256  # tokens that top-p sorts before it looks at more
 
 
@@ -98,6 +100,7 @@ class Sampler:
         self._greedy = options.temperature == 0
         self._penalised = options.repetition_penalty != 1
         self._draws = [] if self._greedy else [np.random.Generator(np.random.PCG64(options.seed)) for _ in range(rows)]
+        self._all = np.arange(0 if self._greedy else vocab_size)
         self._seen = np.zeros((rows if self._penalised else 0, vocab_size), dtype=bool)
 
     def observe(self, row: int, tokens: Iterable[int]) -> None:
@@ -126,7 +129,9 @@ class Sampler:
         indices = range(len(logits)) if rows is None else rows
         return np.array([self._choose(row, x) for row, x in zip(indices, logits, strict=True)], dtype=np.int64)
 
-    def distribution(self, logits: NDArray[np.float32], *, row: int = 0) -> _Weighted:
+    def distribution(
+        self, logits: NDArray[np.float32], *, row: int = 0
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """What a draw for this row would choose from.
 
         Args:
@@ -137,7 +142,7 @@ class Sampler:
             Token ids in rising order, and their probabilities, which sum to 1.
         """
         ids, weights = self._weights(row, logits)
-        return ids, weights / weights.sum()
+        return ids, weights / weights.sum(dtype=np.float64)
 
     def _choose(self, row: int, logits: NDArray[np.float32]) -> int:
         ids, weights = self._weights(row, logits)
@@ -154,18 +159,17 @@ class Sampler:
         best = int(logits.argmax())
         _check_best(logits[best])
         if self._greedy or o.top_k == 1:
-            return np.array([best]), np.ones(1)
-        ids = _top_k(logits, o.top_k) if 0 < o.top_k < len(logits) else np.arange(len(logits))
-        kept = logits if len(ids) == len(logits) else logits[ids]
+            return np.array([best]), np.ones(1, dtype=np.float32)
+        ids = _top_k(logits, o.top_k) if 0 < o.top_k < len(logits) else None  # None: all of them, in order
+        weights = (logits if ids is None else logits[ids]) - logits[best]
         with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to minus infinity, as it should
-            weights = np.exp((kept.astype(np.float64) - float(logits[best])) / o.temperature)
-        if o.top_p < 1:
-            chosen = _top_p(weights, o.top_p)
-            ids, weights = ids[chosen], weights[chosen]
-        if o.min_p > 0:
-            chosen = np.flatnonzero(weights >= o.min_p)  # the best weighs 1, and no normalisation changes a ratio
-            ids, weights = ids[chosen], weights[chosen]
-        return ids, weights
+            weights /= np.float32(max(o.temperature, 1e-30))  # in place: fresh memory costs more than the arithmetic
+            np.exp(weights, out=weights)
+        for keep, kind in ((_top_p, o.top_p if o.top_p < 1 else None), (_min_p, o.min_p or None)):
+            if kind is not None:
+                chosen = keep(weights, kind)
+                ids, weights = chosen if ids is None else ids[chosen], weights[chosen]
+        return ids if ids is not None else self._all, weights
 
 
 def _check_best(value: np.float32) -> None:
@@ -180,33 +184,59 @@ def _penalise(logits: NDArray[np.float32], seen: NDArray[np.int64], penalty: flo
     return logits
 
 
-def _top_k(logits: NDArray[np.floating[Any]], k: int) -> NDArray[np.int64]:
+def _top_k(values: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     """The ids of the k greatest, in rising order; of equals the lower ids."""
-    threshold = np.partition(logits, len(logits) - k)[len(logits) - k]
-    ids = np.flatnonzero(logits >= threshold)
-    if len(ids) > k:
-        above, equal = np.flatnonzero(logits > threshold), np.flatnonzero(logits == threshold)
-        ids = np.sort(np.concatenate([above, equal[: k - len(above)]]))
-    return ids
+    near = _at_least_top_k(values, k)
+    kept = values[near]
+    threshold = np.partition(kept, len(kept) - k)[len(kept) - k]
+    above, equal = near[kept > threshold], near[kept == threshold]
+    return np.sort(np.concatenate([above, equal[: k - len(above)]]))
 
 
-def _top_p(weights: NDArray[np.float64], p: float) -> NDArray[np.int64]:
+def _at_least_top_k(values: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """Ids that the k greatest are among, usually few; a partition of the whole vocabulary costs ten times as much."""
+    groups = len(values) // _STRIPES
+    if k > groups // 2:
+        return np.arange(len(values))
+    best = values[: groups * _STRIPES].reshape(_STRIPES, groups).max(axis=0)
+    # k groups have a member at or above this, so the k-th greatest of all is not below it
+    return np.flatnonzero(values >= np.partition(best, groups - k)[groups - k])
+
+
+def _top_p(weights: NDArray[np.float32], p: float) -> NDArray[np.int64]:
     """Indices, rising, of the fewest greatest weights that make up the share p; of equals the lower indices."""
-    wanted = p * weights.sum()
+    wanted = p * weights.sum(dtype=np.float64)
     count = _FIRST_GUESS
     while True:
         # sorting a whole vocabulary costs ten times this, and the share is nearly always reached among a few
         ids = _top_k(weights, count) if count < len(weights) else np.arange(len(weights))
         ids = ids[np.argsort(-weights[ids], kind="stable")]
-        cumulative = weights[ids].cumsum()
+        cumulative = weights[ids].cumsum(dtype=np.float64)
         if cumulative[-1] >= wanted or len(ids) == len(weights):
             return np.sort(ids[: int(np.searchsorted(cumulative, wanted)) + 1])
-        count *= 8
+        count *= 4
 
 
-def _draw(ids: NDArray[np.int64], weights: NDArray[np.float64], u: float) -> int:
+def _min_p(weights: NDArray[np.float32], p: float) -> NDArray[np.int64]:
+    """Indices of the weights of at least p; the best weighs 1, and no normalisation changes a ratio."""
+    return np.flatnonzero(weights >= p)
+
+
+def _draw(ids: NDArray[np.int64], weights: NDArray[np.float32], u: float) -> int:
     """Invert the cumulative distribution at u, in [0, 1)."""
+    # First the group, then the place in it: a cumulative sum waits for every addition, a sum of groups does not.
+    groups = len(weights) // _GROUP
+    sums = weights[: groups * _GROUP].reshape(groups, _GROUP).sum(axis=1, dtype=np.float64)
+    sums = np.append(sums, weights[groups * _GROUP :].sum(dtype=np.float64))
+    group, left = _invert(sums, u * float(sums.sum()))
+    inside = weights[group * _GROUP : (group + 1) * _GROUP].astype(np.float64)
+    index, _ = _invert(inside, left)
+    return int(ids[group * _GROUP + index])
+
+
+def _invert(weights: NDArray[np.float64], at: float) -> tuple[int, float]:
+    """Where the running sum first exceeds ``at``, and what of ``at`` is left there; never at a weight of 0."""
     cumulative = weights.cumsum()
-    index = int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
-    # u * total may round up to the total itself, past the last token that has any weight
-    return int(ids[min(index, int(np.searchsorted(cumulative, cumulative[-1])))])
+    # rounding may put `at` at the total itself: then the last place that has any weight
+    index = min(int(np.searchsorted(cumulative, at, side="right")), int(np.searchsorted(cumulative, cumulative[-1])))
+    return index, at - float(cumulative[index - 1]) if index else at

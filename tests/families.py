@@ -1,0 +1,54 @@
+"""Every model that the parametrised tests run: one entry joins them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from edgellm.models.decoder import Decoder, DecoderConfig
+from edgellm.models.hybrid import Hybrid, HybridConfig
+from torch import nn
+
+VOCAB, CONTEXT = 101, 64
+
+
+def hybrid(*pattern: str, rotary: bool = True, tie: bool = False, mlp_width: int = 0) -> Callable[[], nn.Module]:
+    config = HybridConfig(
+        vocab_size=VOCAB, width=64, pattern=pattern, num_heads=4, num_kv_heads=2, recurrent_width=96,
+        mlp_width=mlp_width, max_context=CONTEXT, rotary=rotary, tie_embeddings=tie,
+    )  # fmt: skip
+    return lambda: Hybrid(config)
+
+
+def decoder(*, kv_heads: int, tie: bool, bias: bool) -> Callable[[], nn.Module]:
+    config = DecoderConfig(
+        vocab_size=VOCAB, width=96, num_layers=2, num_heads=4, num_kv_heads=kv_heads, head_dim=32, mlp_width=160,
+        max_context=CONTEXT, tie_embeddings=tie, attention_bias=bias,
+    )  # fmt: skip
+    return lambda: Decoder(config)
+
+
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "rnn_tanh": hybrid("rnn_tanh", "rnn_tanh"),
+    "rnn_relu": hybrid("rnn_relu", "rnn_relu"),
+    "lstm": hybrid("lstm", "lstm"),
+    "gru": hybrid("gru", "gru", mlp_width=128),
+    "attention": hybrid("attention", "attention", mlp_width=128),
+    "attention without positions": hybrid("attention", "lstm", rotary=False),
+    "mixed": hybrid("lstm", "attention", "gru", "attention", "rnn_tanh", tie=True, mlp_width=128),
+    "decoder": decoder(kv_heads=2, tie=True, bias=False),
+    "decoder untied with biases": decoder(kv_heads=4, tie=False, bias=True),
+}
+
+
+def make(family: str, seed: int = 0) -> nn.Module:
+    """A model with fresh weights, large enough that a wrong sign or gate shows in the logits."""
+    torch.manual_seed(seed)
+    model = FAMILIES[family]().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bias" in name:  # zero at first, which would hide a bias that is dropped or misplaced
+                parameter.normal_(std=0.2)
+            elif parameter.dim() == 1:
+                parameter.normal_(mean=1.0, std=0.2)
+    return model

@@ -1,0 +1,191 @@
+"""Captured, passed and lowered graphs, one step of the pipeline at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.checker
+import onnx.reference
+import onnx_ir as ir
+import pytest
+import torch
+from edgellm.models.protocol import empty_state
+from edgellm.ops.canonical import DOMAIN
+from edgellm_exporters.capture import INPUTS, capture
+from edgellm_exporters.errors import LoweringError
+from edgellm_exporters.lower import clean, lower_to
+from edgellm_exporters.passes.add_rms_norm import FuseAddRMSNorm
+from edgellm_exporters.passes.merge_linears import MergeLinears
+from edgellm_exporters.quantize.methods import plan_for
+from edgellm_exporters.quantize.plan import Plan
+from edgellm_exporters.targets import TARGETS, find_target
+from edgellm_exporters.write import write_graph
+from families import FAMILIES, VOCAB, make
+
+
+def lowered(family: str, target: str, method: str = "none") -> ir.Model:
+    graph = capture(make(family))
+    clean(graph)
+    for make_pass in find_target(target).passes:
+        make_pass()(graph)
+    return lower_to(graph, find_target(target), plan_for(method, graph))
+
+
+def feeds(model: torch.nn.Module, batch: int, time: int) -> dict[str, np.ndarray]:
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (batch, time))
+    return {
+        "tokens": tokens,
+        "past_lengths": np.zeros(batch, np.int32),
+        "lengths": np.full(batch, time, np.int32),
+        "logit_positions": np.tile(np.arange(time), (batch, 1)),
+        **{f"past.{k}": v.numpy() for k, v in empty_state(model, batch, time).items()},
+    }
+
+
+@pytest.mark.parametrize("method", ["none", "int8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_standard_graph_passes_the_checker_and_the_reference_evaluator(
+    family: str, method: str, tmp_path: Path
+) -> None:
+    write_graph(lowered(family, "onnx", method), tmp_path, lambda what, share: None)
+    onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)
+    graph = onnx.load(tmp_path / "model.onnx")
+    assert {o.domain for o in graph.opset_import} == {""}
+    if method == "int8" and family != "attention" and "decoder" not in family:
+        return  # the reference evaluator's Scan cannot see names of the graph around it
+    model = make(family)
+    inputs = feeds(model, 1, 6)  # its LSTM, GRU and RNN know no sequence lengths, so rows are whole
+    names = {i.name for i in graph.graph.input}
+    found = onnx.reference.ReferenceEvaluator(graph).run(["logits"], {k: v for k, v in inputs.items() if k in names})
+    with torch.no_grad():
+        expected = model(torch.from_numpy(inputs["tokens"]))[0].numpy()
+    tolerance = 1e-4 if method == "none" else 0.1
+    assert np.abs(found[0] - expected).max() < tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_capture_keeps_canonical_ops_whole_and_dimensions_named(family: str) -> None:
+    model = make(family)
+    graph = capture(model)
+    clean(graph)
+    assert [i.name for i in graph.graph.inputs[: len(INPUTS)]] == [t.name for t in INPUTS]
+    assert [i.name for i in graph.graph.inputs[len(INPUTS) :]] == [s.past_name for s in model.state_specs()]
+    tokens = graph.graph.inputs[0]
+    assert [str(d) for d in tokens.shape or ()] == ["batch", "time"]
+    kinds = {n.op_type for n in graph.graph if n.domain == DOMAIN}
+    assert {"Embedding", "Linear", "RMSNorm", "TakePositions"} <= kinds
+    assert not {n.op_type for n in graph.graph} & {"MatMul", "Gemm", "Identity"}
+
+
+def test_capture_leaves_the_model_as_it_was() -> None:
+    model = make("mixed").train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    capture(model)
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_lowering_names_the_node_it_has_no_form_for() -> None:
+    graph = ir.Model(ir.Graph([], [], nodes=[ir.node("Mystery", [], domain=DOMAIN)], name="g"), ir_version=10)
+    with pytest.raises(LoweringError, match="no form of Mystery"):
+        lower_to(graph, TARGETS["onnx"], Plan())
+
+
+def test_the_fused_graph_has_the_nodes_of_a_hand_written_one() -> None:
+    graph = lowered("decoder", "cpu", "int8")
+    counts: dict[str, int] = {}
+    for node in graph.graph:
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    layers = 2
+    assert counts["MatMulNBits"] == 4 * layers + 1  # packed qkv, o, packed gate and up, down; the head
+    assert counts["GroupQueryAttention"] == layers
+    assert counts["SkipSimplifiedLayerNormalization"] == 2 * layers
+    assert counts["SimplifiedLayerNormalization"] == 1
+    assert counts["GatherBlockQuantized"] == 1
+
+
+# --- passes: each on a graph of a few nodes, by its numbers ---------------------------------------------------------
+
+RULES_ONLY = TARGETS["cpu"].rules
+
+
+def tensor(name: str, *shape: int) -> ir.Value:
+    array = np.random.default_rng(len(name)).standard_normal(shape).astype(np.float32)
+    return ir.Value(name=name, const_value=ir.tensor(array), shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+
+
+def small_graph(nodes: list[ir.Node], x: ir.Value, outputs: list[ir.Value], weights: list[ir.Value]) -> ir.Model:
+    for value in outputs:
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph([x], outputs, nodes=nodes, initializers=weights, opset_imports={"": 23, DOMAIN: 1}, name="g")
+    return ir.Model(graph, ir_version=10)
+
+
+def run(model: ir.Model, x: np.ndarray) -> list[np.ndarray]:
+    import onnxruntime as ort
+
+    lower_to(model, TARGETS["cpu"], Plan())
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    return list(session.run(None, {"x": x}))
+
+
+def residual_graph() -> ir.Model:
+    x = ir.Value(name="x", shape=ir.Shape([2, 3, 8]), type=ir.TensorType(ir.DataType.FLOAT))
+    weight, gamma = tensor("w", 8, 8), tensor("gamma", 8)
+    linear = ir.node("Linear", [x, weight], domain=DOMAIN)
+    linear.outputs[0].shape = ir.Shape([2, 3, 8])
+    add = ir.node("Add", [x, linear.outputs[0]])
+    add.outputs[0].shape = ir.Shape([2, 3, 8])
+    norm = ir.node("RMSNorm", [add.outputs[0], gamma], attributes={"epsilon": 1e-5}, domain=DOMAIN)
+    last = ir.node("Add", [norm.outputs[0], add.outputs[0]])
+    return small_graph([linear, add, norm, last], x, [norm.outputs[0], last.outputs[0]], [weight, gamma])
+
+
+def merge_graph(bias: bool) -> ir.Model:
+    x = ir.Value(name="x", shape=ir.Shape([2, 3, 8]), type=ir.TensorType(ir.DataType.FLOAT))
+    weights = [tensor(f"l.{n}.weight", rows, 8) for n, rows in (("q", 8), ("k", 4), ("v", 4))]
+    biases = [tensor(f"l.{n}.bias", rows) for n, rows in (("q", 8), ("k", 4), ("v", 4))] if bias else []
+    nodes = [
+        ir.node("Linear", [x, w, *biases[i : i + 1]], domain=DOMAIN) for i, w in enumerate(weights)
+    ]  # fmt: skip
+    return small_graph(nodes, x, [n.outputs[0] for n in nodes], [*weights, *biases])
+
+
+X = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
+
+
+def test_residual_and_norm_become_one_node_with_the_same_numbers() -> None:
+    before, after = residual_graph(), residual_graph()
+    result = FuseAddRMSNorm()(after)
+    assert result.modified
+    assert [n.op_type for n in after.graph] == ["Linear", "AddRMSNorm", "Add"]
+    for a, b in zip(run(before, X), run(after, X), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sum_that_broadcasts_is_not_fused() -> None:
+    graph = residual_graph()
+    add = next(n for n in graph.graph if n.op_type == "Add")
+    assert add.inputs[1] is not None
+    add.inputs[1].shape = ir.Shape([1, 1, 8])
+    assert not FuseAddRMSNorm()(graph).modified
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_linears_of_one_tensor_become_one_with_the_same_numbers(bias: bool) -> None:
+    before, after = merge_graph(bias), merge_graph(bias)
+    assert MergeLinears()(after).modified
+    assert [n.op_type for n in after.graph] == ["Linear", "Split"]
+    assert "l.q+k+v.weight" in after.graph.initializers
+    for a, b in zip(run(before, X), run(after, X), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_weight_used_twice_is_not_merged() -> None:
+    graph = merge_graph(bias=False)
+    nodes = list(graph.graph)
+    nodes[1].replace_input_with(1, nodes[2].inputs[1])
+    assert not any(n.op_type == "Linear" and len(n.outputs) > 1 for n in MergeLinears()(graph).model.graph)
+    assert sum(n.op_type == "Linear" for n in graph.graph) == 3

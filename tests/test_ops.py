@@ -1,0 +1,72 @@
+"""The fused kernels that training uses equal the loops that define the ops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from edgellm.ops import recurrence
+from edgellm.ops.attention import attention
+from edgellm.ops.recurrence import RecurrentWeights
+
+BATCH, TIME, FEATURES, HIDDEN = 3, 7, 5, 6
+
+
+def weights(gates: int) -> RecurrentWeights:
+    shapes = ((gates * HIDDEN, FEATURES), (gates * HIDDEN, HIDDEN), (gates * HIDDEN,), (gates * HIDDEN,))
+    return RecurrentWeights(*(torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes))
+
+
+def arguments(name: str) -> tuple[list[torch.Tensor], dict[str, str]]:
+    x = torch.randn(BATCH, TIME, FEATURES, dtype=torch.float64)
+    states = [torch.randn(BATCH, HIDDEN, dtype=torch.float64) for _ in range(2 if name == "lstm" else 1)]
+    return [x, *states], {}
+
+
+@pytest.mark.parametrize(
+    ("name", "gates", "options"),
+    [("elman", 1, {"activation": "tanh"}), ("elman", 1, {"activation": "relu"}), ("lstm", 4, {}), ("gru", 3, {})],
+)
+def test_fused_recurrence_equals_its_loop_in_value_and_gradient(
+    name: str, gates: int, options: dict[str, str]
+) -> None:
+    torch.manual_seed(0)
+    w, (inputs, _) = weights(gates), arguments(name)
+    found = getattr(recurrence, name)(*inputs, w, None, **options)
+    expected = getattr(recurrence, f"{name}_reference")(*inputs, w, None, **options)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(sum((o**2).sum() for o in out), list(w)) for out in (found, expected)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("name", "gates"), [("lstm", 4), ("gru", 3)])
+def test_a_ragged_row_keeps_the_state_of_its_last_valid_token(name: str, gates: int) -> None:
+    torch.manual_seed(0)
+    w, (inputs, _) = weights(gates), arguments(name)
+    lengths = torch.tensor([7, 2, 4], dtype=torch.int32)
+    _, *found = getattr(recurrence, name)(*inputs, w, lengths)
+    for row, n in enumerate(lengths.tolist()):
+        alone = [inputs[0][row : row + 1, :n], *(s[row : row + 1] for s in inputs[1:])]
+        _, *expected = getattr(recurrence, name)(*alone, w, None)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a[row : row + 1], b, rtol=1e-12, atol=1e-12)
+
+
+def test_attention_is_softmax_of_scaled_scores_times_values() -> None:
+    """Against softmax(QK^T / sqrt(d_k)) V written out, one head and one row at a time."""
+    torch.manual_seed(0)
+    heads, kv_heads, dim = 4, 2, 8
+    q = torch.randn(2, 5, heads * dim, dtype=torch.float64)
+    k, v = (torch.randn(2, 5, kv_heads * dim, dtype=torch.float64) for _ in range(2))
+    none = torch.zeros(2, dtype=torch.int32)
+    y, _, _ = attention(
+        q, k, v, None, None, none, none + 5, None, None, num_heads=heads, num_kv_heads=kv_heads, scale=dim**-0.5
+    )
+    for row in range(2):
+        for head in range(heads):
+            mine, shared = slice(head * dim, (head + 1) * dim), head // (heads // kv_heads)
+            theirs = slice(shared * dim, (shared + 1) * dim)
+            scores = q[row, :, mine] @ k[row, :, theirs].T / dim**0.5
+            scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+            torch.testing.assert_close(y[row, :, mine], scores.softmax(-1) @ v[row, :, theirs])

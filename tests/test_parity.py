@@ -1,0 +1,68 @@
+"""Every model, mixer, target and precision: the bundle computes what PyTorch computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from edgellm_exporters.errors import ParityError
+from edgellm_exporters.export import ExportOptions, export
+from edgellm_exporters.parity import bounds_for, compare
+from edgellm_exporters.quantize.methods import METHODS
+from edgellm_exporters.targets import TARGETS
+from edgellm_runtime import open_session
+from families import CONTEXT, FAMILIES, VOCAB, make
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bundle_equals_pytorch(family: str, target: str, method: str, tmp_path: Path) -> None:
+    model = make(family)
+    exported = export(model, tmp_path / "b", options=ExportOptions(target=target, quantize=method))
+    assert exported.verification.ok
+    generator = np.random.default_rng(1)
+    windows = [generator.integers(0, VOCAB, n).tolist() for n in (CONTEXT, 17, 2)]
+    report = compare(
+        model, open_session(exported.bundle, threads=1), windows, greedy_prompts=[windows[1]], greedy_count=24
+    )
+    failed = [c for c in report.checks(bounds_for(quantized=method != "none")) if not c.ok]
+    assert not failed
+    assert report.first_divergence is None or method != "none"
+
+
+def test_a_wrong_weight_is_caught_and_leaves_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgellm_exporters.lowering import recurrent
+
+    monkeypatch.setitem(recurrent._GATES, "LSTM", (0, 3, 2, 1))  # two gates changed places
+    with pytest.raises(ParityError, match="logits is"):
+        export(make("lstm"), tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_int8_is_smaller_by_what_the_format_promises(target: str, tmp_path: Path) -> None:
+    model = make("decoder")
+    sizes = {
+        m: export(model, tmp_path / m, options=ExportOptions(target=target, quantize=m)).bundle.file("model.onnx.data")
+        for m in ("none", "int8")
+    }
+    ratio = sizes["int8"].stat().st_size / sizes["none"].stat().st_size
+    assert ratio < 0.36  # 9 of 32 bits a weight, and the rotary tables as they are
+
+
+@torch.no_grad()
+def test_onnx_int8_equals_pytorch_with_the_same_rounded_weights(tmp_path: Path) -> None:
+    """The standard target's 8-bit graph is exact arithmetic on rounded weights; PyTorch with those weights agrees."""
+    from edgellm_exporters.quantize.reference import round_weights
+
+    model = make("mixed")
+    exported = export(model, tmp_path / "b", options=ExportOptions(target="onnx", quantize="int8"))
+    rounded = round_weights(model, "int8")
+    window = np.random.default_rng(2).integers(0, VOCAB, 40).tolist()
+    report = compare(rounded, open_session(exported.bundle, threads=1), [window])
+    assert report.logits < 1e-4
+    assert report.kl < 1e-6
+    assert report.top1 == 1.0
