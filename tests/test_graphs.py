@@ -53,8 +53,8 @@ def test_the_standard_graph_passes_the_checker_and_the_reference_evaluator(
     onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)
     graph = onnx.load(tmp_path / "model.onnx")
     assert {o.domain for o in graph.opset_import} == {""}
-    if method == "int8" and family != "attention" and "decoder" not in family:
-        return  # the reference evaluator's Scan cannot see names of the graph around it
+    if family == "rnn_relu" and method == "none":
+        return  # the evaluator's RNN knows tanh only
     model = make(family)
     inputs = feeds(model, 1, 6)  # its LSTM, GRU and RNN know no sequence lengths, so rows are whole
     names = {i.name for i in graph.graph.input}

@@ -1,8 +1,9 @@
 """A conversation that reads only what is new: the state stays between turns.
 
 Each turn renders the whole conversation and compares it, token by token, with what the state holds. What agrees is not
-read again; where they part, the state is rewound to that point, or, if it is a recurrence's, begun anew. The answer is
-therefore always the one that a fresh reading of the same tokens would give.
+read again; where they part, the state is rewound to that point, or, if it is a recurrence's, begun anew. The state has
+therefore always read exactly the rendered tokens. Kernels may round a token that was read alone otherwise than one in a
+prompt (quantized ones do), so where two tokens are nearly tied, a fresh reading may choose the other.
 """
 
 from __future__ import annotations

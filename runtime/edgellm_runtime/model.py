@@ -50,9 +50,9 @@ class Model:
     def generate(self, prompt: Any, **options: Unpack[OptionKeywords]) -> Generation | list[Generation]:
         """Go on from a prompt, or from each of a list of prompts in one batch.
 
-        A row of a batch gets what its prompt gets alone; with a seed, each row draws from its own generator begun from
-        that seed. The names of special tokens in a text are plain characters; to use special tokens, encode the
-        prompt with ``model.tokenizer.encode(text, special=True)``.
+        A row of a batch gets what its prompt gets alone, as far as the kernels round rows alike; with a seed, each row
+        draws from its own generator begun from that seed. The names of special tokens in a text are plain characters;
+        to use special tokens, encode the prompt with ``model.tokenizer.encode(text, special=True)``.
 
         Args:
             prompt: a text or token ids; or a list of texts or of lists of token ids.

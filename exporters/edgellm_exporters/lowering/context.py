@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.quantize.plan import Plan, QuantizedWeight
 
-__all__ = ["Lowering", "Rule", "lower"]
+__all__ = ["Array", "Lowering", "Rule", "inputs_of", "lower"]
 
 Array = NDArray[Any]
 
@@ -127,6 +127,11 @@ def lower(model: ir.Model, rules: Mapping[str, Rule], plan: Plan) -> None:
             model.graph, node, [node], context.take_nodes(), node.outputs, outputs
         )  # fmt: skip
     model.opset_imports.pop(DOMAIN, None)
+
+
+def inputs_of(node: ir.Node, count: int) -> tuple[ir.Value | None, ...]:
+    """A node's inputs, with None for optional ones left out at the end."""
+    return (*node.inputs, *[None] * count)[:count]
 
 
 def _constant(value: ir.Value) -> ir.TensorProtocol:

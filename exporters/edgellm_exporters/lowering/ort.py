@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgellm_exporters.lowering import recurrent, standard
-from edgellm_exporters.lowering.context import Lowering, Rule
+from edgellm_exporters.lowering.context import Lowering, Rule, inputs_of
 
 __all__ = ["DOMAIN", "RULES"]
 
@@ -37,7 +37,7 @@ def embedding(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
 
 def linear(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
     """MatMulNBits for a quantized weight, MatMul for a float one."""
-    x, weight, bias = (*node.inputs, None)[:3]
+    x, weight, bias = inputs_of(node, 3)
     assert x is not None and weight is not None
     return [matmul(context, x, weight, bias)]
 
@@ -73,7 +73,7 @@ def add_rms_norm(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
 
 def attention(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
     """GroupQueryAttention with the rotation inside and the cache written in place."""
-    q, k, v, past_k, past_v, past_lengths, lengths, cos, sin = node.inputs
+    q, k, v, past_k, past_v, past_lengths, lengths, cos, sin = inputs_of(node, 9)
     packed = _packed(q, k, v)
     if packed is not None:
         q, k, v = packed, None, None

