@@ -60,7 +60,7 @@ clean:  ## remove what these commands made; your own runs stay
 # $(1): the environment's folder, $(2): what to install there besides the tree itself
 define install
 	@$(PYTHON) -c 'import sys; sys.exit("edgellm needs Python 3.11 or later, not %d.%d; name another: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
-	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	test -x $(1)/bin/pip || $(PYTHON) -m venv $(1)
 	echo '*' > $(1)/.gitignore
 	$(1)/bin/python -m pip install --quiet $(PIP_ARGS) -e '.[$(2)]'
 endef

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import nn
+
 from edgellm.models.decoder import Decoder, DecoderConfig
 from edgellm.models.hybrid import Hybrid, HybridConfig
-from torch import nn
 
 VOCAB, CONTEXT = 101, 64
 

@@ -11,6 +11,8 @@ import onnx.reference
 import onnx_ir as ir
 import pytest
 import torch
+from families import FAMILIES, VOCAB, make
+
 from edgellm.models.protocol import empty_state
 from edgellm.ops.canonical import DOMAIN
 from edgellm_exporters.capture import INPUTS, capture
@@ -22,7 +24,6 @@ from edgellm_exporters.quantize.methods import plan_for
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.targets import TARGETS, find_target
 from edgellm_exporters.write import write_graph
-from families import FAMILIES, VOCAB, make
 
 
 def lowered(family: str, target: str, method: str = "none") -> ir.Model:
@@ -113,7 +114,9 @@ RULES_ONLY = TARGETS["cpu"].rules
 
 def tensor(name: str, *shape: int) -> ir.Value:
     array = np.random.default_rng(len(name)).standard_normal(shape).astype(np.float32)
-    return ir.Value(name=name, const_value=ir.tensor(array), shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+    return ir.Value(
+        name=name, const_value=ir.tensor(array), shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT)
+    )
 
 
 def small_graph(nodes: list[ir.Node], x: ir.Value, outputs: list[ir.Value], weights: list[ir.Value]) -> ir.Model:

@@ -6,12 +6,13 @@ import itertools
 
 import pytest
 import torch
-from edgellm.errors import ConfigError
-from edgellm.models.hybrid import PRESETS, HybridConfig
-from edgellm.models.protocol import Step, empty_state
 from families import CONTEXT, FAMILIES, VOCAB, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from edgellm.errors import ConfigError
+from edgellm.models.hybrid import PRESETS, HybridConfig
+from edgellm.models.protocol import Step, empty_state
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from edgellm.ops import recurrence
 from edgellm.ops.attention import attention
 from edgellm.ops.recurrence import RecurrentWeights
@@ -26,9 +27,7 @@ def arguments(name: str) -> tuple[list[torch.Tensor], dict[str, str]]:
     ("name", "gates", "options"),
     [("elman", 1, {"activation": "tanh"}), ("elman", 1, {"activation": "relu"}), ("lstm", 4, {}), ("gru", 3, {})],
 )
-def test_fused_recurrence_equals_its_loop_in_value_and_gradient(
-    name: str, gates: int, options: dict[str, str]
-) -> None:
+def test_fused_recurrence_equals_its_loop_in_value_and_gradient(name: str, gates: int, options: dict[str, str]) -> None:
     torch.manual_seed(0)
     w, (inputs, _) = weights(gates), arguments(name)
     found = getattr(recurrence, name)(*inputs, w, None, **options)

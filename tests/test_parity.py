@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from families import CONTEXT, FAMILIES, VOCAB, make
+
 from edgellm_exporters.errors import ParityError
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_exporters.parity import bounds_for, compare
 from edgellm_exporters.quantize.methods import METHODS
 from edgellm_exporters.targets import TARGETS
 from edgellm_runtime import open_session
-from families import CONTEXT, FAMILIES, VOCAB, make
 
 
 @pytest.mark.parametrize("method", METHODS)

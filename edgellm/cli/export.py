@@ -29,7 +29,9 @@ __all__ = ["export", "export_checkpoint", "print_summary"]
 )  # fmt: skip
 @click.option("--dtype", default="float32", help="Precision of activations and of weights that are not quantized.")
 @click.option("--quantize", default="none", help="Weights: none, or int8 (blocks of 32, rounded to nearest).")
-@click.option("--name", default="", help="What the bundle calls itself.  [default: the output's name]", show_default=False)
+@click.option(
+    "--name", default="", help="What the bundle calls itself.  [default: the output's name]", show_default=False
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def export(
     checkpoint: Path, output: Path, target: str, dtype: str, quantize: str, name: str, as_json: bool
@@ -40,7 +42,9 @@ def export(
     when it is complete and equal to PyTorch within the stated bounds.
     """
     with stages() as tell:
-        result = export_checkpoint(checkpoint, output, target=target, dtype=dtype, quantize=quantize, name=name, tell=tell)
+        result = export_checkpoint(
+            checkpoint, output, target=target, dtype=dtype, quantize=quantize, name=name, tell=tell
+        )
     if as_json:
         click.echo(json.dumps(result))
     else:
@@ -126,4 +130,4 @@ def print_summary(result: dict[str, Any]) -> None:
     ):
         table.add_row(*row)
     Console().print(table)
-    click.echo(f"Next: edgellm generate {result['bundle']} \"Once upon a time\"")
+    click.echo(f'Next: edgellm generate {result["bundle"]} "Once upon a time"')

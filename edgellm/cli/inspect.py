@@ -37,13 +37,19 @@ def _print(bundle: Any) -> None:
     for row in (
         ("target", f"{manifest.target['name']}, {manifest.dtype}, needs {manifest.target.get('requires', {})}"),
         ("quantization", json.dumps(manifest.quantization)),
-        ("vocabulary, context", f"{manifest.signature.outputs[0].shape[-1]:,} tokens, {manifest.max_context:,} at most"),
+        (
+            "vocabulary, context",
+            f"{manifest.signature.outputs[0].shape[-1]:,} tokens, {manifest.max_context:,} at most",
+        ),
         ("state", f"{len(specs)} tensors: {slot:,} bytes a token, {fixed:,} bytes fixed"),
         ("tokenizer", json.dumps(manifest.tokenizer.to_json()) if manifest.tokenizer else "none"),
         ("held to", json.dumps(dict(manifest.bounds))),
         ("measured", json.dumps({k: float(f"{v:.3g}") for k, v in manifest.measured.items()})),
         ("made from", ", ".join(f"{k} {v}" for k, v in manifest.provenance.items())),
-        *((f"file {name}", f"{info.bytes:,} bytes, sha256 {info.sha256[:16]}…") for name, info in manifest.files.items()),
+        *(
+            (f"file {name}", f"{info.bytes:,} bytes, sha256 {info.sha256[:16]}…")
+            for name, info in manifest.files.items()
+        ),
     ):
         table.add_row(*row)
     Console().print(table)

@@ -60,10 +60,9 @@ def verify_bundle(
 def _against(bundle: Bundle, session: Session, checkpoint: Path, tell: Any) -> list[Check]:
     from dataclasses import replace
 
-    from edgellm_runtime.verify import read_goldens
-
     from edgellm.checkpoints import load_checkpoint
     from edgellm_exporters.parity import compare
+    from edgellm_runtime.verify import read_goldens
 
     tell("reading the checkpoint", 0.0)
     model: Any = load_checkpoint(checkpoint).model
@@ -74,9 +73,10 @@ def _against(bundle: Bundle, session: Session, checkpoint: Path, tell: Any) -> l
 
 
 def _print(bundle: Path, checks: list[Check]) -> None:
-    from edgellm_runtime.verify import AT_LEAST
     from rich.console import Console
     from rich.table import Table
+
+    from edgellm_runtime.verify import AT_LEAST
 
     table = Table("", "check", "found", "bound", "what", title=str(bundle))
     for c in checks:

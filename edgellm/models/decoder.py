@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edgellm_runtime.spec import StateSpec
 from torch import Tensor, nn
 
 from edgellm.errors import CheckpointError, ConfigError
@@ -19,6 +18,7 @@ from edgellm.models.layers import GatedMLP, RotaryTable, SelfAttention
 from edgellm.models.protocol import State, Step
 from edgellm.models.registry import Architecture
 from edgellm.ops import take_positions
+from edgellm_runtime.spec import StateSpec
 
 __all__ = ["ARCHITECTURE", "PRESETS", "Decoder", "DecoderConfig"]
 
@@ -128,9 +128,8 @@ class Decoder(nn.Module):
     def state_specs(self) -> list[StateSpec]:
         """K and V of each layer."""
         dtype = str(self.embedding.weight.dtype).removeprefix("torch.")
-        return [
-            spec for i, layer in enumerate(self.layers) for spec in layer.attention.state_specs(f"layers.{i}", dtype)
-        ]
+        mixers = [layer.attention for layer in self.layers if isinstance(layer, Layer)]
+        return [spec for i, mixer in enumerate(mixers) for spec in mixer.state_specs(f"layers.{i}", dtype)]
 
     def forward(
         self, tokens: Tensor, state: State | None = None, step: Step | None = None

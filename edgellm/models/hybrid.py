@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgellm_runtime.spec import StateSpec
 from torch import Tensor, nn
 
 from edgellm.errors import ConfigError
@@ -20,6 +19,7 @@ from edgellm.models.layers.recurrent import KINDS
 from edgellm.models.protocol import State, Step
 from edgellm.models.registry import Architecture
 from edgellm.ops import take_positions
+from edgellm_runtime.spec import StateSpec
 
 __all__ = ["ARCHITECTURE", "PRESETS", "Hybrid", "HybridConfig"]
 
@@ -67,7 +67,9 @@ class HybridConfig:
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a positive whole number")
         if not self.pattern or (unknown := [m for m in self.pattern if m not in MIXERS]):
-            raise ConfigError(f"pattern has {unknown if self.pattern else 'no block'}; each is one of {', '.join(MIXERS)}")
+            raise ConfigError(
+                f"pattern has {unknown if self.pattern else 'no block'}; each is one of {', '.join(MIXERS)}"
+            )
         if self.width % self.num_heads or self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"width {self.width}, num_heads {self.num_heads}, num_kv_heads {self.num_kv_heads}: each must divide "
@@ -163,9 +165,8 @@ class Hybrid(nn.Module):
     def state_specs(self) -> list[StateSpec]:
         """K and V of each attention, h (and c) of each recurrence."""
         dtype = str(self.embedding.weight.dtype).removeprefix("torch.")
-        return [
-            spec for i, block in enumerate(self.blocks) for spec in block.mixer.state_specs(f"blocks.{i}", dtype)
-        ]  # fmt: skip
+        mixers = [block.mixer for block in self.blocks if isinstance(block, Block)]
+        return [spec for i, mixer in enumerate(mixers) for spec in mixer.state_specs(f"blocks.{i}", dtype)]
 
     def forward(
         self, tokens: Tensor, state: State | None = None, step: Step | None = None

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from edgellm_runtime.spec import StateSpec
 from torch import Tensor
+
+from edgellm_runtime.spec import StateSpec
 
 __all__ = ["LanguageModel", "ModelConfig", "State", "Step", "empty_state", "positions_of"]
 

@@ -16,8 +16,8 @@ __all__ = ["attention", "rotary"]
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor | None, past_v: Tensor | None, past_lengths: Tensor, lengths: Tensor,
-    cos: Tensor | None, sin: Tensor | None, *, num_heads: int, num_kv_heads: int, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor | None, past_v: Tensor | None, past_lengths: Tensor,
+    lengths: Tensor, cos: Tensor | None, sin: Tensor | None, *, num_heads: int, num_kv_heads: int, scale: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Attend from each new token to itself and everything before it in its row.
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from edgellm_runtime.spec import BATCH, CAPACITY, StateSpec
 from torch import Tensor, nn
 
 from edgellm.models.protocol import Step
 from edgellm.ops import attention, take_positions
+from edgellm_runtime.spec import BATCH, CAPACITY, StateSpec
 
 __all__ = ["Retention", "RetentionConfig", "RetentionModel", "TailAttention"]
 

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edgellm_runtime.bundle import MANIFEST
-
 from edgellm_exporters.errors import ExportError
+from edgellm_runtime.bundle import MANIFEST
 
 __all__ = ["check_destination", "whole_directory"]
 

@@ -7,6 +7,7 @@ and ragged batches. Nothing here knows an architecture or a target.
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,14 +15,14 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from edgellm.models.protocol import LanguageModel, Step, empty_state
-from edgellm.ops.canonical import DOMAIN, emit
-from edgellm_runtime.spec import BATCH, CAPACITY, Signature, StateSpec, TensorSpec
 from torch import Tensor, nn
 
+from edgellm.models.protocol import LanguageModel, Step, empty_state
+from edgellm.ops.canonical import DOMAIN, emit
 from edgellm_exporters.errors import CaptureError
+from edgellm_runtime.spec import BATCH, CAPACITY, Signature, SpecError, StateSpec, TensorSpec
 
-__all__ = ["INPUTS", "OPSET", "capture", "signature_of"]
+__all__ = ["INPUTS", "OPSET", "capture", "check_model", "signature_of"]
 
 OPSET = 23
 INPUTS = (
@@ -34,11 +35,37 @@ INPUTS = (
 _EXAMPLE = {BATCH: 2, "time": 5, "count": 3, CAPACITY: 11}
 
 
+def check_model(model: LanguageModel) -> None:
+    """Make sure that a model can be asked for what an export needs, before any work.
+
+    Raises:
+        CaptureError: it does not follow :class:`edgellm.models.protocol.LanguageModel`, or a weight is not finite.
+    """
+    if not isinstance(model, nn.Module) or not isinstance(model, LanguageModel):
+        raise CaptureError(
+            f"{type(model).__name__} is not an nn.Module with config, state_specs() and forward(tokens, state, step); "
+            "see docs/embedding.md, 'A model of your own'"
+        )
+    signature_of(model)
+    for name, weight in model.named_parameters():
+        if weight.numel() and not bool(torch.stack(weight.detach().aminmax()).isfinite().all()):
+            raise CaptureError(f"{name} holds NaN or infinite weights; train the model again, or load sound weights")
+
+
 def signature_of(model: LanguageModel) -> Signature:
-    """What the captured graph takes, gives and carries."""
+    """What the captured graph takes, gives and carries.
+
+    Raises:
+        CaptureError: the model's configuration or state specs describe no graph.
+    """
     dtype = next((str(p.dtype).removeprefix("torch.") for _, p in model.named_parameters()), "float32")
-    logits = TensorSpec("logits", (BATCH, "count", model.config.vocab_size), dtype)
-    return Signature(INPUTS, (logits,), tuple(model.state_specs()))
+    try:
+        logits = TensorSpec("logits", (BATCH, "count", model.config.vocab_size), dtype)
+        return Signature(INPUTS, (logits,), tuple(model.state_specs()))
+    except (SpecError, AttributeError) as error:
+        raise CaptureError(
+            f"{type(model).__name__} declares what no graph can have: {error}; correct its config or state_specs()"
+        ) from error
 
 
 def capture(model: LanguageModel) -> ir.Model:
@@ -53,23 +80,12 @@ def capture(model: LanguageModel) -> ir.Model:
     Raises:
         CaptureError: the module's forward depends on sizes or values that a graph cannot follow, or changes the state.
     """
-    if not isinstance(model, nn.Module) or not isinstance(model, LanguageModel):
-        raise CaptureError(
-            f"{type(model).__name__} is not an nn.Module with config, state_specs() and forward(tokens, state, step); "
-            "see docs/embedding.md, 'A model of your own'"
-        )
+    check_model(model)
     signature = signature_of(model)
     program = _trace(model, signature)
     names = [t.name for t in signature.inputs] + [s.past_name for s in signature.state]
     outputs = [t.name for t in signature.outputs] + [s.present_name for s in signature.state]
-    with _quiet():
-        exported = torch.onnx.export(
-            program, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
-            input_names=names, output_names=outputs,
-        )  # fmt: skip
-    if exported is None:
-        raise CaptureError("torch.onnx.export gave no graph")
-    captured = exported.model
+    captured = _translate(program, names, outputs, type(model).__name__)
     captured.opset_imports.setdefault(DOMAIN, 1)
     _name_dimensions(captured, signature)
     return captured
@@ -86,9 +102,14 @@ class _OneGraph(nn.Module):
         self, tokens: Tensor, past_lengths: Tensor, lengths: Tensor, logit_positions: Tensor, state: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         past = {spec.name: tensor for spec, tensor in zip(self.specs, state, strict=True)}
-        logits, present = self.model(tokens, past, Step(past_lengths, lengths, logit_positions))
+        result = self.model(tokens, past, Step(past_lengths, lengths, logit_positions))
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise CaptureError(f"the model's forward gave a {type(result).__name__}; it must give (logits, state)")
+        logits, present = result
         if missing := [spec.name for spec in self.specs if spec.name not in present]:
             raise CaptureError(f"the model's forward gave no new state for {missing}, which state_specs() declares")
+        if undeclared := sorted(present.keys() - past.keys()):
+            raise CaptureError(f"the model's forward gave a state {undeclared} that state_specs() does not declare")
         return logits, [present[spec.name] for spec in self.specs]
 
 
@@ -105,10 +126,49 @@ def _trace(model: LanguageModel, signature: Signature) -> torch.export.ExportedP
     except CaptureError:
         raise
     except Exception as error:  # torch.export raises many kinds; each means: not one graph
-        reason = " ".join(str(error).split())[:600]
-        raise CaptureError(f"{type(model).__name__} cannot be traced as one graph: {reason}") from error
+        raise CaptureError(f"{type(model).__name__} cannot be traced as one graph: {_reason(model, error)}") from error
     finally:
         model.train(was_training)
+
+
+_SIZES, _VALUES = ("specialized it to be a constant", "Constraints violated"), ("data-dependent", "unbacked")
+
+
+def _reason(model: nn.Module, error: Exception) -> str:
+    """What to change in the model; PyTorch's own words follow, for they name the line or the dimension."""
+    said = " ".join(str(error).split())
+    if any(sign in said for sign in _VALUES):
+        advice = "the forward branches on a tensor's value; compute both sides and choose with torch.where"
+        return f"{advice} ({said[:300]})"
+    if not any(sign in said for sign in _SIZES):
+        return said[:400]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            kind = type(module).__name__
+            op = {"LSTM": "lstm", "GRU": "gru"}.get(kind.removesuffix("Cell"), "elman")
+            return (
+                f"{name} is an nn.{kind}, which PyTorch unrolls over the example's tokens; call edgellm.ops.{op} with "
+                "its weights as RecurrentWeights and step.lengths instead"
+            )
+    advice = "the forward fixes a size that must stay free; loop over no tokens, take sizes from x.shape without int()"
+    return f"{advice} ({said[:300]})"
+
+
+def _translate(
+    program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], name: str
+) -> ir.Model:
+    try:
+        with _quiet():
+            exported = torch.onnx.export(
+                program, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
+                input_names=inputs, output_names=outputs,
+            )  # fmt: skip
+    except torch.onnx.OnnxExporterError as error:
+        unknown = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", str(error))
+        what = f"ONNX has no form of {unknown[1]}" if unknown else " ".join(str(error.__cause__ or error).split())[:400]
+        raise CaptureError(f"{name} cannot be written as ONNX: {what}; use other operators in its forward") from error
+    assert exported is not None
+    return exported.model
 
 
 def _example(model: LanguageModel, signature: Signature) -> tuple[Any, ...]:
@@ -135,16 +195,31 @@ def _dynamic_shapes(signature: Signature) -> tuple[Any, ...]:
 def _name_dimensions(captured: ir.Model, signature: Signature) -> None:
     shapes = {t.name: t.shape for t in (*signature.inputs, *signature.outputs)}
     shapes |= {name: s.shape for s in signature.state for name in (s.past_name, s.present_name)}
+    known: dict[str, str] = {}  # the tracer's symbols, which the inputs tell apart, to ours
     for value in (*captured.graph.inputs, *captured.graph.outputs):
         assert value.name is not None and value.shape is not None
         wanted = shapes[value.name]
-        for axis, dim in enumerate(wanted):
-            if isinstance(dim, str) and isinstance(value.shape[axis], int):
-                raise CaptureError(
-                    f"{value.name}: dimension {axis} was fixed at {value.shape[axis]} while tracing, but must follow "
-                    f"{dim!r}; the forward must not depend on the example's sizes"
-                )
+        found = [
+            known.get(str(dim.value), dim.value) if isinstance(dim, ir.SymbolicDim) else dim for dim in value.shape
+        ]
+        if value.is_graph_input():
+            known |= {str(f): dim for f, dim in zip(found, wanted, strict=True) if isinstance(dim, str)}
+        else:
+            _check_shape(value.name, found, wanted, frozenset(known.values()))
         value.shape = ir.Shape(wanted)
+
+
+def _check_shape(name: str, found: Sequence[Any], wanted: Sequence[int | str], symbols: frozenset[str]) -> None:
+    # a symbol of neither side is an expression that the tracer did not simplify: nothing to judge by
+    fits = len(found) == len(wanted) and all(
+        f == w or not (isinstance(f, int) or f in symbols) for f, w in zip(found, wanted, strict=True)
+    )
+    if not fits:
+        shape = "(" + ", ".join(map(str, found)) + ")"
+        raise CaptureError(
+            f"{name}: the forward gives shape {shape}, but must give ({', '.join(map(str, wanted))}), whatever the sizes "
+            "of its inputs are"
+        )
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -175,8 +250,8 @@ _CANONICAL = {
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back the exporter's chatter about torchvision and its own deprecations; errors still pass."""
-    log = logging.getLogger("torch.onnx")
+    """Hold back PyTorch's chatter about torchvision, deprecations and what an error will say anyway."""
+    log = logging.getLogger("torch")  # whose level those of its parts that matter here follow
     level = log.level
     log.setLevel(logging.ERROR)
     try:

@@ -14,15 +14,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from edgellm.models.protocol import LanguageModel
-from edgellm_runtime.bundle import GRAPH, MANIFEST, Bundle, FileInfo, Manifest, TokenizerInfo, sha256_of
-from edgellm_runtime.loading import open_session
-from edgellm_runtime.session import Session
-from edgellm_runtime.verify import Verification, verify
 from torch import nn
 
+from edgellm.models.protocol import LanguageModel
 from edgellm_exporters.atomic import check_destination, whole_directory
-from edgellm_exporters.capture import capture, signature_of
+from edgellm_exporters.capture import capture, check_model, signature_of
 from edgellm_exporters.errors import ExportError, ParityError
 from edgellm_exporters.goldens import write_goldens
 from edgellm_exporters.lower import clean, lower_to
@@ -32,8 +28,12 @@ from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.samples import golden_rows
 from edgellm_exporters.targets import Target, find_target
 from edgellm_exporters.write import Progress, write_graph
+from edgellm_runtime.bundle import GRAPH, MANIFEST, Bundle, FileInfo, Manifest, TokenizerInfo, sha256_of
+from edgellm_runtime.loading import open_session
+from edgellm_runtime.session import Session
+from edgellm_runtime.verify import Verification, verify
 
-__all__ = ["Exported", "ExportOptions", "TextAssets", "export"]
+__all__ = ["ExportOptions", "Exported", "TextAssets", "export"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +113,7 @@ def export(
     """
     options, destination = options or ExportOptions(), Path(destination)
     check_destination(destination)
+    check_model(model)
     assert isinstance(model, nn.Module)
     was_training = model.training
     model.eval()
@@ -144,7 +145,7 @@ def _build(
         name=name, target={"name": target.name, "requires": {"onnxruntime": "1.30"}},
         signature=signature_of(model), max_context=model.config.max_context, ragged_chunks=target.ragged_chunks,
         dtype=options.dtype, files={}, tokenizer=text.info if text else None,
-        quantization=_quantization(options, plan), provenance=provenance | _environment(), bounds=bounds,
+        quantization=_quantization(options, plan), provenance={**provenance, **_environment()}, bounds=bounds,
     )  # fmt: skip
     _write_manifest(scratch, manifest)
     bundle = Bundle(scratch)
@@ -207,9 +208,10 @@ def _quantization(options: ExportOptions, plan: Plan) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, str]:
-    import edgellm
     import onnx
     import onnxruntime
+
+    import edgellm
 
     return {
         "edgellm": edgellm.__version__,

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from edgellm.models.protocol import LanguageModel, Step, empty_state
 from edgellm_runtime.verify import GOLDENS
-from torch import Tensor
 
 __all__ = ["greedy_tokens", "write_goldens"]
 

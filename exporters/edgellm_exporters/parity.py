@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from edgellm.models.protocol import LanguageModel, Step, empty_state
-from edgellm_runtime.session import Session
-from edgellm_runtime.verify import Check, held
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edgellm.models.protocol import LanguageModel, Step, empty_state
 from edgellm_exporters.goldens import greedy_tokens
+from edgellm_runtime.session import Session
+from edgellm_runtime.verify import Check, held
 
 __all__ = ["ParityReport", "bounds_for", "compare", "kl_divergence"]
 
@@ -91,7 +91,7 @@ def compare(
     worst, first = 0.0, None
     for number, window in enumerate(windows):
         for start, ours, theirs in _logits(model, session, np.asarray(window, dtype=np.int64)):
-            worst = max(worst, float((ours - theirs).abs().max() / theirs.abs().max()))
+            worst = float(np.maximum(worst, float((ours - theirs).abs().max() / theirs.abs().max())))
             p, q = theirs.log_softmax(dim=1), ours.log_softmax(dim=1)
             kls.append(kl_divergence(p, q).numpy())
             same = (ours.argmax(dim=1) == theirs.argmax(dim=1)).numpy()
@@ -142,7 +142,7 @@ def _state(model: LanguageModel, session: Session, row: Sequence[int]) -> float:
         found, axis = ours.tensors[spec.name], spec.capacity_axis
         found = found if axis is None else found.take(range(len(row)), axis=axis)
         expected = theirs[spec.name].double().numpy()
-        worst = max(worst, float(np.linalg.norm(found - expected) / (np.linalg.norm(expected) + 1e-12)))
+        worst = float(np.maximum(worst, np.linalg.norm(found - expected) / (np.linalg.norm(expected) + 1e-12)))
     return worst
 
 

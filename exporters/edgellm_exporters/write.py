@@ -34,7 +34,7 @@ def write_graph(model: ir.Model, directory: Path, progress: Progress) -> None:
             tensor = value.const_value
             assert tensor is not None
             if tensor.nbytes >= _INLINE_BYTES:
-                storage = tensor.metadata_props.get(STORAGE, value.name)
+                storage = tensor.metadata_props.get(STORAGE) or str(value.name)
                 if storage not in stored:
                     stored[storage] = file.seek(-file.tell() % _ALIGNMENT, 1)
                     np.ascontiguousarray(tensor.numpy()).tofile(file)

@@ -200,7 +200,7 @@ class Bundle:
             raise BundleError(f"{file}: {found} bytes instead of {info.bytes}; copy the bundle again")
         if checksums and (digest := sha256_of(file)) != info.sha256:
             raise BundleError(
-                f"{file}: checksum {digest[:12]}… instead of {info.sha256[:12]}…; the file was changed, copy the bundle again"
+                f"{file}: checksum {digest[:12]}… instead of {info.sha256[:12]}…; the file was changed, copy it again"
             )
 
     def _check_graph(self) -> None:
@@ -223,8 +223,8 @@ def sha256_of(file: Path) -> str:
 def _read_manifest(path: Path) -> Any:
     file = path / MANIFEST
     if not path.is_dir():
-        raise BundleError(f"{path}: {'not a directory' if path.exists() else 'does not exist'}; a bundle is the directory "
-                          "that 'edgellm export' wrote")  # fmt: skip
+        problem = "is not a directory" if path.exists() else "does not exist"
+        raise BundleError(f"{path}: {problem}; a bundle is the directory that 'edgellm export' wrote")
     if not file.is_file():
         raise BundleError(f"{path}: has no {MANIFEST}; a bundle is the directory that 'edgellm export' wrote")
     if file.stat().st_size > _MAX_MANIFEST_BYTES:

@@ -69,7 +69,9 @@ def _check_requirements(bundle: Bundle) -> None:
     """Compare the libraries that the bundle needs with those installed, before any work."""
     requires = bundle.manifest.target.get("requires", {})
     if not isinstance(requires, dict) or not requires.keys() <= {"onnxruntime"}:
-        raise BundleError(f"{bundle.path}: needs {requires!r}, which this runtime does not know; install a newer edgellm")
+        raise BundleError(
+            f"{bundle.path}: needs {requires!r}, which this runtime does not know; install a newer edgellm"
+        )
     from edgellm_runtime.backends.ort import library
 
     found, needed = library().__version__, str(requires.get("onnxruntime", "0"))

@@ -98,15 +98,16 @@ class Session:
             raise StateError(f"tokens for {tokens.shape[0]} rows, but the state has {state.batch}")
         if tokens.min() < 0 or tokens.max() >= self.vocab_size:
             worst = int(tokens.max() if tokens.max() >= self.vocab_size else tokens.min())
-            raise OptionError(f"token {worst} is outside the vocabulary of {self.vocab_size}; use the bundle's tokenizer")
+            raise OptionError(
+                f"token {worst} is outside the vocabulary of {self.vocab_size}; use the bundle's tokenizer"
+            )
         return tokens.shape[0], tokens.shape[1]
 
     def _run(self, tokens: Array, lengths: Array, state: State, logits: Wanted) -> Array:
         batch, time = tokens.shape
-        if logits == "all":
-            positions = np.broadcast_to(np.arange(time), (batch, time))
-        else:  # one row of logits costs little, and a graph with none at all is nothing to rely on
-            positions = (lengths - 1)[:, None]
+        # one row of logits costs little, and a graph with none at all is nothing to rely on
+        every = np.broadcast_to(np.arange(time), (batch, time))
+        positions = every if logits == "all" else (lengths - 1)[:, None]
         result = self._backend.run(tokens, lengths, positions, state)
         state.lengths += lengths
         return result if logits != "none" else result[:, :0]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from edgellm_runtime.spec import BATCH, CAPACITY, StateSpec
 from torch import Tensor, nn
 
 from edgellm.models.layers.rotary import RotaryTable
 from edgellm.models.protocol import State, Step
 from edgellm.ops import attention
+from edgellm_runtime.spec import BATCH, CAPACITY, StateSpec
 
 __all__ = ["SelfAttention"]
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from edgellm_runtime.spec import BATCH, StateSpec
 from torch import Tensor, nn
 
 from edgellm.models.protocol import State, Step
 from edgellm.ops import RecurrentWeights, elman, gru, lstm
+from edgellm_runtime.spec import BATCH, StateSpec
 
 __all__ = ["KINDS", "RecurrentMixer"]
 

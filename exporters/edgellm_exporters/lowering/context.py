@@ -6,19 +6,20 @@ A rule turns one canonical node into the target's form of it. Rules know ops, ne
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
-from edgellm.ops.canonical import DOMAIN
 from numpy.typing import NDArray
 
+from edgellm.ops.canonical import DOMAIN
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.quantize.plan import Plan, QuantizedWeight
 
-__all__ = ["Array", "Lowering", "Rule", "inputs_of", "lower"]
+__all__ = ["Array", "Lowering", "Rule", "blank", "inputs_of", "lower", "shape_of"]
 
 Array = NDArray[Any]
+T = TypeVar("T")
 
 
 class Lowering:
@@ -35,12 +36,14 @@ class Lowering:
         self._before: list[ir.Node] = []
         self._memo: dict[Hashable, Any] = {}
 
-    def op(
-        self, op_type: str, *inputs: ir.Value | None, outputs: int = 1, domain: str = "", **attributes: Any
-    ) -> Any:  # fmt: skip
-        """Add a node; gives its output, or a list of them when ``outputs`` > 1."""
-        if outputs == 1:
-            return self._tape.op(op_type, inputs, attributes, domain=domain)
+    def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+        """Add a node with one output, and give that."""
+        return self._tape.op(op_type, inputs, attributes, domain=domain)
+
+    def ops(
+        self, outputs: int, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any
+    ) -> list[ir.Value]:
+        """Add a node with several outputs, and give them."""
         return list(self._tape.op_multi_out(op_type, inputs, attributes, num_outputs=outputs, domain=domain))
 
     def const(self, value: Any, dtype: Any = np.int64) -> ir.Value:
@@ -49,11 +52,12 @@ class Lowering:
         key = ("const", array.dtype.str, array.shape, array.tobytes())
         return self.once(key, lambda: self._initializer(f"const.{len(self._memo)}", ir.tensor(array)))
 
-    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What ``make`` gave the first time this key was asked for; for values that many nodes share."""
         if key not in self._memo:
             self._memo[key] = make()
-        return self._memo[key]
+        found: T = self._memo[key]
+        return found
 
     def input(self, name: str) -> ir.Value:
         """A graph input by name."""
@@ -66,7 +70,7 @@ class Lowering:
             source: an initializer.
             suffix: what to append to its name.
             make: from its array to the new one.
-            like: an array of the new one's shape and dtype; its content is not read (``np.broadcast_to`` costs nothing).
+            like: an array of the new one's shape and dtype; its content is not read (see :func:`blank`).
         """
         tensor = _constant(source)
         name = f"{source.name}.{suffix}"
@@ -87,7 +91,8 @@ class Lowering:
         return self.once(("part", name), lambda: self._initializer(name, tensor))
 
     def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+        shape = ir.Shape(tensor.shape.numpy())
+        value = ir.Value(name=name, const_value=tensor, shape=shape, type=ir.TensorType(tensor.dtype))
         self.graph.register_initializer(value)
         return value
 
@@ -127,6 +132,16 @@ def lower(model: ir.Model, rules: Mapping[str, Rule], plan: Plan) -> None:
             model.graph, node, [node], context.take_nodes(), node.outputs, outputs
         )  # fmt: skip
     model.opset_imports.pop(DOMAIN, None)
+
+
+def blank(source: ir.Value, shape: tuple[int, ...]) -> Array:
+    """An array of a weight's dtype and another shape that takes no memory, to declare a derived weight with."""
+    return np.broadcast_to(np.zeros((), _constant(source).dtype.numpy()), shape)
+
+
+def shape_of(weight: ir.Value) -> tuple[int, ...]:
+    """A weight's shape, in numbers."""
+    return _constant(weight).shape.numpy()
 
 
 def inputs_of(node: ir.Node, count: int) -> tuple[ir.Value | None, ...]:

@@ -27,10 +27,10 @@ def embedding(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
     quantized = context.quantized(weight)
     if quantized is None:
         return standard.RULES["Embedding"](context, node)
-    scheme = quantized.scheme
+    scheme, table = quantized.scheme, _codes(context, weight, quantized.shape, "table")
     rows = context.op(
-        "GatherBlockQuantized", _codes(context, weight, quantized.shape, "table"), indices, _scales(context, weight), domain=DOMAIN, bits=scheme.bits, block_size=scheme.block,
-        gather_axis=0, quantize_axis=1,
+        "GatherBlockQuantized", table, indices, _scales(context, weight), domain=DOMAIN, bits=scheme.bits,
+        block_size=scheme.block, gather_axis=0, quantize_axis=1,
     )  # fmt: skip
     return [rows]
 
@@ -43,7 +43,7 @@ def linear(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
 
 
 def matmul(context: Lowering, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
-    """x W^T + b."""
+    """X W^T + b."""
     quantized = context.quantized(weight)
     if quantized is None:
         return standard.matmul(context, x, weight, bias)
@@ -53,7 +53,7 @@ def matmul(context: Lowering, x: ir.Value, weight: ir.Value, bias: ir.Value | No
         "MatMulNBits", x, codes, _scales(context, weight), domain=DOMAIN, N=rows, K=columns, bits=quantized.scheme.bits,
         block_size=quantized.scheme.block, accuracy_level=_INT8_ACTIVATIONS,
     )  # fmt: skip
-    return y if bias is None else context.op("Add", y, bias)  # type: ignore[no-any-return]
+    return y if bias is None else context.op("Add", y, bias)
 
 
 def rms_norm(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
@@ -65,9 +65,7 @@ def rms_norm(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
 def add_rms_norm(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
     """SkipSimplifiedLayerNormalization: the norm of a sum, and the sum."""
     epsilon = node.attributes["epsilon"].as_float()
-    y, _, _, total = context.op(
-        "SkipSimplifiedLayerNormalization", *node.inputs, outputs=4, domain=DOMAIN, epsilon=epsilon
-    )
+    y, _, _, total = context.ops(4, "SkipSimplifiedLayerNormalization", *node.inputs, domain=DOMAIN, epsilon=epsilon)
     return [y, total]
 
 
@@ -80,12 +78,11 @@ def attention(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
     total = context.once("total", lambda: context.op("Add", past_lengths, lengths))  # (batch,)
     last = context.once("last", lambda: context.op("Sub", total, context.const(1, np.int32)))
     longest = context.once("longest", lambda: context.op("ReduceMax", total, keepdims=0))
-    outputs = context.op(
-        "GroupQueryAttention", q, k, v, past_k, past_v, last, longest, cos, sin, outputs=3, domain=DOMAIN,
+    return context.ops(
+        3, "GroupQueryAttention", q, k, v, past_k, past_v, last, longest, cos, sin, domain=DOMAIN,
         num_heads=node.attributes["num_heads"].as_int(), kv_num_heads=node.attributes["num_kv_heads"].as_int(),
         scale=node.attributes["scale"].as_float(), do_rotary=int(cos is not None),
     )  # fmt: skip
-    return list(outputs)
 
 
 def _packed(*parts: ir.Value | None) -> ir.Value | None:

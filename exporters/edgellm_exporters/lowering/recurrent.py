@@ -6,11 +6,13 @@ ONNX orders gates otherwise than PyTorch: LSTM i, o, f, c against i, f, g, o; GR
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from edgellm_exporters.lowering.context import Array, Lowering, Rule
+from edgellm_exporters.errors import LoweringError
+from edgellm_exporters.lowering.context import Array, Lowering, Rule, blank, shape_of
 from edgellm_exporters.lowering.scan import Hoist, MatMul, scan
 
 __all__ = ["reorder", "rules"]
@@ -29,7 +31,9 @@ def rules(matmul: MatMul, hoist: Hoist) -> Mapping[str, Rule]:
     def rule(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
         states = 2 if node.op_type == "LSTM" else 1
         x, *rest = node.inputs
-        past, (w_ih, w_hh, b_ih, b_hh, lengths) = rest[:states], rest[states:]
+        past, (w_ih, w_hh, b_ih, b_hh, lengths) = rest[:states], (*rest[states:], None)[:5]
+        if lengths is None:  # the graph serves ragged batches, and padding would run into the state
+            raise LoweringError(f"{node.op_type} was called without lengths; pass step.lengths to edgellm.ops")
         assert x is not None and w_ih is not None and w_hh is not None and b_ih is not None and b_hh is not None
         if context.quantized(w_ih) is not None or context.quantized(w_hh) is not None:
             return scan(context, node, matmul, hoist)
@@ -37,10 +41,9 @@ def rules(matmul: MatMul, hoist: Hoist) -> Mapping[str, Rule]:
         weights = [_one_direction(context, w, order) for w in (w_ih, w_hh)]
         bias = _bias(context, b_ih, b_hh, order)
         direction = context.const([0])
-        outputs = context.op(
-            node.op_type, context.op("Transpose", x, perm=[1, 0, 2]), *weights, bias, lengths,
-            *(context.op("Unsqueeze", state, direction) for state in past),
-            outputs=1 + states, **_attributes(node, w_hh),
+        outputs = context.ops(
+            1 + states, node.op_type, context.op("Transpose", x, perm=[1, 0, 2]), *weights, bias, lengths,
+            *(context.op("Unsqueeze", state, direction) for state in past), **_attributes(node, w_hh),
         )  # fmt: skip
         y = context.op("Squeeze", outputs[0], context.const([1]))  # (time, batch, hidden)
         present = [context.op("Squeeze", state, direction) for state in outputs[1:]]
@@ -49,8 +52,8 @@ def rules(matmul: MatMul, hoist: Hoist) -> Mapping[str, Rule]:
     return dict.fromkeys(_GATES, rule)
 
 
-def _attributes(node: ir.Node, w_hh: ir.Value) -> dict[str, object]:
-    attributes: dict[str, object] = {"hidden_size": w_hh.shape[1]}  # type: ignore[index]
+def _attributes(node: ir.Node, w_hh: ir.Value) -> dict[str, Any]:
+    attributes: dict[str, Any] = {"hidden_size": shape_of(w_hh)[1]}
     if node.op_type == "RNN":
         attributes["activations"] = [node.attributes["activation"].as_string().capitalize()]
     if node.op_type == "GRU":
@@ -65,14 +68,12 @@ def reorder(array: Array, order: Sequence[int]) -> Array:
 
 
 def _one_direction(context: Lowering, weight: ir.Value, order: Sequence[int]) -> ir.Value:
-    like = np.broadcast_to(np.zeros((), weight.dtype.numpy()), (1, *weight.shape.numpy()))  # type: ignore[union-attr]
-    return context.derived(weight, "onnx", lambda w: reorder(w, order)[None], like)
+    return context.derived(weight, "onnx", lambda w: reorder(w, order)[None], blank(weight, (1, *shape_of(weight))))
 
 
 def _bias(context: Lowering, b_ih: ir.Value, b_hh: ir.Value, order: Sequence[int]) -> ir.Value:
     assert b_hh.const_value is not None
-    other, rows = b_hh.const_value, b_ih.shape[0]  # type: ignore[index]
-    like = np.broadcast_to(np.zeros((), b_ih.dtype.numpy()), (1, 2 * rows))  # type: ignore[union-attr, operator]
+    other, like = b_hh.const_value, blank(b_ih, (1, 2 * shape_of(b_ih)[0]))
     return context.derived(
         b_ih, "onnx", lambda b: np.concatenate([reorder(b, order), reorder(other.numpy(), order)])[None], like
     )

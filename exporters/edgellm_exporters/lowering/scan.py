@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
-from edgellm_exporters.lowering.context import Lowering
+from edgellm_exporters.lowering.context import Lowering, shape_of
 
 __all__ = ["Hoist", "MatMul", "scan"]
 
@@ -26,9 +26,7 @@ def scan(context: Lowering, node: ir.Node, matmul: MatMul, hoist: Hoist) -> Sequ
     gates_x = context.op("Transpose", matmul(context, x, w_ih, b_ih), perm=[1, 0, 2])  # (time, batch, gates * hidden)
     hoist(context, w_hh)  # what can be done once for the chunk is not done at every token
     body = _body(context, node, matmul, w_hh, b_hh, [s for s in past if s is not None])
-    outputs = context.op(
-        "Scan", *past, gates_x, _valid(context, lengths), outputs=states + 1, body=body, num_scan_inputs=2
-    )
+    outputs = context.ops(states + 1, "Scan", *past, gates_x, _valid(context, lengths), body=body, num_scan_inputs=2)
     *present, y = outputs
     return [context.op("Transpose", y, perm=[1, 0, 2]), *present]
 
@@ -38,14 +36,12 @@ def _valid(context: Lowering, lengths: ir.Value) -> ir.Value:
 
     def make() -> ir.Value:
         time = context.op("Shape", context.input("tokens"), start=1, end=2)
-        steps = context.op(
-            "Range", context.const(0), context.op("Squeeze", time, context.const([0])), context.const(1)
-        )
+        steps = context.op("Range", context.const(0), context.op("Squeeze", time, context.const([0])), context.const(1))
         columns = context.op("Unsqueeze", steps, context.const([1, 2]))
         count = context.op("Cast", context.op("Unsqueeze", lengths, context.const([0, 2])), to=ir.DataType.INT64)
-        return context.op("Less", columns, count)  # type: ignore[no-any-return]
+        return context.op("Less", columns, count)
 
-    return context.once("valid", make)  # type: ignore[no-any-return]
+    return context.once("valid", make)
 
 
 def _body(
@@ -53,7 +49,7 @@ def _body(
 ) -> ir.Graph:
     """The cell as a graph: (states, gates_x, valid) to (states, y)."""
     dtype = past[0].dtype
-    hidden, rows = w_hh.shape[1], w_hh.shape[0]  # type: ignore[index]
+    rows, hidden = shape_of(w_hh)
     prefix = node.outputs[0].name
     states = [_value(f"{prefix}.past{i}", dtype, ["batch", hidden]) for i in range(len(past))]
     gates_x = _value(f"{prefix}.gates", dtype, ["batch", rows])
@@ -65,14 +61,15 @@ def _body(
     y = context.op("Identity", new[0])
     nodes = context.take_nodes()
     context.put_back(outer)
+    assert dtype is not None
     for value in (*kept, y):
-        value.type, value.shape = ir.TensorType(dtype), ir.Shape(["batch", hidden])  # type: ignore[arg-type]
+        value.type, value.shape = ir.TensorType(dtype), ir.Shape(["batch", hidden])
     return ir.Graph([*states, gates_x, valid], [*kept, y], nodes=nodes, name=f"{node.op_type.lower()}_cell")
 
 
-def _value(name: str, dtype: ir.DataType | None, shape: Sequence[object]) -> ir.Value:
+def _value(name: str, dtype: ir.DataType | None, shape: Sequence[int | str]) -> ir.Value:
     assert dtype is not None
-    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))  # type: ignore[arg-type]
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
 
 def _rnn(
@@ -85,7 +82,7 @@ def _rnn(
 def _lstm(
     context: Lowering, node: ir.Node, gates_x: ir.Value, gates_h: ir.Value, states: Sequence[ir.Value]
 ) -> list[ir.Value]:
-    split = context.op("Split", context.op("Add", gates_x, gates_h), outputs=4, axis=-1, num_outputs=4)
+    split = context.ops(4, "Split", context.op("Add", gates_x, gates_h), axis=-1, num_outputs=4)
     i, f, o = (context.op("Sigmoid", split[n]) for n in (0, 1, 3))
     g = context.op("Tanh", split[2])
     c = context.op("Add", context.op("Mul", f, states[1]), context.op("Mul", i, g))
@@ -95,8 +92,8 @@ def _lstm(
 def _gru(
     context: Lowering, node: ir.Node, gates_x: ir.Value, gates_h: ir.Value, states: Sequence[ir.Value]
 ) -> list[ir.Value]:
-    rx, zx, nx = context.op("Split", gates_x, outputs=3, axis=-1, num_outputs=3)
-    rh, zh, nh = context.op("Split", gates_h, outputs=3, axis=-1, num_outputs=3)
+    rx, zx, nx = context.ops(3, "Split", gates_x, axis=-1, num_outputs=3)
+    rh, zh, nh = context.ops(3, "Split", gates_h, axis=-1, num_outputs=3)
     r, z = context.op("Sigmoid", context.op("Add", rx, rh)), context.op("Sigmoid", context.op("Add", zx, zh))
     n = context.op("Tanh", context.op("Add", nx, context.op("Mul", r, nh)))
     # (1 - z) n + z h, as one difference less

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgellm_exporters.lowering import recurrent
-from edgellm_exporters.lowering.context import Lowering, Rule, inputs_of
+from edgellm_exporters.lowering.context import Lowering, Rule, blank, inputs_of, shape_of
 
 __all__ = ["RULES"]
 
@@ -26,33 +26,31 @@ def embedding(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
 
 
 def linear(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
-    """x W^T + b."""
+    """X W^T + b."""
     x, weight, bias = inputs_of(node, 3)
     assert x is not None and weight is not None
     return [matmul(context, x, weight, bias)]
 
 
 def matmul(context: Lowering, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
-    """x W^T + b, W as a float or as codes and scales."""
+    """X W^T + b, W as a float or as codes and scales."""
     y = context.op("MatMul", x, _columns(context, weight))
-    return y if bias is None else context.op("Add", y, bias)  # type: ignore[no-any-return]
+    return y if bias is None else context.op("Add", y, bias)
 
 
 def _columns(context: Lowering, weight: ir.Value) -> ir.Value:
     """W^T, (columns, rows), in float."""
     quantized = context.quantized(weight)
     if quantized is None and not _shared(weight):
-        rows, columns = weight.shape.numpy()  # type: ignore[union-attr]
-        like = np.broadcast_to(np.zeros((), weight.dtype.numpy()), (columns, rows))  # type: ignore[union-attr]
-        return context.derived(weight, "transposed", np.transpose, like)
+        return context.derived(weight, "transposed", np.transpose, blank(weight, shape_of(weight)[::-1]))
 
     def make() -> ir.Value:
         stored = weight  # a tied table is stored once, as the embedding reads it
         if quantized is not None:
             stored = context.op("DequantizeLinear", *_parts(context, weight), axis=1, block_size=quantized.scheme.block)
-        return context.op("Transpose", stored, perm=[1, 0])  # type: ignore[no-any-return]
+        return context.op("Transpose", stored, perm=[1, 0])
 
-    return context.once(("columns", weight.name), make)  # type: ignore[no-any-return]
+    return context.once(("columns", weight.name), make)
 
 
 def rms_norm(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
@@ -86,7 +84,7 @@ def attention(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
 
 def _split_heads(context: Lowering, x: ir.Value | None, heads: int) -> ir.Value:
     split = context.op("Reshape", x, context.const([0, 0, heads, -1]))  # (batch, time, heads, head_dim)
-    return context.op("Transpose", split, perm=[0, 2, 1, 3])  # type: ignore[no-any-return]
+    return context.op("Transpose", split, perm=[0, 2, 1, 3])
 
 
 def _positions(context: Lowering) -> ir.Value:
@@ -95,17 +93,15 @@ def _positions(context: Lowering) -> ir.Value:
     def make() -> ir.Value:
         past = context.op("Cast", context.input("past_lengths"), to=ir.DataType.INT64)
         time = context.op("Shape", context.input("tokens"), start=1, end=2)
-        steps = context.op(
-            "Range", context.const(0), context.op("Squeeze", time, context.const([0])), context.const(1)
-        )
-        return context.op("Add", context.op("Unsqueeze", past, context.const([1])), steps)  # type: ignore[no-any-return]
+        steps = context.op("Range", context.const(0), context.op("Squeeze", time, context.const([0])), context.const(1))
+        return context.op("Add", context.op("Unsqueeze", past, context.const([1])), steps)
 
-    return context.once("positions", make)  # type: ignore[no-any-return]
+    return context.once("positions", make)
 
 
 def _total(context: Lowering) -> ir.Value:
     """One past the last position that any row writes, a scalar."""
-    return context.once(  # type: ignore[no-any-return]
+    return context.once(
         "total",
         lambda: context.op("Add", context.op("ReduceMax", _positions(context), keepdims=0), context.const(1)),
     )
@@ -117,18 +113,18 @@ def _mask(context: Lowering) -> ir.Value:
     def make() -> ir.Value:
         slots = context.op("Range", context.const(0), _total(context), context.const(1))
         last = context.op("Unsqueeze", _positions(context), context.const([1, 3]))
-        return context.op("LessOrEqual", slots, last)  # type: ignore[no-any-return]
+        return context.op("LessOrEqual", slots, last)
 
-    return context.once("mask", make)  # type: ignore[no-any-return]
+    return context.once("mask", make)
 
 
 def _rotate(context: Lowering, x: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:
     def positions() -> ir.Value:  # padding may point past the table; its result is not used
-        last = context.const(cos.shape[0] - 1)  # type: ignore[index, operator]
-        return context.op("Min", _positions(context), last)  # type: ignore[no-any-return]
+        last = context.const(shape_of(cos)[0] - 1)
+        return context.op("Min", _positions(context), last)
 
     clipped = context.once(("rotary positions", cos.name), positions)
-    return context.op("RotaryEmbedding", x, cos, sin, clipped)  # type: ignore[no-any-return]
+    return context.op("RotaryEmbedding", x, cos, sin, clipped)
 
 
 def _write(context: Lowering, past: ir.Value | None, new: ir.Value) -> ir.Value:
@@ -136,7 +132,7 @@ def _write(context: Lowering, past: ir.Value | None, new: ir.Value) -> ir.Value:
         "slots", lambda: context.op("Unsqueeze", _positions(context), context.const([1, 3]))
     )  # (batch, 1, time, 1)
     slots = context.op("Expand", index, context.op("Shape", new))
-    return context.op("ScatterElements", past, slots, new, axis=2)  # type: ignore[no-any-return]
+    return context.op("ScatterElements", past, slots, new, axis=2)
 
 
 def _parts(context: Lowering, weight: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -144,7 +140,9 @@ def _parts(context: Lowering, weight: ir.Value) -> tuple[ir.Value, ir.Value]:
     assert quantized is not None
     rows, columns = quantized.shape
     codes = quantized.lazy(lambda c: c.codes, np.broadcast_to(np.int8(0), (rows, columns)))
-    scales = quantized.lazy(lambda c: c.scales, np.broadcast_to(np.float32(0), (rows, columns // quantized.scheme.block)))
+    scales = quantized.lazy(
+        lambda c: c.scales, np.broadcast_to(np.float32(0), (rows, columns // quantized.scheme.block))
+    )
     return context.part(weight, "codes", codes), context.part(weight, "scales", scales)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import onnx_ir as ir
+
 from edgellm.ops.canonical import DOMAIN
 
 __all__ = ["FuseAddRMSNorm"]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
+
 from edgellm.ops.canonical import DOMAIN
 
 __all__ = ["MergeLinears"]
@@ -44,10 +45,10 @@ def _mergeable(node: ir.Node) -> bool:
 
 
 def _merge(graph: ir.Graph, x: ir.Value, nodes: Sequence[ir.Node]) -> None:
-    sizes = [node.inputs[1].shape[0] for node in nodes]  # type: ignore[union-attr, index]
+    sizes = [node.inputs[1].shape[0] for node in nodes]
     inputs = [_concatenated(graph, [n.inputs[i] for n in nodes]) for i in range(1, 3 if _has_bias(nodes[0]) else 2)]
     merged = ir.node("Linear", [x, *inputs], domain=DOMAIN)
-    shape = ir.Shape([*x.shape[:-1], sum(sizes)])  # type: ignore[index, misc, arg-type]
+    shape = ir.Shape([*x.shape[:-1], sum(sizes)])
     merged.outputs[0].shape, merged.outputs[0].type = shape, x.type
     lengths = _initializer(graph, f"{inputs[0].name}.sizes", ir.tensor(np.array(sizes, dtype=np.int64)))
     split = ir.node("Split", [merged.outputs[0], lengths], num_outputs=len(nodes), attributes={"axis": -1})
@@ -59,10 +60,10 @@ def _merge(graph: ir.Graph, x: ir.Value, nodes: Sequence[ir.Node]) -> None:
 def _concatenated(graph: ir.Graph, parts: Sequence[ir.Value | None]) -> ir.Value:
     values = [p for p in parts if p is not None]
     tensors = [v.const_value for v in values]
-    rows = sum(t.shape[0] for t in tensors)  # type: ignore[union-attr, misc]
+    rows = sum(t.shape[0] for t in tensors)
     lazy = ir.LazyTensor(
         lambda: ir.tensor(np.concatenate([t.numpy() for t in tensors if t is not None])),
-        dtype=tensors[0].dtype, shape=ir.Shape([rows, *tensors[0].shape[1:]]),  # type: ignore[union-attr]
+        dtype=tensors[0].dtype, shape=ir.Shape([rows, *tensors[0].shape[1:]]),
     )  # fmt: skip
     return _initializer(graph, _joined([v.name or "" for v in values]), lazy)
 
@@ -76,6 +77,7 @@ def _joined(names: Sequence[str]) -> str:
 
 
 def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+    shape = ir.Shape(tensor.shape.numpy())
+    value = ir.Value(name=name, const_value=tensor, shape=shape, type=ir.TensorType(tensor.dtype))
     graph.register_initializer(value)
     return value

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
-from edgellm.ops.canonical import DOMAIN
 
+from edgellm.ops.canonical import DOMAIN
 from edgellm_exporters.quantize.plan import Plan, Quantize, Scheme
 from edgellm_exporters.quantize.rtn import round_to_nearest
 
@@ -53,6 +53,11 @@ def quantizable(graph: ir.Model) -> list[str]:
     for node in graph.graph:
         if node.domain == DOMAIN and node.op_type in _OPS:
             for value in node.inputs:
-                if value is not None and value.name and value.const_value is not None and len(value.const_value.shape) == 2:
+                if (
+                    value is not None
+                    and value.name
+                    and value.const_value is not None
+                    and len(value.const_value.shape) == 2
+                ):
                     found[value.name] = None
     return list(found)

@@ -63,7 +63,9 @@ class OrtBackend:
         try:
             self._session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the library raises many kinds of its own
-            raise BackendError(f"{graph}: ONNX Runtime {ort.__version__} refuses the graph: {_first_line(error)}") from error
+            raise BackendError(
+                f"{graph}: ONNX Runtime {ort.__version__} refuses the graph: {_first_line(error)}"
+            ) from error
         self._check_names()
 
     def _check_names(self) -> None:
@@ -118,9 +120,9 @@ class _Binding:
         self.lengths = np.zeros(batch, dtype=np.int32)
         self.logit_positions = np.zeros(positions, dtype=np.int64)
         (logits,) = signature.outputs
-        self.logits = np.zeros((*positions, logits.shape[-1]), dtype=logits.dtype)
+        self.logits = np.zeros((*positions, int(logits.shape[-1])), dtype=logits.dtype)
         self.io = session.io_binding()
-        self._values = []
+        self._values: list[Any] = []
 
         def value(array: Array) -> Any:
             made = ort.OrtValue.ortvalue_from_numpy(array)

@@ -1,0 +1,1 @@
+"""What ``edgellm demo`` needs besides the other commands. Importing it loads nothing heavy."""
