@@ -9,11 +9,11 @@ __all__ = ["print_report"]
 
 _LINES: Sequence[tuple[str, Callable[[dict[str, Any]], str]]] = (
     ("target", lambda r: str(r["target"])),
-    ("weights", lambda r: "float32" if r["quantize"] == "none" else str(r["quantize"])),
+    ("weights", lambda r: str(r["weights"])),
     ("size", lambda r: f"{r['bytes'] / 1e6:.1f} MB"),
     ("KL from PyTorch, nats a token", lambda r: f"{r['kl_mean']:.1e}"),
     ("same most likely token (top-1)", lambda r: f"{r['top1_agreement']:.1%}"),
-    ("checks that hold", lambda r: f"{r['checks_ok']} of {r['checks']}"),
+    ("checks that hold", lambda r: f"{r['checks'] - len(r['failed_checks'])} of {r['checks']}"),
     ("time to first token (TTFT)", lambda r: f"{r['ttft_ms']:.1f} ms"),
     ("the same in PyTorch", lambda r: f"{r['pytorch']['ttft_ms']:.1f} ms"),
     ("decode", lambda r: f"{r['decode_tokens_per_s']:.0f} tok/s"),
@@ -31,6 +31,7 @@ def print_report(result: dict[str, Any]) -> None:
         result: as ``edgellm demo --json`` prints it.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     workload = result["workload"]
@@ -46,4 +47,7 @@ def print_report(result: dict[str, Any]) -> None:
     console = Console(highlight=False)
     console.print(table)
     for check in result["checks"]:
-        console.print(f"[{'green' if check['ok'] else 'red'}]{'✓' if check['ok'] else '✗'}[/] {check['what']}")
+        console.print(
+            f"[{'green' if check['ok'] else 'red'}]{'✓' if check['ok'] else '✗'}[/] {escape(check['what'])}",
+            soft_wrap=True,
+        )

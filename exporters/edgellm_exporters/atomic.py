@@ -64,10 +64,11 @@ def _replace(scratch: Path, destination: Path) -> None:
         scratch.rename(destination)
         return
     old = scratch.with_name(scratch.name + ".old")
-    destination.rename(old)
     try:
+        destination.rename(old)
         scratch.rename(destination)
-    except OSError:
-        old.rename(destination)
+    except BaseException:  # an interrupt too must not take away the bundle that was there
+        if old.exists() and not destination.exists():
+            old.rename(destination)
         raise
     shutil.rmtree(old, ignore_errors=True)

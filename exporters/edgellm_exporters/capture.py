@@ -122,7 +122,8 @@ def _trace(model: LanguageModel, signature: Signature) -> torch.export.ExportedP
             program = torch.export.export(
                 wrapped, _example(model, signature), dynamic_shapes=_dynamic_shapes(signature), strict=False
             )
-            return program.run_decompositions(_CANONICAL)  # type: ignore[arg-type]
+            decomposed: torch.export.ExportedProgram = program.run_decompositions(_CANONICAL)
+            return decomposed
     except CaptureError:
         raise
     except Exception as error:  # torch.export raises many kinds; each means: not one graph

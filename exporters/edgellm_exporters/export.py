@@ -28,6 +28,7 @@ from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.samples import golden_rows
 from edgellm_exporters.targets import Target, find_target
 from edgellm_exporters.write import Progress, write_graph
+from edgellm_runtime.backends.ort import library
 from edgellm_runtime.bundle import GRAPH, MANIFEST, Bundle, FileInfo, Manifest, TokenizerInfo, sha256_of
 from edgellm_runtime.loading import open_session
 from edgellm_runtime.session import Session
@@ -114,6 +115,7 @@ def export(
     options, destination = options or ExportOptions(), Path(destination)
     check_destination(destination)
     check_model(model)
+    library()  # the proof at the end needs it, so its absence is told now
     assert isinstance(model, nn.Module)
     was_training = model.training
     model.eval()

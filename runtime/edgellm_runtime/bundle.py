@@ -22,7 +22,7 @@ __all__ = ["FORMAT", "GRAPH", "MANIFEST", "Bundle", "FileInfo", "Manifest", "Tok
 
 FORMAT = 1
 MANIFEST, GRAPH = "manifest.json", "model.onnx"
-_MAX_MANIFEST_BYTES = 4 << 20
+_MAX_MANIFEST_BYTES, _MAX_NAME = 4 << 20, 255
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _KEYS = {"format", "name", "target", "signature", "max_context", "ragged_chunks", "dtype", "files"}
 
@@ -121,14 +121,14 @@ class Manifest:
             raise BundleError(f"{source}: {sorted(missing)} missing; export the model again")
         try:
             return cls._parse(data)
-        except (SpecError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (SpecError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise BundleError(f"{source}: damaged ({error}); export the model again") from error
 
     @classmethod
     def _parse(cls, data: dict[str, Any]) -> Manifest:
         files = {name: FileInfo(_whole(f["bytes"]), str(f["sha256"])) for name, f in data["files"].items()}
         for name in files:
-            if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
+            if not _FILE_NAME.fullmatch(name) or name == MANIFEST or len(name) > _MAX_NAME:
                 raise ValueError(f"file name {name!r} is not a plain name inside the bundle")
         tokenizer = data.get("tokenizer")
         if tokenizer is not None:

@@ -141,7 +141,7 @@ def blank(source: ir.Value, shape: tuple[int, ...]) -> Array:
 
 def shape_of(weight: ir.Value) -> tuple[int, ...]:
     """A weight's shape, in numbers."""
-    return _constant(weight).shape.numpy()
+    return tuple(_constant(weight).shape.numpy())
 
 
 def inputs_of(node: ir.Node, count: int) -> tuple[ir.Value | None, ...]:

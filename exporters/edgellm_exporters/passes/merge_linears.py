@@ -45,11 +45,12 @@ def _mergeable(node: ir.Node) -> bool:
 
 
 def _merge(graph: ir.Graph, x: ir.Value, nodes: Sequence[ir.Node]) -> None:
-    sizes = [node.inputs[1].shape[0] for node in nodes]
-    inputs = [_concatenated(graph, [n.inputs[i] for n in nodes]) for i in range(1, 3 if _has_bias(nodes[0]) else 2)]
+    columns = range(1, 3 if _has_bias(nodes[0]) else 2)
+    inputs = [_concatenated(graph, [_weight(node, i) for node in nodes]) for i in columns]
+    sizes = [_tensor(_weight(node, 1)).shape.numpy()[0] for node in nodes]
     merged = ir.node("Linear", [x, *inputs], domain=DOMAIN)
-    shape = ir.Shape([*x.shape[:-1], sum(sizes)])
-    merged.outputs[0].shape, merged.outputs[0].type = shape, x.type
+    outer = list(x.shape)[:-1] if x.shape is not None else []
+    merged.outputs[0].shape, merged.outputs[0].type = ir.Shape([*outer, sum(sizes)]), x.type
     lengths = _initializer(graph, f"{inputs[0].name}.sizes", ir.tensor(np.array(sizes, dtype=np.int64)))
     split = ir.node("Split", [merged.outputs[0], lengths], num_outputs=len(nodes), attributes={"axis": -1})
     old = [node.outputs[0] for node in nodes]
@@ -57,14 +58,25 @@ def _merge(graph: ir.Graph, x: ir.Value, nodes: Sequence[ir.Node]) -> None:
     ir.convenience.replace_nodes_and_values(graph, first, nodes, [merged, split], old, split.outputs)
 
 
-def _concatenated(graph: ir.Graph, parts: Sequence[ir.Value | None]) -> ir.Value:
-    values = [p for p in parts if p is not None]
-    tensors = [v.const_value for v in values]
-    rows = sum(t.shape[0] for t in tensors)
+def _weight(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+def _tensor(value: ir.Value) -> ir.TensorProtocol:
+    assert value.const_value is not None
+    return value.const_value
+
+
+def _concatenated(graph: ir.Graph, values: Sequence[ir.Value]) -> ir.Value:
+    tensors = [_tensor(v) for v in values]
+    rows, first = sum(t.shape.numpy()[0] for t in tensors), tensors[0]
     lazy = ir.LazyTensor(
-        lambda: ir.tensor(np.concatenate([t.numpy() for t in tensors if t is not None])),
-        dtype=tensors[0].dtype, shape=ir.Shape([rows, *tensors[0].shape[1:]]),
-    )  # fmt: skip
+        lambda: ir.tensor(np.concatenate([t.numpy() for t in tensors])),
+        dtype=first.dtype,
+        shape=ir.Shape([rows, *first.shape.numpy()[1:]]),
+    )
     return _initializer(graph, _joined([v.name or "" for v in values]), lazy)
 
 
