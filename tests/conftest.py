@@ -3,6 +3,11 @@ from __future__ import annotations
 import os
 
 import pytest
+from hypothesis import settings
+
+# The same examples each time: a test that fails for one person fails for all. `--hypothesis-profile=default` explores.
+settings.register_profile("repeatable", derandomize=True, database=None)
+settings.load_profile("repeatable")
 
 # Two test processes on two cores: libraries that each take both cores only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

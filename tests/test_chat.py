@@ -4,7 +4,7 @@ import re
 
 import pytest
 from generation_fakes import TEMPLATE, fake_model
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from edgellm_runtime.chat import ChatTemplate
@@ -27,6 +27,7 @@ def template(tmp_path, source: str) -> ChatTemplate:
 @given(contents=st.lists(TEXT, min_size=1, max_size=4))
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_harmless_messages_are_the_rendered_text_encoded(model, contents):
+    assume(not any("<|" in c for c in contents))  # those that name a special token are not harmless
     messages = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
     chat = model.chat_template
     assert chat.encode(messages) == model.tokenizer.encode(chat.render(messages), special=True)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from edgellm_runtime.errors import BundleError
 from edgellm_runtime.graphfile import external_files
@@ -23,6 +25,7 @@ __all__ = ["FORMAT", "GRAPH", "MANIFEST", "Bundle", "FileInfo", "Manifest", "Tok
 FORMAT = 1
 MANIFEST, GRAPH = "manifest.json", "model.onnx"
 _MAX_MANIFEST_BYTES, _MAX_NAME = 4 << 20, 255
+_T = TypeVar("_T")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _KEYS = {"format", "name", "target", "signature", "max_context", "ragged_chunks", "dtype", "files"}
 
@@ -111,7 +114,7 @@ class Manifest:
         Raises:
             BundleError: a newer format, a missing key, a value of the wrong kind.
         """
-        if not isinstance(data, dict) or type(data.get("format")) is not int:
+        if not isinstance(data, dict) or type(data.get("format")) is not int or data["format"] < 1:
             raise BundleError(f"{source}: not an edgellm manifest; export the model again")
         if data["format"] > FORMAT:
             raise BundleError(
@@ -126,7 +129,8 @@ class Manifest:
 
     @classmethod
     def _parse(cls, data: dict[str, Any]) -> Manifest:
-        files = {name: FileInfo(_whole(f["bytes"]), str(f["sha256"])) for name, f in data["files"].items()}
+        _check_texts(data)
+        files = {name: FileInfo(_whole(f["bytes"]), _a(str, f["sha256"])) for name, f in data["files"].items()}
         for name in files:
             if not _FILE_NAME.fullmatch(name) or name == MANIFEST or len(name) > _MAX_NAME:
                 raise ValueError(f"file name {name!r} is not a plain name inside the bundle")
@@ -135,19 +139,21 @@ class Manifest:
             bos = tokenizer.get("bos_token_id")
             tokenizer = TokenizerInfo(
                 None if bos is None else _whole(bos), tuple(_whole(t) for t in tokenizer["eos_token_ids"]),
-                bool(tokenizer["add_bos"]), bool(tokenizer["has_chat_template"]),
+                _a(bool, tokenizer["add_bos"]), _a(bool, tokenizer["has_chat_template"]),
             )  # fmt: skip
         signature = Signature.from_json(data["signature"])
         if len(signature.outputs) != 1 or type(signature.outputs[0].shape[-1]) is not int:
             raise ValueError("the signature must have one output, logits over a vocabulary of known size")
+        target = _a(dict, data["target"])
+        _a(str, target["name"])
         return cls(
-            name=str(data["name"]), target=dict(data["target"]), signature=signature,
-            max_context=_whole(data["max_context"], least=1), ragged_chunks=bool(data["ragged_chunks"]),
-            dtype=str(data["dtype"]), files=files, tokenizer=tokenizer,
-            quantization=dict(data.get("quantization", {"method": "none"})),
-            provenance=dict(data.get("provenance", {})),
-            bounds={str(k): float(v) for k, v in data.get("bounds", {}).items()},
-            measured={str(k): float(v) for k, v in data.get("measured", {}).items()},
+            name=_a(str, data["name"]), target=target, signature=signature,
+            max_context=_whole(data["max_context"], least=1), ragged_chunks=_a(bool, data["ragged_chunks"]),
+            dtype=_a(str, data["dtype"]), files=files, tokenizer=tokenizer,
+            quantization=_a(dict, data.get("quantization", {"method": "none"})),
+            provenance=_a(dict, data.get("provenance", {})),
+            bounds={k: _number(v) for k, v in _a(dict, data.get("bounds", {})).items()},
+            measured={k: _number(v) for k, v in _a(dict, data.get("measured", {})).items()},
         )  # fmt: skip
 
 
@@ -155,6 +161,29 @@ def _whole(value: Any, least: int = 0) -> int:
     if type(value) is not int or not least <= value < 2**62:
         raise ValueError(f"{value!r} is not a whole number from {least}")
     return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is not a finite number")
+    return value  # type: ignore[no-any-return]
+
+
+def _a(kind: type[_T], value: Any) -> _T:
+    if type(value) is not kind:
+        raise ValueError(f"{value!r} is not a {kind.__name__}")
+    return value
+
+
+def _check_texts(value: Any) -> None:
+    """Refuse texts that a terminal would obey or that cannot be encoded; some are printed as they are."""
+    if isinstance(value, str) and any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" for c in value):
+        raise ValueError(f"{value!r} holds control characters")
+    if isinstance(value, dict):
+        _check_texts([*value.keys(), *value.values()])
+    elif isinstance(value, list):
+        for item in value:
+            _check_texts(item)
 
 
 class Bundle:

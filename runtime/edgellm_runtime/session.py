@@ -73,7 +73,7 @@ class Session:
             OptionError: tokens outside the vocabulary, or lengths outside the chunk.
             StateError: another number of rows than the state's.
         """
-        tokens = np.asarray(tokens, dtype=np.int64)
+        tokens = _whole_numbers(tokens)
         batch, time = self._check(tokens, state)
         valid = np.full(batch, time, dtype=np.int32) if lengths is None else np.asarray(lengths, dtype=np.int32)
         if valid.shape != (batch,) or (valid < 1).any() or (valid > time).any():
@@ -137,3 +137,13 @@ class Session:
             result[row, : out.shape[1]] = out[0]
             state.put(row, alone)
         return result
+
+
+def _whole_numbers(tokens: Any) -> Array:
+    try:
+        array = np.asarray(tokens)
+        if array.size and array.dtype.kind not in "iu":  # a cast would round, and hide a mistake
+            raise TypeError(f"dtype {array.dtype}")
+    except (TypeError, ValueError) as error:  # ValueError: rows of unequal length
+        raise OptionError(f"tokens are not an array of whole numbers ({error}); pad rows and give lengths") from error
+    return array.astype(np.int64, copy=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class State:
         self.specs = tuple(specs)
         self.batch, self.capacity = batch, capacity
         self.lengths: NDArray[np.int32] = np.zeros(batch, dtype=np.int32)
-        self.tensors = {s.name: np.zeros(s.resolve(batch, capacity), dtype=s.dtype) for s in specs}
+        self.tensors = {s.name: _zeros(s, batch, capacity) for s in specs}
         # A step writes what replaces a state beside it, and the two change places.
         self.spares = {s.name: np.zeros_like(self.tensors[s.name]) for s in specs if s.update == "replace"}
         self.attachments: dict[Any, Any] = {}  # what a backend keeps for these very arrays; goes when they go
@@ -50,14 +51,13 @@ class State:
         """Make room for that many tokens in each row; what is there stays."""
         if slots <= self.capacity:
             return
-        self.capacity = -(-slots // _GROWTH) * _GROWTH
-        for spec in self.specs:
-            if spec.capacity_axis is not None:
-                old = self.tensors[spec.name]
-                new = np.zeros(spec.resolve(self.batch, self.capacity), dtype=spec.dtype)
-                used = [slice(0, n) for n in old.shape]
-                new[tuple(used)] = old
-                self.tensors[spec.name] = new
+        capacity = -(-slots // _GROWTH) * _GROWTH
+        grown = {s.name: _zeros(s, self.batch, capacity) for s in self.specs if s.capacity_axis is not None}
+        for name, new in grown.items():
+            old = self.tensors[name]
+            new[tuple(slice(0, n) for n in old.shape)] = old
+            self.tensors[name] = new
+        self.capacity = capacity
         self.attachments.clear()
 
     def swap(self) -> None:
@@ -104,7 +104,10 @@ class State:
         Raises:
             StateError: the model has a recurrence, which cannot be run backwards, or a row holds fewer tokens.
         """
-        wanted = np.broadcast_to(np.asarray(lengths, dtype=np.int32), (self.batch,))
+        wanted = np.asarray(lengths, dtype=np.int32)
+        if wanted.shape not in ((), (self.batch,)):
+            raise StateError(f"cannot rewind {self.batch} rows to {wanted.tolist()}; give one length, or one for each row")
+        wanted = np.broadcast_to(wanted, (self.batch,))
         if (wanted == self.lengths).all():
             return
         if (wanted < 0).any() or (wanted > self.lengths).any():
@@ -123,7 +126,8 @@ class State:
             a, axis = self.tensors[spec.name], spec.capacity_axis
             arrays[spec.name] = a if axis is None else a[(slice(None),) * axis + (slice(0, used),)]
         header = json.dumps({"format": _FORMAT, "specs": [s.to_json() for s in self.specs]})
-        np.savez(path, allow_pickle=False, __header__=np.array(header), __lengths__=self.lengths, **arrays)
+        with Path(path).open("wb") as file:  # given a name, numpy would append .npz to it
+            np.savez(file, allow_pickle=False, __header__=np.array(header), __lengths__=self.lengths, **arrays)
 
     @classmethod
     def load(cls, path: str | Path, specs: Sequence[StateSpec]) -> State:
@@ -137,18 +141,31 @@ class State:
             StateError: not such a file, or of another model.
         """
         try:
-            with np.load(path, allow_pickle=False) as data:
+            with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as data:
                 header = json.loads(str(data["__header__"]))
-                arrays = {name: data[name] for name in data.files}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise StateError(f"{path}: not a saved state ({error})") from error
-        if header.get("format") != _FORMAT or header.get("specs") != [s.to_json() for s in specs]:
-            raise StateError(f"{path}: the state of another model; read the prompt again with this one")
-        lengths = arrays["__lengths__"].astype(np.int32)
+                if header["format"] != _FORMAT or header["specs"] != [s.to_json() for s in specs]:
+                    raise StateError(f"{path}: the state of another model; read the prompt again with this one")
+                lengths, arrays = data["__lengths__"], {spec.name: data[spec.name] for spec in specs}
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise StateError(f"{path}: not a saved state ({error}); read the prompt again") from error
+        if lengths.dtype != np.int32 or lengths.ndim != 1 or not len(lengths) or lengths.min() < 0:
+            raise StateError(f"{path}: its lengths are damaged; read the prompt again")
         state = cls(specs, len(lengths), max(int(lengths.max()), 1))
         state.lengths = lengths
         for spec in specs:
-            if arrays[spec.name].shape != state.tensors[spec.name].shape:
-                raise StateError(f"{path}: {spec.name} has shape {arrays[spec.name].shape}, not {spec.shape}")
-            state.tensors[spec.name][...] = arrays[spec.name]
+            found, expected = arrays[spec.name], state.tensors[spec.name]
+            if found.shape != expected.shape or found.dtype != expected.dtype:
+                raise StateError(f"{path}: {spec.name} is {found.dtype} {found.shape}, not {spec.dtype} {expected.shape}")
+            expected[...] = found
         return state
+
+
+def _zeros(spec: StateSpec, batch: int, capacity: int) -> Array:
+    try:
+        return np.zeros(spec.resolve(batch, capacity), dtype=spec.dtype)
+    except (MemoryError, ValueError, TypeError) as error:  # numpy's three ways to say: too large, or no such type
+        gigabytes = spec.nbytes(batch, capacity) / 1e9
+        raise StateError(
+            f"{spec.name} for {batch} rows of {capacity} tokens, {gigabytes:.1f} GB of {spec.dtype}, cannot be made "
+            f"({error}); ask for fewer rows or tokens"
+        ) from error

@@ -117,7 +117,7 @@ def read_goldens(bundle: Bundle) -> list[Golden]:
     vocab = int(bundle.manifest.signature.outputs[0].shape[-1])
     try:
         goldens = [_parse(trace, vocab) for trace in json.loads(file.read_bytes())["traces"]]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BundleError(f"{file}: not goldens of this model ({error}); export the model again") from error
     if not goldens:
         raise BundleError(f"{file}: holds no trace; export the model again")
@@ -141,6 +141,8 @@ def _parse(trace: Any, vocab: int) -> Golden:
         str(name): (array(s["index"], np.int64, 1), array(s["values"], np.float64, 1))
         for name, s in trace["state"].items()
     }
+    if any(len(index) != len(values) for index, values in state.values()):
+        raise ValueError("state samples of unequal length")
     return Golden(tokens, ids, logits, sums, array(trace["greedy"], np.int64, 1), state)
 
 

@@ -1,0 +1,477 @@
+"""Exports that cannot be: one clear sentence, and nothing left behind but what was there before."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_bad_input_bundle import refusal
+from tiny_bundles import attention_model, copied, recurrent_bundle, recurrent_model, text_assets
+from torch import Tensor, nn
+
+from edgellm.checkpoints import save_checkpoint
+from edgellm.cli import run
+from edgellm.models.protocol import State, Step
+from edgellm.ops import RecurrentWeights, lstm, take_positions
+from edgellm_exporters import export as export_module
+from edgellm_exporters.capture import capture
+from edgellm_exporters.errors import CaptureError, ExportError, LoweringError
+from edgellm_exporters.export import ExportOptions, export
+from edgellm_runtime import BackendError, StateSpec
+from edgellm_runtime.bundle import Bundle
+
+POSIX = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "checkpoint"
+    tokenizer = text_assets().tokenizer_json
+    save_checkpoint(path, attention_model(), architecture="decoder", tokenizer_json=tokenizer, eos_token_ids=(0,))
+    return path
+
+
+def only(folder: Path, *names: str) -> None:
+    """Nothing else is in the folder, hidden files included."""
+    assert {f.name for f in folder.iterdir()} == set(names)
+
+
+def refused(capsys: pytest.CaptureFixture[str], checkpoint: Path, *arguments: str) -> str:
+    """The sentence of an export that fails and leaves nothing."""
+    folder = checkpoint.parent
+    before = sorted(folder.rglob("*"))
+    message = refusal(capsys, "export", str(checkpoint), "-o", str(folder / "out"), *arguments)
+    assert sorted(folder.rglob("*")) == before
+    return message
+
+
+def test_checkpoint_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    message = refused(capsys, tmp_path / "none")
+    assert f"{tmp_path / 'none'} does not exist; expected a directory with edgellm.json" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "toaster"], "unknown target 'toaster'; there are "),
+        (["--quantize", "int3"], "unknown quantization 'int3'; there are "),
+        (["--dtype", "int4"], "target cpu has no dtype 'int4'; it has "),
+    ],
+)
+def test_unknown_option_value(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, arguments: list[str], message: str
+) -> None:
+    assert message in refused(capsys, checkpoint, *arguments)
+
+
+def change(checkpoint: Path, **entries: Any) -> None:
+    file = checkpoint / "edgellm.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+def test_unknown_architecture(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
+    change(checkpoint, architecture="perceptron")
+    message = refused(capsys, checkpoint)
+    assert "edgellm.json: unknown architecture 'perceptron'; known: " in message
+
+
+def test_unknown_foreign_architecture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "perceptron"}))
+    assert "unknown architecture 'perceptron'; edgellm loads " in refused(capsys, tmp_path / "hf")
+
+
+def test_checkpoint_of_a_newer_format(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
+    change(checkpoint, format=9)
+    assert "format 9, this edgellm reads up to 1; update edgellm" in refused(capsys, checkpoint)
+
+
+def edit_tensors(checkpoint: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    change(tensors)
+    save_file(tensors, checkpoint / "model.safetensors")
+
+
+NAME = "layers.1.attention.k_proj.weight"
+
+
+def test_missing_tensor(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
+    edit_tensors(checkpoint, lambda t: t.pop(NAME))
+    message = refused(capsys, checkpoint)
+    assert message.endswith(f"tensor {NAME} of shape (16, 32) is missing; the checkpoint is incomplete")
+
+
+def test_misshaped_tensor(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
+    edit_tensors(checkpoint, lambda t: t.update({NAME: torch.zeros(8, 32)}))
+    assert f"tensor {NAME} has shape (8, 32), its configuration says (16, 32)" in refused(capsys, checkpoint)
+
+
+def test_tensor_without_a_place(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
+    edit_tensors(checkpoint, lambda t: t.update(extra=torch.zeros(1)))
+    assert "tensors extra have no place in the model" in refused(capsys, checkpoint)
+
+
+def test_weights_that_are_not_numbers(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
+    edit_tensors(checkpoint, lambda t: t[NAME][0].fill_(float("nan")))
+    assert f"tensor {NAME} is not finite as torch.float32; use sound weights" in refused(capsys, checkpoint)
+
+
+def test_truncated_weights(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
+    with (checkpoint / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    assert "model.safetensors" in refused(capsys, checkpoint)
+
+
+def test_rows_that_no_block_divides(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = recurrent_model().config
+    odd = type(recurrent_model())(type(config)(**{**config.to_json(), "width": 40, "recurrent_width": 40}))  # type: ignore[operator, union-attr, call-arg]
+    save_checkpoint(tmp_path / "odd", odd, architecture="hybrid", tokenizer_json=None)
+    message = refused(capsys, tmp_path / "odd", "--quantize", "int8")
+    assert "rows of 40 weights do not divide into blocks of 32" in message
+
+
+# where to
+
+
+def test_destination_that_holds_other_files(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
+    (checkpoint.parent / "out").mkdir()
+    (checkpoint.parent / "out" / "thesis.tex").write_text("years of work")
+    message = refused(capsys, checkpoint)
+    assert "out: holds files that are not a bundle; choose an empty or new directory" in message
+    assert (checkpoint.parent / "out" / "thesis.tex").read_text() == "years of work"
+
+
+def test_destination_that_is_a_file(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
+    (checkpoint.parent / "out").write_text("a file")
+    assert "out: is not a directory; choose another place for the bundle" in refused(capsys, checkpoint)
+
+
+def test_destination_below_a_file(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
+    (checkpoint.parent / "file").write_text("a file")
+    message = refusal(capsys, "export", str(checkpoint), "-o", str(checkpoint.parent / "file" / "out"))
+    assert "cannot be written" in message
+    only(checkpoint.parent, "checkpoint", "file")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_destination_that_may_not_be_written(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
+    locked = checkpoint.parent / "locked"
+    locked.mkdir(mode=0o500)
+    message = refusal(capsys, "export", str(checkpoint), "-o", str(locked / "out"))
+    assert "cannot be written (Permission denied)" in message
+
+
+def test_failed_export_leaves_the_bundle_that_was_there(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = copied(recurrent_bundle(), checkpoint.parent).rename(checkpoint.parent / "out")
+    monkeypatch.setattr(export_module, "write_graph", full)
+    assert "No space left on device" in refused(capsys, checkpoint)
+    assert Bundle(out).manifest == Bundle(recurrent_bundle()).manifest
+
+
+# while at it
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("step", ["write_graph", "write_goldens", "_write_text", "_write_manifest"])
+def test_full_disk(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    monkeypatch.setattr(export_module, step, full)
+    message = refused(capsys, checkpoint)
+    out = checkpoint.parent / "out"
+    assert message == f"{out}: cannot be written (No space left on device); free some space or choose another place"
+
+
+def test_interrupt_at_any_step_leaves_nothing(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_module, "_prove", interrupt)
+    assert run(["export", str(checkpoint), "-o", str(checkpoint.parent / "out")]) == 130
+    assert capsys.readouterr().err.endswith("Error: interrupted\n")
+    only(checkpoint.parent, "checkpoint")
+
+
+def command(checkpoint: Path, before: str = "", **how: Any) -> subprocess.Popen[str]:
+    """``edgellm export`` as a program of its own."""
+    code = textwrap.dedent(before) + textwrap.dedent(f"""
+        import sys
+        from edgellm.cli import run
+        sys.exit(run(["export", {str(checkpoint)!r}, "-o", {str(checkpoint.parent / "out")!r}]))
+    """)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how
+    )  # fmt: skip
+
+
+@POSIX
+def test_ctrl_c_leaves_nothing(checkpoint: Path) -> None:
+    with command(checkpoint) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "capturing" in line:
+                break
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert output == ""
+    assert errors.endswith("Error: interrupted\n")
+    assert "Traceback" not in errors
+    only(checkpoint.parent, "checkpoint")
+
+
+@POSIX
+def test_disk_that_is_really_full(checkpoint: Path) -> None:
+    """A limit on the size of files stands for the end of the disk: the weights do not fit, the manifest would."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))"
+    with command(checkpoint, before=limit) as process:
+        output, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    assert output == ""
+    last = errors.splitlines()[-1]
+    assert last.startswith(f"Error: {checkpoint.parent / 'out'}: cannot be written (")
+    assert last.endswith("free some space or choose another place")
+    assert "Traceback" not in errors
+    only(checkpoint.parent, "checkpoint")
+
+
+def test_missing_onnxruntime_is_told_before_any_work(checkpoint: Path) -> None:
+    with command(checkpoint, before="import sys; sys.modules['onnxruntime'] = None") as process:
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "Error: ONNX Runtime is not installed; pip install 'edgellm[cpu]'" in errors
+    assert "capturing" not in errors
+    assert "Traceback" not in errors
+    only(checkpoint.parent, "checkpoint")
+
+
+@pytest.mark.parametrize("name", ["torch", "safetensors", "onnx_ir"])
+def test_missing_export_library_names_what_to_install(checkpoint: Path, name: str) -> None:
+    with command(checkpoint, before=f"import sys; sys.modules[{name!r}] = None") as process:
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert errors.endswith(f"{name} is not installed and this command needs it; pip install 'edgellm[export]'\n")
+    assert "Traceback" not in errors
+
+
+# models that are not what an export needs
+
+
+@dataclass(frozen=True)
+class Config:
+    vocab_size: int = 61
+    max_context: int = 32
+
+
+class Sound(nn.Module):
+    """A recurrence that can be exported; the others below spoil one thing in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = Config()
+        self.embedding = nn.Embedding(61, 32)
+        self.cell = nn.LSTM(32, 32, batch_first=True)
+        self.head = nn.Linear(32, 61)
+
+    def state_specs(self) -> list[StateSpec]:
+        return [StateSpec(name, ("batch", 32), "float32", "replace") for name in ("h", "c")]
+
+    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        y, h, c = lstm(x, state["h"], state["c"], self.weights(), step.lengths)
+        return y, {"h": h, "c": c}
+
+    def weights(self) -> RecurrentWeights:
+        c = self.cell
+        return RecurrentWeights(c.weight_ih_l0, c.weight_hh_l0, c.bias_ih_l0, c.bias_hh_l0)
+
+    def forward(self, tokens: Tensor, state: State | None = None, step: Step | None = None) -> Any:
+        step = step or Step.whole(tokens)
+        zeros = torch.zeros(tokens.shape[0], 32)
+        y, present = self.run(self.embedding(tokens), state or {"h": zeros, "c": zeros}, step)
+        return self.head(take_positions(y, step.logit_positions)), present
+
+
+class TorchLSTM(Sound):
+    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        y, (h, c) = self.cell(x, (state["h"][None], state["c"][None]))
+        return y, {"h": h[0], "c": c[0]}
+
+
+class TorchGRUCell(Sound):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(32, 32)  # type: ignore[assignment]
+
+    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        h, outputs = state["h"], []
+        for t in range(x.shape[1]):
+            h = self.cell(x[:, t], h)
+            outputs.append(h)
+        return torch.stack(outputs, 1), {"h": h, "c": state["c"]}
+
+
+class Dropped(Sound):
+    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        y, present = super().run(x, state, step)
+        return y, {"h": present["h"]}
+
+
+class Undeclared(Sound):
+    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        y, present = super().run(x, state, step)
+        return y, {**present, "cache": y}
+
+
+class Misshaped(Sound):
+    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        y, present = super().run(x, state, step)
+        return y, {**present, "h": y}
+
+
+class Sized(Sound):
+    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        for _ in range(x.shape[1]):
+            x = x.roll(1, dims=1) * 0.5
+        return super().run(x, state, step)
+
+
+class Branching(Sound):
+    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        return super().run(x + 1 if x.sum() > 0 else x, state, step)
+
+
+class NoLengths(Sound):
+    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        y, h, c = lstm(x, state["h"], state["c"], self.weights(), None)
+        return y, {"h": h, "c": c}
+
+
+class Untranslatable(Sound):
+    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        return super().run(torch.special.bessel_j0(x), state, step)
+
+
+class LogitsOnly(Sound):
+    def forward(self, tokens: Tensor, state: State | None = None, step: Step | None = None) -> Any:
+        return super().forward(tokens, state, step)[0]
+
+
+class EveryPosition(Sound):
+    def forward(self, tokens: Tensor, state: State | None = None, step: Step | None = None) -> Any:
+        step = step or Step.whole(tokens)
+        y, present = self.run(self.embedding(tokens), state or {}, step)
+        return self.head(y), present
+
+
+class TwiceNamed(Sound):
+    def state_specs(self) -> list[StateSpec]:
+        return [*super().state_specs(), *super().state_specs()]
+
+
+class NoVocabulary(Sound):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = object()  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (TorchLSTM, "cell is an nn.LSTM, which PyTorch unrolls over the example's tokens; call edgellm.ops.lstm with"),
+        (TorchGRUCell, "cell is an nn.GRUCell, which .* call edgellm.ops.gru with its weights as RecurrentWeights"),
+        (Dropped, r"the model's forward gave no new state for \['c'\], which state_specs\(\) declares"),
+        (Undeclared, r"the model's forward gave a state \['cache'\] that state_specs\(\) does not declare"),
+        (Misshaped, r"present.h: the forward gives shape \(batch, time, 32\), but must give \(batch, 32\)"),
+        (Branching, "the forward branches on a tensor's value; compute both sides and choose with torch.where"),
+        (Untranslatable, "ONNX has no form of prims.bessel_j0; use other operators in its forward"),
+        (LogitsOnly, r"the model's forward gave a \w*Tensor; it must give \(logits, state\)"),
+        (EveryPosition, r"logits: the forward gives shape \(batch, time, 61\), but must give \(batch, count, 61\)"),
+        (TwiceNamed, "declares what no graph can have: names in a signature must be unique"),
+        (NoVocabulary, "vocab_size"),
+        (lambda: nn.Linear(1, 1), r"Linear is not an nn.Module with config, state_specs\(\) and forward"),
+        (lambda: "a string", "str is not an nn.Module"),
+    ],
+)
+def test_model_that_cannot_be_one_graph(model: Any, message: str) -> None:
+    with pytest.raises(CaptureError, match=message):
+        capture(model())
+
+
+def test_forward_that_loops_over_tokens() -> None:
+    class Loop(Sized):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(128, 32))
+            self.b = nn.Parameter(torch.zeros(128))
+            del self.cell
+
+        def weights(self) -> RecurrentWeights:
+            return RecurrentWeights(self.w, self.w, self.b, self.b)
+
+    with pytest.raises(CaptureError, match="the forward fixes a size that must stay free; loop over no tokens"):
+        capture(Loop())
+
+
+def test_recurrence_that_would_read_padding(tmp_path: Path) -> None:
+    with pytest.raises(LoweringError, match="LSTM was called without lengths; pass step.lengths to edgellm.ops"):
+        export(NoLengths(), tmp_path / "out")
+    only(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_own_model_with_weights_that_are_not_numbers(tmp_path: Path, value: float) -> None:
+    model = Sound()
+    with torch.no_grad():
+        model.head.weight[3, 3] = value
+    with pytest.raises(CaptureError, match="head.weight holds NaN or infinite weights"):
+        export(model, tmp_path / "out")
+    only(tmp_path)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(1, 1), "a string", None])
+def test_what_is_no_model(tmp_path: Path, model: Any) -> None:
+    with pytest.raises(CaptureError, match="see docs/embedding.md"):
+        export(model, tmp_path / "out")
+    only(tmp_path)
+
+
+def test_failed_export_leaves_the_model_in_training_mode(tmp_path: Path) -> None:
+    model = Dropped().train()
+    with pytest.raises(CaptureError):
+        export(model, tmp_path / "out")
+    assert model.training
+    assert model.cell.training
+
+
+def test_missing_onnxruntime_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BackendError, match="ONNX Runtime is not installed"):
+        export(Sound(), tmp_path / "out")
+    only(tmp_path)
+
+
+def test_errors_of_an_export_have_one_base() -> None:
+    assert issubclass(CaptureError, ExportError)
+    with pytest.raises(ExportError, match="unknown target"):
+        ExportOptions(target="x")

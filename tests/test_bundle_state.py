@@ -1,0 +1,262 @@
+"""Whatever is done with a state, its rows have read what they have read: on ONNX Runtime, over real bundles."""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_bundles import CONTEXT, attention_bundle, recurrent_bundle
+
+from edgellm_runtime import ContextError, OptionError, StateError, StateSpec, open_session
+from edgellm_runtime.bundle import Bundle
+from edgellm_runtime.session import Session
+from edgellm_runtime.state import State
+
+BUNDLES: dict[str, Callable[[], Path]] = {
+    "attention": attention_bundle,
+    "attention, standard operators": lambda: attention_bundle("onnx"),
+    "recurrent": recurrent_bundle,
+}
+ATTENTION = [name for name in BUNDLES if name != "recurrent"]
+
+
+@cache
+def session_of(name: str) -> Session:
+    return open_session(Bundle(BUNDLES[name]()), threads=1)
+
+
+def read(session: Session, row: list[int]) -> np.ndarray:
+    """The last token's logits when a row is read at once."""
+    return session.step(np.array([row]), session.new_state(1, len(row)))[0, 0].copy()
+
+
+class Rows:
+    """A state beside what its rows should have read."""
+
+    def __init__(self, session: Session, rows: int) -> None:
+        self.session, self.state = session, session.new_state(rows)
+        self.read: list[list[int]] = [[] for _ in range(rows)]
+
+    def step(self, data: st.DataObject) -> None:
+        room = CONTEXT - max(map(len, self.read))
+        if room < 1:
+            return
+        lengths = data.draw(st.lists(st.integers(1, min(room, 9)), min_size=len(self.read), max_size=len(self.read)))
+        width = max(lengths) + data.draw(st.integers(0, 2))  # columns of nothing but padding too
+        tokens = np.array(
+            data.draw(st.lists(
+                st.lists(st.integers(0, self.session.vocab_size - 1), min_size=width, max_size=width),
+                min_size=len(lengths), max_size=len(lengths),
+            ))
+        )  # fmt: skip
+        logits = self.session.step(tokens, self.state, lengths=np.array(lengths)).copy()
+        for i, n in enumerate(lengths):
+            self.read[i] = self.read[i] + tokens[i, :n].tolist()
+            close(logits[i, 0], read(self.session, self.read[i]))
+
+    def take(self, data: st.DataObject) -> None:
+        rows = data.draw(st.lists(st.integers(0, len(self.read) - 1), min_size=1, max_size=3))
+        self.state, self.read = self.state.take(rows), [self.read[row] for row in rows]
+
+    def fork(self, data: st.DataObject) -> None:
+        """Go on with the copy; what it does must not show in the original, nor the other way round."""
+        other = self.state.fork()
+        tokens = np.zeros((len(self.read), 1), dtype=np.int64)
+        if max(map(len, self.read)) < CONTEXT:
+            self.session.step(tokens, self.state)
+        self.state = other
+
+    def rewind(self, data: st.DataObject) -> None:
+        lengths = [data.draw(st.integers(0, len(row))) for row in self.read]
+        if self.state.spares and any(lengths) and lengths != [len(row) for row in self.read]:
+            with pytest.raises(StateError, match="cannot be rewound"):
+                self.state.rewind(lengths)
+            return
+        self.state.rewind(lengths)
+        self.read = [row[:n] for row, n in zip(self.read, lengths, strict=True)]
+
+    def put(self, data: st.DataObject) -> None:
+        row, source = (data.draw(st.integers(0, len(self.read) - 1)) for _ in range(2))
+        self.state.put(row, self.state.take([source]))
+        self.read[row] = self.read[source]
+
+    def save_and_load(self, data: st.DataObject) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self.state.save(Path(folder) / "state")
+            self.state = State.load(Path(folder) / "state", self.session.signature.state)
+
+
+def close(found: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * float(np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_any_life_of_a_state_gives_the_logits_of_reading_at_once(name: str) -> None:
+    session = session_of(name)
+
+    @settings(max_examples=40, deadline=None)
+    @given(data=st.data(), rows=st.integers(1, 3))
+    def check(data: st.DataObject, rows: int) -> None:
+        life = Rows(session, rows)
+        life.step(data)
+        actions = [Rows.step, Rows.step, Rows.take, Rows.fork, Rows.rewind, Rows.put, Rows.save_and_load]
+        for act in data.draw(st.lists(st.sampled_from(actions), max_size=6)):
+            act(life, data)
+            assert life.state.lengths.tolist() == [len(row) for row in life.read]
+        life.step(data)
+
+    check()
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_long_prompt_in_many_chunks_equals_one(name: str) -> None:
+    session = session_of(name)
+    row = np.random.default_rng(3).integers(0, session.vocab_size, CONTEXT)
+    whole = session.step(row[None], session.new_state(), logits="all").copy()
+    before, session.chunk = session.chunk, 7
+    try:
+        close(session.step(row[None], session.new_state(), logits="all"), whole)
+        close(session.step(row[None], session.new_state())[0, 0], whole[0, -1])
+        two = np.stack([row, row[::-1]])
+        lengths = np.array([CONTEXT, 30])
+        close(session.step(two, session.new_state(2), lengths=lengths)[0, 0], whole[0, -1])
+    finally:
+        session.chunk = before
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_full_context_is_refused_and_changes_nothing(name: str) -> None:
+    session = session_of(name)
+    state = session.new_state()
+    session.step(np.ones((1, CONTEXT - 1), dtype=np.int64), state)
+    with pytest.raises(ContextError, match=f"{CONTEXT + 1} tokens do not fit into the model's context of {CONTEXT}"):
+        session.step(np.ones((1, 2), dtype=np.int64), state)
+    close(session.step(np.ones((1, 1), dtype=np.int64), state)[0, 0], read(session, [1] * CONTEXT))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "error", "message"),
+    [
+        ([[-1]], None, OptionError, "token -1 is outside the vocabulary of 61"),
+        ([[0, 61]], None, OptionError, "token 61 is outside the vocabulary of 61; use the bundle's tokenizer"),
+        ([[]], None, OptionError, "at least one of each"),
+        ([1], None, OptionError, "must be \\(rows, tokens\\)"),
+        ([[1], [1]], None, StateError, "tokens for 2 rows, but the state has 1"),
+        ([[1, 1]], [0], OptionError, "each must be 1 to 2"),
+        ([[1, 1]], [3], OptionError, "each must be 1 to 2"),
+        ([[1, 1]], [1, 1], OptionError, "for 1 rows"),
+        ([[0.5]], None, OptionError, "whole numbers"),
+        ([["a"]], None, OptionError, "whole numbers"),
+        ([[2**70]], None, OptionError, "whole numbers"),
+        ([[1], [1, 2]], None, OptionError, "whole numbers"),
+    ],
+)
+def test_impossible_step_is_an_error_and_changes_nothing(tokens, lengths, error, message) -> None:  # type: ignore[no-untyped-def]
+    session = session_of("recurrent")
+    state = session.new_state()
+    with pytest.raises(error, match=message):
+        session.step(tokens, state, lengths=lengths)
+    assert state.lengths.tolist() == [0]
+
+
+@pytest.mark.parametrize("lengths", [-1, 4, [1, 1]])
+def test_impossible_rewind_is_an_error(lengths: int | list[int]) -> None:
+    session = session_of("attention")
+    state = session.new_state()
+    session.step(np.ones((1, 3), dtype=np.int64), state)
+    with pytest.raises(StateError, match="cannot rewind"):
+        state.rewind(lengths)
+    assert state.lengths.tolist() == [3]
+
+
+@pytest.mark.parametrize("rows", [[], [1], [-1]])
+def test_taking_rows_that_are_not_there_is_an_error(rows: list[int]) -> None:
+    with pytest.raises(StateError, match="of a state of 1 rows"):
+        session_of("attention").new_state().take(rows)
+
+
+def test_state_too_large_for_memory_is_an_error_with_its_size() -> None:
+    spec = StateSpec("k", ("batch", 2**30, "capacity", 2**30), "float32", "append")
+    with pytest.raises(StateError, match=r"k for 1 rows of 4 tokens, \d+\.\d GB of float32"):
+        State([spec], 1, 4)
+
+
+def test_state_that_cannot_grow_stays_what_it_was() -> None:
+    state = session_of("attention").new_state()
+    state.lengths[:] = 1
+    with pytest.raises(StateError, match="ask for fewer"):
+        state.reserve(2**50)
+    assert state.capacity == next(iter(state.tensors.values())).shape[2]
+
+
+def saved() -> bytes:
+    session = session_of("recurrent")
+    state = session.new_state()
+    session.step(np.ones((1, 3), dtype=np.int64), state)
+    with tempfile.TemporaryDirectory() as folder:
+        state.save(Path(folder) / "state.npz")
+        return (Path(folder) / "state.npz").read_bytes()
+
+
+def test_state_of_another_model_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "s").write_bytes(saved())
+    with pytest.raises(StateError, match="the state of another model; read the prompt again"):
+        State.load(tmp_path / "s", session_of("attention").signature.state)
+
+
+def test_missing_state_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(StateError, match="not a saved state"):
+        State.load(tmp_path / "nothing", session_of("attention").signature.state)
+
+
+def repacked(**changes: object) -> bytes:
+    with np.load(io.BytesIO(saved())) as data:
+        arrays = {name: data[name] for name in data.files}
+    file = io.BytesIO()
+    np.savez(file, **{**arrays, **changes})  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"__lengths__": np.array([-1], dtype=np.int32)},
+        {"__lengths__": np.array([], dtype=np.int32)},
+        {"__lengths__": np.array(3, dtype=np.int32)},
+        {"__lengths__": np.array([0.5])},
+        {"__lengths__": np.array([3, 3], dtype=np.int32)},
+        {"__header__": np.array("[]")},
+        {"__header__": np.array(json.dumps({"format": 2, "specs": []}))},
+        {"blocks.0.h": np.zeros((1, 5), dtype=np.float32)},
+        {"blocks.0.h": np.zeros((1, 32), dtype=np.complex64)},
+        {"blocks.0.h": np.array([object()])},
+    ],
+)
+def test_wrong_saved_state_is_an_error(changes: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "s").write_bytes(repacked(**changes))
+    with pytest.raises(StateError):
+        State.load(tmp_path / "s", session_of("recurrent").signature.state)
+
+
+def test_damaged_saved_state_is_an_error(tmp_path: Path) -> None:
+    data, specs = saved(), session_of("recurrent").signature.state
+
+    @settings(max_examples=60, deadline=None)
+    @given(cut=st.integers(0, len(data)), at=st.integers(0, len(data) - 1), bit=st.integers(0, 7))
+    def check(cut: int, at: int, bit: int) -> None:
+        spoiled = bytearray(data)
+        spoiled[at] ^= 1 << bit
+        (tmp_path / "s").write_bytes(spoiled[:cut])
+        with suppress(StateError):  # a flipped bit in a name or a date may do no harm
+            State.load(tmp_path / "s", specs)
+
+    check()

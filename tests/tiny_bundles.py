@@ -1,0 +1,85 @@
+"""Two real bundles that many tests share, exported once in a process: one of attention with a tokenizer, one recurrent."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from generation_fakes import TEMPLATE, byte_level
+from torch import nn
+
+from edgellm.models.decoder import Decoder, DecoderConfig
+from edgellm.models.hybrid import Hybrid, HybridConfig
+from edgellm_exporters.export import ExportOptions, TextAssets, export
+
+CONTEXT = 96
+
+
+@functools.cache
+def text_assets() -> TextAssets:
+    return TextAssets(tokenizer_json=byte_level().to_str(), chat_template=TEMPLATE, eos_token_ids=(2, 0))
+
+
+def attention_model() -> nn.Module:
+    torch.manual_seed(0)
+    vocab = byte_level().get_vocab_size()
+    return Decoder(
+        DecoderConfig(
+            vocab_size=vocab, width=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, mlp_width=32,
+            max_context=CONTEXT,
+        )
+    ).eval()  # fmt: skip
+
+
+def recurrent_model() -> nn.Module:
+    torch.manual_seed(1)
+    config = HybridConfig(
+        vocab_size=61, width=32, pattern=("lstm",), num_heads=1, num_kv_heads=1, recurrent_width=32, max_context=CONTEXT
+    )
+    return Hybrid(config).eval()
+
+
+@functools.cache
+def attention_bundle(target: str = "cpu") -> Path:
+    """Has a tokenizer and a chat template."""
+    return _make(attention_model, target, text_assets())
+
+
+@functools.cache
+def recurrent_bundle(target: str = "cpu") -> Path:
+    """Token ids only."""
+    return _make(recurrent_model, target, None)
+
+
+def _make(model: Callable[[], Any], target: str, text: TextAssets | None) -> Path:
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return export(model(), folder / "bundle", options=ExportOptions(target=target), text=text).bundle.path
+
+
+def copied(bundle: Path, folder: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(bundle, folder / "bundle"))
+
+
+def edit_manifest(bundle: Path, **changes: Any) -> None:
+    file = bundle / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def sign(bundle: Path, *names: str) -> None:
+    """Make the manifest say what the files now are, as someone who means harm would."""
+    file = bundle / "manifest.json"
+    manifest = json.loads(file.read_text())
+    for name in names:
+        data = (bundle / name).read_bytes()
+        manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    file.write_text(json.dumps(manifest))
