@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,10 @@ def test_missing_key(capsys: pytest.CaptureFixture[str], bundle: Path, key: str)
         ({"bounds": {"kl": "low"}}, "'low' is not a finite number"),
         ({"bounds": {"kl": 1e999}}, "inf is not a finite number"),
         ({"tokenizer": {}}, "damaged"),
-        ({"tokenizer": {"eos_token_ids": [-1], "add_bos": False, "has_chat_template": False}}, "-1 is not a whole number"),
+        (
+            {"tokenizer": {"eos_token_ids": [-1], "add_bos": False, "has_chat_template": False}},
+            "-1 is not a whole number",
+        ),
     ],
 )
 def test_wrong_value(capsys: pytest.CaptureFixture[str], bundle: Path, changes: dict[str, Any], what: str) -> None:
@@ -321,12 +325,8 @@ def test_no_mutation_of_the_manifest_raises_anything_else(make: Any, tmp_path: P
         for _ in range(data.draw(st.integers(1, 2))):
             changed = mutate(data, changed)
         (bundle / "manifest.json").write_text(json.dumps(changed))
-        try:
-            opened = Bundle(bundle, checksums=False)
-        except BundleError as error:
-            assert str(error)
-            return
-        assert json.loads(json.dumps(opened.manifest.to_json()))
+        with suppress(BundleError):
+            assert json.loads(json.dumps(Bundle(bundle, checksums=False).manifest.to_json()))
 
     check()
 
@@ -371,10 +371,8 @@ def test_no_mutation_of_the_goldens_raises_anything_else(bundle: Path) -> None:
     @given(data=st.data())
     def check(data: st.DataObject) -> None:
         (bundle / "goldens.json").write_text(json.dumps(mutate(data, original)))
-        try:
+        with suppress(BundleError):
             read_goldens(opened)
-        except BundleError as error:
-            assert str(error)
 
     check()
 
@@ -396,10 +394,8 @@ def test_goldens_of_another_model_fail_or_are_refused(bundle: Path, change: dict
     file.write_text(json.dumps(goldens))
     sign(bundle, "goldens.json")
     opened = Bundle(bundle)
-    try:
+    with suppress(RuntimeFault):
         assert not verify(opened, open_session(opened, threads=1)).ok
-    except RuntimeFault as error:
-        assert str(error)
 
 
 @pytest.mark.parametrize(

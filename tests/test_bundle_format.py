@@ -13,7 +13,7 @@ import pytest
 from tiny_bundles import CONTEXT, attention_bundle, recurrent_bundle
 
 from edgellm_exporters.capture import INPUTS
-from edgellm_exporters.parity import bounds_for
+from edgellm_exporters.quantize.methods import METHODS
 from edgellm_runtime.bundle import _KEYS, _MAX_MANIFEST_BYTES, FORMAT, Bundle
 from edgellm_runtime.graphfile import external_files
 from edgellm_runtime.spec import DTYPE_BYTES
@@ -58,7 +58,9 @@ def test_manifest_has_the_documented_keys_of_the_documented_types(make: Any) -> 
 def test_tokenizer_and_target_have_the_documented_keys() -> None:
     data = manifest(attention_bundle())
     documented = PAGE[PAGE.index("`tokenizer` has these keys") :]
-    assert data["tokenizer"].keys() == set(re.findall(r"^\| `(\w+)` \|", documented[: documented.index("`signature`")], re.M))
+    assert data["tokenizer"].keys() == set(
+        re.findall(r"^\| `(\w+)` \|", documented[: documented.index("`signature`")], re.M)
+    )
     assert data["target"].keys() == {"name", "requires"}
     assert manifest(recurrent_bundle())["tokenizer"] is None
 
@@ -125,8 +127,8 @@ def test_goldens_are_as_documented(make: Any) -> None:
         assert len(trace["tokens"]) <= CONTEXT
     sentence = PAGE[PAGE.index("A check of `bounds`") :].split(". ")[0]
     checks = set(re.findall(r"`(\w+)`", sentence)) - {"bounds"}
-    assert checks == bounds_for(quantized=False).keys() | bounds_for(quantized=True).keys()
-    assert AT_LEAST == {"top1", "greedy"}
+    assert checks == set().union(*(method.bounds for method in METHODS.values()))
+    assert {"top1", "greedy"} == AT_LEAST
 
 
 @BOTH

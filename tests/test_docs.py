@@ -101,7 +101,7 @@ def test_the_model_in_contributing_is_one_and_exports(tmp_path: Path, monkeypatc
     torch.manual_seed(0)
     model = architecture.build(architecture.config(vocab_size=50, width=32, max_context=64)).eval()
     assert isinstance(model, LanguageModel)
-    for quantize in METHODS:
+    for quantize in ("none", "int8"):
         assert export(model, tmp_path / quantize, options=ExportOptions(quantize=quantize)).verification.ok
     assert architecture.config.from_json(model.config.to_json()) == model.config
 

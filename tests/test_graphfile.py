@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import onnx
@@ -18,7 +20,9 @@ def tensor(location: str) -> TensorProto:
     return made
 
 
-def model(nodes: list[Any] = [], initializers: list[Any] = [], functions: list[Any] = [], **graph: Any) -> onnx.ModelProto:  # noqa: B006
+def model(
+    nodes: Sequence[Any] = (), initializers: Sequence[Any] = (), functions: Sequence[Any] = (), **graph: Any
+) -> onnx.ModelProto:
     made = helper.make_graph(nodes, "g", [], [], initializer=initializers, **graph)
     return helper.make_model(made, functions=functions)
 
@@ -81,20 +85,16 @@ def test_walk_covers_every_way_from_a_model_to_a_tensor() -> None:
 @example(b"\x3a" * 200)
 @example(bytes([7 << 3 | 3]))  # a group, which no graph has
 def test_garbage_gives_a_value_error_or_a_set(data: bytes) -> None:
-    try:
+    with suppress(ValueError):
         assert isinstance(external_files(data), set)
-    except ValueError as error:
-        assert str(error)
 
 
 @given(cut=st.integers(0, 10_000), flip=st.integers(0, 10_000))
 def test_damaged_graph_gives_a_value_error_or_a_set(cut: int, flip: int) -> None:
     data = bytearray(model([branch("weights.bin")], [tensor("model.onnx.data")]).SerializeToString())
     data[flip % len(data)] ^= 0x55
-    try:
+    with suppress(ValueError):
         assert isinstance(external_files(bytes(data[: cut % (len(data) + 1)])), set)
-    except ValueError as error:
-        assert str(error)
 
 
 def test_deep_nesting_is_refused() -> None:

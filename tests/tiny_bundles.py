@@ -1,4 +1,4 @@
-"""Two real bundles that many tests share, exported once in a process: one of attention with a tokenizer, one recurrent."""
+"""Two real bundles that many tests share, exported once a process: attention with a tokenizer, and a recurrence."""
 
 from __future__ import annotations
 

@@ -102,7 +102,8 @@ def _run(plan: Plan) -> dict[str, Any]:
         checks.append(_check(what, not b["failed_checks"]))
     return {
         "ok": all(c["ok"] for c in checks), "seconds": round(time.perf_counter() - start, 1), "quick": plan.quick,
-        "workload": plan.workload, "bundles": bundles, "checks": checks,
+        "workload": plan.workload, "cores": _cores(), "load_average": round(os.getloadavg()[0], 2), "bundles": bundles,
+        "checks": checks,
     }  # fmt: skip
 
 

@@ -43,7 +43,11 @@ def measure(
     rows = [
         torch.randint(0, model.config.vocab_size, (1, prompt_tokens), generator=generator) for _ in range(rounds + 1)
     ]
-    measured = [_round(model, row, new_tokens) for row in rows][1:]
+    measured = []
+    for number, row in enumerate(rows):
+        click.echo(f"    round {number} of {rounds}" if number else "    a round that does not count", err=True)
+        measured.append(_round(model, row, new_tokens))
+    measured = measured[1:]
     return {
         "ttft_ms": round(1e3 * statistics.median(first for first, _ in measured), 2),
         "decode_tokens_per_s": round(new_tokens / statistics.median(rest for _, rest in measured), 1),

@@ -1,7 +1,4 @@
-"""Train, export, prove and run a model that edgellm has never seen. See README.md.
-
-    python examples/own_module/main.py
-"""
+"""Train, export, prove and run a model that edgellm has never seen: python examples/own_module/main.py."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import torch
 from model import RetentionConfig, RetentionModel
 from rich.console import Console
 
-from edgellm.training import Corpus, Reporter, TrainOptions, prepare_tokens, train, train_tokenizer
+from edgellm.training import END_OF_TEXT, Corpus, Reporter, TrainOptions, prepare_tokens, train, train_tokenizer
 from edgellm_exporters.export import ExportOptions, TextAssets, export
 from edgellm_runtime import load
 
@@ -36,7 +33,8 @@ def main() -> None:
         )
     print(f"validation {result.val_loss:.3f} nats a token; token frequencies alone give {result.unigram_entropy:.3f}")
 
-    text = TextAssets(tokenizer_json=tokenizer.to_str(), eos_token_ids=(tokenizer.token_to_id("<|endoftext|>"),))
+    end = tokenizer.encode(END_OF_TEXT).ids[0]
+    text = TextAssets(tokenizer_json=tokenizer.to_str(), eos_token_ids=(end,))
     for target, quantize in (("onnx", "none"), ("cpu", "none"), ("cpu", "int8")):
         bundle = arguments.out / f"{target}-{quantize}"
         made = export(model, bundle, options=ExportOptions(target=target, quantize=quantize), text=text)
@@ -53,7 +51,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train, export, prove and run a model of your own.")
     parser.add_argument("--text", type=Path, default=TEXT, help="what to train on")
     parser.add_argument("--steps", type=int, default=300, help="updates")
-    parser.add_argument("--out", type=Path, default=Path("own-module"), help="a new folder for all that is made")
+    parser.add_argument("--out", type=Path, default=Path("runs/own-module"), help="a new folder for all that is made")
     return parser.parse_args()
 
 

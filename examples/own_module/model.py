@@ -96,7 +96,7 @@ class Retention(nn.Module):
         return [(spec.name, spec) for spec in self.state_specs()]
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.heads, self.head_dim)).transpose(1, 2)  # (batch, heads, time, head_dim)
+        return x.reshape(*x.shape[:2], self.heads, self.head_dim).transpose(1, 2)  # (batch, heads, time, head_dim)
 
 
 class TailAttention(nn.Module):
@@ -121,7 +121,7 @@ class TailAttention(nn.Module):
             None, None, num_heads=self.heads, num_kv_heads=self.heads, scale=self.head_dim**-0.5,
         )  # fmt: skip
         out: Tensor = self.o_proj(y)
-        return out, {} if k is None else {f"{self.name}.k": k, f"{self.name}.v": v}
+        return out, {} if k is None or v is None else {f"{self.name}.k": k, f"{self.name}.v": v}
 
 
 class Block(nn.Module):
@@ -151,8 +151,9 @@ class RetentionModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         nn.init.normal_(self.embedding.weight, std=0.02)
         mixers = [Retention(config, f"layers.{i}") for i in range(config.num_layers - 1)]
-        tail = TailAttention(config, f"layers.{config.num_layers - 1}")
-        self.blocks = nn.ModuleList(Block(config, mixer) for mixer in (*mixers, tail))
+        blocks = [Block(config, mixer) for mixer in mixers]
+        blocks.append(Block(config, TailAttention(config, f"layers.{config.num_layers - 1}")))
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
 

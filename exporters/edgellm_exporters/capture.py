@@ -87,6 +87,7 @@ def capture(model: LanguageModel) -> ir.Model:
     outputs = [t.name for t in signature.outputs] + [s.present_name for s in signature.state]
     captured = _translate(program, names, outputs, type(model).__name__)
     captured.opset_imports.setdefault(DOMAIN, 1)
+    _name_weights(captured)
     _name_dimensions(captured, signature)
     return captured
 
@@ -193,6 +194,13 @@ def _dynamic_shapes(signature: Signature) -> tuple[Any, ...]:
     return (*(dynamic(t.shape) for t in signature.inputs), [dynamic(s.shape) for s in signature.state])
 
 
+def _name_weights(captured: ir.Model) -> None:
+    """Call weights what the model calls them: tracing saw it inside a wrapper."""
+    for value in list(captured.graph.initializers.values()):
+        if value.name and value.name.startswith("model."):
+            value.name = value.name.removeprefix("model.")
+
+
 def _name_dimensions(captured: ir.Model, signature: Signature) -> None:
     shapes = {t.name: t.shape for t in (*signature.inputs, *signature.outputs)}
     shapes |= {name: s.shape for s in signature.state for name in (s.past_name, s.present_name)}
@@ -218,8 +226,8 @@ def _check_shape(name: str, found: Sequence[Any], wanted: Sequence[int | str], s
     if not fits:
         shape = "(" + ", ".join(map(str, found)) + ")"
         raise CaptureError(
-            f"{name}: the forward gives shape {shape}, but must give ({', '.join(map(str, wanted))}), whatever the sizes "
-            "of its inputs are"
+            f"{name}: the forward gives shape {shape}, but must give ({', '.join(map(str, wanted))}), whatever the "
+            "sizes of its inputs are"
         )
 
 

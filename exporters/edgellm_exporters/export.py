@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import datetime
 import json
@@ -22,7 +23,8 @@ from edgellm_exporters.capture import capture, check_model, signature_of
 from edgellm_exporters.errors import ExportError, ParityError
 from edgellm_exporters.goldens import write_goldens
 from edgellm_exporters.lower import clean, lower_to
-from edgellm_exporters.parity import ParityReport, bounds_for, compare
+from edgellm_exporters.parity import ParityReport, compare
+from edgellm_exporters.quantize.calibrate import calibrate
 from edgellm_exporters.quantize.methods import METHODS, plan_for
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.samples import golden_rows
@@ -46,6 +48,8 @@ class ExportOptions:
         dtype: of activations and unquantized weights.
         quantize: a name in :data:`edgellm_exporters.quantize.methods.METHODS`.
         name: what the bundle calls itself; the destination's name if empty.
+        calibration: windows of token ids, each up to the model's context; with them, weights of fewer than 8 bits are
+            quantized with GPTQ.
         bounds: overrides for what the bundle must hold to.
     """
 
@@ -53,6 +57,7 @@ class ExportOptions:
     dtype: str = "float32"
     quantize: str = "none"
     name: str = ""
+    calibration: Sequence[Sequence[int]] = ()
     bounds: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -135,14 +140,14 @@ def _build(
 ) -> Exported:  # fmt: skip
     target = find_target(options.target)
     progress("capturing", 0.0)
-    graph, plan = _graph(model, target, options)
+    graph, plan = _graph(model, target, options, progress)
     parameters = sum(p.numel() for _, p in model.named_parameters())
     write_graph(graph, scratch, progress)
     progress("taking goldens from PyTorch", 0.0)
     rows = golden_rows(text.tokenizer_json if text else None, model.config.vocab_size, model.config.max_context)
     write_goldens(model, rows, scratch)
     _write_text(scratch, text)
-    bounds = bounds_for(quantized=options.quantize != "none") | dict(options.bounds)
+    bounds = {**METHODS[options.quantize].bounds, **options.bounds}
     manifest = Manifest(
         name=name, target={"name": target.name, "requires": {"onnxruntime": "1.30"}},
         signature=signature_of(model), max_context=model.config.max_context, ragged_chunks=target.ragged_chunks,
@@ -159,12 +164,16 @@ def _build(
     return Exported(bundle, parity, verification, parameters, weights)
 
 
-def _graph(model: LanguageModel, target: Target, options: ExportOptions) -> tuple[ir.Model, Plan]:
+def _graph(model: LanguageModel, target: Target, options: ExportOptions, progress: Progress) -> tuple[ir.Model, Plan]:
     captured = capture(model)
     clean(captured)
     for make in target.passes:
         make()(captured)
-    plan = plan_for(options.quantize, captured)
+    calibration = None
+    if options.calibration:
+        assert isinstance(model, nn.Module)
+        calibration = calibrate(model, options.calibration, lambda share: progress("calibrating", share))
+    plan = plan_for(options.quantize, captured, calibration)
     return lower_to(captured, target, plan), plan
 
 
@@ -203,10 +212,9 @@ def _write_manifest(scratch: Path, manifest: Manifest, measured: Mapping[str, fl
 def _quantization(options: ExportOptions, plan: Plan) -> dict[str, Any]:
     if not plan.schemes:
         return {"method": "none"}
-    counted = {f"{s.bits}-bit block {s.block}": 0 for s in plan.schemes.values()}
-    for scheme in plan.schemes.values():
-        counted[f"{scheme.bits}-bit block {scheme.block}"] += 1
-    return {"method": options.quantize, "weights": counted}
+    counted = dict(collections.Counter(map(str, plan.schemes.values())))
+    rounding = "GPTQ" if options.calibration else "round to nearest"
+    return {"method": options.quantize, "rounding": rounding, "weights": counted}
 
 
 def _environment() -> dict[str, str]:

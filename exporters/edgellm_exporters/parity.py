@@ -16,7 +16,7 @@ from edgellm_exporters.goldens import greedy_tokens
 from edgellm_runtime.session import Session
 from edgellm_runtime.verify import Check, held
 
-__all__ = ["ParityReport", "bounds_for", "compare", "kl_divergence"]
+__all__ = ["ParityReport", "compare", "kl_divergence"]
 
 Array = NDArray[Any]
 _STATE_TOKENS = 32
@@ -53,17 +53,6 @@ class ParityReport:
     def checks(self, bounds: dict[str, float]) -> list[Check]:
         """Its figures held to those bounds that it has a figure for."""
         return [held(name, getattr(self, name), bound) for name, bound in bounds.items() if hasattr(self, name)]
-
-
-def bounds_for(quantized: bool) -> dict[str, float]:
-    """What a bundle must hold to, against float32 PyTorch.
-
-    Float graphs differ from PyTorch by rounding alone. 8-bit weights and activations change the numbers; these bounds
-    hold with a margin for the models in docs/benchmarks.md and fail for a wrong graph.
-    """
-    if quantized:
-        return {"kl": 0.02, "top1": 0.9, "state": 0.15, "split": 0.1, "batch": 0.1}
-    return {"logits": 1e-4, "kl": 1e-6, "top1": 1.0, "state": 1e-4, "split": 1e-4, "batch": 1e-4, "greedy": 1.0}
 
 
 def compare(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import onnx_ir as ir
@@ -37,12 +38,19 @@ def write_graph(model: ir.Model, directory: Path, progress: Progress) -> None:
                 storage = tensor.metadata_props.get(STORAGE) or str(value.name)
                 if storage not in stored:
                     stored[storage] = file.seek(-file.tell() % _ALIGNMENT, 1)
-                    np.ascontiguousarray(tensor.numpy()).tofile(file)
+                    _write(tensor, file)
                 value.const_value = _reference(value, tensor, stored[storage], directory)
             done += tensor.nbytes
             progress("writing weights", done / total)
         file.truncate()
     ir.save(model, directory / GRAPH_FILE)
+
+
+def _write(tensor: ir.TensorProtocol, file: BinaryIO) -> None:
+    if tensor.dtype.bitwidth < 8:  # numpy gives each element a byte
+        file.write(tensor.tobytes())
+    else:
+        np.ascontiguousarray(tensor.numpy()).tofile(file)
 
 
 def _reference(value: ir.Value, tensor: ir.TensorProtocol, offset: int, directory: Path) -> ir.ExternalTensor:

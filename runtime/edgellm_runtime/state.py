@@ -106,7 +106,9 @@ class State:
         """
         wanted = np.asarray(lengths, dtype=np.int32)
         if wanted.shape not in ((), (self.batch,)):
-            raise StateError(f"cannot rewind {self.batch} rows to {wanted.tolist()}; give one length, or one for each row")
+            raise StateError(
+                f"cannot rewind {self.batch} rows to {wanted.tolist()}; give one length, or one for each row"
+            )
         wanted = np.broadcast_to(wanted, (self.batch,))
         if (wanted == self.lengths).all():
             return
@@ -155,7 +157,9 @@ class State:
         for spec in specs:
             found, expected = arrays[spec.name], state.tensors[spec.name]
             if found.shape != expected.shape or found.dtype != expected.dtype:
-                raise StateError(f"{path}: {spec.name} is {found.dtype} {found.shape}, not {spec.dtype} {expected.shape}")
+                raise StateError(
+                    f"{path}: {spec.name} is {found.dtype} {found.shape}, not {spec.dtype} {expected.shape}"
+                )
             expected[...] = found
         return state
 

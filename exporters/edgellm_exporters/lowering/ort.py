@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering import recurrent, standard
 from edgellm_exporters.lowering.context import Lowering, Rule, inputs_of
+from edgellm_exporters.quantize.plan import pack
 
 __all__ = ["DOMAIN", "RULES"]
 
@@ -27,9 +29,15 @@ def embedding(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
     quantized = context.quantized(weight)
     if quantized is None:
         return standard.RULES["Embedding"](context, node)
-    scheme, table = quantized.scheme, _codes(context, weight, quantized.shape, "table")
+    scheme = quantized.scheme
+    if scheme.bits < 4:
+        raise LoweringError(
+            f"{weight.name}: no kernel looks up {scheme.bits}-bit rows; use 4 or 8 bits for the embedding"
+        )
+    shape = (quantized.shape[0], quantized.shape[1] * scheme.bits // 8)
     rows = context.op(
-        "GatherBlockQuantized", table, indices, _scales(context, weight), domain=DOMAIN, bits=scheme.bits,
+        "GatherBlockQuantized", _codes(context, weight, shape, "table"), indices,
+        standard.scales_of(context, weight), _zeros(context, weight), domain=DOMAIN, bits=scheme.bits,
         block_size=scheme.block, gather_axis=0, quantize_axis=1,
     )  # fmt: skip
     return [rows]
@@ -47,11 +55,11 @@ def matmul(context: Lowering, x: ir.Value, weight: ir.Value, bias: ir.Value | No
     quantized = context.quantized(weight)
     if quantized is None:
         return standard.matmul(context, x, weight, bias)
-    rows, columns = quantized.shape
-    codes = _codes(context, weight, (rows, columns // quantized.scheme.block, quantized.scheme.block), "codes")
+    (rows, columns), scheme = quantized.shape, quantized.scheme
+    codes = _codes(context, weight, (rows, quantized.blocks, scheme.block * scheme.bits // 8), "codes")
     y = context.op(
-        "MatMulNBits", x, codes, _scales(context, weight), domain=DOMAIN, N=rows, K=columns, bits=quantized.scheme.bits,
-        block_size=quantized.scheme.block, accuracy_level=_INT8_ACTIVATIONS,
+        "MatMulNBits", x, codes, standard.scales_of(context, weight), _zeros(context, weight), domain=DOMAIN, N=rows,
+        K=columns, bits=scheme.bits, block_size=scheme.block, accuracy_level=_INT8_ACTIVATIONS,
     )  # fmt: skip
     return y if bias is None else context.op("Add", y, bias)
 
@@ -95,25 +103,33 @@ def _packed(*parts: ir.Value | None) -> ir.Value | None:
 
 
 def _codes(context: Lowering, weight: ir.Value, shape: tuple[int, ...], view: str) -> ir.Value:
-    """Codes shifted to unsigned, as the kernels read them; every view of them shares its bytes on disk."""
+    """Packed codes; every view of them shares its bytes on disk."""
     quantized = context.quantized(weight)
     assert quantized is not None
-    unsigned = quantized.lazy(
-        lambda c: (c.codes.astype(np.int16) + 128).astype(np.uint8).reshape(shape), np.broadcast_to(np.uint8(0), shape),
+    bits = quantized.scheme.bits
+    packed = quantized.lazy(
+        lambda c: pack(c.codes, bits).reshape(shape),
+        np.broadcast_to(np.uint8(0), shape),
         storage=f"{weight.name}.codes",
-    )  # fmt: skip
-    return context.part(weight, view, unsigned)
+    )
+    return context.part(weight, view, packed)
 
 
-def _scales(context: Lowering, weight: ir.Value) -> ir.Value:
+def _zeros(context: Lowering, weight: ir.Value) -> ir.Value | None:
+    """Packed zeros, or None where the kernel's own, the middle code, is meant."""
     quantized = context.quantized(weight)
     assert quantized is not None
-    shape = (quantized.shape[0], quantized.shape[1] // quantized.scheme.block)
-    return context.part(weight, "scales", quantized.lazy(lambda c: c.scales, np.broadcast_to(np.float32(0), shape)))
+    if quantized.scheme.symmetric:
+        return None
+    bits = quantized.scheme.bits
+    like = np.broadcast_to(np.uint8(0), (quantized.shape[0], -(-quantized.blocks * bits // 8)))
+    return context.part(weight, "zeros", quantized.lazy(lambda c: pack(c.zeros, bits), like))
 
 
-def _nothing_to_hoist(context: Lowering, weight: ir.Value) -> None:
-    """The kernel reads codes and scales as they are stored."""
+def _hoist(context: Lowering, weight: ir.Value) -> None:
+    """The kernel reads codes as they are stored; only scales are widened first."""
+    if context.quantized(weight) is not None:
+        standard.scales_of(context, weight)
 
 
 RULES: Mapping[str, Rule] = {
@@ -123,5 +139,5 @@ RULES: Mapping[str, Rule] = {
     "Embedding": embedding,
     "Linear": linear,
     "RMSNorm": rms_norm,
-    **recurrent.rules(matmul, hoist=_nothing_to_hoist),
+    **recurrent.rules(matmul, hoist=_hoist),
 }

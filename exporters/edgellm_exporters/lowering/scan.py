@@ -61,6 +61,8 @@ def _body(
     y = context.op("Identity", new[0])
     nodes = context.take_nodes()
     context.put_back(outer)
+    for number, value in enumerate(v for n in nodes for v in n.outputs):
+        value.name = f"{prefix}.{number}"  # names in a body must differ from those of the graph around it
     assert dtype is not None
     for value in (*kept, y):
         value.type, value.shape = ir.TensorType(dtype), ir.Shape(["batch", hidden])

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering import recurrent
 from edgellm_exporters.lowering.context import Lowering, Rule, blank, inputs_of, shape_of
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "matmul", "scales_of"]
+
+_TYPES: Mapping[tuple[int, bool], Any] = {
+    (8, True): np.int8, (8, False): np.uint8, (4, True): ml_dtypes.int4, (4, False): ml_dtypes.uint4,
+}  # fmt: skip
 
 
 def embedding(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
-    """Gather; of a quantized table, gather codes and scales and scale the few rows taken."""
+    """Gather; of an 8-bit table, gather codes and scales and scale the few rows taken."""
     weight, indices = node.inputs
     assert weight is not None
     quantized = context.quantized(weight)
     if quantized is None:
         return [context.op("Gather", weight, indices)]
-    codes, scales = _parts(context, weight)
-    rows = context.op("Gather", codes, indices), context.op("Gather", scales, indices)
-    return [context.op("DequantizeLinear", *rows, axis=-1, block_size=quantized.scheme.block)]
+    if quantized.scheme.bits < 8:  # Gather takes no 4-bit tensor
+        return [context.op("Gather", _rows(context, weight), indices)]
+    parts = [context.op("Gather", part, indices) for part in _parts(context, weight)]
+    return [context.op("DequantizeLinear", *parts, axis=-1, block_size=quantized.scheme.block)]
 
 
 def linear(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
@@ -44,13 +52,20 @@ def _columns(context: Lowering, weight: ir.Value) -> ir.Value:
     if quantized is None and not _shared(weight):
         return context.derived(weight, "transposed", np.transpose, blank(weight, shape_of(weight)[::-1]))
 
-    def make() -> ir.Value:
-        stored = weight  # a tied table is stored once, as the embedding reads it
-        if quantized is not None:
-            stored = context.op("DequantizeLinear", *_parts(context, weight), axis=1, block_size=quantized.scheme.block)
-        return context.op("Transpose", stored, perm=[1, 0])
+    return context.once(("columns", weight.name), lambda: context.op("Transpose", _rows(context, weight), perm=[1, 0]))
 
-    return context.once(("columns", weight.name), make)
+
+def _rows(context: Lowering, weight: ir.Value) -> ir.Value:
+    """W, (rows, columns), in float; a tied table is stored once, as the embedding reads it."""
+    quantized = context.quantized(weight)
+    if quantized is None:
+        return weight
+    return context.once(
+        ("rows", weight.name),
+        lambda: context.op(
+            "DequantizeLinear", *_parts(context, weight), axis=1, block_size=quantized.scheme.block
+        ),
+    )  # fmt: skip
 
 
 def rms_norm(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
@@ -135,15 +150,35 @@ def _write(context: Lowering, past: ir.Value | None, new: ir.Value) -> ir.Value:
     return context.op("ScatterElements", past, slots, new, axis=2)
 
 
-def _parts(context: Lowering, weight: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _parts(context: Lowering, weight: ir.Value) -> list[ir.Value]:
+    """What DequantizeLinear reads: codes, scales and, where they are not all the middle code, zeros."""
     quantized = context.quantized(weight)
     assert quantized is not None
-    rows, columns = quantized.shape
-    codes = quantized.lazy(lambda c: c.codes, np.broadcast_to(np.int8(0), (rows, columns)))
-    scales = quantized.lazy(
-        lambda c: c.scales, np.broadcast_to(np.float32(0), (rows, columns // quantized.scheme.block))
+    scheme, blocks = quantized.scheme, (quantized.shape[0], quantized.blocks)
+    if scheme.bits not in (4, 8):
+        raise LoweringError(
+            f"{weight.name}: opset 23 has no {scheme.bits}-bit type; use 4 or 8 bits, or the cpu target"
+        )
+    dtype = _TYPES[scheme.bits, scheme.symmetric]
+    shift = scheme.middle if scheme.symmetric else 0
+    codes = quantized.lazy(
+        lambda c: (c.codes.astype(np.int16) - shift).astype(dtype),
+        np.broadcast_to(np.zeros((), dtype), quantized.shape),
     )
-    return context.part(weight, "codes", codes), context.part(weight, "scales", scales)
+    parts = [context.part(weight, "codes", codes), scales_of(context, weight)]
+    if not scheme.symmetric:
+        zeros = quantized.lazy(lambda c: c.zeros.astype(dtype), np.broadcast_to(np.zeros((), dtype), blocks))
+        parts.append(context.part(weight, "zeros", zeros))
+    return parts
+
+
+def scales_of(context: Lowering, weight: ir.Value) -> ir.Value:
+    """A quantized weight's scales, (rows, blocks): 16 bits in the file, widened when the graph is loaded."""
+    quantized = context.quantized(weight)
+    assert quantized is not None
+    like = np.broadcast_to(np.float16(0), (quantized.shape[0], quantized.blocks))
+    stored = context.part(weight, "scales", quantized.lazy(lambda c: c.scales.astype(np.float16), like))
+    return context.once(("scales", weight.name), lambda: context.op("Cast", stored, to=ir.DataType.FLOAT))
 
 
 def _shared(weight: ir.Value) -> bool:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from edgellm.ops.canonical import DOMAIN
 
-__all__ = ["MergeLinears"]
+__all__ = ["MergeLinears", "parts_of"]
 
 
 class MergeLinears(ir.passes.InPlacePass):
@@ -86,6 +86,13 @@ def _joined(names: Sequence[str]) -> str:
     if any(len(s) != 3 or (s[0], s[2]) != (split[0][0], split[0][2]) for s in split):
         return "+".join(names)
     return f"{split[0][0]}.{'+'.join(s[1] for s in split)}.{split[0][2]}"
+
+
+def parts_of(name: str) -> list[str]:
+    """The names of the weights that a name of this pass's making stands for; of any other, the name itself."""
+    head, _, last = name.rpartition(".")
+    prefix, dot, middle = head.rpartition(".")
+    return [f"{prefix}{dot}{part}.{last}" for part in middle.split("+")] if "+" in middle else name.split("+")
 
 
 def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:

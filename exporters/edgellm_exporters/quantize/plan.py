@@ -12,47 +12,81 @@ from numpy.typing import NDArray
 
 from edgellm_exporters.errors import QuantizeError
 
-__all__ = ["STORAGE", "Codes", "Plan", "QuantizedWeight", "Scheme"]
+__all__ = ["STORAGE", "Codes", "Plan", "QuantizedWeight", "Quantizer", "Scheme", "pack"]
 
 STORAGE = "edgellm.storage"
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A blockwise symmetric integer format for the rows of a weight.
+    """A blockwise integer format for the rows of a weight: weight = (code - zero) * scale.
 
     Args:
-        bits: of one code.
-        block: how many neighbours in a row share a scale.
+        bits: of one code: 2, 4 or 8.
+        block: how many neighbours in a row share a scale; a power of two from 16 to 256.
+        symmetric: whether every zero is the middle code; otherwise each block has its own.
     """
 
     bits: int
-    block: int
+    block: int = 32
+    symmetric: bool = True
 
     def __post_init__(self) -> None:
-        if self.bits not in (8,):
-            raise QuantizeError(f"{self.bits}-bit weights are not supported; use 8")
-        if self.block < 16 or self.block & (self.block - 1):
-            raise QuantizeError(f"block size {self.block} is not a power of two of at least 16")
+        if self.bits not in (2, 4, 8):
+            raise QuantizeError(f"{self.bits}-bit weights are not supported; use 2, 4 or 8")
+        if self.block not in (16, 32, 64, 128, 256):
+            raise QuantizeError(f"block size {self.block} is not a power of two from 16 to 256")
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return int(2**self.bits - 1)
+
+    @property
+    def middle(self) -> int:
+        """The code that stands for zero in a symmetric block."""
+        return int(2 ** (self.bits - 1))
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of storage for one weight, its share of the float32 scale included."""
-        return self.bits + 32 / self.block
+        """Bits of storage for one weight, its share of the 16-bit scale and of the zero included."""
+        return self.bits + (16 + (0 if self.symmetric else self.bits)) / self.block
+
+    def __str__(self) -> str:
+        return f"{self.bits}-bit block {self.block}{'' if self.symmetric else ' asymmetric'}"
 
 
 @dataclass(frozen=True)
 class Codes:
-    """A quantized weight's numbers: weight = codes * scales, block by block."""
+    """A quantized weight's numbers. Scales are stored in 16 bits, so they hold no more than float16 can."""
 
-    codes: NDArray[np.int8]  # (rows, columns)
+    codes: NDArray[np.uint8]  # (rows, columns), 0 to the scheme's top
     scales: NDArray[np.float32]  # (rows, columns / block)
+    zeros: NDArray[np.uint8]  # (rows, columns / block)
 
     def dequantize(self) -> NDArray[np.float32]:
         """The float32 weight that these numbers stand for, (rows, columns)."""
         rows, blocks = self.scales.shape
-        wide = self.codes.reshape(rows, blocks, -1).astype(np.float32)
+        wide = self.codes.reshape(rows, blocks, -1).astype(np.float32) - self.zeros[:, :, None]
         return (wide * self.scales[:, :, None]).reshape(rows, -1)
+
+
+def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Put neighbours in a row into bytes, the first in the lowest bits; a last byte that is not full ends in zeros.
+
+    Args:
+        codes: (rows, columns), each below 2**bits.
+        bits: 2, 4 or 8.
+
+    Returns:
+        (rows, ceil(columns * bits / 8)).
+    """
+    each = 8 // bits
+    padded = np.pad(codes, ((0, 0), (0, -codes.shape[1] % each)))
+    packed = np.zeros((codes.shape[0], padded.shape[1] // each), dtype=np.uint8)
+    for place in range(each):
+        packed |= padded[:, place::each] << (bits * place)
+    return packed
 
 
 @dataclass(frozen=True)
@@ -64,9 +98,12 @@ class QuantizedWeight:
     scheme: Scheme
     compute: Callable[[], Codes]
 
-    def lazy(
-        self, part: Callable[[Codes], NDArray[Any]], like: NDArray[Any], storage: str | None = None
-    ) -> ir.LazyTensor:
+    @property
+    def blocks(self) -> int:
+        """How many blocks a row has."""
+        return self.shape[1] // self.scheme.block
+
+    def lazy(self, part: Callable[[Codes], NDArray[Any]], like: NDArray[Any], storage: str = "") -> ir.LazyTensor:
         """A tensor made from the numbers when the graph is written.
 
         Args:
@@ -76,12 +113,13 @@ class QuantizedWeight:
         """
         return ir.LazyTensor(
             lambda: ir.tensor(np.ascontiguousarray(part(self.compute()))),
-            dtype=ir.DataType.from_numpy(like.dtype), shape=ir.Shape(like.shape),
+            dtype=ir.DataType.from_numpy(like.dtype),
+            shape=ir.Shape(like.shape),
             metadata_props={STORAGE: storage} if storage else {},
-        )  # fmt: skip
+        )
 
 
-Quantize = Callable[[NDArray[np.float32], Scheme], Codes]
+Quantizer = Callable[[str, NDArray[np.float32], Scheme], Codes]
 
 
 @dataclass
@@ -90,11 +128,11 @@ class Plan:
 
     Args:
         schemes: weight name to scheme; weights that are not named stay as they are.
-        quantize: the method that computes the numbers.
+        quantize: computes the numbers from a weight's name, its values (rows, columns) and its scheme.
     """
 
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
-    quantize: Quantize | None = None
+    quantize: Quantizer | None = None
     _last: tuple[str, Codes] | None = field(default=None, repr=False)
 
     def find(self, name: str, tensor: ir.TensorProtocol) -> QuantizedWeight | None:
@@ -103,7 +141,9 @@ class Plan:
             return None
         scheme, (rows, columns) = self.schemes[name], tensor.shape.numpy()
         if columns % scheme.block:
-            raise QuantizeError(f"{name}: rows of {columns} weights do not divide into blocks of {scheme.block}")
+            raise QuantizeError(
+                f"{name}: rows of {columns} weights do not divide into blocks of {scheme.block}; choose a smaller block"
+            )
         return QuantizedWeight(name, (rows, columns), scheme, lambda: self._codes(name, tensor, scheme))
 
     def _codes(self, name: str, tensor: ir.TensorProtocol, scheme: Scheme) -> Codes:
@@ -113,5 +153,5 @@ class Plan:
             weight = np.asarray(tensor.numpy(), dtype=np.float32)
             if not np.isfinite(weight).all():
                 raise QuantizeError(f"{name} holds NaN or infinite weights; train or download the checkpoint again")
-            self._last = (name, self.quantize(weight, scheme))
+            self._last = (name, self.quantize(name, weight, scheme))
         return self._last[1]

@@ -1,0 +1,71 @@
+"""GPTQ: quantize a row's weights one after the other, each error made good by the weights still to come.
+
+Frantar et al. 2022, arXiv:2210.17323. The scale of a block is searched when its first column is reached, with each
+column's error weighted as the method weights it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgellm_exporters.errors import QuantizeError
+from edgellm_exporters.quantize.plan import Codes, Scheme
+from edgellm_exporters.quantize.rtn import best_grid
+
+__all__ = ["gptq"]
+
+_DAMPING = 0.01  # of the mean diagonal, as in the paper
+
+
+@torch.no_grad()
+def gptq(weight: NDArray[np.float32], hessian: Tensor, scheme: Scheme) -> Codes:
+    """Quantize a weight so that its products with real inputs change least.
+
+    Args:
+        weight: (rows, columns); columns divide into blocks.
+        hessian: (columns, columns), the sum of x x^T over real inputs x.
+        scheme: the format.
+
+    Raises:
+        QuantizeError: the inputs were not finite.
+    """
+    rest, block = torch.tensor(weight), scheme.block
+    factor = _factor(hessian)
+    codes = torch.zeros(rest.shape, dtype=torch.uint8)
+    scales, zeros = (torch.zeros(rest.shape[0], rest.shape[1] // block) for _ in range(2))
+    for number, start in enumerate(range(0, rest.shape[1], block)):
+        here = slice(start, start + block)
+        triangle = factor[here, here]
+        importance = (1 / triangle.diagonal() ** 2).numpy()
+        scale, zero = (torch.from_numpy(a) for a in best_grid(rest[:, here].numpy(), scheme, importance))
+        codes[:, here], errors = _block(rest[:, here].clone(), triangle, scale, zero, scheme.top)
+        rest[:, start + block :] -= errors @ factor[here, start + block :]
+        scales[:, number], zeros[:, number] = scale, zero
+    return Codes(codes.numpy(), scales.numpy(), zeros.to(torch.uint8).numpy())
+
+
+def _block(block: Tensor, triangle: Tensor, scale: Tensor, zero: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Codes of one block of columns, and the errors that the columns after it must make good."""
+    codes, errors = torch.zeros_like(block), torch.zeros_like(block)
+    for i in range(block.shape[1]):
+        codes[:, i] = ((block[:, i] / scale).round() + zero).clamp(0, top)
+        errors[:, i] = (block[:, i] - (codes[:, i] - zero) * scale) / triangle[i, i]
+        block[:, i:] -= errors[:, i, None] * triangle[None, i, i:]
+    return codes.to(torch.uint8), errors
+
+
+def _factor(hessian: Tensor) -> Tensor:
+    """The upper Cholesky factor of the inverse, damped."""
+    damped = hessian.double().clone()
+    diagonal = damped.diagonal()
+    diagonal[diagonal == 0] = 1  # an input that is always zero: its weights do not matter
+    diagonal += _DAMPING * diagonal.mean()
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
+        return upper.float()
+    except RuntimeError as error:
+        raise QuantizeError(f"the calibration inputs of a layer are not finite or degenerate ({error})") from error
