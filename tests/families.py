@@ -33,6 +33,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "rnn_tanh": hybrid("rnn_tanh", "rnn_tanh"),
     "rnn_relu": hybrid("rnn_relu", "rnn_relu"),
     "lstm": hybrid("lstm", "lstm"),
+    "gru alone": hybrid("gru"),
     "gru": hybrid("gru", "gru", mlp_width=128),
     "attention": hybrid("attention", "attention", mlp_width=128),
     "attention without positions": hybrid("attention", "lstm", rotary=False),

@@ -176,20 +176,25 @@ def test_destination_that_may_not_be_written(capsys: pytest.CaptureFixture[str],
 
 
 @pytest.fixture
+def there() -> Path:
+    """A whole bundle, made before the exporter is tampered with: name it first among the fixtures."""
+    return recurrent_bundle()
+
+
+@pytest.fixture
 def graphless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the seconds of tracing; what is tested comes after."""
     monkeypatch.setattr(export_module, "_graph", lambda *_: (None, Plan()))
     monkeypatch.setattr(export_module, "write_graph", lambda *_: None)
 
 
-@pytest.mark.usefixtures("graphless")
 def test_failed_export_leaves_the_bundle_that_was_there(
-    capsys: pytest.CaptureFixture[str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    there: Path, graphless: None, capsys: pytest.CaptureFixture[str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = copied(recurrent_bundle(), checkpoint.parent).rename(checkpoint.parent / "out")
+    out = copied(there, checkpoint.parent).rename(checkpoint.parent / "out")
     monkeypatch.setattr(export_module, "write_graph", full)
     assert "No space left on device" in refused(capsys, checkpoint)
-    assert Bundle(out).manifest == Bundle(recurrent_bundle()).manifest
+    assert Bundle(out).manifest == Bundle(there).manifest
 
 
 # while at it

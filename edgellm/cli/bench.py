@@ -11,7 +11,7 @@ __all__ = ["bench"]
 
 
 @click.command(context_settings={"show_default": True})
-@click.argument("bundle", type=click.Path(exists=True, file_okay=False))
+@click.argument("bundle", type=click.Path())
 @click.option("--prompt-tokens", type=int, default=128, envvar="PROMPT_TOKENS", show_envvar=True, help="Prompt length.")
 @click.option("--new-tokens", type=int, default=128, envvar="NEW_TOKENS", show_envvar=True, help="Steps after it.")
 @click.option("--threads", type=int, default=2, envvar="THREADS", show_envvar=True, help="CPU threads.")
@@ -40,13 +40,14 @@ def bench(
 
 def _print_table(bundle: str, result: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     itl = result["itl_ms"]
     peak = result["peak_rss_mb"]
     versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items() if v)
     table = Table(
-        "measure", "value", title=bundle, caption=f"{result['device']}, {result['threads']} threads; {versions}"
+        "measure", "value", title=escape(bundle), caption=f"{result['device']}, {result['threads']} threads; {versions}"
     )
     table.columns[1].justify = "right"
     for name, value in (

@@ -24,7 +24,7 @@ _HELP = """\
 
 
 @click.command(context_settings={"show_default": True})
-@click.argument("bundle", type=click.Path(exists=True, file_okay=False))
+@click.argument("bundle", type=click.Path())
 @click.option("--system", default=None, help="System message.  [default: the template's own]")
 @click.option("--max-new-tokens", type=int, default=512, help="Most tokens in an answer.")
 @click.option("--temperature", type=float, default=0.0, help="0 is greedy; higher is more varied.")

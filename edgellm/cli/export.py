@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,7 +85,8 @@ def text_of(loaded: Checkpoint) -> Any:
 
 
 def _summary(exported: Exported, target: str, dtype: str, quantize: str) -> dict[str, Any]:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1 << 20)
+    from edgellm_runtime.memory import peak_rss_mb
+
     parity = exported.parity
     return {
         "bundle": str(exported.bundle.path),
@@ -105,17 +104,18 @@ def _summary(exported: Exported, target: str, dtype: str, quantize: str) -> dict
             {"name": c.name, "ok": c.ok, "value": c.value, "bound": c.bound, "what": c.what}
             for c in exported.verification.checks
         ],
-        "peak_rss_mb": round(peak, 1),
+        "peak_rss_mb": peak_rss_mb(),
     }  # fmt: skip
 
 
 def print_summary(result: dict[str, Any]) -> None:
     """The table at the end of an export."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     held = sum(c["ok"] for c in result["checks"])
-    table = Table(title=f"{result['bundle']}", show_header=False)
+    table = Table(title=escape(result["bundle"]), show_header=False)
     table.add_column()
     table.add_column(justify="right")
     parity = result["parity"]
@@ -126,7 +126,7 @@ def print_summary(result: dict[str, Any]) -> None:
         (f"KL from PyTorch, {parity['tokens']} tokens", f"{parity['kl_mean']:.2e} nats"),
         ("same most likely token", f"{parity['top1_agreement']:.1%}"),
         ("checks that hold", f"{held} of {len(result['checks'])}"),
-        ("took", f"{result['seconds']:.1f} s, {result['peak_rss_mb']:.0f} MB"),
+        ("took", f"{result['seconds']:.1f} s, {result['peak_rss_mb'] or 0:.0f} MB"),
     ):
         table.add_row(*row)
     Console().print(table)

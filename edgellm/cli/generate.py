@@ -16,7 +16,7 @@ __all__ = ["generate"]
 
 
 @click.command(context_settings={"show_default": True})
-@click.argument("bundle", type=click.Path(exists=True, file_okay=False))
+@click.argument("bundle", type=click.Path())
 @click.argument("prompt")
 @click.option("--chat/--raw", "chat", default=None, help="Send PROMPT as a user's message, or as plain text to go on "
               "from.  [default: chat if the bundle has a chat template]", show_default=False)  # fmt: skip

@@ -27,13 +27,14 @@ def inspect(bundle: Path, as_json: bool) -> None:
 
 def _print(bundle: Any) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     manifest = bundle.manifest
     specs = manifest.signature.state
     slot = sum(s.nbytes(1, 2) - s.nbytes(1, 1) for s in specs)
     fixed = sum(s.nbytes(1, 1) for s in specs) - slot
-    table = Table(title=f"{manifest.name} ({bundle.path})", show_header=False)
+    table = Table(title=escape(f"{manifest.name} ({bundle.path})"), show_header=False)
     for row in (
         ("target", f"{manifest.target['name']}, {manifest.dtype}, needs {manifest.target.get('requires', {})}"),
         ("quantization", json.dumps(manifest.quantization)),
@@ -51,5 +52,5 @@ def _print(bundle: Any) -> None:
             for name, info in manifest.files.items()
         ),
     ):
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     Console().print(table)

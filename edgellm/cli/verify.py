@@ -74,11 +74,12 @@ def _against(bundle: Bundle, session: Session, checkpoint: Path, tell: Any) -> l
 
 def _print(bundle: Path, checks: list[Check]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from edgellm_runtime.verify import AT_LEAST
 
-    table = Table("", "check", "found", "bound", "what", title=str(bundle))
+    table = Table("", "check", "found", "bound", "what", title=escape(str(bundle)))
     for c in checks:
         sign = "≥" if c.name.split(" ")[0] in AT_LEAST else "≤"
         mark = "[green]✓[/]" if c.ok else "[red]✗[/]"

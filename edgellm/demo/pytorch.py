@@ -7,9 +7,7 @@ of the first token (TTFT), then one token at a time over the model's own state. 
 from __future__ import annotations
 
 import json
-import resource
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from edgellm.checkpoints import load_checkpoint
 from edgellm.models.protocol import LanguageModel, Step, empty_state
+from edgellm_runtime.memory import peak_rss_mb
 
 __all__ = ["measure"]
 
@@ -87,8 +86,7 @@ def main(checkpoint: Path, prompt_tokens: int, new_tokens: int, threads: int, ro
     model: Any = load_checkpoint(checkpoint).model
     load_s = round(time.perf_counter() - start, 3)
     result = measure(model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1024)
-    click.echo(json.dumps({"load_s": load_s, **result, "peak_rss_mb": round(peak, 1), "torch": torch.__version__}))
+    click.echo(json.dumps({"load_s": load_s, **result, "peak_rss_mb": peak_rss_mb(), "torch": torch.__version__}))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_runtime.errors import ContextError
+from edgellm_runtime.memory import peak_rss_mb
 from edgellm_runtime.sampling import Sampler, SamplingOptions, check_integer
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def bench(
     _round(session, draw(), new_tokens)
     measured = [_round(session, draw(), new_tokens) for _ in range(rounds)]
     return {
-        "load_s": load_s, **_summary(measured, prompt_tokens), "peak_rss_mb": _peak_rss_mb(), "device": session.device,
+        "load_s": load_s, **_summary(measured, prompt_tokens), "peak_rss_mb": peak_rss_mb(), "device": session.device,
         "threads": threads, "versions": _versions(), "prompt_tokens": prompt_tokens, "new_tokens": new_tokens,
         "rounds": rounds,
     }  # fmt: skip
@@ -111,16 +111,6 @@ def _summary(measured: list[tuple[float, NDArray[np.float64]]], prompt_tokens: i
         "decode_tokens_per_s": round(len(measured[0][1]) / decode, 1),
         "itl_ms": {f"p{q}": round(float(np.percentile(steps, q)), 3) for q in (50, 95, 99)},
     }
-
-
-def _peak_rss_mb() -> float | None:
-    try:
-        import resource
-    except ImportError:  # Windows has no such module
-        return None
-    # kilobytes on Linux, bytes on macOS
-    unit = 1024 * 1024 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
 
 
 def _versions() -> dict[str, str | None]:

@@ -76,7 +76,7 @@ def _grid(blocks: Array, scheme: Scheme, factor: float) -> tuple[Array, Array]:
         return half_precision(np.abs(blocks).max(-1) / (scheme.middle - 1)), middle
     # there is one code more below zero than above: give it to the sign of the largest weight
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)[..., 0]
-    size = half_precision(np.abs(largest) * factor / scheme.middle)
+    size = half_precision((np.abs(largest) * factor / scheme.middle).astype(np.float32))
     return np.where(largest > 0, -size, size), middle
 
 
