@@ -5,6 +5,8 @@ import os
 import pytest
 from hypothesis import settings
 
+pytest_plugins = ["real_model"]
+
 # The same examples each time: a test that fails for one person fails for all. `--hypothesis-profile=default` explores.
 settings.register_profile("repeatable", derandomize=True, database=None)
 settings.load_profile("repeatable")

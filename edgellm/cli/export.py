@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from edgellm.checkpoints import Checkpoint
     from edgellm_exporters.export import Exported
 
+_WINDOW, _CALIBRATION_TOKENS = 512, 8192
 __all__ = ["export", "export_checkpoint", "print_summary"]
 
 
@@ -26,13 +28,17 @@ __all__ = ["export", "export_checkpoint", "print_summary"]
     help="What it is for: cpu (ONNX Runtime's fused kernels) or onnx (standard operators only).",
 )  # fmt: skip
 @click.option("--dtype", default="float32", help="Precision of activations and of weights that are not quantized.")
-@click.option("--quantize", default="none", help="Weights: none, or int8 (blocks of 32, rounded to nearest).")
+@click.option("--quantize", default="none", help="Weights: none (float), int8 or int4 (embedding and "
+              "vocabulary projection in 8 bits).")  # fmt: skip
+@click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE", help="UTF-8 text like the model's work: "
+              "int4 weights are then chosen with GPTQ instead of rounded to nearest.")  # fmt: skip
 @click.option(
     "--name", default="", help="What the bundle calls itself.  [default: the output's name]", show_default=False
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def export(
-    checkpoint: Path, output: Path, target: str, dtype: str, quantize: str, name: str, as_json: bool
+    checkpoint: Path, output: Path, target: str, dtype: str, quantize: str, calibrate: Path | None, name: str,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Turn CHECKPOINT into a bundle that runs without PyTorch, and prove that it computes the same.
 
@@ -41,7 +47,7 @@ def export(
     """
     with stages() as tell:
         result = export_checkpoint(
-            checkpoint, output, target=target, dtype=dtype, quantize=quantize, name=name, tell=tell
+            checkpoint, output, target=target, dtype=dtype, quantize=quantize, calibrate=calibrate, name=name, tell=tell
         )
     if as_json:
         click.echo(json.dumps(result))
@@ -50,7 +56,8 @@ def export(
 
 
 def export_checkpoint(
-    checkpoint: Path, output: Path, *, target: str, dtype: str, quantize: str, name: str = "", tell: Any
+    checkpoint: Path, output: Path, *, target: str, dtype: str, quantize: str, calibrate: Path | None = None,
+    name: str = "", tell: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Read, export and sum up; the keys are those of ``--json``."""
     from edgellm_exporters.atomic import check_destination
@@ -65,11 +72,33 @@ def export_checkpoint(
 
     tell("reading the checkpoint", 0.0)
     loaded = load_checkpoint(checkpoint)
+    if calibrate is not None:
+        options = dataclasses.replace(options, calibration=_windows(calibrate, loaded))
     provenance = {"source": loaded.source, "architecture": loaded.architecture}
     exported = run(
         loaded.model, output, options=options, text=text_of(loaded), provenance=provenance, progress=tell  # type: ignore[arg-type]
     )  # fmt: skip
     return _summary(exported, options.target, dtype, quantize) | {"seconds": round(time.perf_counter() - start, 2)}
+
+
+def _windows(file: Path, loaded: Checkpoint) -> list[list[int]]:
+    """Windows of the calibration text, as tokens."""
+    from tokenizers import Tokenizer
+
+    from edgellm_exporters.errors import QuantizeError
+    from edgellm_runtime.evaluate import windows_of
+
+    if loaded.tokenizer_json is None:
+        raise QuantizeError(f"{file}: the checkpoint has no tokenizer to read it with; leave --calibrate out")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise QuantizeError(f"{file}: not UTF-8 at byte {error.start}; convert it first") from error
+    tokens = Tokenizer.from_str(loaded.tokenizer_json).encode(text, add_special_tokens=False).ids
+    model: Any = loaded.model
+    if len(tokens) < 2:
+        raise QuantizeError(f"{file}: {len(tokens)} tokens are too few to calibrate with; give a longer text")
+    return windows_of(tokens, min(_WINDOW, model.config.max_context), _CALIBRATION_TOKENS)
 
 
 def text_of(loaded: Checkpoint) -> Any:
