@@ -49,7 +49,7 @@ METHODS: Mapping[str, Method] = {
         "8-bit weights", Scheme(8), Scheme(8), {"kl": 0.02, "top1": 0.9, "state": 0.15, "split": 0.1, "batch": 0.1}
     ),
     "int4": Method(
-        "4-bit weights, the embedding and the projection to the vocabulary in 8", Scheme(4), Scheme(8),
+        "4-bit weights, the embedding and the projection to the vocabulary in 8", Scheme(4, symmetric=False), Scheme(8),
         {"kl": 0.6, "top1": 0.5, "split": 0.15, "batch": 0.15},  # deep in a model 4 bits leave no tensor near PyTorch's
     ),
 }  # fmt: skip

@@ -48,9 +48,9 @@ def best_grid(blocks: Array, scheme: Scheme, importance: Array | None = None) ->
     scales = zeros = np.zeros(blocks.shape[:-1], dtype=np.float32)
     for factor in _factors(scheme):
         scale, zero = _grid(blocks, scheme, factor)
-        codes = np.clip(np.rint(blocks / scale[..., None]) + zero[..., None], 0, scheme.top)
-        error = ((codes - zero[..., None]) * scale[..., None] - blocks) ** 2
-        total = (error if importance is None else error * importance).sum(-1)
+        if scheme.bits < 8:
+            scale = _refit(blocks, scale, zero, scheme, importance)
+        total = _error(blocks, scale, zero, scheme, importance)
         if best_error is None:
             best_error, scales, zeros = total, scale, zero
             continue
@@ -58,6 +58,27 @@ def best_grid(blocks: Array, scheme: Scheme, importance: Array | None = None) ->
         best_error = np.where(better, total, best_error)
         scales, zeros = np.where(better, scale, scales), np.where(better, zero, zeros)
     return scales, zeros
+
+
+def _codes(blocks: Array, scale: Array, zero: Array, scheme: Scheme) -> Array:
+    """Codes less their zero, in float."""
+    low, high = -zero[..., None], scheme.top - zero[..., None]
+    return np.clip(np.rint(blocks / scale[..., None]), low, high)  # type: ignore[no-any-return]
+
+
+def _error(blocks: Array, scale: Array, zero: Array, scheme: Scheme, importance: Array | None) -> Array:
+    error = (_codes(blocks, scale, zero, scheme) * scale[..., None] - blocks) ** 2
+    return np.asarray((error if importance is None else error * importance).sum(-1), dtype=np.float32)
+
+
+def _refit(blocks: Array, scale: Array, zero: Array, scheme: Scheme, importance: Array | None) -> Array:
+    """The scale with the least squared error for the codes that ``scale`` gives."""
+    codes = _codes(blocks, scale, zero, scheme)
+    weighted = codes if importance is None else codes * importance
+    size = (weighted * codes).sum(-1)
+    fit = np.where(size > 0, (weighted * blocks).sum(-1) / np.where(size > 0, size, 1), scale)
+    rounded = np.copysign(half_precision(np.abs(fit)), np.where(fit == 0, scale, fit))
+    return np.asarray(rounded, dtype=np.float32)
 
 
 def _factors(scheme: Scheme) -> list[float]:
