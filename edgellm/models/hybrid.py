@@ -116,10 +116,9 @@ class Block(nn.Module):
     def __init__(self, config: HybridConfig, mixer: str) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.is_attention = mixer == "attention"
         self.mixer: SelfAttention | RecurrentMixer = (
             SelfAttention(config.width, config.num_heads, config.num_kv_heads, config.head_dim, bias=False)
-            if self.is_attention
+            if mixer == "attention"
             else RecurrentMixer(mixer, config.width, config.recurrent_width)
         )
         self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps) if config.mlp_width else None

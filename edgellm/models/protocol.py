@@ -13,7 +13,7 @@ from torch import Tensor
 
 from edgellm_runtime.spec import StateSpec
 
-__all__ = ["LanguageModel", "ModelConfig", "State", "Step", "empty_state", "positions_of"]
+__all__ = ["LanguageModel", "ModelConfig", "State", "Step", "empty_state"]
 
 State = Mapping[str, Tensor]
 
@@ -96,8 +96,3 @@ def empty_state(
         spec.name: torch.zeros(spec.resolve(batch, capacity), dtype=dtype or getattr(torch, spec.dtype), device=device)
         for spec in model.state_specs()
     }
-
-
-def positions_of(tokens: Tensor, past_lengths: Tensor) -> Tensor:
-    """Each new token's position in its row, (batch, time) int64, for models with learned positions."""
-    return past_lengths.long()[:, None] + torch.arange(tokens.shape[1], device=tokens.device)

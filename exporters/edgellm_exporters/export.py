@@ -7,8 +7,9 @@ import dataclasses
 import datetime
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,7 @@ def _graph(model: LanguageModel, target: Target, options: ExportOptions, progres
     calibration = None
     if options.calibration:
         assert isinstance(model, nn.Module)
-        calibration = calibrate(model, options.calibration, lambda share: progress("calibrating", share))
+        calibration = calibrate(model, options.calibration, partial(progress, "calibrating"))
     plan = plan_for(options.quantize, captured, calibration)
     return lower_to(captured, target, plan), plan
 
@@ -181,9 +182,8 @@ def _prove(
     model: LanguageModel, bundle: Bundle, session: Session, rows: Sequence[Sequence[int]], progress: Progress
 ) -> tuple[ParityReport, Verification]:
     progress("comparing with PyTorch", 0.0)
-    tell: Callable[[float], None] = lambda share: progress("comparing with PyTorch", share)  # noqa: E731
     prompts = [row[: len(row) // 2] for row in rows]
-    parity = compare(model, session, rows, greedy_prompts=prompts, progress=tell)
+    parity = compare(model, session, rows, greedy_prompts=prompts, progress=partial(progress, "comparing with PyTorch"))
     progress("verifying goldens", 0.0)
     verification = verify(bundle, session)
     failed = [c for c in (*parity.checks(dict(bundle.manifest.bounds)), *verification.checks) if not c.ok]
