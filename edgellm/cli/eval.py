@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import click
 from edgellm.cli.progress import stages
 
 __all__ = ["evaluate", "evaluate_bundle"]
+
+_CHARACTERS = 16  # a token's share of the text that is encoded at first; more than most texts need
+_MARGIN = 64  # tokens before a cut that the cut may have changed
 
 
 @click.command("eval", context_settings={"show_default": True})
@@ -60,7 +64,7 @@ def evaluate_bundle(
     if model.tokenizer is None:
         raise OptionError(f"{path}: has no tokenizer, so it cannot read a text; export it with one")
     window = min(window, model.session.max_context)
-    windows = windows_of(model.tokenizer.encode(text), window, tokens)
+    windows = windows_of(_beginning(model.tokenizer.encode, text, tokens), window, tokens)
     if against is None:
         found = run(model.session, windows, lambda share: tell("predicting", share))
         return {"perplexity": found.perplexity, "tokens": found.tokens}
@@ -74,3 +78,14 @@ def evaluate_bundle(
         "perplexity": report.perplexity, "tokens": report.tokens, "reference_perplexity": report.reference_perplexity,
         "kl_mean": report.kl, "kl_p99": report.kl_p99, "top1_agreement": report.top1,
     }  # fmt: skip
+
+
+def _beginning(encode: Callable[[str], list[int]], text: str, limit: int) -> list[int]:
+    """At least the first ``limit`` tokens of a text (0: all), encoding little more of it than they need."""
+    size = _CHARACTERS * (limit + _MARGIN) if limit else len(text)
+    while size < len(text):
+        found = encode(text[:size])
+        if len(found) >= limit + _MARGIN:
+            return found
+        size *= 4
+    return encode(text)

@@ -1,7 +1,8 @@
 """A bundle on disk: what its manifest says, and files that are what the manifest says they are.
 
 A bundle is untrusted input. Paths stay inside its directory, sizes and checksums are compared before a parser sees a
-byte, and the graph may read no file but those listed. The format is described in docs/bundle-format.md.
+byte, and the graph may read no file but those listed. Weights are numbers and no parser's food: their checksums may be
+compared while a session is made of them, but before it is used. The format is described in docs/bundle-format.md.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import hashlib
 import json
 import math
 import re
+import threading
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -198,13 +201,59 @@ class Bundle:
     """
 
     def __init__(self, path: str | Path, *, checksums: bool = True) -> None:
+        for name in self._open(path, checksums):
+            self._check_sum(name)
+
+    @classmethod
+    @contextmanager
+    def while_checking(cls, path: str | Path, *, checksums: bool = True) -> Iterator[Bundle]:
+        """A bundle whose weights are compared with their checksums in a thread, while the block runs.
+
+        Everything else has been compared before. The block may prepare what reads the weights, but what it made may be
+        used only after it: the block's end raises where a checksum differs, whatever else went wrong over such weights.
+
+        Args:
+            path: the directory.
+            checksums: as for the class.
+
+        Raises:
+            BundleError: as for the class.
+        """
+        bundle = cls.__new__(cls)
+        weights, faults = bundle._open(path, checksums), list[Exception]()
+
+        def check() -> None:
+            try:
+                for name in weights:
+                    bundle._check_sum(name)
+            except Exception as error:
+                faults.append(error)
+
+        thread = threading.Thread(target=check, name="edgellm-checksums", daemon=True)
+        thread.start()
+        try:
+            yield bundle
+        finally:
+            thread.join()
+            if faults:
+                raise faults[0]
+
+    def _open(self, path: str | Path, checksums: bool) -> list[str]:
+        """Check all that can be had at once; the names of the files whose checksums are still to be compared."""
         self.path = Path(path)
         self.manifest = Manifest.from_json(_read_manifest(self.path), self.path / MANIFEST)
         if GRAPH not in self.manifest.files:
             raise BundleError(f"{self.path / MANIFEST}: lists no {GRAPH}; export the model again")
         for name, info in self.manifest.files.items():
-            self._check(name, info, checksums)
-        self._check_graph()
+            self._check_size(name, info)
+        if checksums:
+            self._check_sum(GRAPH)  # before it is asked which files are weights
+        weights = self._weights() - {GRAPH}
+        if not checksums:
+            return []
+        for name in self.manifest.files.keys() - weights - {GRAPH}:
+            self._check_sum(name)
+        return sorted(weights)
 
     @property
     def nbytes(self) -> int:
@@ -221,19 +270,22 @@ class Bundle:
             raise BundleError(f"{self.path}: has no {name}; export the model again with it")
         return self.path / name
 
-    def _check(self, name: str, info: FileInfo, checksums: bool) -> None:
+    def _check_size(self, name: str, info: FileInfo) -> None:
         file = self.path / name
         if file.is_symlink() or not file.is_file():
             raise BundleError(f"{file}: missing or not a plain file; copy the bundle again")
         if (found := file.stat().st_size) != info.bytes:
             raise BundleError(f"{file}: {found} bytes instead of {info.bytes}; copy the bundle again")
-        if checksums and (digest := sha256_of(file)) != info.sha256:
+
+    def _check_sum(self, name: str) -> None:
+        file, expected = self.path / name, self.manifest.files[name].sha256
+        if (digest := sha256_of(file)) != expected:
             raise BundleError(
-                f"{file}: checksum {digest[:12]}… instead of {info.sha256[:12]}…; the file was changed, copy it again"
+                f"{file}: checksum {digest[:12]}… instead of {expected[:12]}…; the file was changed, copy it again"
             )
 
-    def _check_graph(self) -> None:
-        """The graph reads no file but those that were checked."""
+    def _weights(self) -> set[str]:
+        """The files that the graph reads, every one of them listed."""
         graph = self.file(GRAPH)
         try:
             wanted = external_files(graph.read_bytes())
@@ -241,6 +293,7 @@ class Bundle:
             raise BundleError(f"{graph}: not an ONNX graph ({error}); export the model again") from error
         if foreign := wanted - self.manifest.files.keys():
             raise BundleError(f"{graph}: reads {sorted(foreign)}, which the manifest does not list; refusing to follow")
+        return wanted
 
 
 def sha256_of(file: Path) -> str:

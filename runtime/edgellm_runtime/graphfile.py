@@ -45,42 +45,49 @@ def _walk(data: memoryview, kind: str, found: set[str], depth: int) -> None:
     if depth > _MAX_DEPTH:
         raise ValueError("graphs are nested too deeply")
     key = value = b""
+    inner = _FIELDS[kind]
     for number, payload in _fields(data):
         if payload is None:
             continue
         if kind == "external":  # a key and a value
             key, value = (bytes(payload), value) if number == 1 else (key, bytes(payload))
-        elif number in _FIELDS[kind]:
-            _walk(payload, _FIELDS[kind][number], found, depth + 1)
+        elif number in inner:
+            _walk(payload, inner[number], found, depth + 1)
     if key == b"location":
         found.add(value.decode("utf-8", "replace"))
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | None]]:
     """Each field's number, and its bytes if it has a length."""
-    position = 0
-    while position < len(data):
+    position, end = 0, len(data)
+    while position < end:
         tag, position = _varint(data, position)
         number, wire = tag >> 3, tag & 7
-        if wire == 0:
-            _, position = _varint(data, position)
-            yield number, None
-        elif wire == 2:
-            length, position = _varint(data, position)
-            if position + length > len(data):
+        if wire == 2:
+            length = data[position] if position < end else 0x80
+            if length < 0x80:  # one byte, as nearly always: no call is made for it
+                position += 1
+            else:
+                length, position = _varint(data, position)
+            if position + length > end:
                 raise ValueError("a field is longer than the file")
             yield number, data[position : position + length]
             position += length
+        elif wire == 0:
+            _, position = _varint(data, position)
+            yield number, None
         elif wire in (1, 5):
             position += 8 if wire == 1 else 4
             yield number, None
         else:
             raise ValueError(f"wire type {wire} at byte {position}")
-    if position != len(data):
+    if position != end:
         raise ValueError("the last field is cut off")
 
 
 def _varint(data: memoryview, position: int) -> tuple[int, int]:
+    if position < len(data) and (result := data[position]) < 0x80:  # nearly always
+        return result, position + 1
     result = 0
     for shift in range(0, 70, 7):
         if position >= len(data):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
@@ -32,14 +32,28 @@ class Model:
 
     Args:
         session: steps the model.
-        tokenizer: None for a bundle without one; prompts are then token ids and answers have no text.
+        tokenizer: or what makes it when it is first needed; None for a bundle without one, whose prompts are token ids
+            and whose answers have no text.
         bundle: what was loaded.
     """
 
-    def __init__(self, session: Session, tokenizer: Tokenizer | None, bundle: Bundle) -> None:
+    def __init__(
+        self, session: Session, tokenizer: Tokenizer | Callable[[], Tokenizer] | None, bundle: Bundle
+    ) -> None:  # fmt: skip
         self.session = session
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer
         self.bundle = bundle
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Text to token ids and back; None for a bundle without a tokenizer.
+
+        Raises:
+            BundleError: the bundle's file is no tokenizer, or names tokens that the model does not have.
+        """
+        if self._tokenizer is not None and not isinstance(self._tokenizer, Tokenizer):
+            self._tokenizer = self._tokenizer()
+        return self._tokenizer
 
     @overload
     def generate(self, prompt: str | Tokens, **options: Unpack[OptionKeywords]) -> Generation: ...
@@ -126,7 +140,7 @@ class Model:
     def has_chat_template(self) -> bool:
         """Whether the bundle can turn messages into a prompt."""
         info = self.bundle.manifest.tokenizer
-        return self.tokenizer is not None and info is not None and info.has_chat_template
+        return self._tokenizer is not None and info is not None and info.has_chat_template
 
     @cached_property
     def chat_template(self) -> ChatTemplate:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -142,6 +140,9 @@ class State:
         Raises:
             StateError: not such a file, or of another model.
         """
+        import zipfile  # a tenth of this package's time to import, for what few programs do
+        import zlib
+
         try:
             with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as data:
                 header = json.loads(str(data["__header__"]))

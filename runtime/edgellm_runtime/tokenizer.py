@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from edgellm_runtime.bundle import TokenizerInfo
 
-__all__ = ["Tokenizer", "check_tokens"]
+__all__ = ["Tokenizer", "check_info", "check_tokens"]
 
 
 class Tokenizer:
@@ -43,9 +43,7 @@ class Tokenizer:
         self.eos_token_id = info.eos_token_ids[0] if info.eos_token_ids else None  # the one that a template writes
         self.eos_token_ids = frozenset(info.eos_token_ids)
         self.add_bos = info.add_bos and info.bos_token_id is not None
-        for token in (*([] if self.bos_token_id is None else [self.bos_token_id]), *info.eos_token_ids):
-            if not 0 <= token < vocab_size:
-                raise self._foreign(token)
+        check_info(path, info, vocab_size)
         added = self._library.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, t in added.items() if t.special)
         self._pieces = self._guard(lambda: Pieces(self._library, self.special_ids))
@@ -64,7 +62,7 @@ class Tokenizer:
         """
         ids: list[int] = self._encode(text, special=special).ids
         if ids and max(ids) >= self._vocab_size:
-            raise self._foreign(max(ids))
+            raise _foreign(self._path, max(ids), self._vocab_size)
         return [self.bos_token_id, *ids] if bos and self.bos_token_id is not None else ids
 
     def special_spans(self, text: str) -> list[tuple[int, int, int]]:
@@ -118,11 +116,28 @@ class Tokenizer:
         except BaseException as e:  # the library's panics are no Exceptions
             raise BundleError(f"{self._path}: the tokenizer failed ({e}); export the model again") from e
 
-    def _foreign(self, token: int) -> BundleError:
-        return BundleError(
-            f"{self._path}: token id {token} is outside the model's vocabulary of {self._vocab_size}; "
-            "export the model with its own tokenizer"
-        )
+
+def check_info(path: Path, info: TokenizerInfo, vocab_size: int) -> None:
+    """See that the model has the tokens that a manifest names.
+
+    Args:
+        path: the ``tokenizer.json``, for the message.
+        info: the manifest's entry for it.
+        vocab_size: how many ids the model knows.
+
+    Raises:
+        BundleError: an id outside the vocabulary.
+    """
+    for token in (*([] if info.bos_token_id is None else [info.bos_token_id]), *info.eos_token_ids):
+        if not 0 <= token < vocab_size:
+            raise _foreign(path, token, vocab_size)
+
+
+def _foreign(path: Path, token: int, vocab_size: int) -> BundleError:
+    return BundleError(
+        f"{path}: token id {token} is outside the model's vocabulary of {vocab_size}; "
+        "export the model with its own tokenizer"
+    )
 
 
 def check_tokens(tokens: Iterable[int], vocab_size: int) -> list[int]:

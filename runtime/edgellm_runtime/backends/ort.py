@@ -58,6 +58,8 @@ class OrtBackend:
         options.intra_op_num_threads = threads or default_threads()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        # A plan of one block of memory for each shape of step, kept for good: it costs megabytes and saves no time.
+        options.enable_mem_pattern = False
         self.device, self.threads = device, options.intra_op_num_threads
         self._ort, self._signature = ort, signature
         try:
