@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,3 +55,19 @@ def make(family: str, seed: int = 0) -> nn.Module:
             elif parameter.dim() == 1:
                 parameter.normal_(mean=1.0, std=0.2)
     return model
+
+
+def planned(model: nn.Module, target: str, method: str, calibration: Sequence[Sequence[int]] = ()) -> tuple[Any, Any]:
+    """The graph before lowering, and the plan, that an export of this model without text makes."""
+    from edgellm_exporters.capture import capture
+    from edgellm_exporters.lower import clean
+    from edgellm_exporters.quantize.methods import find_method
+    from edgellm_exporters.quantize.planning import make_plan
+    from edgellm_exporters.samples import golden_rows
+    from edgellm_exporters.targets import find_target
+
+    graph = capture(model)
+    clean(graph)
+    for make_pass in find_target(target).passes:
+        make_pass()(graph)
+    return graph, make_plan(find_method(method), graph, model, golden_rows(None, VOCAB, CONTEXT), calibration)

@@ -186,6 +186,8 @@ def graphless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the seconds of tracing; what is tested comes after."""
     monkeypatch.setattr(export_module, "_graph", lambda *_: (None, Plan()))
     monkeypatch.setattr(export_module, "write_graph", lambda *_: None)
+    monkeypatch.setattr(export_module, "_session", lambda *_: None)
+    monkeypatch.setattr(export_module, "take_traces", lambda *_, **__: ([], []))
 
 
 def test_failed_export_leaves_the_bundle_that_was_there(

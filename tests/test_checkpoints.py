@@ -39,7 +39,10 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_exports_are_the_public_names():
-    assert {"Checkpoint", "checkpoint_directory", "load_checkpoint", "save_checkpoint"} == set(checkpoints.__all__)
+    assert {
+        "Checkpoint", "CheckpointWeights", "checkpoint_directory", "load_checkpoint", "open_checkpoint",
+        "save_checkpoint",
+    } == set(checkpoints.__all__)  # fmt: skip
 
 
 @pytest.mark.parametrize("architecture", ["decoder", "hybrid"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgellm.checkpoints import load_checkpoint
+from edgellm.checkpoints import load_checkpoint, open_checkpoint
 from edgellm.errors import CheckpointError
 from edgellm.models.decoder import ARCHITECTURE, Decoder, DecoderConfig
 
@@ -99,6 +99,17 @@ def test_logits_are_those_of_the_dequantized_weights(tmp_path, kind):
     assert loaded.source == f"GGUF {kind}, llama"
     assert loaded.tokenizer_json is None
     assert not loaded.model.training
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_rows_read_alone_are_those_of_the_whole(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr("edgellm.checkpoints.gguf_file._CHUNK", 128)  # so that chunks end within tensors
+    path = write(tmp_path / "m.gguf", tiny(), kind=kind)
+    whole, opened = load_checkpoint(path).model, open_checkpoint(path)
+    for name, parameter in whole.named_parameters():  # q_proj and k_proj are stored in another order
+        assert opened.weights is not None
+        assert torch.equal(opened.weights.rows(name, 5, 21), parameter[5:21])
+        assert torch.equal(opened.weights.read(name), parameter)
 
 
 @pytest.mark.parametrize(

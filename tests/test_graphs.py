@@ -11,7 +11,7 @@ import onnx.reference
 import onnx_ir as ir
 import pytest
 import torch
-from families import FAMILIES, VOCAB, make
+from families import FAMILIES, VOCAB, make, planned
 
 from edgellm.models.protocol import empty_state
 from edgellm.ops.canonical import DOMAIN
@@ -20,18 +20,14 @@ from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lower import clean, lower_to
 from edgellm_exporters.passes.add_rms_norm import FuseAddRMSNorm
 from edgellm_exporters.passes.merge_linears import MergeLinears
-from edgellm_exporters.quantize.methods import plan_for
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.targets import TARGETS, find_target
 from edgellm_exporters.write import write_graph
 
 
 def lowered(family: str, target: str, method: str = "none") -> ir.Model:
-    graph = capture(make(family))
-    clean(graph)
-    for make_pass in find_target(target).passes:
-        make_pass()(graph)
-    return lower_to(graph, find_target(target), plan_for(method, graph))
+    graph, plan = planned(make(family), target, method)
+    return lower_to(graph, find_target(target), plan)
 
 
 def feeds(model: torch.nn.Module, batch: int, time: int) -> dict[str, np.ndarray]:
@@ -45,7 +41,7 @@ def feeds(model: torch.nn.Module, batch: int, time: int) -> dict[str, np.ndarray
     }
 
 
-@pytest.mark.parametrize("method", ["none", "int8"])
+@pytest.mark.parametrize("method", ["none", "int8", "w8a8"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_standard_graph_passes_the_checker_and_the_reference_evaluator(
     family: str, method: str, tmp_path: Path

@@ -4,7 +4,15 @@ Nothing here names an architecture: what a foreign configuration or tensor is ca
 """
 
 from edgellm.checkpoints.checkpoint import Checkpoint
-from edgellm.checkpoints.load import load_checkpoint
+from edgellm.checkpoints.load import load_checkpoint, open_checkpoint
 from edgellm.checkpoints.native import checkpoint_directory, save_checkpoint
+from edgellm.checkpoints.weights import CheckpointWeights
 
-__all__ = ["Checkpoint", "checkpoint_directory", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointWeights",
+    "checkpoint_directory",
+    "load_checkpoint",
+    "open_checkpoint",
+    "save_checkpoint",
+]

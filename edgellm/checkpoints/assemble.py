@@ -1,59 +1,19 @@
-"""Building a model from a source of named tensors, one tensor at a time, without ever initialising its weights."""
+"""Building a model for a checkpoint's tensors, without weights or with, but never with weights it made up itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from edgellm.checkpoints.weights import CheckpointWeights, Layout, TensorSource
 from edgellm.errors import CheckpointError, ModelError
 from edgellm.models.registry import Architecture
 
-__all__ = ["Layout", "TensorSource", "assemble", "shared_names"]
-
-
-class TensorSource(Protocol):
-    """Named tensors in a file or several."""
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Every tensor's name and shape."""
-        ...
-
-    def read(self, name: str) -> Tensor:
-        """One tensor in a floating-point dtype.
-
-        Raises:
-            CheckpointError: it cannot be read, or holds something other than floating-point numbers.
-        """
-        ...
-
-
-def _same(name: str) -> str:
-    return name
-
-
-def _as_stored(_name: str, tensor: Tensor) -> Tensor:
-    return tensor
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a source stores an architecture's tensors.
-
-    Args:
-        name: our parameter name to the source's tensor name.
-        tensor: our parameter name and a tensor as stored, to the tensor in our layout and of the same shape.
-        ignored: whether a tensor of that name means nothing to the model.
-    """
-
-    name: Callable[[str], str] = _same
-    tensor: Callable[[str, Tensor], Tensor] = _as_stored
-    ignored: Callable[[str], bool] = lambda _: False
+__all__ = ["assemble", "fill", "shared_names"]
 
 
 def shared_names(model: nn.Module) -> list[list[str]]:
@@ -66,8 +26,8 @@ def shared_names(model: nn.Module) -> list[list[str]]:
 
 def assemble(
     architecture: Architecture, config: Any, source: TensorSource, layout: Layout, *, dtype: torch.dtype, path: Path
-) -> nn.Module:
-    """Build the model and give it every tensor from the source.
+) -> tuple[nn.Module, CheckpointWeights]:
+    """Build the model with its parameters on the meta device, and match it with what the source holds.
 
     Args:
         architecture: what to build.
@@ -78,61 +38,48 @@ def assemble(
         path: the checkpoint, for messages.
 
     Returns:
-        The model in evaluation mode.
+        The model in evaluation mode, and where its parameters are read from. Buffers that a checkpoint stores are few
+        and small: those the model has already.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown, of another shape, or not finite.
+        CheckpointError: a tensor is missing, unknown, or of another shape.
     """
     try:
         with torch.device("meta"):
             model = architecture.build(config)
     except (ModelError, RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{path}: its configuration gives no model ({error}); repair it") from error
-    groups, expected = shared_names(model), model.state_dict(keep_vars=True)
-    _check_no_others(source.shapes, {layout.name(name) for group in groups for name in group}, layout, path)
-    loaded: dict[str, Tensor] = {}
-    for group in groups:
-        tensor = _take(group, tuple(expected[group[0]].shape), source, layout, dtype, path)
+    expected = model.state_dict(keep_vars=True)
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    weights = CheckpointWeights(shared_names(model), shapes, source, layout, dtype=dtype, path=path)
+    buffers = {name: weights.read(name) for name, t in expected.items() if not isinstance(t, nn.Parameter)}
+    model.load_state_dict(buffers, assign=True, strict=False)
+    _give(model, lambda name: torch.empty(shapes[name], dtype=dtype, device="meta"))
+    return model.eval(), weights
+
+
+def fill(model: nn.Module, weights: CheckpointWeights) -> nn.Module:
+    """Give a model of :func:`assemble` all its parameters.
+
+    Args:
+        model: changed in place.
+        weights: where they are read from.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: a tensor is damaged or not finite.
+    """
+    _give(model, weights.read)
+    return model
+
+
+def _give(model: nn.Module, read: Callable[[str], torch.Tensor]) -> None:
+    """New parameters for old, one object for all names of one: tied tensors stay tied."""
+    expected = model.state_dict(keep_vars=True)
+    new: dict[str, torch.Tensor] = {}
+    for group in shared_names(model):
         if isinstance(expected[group[0]], nn.Parameter):
-            tensor = nn.Parameter(tensor)
-        loaded |= dict.fromkeys(group, tensor)  # one object for all names: tied tensors stay tied
-    model.load_state_dict(loaded, assign=True)
-    return model.eval()
-
-
-def _check_no_others(found: Collection[str], expected: Collection[str], layout: Layout, path: Path) -> None:
-    others = sorted(name for name in found if name not in expected and not layout.ignored(name))
-    if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        raise CheckpointError(
-            f"{path}: tensors {', '.join(others[:3])}{more} have no place in the model that its configuration "
-            "describes; use a checkpoint of that model"
-        )
-
-
-def _take(
-    group: list[str], shape: tuple[int, ...], source: TensorSource, layout: Layout, dtype: torch.dtype, path: Path
-) -> Tensor:
-    stored = [name for name in group if layout.name(name) in source.shapes]
-    if not stored:
-        raise CheckpointError(
-            f"{path}: tensor {layout.name(group[0])} of shape {shape} is missing; the checkpoint is incomplete"
-        )
-    for name in stored:
-        found = source.shapes[layout.name(name)]
-        if found != shape:
-            raise CheckpointError(
-                f"{path}: tensor {layout.name(name)} has shape {found}, its configuration says {shape}; the two do not "
-                "belong together"
-            )
-    first, *others = [layout.tensor(name, source.read(layout.name(name))) for name in stored]
-    if any(not torch.equal(first, other) for other in others):
-        raise CheckpointError(
-            f"{path}: tensors {' and '.join(layout.name(n) for n in stored)} differ, its configuration says that they "
-            "are one; correct the configuration"
-        )
-    tensor = first.to(dtype)
-    low_and_high = torch.stack(tensor.aminmax())  # NaN if any is; needs no second tensor of that size
-    if not bool(low_and_high.isfinite().all()):
-        raise CheckpointError(f"{path}: tensor {layout.name(stored[0])} is not finite as {dtype}; use sound weights")
-    return tensor
+            new |= dict.fromkeys(group, nn.Parameter(read(group[0])))
+    model.load_state_dict(new, assign=True, strict=False)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from edgellm.checkpoints.weights import CheckpointWeights
+
 __all__ = ["Checkpoint"]
 
 
@@ -15,7 +17,7 @@ class Checkpoint:
 
     Args:
         architecture: its name in :mod:`edgellm.models.registry`.
-        model: in evaluation mode.
+        model: in evaluation mode; with ``weights``, its parameters are on the meta device.
         tokenizer_json: the text of a ``tokenizer.json``, or None.
         chat_template: Jinja source, or None.
         bos_token_id: the token that begins a text, or None.
@@ -23,6 +25,7 @@ class Checkpoint:
         add_bos: whether plain text is to begin with ``bos_token_id``; it says so for text encoded *without* special
             tokens, whatever the tokenizer's own post-processor would add.
         source: where it came from, in a few words for people.
+        weights: reads the parameters, or None: the model holds them.
     """
 
     architecture: str
@@ -33,3 +36,4 @@ class Checkpoint:
     eos_token_ids: tuple[int, ...]
     add_bos: bool
     source: str
+    weights: CheckpointWeights | None = None

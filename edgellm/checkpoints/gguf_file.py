@@ -5,37 +5,92 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 
 from __future__ import annotations
 
+import math
+import struct
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
 import torch
 from torch import Tensor
 
-from edgellm.checkpoints.assemble import Layout, assemble
+from edgellm.checkpoints.assemble import assemble
 from edgellm.checkpoints.checkpoint import Checkpoint
 from edgellm.checkpoints.files import token_ids
 from edgellm.checkpoints.gguf_tokenizer import adds_bos, build_tokenizer
+from edgellm.checkpoints.weights import Layout
 from edgellm.errors import CheckpointError, ModelError
 from edgellm.models.registry import Architecture, find_foreign
 
-__all__ = ["GGUFSource", "load_gguf"]
+__all__ = ["GGUFSource", "open_gguf"]
 
 
 class _Reader(gguf.GGUFReader):  # type: ignore[misc]
-    """gguf's reader, which by itself reads past the end of a damaged file as if nothing were there."""
+    """gguf's reader, which by itself reads past the end of a damaged file as if nothing were there.
+
+    It also keeps two array objects for each token of a vocabulary: here, lists are read as lists.
+    """
 
     data: Any
 
+    def __init__(self, path: Path) -> None:
+        self._lists: dict[int, list[Any]] = {}  # by where in the file they are
+        super().__init__(path)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Every field's name and value."""
+        return {name: self._value(field) for name, field in self.fields.items()}
+
+    def _value(self, field: Any) -> Any:
+        if field.types[:1] == [gguf.GGUFValueType.ARRAY]:
+            known = self._lists.get(int(field.parts[field.data[0]][0]) if field.data else -1)
+            if known is not None:
+                return known
+        return field.contents()
+
     def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
         if isinstance(self.data, np.memmap):
-            self.data = np.asarray(self.data)  # the same mapping; slicing it costs half, and strings are many
+            self.data = np.asarray(self.data)  # the same mapping; slicing it costs half
         if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
             raise ValueError("it ends early")
         return super()._get(offset, dtype, count, override_order)
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind = gguf.GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
+        count, start = int(self._get(orig_offs + 4, np.uint64)[0]), orig_offs + 12
+        if kind == gguf.GGUFValueType.STRING:
+            self._lists[orig_offs], size = self._strings(start, count)
+        elif kind in self.gguf_scalar_to_np:
+            numbers = self._get(start, self.gguf_scalar_to_np[kind], count)
+            self._lists[orig_offs], size = numbers.tolist(), numbers.nbytes
+        else:
+            return super()._get_field_parts(orig_offs, raw_type)
+        return 12 + size, [np.array([orig_offs])], [0], [gguf.GGUFValueType.ARRAY, kind]
+
+    def _strings(self, start: int, count: int) -> tuple[list[str], int]:
+        """So many strings, and how many bytes they take."""
+        data, length, offset = memoryview(self.data), struct.Struct(">Q" if self._is_big_endian else "<Q"), start
+        found: list[str] = []
+        for _ in range(count):
+            if offset + 8 > len(data):
+                raise ValueError("it ends early")
+            (size,) = length.unpack_from(data, offset)
+            if offset + 8 + size > len(data):
+                raise ValueError("it ends early")
+            found.append(str(data[offset + 8 : offset + 8 + size], "utf-8"))
+            offset += 8 + size
+        return found, offset - start
+
+    @property
+    def _is_big_endian(self) -> bool:
+        return bool((sys.byteorder == "big") != (self.byte_order == "S"))
 
 
 class GGUFSource:
@@ -52,8 +107,8 @@ class GGUFSource:
         self._path = path
         try:
             reader = _Reader(path)
-            self.metadata: Mapping[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
-            self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+            self.metadata: Mapping[str, Any] = reader.metadata
+            self._tensors = {tensor.name: _Stored.of(tensor) for tensor in reader.tensors}
         except (ValueError, LookupError, OverflowError, OSError, MemoryError) as error:
             raise CheckpointError(f"{path} is not a whole GGUF file ({error}); copy it again") from error
         if reader.byte_order == "S":
@@ -64,34 +119,74 @@ class GGUFSource:
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Every tensor's name and shape, outermost dimension first."""
-        return {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     @property
     def quantization(self) -> str:
         """The type that most weights are stored in."""
         sizes: Counter[str] = Counter()
         for tensor in self._tensors.values():
-            sizes[tensor.tensor_type.name] += tensor.n_elements
+            sizes[tensor.kind.name] += math.prod(tensor.shape)
         return sizes.most_common(1)[0][0] if sizes else "empty"
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, dequantized to float32.
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """One tensor, or the rows from one index up to another, dequantized to float32.
 
         Raises:
-            CheckpointError: its type has no known dequantization.
+            CheckpointError: its type has no known dequantization, or the file was cut short since it was opened.
         """
         tensor = self._tensors[name]
+        start, stop = rows or (0, tensor.shape[0])
+        shape = (stop - start, *tensor.shape[1:])
+        size = tensor.nbytes // tensor.shape[0]  # rows are whole blocks, one after the other
         try:
-            array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        except (NotImplementedError, ValueError) as error:
-            kind = tensor.tensor_type.name
+            stored = np.fromfile(self._path, np.uint8, size * shape[0], offset=tensor.offset + size * start)
+            if len(stored) != size * shape[0]:
+                raise ValueError("the file ends early")
+            array = _dequantized(stored, tensor.kind)
+        except (NotImplementedError, ValueError, OSError) as error:
+            kind = tensor.kind.name
             raise CheckpointError(f"{self._path}: tensor {name} of type {kind} cannot be read ({error})") from error
-        array = np.asarray(array, dtype=np.float32).reshape(self.shapes[name])
-        return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+        return torch.from_numpy(np.require(array.reshape(shape), np.float32, requirements=["C", "W"]))
 
 
-def load_gguf(path: Path, *, dtype: torch.dtype) -> Checkpoint:
-    """Read a GGUF file; arguments and errors as :func:`load_checkpoint`."""
+class _Stored(NamedTuple):
+    """Where a tensor is; gguf's own object would hold on to the mapping of the whole file."""
+
+    shape: tuple[int, ...]  # outermost dimension first
+    kind: Any
+    offset: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, tensor: Any) -> _Stored:
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        return cls(shape, tensor.tensor_type, int(tensor.data_offset), int(tensor.n_bytes))
+
+
+_PLAIN: Mapping[Any, Any] = {
+    gguf.GGMLQuantizationType.F16: np.float16,
+    gguf.GGMLQuantizationType.F32: np.float32,
+}
+_CHUNK = 1 << 17  # numbers at a time: gguf's scratch memory stays small, and its loops over short rows are slow
+
+
+def _dequantized(stored: np.ndarray[Any, np.dtype[np.uint8]], kind: Any) -> np.ndarray[Any, Any]:
+    """The numbers of a tensor, in their order but of no particular shape."""
+    if kind in _PLAIN:
+        return stored.view(_PLAIN[kind])
+    length, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = max(1, _CHUNK // length)
+    result = np.empty(len(stored) // size * length, np.float32)
+    for number, start in enumerate(range(0, len(stored), blocks * size)):
+        chunk = stored[start : start + blocks * size].reshape(1, -1)
+        numbers = np.asarray(gguf.quants.dequantize(chunk, kind)).reshape(-1)
+        result[number * blocks * length :][: len(numbers)] = numbers
+    return result
+
+
+def open_gguf(path: Path, *, dtype: torch.dtype) -> Checkpoint:
+    """Read a GGUF file; arguments and errors as :func:`open_checkpoint`."""
     source = GGUFSource(path)
     metadata = source.metadata
     architecture, config = _translate(source, path)
@@ -102,7 +197,7 @@ def load_gguf(path: Path, *, dtype: torch.dtype) -> Checkpoint:
         return stored if convert is None else convert(config, metadata, name, stored)
 
     layout = Layout(name=architecture.gguf_name, tensor=tensor)
-    model = assemble(architecture, config, source, layout, dtype=dtype, path=path)
+    model, weights = assemble(architecture, config, source, layout, dtype=dtype, path=path)
     bos = token_ids(metadata, "tokenizer.ggml.bos_token_id", path)
     ends = [token_ids(metadata, f"tokenizer.ggml.{kind}_token_id", path) for kind in ("eos", "eot", "eom")]
     template = metadata.get("tokenizer.chat_template")
@@ -115,6 +210,7 @@ def load_gguf(path: Path, *, dtype: torch.dtype) -> Checkpoint:
         eos_token_ids=tuple(dict.fromkeys(i for ids in ends for i in ids)),
         add_bos=bool(bos) and adds_bos(metadata),
         source=f"GGUF {source.quantization}, {metadata['general.architecture']}",
+        weights=weights,
     )
 
 

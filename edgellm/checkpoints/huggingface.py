@@ -9,24 +9,25 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from edgellm.checkpoints.assemble import Layout, assemble
+from edgellm.checkpoints.assemble import assemble
 from edgellm.checkpoints.checkpoint import Checkpoint
 from edgellm.checkpoints.files import read_json, read_text, read_tokenizer, token_ids
 from edgellm.checkpoints.safetensors_source import SafetensorsSource
+from edgellm.checkpoints.weights import Layout
 from edgellm.errors import CheckpointError, ModelError
 from edgellm.models.registry import Architecture, find_foreign
 
-__all__ = ["load_huggingface"]
+__all__ = ["open_huggingface"]
 
 
-def load_huggingface(path: Path, *, dtype: torch.dtype) -> Checkpoint:
-    """Read a Hugging Face folder; arguments and errors as :func:`load_checkpoint`."""
+def open_huggingface(path: Path, *, dtype: torch.dtype) -> Checkpoint:
+    """Read a Hugging Face folder; arguments and errors as :func:`open_checkpoint`."""
     config = read_json(path / "config.json")
     architecture, ours = _translate(config, path / "config.json")
     source = SafetensorsSource.in_directory(path)
     assert architecture.hf_name is not None
     layout = Layout(name=architecture.hf_name, ignored=lambda name: name.endswith(".rotary_emb.inv_freq"))
-    model = assemble(architecture, ours, source, layout, dtype=dtype, path=path)
+    model, weights = assemble(architecture, ours, source, layout, dtype=dtype, path=path)
     settings = _read_optional(path / "tokenizer_config.json")
     tokenizer_json = read_tokenizer(path / "tokenizer.json")
     tokenizer = None if tokenizer_json is None else Tokenizer.from_str(tokenizer_json)
@@ -41,6 +42,7 @@ def load_huggingface(path: Path, *, dtype: torch.dtype) -> Checkpoint:
         eos_token_ids=_special(path, generation, config, settings, tokenizer, "eos"),
         add_bos=bool(bos) and _adds_bos(settings, tokenizer, bos[0]),
         source=f"Hugging Face {source.dtype}, {config['model_type']}",
+        weights=weights,
     )
 
 

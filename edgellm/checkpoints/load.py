@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
 
+from edgellm.checkpoints.assemble import fill
 from edgellm.checkpoints.checkpoint import Checkpoint
-from edgellm.checkpoints.gguf_file import load_gguf
-from edgellm.checkpoints.huggingface import load_huggingface
-from edgellm.checkpoints.native import MANIFEST, checkpoint_directory, load_native
+from edgellm.checkpoints.gguf_file import open_gguf
+from edgellm.checkpoints.huggingface import open_huggingface
+from edgellm.checkpoints.native import MANIFEST, checkpoint_directory, open_native
 from edgellm.errors import CheckpointError
 
-__all__ = ["load_checkpoint"]
+__all__ = ["load_checkpoint", "open_checkpoint"]
 
 EXPECTED = "a directory with edgellm.json, a Hugging Face folder with config.json, or a .gguf file"
 
@@ -24,16 +26,38 @@ def load_checkpoint(path: Path, *, dtype: torch.dtype = torch.float32) -> Checkp
         path: a directory that :func:`save_checkpoint` wrote, a Hugging Face folder, or a GGUF file.
         dtype: of the model's parameters, whatever the stored weights are in.
 
+    Returns:
+        The checkpoint, with every weight in memory.
+
     Raises:
         CheckpointError: there is none, it is damaged, or no architecture here computes what it describes.
+    """
+    opened = open_checkpoint(path, dtype=dtype)
+    assert opened.weights is not None
+    return dataclasses.replace(opened, model=fill(opened.model, opened.weights), weights=None)
+
+
+def open_checkpoint(path: Path, *, dtype: torch.dtype = torch.float32) -> Checkpoint:
+    """Read everything in a checkpoint but its weights, so that memory does not grow with the model.
+
+    Args:
+        path: as for :func:`load_checkpoint`.
+        dtype: what weights will be read as.
+
+    Returns:
+        The checkpoint, its model's parameters on the meta device, with ``weights`` to read them one by one.
+
+    Raises:
+        CheckpointError: as :func:`load_checkpoint`, for what the files' headers tell; reading a weight raises it for
+            what is wrong with that weight.
     """
     path = checkpoint_directory(path)
     if path.is_dir():
         if (path / MANIFEST).exists():
-            return load_native(path, dtype=dtype)
+            return open_native(path, dtype=dtype)
         if (path / "config.json").exists():
-            return load_huggingface(path, dtype=dtype)
+            return open_huggingface(path, dtype=dtype)
         raise CheckpointError(f"{path} holds no checkpoint; expected {EXPECTED}")
     if path.is_file() and path.suffix == ".gguf":
-        return load_gguf(path, dtype=dtype)
+        return open_gguf(path, dtype=dtype)
     raise CheckpointError(f"{path} {'is no checkpoint' if path.exists() else 'does not exist'}; expected {EXPECTED}")

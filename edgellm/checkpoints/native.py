@@ -18,14 +18,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from edgellm import __version__
-from edgellm.checkpoints.assemble import Layout, assemble, shared_names
+from edgellm.checkpoints.assemble import assemble, shared_names
 from edgellm.checkpoints.checkpoint import Checkpoint
 from edgellm.checkpoints.files import read_json, read_text, read_tokenizer, token_ids
 from edgellm.checkpoints.safetensors_source import SINGLE, SafetensorsSource
+from edgellm.checkpoints.weights import Layout
 from edgellm.errors import CheckpointError, ConfigError
 from edgellm.models import registry
 
-__all__ = ["FORMAT", "MANIFEST", "checkpoint_directory", "load_native", "save_checkpoint"]
+__all__ = ["FORMAT", "MANIFEST", "checkpoint_directory", "open_native", "save_checkpoint"]
 
 FORMAT = 1
 MANIFEST = "edgellm.json"
@@ -92,8 +93,8 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def load_native(path: Path, *, dtype: torch.dtype) -> Checkpoint:
-    """Read what :func:`save_checkpoint` wrote; arguments and errors as :func:`load_checkpoint`."""
+def open_native(path: Path, *, dtype: torch.dtype) -> Checkpoint:
+    """Read what :func:`save_checkpoint` wrote; arguments and errors as :func:`open_checkpoint`."""
     manifest = path / MANIFEST
     data = read_json(manifest)
     found = data.get("format")
@@ -107,7 +108,7 @@ def load_native(path: Path, *, dtype: torch.dtype) -> Checkpoint:
     except (ConfigError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{manifest}: {error}") from error
     source = SafetensorsSource.in_directory(path)
-    model = assemble(architecture, config, source, Layout(), dtype=dtype, path=path)
+    model, weights = assemble(architecture, config, source, Layout(), dtype=dtype, path=path)
     bos = token_ids(data, "bos_token_id", manifest)
     template = path / TEMPLATE
     return Checkpoint(
@@ -119,6 +120,7 @@ def load_native(path: Path, *, dtype: torch.dtype) -> Checkpoint:
         eos_token_ids=token_ids(data, "eos_token_ids", manifest),
         add_bos=bool(data.get("add_bos", False)),
         source=f"edgellm {source.dtype}, {architecture.name}",
+        weights=weights,
     )
 
 

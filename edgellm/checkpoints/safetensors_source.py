@@ -1,4 +1,7 @@
-"""Tensors in one safetensors file, or in several with an index, mapped into memory and read one by one."""
+"""Tensors in one safetensors file, or in several with an index, read one by one.
+
+A file is mapped into memory only while a tensor is read: pages of a mapping that were touched count as memory.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +34,13 @@ class SafetensorsSource:
     """
 
     def __init__(self, files: Mapping[str, Path]) -> None:
-        self._handles: dict[Path, Any] = {path: _open(path) for path in dict.fromkeys(files.values())}
+        handles: dict[Path, Any] = {path: _open(path) for path in dict.fromkeys(files.values())}
         self._files = files
         self._shapes: dict[str, tuple[int, ...]] = {}
         sizes: Counter[str] = Counter()
         for name, path in files.items():
             try:
-                header = self._handles[path].get_slice(name)
+                header = handles[path].get_slice(name)
             except SafetensorError:
                 raise CheckpointError(f"{path}: tensor {name} is missing; the checkpoint is incomplete") from None
             self._shapes[name] = tuple(header.get_shape())
@@ -66,16 +69,17 @@ class SafetensorsSource:
         """Every tensor's name and shape."""
         return self._shapes
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, as stored.
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """One tensor as stored, or the rows from one index up to another.
 
         Raises:
             CheckpointError: it cannot be read, or holds something other than floating-point numbers.
         """
         path = self._files[name]
         try:
-            tensor: Tensor = self._handles[path].get_tensor(name)
-        except (SafetensorError, RuntimeError) as error:
+            with _open(path) as handle:
+                tensor: Tensor = handle.get_tensor(name) if rows is None else handle.get_slice(name)[rows[0] : rows[1]]
+        except (SafetensorError, RuntimeError, OSError) as error:
             raise CheckpointError(f"{path}: tensor {name} cannot be read ({error}); copy it again") from error
         if not tensor.is_floating_point():
             raise CheckpointError(f"{path}: tensor {name} is {tensor.dtype}; edgellm reads floating-point weights")

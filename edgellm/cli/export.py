@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgellm.cli.budget import budget_of
 from edgellm.cli.progress import stages
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from edgellm_exporters.export import Exported
 
 _WINDOW, _CALIBRATION_TOKENS = 512, 8192
+_MOST_CHARACTERS = 400_000  # at either end of a calibration text: far more than its tokens need
 __all__ = ["export", "export_checkpoint", "print_summary"]
 
 
@@ -28,17 +30,26 @@ __all__ = ["export", "export_checkpoint", "print_summary"]
     help="What it is for: cpu (ONNX Runtime's fused kernels) or onnx (standard operators only).",
 )  # fmt: skip
 @click.option("--dtype", default="float32", help="Precision of activations and of weights that are not quantized.")
-@click.option("--quantize", default="none", help="Weights: none (float), int8 or int4 (embedding and "
-              "vocabulary projection in 8 bits).")  # fmt: skip
+@click.option("--quantize", default="none", help="Weights: none (float), int8, int4 (embedding and "
+              "vocabulary projection in 8 bits), auto (one for each, within --max-kl and --max-size-mb).")  # fmt: skip
 @click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE", help="UTF-8 text like the model's work: "
               "int4 weights are then chosen with GPTQ instead of rounded to nearest.")  # fmt: skip
+@click.option("--max-kl", type=float, default=None, metavar="NATS", show_default=False, help="With --quantize auto: "
+              "how far the bundle may be from the float model, as mean KL divergence on a part of --calibrate that "
+              "nothing was chosen with. 0.01 is hard to notice, 0.1 is about what 4-bit weights cost a small model. "
+              "The bundle is refused if it is missed.  [default: 0.02]")  # fmt: skip
+@click.option("--max-size-mb", type=float, default=None, metavar="MB", help="With --quantize auto: the most the bundle "
+              "may take, in 1,000,000 bytes.")  # fmt: skip
+@click.option("--prefer", type=click.Choice(["decode", "prefill", "size"]), default=None, show_default=False,
+              help="With --quantize auto: what to make best within the limits: the time of each new token, the time "
+              "to read a prompt, or the size.  [default: decode]")  # fmt: skip
 @click.option(
     "--name", default="", help="What the bundle calls itself.  [default: the output's name]", show_default=False
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def export(
-    checkpoint: Path, output: Path, target: str, dtype: str, quantize: str, calibrate: Path | None, name: str,
-    as_json: bool,
+    checkpoint: Path, output: Path, target: str, dtype: str, quantize: str, calibrate: Path | None,
+    max_kl: float | None, max_size_mb: float | None, prefer: str | None, name: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Turn CHECKPOINT into a bundle that runs without PyTorch, and prove that it computes the same.
 
@@ -47,8 +58,9 @@ def export(
     """
     with stages() as tell:
         result = export_checkpoint(
-            checkpoint, output, target=target, dtype=dtype, quantize=quantize, calibrate=calibrate, name=name, tell=tell
-        )
+            checkpoint, output, target=target, dtype=dtype, quantize=quantize, calibrate=calibrate, max_kl=max_kl,
+            max_size_mb=max_size_mb, prefer=prefer, name=name, tell=tell,
+        )  # fmt: skip
     if as_json:
         click.echo(json.dumps(result))
     else:
@@ -57,35 +69,41 @@ def export(
 
 def export_checkpoint(
     checkpoint: Path, output: Path, *, target: str, dtype: str, quantize: str, calibrate: Path | None = None,
-    name: str = "", tell: Any,
+    max_kl: float | None = None, max_size_mb: float | None = None, prefer: str | None = None, name: str = "",
+    tell: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Read, export and sum up; the keys are those of ``--json``."""
     from edgellm_exporters.atomic import check_destination
     from edgellm_exporters.export import ExportOptions
 
     start = time.perf_counter()
-    options = ExportOptions(target=target, dtype=dtype, quantize=quantize, name=name)
+    budget = budget_of(quantize, calibrate, max_kl, max_size_mb, prefer)
+    options = ExportOptions(target=target, dtype=dtype, quantize=quantize, name=name, budget=budget)
     check_destination(output)
     tell("importing PyTorch", 0.0)
-    from edgellm.checkpoints import load_checkpoint
+    from edgellm.checkpoints import open_checkpoint
     from edgellm_exporters.export import export as run
 
     tell("reading the checkpoint", 0.0)
-    loaded = load_checkpoint(checkpoint)
+    loaded = open_checkpoint(checkpoint)
     if calibrate is not None:
-        options = dataclasses.replace(options, calibration=_windows(calibrate, loaded))
+        tell("reading the calibration text", 0.0)
+        windows, held_out = _windows(calibrate, loaded, divided=budget is not None)
+        options = dataclasses.replace(options, calibration=windows, held_out=held_out)
     provenance = {"source": loaded.source, "architecture": loaded.architecture}
     exported = run(
-        loaded.model, output, options=options, text=text_of(loaded), provenance=provenance, progress=tell  # type: ignore[arg-type]
+        loaded.model, output, weights=loaded.weights, options=options, text=text_of(loaded),  # type: ignore[arg-type]
+        provenance=provenance, progress=tell,
     )  # fmt: skip
     return _summary(exported, options.target, dtype, quantize) | {"seconds": round(time.perf_counter() - start, 2)}
 
 
-def _windows(file: Path, loaded: Checkpoint) -> list[list[int]]:
-    """Windows of the calibration text, as tokens."""
+def _windows(file: Path, loaded: Checkpoint, *, divided: bool) -> tuple[list[list[int]], list[list[int]]]:
+    """Windows of the calibration text, as tokens; if divided, some to calibrate with and others to judge on."""
     from tokenizers import Tokenizer
 
     from edgellm_exporters.errors import QuantizeError
+    from edgellm_exporters.quantize.budget import divide
     from edgellm_runtime.evaluate import windows_of
 
     if loaded.tokenizer_json is None:
@@ -94,11 +112,15 @@ def _windows(file: Path, loaded: Checkpoint) -> list[list[int]]:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise QuantizeError(f"{file}: not UTF-8 at byte {error.start}; convert it first") from error
+    if len(text) > 2 * _MOST_CHARACTERS:  # the middle of a long text is not looked at
+        text = text[:_MOST_CHARACTERS] + text[-_MOST_CHARACTERS:]
     tokens = Tokenizer.from_str(loaded.tokenizer_json).encode(text, add_special_tokens=False).ids
     model: Any = loaded.model
+    most = _CALIBRATION_TOKENS
     if len(tokens) < 2:
         raise QuantizeError(f"{file}: {len(tokens)} tokens are too few to calibrate with; give a longer text")
-    return windows_of(tokens, min(_WINDOW, model.config.max_context), _CALIBRATION_TOKENS)
+    length = min(_WINDOW, model.config.max_context)
+    return divide(tokens, length, most) if divided else (windows_of(tokens, length, most), [])
 
 
 def text_of(loaded: Checkpoint) -> Any:

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from edgellm.models.protocol import LanguageModel, Step, empty_state
-from edgellm.ops.canonical import DOMAIN, emit
+from edgellm.ops.canonical import DOMAIN
 from edgellm_exporters.errors import CaptureError
+from edgellm_exporters.streaming import LazyWeight, OwnWeights, Weights
+from edgellm_exporters.tracing import CanonicalFunctions, canonical, fake_parameters, no_collection, prepared
 from edgellm_runtime.spec import BATCH, CAPACITY, Signature, SpecError, StateSpec, TensorSpec
 
 __all__ = ["INPUTS", "OPSET", "capture", "check_model", "signature_of"]
@@ -40,6 +42,7 @@ def check_model(model: LanguageModel) -> None:
 
     Raises:
         CaptureError: it does not follow :class:`edgellm.models.protocol.LanguageModel`, or a weight is not finite.
+            Weights that are not in memory are checked when they are read.
     """
     if not isinstance(model, nn.Module) or not isinstance(model, LanguageModel):
         raise CaptureError(
@@ -48,7 +51,7 @@ def check_model(model: LanguageModel) -> None:
         )
     signature_of(model)
     for name, weight in model.named_parameters():
-        if weight.numel() and not bool(torch.stack(weight.detach().aminmax()).isfinite().all()):
+        if weight.numel() and not weight.is_meta and not bool(torch.stack(weight.detach().aminmax()).isfinite().all()):
             raise CaptureError(f"{name} holds NaN or infinite weights; train the model again, or load sound weights")
 
 
@@ -68,26 +71,29 @@ def signature_of(model: LanguageModel) -> Signature:
         ) from error
 
 
-def capture(model: LanguageModel) -> ir.Model:
-    """Trace a model once.
+def capture(model: LanguageModel, weights: Weights | None = None) -> ir.Model:
+    """Trace a model once, without a look at its weights.
 
     Args:
-        model: follows :class:`edgellm.models.protocol.LanguageModel`; in eval mode.
+        model: follows :class:`edgellm.models.protocol.LanguageModel`; in eval mode, on any device.
+        weights: where the parameters are read from; None for the model's own.
 
     Returns:
-        A graph of canonical ops (domain ``edgellm``) and plain ONNX ops, its inputs and outputs named by the signature.
+        A graph of canonical ops (domain ``edgellm``) and plain ONNX ops, its inputs and outputs named by the signature;
+        its weights are read when they are asked for.
 
     Raises:
         CaptureError: the module's forward depends on sizes or values that a graph cannot follow, or changes the state.
     """
     check_model(model)
     signature = signature_of(model)
-    program = _trace(model, signature)
+    assert isinstance(model, nn.Module)
     names = [t.name for t in signature.inputs] + [s.past_name for s in signature.state]
     outputs = [t.name for t in signature.outputs] + [s.present_name for s in signature.state]
-    captured = _translate(program, names, outputs, type(model).__name__)
+    with fake_parameters(model), no_collection():
+        captured = _translate(prepared(_trace(model, signature)), names, outputs, type(model).__name__)
     captured.opset_imports.setdefault(DOMAIN, 1)
-    _name_weights(captured)
+    _name_weights(captured, model, weights or OwnWeights(model))
     _name_dimensions(captured, signature)
     return captured
 
@@ -103,7 +109,8 @@ class _OneGraph(nn.Module):
         self, tokens: Tensor, past_lengths: Tensor, lengths: Tensor, logit_positions: Tensor, state: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         past = {spec.name: tensor for spec, tensor in zip(self.specs, state, strict=True)}
-        result = self.model(tokens, past, Step(past_lengths, lengths, logit_positions))
+        with CanonicalFunctions():
+            result = self.model(tokens, past, Step(past_lengths, lengths, logit_positions))
         if not isinstance(result, tuple) or len(result) != 2:
             raise CaptureError(f"the model's forward gave a {type(result).__name__}; it must give (logits, state)")
         logits, present = result
@@ -123,8 +130,7 @@ def _trace(model: LanguageModel, signature: Signature) -> torch.export.ExportedP
             program = torch.export.export(
                 wrapped, _example(model, signature), dynamic_shapes=_dynamic_shapes(signature), strict=False
             )
-            decomposed: torch.export.ExportedProgram = program.run_decompositions(_CANONICAL)
-            return decomposed
+            return canonical(program)
     except CaptureError:
         raise
     except Exception as error:  # torch.export raises many kinds; each means: not one graph
@@ -194,11 +200,15 @@ def _dynamic_shapes(signature: Signature) -> tuple[Any, ...]:
     return (*(dynamic(t.shape) for t in signature.inputs), [dynamic(s.shape) for s in signature.state])
 
 
-def _name_weights(captured: ir.Model) -> None:
-    """Call weights what the model calls them: tracing saw it inside a wrapper."""
+def _name_weights(captured: ir.Model, model: nn.Module, weights: Weights) -> None:
+    """Call weights what the model calls them, for tracing saw it inside a wrapper, and say where they are."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for value in list(captured.graph.initializers.values()):
         if value.name and value.name.startswith("model."):
             value.name = value.name.removeprefix("model.")
+        if value.name in parameters:
+            assert value.const_value is not None
+            value.const_value = LazyWeight(weights, value.name, parameters[value.name].shape, value.const_value.dtype)
 
 
 def _name_dimensions(captured: ir.Model, signature: Signature) -> None:
@@ -229,32 +239,6 @@ def _check_shape(name: str, found: Sequence[Any], wanted: Sequence[int | str], s
             f"{name}: the forward gives shape {shape}, but must give ({', '.join(map(str, wanted))}), whatever the "
             "sizes of its inputs are"
         )
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return emit("Linear", [x, weight, bias], [(x.dtype, (*x.shape[:-1], weight.shape[0]))])[0]
-
-
-def _embedding(
-    weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
-) -> Tensor:
-    return emit("Embedding", [weight, indices], [(weight.dtype, (*indices.shape, weight.shape[1]))])[0]
-
-
-def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    if len(shape) != 1:
-        raise CaptureError(f"rms_norm over {len(shape)} axes cannot be exported; normalise the last axis only")
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
-    weight = torch.ones(shape[0], dtype=x.dtype) if weight is None else weight
-    return emit("RMSNorm", [x, weight], [(x.dtype, x.shape)], {"epsilon": eps})[0]
-
-
-# PyTorch's own ops that stay whole in the graph, so that quantizers and targets see them as they were written.
-_CANONICAL = {
-    torch.ops.aten.linear.default: _linear,
-    torch.ops.aten.embedding.default: _embedding,
-    torch.ops.aten.rms_norm.default: _rms_norm,
-}
 
 
 @contextmanager

@@ -20,15 +20,19 @@ from torch import nn
 
 from edgellm.models.protocol import LanguageModel
 from edgellm_exporters.atomic import check_destination, whole_directory
+from edgellm_exporters.auto import Automatic, quantize_within
 from edgellm_exporters.capture import capture, check_model, signature_of
 from edgellm_exporters.errors import ExportError, ParityError
-from edgellm_exporters.goldens import write_goldens
+from edgellm_exporters.goldens import GREEDY, write_goldens
 from edgellm_exporters.lower import clean, lower_to
-from edgellm_exporters.parity import ParityReport, compare
-from edgellm_exporters.quantize.calibrate import calibrate
-from edgellm_exporters.quantize.methods import METHODS, plan_for
+from edgellm_exporters.parity import ParityReport, measure
+from edgellm_exporters.quantize.budget import AUTO, Budget, bounds_of
+from edgellm_exporters.quantize.methods import find_method
 from edgellm_exporters.quantize.plan import Plan
+from edgellm_exporters.quantize.planning import make_plan
+from edgellm_exporters.reference import Continuation, Trace, take_traces
 from edgellm_exporters.samples import golden_rows
+from edgellm_exporters.streaming import OwnWeights, Weights, resident
 from edgellm_exporters.targets import Target, find_target
 from edgellm_exporters.write import Progress, write_graph
 from edgellm_runtime.backends.ort import library
@@ -47,11 +51,13 @@ class ExportOptions:
     Args:
         target: a name in :data:`edgellm_exporters.targets.TARGETS`.
         dtype: of activations and unquantized weights.
-        quantize: a name in :data:`edgellm_exporters.quantize.methods.METHODS`.
+        quantize: what :func:`edgellm_exporters.quantize.methods.find_method` knows.
         name: what the bundle calls itself; the destination's name if empty.
         calibration: windows of token ids, each up to the model's context; with them, weights of fewer than 8 bits are
             quantized with GPTQ.
         bounds: overrides for what the bundle must hold to.
+        budget: what a bundle of ``quantize="auto"`` must keep to.
+        held_out: windows of token ids that such a bundle is judged on; none of them is in ``calibration``.
     """
 
     target: str = "cpu"
@@ -60,13 +66,17 @@ class ExportOptions:
     name: str = ""
     calibration: Sequence[Sequence[int]] = ()
     bounds: Mapping[str, float] = field(default_factory=dict)
+    budget: Budget | None = None
+    held_out: Sequence[Sequence[int]] = ()
 
     def __post_init__(self) -> None:
         target = find_target(self.target)
         if self.dtype not in target.dtypes:
             raise ExportError(f"target {self.target} has no dtype {self.dtype!r}; it has {', '.join(target.dtypes)}")
-        if self.quantize not in METHODS:
-            raise ExportError(f"unknown quantization {self.quantize!r}; there are {', '.join(METHODS)}")
+        if (self.quantize == AUTO) != (self.budget is not None):
+            raise ExportError(f"quantize {self.quantize!r} with budget {self.budget}; a budget is for {AUTO!r} alone")
+        if self.budget is None:
+            find_method(self.quantize)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +107,8 @@ class Exported:
 
 
 def export(
-    model: LanguageModel, destination: str | Path, *, options: ExportOptions | None = None,
-    text: TextAssets | None = None, provenance: Mapping[str, Any] | None = None,
+    model: LanguageModel, destination: str | Path, *, weights: Weights | None = None,
+    options: ExportOptions | None = None, text: TextAssets | None = None, provenance: Mapping[str, Any] | None = None,
     progress: Progress = lambda what, share: None,
 ) -> Exported:  # fmt: skip
     """Make a bundle that computes what the model computes, and prove it before it appears.
@@ -106,6 +116,8 @@ def export(
     Args:
         model: follows :class:`edgellm.models.protocol.LanguageModel`.
         destination: the bundle's directory; a bundle that is there is replaced when the new one is finished.
+        weights: where the parameters of a model on the meta device are read from, one by one, so that memory does not
+            grow with the model; None for a model that holds them.
         options: what to make.
         text: tokenizer and chat template; None for a model of token ids only.
         provenance: where the model came from, for the manifest.
@@ -128,7 +140,8 @@ def export(
     try:
         with whole_directory(destination) as scratch:
             name = options.name or destination.name
-            exported = _build(model, scratch, name, options, text, dict(provenance or {}), progress)
+            source = weights or OwnWeights(model)
+            exported = _build(model, source, scratch, name, options, text, dict(provenance or {}), progress)
     finally:
         model.train(was_training)
     bundle = Bundle(destination, checksums=False)
@@ -136,54 +149,80 @@ def export(
 
 
 def _build(
-    model: LanguageModel, scratch: Path, name: str, options: ExportOptions, text: TextAssets | None,
+    model: LanguageModel, weights: Weights, scratch: Path, name: str, options: ExportOptions, text: TextAssets | None,
     provenance: Mapping[str, Any], progress: Progress,
 ) -> Exported:  # fmt: skip
     target = find_target(options.target)
     progress("capturing", 0.0)
-    graph, plan = _graph(model, target, options, progress)
-    parameters = sum(p.numel() for _, p in model.named_parameters())
-    write_graph(graph, scratch, progress)
-    progress("taking goldens from PyTorch", 0.0)
     rows = golden_rows(text.tokenizer_json if text else None, model.config.vocab_size, model.config.max_context)
-    write_goldens(model, rows, scratch)
     _write_text(scratch, text)
-    bounds = {**METHODS[options.quantize].bounds, **options.bounds}
+    quantization, own_bounds = _write_weights(model, weights, target, options, rows, scratch, progress)
+    bounds = {**own_bounds, **options.bounds}
     manifest = Manifest(
         name=name, target={"name": target.name, "requires": {"onnxruntime": "1.30"}},
         signature=signature_of(model), max_context=model.config.max_context, ragged_chunks=target.ragged_chunks,
         dtype=options.dtype, files={}, tokenizer=text.info if text else None,
-        quantization=_quantization(options, plan), provenance={**provenance, **_environment()}, bounds=bounds,
+        quantization=quantization, provenance={**provenance, **_environment()}, bounds=bounds,
     )  # fmt: skip
-    _write_manifest(scratch, manifest)
+    manifest = _write_manifest(scratch, manifest)
+    session = _session(scratch)
+    progress("running PyTorch", 0.0)
+    with resident(model, weights):
+        traces, said = take_traces(model, session, rows, GREEDY, whole="greedy" in bounds)
+    write_goldens(traces, said, scratch)
+    manifest = _write_manifest(scratch, manifest)
     bundle = Bundle(scratch)
-    session = open_session(bundle)
-    parity, verification = _prove(model, bundle, session, rows, progress)
+    parity, verification = _prove(bundle, session, traces, said, progress)
     measured = {k: getattr(parity, k) for k in ("logits", "kl", "top1", "state", "greedy")} | {"tokens": parity.tokens}
-    _write_manifest(scratch, manifest, measured)
-    weights = sum(f.bytes for n, f in bundle.manifest.files.items() if n.startswith(GRAPH))
-    return Exported(bundle, parity, verification, parameters, weights)
+    _write_manifest(scratch, dataclasses.replace(manifest, measured=measured))
+    weight_bytes = sum(f.bytes for n, f in manifest.files.items() if n.startswith(GRAPH))
+    return Exported(bundle, parity, verification, sum(p.numel() for _, p in model.named_parameters()), weight_bytes)
 
 
-def _graph(model: LanguageModel, target: Target, options: ExportOptions, progress: Progress) -> tuple[ir.Model, Plan]:
-    captured = capture(model)
+def _write_weights(
+    model: LanguageModel, weights: Weights, target: Target, options: ExportOptions, rows: Sequence[Sequence[int]],
+    scratch: Path, progress: Progress,
+) -> tuple[dict[str, Any], Mapping[str, float]]:  # fmt: skip
+    """The graph with its weights into ``scratch``; what the manifest says of them, and what they must hold to."""
+    if options.budget is None:
+        graph, plan = _graph(model, weights, target, options, rows, progress)
+        write_graph(graph, scratch, progress)
+        return _quantization(options, plan), find_method(options.quantize).bounds
+    job = Automatic(
+        model=model, weights=weights, target=target, calibration=options.calibration, held_out=options.held_out
+    )
+    others = sum(file.stat().st_size for file in scratch.iterdir())
+    found = quantize_within(options.budget, job, scratch, others, progress)
+    return {"method": AUTO, **found.record}, bounds_of(options.budget, found.schemes)
+
+
+def _graph(
+    model: LanguageModel,
+    weights: Weights,
+    target: Target,
+    options: ExportOptions,
+    rows: Sequence[Sequence[int]],
+    progress: Progress,
+) -> tuple[ir.Model, Plan]:
+    captured = capture(model, weights)
     clean(captured)
     for make in target.passes:
         make()(captured)
-    calibration = None
-    if options.calibration:
-        assert isinstance(model, nn.Module)
-        calibration = calibrate(model, options.calibration, partial(progress, "calibrating"))
-    plan = plan_for(options.quantize, captured, calibration)
+    assert isinstance(model, nn.Module)
+    with resident(model, weights):
+        plan = make_plan(find_method(options.quantize), captured, model, rows, options.calibration, progress)
     return lower_to(captured, target, plan), plan
 
 
+def _session(scratch: Path) -> Session:
+    return open_session(Bundle(scratch, checksums=False))  # its bytes were hashed while they were written
+
+
 def _prove(
-    model: LanguageModel, bundle: Bundle, session: Session, rows: Sequence[Sequence[int]], progress: Progress
+    bundle: Bundle, session: Session, traces: Sequence[Trace], said: Sequence[Continuation], progress: Progress
 ) -> tuple[ParityReport, Verification]:
     progress("comparing with PyTorch", 0.0)
-    prompts = [row[: len(row) // 2] for row in rows]
-    parity = compare(model, session, rows, greedy_prompts=prompts, progress=partial(progress, "comparing with PyTorch"))
+    parity = measure(session, traces, len(traces), said, partial(progress, "comparing with PyTorch"))
     progress("verifying goldens", 0.0)
     verification = verify(bundle, session)
     failed = [c for c in (*parity.checks(dict(bundle.manifest.bounds)), *verification.checks) if not c.ok]
@@ -201,12 +240,13 @@ def _write_text(scratch: Path, text: TextAssets | None) -> None:
         (scratch / "chat_template.jinja").write_text(text.chat_template, encoding="utf-8")
 
 
-def _write_manifest(scratch: Path, manifest: Manifest, measured: Mapping[str, float] | None = None) -> None:
-    files = {
-        f.name: FileInfo(f.stat().st_size, sha256_of(f)) for f in sorted(scratch.iterdir()) if f.name != MANIFEST
-    }  # fmt: skip
-    full = dataclasses.replace(manifest, files=files, measured=measured or {})
+def _write_manifest(scratch: Path, manifest: Manifest) -> Manifest:
+    """Write it with the checksums of files that it does not list yet; the others have not changed."""
+    new = [f for f in sorted(scratch.iterdir()) if f.name != MANIFEST and f.name not in manifest.files]
+    files = {**manifest.files, **{f.name: FileInfo(f.stat().st_size, sha256_of(f)) for f in new}}
+    full = dataclasses.replace(manifest, files=dict(sorted(files.items())))
     (scratch / MANIFEST).write_text(json.dumps(full.to_json(), indent=1) + "\n", encoding="utf-8")
+    return full
 
 
 def _quantization(options: ExportOptions, plan: Plan) -> dict[str, Any]:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgellm.models.protocol import LanguageModel, Step, empty_state
-from edgellm_exporters.goldens import greedy_tokens
+from edgellm.models.protocol import LanguageModel
+from edgellm_exporters.reference import Continuation, Trace, continuations, traces
 from edgellm_runtime.session import Session
+from edgellm_runtime.state import State
 from edgellm_runtime.verify import Check, held
 
-__all__ = ["ParityReport", "compare", "kl_divergence"]
+__all__ = ["ParityReport", "compare", "kl_divergence", "measure"]
 
 Array = NDArray[Any]
-_STATE_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class ParityReport:
         kl: mean KL divergence from PyTorch's distribution to the bundle's, nats a token.
         kl_p99: its 99th percentile.
         top1: share of positions where both have the same most likely token.
-        state: largest relative difference of a carried tensor, in norm.
-        greedy: share of equal tokens in greedy continuations; 1 when none were asked for.
+        state: largest relative difference of a carried tensor after the first window, in norm.
+        greedy: share of greedy continuations up to their first difference; 1 when none were asked for.
         perplexity: the bundle's over the text.
         reference_perplexity: PyTorch's.
         first_divergence: window and position where the most likely tokens first differ, or None.
@@ -73,31 +73,48 @@ def compare(
     Returns:
         The differences.
     """
-    kls: list[Array] = []
-    matches: list[Array] = []
-    nlls: list[Array] = []
-    reference_nlls: list[Array] = []
-    worst, first = 0.0, None
-    for number, window in enumerate(windows):
-        for start, ours, theirs in _logits(model, session, np.asarray(window, dtype=np.int64)):
-            worst = float(np.maximum(worst, float((ours - theirs).abs().max() / theirs.abs().max())))
-            p, q = theirs.log_softmax(dim=1), ours.log_softmax(dim=1)
-            kls.append(kl_divergence(p, q).numpy())
-            same = (ours.argmax(dim=1) == theirs.argmax(dim=1)).numpy()
-            matches.append(same)
-            if first is None and not same.all():
-                first = (number, start + int(np.argmin(same)))
-            targets = torch.as_tensor(window[start + 1 : start + 1 + len(ours)])[:, None]
-            nlls.append(-q[: len(targets)].gather(1, targets)[:, 0].numpy())
-            reference_nlls.append(-p[: len(targets)].gather(1, targets)[:, 0].numpy())
-        progress((number + 1) / len(windows))
-    kl = np.concatenate(kls)
+    said: Sequence[Continuation] = ()
+    if greedy_prompts:
+        said, _ = continuations(model, session, greedy_prompts, [greedy_count] * len(greedy_prompts), whole=False)
+    return measure(session, traces(model, windows), len(windows), said, progress)
+
+
+@torch.no_grad()
+def measure(
+    session: Session, references: Iterable[Trace], count: int, said: Sequence[Continuation],
+    progress: Callable[[float], None] = lambda _: None,
+) -> ParityReport:  # fmt: skip
+    """Hold a bundle to what PyTorch has computed already.
+
+    Args:
+        session: of the bundle.
+        references: of rows of tokens, at least one.
+        count: how many they are.
+        said: what PyTorch says after some rows.
+        progress: told the share that is done.
+    """
+    parts: list[_Part] = []
+    worst, state, first = 0.0, 0.0, None
+    for number, reference in enumerate(references):
+        own = session.new_state(1, len(reference.tokens))
+        row = list(_parts(session, own, reference))
+        difference = np.max([p.difference for p in row]) / np.max([p.largest for p in row])
+        worst = float(np.maximum(worst, difference))  # numpy's, unlike Python's, lets no NaN pass unseen
+        same = np.concatenate([p.same for p in row])
+        if first is None and not same.all():
+            first = (number, int(np.argmin(same)))
+        parts += row
+        if number == 0:
+            state = _state(reference, own)
+        progress((number + 1) / count)
+    kl = np.concatenate([p.kl for p in parts])
     return ParityReport(
         tokens=len(kl), logits=worst, kl=float(kl.mean()), kl_p99=float(np.percentile(kl, 99)),
-        top1=float(np.concatenate(matches).mean()), state=_state(model, session, windows[0][:_STATE_TOKENS]),
-        greedy=_greedy(model, session, greedy_prompts, greedy_count),
-        perplexity=float(np.exp(np.concatenate(nlls).mean())),
-        reference_perplexity=float(np.exp(np.concatenate(reference_nlls).mean())), first_divergence=first,
+        top1=float(np.concatenate([p.same for p in parts]).mean()), state=state,
+        greedy=float(np.mean([s.agreed for s in said])) if said else 1.0,
+        perplexity=float(np.exp(np.concatenate([p.nll for p in parts]).mean())),
+        reference_perplexity=float(np.exp(np.concatenate([p.reference_nll for p in parts]).mean())),
+        first_divergence=first,
     )  # fmt: skip
 
 
@@ -106,43 +123,45 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(dim=1)
 
 
-_PIECE = 128  # positions whose logits are held at a time: a vocabulary of 150,000 in float64 is large
+class _Part(NamedTuple):
+    """The figures of some neighbouring positions, one each."""
+
+    difference: float  # the largest of a logit
+    largest: float  # PyTorch's largest logit
+    kl: Array
+    same: Array
+    nll: Array  # one fewer at a row's end
+    reference_nll: Array
 
 
-@torch.no_grad()
-def _logits(model: LanguageModel, session: Session, window: Array) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Both sides' logits over one window, piece by piece: start, bundle's and PyTorch's (positions, vocab)."""
-    state = session.new_state(1, len(window))
-    theirs = model(torch.from_numpy(window)[None])[0][0]
-    for start in range(0, len(window), _PIECE):
-        piece = window[start : start + _PIECE]
-        ours = torch.from_numpy(session.step(piece[None], state, logits="all")[0])
-        yield start, ours.double(), theirs[start : start + _PIECE].double()
+_PIECE = 128  # positions that the bundle reads at a time
+_NUMBERS = 1 << 18  # logits that are compared at a time: in float64, and several copies of them
 
 
-@torch.no_grad()
-def _state(model: LanguageModel, session: Session, row: Sequence[int]) -> float:
-    tokens = torch.tensor([list(row)])
-    _, theirs = model(tokens, empty_state(model, 1, len(row)), Step.whole(tokens))
-    ours = session.new_state(1, len(row))
-    session.step(tokens.numpy(), ours, logits="none")
+def _parts(session: Session, state: State, reference: Trace) -> Iterator[_Part]:
+    """Both sides' figures over one row, which the bundle reads into its state."""
+    row = np.asarray(reference.tokens, dtype=np.int64)
+    most = max(1, _NUMBERS // session.vocab_size)
+    for start in range(0, len(row), _PIECE):
+        logits = torch.from_numpy(session.step(row[None, start : start + _PIECE], state, logits="all")[0])
+        for i in range(0, len(logits), most):
+            ours, at = logits[i : i + most].double(), start + i
+            theirs = reference.logits[at : at + len(ours)].double()
+            p, q = theirs.log_softmax(dim=1), ours.log_softmax(dim=1)
+            targets = torch.as_tensor(row[at + 1 : at + 1 + len(ours)])[:, None]
+            yield _Part(
+                float((ours - theirs).abs().max()), float(theirs.abs().max()), kl_divergence(p, q).numpy(),
+                (ours.argmax(dim=1) == theirs.argmax(dim=1)).numpy(),
+                -q[: len(targets)].gather(1, targets)[:, 0].numpy(),
+                -p[: len(targets)].gather(1, targets)[:, 0].numpy(),
+            )  # fmt: skip
+
+
+def _state(reference: Trace, own: State) -> float:
     worst = 0.0
-    for spec in session.signature.state:
-        found, axis = ours.tensors[spec.name], spec.capacity_axis
-        found = found if axis is None else found.take(range(len(row)), axis=axis)
-        expected = theirs[spec.name].double().numpy()
+    for spec in own.specs:
+        found, axis = own.tensors[spec.name][0], spec.capacity_axis
+        found = found if axis is None else found.take(range(len(reference.tokens)), axis=axis - 1)
+        expected = reference.state[spec.name].double().numpy()
         worst = float(np.maximum(worst, np.linalg.norm(found - expected) / (np.linalg.norm(expected) + 1e-12)))
     return worst
-
-
-def _greedy(model: LanguageModel, session: Session, prompts: Sequence[Sequence[int]], count: int) -> float:
-    equal = []
-    for prompt in prompts:
-        expected = greedy_tokens(model, prompt, count)
-        state = session.new_state(1, len(prompt) + count)
-        logits, said = session.step(np.asarray([list(prompt)]), state), []
-        for _ in range(count):
-            said.append(int(logits[0, -1].argmax()))
-            logits = session.step(np.asarray([[said[-1]]]), state)
-        equal.append(np.mean(np.asarray(said) == np.asarray(expected)))
-    return float(np.mean(equal)) if equal else 1.0

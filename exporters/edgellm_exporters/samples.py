@@ -16,7 +16,7 @@ _TEXTS = (
 
 
 def golden_rows(tokenizer_json: str | None, vocab_size: int, max_context: int) -> list[list[int]]:
-    """Two rows of at most 48 tokens.
+    """Two rows of one length, at most 48 tokens, so that they can run together.
 
     Args:
         tokenizer_json: a tokenizer to encode sentences with, or None.
@@ -28,8 +28,9 @@ def golden_rows(tokenizer_json: str | None, vocab_size: int, max_context: int) -
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_str(tokenizer_json)
-        rows = [tokenizer.encode(text, add_special_tokens=False).ids[:length] for text in _TEXTS]
-        if all(len(row) > 1 and max(row) < vocab_size for row in rows):
-            return rows
+        rows = [tokenizer.encode(text, add_special_tokens=False).ids for text in _TEXTS]
+        shortest = min(length, *map(len, rows))
+        if shortest > 1 and max(map(max, rows)) < vocab_size:
+            return [row[:shortest] for row in rows]
     generator = np.random.default_rng(0)
     return [generator.integers(0, vocab_size, length).tolist() for _ in _TEXTS]

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering import recurrent, standard
 from edgellm_exporters.lowering.context import Lowering, Rule, inputs_of
-from edgellm_exporters.quantize.plan import pack
+from edgellm_exporters.quantize.plan import ROW, QuantizedWeight, pack
 
 __all__ = ["DOMAIN", "RULES"]
 
@@ -30,9 +30,9 @@ def embedding(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
     if quantized is None:
         return standard.RULES["Embedding"](context, node)
     scheme = quantized.scheme
-    if scheme.bits < 4:
+    if scheme.bits < 4 or scheme.shifted or scheme.block == ROW:
         raise LoweringError(
-            f"{weight.name}: no kernel looks up {scheme.bits}-bit rows; use 4 or 8 bits for the embedding"
+            f"{weight.name}: no kernel looks up rows of {scheme}; use 4 or 8 bits in blocks for the embedding"
         )
     shape = (quantized.shape[0], quantized.shape[1] * scheme.bits // 8)
     rows = context.op(
@@ -55,13 +55,45 @@ def matmul(context: Lowering, x: ir.Value, weight: ir.Value, bias: ir.Value | No
     quantized = context.quantized(weight)
     if quantized is None:
         return standard.matmul(context, x, weight, bias)
+    if quantized.scheme.block == ROW:
+        y = _integer_product(context, x, weight)
+    else:
+        y = _blockwise_product(context, x, weight, quantized)
+    return y if bias is None else context.op("Add", y, bias)
+
+
+def _blockwise_product(context: Lowering, x: ir.Value, weight: ir.Value, quantized: QuantizedWeight) -> ir.Value:
+    """MatMulNBits; where blocks have shifts, these are further columns that meet the sums of the input's blocks."""
     (rows, columns), scheme = quantized.shape, quantized.scheme
+    if scheme.shifted:
+        x = standard.with_block_sums(context, x, columns, scheme.block)
+        columns += columns // scheme.block
     codes = _codes(context, weight, (rows, quantized.blocks, scheme.block * scheme.bits // 8), "codes")
-    y = context.op(
+    return context.op(
         "MatMulNBits", x, codes, standard.scales_of(context, weight), _zeros(context, weight), domain=DOMAIN, N=rows,
         K=columns, bits=scheme.bits, block_size=scheme.block, accuracy_level=_INT8_ACTIVATIONS,
     )  # fmt: skip
-    return y if bias is None else context.op("Add", y, bias)
+
+
+def _integer_product(context: Lowering, x: ir.Value, weight: ir.Value) -> ir.Value:
+    """Rows of x in 8 bits, each with a scale of its own, times 8-bit weights with one scale a row.
+
+    The kernel knows one scale for all rows of x: rows are divided by their largest magnitude before and multiplied by
+    it after, so that no row depends on another.
+    """
+    rounded, largest = context.once(("rounded rows", x), lambda: _rounded_rows(context, x))
+    step, middle = context.const(1 / 127, np.float32), context.const(128, np.uint8)
+    y = context.op(
+        "MatMulIntegerToFloat", rounded, *standard.signed_columns(context, weight, step, middle), domain=DOMAIN
+    )  # fmt: skip
+    return context.op("Mul", y, largest)
+
+
+def _rounded_rows(context: Lowering, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    largest = context.op("ReduceMax", context.op("Abs", x), context.const([-1]), keepdims=1)
+    largest = context.op("Max", largest, context.const(1e-12, np.float32))  # a row of zeros
+    step, middle = context.const(1 / 127, np.float32), context.const(128, np.uint8)
+    return context.op("QuantizeLinear", context.op("Div", x, largest), step, middle), largest
 
 
 def rms_norm(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
@@ -86,11 +118,21 @@ def attention(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
     total = context.once("total", lambda: context.op("Add", past_lengths, lengths))  # (batch,)
     last = context.once("last", lambda: context.op("Sub", total, context.const(1, np.int32)))
     longest = context.once("longest", lambda: context.op("ReduceMax", total, keepdims=0))
+    scales = _cache_scales(context, past_k, past_v)
+    narrow = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8} if scales else {}
     return context.ops(
-        3, "GroupQueryAttention", q, k, v, past_k, past_v, last, longest, cos, sin, domain=DOMAIN,
+        3, "GroupQueryAttention", q, k, v, past_k, past_v, last, longest, cos, sin, *scales, domain=DOMAIN,
         num_heads=node.attributes["num_heads"].as_int(), kv_num_heads=node.attributes["num_kv_heads"].as_int(),
-        scale=node.attributes["scale"].as_float(), do_rotary=int(cos is not None),
+        scale=node.attributes["scale"].as_float(), do_rotary=int(cos is not None), **narrow,
     )  # fmt: skip
+
+
+def _cache_scales(context: Lowering, *past: ir.Value | None) -> list[ir.Value | None]:
+    """What the kernel reads after the rotation's tables when the cache is in 8 bits: three absent inputs, two scales."""
+    found = [context.plan.cache.get(str(value.name).removeprefix("past.")) for value in past if value is not None]
+    if any(scale is None for scale in found):
+        return []
+    return [None, None, None, *(context.const(scale, np.float32) for scale in found)]
 
 
 def _packed(*parts: ir.Value | None) -> ir.Value | None:
@@ -128,7 +170,10 @@ def _zeros(context: Lowering, weight: ir.Value) -> ir.Value | None:
 
 def _hoist(context: Lowering, weight: ir.Value) -> None:
     """The kernel reads codes as they are stored; only scales are widened first."""
-    if context.quantized(weight) is not None:
+    quantized = context.quantized(weight)
+    if quantized is not None and quantized.scheme.block == ROW:
+        standard.row_scales_of(context, weight)
+    elif quantized is not None:
         standard.scales_of(context, weight)
 
 

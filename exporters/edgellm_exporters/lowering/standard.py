@@ -12,8 +12,9 @@ import onnx_ir as ir
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering import recurrent
 from edgellm_exporters.lowering.context import Lowering, Rule, blank, inputs_of, shape_of
+from edgellm_exporters.quantize.plan import ROW, QuantizedWeight
 
-__all__ = ["RULES", "matmul", "scales_of"]
+__all__ = ["RULES", "matmul", "row_scales_of", "scales_of", "signed_columns", "with_block_sums"]
 
 _TYPES: Mapping[tuple[int, bool], Any] = {
     (8, True): np.int8, (8, False): np.uint8, (4, True): ml_dtypes.int4, (4, False): ml_dtypes.uint4,
@@ -27,10 +28,10 @@ def embedding(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
     quantized = context.quantized(weight)
     if quantized is None:
         return [context.op("Gather", weight, indices)]
-    if quantized.scheme.bits < 8:  # Gather takes no 4-bit tensor
+    if quantized.scheme.bits < 8 or quantized.scheme.shifted:  # Gather takes no 4-bit tensor
         return [context.op("Gather", _rows(context, weight), indices)]
     parts = [context.op("Gather", part, indices) for part in _parts(context, weight)]
-    return [context.op("DequantizeLinear", *parts, axis=-1, block_size=quantized.scheme.block)]
+    return [context.op("DequantizeLinear", *parts, axis=-1, block_size=quantized.scheme.block or quantized.shape[1])]
 
 
 def linear(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
@@ -60,12 +61,34 @@ def _rows(context: Lowering, weight: ir.Value) -> ir.Value:
     quantized = context.quantized(weight)
     if quantized is None:
         return weight
-    return context.once(
-        ("rows", weight.name),
-        lambda: context.op(
-            "DequantizeLinear", *_parts(context, weight), axis=1, block_size=quantized.scheme.block
-        ),
-    )  # fmt: skip
+    return context.once(("rows", weight.name), lambda: _dequantized(context, weight, quantized))
+
+
+def _dequantized(context: Lowering, weight: ir.Value, quantized: QuantizedWeight) -> ir.Value:
+    (rows, columns), block = quantized.shape, quantized.scheme.block
+    if block == ROW:
+        codes, _ = _parts(context, weight)
+        return context.op("DequantizeLinear", codes, row_scales_of(context, weight), axis=0)
+    wide = context.op("DequantizeLinear", *_parts(context, weight), axis=1, block_size=block)
+    if not quantized.scheme.shifted:
+        return wide
+    blocks = columns // block
+    sizes = context.const([columns, blocks, quantized.padded - columns - blocks])
+    plain, shifts, _ = context.ops(3, "Split", wide, sizes, axis=1)
+    spread = context.op("Reshape", plain, context.const([rows, blocks, block]))
+    whole = context.op("Add", spread, context.op("Unsqueeze", shifts, context.const([2])))
+    return context.op("Reshape", whole, context.const([rows, columns]))
+
+
+def with_block_sums(context: Lowering, x: ir.Value, columns: int, block: int) -> ir.Value:
+    """X followed by the sum of each of its blocks, (..., columns + columns / block)."""
+
+    def make() -> ir.Value:
+        outer = [0] * (len(x.shape) - 1 if x.shape is not None else 2)
+        blocks = context.op("Reshape", x, context.const([*outer, columns // block, block]))
+        return context.op("Concat", x, context.op("ReduceSum", blocks, context.const([-1]), keepdims=0), axis=-1)
+
+    return context.once(("block sums", x, block), make)
 
 
 def rms_norm(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
@@ -163,13 +186,38 @@ def _parts(context: Lowering, weight: ir.Value) -> list[ir.Value]:
     shift = scheme.middle if scheme.symmetric else 0
     codes = quantized.lazy(
         lambda c: (c.codes.astype(np.int16) - shift).astype(dtype),
-        np.broadcast_to(np.zeros((), dtype), quantized.shape),
+        np.broadcast_to(np.zeros((), dtype), (quantized.shape[0], quantized.padded)),
     )
     parts = [context.part(weight, "codes", codes), scales_of(context, weight)]
     if not scheme.symmetric:
         zeros = quantized.lazy(lambda c: c.zeros.astype(dtype), np.broadcast_to(np.zeros((), dtype), blocks))
         parts.append(context.part(weight, "zeros", zeros))
     return parts
+
+
+def signed_columns(
+    context: Lowering, weight: ir.Value, input_scale: ir.Value, input_zero: ir.Value
+) -> tuple[ir.Value, ...]:
+    """What an integer product reads beside its input, for a weight with one scale a row.
+
+    Returns:
+        Codes (columns, rows) int8, the input's scale, the weight's scales (rows,), the input's zero.
+    """
+    quantized = context.quantized(weight)
+    assert quantized is not None
+    middle = quantized.scheme.middle
+    codes = quantized.lazy(
+        lambda c: (c.codes.astype(np.int16) - middle).astype(np.int8).T,
+        np.broadcast_to(np.int8(0), quantized.shape[::-1]),
+    )
+    return context.part(weight, "columns", codes), input_scale, row_scales_of(context, weight), input_zero
+
+
+def row_scales_of(context: Lowering, weight: ir.Value) -> ir.Value:
+    """The scales (rows,) of a weight with one a row."""
+    return context.once(
+        ("row scales", weight.name), lambda: context.op("Squeeze", scales_of(context, weight), context.const([1]))
+    )
 
 
 def scales_of(context: Lowering, weight: ir.Value) -> ir.Value:

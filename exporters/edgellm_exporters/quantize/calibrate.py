@@ -1,72 +1,156 @@
-"""What real text puts into each linear layer: the statistics that calibrated methods weigh errors with."""
+"""What real text puts into each linear layer: what calibrated methods weigh errors with. One layer at a time.
+
+All windows run as one batch, so that a single pass through the model meets each layer once with everything it will
+read: statistics live no longer than the layer they are for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgellm_exporters.errors import QuantizeError
+from edgellm_exporters.quantize.gptq import gptq
+from edgellm_exporters.quantize.plan import Codes, Scheme
 
-__all__ = ["MIN_TOKENS", "Calibration", "calibrate"]
+__all__ = ["MIN_TOKENS", "check_windows", "largest_inputs", "quantize_in_turn"]
 
 MIN_TOKENS = 2048
+Array = NDArray[np.float32]
+Progress = Callable[[float], None]
+Visit = Callable[[str, nn.Linear, Tensor], None]
 
 
-class Calibration:
-    """Sums of x x^T over the inputs x of each linear layer.
-
-    Args:
-        hessians: by the name of the layer's weight.
-    """
-
-    def __init__(self, hessians: dict[str, Tensor]) -> None:
-        self._hessians = hessians
-
-    def find(self, names: Sequence[str]) -> Tensor | None:
-        """The statistics for a weight, or for several that read the same tensor and were merged."""
-        return next((self._hessians[name] for name in names if name in self._hessians), None)
-
-
-@torch.no_grad()
-def calibrate(
-    model: nn.Module, windows: Sequence[Sequence[int]], progress: Callable[[float], None] = lambda _: None
-) -> Calibration:
-    """Run a model over text and gather what its linear layers read.
-
-    Args:
-        model: in eval mode; weights that are tied share their statistics.
-        windows: rows of token ids, each read from an empty state.
-        progress: told the share that is done.
+def check_windows(windows: Sequence[Sequence[int]]) -> None:
+    """Make sure that there is enough text to learn from.
 
     Raises:
         QuantizeError: fewer than :data:`MIN_TOKENS` tokens.
     """
     if (found := sum(map(len, windows))) < MIN_TOKENS:
         raise QuantizeError(f"the calibration text has {found} tokens, and needs {MIN_TOKENS}; give a longer text")
-    sums: dict[str, Tensor] = {}
-    hooks = [
-        module.register_forward_pre_hook(_gather(sums, f"{name}.weight"))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    try:
-        for number, window in enumerate(windows):
-            model(torch.tensor([list(window)]))
-            progress((number + 1) / len(windows))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    shared = {id(p): sums[n] for n, p in model.named_parameters(remove_duplicate=False) if n in sums}
-    every = model.named_parameters(remove_duplicate=False)
-    return Calibration({name: shared[id(p)] for name, p in every if id(p) in shared})
 
 
-def _gather(sums: dict[str, Tensor], name: str) -> Callable[[nn.Module, Any], None]:
+def largest_inputs(
+    model: nn.Module, windows: Sequence[Sequence[int]], progress: Progress = lambda _: None
+) -> dict[str, Array]:  # fmt: skip
+    """The largest magnitude in each column of what a linear layer reads, by the name of its weight.
+
+    Args:
+        model: in eval mode.
+        windows: rows of token ids, each read from an empty state.
+        progress: told the share that is done.
+
+    Raises:
+        QuantizeError: a layer read something that is not finite.
+    """
+    found: dict[str, Array] = {}
+
+    def visit(name: str, _module: nn.Linear, x: Tensor) -> None:
+        found[name] = x.abs().amax(0).numpy()
+        if not np.isfinite(found[name]).all():
+            raise QuantizeError(f"{name}: real text gives it NaN or infinite inputs; check the checkpoint")
+
+    _visit(model, windows, visit, None, progress)
+    return found
+
+
+def quantize_in_turn(
+    model: nn.Module, windows: Sequence[Sequence[int]], schemes: Mapping[str, Scheme],
+    columns: Mapping[str, Array], rows: Mapping[str, Array], progress: Progress = lambda _: None,
+) -> dict[str, Codes]:  # fmt: skip
+    """GPTQ, layer after layer; each layer's inputs come from the layers before it as they were quantized.
+
+    Args:
+        model: in eval mode; its weights are the same again afterwards.
+        windows: rows of token ids, each read from an empty state.
+        schemes: the formats of the weights to quantize, by the model's names for them.
+        columns: factors that the weights' columns are smoothed with, by the same names.
+        rows: those of their rows.
+        progress: told the share that is done.
+
+    Returns:
+        The numbers of each weight, smoothed.
+    """
+    found: dict[str, Codes] = {}
+
+    def visit(name: str, module: nn.Linear, x: Tensor) -> None:
+        if name not in schemes:
+            return
+        column = torch.from_numpy(columns.get(name, np.ones(x.shape[1], dtype=np.float32)))
+        row = torch.from_numpy(rows.get(name, np.ones(module.out_features, dtype=np.float32)))[:, None]
+        smooth_x = x / column
+        codes = gptq((module.weight.float() * column * row).numpy(), smooth_x.T @ smooth_x, schemes[name])
+        found[name] = codes
+        module.weight = nn.Parameter(torch.from_numpy(codes.dequantize()) / column / row, requires_grad=False)
+
+    _visit(model, windows, visit, set(schemes), progress)
+    return found
+
+
+class _Done(Exception):
+    """Every layer that mattered was met: the rest of the pass would be for nothing."""
+
+
+@torch.no_grad()
+def _visit(
+    model: nn.Module, windows: Sequence[Sequence[int]], visit: Visit, wanted: set[str] | None, progress: Progress
+) -> None:
+    """Run the model and call ``visit`` with each linear layer's weight's name, the layer, and all that it reads."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    layers = {m: names[id(m.weight)] for m in model.modules() if isinstance(m, nn.Linear)}
+    left = {m for m, own in layers.items() if wanted is None or wanted & set(own)}
+    total = len(left)
+
     def hook(module: nn.Module, inputs: Any) -> None:
+        assert isinstance(module, nn.Linear)
+        if module not in left:
+            return
         x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
-        sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
+        for name in layers[module]:
+            visit(name, module, x)
+        left.discard(module)
+        progress(1 - len(left) / max(total, 1))
+        if not left:
+            raise _Done
 
-    return hook
+    with _unchanged(layers), _hooked(layers, hook):
+        for batch in _batches(windows):
+            try:
+                model(torch.tensor(batch))
+            except _Done:
+                return
+
+
+def _batches(windows: Sequence[Sequence[int]]) -> list[list[list[int]]]:
+    """All windows at once; those of another length than the first would need padding and are left out."""
+    length = len(windows[0])
+    return [[list(w) for w in windows if len(w) == length]]
+
+
+@contextmanager
+def _hooked(layers: Mapping[nn.Linear, Any], hook: Any) -> Iterator[None]:
+    handles = [layer.register_forward_pre_hook(hook) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _unchanged(layers: Mapping[nn.Linear, Any]) -> Iterator[None]:
+    before = {layer: layer.weight for layer in layers}
+    try:
+        yield
+    finally:
+        for layer, weight in before.items():
+            layer.weight = weight

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-import numpy as np
-import onnx_ir as ir
-from numpy.typing import NDArray
+from edgellm_exporters.errors import QuantizeError
+from edgellm_exporters.quantize.plan import ROW, Scheme
 
-from edgellm.ops.canonical import DOMAIN
-from edgellm_exporters.passes.merge_linears import parts_of
-from edgellm_exporters.quantize.calibrate import Calibration
-from edgellm_exporters.quantize.gptq import gptq
-from edgellm_exporters.quantize.plan import Codes, Plan, Quantizer, Scheme
-from edgellm_exporters.quantize.rtn import round_to_nearest
-
-__all__ = ["METHODS", "Method", "plan_for", "quantizable", "quantizer"]
-
-_OPS = frozenset({"Linear", "Embedding", "LSTM", "GRU", "RNN"})
+__all__ = ["METHODS", "Method", "find_method"]
 
 
 @dataclass(frozen=True)
@@ -27,16 +18,26 @@ class Method:
 
     Args:
         summary: for help texts.
-        layers: the format of weights between the embedding and the logits, or None for floats.
+        layers: the format of weights between the embedding and the logits, or None for floats. Weights whose rows do
+            not divide into its blocks get the largest smaller block that does, unless ``exact``.
         ends: that of the embedding and of the projection to the vocabulary.
         bounds: what a bundle must hold to, against the float model; see :mod:`edgellm_runtime.verify`.
+        smooth: whether to smooth the layers' inputs first.
+        keep: whether each weight gets the smallest format that holds the checkpoint's own values, instead.
+        exact: whether the blocks are just those that are named.
     """
 
     summary: str
     layers: Scheme | None
     ends: Scheme | None
-    bounds: Mapping[str, float]
+    bounds: Mapping[str, float] = field(default_factory=dict)
+    smooth: bool = False
+    keep: bool = False
+    exact: bool = False
 
+
+_EIGHT = {"kl": 0.02, "top1": 0.8, "state": 0.15, "split": 0.1, "batch": 0.1}
+_FOUR = {"kl": 0.6, "top1": 0.5, "split": 0.15, "batch": 0.15}  # no bound on state: a key of SmolLM2 was 88% off
 
 # Float graphs differ from PyTorch by rounding alone; the bounds of the others hold with a margin for the models in
 # docs/benchmarks.md and fail for a wrong graph.
@@ -45,57 +46,56 @@ METHODS: Mapping[str, Method] = {
         "float weights", None, None,
         {"logits": 1e-4, "kl": 1e-6, "top1": 1.0, "state": 1e-4, "split": 1e-4, "batch": 1e-4, "greedy": 1.0},
     ),
-    "int8": Method(
-        "8-bit weights", Scheme(8), Scheme(8), {"kl": 0.02, "top1": 0.9, "state": 0.15, "split": 0.1, "batch": 0.1}
+    "int8": Method("8-bit weights in blocks", Scheme(8, 64), Scheme(8, 64), _EIGHT, smooth=True),
+    "w8a8": Method(
+        "8-bit weights with one scale a row, for the fastest prompts", Scheme(8, ROW), Scheme(8, 64),
+        {"kl": 0.05, "top1": 0.8, "state": 0.3, "split": 0.1, "batch": 0.1}, smooth=True,
     ),
     "int4": Method(
-        "4-bit weights, the embedding and the projection to the vocabulary in 8", Scheme(4, symmetric=False), Scheme(8),
-        {"kl": 0.6, "top1": 0.5, "split": 0.15, "batch": 0.15},  # no bound on state: a key of SmolLM2 was 88% off
+        "4-bit weights, the embedding and the projection to the vocabulary in 8",
+        Scheme(4, 64, symmetric=False), Scheme(8, 64), _FOUR, smooth=True,
+    ),
+    "keep": Method(
+        "each weight in the smallest format that holds it as the checkpoint does: what a GGUF file has already rounded "
+        "is not rounded again", None, None, _EIGHT, keep=True,
     ),
 }  # fmt: skip
+_FORMAT = re.compile(r"(\d+):(\d+|row)(?::(asymmetric|shifted))?")
 
 
-def plan_for(method: str, graph: ir.Model, calibration: Calibration | None = None) -> Plan:
-    """The plan that a method makes for a captured graph whose passes are done.
+def find_method(name: str) -> Method:
+    """The method of that name, or one format for all weights, written BITS:BLOCK, as in ``4:32:asymmetric``.
 
-    Args:
-        method: a name in :data:`METHODS`.
-        graph: of canonical ops.
-        calibration: weights of fewer than 8 bits are then quantized with GPTQ.
+    Raises:
+        QuantizeError: there is none, or the format is impossible.
     """
-    chosen = METHODS[method]
-    if chosen.layers is None or chosen.ends is None:
-        return Plan()
-    ends = _ends(graph)
-    schemes = {name: chosen.ends if name in ends else chosen.layers for name in quantizable(graph)}
-    return Plan(schemes, quantizer(calibration))
+    if name in METHODS:
+        return METHODS[name]
+    written = _FORMAT.fullmatch(name)
+    if written is None:
+        raise QuantizeError(
+            f"unknown quantization {name!r}; there are {', '.join(METHODS)}, and BITS:BLOCK such as 4:32, "
+            "4:32:asymmetric, 4:32:shifted or 8:row"
+        )
+    bits, block, kind = written.groups()
+    scheme = Scheme(int(bits), ROW if block == "row" else int(block), kind is None, kind == "shifted")
+    # rows of the vocabulary are looked up too, which fewer formats can be
+    ends = scheme if scheme.bits >= 4 and not scheme.shifted and scheme.block != ROW else Scheme(8, 32)
+    bounds = _EIGHT if bits == "8" else _FOUR if bits == "4" else {"split": 0.3, "batch": 0.3}
+    return Method(f"{scheme} weights", scheme, ends, bounds, smooth=True, exact=True)
 
 
-def quantizer(calibration: Calibration | None = None) -> Quantizer:
-    """GPTQ where calibration knows a weight's inputs and codes are few, rounding to nearest elsewhere."""
+def fitted(scheme: Scheme, name: str, columns: int) -> Scheme:
+    """The scheme with the largest block, up to its own, that divides rows of so many columns.
 
-    def quantize(name: str, weight: NDArray[np.float32], scheme: Scheme) -> Codes:
-        hessian = calibration.find(parts_of(name)) if calibration is not None and scheme.bits < 8 else None
-        return round_to_nearest(weight, scheme) if hessian is None else gptq(weight, hessian, scheme)
-
-    return quantize
-
-
-def quantizable(graph: ir.Model) -> list[str]:
-    """Names of the matrices that canonical ops multiply with or look up in."""
-    found: dict[str, None] = {}
-    for node in graph.graph:
-        if node.domain == DOMAIN and node.op_type in _OPS:
-            for value in node.inputs:
-                tensor = value.const_value if value is not None else None
-                if value is not None and value.name and tensor is not None and len(tensor.shape) == 2:
-                    found[value.name] = None
-    return list(found)
-
-
-def _ends(graph: ir.Model) -> set[str]:
-    """Weights that an Embedding reads, or whose product is the logits."""
-    nodes = [n for n in graph.graph if n.domain == DOMAIN]
-    found = {n.inputs[0] for n in nodes if n.op_type == "Embedding"}
-    found |= {n.inputs[1] for n in nodes if n.op_type == "Linear" and n.outputs[0].is_graph_output()}
-    return {value.name for value in found if value is not None and value.name}
+    Raises:
+        QuantizeError: no block does.
+    """
+    if scheme.block == ROW:
+        return scheme
+    for block in (256, 128, 64, 32, 16):
+        if block <= scheme.block and columns % block == 0:
+            return replace(scheme, block=block)
+    raise QuantizeError(
+        f"{name}: rows of {columns} weights divide into no block of 16 to {scheme.block}; leave it in float"
+    )

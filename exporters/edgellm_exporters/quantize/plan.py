@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,31 +11,47 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgellm_exporters.errors import QuantizeError
+from edgellm_exporters.quantize.smooth import Smoothing
 
-__all__ = ["STORAGE", "Codes", "Plan", "QuantizedWeight", "Quantizer", "Scheme", "pack"]
+__all__ = ["ROW", "STORAGE", "Codes", "Plan", "QuantizedWeight", "Quantizer", "Scheme", "joined", "pack"]
 
 STORAGE = "edgellm.storage"
 
 
+ROW = 0
+_BLOCKS = (16, 32, 64, 128, 256)
+
+
 @dataclass(frozen=True)
 class Scheme:
-    """A blockwise integer format for the rows of a weight: weight = (code - zero) * scale.
+    """An integer format for the rows of a weight: weight = (code - zero) * scale, or that plus a shift.
 
     Args:
         bits: of one code: 2, 4 or 8.
-        block: how many neighbours in a row share a scale; a power of two from 16 to 256.
+        block: how many neighbours in a row share a scale: a power of two from 16 to 256, or :data:`ROW` for the whole
+            row. Products with a ``ROW`` weight are integer products: the inputs are rounded to 8 bits with one scale
+            for each of their rows.
         symmetric: whether every zero is the middle code; otherwise each block has its own.
+        shifted: whether each block also has a shift, which no whole zero can stand for: what GGUF's Q4_1 and Q4_K call
+            a minimum. A shift meets the sum of the block's inputs, so shifts are further columns of the weight; they
+            are stored in as many bits as the codes.
     """
 
     bits: int
     block: int = 32
     symmetric: bool = True
+    shifted: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 4, 8):
             raise QuantizeError(f"{self.bits}-bit weights are not supported; use 2, 4 or 8")
-        if self.block not in (16, 32, 64, 128, 256):
+        if self.block == ROW:
+            if self.bits != 8 or not self.symmetric or self.shifted:
+                raise QuantizeError(f"{self}: one scale a row is for symmetric 8-bit weights; give a block size")
+        elif self.block not in _BLOCKS:
             raise QuantizeError(f"block size {self.block} is not a power of two from 16 to 256")
+        if self.shifted and self.symmetric:
+            raise QuantizeError(f"{self}: a shifted format has zeros of its own; make it asymmetric")
 
     @property
     def top(self) -> int:
@@ -47,28 +63,56 @@ class Scheme:
         """The code that stands for zero in a symmetric block."""
         return int(2 ** (self.bits - 1))
 
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits of storage for one weight, its share of the 16-bit scale and of the zero included."""
-        return self.bits + (16 + (0 if self.symmetric else self.bits)) / self.block
+    def blocks(self, columns: int) -> int:
+        """How many scales a row of that many weights has, those of its shifts included."""
+        if self.block == ROW:
+            return 1
+        blocks = columns // self.block
+        return blocks + -(-blocks // self.block) if self.shifted else blocks
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Bytes that a weight of that shape takes in a file: codes, 16-bit scales and zeros."""
+        blocks = self.blocks(columns)
+        codes = columns if self.block == ROW else blocks * self.block * self.bits // 8
+        return int(rows * (codes + 2 * blocks + (0 if self.symmetric else -(-blocks * self.bits // 8))))
 
     def __str__(self) -> str:
-        return f"{self.bits}-bit block {self.block}{'' if self.symmetric else ' asymmetric'}"
+        kind = " shifted" if self.shifted else "" if self.symmetric else " asymmetric"
+        return f"{self.bits}-bit {'row' if self.block == ROW else f'block {self.block}'}{kind}"
 
 
 @dataclass(frozen=True)
 class Codes:
-    """A quantized weight's numbers. Scales are stored in 16 bits, so they hold no more than float16 can."""
+    """A quantized weight's numbers. Scales are stored in 16 bits, so they hold no more than float16 can.
 
-    codes: NDArray[np.uint8]  # (rows, columns), 0 to the scheme's top
-    scales: NDArray[np.float32]  # (rows, columns / block)
-    zeros: NDArray[np.uint8]  # (rows, columns / block)
+    Args:
+        codes: (rows, blocks * block), 0 to the scheme's top; blocks that are not full end in zeros.
+        scales: (rows, blocks).
+        zeros: (rows, blocks).
+        columns: of the weight itself, where its shifts follow in further blocks; 0 where there are none.
+    """
+
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    zeros: NDArray[np.uint8]
+    columns: int = 0
 
     def dequantize(self) -> NDArray[np.float32]:
         """The float32 weight that these numbers stand for, (rows, columns)."""
         rows, blocks = self.scales.shape
         wide = self.codes.reshape(rows, blocks, -1).astype(np.float32) - self.zeros[:, :, None]
-        return (wide * self.scales[:, :, None]).reshape(rows, -1)
+        wide = (wide * self.scales[:, :, None]).reshape(rows, -1)
+        if not self.columns:
+            return wide
+        block = wide.shape[1] // blocks
+        shifts = wide[:, self.columns : self.columns + self.columns // block]
+        return wide[:, : self.columns] + np.repeat(shifts, block, axis=1)
+
+
+def joined(parts: Sequence[Codes]) -> Codes:
+    """The numbers of the weight that has the rows of all parts."""
+    codes, scales, zeros = (np.concatenate([getattr(p, f) for p in parts]) for f in ("codes", "scales", "zeros"))
+    return Codes(codes, scales, zeros, parts[0].columns)
 
 
 def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
@@ -100,8 +144,13 @@ class QuantizedWeight:
 
     @property
     def blocks(self) -> int:
-        """How many blocks a row has."""
-        return self.shape[1] // self.scheme.block
+        """How many scales a row has."""
+        return self.scheme.blocks(self.shape[1])
+
+    @property
+    def padded(self) -> int:
+        """How many codes a row has, padding and shifts included."""
+        return self.shape[1] if self.scheme.block == ROW else self.blocks * self.scheme.block
 
     def lazy(self, part: Callable[[Codes], NDArray[Any]], like: NDArray[Any], storage: str = "") -> ir.LazyTensor:
         """A tensor made from the numbers when the graph is written.
@@ -129,10 +178,14 @@ class Plan:
     Args:
         schemes: weight name to scheme; weights that are not named stay as they are.
         quantize: computes the numbers from a weight's name, its values (rows, columns) and its scheme.
+        smoothing: what the graph's weights were multiplied with before.
+        cache: scales of the states that are kept in 8 bits, by state name, (heads * head_dim,).
     """
 
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     quantize: Quantizer | None = None
+    smoothing: Smoothing = field(default_factory=Smoothing)
+    cache: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     _last: tuple[str, Codes] | None = field(default=None, repr=False)
 
     def find(self, name: str, tensor: ir.TensorProtocol) -> QuantizedWeight | None:
@@ -140,7 +193,7 @@ class Plan:
         if name not in self.schemes or self.quantize is None:
             return None
         scheme, (rows, columns) = self.schemes[name], tensor.shape.numpy()
-        if columns % scheme.block:
+        if scheme.block != ROW and columns % scheme.block:
             raise QuantizeError(
                 f"{name}: rows of {columns} weights do not divide into blocks of {scheme.block}; choose a smaller block"
             )

@@ -3,38 +3,61 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edgellm_exporters.errors import QuantizeError
-from edgellm_exporters.quantize.methods import METHODS
-from edgellm_exporters.quantize.rtn import round_to_nearest
+from edgellm_exporters.passes.merge_linears import parts_of
+from edgellm_exporters.quantize.plan import ROW, Plan
+from edgellm_exporters.quantize.smooth import by_part
 
-__all__ = ["round_weights"]
+__all__ = ["quantized_model", "round_rows"]
 
 
-def round_weights(model: nn.Module, method: str, vocab_size: int) -> nn.Module:
-    """A copy whose matrices hold the values that the quantized graph computes with.
+def quantized_model(model: nn.Module, plan: Plan, *, integer_products: bool = True) -> nn.Module:
+    """A copy that computes with the very numbers that a plan's graph computes with.
+
+    Weights hold what their codes stand for, smoothing taken out again; layers whose products are integer products round
+    what they read, as smoothed. The rounding that 4-bit and 8-bit kernels do by themselves to what they read is left
+    out.
 
     Args:
-        model: any model; it is left as it was.
-        method: a name in :data:`edgellm_exporters.quantize.methods.METHODS`.
-        vocab_size: tells the projection to the vocabulary from the other layers.
+        model: any model in float32; it is left as it was.
+        plan: made for its graph.
+        integer_products: whether the target rounds what such layers read; standard ONNX operators do not.
 
     Raises:
-        QuantizeError: the method quantizes nothing.
+        QuantizeError: the plan quantizes nothing.
     """
-    chosen = METHODS[method]
-    if chosen.layers is None or chosen.ends is None:
-        raise QuantizeError(f"{method!r} leaves weights as they are; compare with the model itself")
+    if plan.quantize is None or not plan.schemes:
+        raise QuantizeError("the plan leaves weights as they are; compare with the model itself")
+    schemes = {part: scheme for name, scheme in plan.schemes.items() for part in parts_of(name)}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    columns = {part: f for name, f in plan.smoothing.columns.items() for part in parts_of(name)}
+    rows = by_part(plan.smoothing.rows, {name: len(p) for name, p in parameters.items()})
     rounded = copy.deepcopy(model)
-    ends = {id(m.weight) for m in rounded.modules() if isinstance(m, nn.Embedding)}
-    ends |= {id(m.weight) for m in rounded.modules() if isinstance(m, nn.Linear) and m.out_features == vocab_size}
+    by_name = dict(rounded.named_parameters(remove_duplicate=False))
     with torch.no_grad():
-        for parameter in rounded.parameters():
-            if parameter.dim() == 2:
-                scheme = chosen.ends if id(parameter) in ends else chosen.layers
-                codes = round_to_nearest(parameter.float().numpy(), scheme)
-                parameter.copy_(torch.from_numpy(codes.dequantize()))
+        for name, scheme in schemes.items():
+            column = torch.from_numpy(columns[name]) if name in columns else torch.ones(by_name[name].shape[1])
+            row = (torch.from_numpy(rows[name]) if name in rows else torch.ones(len(by_name[name])))[:, None]
+            codes = plan.quantize(name, (by_name[name] * column * row).numpy(), scheme)
+            by_name[name].copy_(torch.from_numpy(codes.dequantize()) / column / row)
+            if scheme.block == ROW and integer_products:
+                _round_inputs(rounded.get_submodule(name.removesuffix(".weight")), column)
     return rounded
+
+
+def _round_inputs(layer: nn.Module, column: Tensor) -> None:
+    def hook(_module: nn.Module, inputs: Any) -> Any:
+        return (round_rows(inputs[0] / column) * column,)
+
+    layer.register_forward_pre_hook(hook)
+
+
+def round_rows(x: Tensor) -> Tensor:
+    """What 8 bits hold of x, with one scale for each row (its last axis)."""
+    largest = x.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+    return (x / largest * 127).round() * (largest / 127)

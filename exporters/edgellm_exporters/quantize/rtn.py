@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_exporters.quantize.plan import Codes, Scheme
+from edgellm_exporters.quantize.plan import Codes, Scheme, joined
 
 __all__ = ["best_grid", "half_precision", "round_to_nearest"]
 
 Array = NDArray[np.float32]
 _ROWS = 4096  # rows at a time, so that scratch memory does not grow with the vocabulary
 _SMALLEST = np.float32(2**-24)  # the least positive float16
+_EXACT = 1e-9
 
 
 def round_to_nearest(weight: Array, scheme: Scheme) -> Codes:
@@ -21,16 +22,55 @@ def round_to_nearest(weight: Array, scheme: Scheme) -> Codes:
         weight: (rows, columns); columns divide into blocks.
         scheme: the format.
     """
-    parts = [_rows(weight[i : i + _ROWS], scheme) for i in range(0, len(weight), _ROWS)]
-    return Codes(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    make = _shifted if scheme.shifted else _plain
+    parts = [make(weight[i : i + _ROWS], scheme) for i in range(0, len(weight), _ROWS)]
+    return joined(parts)
 
 
-def _rows(weight: Array, scheme: Scheme) -> tuple[NDArray[np.uint8], Array, NDArray[np.uint8]]:
+def _plain(weight: Array, scheme: Scheme) -> Codes:
     rows, columns = weight.shape
-    blocks = weight.reshape(rows, columns // scheme.block, scheme.block)
+    blocks = weight.reshape(rows, -1, scheme.block or columns)
     scales, zeros = best_grid(blocks, scheme)
     codes = np.clip(np.rint(blocks / scales[:, :, None]) + zeros[:, :, None], 0, scheme.top)
-    return codes.astype(np.uint8).reshape(rows, columns), scales, zeros.astype(np.uint8)
+    return Codes(codes.astype(np.uint8).reshape(rows, columns), scales, zeros.astype(np.uint8))
+
+
+def _shifted(weight: Array, scheme: Scheme) -> Codes:
+    """A scale, a whole zero, and a shift for what the zero leaves over; the shifts are a small weight of their own."""
+    rows, columns = weight.shape
+    blocks = weight.reshape(rows, -1, scheme.block)
+    scales, lows = _floating_grid(blocks, scheme)
+    zeros = np.clip(np.rint(-lows / scales), 0, scheme.top).astype(np.float32)
+    left = lows + zeros * scales  # (rows, blocks), within half a step of zero unless the block is all on one side
+    padding = ((0, 0), (0, -left.shape[1] % scheme.block))
+    shifts = _plain(np.pad(left, padding), Scheme(scheme.bits, scheme.block, symmetric=False))
+    kept = shifts.dequantize()[:, : left.shape[1], None]
+    codes = np.clip(np.rint((blocks - kept) / scales[:, :, None]) + zeros[:, :, None], 0, scheme.top)
+    return Codes(
+        np.concatenate([codes.astype(np.uint8).reshape(rows, columns), shifts.codes], axis=1),
+        np.concatenate([scales, shifts.scales], axis=1),
+        np.concatenate([zeros.astype(np.uint8), shifts.zeros], axis=1),
+        columns,
+    )
+
+
+def _floating_grid(blocks: Array, scheme: Scheme) -> tuple[Array, Array]:
+    """Scale and lowest value of each block with the least squared error; the full range is tried first and kept if it
+    is exact, which it is for weights that another quantizer already put on such a grid.
+    """
+    low, high = blocks.min(-1), blocks.max(-1)
+    best_error = np.full(low.shape, np.inf, dtype=np.float32)
+    scales, lows = np.zeros_like(low), np.zeros_like(low)
+    for factor in sorted(_factors(scheme), key=lambda f: abs(f - 1)):
+        scale = half_precision((high - low) * np.float32(factor) / scheme.top)
+        # a narrower range is narrower at both ends; the full one starts at the lowest weight itself
+        start = low if abs(factor - 1) < _EXACT else (low + high - scale * scheme.top) / 2
+        codes = np.clip(np.rint((blocks - start[..., None]) / scale[..., None]), 0, scheme.top)
+        error = ((codes * scale[..., None] + start[..., None] - blocks) ** 2).sum(-1)
+        better = error < best_error
+        best_error = np.where(better, error, best_error)
+        scales, lows = np.where(better, scale, scales), np.where(better, start, lows)
+    return scales, lows
 
 
 def best_grid(blocks: Array, scheme: Scheme, importance: Array | None = None) -> tuple[Array, Array]:

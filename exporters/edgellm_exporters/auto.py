@@ -1,0 +1,301 @@
+"""Quantization within a budget: estimate, search, build, measure what was built, and search again with what that told.
+
+A bundle's figures are those measured on text that nothing was chosen with; estimates only decide what to build.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from torch import nn
+
+from edgellm.models.protocol import LanguageModel
+from edgellm_exporters.capture import capture, signature_of
+from edgellm_exporters.errors import QuantizeError
+from edgellm_exporters.lower import clean, lower_to
+from edgellm_exporters.lowering import ort
+from edgellm_exporters.parity import ParityReport, compare
+from edgellm_exporters.quantize.budget import Budget
+from edgellm_exporters.quantize.calibrate import check_windows, largest_inputs
+from edgellm_exporters.quantize.candidates import Candidates, candidates_of
+from edgellm_exporters.quantize.front_picture import check_library, draw_front
+from edgellm_exporters.quantize.keep import smallest_holding
+from edgellm_exporters.quantize.planning import Uses, plan_of, uses_of
+from edgellm_exporters.quantize.report import Attempt, Evidence, write_table
+from edgellm_exporters.quantize.search import Choice, Table, search, table_of
+from edgellm_exporters.quantize.sensitivity import sensitivities
+from edgellm_exporters.quantize.smooth import Smoothing, smooth
+from edgellm_exporters.streaming import Weights, resident
+from edgellm_exporters.targets import Target
+from edgellm_exporters.write import Progress, write_graph
+from edgellm_runtime.backends.ort import OrtBackend
+from edgellm_runtime.bundle import GRAPH
+from edgellm_runtime.session import Session
+
+__all__ = ["Automatic", "Outcome", "quantize_within"]
+
+REPORT, PICTURE = "quantization.md", "quantization.png"
+_AIMS = (0.8, 0.9, 0.8)  # share of the budget that each build is to use, by the prediction as far as it is corrected
+_HALF = 0.5  # of the budget: a bundle that uses less is worth another try
+_DOUBT = 2.0  # an estimate above the budget by less than this factor is measured before it is believed
+_LATER = 300_000  # bytes of the files that come after the weights: goldens, report, picture
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was chosen.
+
+    Args:
+        schemes: by weight's name.
+        record: for the manifest.
+    """
+
+    schemes: Mapping[str, Any]
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Automatic:
+    """All that it takes to build one bundle's graph with any formats.
+
+    Args:
+        model: in eval mode; may be on the meta device.
+        weights: where its parameters are read from.
+        target: what to build for.
+        calibration: windows of token ids to choose with.
+        held_out: windows of token ids to judge with, none of them among the others.
+    """
+
+    model: LanguageModel
+    weights: Weights
+    target: Target
+    calibration: Sequence[Sequence[int]]
+    held_out: Sequence[Sequence[int]]
+
+    def graph(self) -> ir.Model:
+        """A captured graph after the target's passes."""
+        captured = capture(self.model, self.weights)
+        clean(captured)
+        for make in self.target.passes:
+            make()(captured)
+        return captured
+
+    def largest(self, progress: Progress) -> dict[str, Any]:
+        """The magnitudes of layers' inputs, which smoothing goes by."""
+        with resident(self.model, self.weights):
+            return largest_inputs(self._module, self.calibration, partial(progress, "looking at inputs"))
+
+    def build(self, schemes: Mapping[str, Any], largest: Mapping[str, Any], directory: Path, progress: Progress) -> int:
+        """Write the graph with those formats; returns its bytes."""
+        captured = self.graph()
+        done = smoothed(captured, largest)
+        with resident(self.model, self.weights):
+            plan = plan_of(schemes, done, self._module, self.calibration, progress)
+        write_graph(lower_to(captured, self.target, plan), directory, progress)
+        return sum(file.stat().st_size for file in directory.iterdir())
+
+    def measure(self, directory: Path, progress: Progress) -> ParityReport:
+        """Compare a built graph with the float model on the held-out text."""
+        signature = signature_of(self.model)
+        session = Session(
+            OrtBackend(directory / GRAPH, signature), signature, max_context=self.model.config.max_context,
+            ragged_chunks=self.target.ragged_chunks,
+        )  # fmt: skip
+        with resident(self.model, self.weights):
+            return compare(self.model, session, self.held_out, progress=partial(progress, "verifying on held-out text"))
+
+    @property
+    def _module(self) -> nn.Module:
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
+
+def smoothed(graph: ir.Model, largest: Mapping[str, Any]) -> Smoothing:
+    """Smooth a graph by what its layers were seen to read."""
+    return smooth(graph, lambda names: next((largest[n] for n in names if n in largest), None))
+
+
+def quantize_within(
+    budget: Budget, job: Automatic, directory: Path, other_bytes: int, progress: Progress
+) -> Outcome:  # fmt: skip
+    """Write the graph with the cheapest formats that keep to a budget, and a report beside it.
+
+    Args:
+        budget: to keep to.
+        job: what to build.
+        directory: of the new bundle.
+        other_bytes: of the bundle's files that are known before: the tokenizer's.
+        progress: told what is done, and how much of it.
+
+    Raises:
+        QuantizeError: nothing keeps to the budget; the text says what could be kept to.
+    """
+    if not job.calibration or not job.held_out:
+        raise QuantizeError("no text to calibrate with and to verify on; give a text with --calibrate")
+    check_windows(job.calibration)
+    check_library()
+    graph = job.graph()
+    uses = uses_of(graph)
+    largest = {} if _was_quantized(uses, progress) else job.largest(progress)
+    done = smoothed(graph, largest)
+    candidates = candidates_of(graph, uses, integer_products=budget.prefer == "prefill")
+    if not candidates:
+        raise QuantizeError("the model has no weight whose rows divide into blocks of 32; export it without --quantize")
+    floats = _bytes_of_floats(graph, candidates)
+    del graph
+    predictions = sensitivities(
+        job.model, job.weights, candidates, done, job.calibration,  # type: ignore[arg-type]
+        rounds_inputs=ort.DOMAIN in job.target.domains, progress=progress,
+    )  # fmt: skip
+    hunt = _Hunt(budget, job, candidates, predictions, largest, directory, floats + other_bytes, other_bytes)
+    attempt = hunt.run(progress)
+    evidence = Evidence(budget, candidates, predictions, tuple(hunt.attempts), attempt, hunt.rest)
+    (directory / REPORT).write_text(write_table(evidence), encoding="utf-8")
+    progress("drawing the front", 0.0)
+    draw_front(evidence, directory / PICTURE)
+    return Outcome(attempt.choice.schemes, _record(budget, attempt))
+
+
+def _was_quantized(uses: Uses, progress: Progress) -> bool:
+    """Whether most weights are on some 4-bit grid already: smoothing would take them off it, at a loss."""
+    held = smallest_holding(uses.tensors, uses.ends, partial(progress, "looking at weights"))
+    few = sum(math.prod(uses.shapes[name]) for name, scheme in held.items() if scheme.bits < 8)
+    return few > _HALF * sum(map(math.prod, uses.shapes.values()))
+
+
+def _bytes_of_floats(graph: ir.Model, candidates: Sequence[Candidates]) -> int:
+    """Of what is left as it is; the parts of merged weights are still there, but nothing reads them."""
+    names = {c.name for c in candidates}
+    values = [v for v in graph.graph.initializers.values() if v.name not in names and v.uses()]
+    return sum(v.const_value.nbytes for v in values if v.const_value is not None)
+
+
+class _Hunt:
+    """Up to three builds, each aimed with what the ones before it measured."""
+
+    def __init__(
+        self, budget: Budget, job: Automatic, candidates: Sequence[Candidates],
+        predictions: Mapping[str, Mapping[Any, float]], largest: Mapping[str, Any], directory: Path, rest: int,
+        other_bytes: int,
+    ) -> None:  # fmt: skip
+        self.budget, self.job, self.largest, self.directory = budget, job, largest, directory
+        self.table = table_of(candidates, predictions, budget.prefer)
+        self.rest, self.ratio, self._other = rest, 1.0, other_bytes
+        self.attempts: list[Attempt] = []
+
+    def run(self, progress: Progress) -> Attempt:
+        """Build and measure; the best that holds is left in the directory.
+
+        Raises:
+            QuantizeError: none holds.
+        """
+        best: Attempt | None = None
+        for number, aim in enumerate(_AIMS):
+            choice = self._choose(aim)
+            if choice is None or any(choice.schemes == a.choice.schemes for a in self.attempts):
+                break
+            attempt = self._try(number, choice, progress)
+            if attempt.holds and (best is None or attempt.choice.cost < best.choice.cost):
+                best = attempt
+            if attempt.holds and attempt.report.kl >= _HALF * self.budget.max_kl:
+                break
+        if best is None:
+            raise QuantizeError(self._what_can_be_met())
+        return self._keep(best)
+
+    def _choose(self, aim: float) -> Choice | None:
+        """The cheapest that is expected to hold; if none is, the nearest, if that is near enough to be tried."""
+        limit = self.budget.max_bytes - _LATER - self.rest
+        found = search(self.table, aim * self.budget.max_kl / self.ratio, limit)
+        if found is not None or any(a.holds for a in self.attempts):
+            return found
+        nearest = search(self.finest, math.inf, limit)
+        if nearest is None or nearest.kl * self.ratio > _DOUBT * self.budget.max_kl:
+            return None
+        return dataclasses.replace(nearest, cost=self._cost(nearest))
+
+    @property
+    def finest(self) -> Table:
+        """The same choices, with nothing to minimise but the KL divergence."""
+        return dataclasses.replace(self.table, cost=self.table.kl)
+
+    def _cost(self, choice: Choice) -> float:
+        rows = zip(self.table.names, self.table.schemes, self.table.cost, strict=True)
+        return float(sum(costs[schemes.index(choice.schemes[name])] for name, schemes, costs in rows))
+
+    def _try(self, number: int, choice: Choice, progress: Progress) -> Attempt:
+        def tell(what: str, share: float) -> None:
+            progress(f"build {number + 1}: {what}", share)
+
+        directory = self.directory / f"attempt-{number}"
+        directory.mkdir()
+        nbytes = self.job.build(choice.schemes, self.largest, directory, tell)
+        report = self.job.measure(directory, tell)
+        self.rest, total = int(nbytes - choice.nbytes) + self._other, nbytes + self._other
+        holds = report.kl <= self.budget.max_kl and total + _LATER <= self.budget.max_bytes
+        attempt = Attempt(choice, choice.kl * self.ratio, report, total, holds, directory)
+        self.ratio = max(report.kl, 1e-12) / max(choice.kl, 1e-12)
+        self.attempts.append(attempt)
+        if not holds:
+            shutil.rmtree(directory)
+        return attempt
+
+    def _keep(self, best: Attempt) -> Attempt:
+        """Leave one attempt's files, and no other's, in the bundle's directory."""
+        for file in best.directory.iterdir():
+            file.rename(self.directory / file.name)
+        for attempt in self.attempts:
+            shutil.rmtree(attempt.directory, ignore_errors=True)
+        return best
+
+    def _what_can_be_met(self) -> str:
+        """One sentence with the nearest budgets that could be kept to."""
+        budget, limit = self.budget, self.budget.max_bytes - _LATER - self.rest
+        sizes = dataclasses.replace(self.table, cost=self.table.nbytes)
+        said = []
+        if (best := search(self.finest, math.inf, limit)) is not None:
+            said.append(f"KL {self._kl(best):.2g} at {self._mb(best):.1f} MB")
+        if (least := search(sizes, budget.max_kl / self.ratio)) is not None:
+            said.append(f"{self._mb(least):.1f} MB at KL {self._kl(least):.2g}")
+        smallest = search(sizes, math.inf)
+        if best is None and smallest is not None and (least is None or smallest.schemes != least.schemes):
+            said.append(f"at the very least {self._mb(smallest):.1f} MB, at KL {self._kl(smallest):.2g}")
+        size = "" if budget.max_size_mb is None else f" and {budget.max_size_mb:g} MB"
+        how = "corrected by what was measured" if self.attempts else "by the estimate"
+        measured = "".join(
+            f"; measured: KL {a.report.kl:.2g} at {self._mb(a.choice):.1f} MB"
+            for a in sorted(self.attempts, key=lambda a: a.report.kl)[:1]
+        )
+        return (
+            f"no formats keep to KL {budget.max_kl:g}{size}; what can be met, {how}: {', or '.join(said)}{measured}; "
+            "give --max-kl or --max-size-mb accordingly, with some margin"
+        )
+
+    def _kl(self, choice: Choice) -> float:
+        return choice.kl * self.ratio
+
+    def _mb(self, choice: Choice) -> float:
+        return (choice.nbytes + self.rest + _LATER) / 1e6
+
+
+def _record(budget: Budget, attempt: Attempt) -> dict[str, Any]:
+    report = attempt.report
+    return {
+        "rounding": "GPTQ below 8 bits, except shifted formats, embeddings and recurrent weights; else to nearest",
+        "weights": dict(Counter(map(str, attempt.choice.schemes.values()))),
+        "budget": dataclasses.asdict(budget),
+        "predicted_kl": attempt.predicted,
+        "held_out": {
+            "tokens": report.tokens, "kl": report.kl, "kl_p99": report.kl_p99, "top1": report.top1,
+            "perplexity": report.perplexity, "reference_perplexity": report.reference_perplexity,
+        },
+    }  # fmt: skip

@@ -1,0 +1,105 @@
+"""The formats that a weight can have, and what each costs in bytes and in time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from edgellm.ops.canonical import DOMAIN
+from edgellm_exporters.quantize.plan import ROW, Scheme
+from edgellm_exporters.quantize.planning import Uses
+
+__all__ = ["COSTS", "PROMPT", "Candidates", "candidates_of", "decode_ns", "prefill_ns"]
+
+PROMPT = 128  # tokens that prefill costs are told for
+_PRODUCTS = (
+    Scheme(8, 32), Scheme(8, 64), Scheme(8, 128), Scheme(4, 32, symmetric=False), Scheme(4, 64, symmetric=False),
+    Scheme(4, 128, symmetric=False), Scheme(4, 32, symmetric=False, shifted=True),
+)  # fmt: skip
+_ENDS = (Scheme(8, 32), Scheme(8, 64), Scheme(4, 32, symmetric=False), Scheme(4, 64, symmetric=False))
+_RECURRENT = (Scheme(8, 32), Scheme(8, 64), Scheme(4, 32, symmetric=False))
+
+# Nanoseconds measured on one kind of machine (AVX-512 with VNNI): they order formats, and promise no times elsewhere.
+_FIXED, _EACH_BIT, _EACH_BLOCK = 0.0046, 0.0031, 0.38
+_SHIFTED, _ROW_START = 1.1, 4000.0
+_PREFILL = {(4, 32): 0.0039, (8, 32): 0.0034, (4, 64): 0.0034}  # a weight and token
+_PREFILL_LARGE_BLOCKS, _PREFILL_ROW = 0.0030, 0.0012
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """One weight, and what it may become.
+
+    Args:
+        name: in the captured graph after the target's passes.
+        shape: rows and columns.
+        schemes: formats that its uses and its shape allow, at least one.
+        role: ``product``; ``head``, a product for a prompt's last token alone; ``table``, of which a token reads one
+            row; or ``loop``, a product that cannot take a prompt's tokens together.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    schemes: tuple[Scheme, ...]
+    role: str = "product"
+
+
+def candidates_of(graph: ir.Model, uses: Uses, *, integer_products: bool) -> list[Candidates]:
+    """The formats of each matrix; those whose rows divide into no block are left out, and stay floats.
+
+    Args:
+        graph: of canonical ops, after the target's passes.
+        uses: of that graph.
+        integer_products: whether to offer one scale a row, which is for the fastest prompts.
+    """
+    linear = {
+        str(n.inputs[1].name) for n in graph.graph if n.domain == DOMAIN and n.op_type == "Linear" and n.inputs[1]
+    }
+    found: list[Candidates] = []
+    for name, shape in uses.shapes.items():
+        schemes: tuple[Scheme, ...]
+        if name in uses.ends:
+            schemes, role = _ENDS, "head" if name in linear else "table"
+        elif name in uses.products:
+            row = (Scheme(8, ROW),) if integer_products else ()
+            schemes, role = (*_PRODUCTS, *row), "product"
+        else:
+            schemes, role = _RECURRENT, "loop"
+        fitting = tuple(s for s in schemes if s.block == ROW or shape[1] % s.block == 0)
+        if fitting:
+            found.append(Candidates(name, shape, fitting, role))
+    return found
+
+
+def decode_ns(weight: Candidates, scheme: Scheme) -> float:
+    """Time of a product with one token, modelled, nanoseconds."""
+    if weight.role == "table":
+        return 0.0
+    rows, columns = weight.shape
+    each = rows * columns * (_FIXED + _EACH_BIT * scheme.bits)
+    if scheme.block == ROW:
+        return each + _EACH_BLOCK * rows + _ROW_START
+    return (each + _EACH_BLOCK * rows * (columns // scheme.block)) * (_SHIFTED if scheme.shifted else 1.0)
+
+
+def prefill_ns(weight: Candidates, scheme: Scheme) -> float:
+    """Time of the products with a prompt of :data:`PROMPT` tokens, modelled, nanoseconds."""
+    if weight.role in ("head", "table"):
+        return decode_ns(weight, scheme)
+    if weight.role == "loop":
+        return PROMPT * decode_ns(weight, scheme)
+    each = _PREFILL_ROW if scheme.block == ROW else _PREFILL.get((scheme.bits, scheme.block), _PREFILL_LARGE_BLOCKS)
+    return PROMPT * weight.shape[0] * weight.shape[1] * each * (_SHIFTED if scheme.shifted else 1.0)
+
+
+def _nbytes(weight: Candidates, scheme: Scheme) -> float:
+    return float(scheme.nbytes(*weight.shape))
+
+
+COSTS: dict[str, Callable[[Candidates, Scheme], float]] = {
+    "decode": decode_ns,
+    "prefill": prefill_ns,
+    "size": _nbytes,
+}

@@ -1,0 +1,54 @@
+"""Formats that hold weights as they are: a checkpoint that was quantized before is not rounded a second time.
+
+GGUF's Q4_0 and Q8_0 are held without loss; Q4_1 and the K-quants, whose minimum or scale is a product, nearly so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgellm_exporters.quantize.plan import Scheme
+from edgellm_exporters.quantize.rtn import round_to_nearest
+
+__all__ = ["TOLERANCE", "smallest_holding"]
+
+TOLERANCE = 0.01  # root mean square error against the weight's own; 4-bit rounding of free weights is above 0.05
+_SAMPLE_ROWS = 64
+_LADDER = (
+    Scheme(4, 32),
+    Scheme(4, 32, symmetric=False),
+    Scheme(4, 32, symmetric=False, shifted=True),
+    Scheme(8, 32),
+    Scheme(8, 16),
+)
+
+
+def smallest_holding(
+    tensors: Mapping[str, ir.TensorProtocol], ends: set[str], progress: Callable[[float], None]
+) -> dict[str, Scheme]:
+    """The smallest format for each weight that changes it by no more than :data:`TOLERANCE`.
+
+    Args:
+        tensors: matrices by name; some rows of each are tried.
+        ends: those that rows are looked up in, which shifted formats are not for.
+        progress: told the share that is done.
+    """
+    found: dict[str, Scheme] = {}
+    for number, (name, tensor) in enumerate(tensors.items()):
+        weight = np.asarray(tensor.numpy(), dtype=np.float32)
+        sample = weight[:: max(1, len(weight) // _SAMPLE_ROWS)]
+        for scheme in _LADDER:
+            if sample.shape[1] % scheme.block == 0 and not (scheme.shifted and name in ends) and _holds(sample, scheme):
+                found[name] = scheme
+                break
+        progress((number + 1) / len(tensors))
+    return found
+
+
+def _holds(weight: NDArray[np.float32], scheme: Scheme) -> bool:
+    error = round_to_nearest(weight, scheme).dequantize() - weight
+    return bool(np.sqrt((error**2).mean()) <= TOLERANCE * np.sqrt((weight**2).mean()))

@@ -1,0 +1,130 @@
+"""From a method's name to a plan for one captured graph: smoothing, formats, and codes that calibration chose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from torch import nn
+
+from edgellm.ops.canonical import DOMAIN
+from edgellm_exporters.passes.merge_linears import parts_of
+from edgellm_exporters.quantize.calibrate import check_windows, largest_inputs, quantize_in_turn
+from edgellm_exporters.quantize.keep import smallest_holding
+from edgellm_exporters.quantize.methods import Method, fitted
+from edgellm_exporters.quantize.plan import ROW, Codes, Plan, Scheme, joined
+from edgellm_exporters.quantize.rtn import round_to_nearest
+from edgellm_exporters.quantize.smooth import Smoothing, by_part, smooth
+
+__all__ = ["Uses", "make_plan", "plan_of", "schemes_for", "uses_of"]
+
+Progress = Callable[[str, float], None]
+_MATRICES = {"Linear": (1,), "Embedding": (0,), "LSTM": (3, 4), "GRU": (2, 3), "RNN": (2, 3)}
+
+
+class Uses:
+    """How a graph reads its matrices.
+
+    Args:
+        graph: of canonical ops, after the target's passes.
+    """
+
+    def __init__(self, graph: ir.Model) -> None:
+        self.shapes: dict[str, tuple[int, int]] = {}
+        self.tensors: dict[str, ir.TensorProtocol] = {}
+        ops: dict[str, set[str]] = {}
+        self.ends: set[str] = set()
+        for node in graph.graph:
+            for index in _MATRICES.get(node.op_type, ()) if node.domain == DOMAIN else ():
+                value = node.inputs[index]
+                tensor = value.const_value if value is not None else None
+                if value is None or not value.name or tensor is None or len(tensor.shape) != 2:
+                    continue
+                rows, columns = tensor.shape.numpy()
+                self.shapes[value.name], self.tensors[value.name] = (rows, columns), tensor
+                ops.setdefault(value.name, set()).add(node.op_type)
+                if node.op_type == "Embedding" or node.outputs[0].is_graph_output():
+                    self.ends.add(value.name)
+        self.products = {name for name, kinds in ops.items() if kinds == {"Linear"}}
+
+
+def uses_of(graph: ir.Model) -> Uses:
+    """The matrices that canonical ops multiply with or look up in."""
+    return Uses(graph)
+
+
+def make_plan(
+    method: Method, graph: ir.Model, model: nn.Module, rows: Sequence[Sequence[int]],
+    calibration: Sequence[Sequence[int]] = (), progress: Progress = lambda what, share: None,
+) -> Plan:  # fmt: skip
+    """The plan that a method makes for a captured graph whose passes are done; smoothing changes the graph.
+
+    Args:
+        method: what to do.
+        graph: of canonical ops.
+        model: in eval mode; able to run.
+        rows: a few rows of token ids of one length, to see the range of each layer's inputs on.
+        calibration: more of them; weights of fewer than 8 bits are then chosen with GPTQ.
+        progress: told what is done, and how much of it.
+
+    Raises:
+        QuantizeError: too little text, or weights that no format can hold.
+    """
+    if calibration:
+        check_windows(calibration)
+    uses = uses_of(graph)
+    if method.keep:
+        return Plan(smallest_holding(uses.tensors, uses.ends, partial(progress, "looking at weights")), _rounded({}))
+    if method.layers is None or method.ends is None:
+        return Plan()
+    done = Smoothing()
+    if method.smooth:
+        seen = largest_inputs(model, calibration or rows, partial(progress, "looking at inputs"))
+        done = smooth(graph, lambda names: next((seen[n] for n in names if n in seen), None))
+    schemes = schemes_for(method, uses)
+    return plan_of(schemes, done, model, calibration, progress)
+
+
+def plan_of(
+    schemes: Mapping[str, Scheme], done: Smoothing, model: nn.Module, calibration: Sequence[Sequence[int]],
+    progress: Progress,
+) -> Plan:  # fmt: skip
+    """A plan for chosen schemes, with codes from GPTQ where there is text and they are few."""
+    few = {name: s for name, s in schemes.items() if s.bits < 8 and not s.shifted} if calibration else {}
+    chosen: dict[str, Codes] = {}
+    if few:
+        sizes = {name: len(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+        chosen = quantize_in_turn(
+            model, calibration, {part: s for name, s in few.items() for part in parts_of(name)},
+            {part: f for name, f in done.columns.items() for part in parts_of(name)}, by_part(done.rows, sizes),
+            partial(progress, "calibrating"),
+        )  # fmt: skip
+    return Plan(schemes, _rounded(chosen), done)
+
+
+def schemes_for(method: Method, uses: Uses) -> dict[str, Scheme]:
+    """Each matrix's format; integer products are for what is only multiplied with."""
+    assert method.layers is not None and method.ends is not None
+    found: dict[str, Scheme] = {}
+    for name, (_, columns) in uses.shapes.items():
+        scheme = method.ends if name in uses.ends else method.layers
+        if scheme.block == ROW and name not in uses.products:
+            scheme = Scheme(8, 32)
+        found[name] = scheme if method.exact and name not in uses.ends else fitted(scheme, name, columns)
+    return found
+
+
+def _rounded(chosen: Mapping[str, Codes]) -> Any:
+    """Codes that were chosen before, put together where weights were merged since; others are rounded to nearest."""
+
+    def quantize(name: str, weight: NDArray[np.float32], scheme: Scheme) -> Codes:
+        parts = [chosen[part] for part in parts_of(name) if part in chosen]
+        if len(parts) < len(parts_of(name)):
+            return round_to_nearest(weight, scheme)
+        return joined(parts)
+
+    return quantize

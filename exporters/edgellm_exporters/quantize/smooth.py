@@ -1,0 +1,175 @@
+"""Smoothing: what is large in a layer's inputs moves into its weights, where a block has a scale of its own.
+
+Xiao et al. 2022 (SmoothQuant), arXiv:2211.10438. An input column is divided by a factor where it is made, in the norm's
+gain or in the rows of the weight before a gate, and the reading weights' column is multiplied by it: in float, nothing
+changes. Factors are powers of two, so not even the rounding does.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgellm.ops.canonical import DOMAIN
+from edgellm_exporters.passes.merge_linears import parts_of
+
+__all__ = ["STRENGTH", "Smoothing", "smooth"]
+
+STRENGTH = 0.5  # 0 leaves all the range in the inputs, 1 moves all of it into the weights
+_LARGEST = 2.0**12  # of a factor: beyond, one side would leave what float16 scales hold
+Array = NDArray[Any]
+
+
+@dataclass
+class Smoothing:
+    """Factors by the name of a weight: what its columns and its rows were multiplied with."""
+
+    columns: dict[str, Array] = field(default_factory=dict)
+    rows: dict[str, Array] = field(default_factory=dict)
+
+    def scaled(self, name: str, weight: Array) -> Array:
+        """A weight with its factors."""
+        if name in self.columns:
+            weight = weight * self.columns[name]
+        if name in self.rows:
+            weight = weight * self.rows[name][:, None]
+        return weight
+
+    def unscaled(self, name: str, weight: Array) -> Array:
+        """The inverse of :meth:`scaled`."""
+        if name in self.columns:
+            weight = weight / self.columns[name]
+        if name in self.rows:
+            weight = weight / self.rows[name][:, None]
+        return weight
+
+
+def smooth(
+    graph: ir.Model, largest: Callable[[Sequence[str]], Array | None], strength: float = STRENGTH
+) -> Smoothing:  # fmt: skip
+    """Smooth every input that a gain or a weight alone makes. In place.
+
+    Args:
+        graph: of canonical ops, after the target's passes. Weights that are read twice stay as they are.
+        largest: from the names of the weights that read an input, merged ones apart, to the largest magnitude seen in
+            each of its columns; None where nothing is known.
+        strength: see :data:`STRENGTH`.
+
+    Returns:
+        What was done, by the weights' names in the graph.
+    """
+    done = Smoothing()
+    readers: dict[ir.Value, list[ir.Node]] = defaultdict(list)
+    for node in graph.graph:
+        if node.op_type == "Linear" and node.domain == DOMAIN and node.inputs[0] is not None:
+            readers[node.inputs[0]].append(node)
+    for x, nodes in readers.items():
+        weights = [node.inputs[1] for node in nodes]
+        seen = largest([part for w in weights if w is not None for part in parts_of(str(w.name))])
+        maker = _maker(x)
+        if seen is None or maker is None or len(x.uses()) != len(nodes) or not all(map(_own, weights)):
+            continue
+        factors = _factors(seen, [_array(w) for w in weights if w is not None], strength)
+        maker(1 / factors, done)
+        for weight in weights:
+            assert weight is not None
+            _multiply(weight, factors, done.columns, factors)
+    return done
+
+
+def _factors(seen: Array, weights: Sequence[Array], strength: float) -> Array:
+    weight = np.max([np.abs(w).max(0) for w in weights], axis=0)
+    alive = (seen > 0) & (weight > 0)
+    seen, weight = np.where(alive, seen, 1), np.where(alive, weight, 1)
+    logs = strength * np.log2(seen) - (1 - strength) * np.log2(weight)
+    logs = np.where(alive, logs - logs[alive].mean() if alive.any() else 0, 0)
+    limit = np.log2(_LARGEST)
+    factors: Array = np.exp2(np.clip(np.rint(logs), -limit, limit)).astype(np.float32)
+    return factors
+
+
+Maker = Callable[[Array, Smoothing], None]
+
+
+def _maker(x: ir.Value) -> Maker | None:
+    """What scales the columns of a value by scaling a weight, or None."""
+    node = x.producer()
+    if node is None:
+        return None
+    if node.domain == DOMAIN and node.op_type in ("RMSNorm", "AddRMSNorm") and x is node.outputs[0]:
+        gain = node.inputs[-1]
+        return None if not _own(gain) else lambda f, _: _scale(gain, f)
+    if node.op_type == "Mul" and node.domain == "":
+        return next((m for m in map(_linear_maker, node.inputs) if m is not None), None)
+    return None
+
+
+def _linear_maker(factor: ir.Value | None) -> Maker | None:
+    """One side of a product that is some rows of a Linear and goes nowhere else."""
+    node = factor.producer() if factor is not None else None
+    if factor is None or node is None or len(factor.uses()) != 1:
+        return None
+    linear, start = node, 0
+    if node.op_type == "Split" and node.domain == "" and node.inputs[0] is not None and node.inputs[1] is not None:
+        sizes = _array(node.inputs[1]).tolist()
+        start = sum(sizes[: factor.index() or 0])
+        producer = node.inputs[0].producer()
+        if producer is None or len(node.inputs[0].uses()) != 1:
+            return None
+        linear = producer
+    if linear.op_type != "Linear" or linear.domain != DOMAIN or not all(map(_own, linear.inputs[1:])):
+        return None
+    weight, biases = linear.inputs[1], [b for b in linear.inputs[2:] if b is not None]
+    assert weight is not None and weight.const_value is not None
+    total = weight.const_value.shape.numpy()[0]
+
+    def make(factors: Array, done: Smoothing) -> None:
+        rows = np.ones(total, dtype=np.float32)
+        rows[start : start + len(factors)] = factors
+        _multiply(weight, rows[:, None], done.rows, rows)
+        for bias in biases:
+            _scale(bias, rows)
+
+    return make
+
+
+def _multiply(weight: ir.Value, by: Array, into: dict[str, Array], factors: Array) -> None:
+    name = str(weight.name)
+    _scale(weight, by)
+    into[name] = into[name] * factors if name in into else factors
+
+
+def _scale(value: ir.Value | None, by: Array) -> None:
+    assert value is not None and value.const_value is not None
+    tensor = value.const_value
+    value.const_value = ir.LazyTensor(
+        lambda: ir.tensor(np.asarray(tensor.numpy() * by.astype(tensor.dtype.numpy()))), dtype=tensor.dtype,
+        shape=ir.Shape(tensor.shape.numpy()), name=value.name,
+    )  # fmt: skip
+
+
+def _own(value: ir.Value | None) -> bool:
+    """Whether a weight is read by one node alone; a bias that is not there is."""
+    return value is None or (value.const_value is not None and len(value.uses()) == 1)
+
+
+def _array(value: ir.Value) -> Array:
+    assert value.const_value is not None
+    return np.asarray(value.const_value.numpy())
+
+
+def by_part(factors: Mapping[str, Array], sizes: Mapping[str, int]) -> dict[str, Array]:
+    """Rows' factors of merged weights, cut into those of the weights that were merged."""
+    found: dict[str, Array] = {}
+    for name, rows in factors.items():
+        start = 0
+        for part in parts_of(name):
+            found[part] = rows[start : start + sizes[part]]
+            start += sizes[part]
+    return found

@@ -1,0 +1,239 @@
+"""Automatic quantization: estimates, search, and bundles that keep to a budget or do not appear."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from families import VOCAB, make
+
+from edgellm.cli.export import export as command
+from edgellm_exporters.auto import Automatic
+from edgellm_exporters.errors import ExportError, QuantizeError
+from edgellm_exporters.export import Exported, ExportOptions, export
+from edgellm_exporters.quantize.budget import Budget, divide
+from edgellm_exporters.quantize.candidates import candidates_of, decode_ns, prefill_ns
+from edgellm_exporters.quantize.plan import ROW, Scheme
+from edgellm_exporters.quantize.planning import uses_of
+from edgellm_exporters.quantize.reference import quantized_model
+from edgellm_exporters.quantize.search import Table, front, search
+from edgellm_exporters.quantize.sensitivity import GPTQ_FACTOR, predicted, sensitivities
+from edgellm_exporters.quantize.smooth import Smoothing
+from edgellm_exporters.streaming import OwnWeights
+from edgellm_exporters.targets import TARGETS
+from edgellm_runtime.bundle import Bundle
+
+FINE, COARSE = Scheme(8, 32), Scheme(4, 32, symmetric=False)
+TEXT = np.random.default_rng(0).integers(0, VOCAB, 4000).tolist()
+CALIBRATION, HELD_OUT = divide(TEXT, 64, 2048)
+
+
+def auto(model: torch.nn.Module, path: Path, **budget: object) -> Exported:
+    options = ExportOptions(
+        quantize="auto", budget=Budget(**budget), calibration=CALIBRATION, held_out=HELD_OUT,  # type: ignore[arg-type]
+    )  # fmt: skip
+    return export(model, path, options=options)
+
+
+def job(family: str, target: str = "cpu") -> Automatic:
+    model = make(family)
+    return Automatic(
+        model=model, weights=OwnWeights(model), target=TARGETS[target], calibration=CALIBRATION, held_out=HELD_OUT
+    )
+
+
+def table(seed: int, weights: int = 5, formats: int = 4) -> Table:
+    r = np.random.default_rng(seed)
+    size = r.uniform(1, 4, (weights, 1)) * np.linspace(4, 1, formats)
+    return Table(
+        tuple(map(str, range(weights))), ((FINE,) * formats,) * weights, r.lognormal(0, 1.5, (weights, formats)), size,
+        r.uniform(1, 10, (weights, formats)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_search_finds_what_trying_every_assignment_finds(seed: int) -> None:
+    numbers, r = table(seed), np.random.default_rng(1000 + seed)
+    max_kl = float(np.median(numbers.kl)) * len(numbers.names) * r.uniform(0.3, 1)
+    max_bytes = float(numbers.nbytes.mean()) * len(numbers.names) * r.uniform(0.8, 1.3) if seed % 2 else math.inf
+    every = (numbers.choice(np.array(p)) for p in itertools.product(range(4), repeat=len(numbers.names)))
+    best = min((c.cost for c in every if c.kl <= max_kl and c.nbytes <= max_bytes), default=None)
+    found = search(numbers, max_kl, max_bytes)
+    assert (found is None) == (best is None)
+    if found is not None:
+        assert found.kl <= max_kl and found.nbytes <= max_bytes
+        assert found.cost == pytest.approx(best)
+
+
+def test_among_equally_fast_assignments_the_smallest_is_taken() -> None:
+    numbers = dataclasses.replace(table(0), cost=np.ones((5, 4)))
+    found = search(numbers, math.inf)
+    assert found is not None
+    assert found.nbytes == numbers.nbytes.min(axis=1).sum()
+
+
+def test_along_the_front_less_divergence_always_costs_more() -> None:
+    line = front(table(3, weights=30))
+    kl, cost = [c.kl for c in line], [c.cost for c in line]
+    assert kl == sorted(kl) and cost == sorted(cost, reverse=True)
+    assert len(line) > 10
+
+
+def test_each_weight_is_offered_what_its_use_allows() -> None:
+    graph = job("mixed").graph()
+    found = {c.name: c for c in candidates_of(graph, uses_of(graph), integer_products=True)}
+    tied = found["head.weight"]  # the embedding too
+    assert tied.role == "head" and not any(s.shifted or s.block == ROW for s in tied.schemes)
+    loops = [c for c in found.values() if c.role == "loop"]
+    assert len(loops) == 6  # two of each of the three recurrences
+    assert all(Scheme(8, ROW) in c.schemes for c in found.values() if c.role == "product")
+    for candidate in found.values():
+        assert all(s.block == ROW or candidate.shape[1] % s.block == 0 for s in candidate.schemes)
+        assert all(decode_ns(candidate, s) > 0 and prefill_ns(candidate, s) > 0 for s in candidate.schemes)
+
+
+def test_a_table_that_is_only_looked_up_in_costs_no_time() -> None:
+    graph = job("decoder untied with biases").graph()
+    roles = {c.name: c for c in candidates_of(graph, uses_of(graph), integer_products=False)}
+    assert {name: roles[name].role for name in ("embedding.weight", "head.weight")} == {
+        "embedding.weight": "table", "head.weight": "head",
+    }  # fmt: skip
+    assert decode_ns(roles["embedding.weight"], FINE) == 0
+    assert not any(s.block == ROW for c in roles.values() for s in c.schemes)
+
+
+@pytest.mark.parametrize("family", ["decoder", "mixed"])
+def test_estimates_are_near_what_rounding_costs_and_rank_formats(family: str) -> None:
+    """Every weight in one format against the same model with rounded weights: PyTorch alone, no kernel's rounding."""
+    from edgellm_exporters.quantize.planning import plan_of
+
+    own = job(family)
+    graph = own.graph()
+    candidates = candidates_of(graph, uses_of(graph), integer_products=False)
+    found = sensitivities(own.model, own.weights, candidates, Smoothing(), CALIBRATION, rounds_inputs=False)
+    tokens = torch.tensor(HELD_OUT[:8])
+    with torch.no_grad():
+        before = own.model(tokens)[0].double().log_softmax(-1)
+        ratios = {}
+        for scheme in (FINE, COARSE):
+            schemes = {c.name: scheme for c in candidates}
+            plan = plan_of(schemes, Smoothing(), own.model, (), lambda what, share: None)
+            after = quantized_model(own.model, plan)(tokens)[0].double().log_softmax(-1)
+            estimate = predicted(found, schemes) / (GPTQ_FACTOR if scheme is COARSE else 1)
+            ratios[scheme] = estimate / float((before.exp() * (before - after)).sum(-1).mean())
+    assert all(0.4 < ratio < 2.5 for ratio in ratios.values()), ratios
+    for costs in found.values():
+        assert costs[FINE] < costs[COARSE]
+
+
+def test_rounding_inputs_costs_something_too() -> None:
+    own = job("decoder")
+    graph = own.graph()
+    candidates = candidates_of(graph, uses_of(graph), integer_products=True)
+    plain, rounded = (
+        sensitivities(own.model, own.weights, candidates, Smoothing(), CALIBRATION, rounds_inputs=rounds)
+        for rounds in (False, True)
+    )
+    for name, costs in plain.items():
+        assert all(rounded[name][scheme] > cost for scheme, cost in costs.items()), name
+
+
+@pytest.mark.parametrize(("family", "prefer"), [("decoder", "decode"), ("mixed", "size"), ("attention", "prefill")])
+def test_a_bundle_within_its_budget_comes_with_the_evidence(family: str, prefer: str, tmp_path: Path) -> None:
+    exported = auto(make(family), tmp_path / "b", max_kl=0.01, prefer=prefer)
+    manifest = exported.bundle.manifest
+    said = manifest.quantization
+    assert said["method"] == "auto" and said["budget"]["prefer"] == prefer
+    assert 0 < said["held_out"]["kl"] <= 0.01
+    assert said["held_out"]["tokens"] == sum(map(len, HELD_OUT))
+    assert manifest.bounds["kl"] == pytest.approx(0.03)
+    assert {f.name for f in (tmp_path / "b").iterdir()} == {*manifest.files, "manifest.json"}
+    Bundle(tmp_path / "b")  # every checksum, the report's among them
+    page = (tmp_path / "b" / "quantization.md").read_text()
+    assert sum(said["weights"].values()) == page.count("-bit ")
+    assert (tmp_path / "b" / "quantization.png").read_bytes().startswith(b"\x89PNG")
+    assert exported.verification.ok
+
+
+def test_a_looser_budget_gives_a_smaller_bundle(tmp_path: Path) -> None:
+    model = make("decoder")
+    tight, loose = (auto(model, tmp_path / str(kl), max_kl=kl, prefer="size").bundle.nbytes for kl in (0.001, 0.02))
+    assert loose < tight
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        ({"max_kl": 1e-7}, r"no formats keep to KL 1e-07; what can be met, by the estimate: KL \S+ at 0\.\d MB;"),
+        ({"max_kl": 0.02, "max_size_mb": 0.31}, r"KL 0.02 and 0.31 MB; .*: 0\.4 MB at KL 0\.0\d+;"),
+    ],
+)
+def test_an_impossible_budget_says_what_can_be_met_and_leaves_nothing(
+    budget: dict[str, float], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(QuantizeError, match=said):
+        auto(make("decoder"), tmp_path / "b", **budget)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_calibration_and_held_out_text_share_no_token() -> None:
+    windows, held = divide(list(range(20_000)), 512, 8192)
+    assert (len(windows), len(held)) == (16, 4)
+    assert windows[-1][-1] < held[0][0] and held[-1][-1] == 19_999
+
+
+@pytest.mark.parametrize("tokens", [10, 3000])
+def test_too_little_text_is_refused_with_the_numbers(tokens: int) -> None:
+    with pytest.raises(
+        QuantizeError, match=rf"has {tokens} tokens; --quantize auto needs 3072: 2048 .* and 1024 others"
+    ):
+        divide([1] * tokens, 512, 8192)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--max-kl", "0.1"], "--max-kl is a limit for automatic formats; add --quantize auto"),
+        (["--quantize", "int4", "--prefer", "size"], "leave it out of --quantize int4"),
+        (["--quantize", "auto"], "add --calibrate FILE"),
+        (["--quantize", "auto", "--calibrate", "t", "--prefer", "speed"], "'speed' is not one of"),
+    ],
+)
+def test_options_that_do_not_belong_together_are_refused(arguments: list[str], said: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(command, ["nowhere", "-o", str(tmp_path / "b"), *arguments])
+    assert result.exit_code == 2
+    assert said in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        ({"max_kl": -1.0}, "KL of at most -1.0"),
+        ({"max_size_mb": 0.0}, "size of at most 0"),
+        ({"prefer": "fun"}, "'fun'"),
+    ],
+)
+def test_an_impossible_limit_is_refused_by_value(budget: dict[str, object], said: str) -> None:
+    with pytest.raises(QuantizeError, match=said):
+        Budget(**budget)  # type: ignore[arg-type]
+
+
+def test_a_budget_is_for_auto_alone_and_auto_needs_text(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="a budget is for 'auto' alone"):
+        ExportOptions(quantize="int4", budget=Budget())
+    with pytest.raises(QuantizeError, match="no text to calibrate with"):
+        export(make("decoder"), tmp_path / "b", options=ExportOptions(quantize="auto", budget=Budget()))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
+    auto(make("gru alone"), tmp_path / "b", max_kl=0.05)
+    said = json.loads((tmp_path / "b" / "manifest.json").read_text())["quantization"]
+    assert set(said) == {"method", "rounding", "weights", "budget", "predicted_kl", "held_out"}
