@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import onnxruntime
 import torch
 from torch import nn
 
@@ -71,3 +72,13 @@ def planned(model: nn.Module, target: str, method: str, calibration: Sequence[Se
     for make_pass in find_target(target).passes:
         make_pass()(graph)
     return graph, make_plan(find_method(method), graph, model, golden_rows(None, VOCAB, CONTEXT), calibration)
+
+
+def as_written() -> Any:
+    """Session options that run a graph as it is: some products of whole numbers otherwise become other kernels."""
+    options = _SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
+
+
+_SessionOptions = onnxruntime.SessionOptions  # before any test puts another in its place

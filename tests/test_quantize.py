@@ -9,7 +9,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from families import VOCAB, make, planned
+from families import VOCAB, as_written, make, planned
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -243,13 +243,6 @@ def test_a_calibrated_bundle_is_nearer_than_a_rounded_one(target: str, tmp_path:
     assert kl["calibrated"] < kl["rounded"]
 
 
-def _as_written() -> onnxruntime.SessionOptions:
-    options = _SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return options
-
-
-_SessionOptions = onnxruntime.SessionOptions
 FORMATS = [f"{bits}:32{kind}" for bits in (2, 4, 8) for kind in ("", ":asymmetric", ":shifted")]
 
 
@@ -261,7 +254,7 @@ def test_every_format_that_a_target_has_computes_what_it_stores(
 ) -> None:
     """Against PyTorch with the very numbers that the codes stand for."""
     if target == "onnx":  # ONNX Runtime turns some of these into kernels that round activations; the graph does not
-        monkeypatch.setattr(onnxruntime, "SessionOptions", _as_written)
+        monkeypatch.setattr(onnxruntime, "SessionOptions", as_written)
     model = make(family)
     loose = {"kl": 100.0, "split": 100.0, "batch": 100.0, "top1": 0.0, "state": 100.0}
     options = ExportOptions(target=target, quantize=method, bounds=loose)

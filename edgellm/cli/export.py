@@ -30,8 +30,12 @@ __all__ = ["export", "export_checkpoint", "print_summary"]
     help="What it is for: cpu (ONNX Runtime's fused kernels) or onnx (standard operators only).",
 )  # fmt: skip
 @click.option("--dtype", default="float32", help="Precision of activations and of weights that are not quantized.")
-@click.option("--quantize", default="none", help="Weights: none (float), int8, int4 (embedding and "
-              "vocabulary projection in 8 bits), auto (one for each, within --max-kl and --max-size-mb).")  # fmt: skip
+@click.option("--quantize", default="none", help="Weights: none (float), int8, int4 (embedding and vocabulary "
+              "projection in 8 bits), w8a8 (integer products, for the fastest prompts), keep (what a GGUF file rounded "
+              "is not rounded again), auto (one for each, within --max-kl and --max-size-mb), or one format for all, "
+              "BITS:BLOCK, such as 4:32:asymmetric.")  # fmt: skip
+@click.option("--kv-cache", default="float32", help="What attention keeps keys and values in: float32, or int8, a "
+              "quarter of the memory of long contexts.")  # fmt: skip
 @click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE", help="UTF-8 text like the model's work: "
               "int4 weights are then chosen with GPTQ instead of rounded to nearest.")  # fmt: skip
 @click.option("--max-kl", type=float, default=None, metavar="NATS", show_default=False, help="With --quantize auto: "
@@ -48,7 +52,7 @@ __all__ = ["export", "export_checkpoint", "print_summary"]
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def export(
-    checkpoint: Path, output: Path, target: str, dtype: str, quantize: str, calibrate: Path | None,
+    checkpoint: Path, output: Path, target: str, dtype: str, quantize: str, kv_cache: str, calibrate: Path | None,
     max_kl: float | None, max_size_mb: float | None, prefer: str | None, name: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Turn CHECKPOINT into a bundle that runs without PyTorch, and prove that it computes the same.
@@ -59,7 +63,7 @@ def export(
     with stages() as tell:
         result = export_checkpoint(
             checkpoint, output, target=target, dtype=dtype, quantize=quantize, calibrate=calibrate, max_kl=max_kl,
-            max_size_mb=max_size_mb, prefer=prefer, name=name, tell=tell,
+            max_size_mb=max_size_mb, prefer=prefer, kv_cache=kv_cache, name=name, tell=tell,
         )  # fmt: skip
     if as_json:
         click.echo(json.dumps(result))
@@ -69,8 +73,8 @@ def export(
 
 def export_checkpoint(
     checkpoint: Path, output: Path, *, target: str, dtype: str, quantize: str, calibrate: Path | None = None,
-    max_kl: float | None = None, max_size_mb: float | None = None, prefer: str | None = None, name: str = "",
-    tell: Any,
+    max_kl: float | None = None, max_size_mb: float | None = None, prefer: str | None = None,
+    kv_cache: str = "float32", name: str = "", tell: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Read, export and sum up; the keys are those of ``--json``."""
     from edgellm_exporters.atomic import check_destination
@@ -78,7 +82,9 @@ def export_checkpoint(
 
     start = time.perf_counter()
     budget = budget_of(quantize, calibrate, max_kl, max_size_mb, prefer)
-    options = ExportOptions(target=target, dtype=dtype, quantize=quantize, name=name, budget=budget)
+    options = ExportOptions(
+        target=target, dtype=dtype, quantize=quantize, kv_cache=kv_cache, name=name, budget=budget
+    )  # fmt: skip
     check_destination(output)
     tell("importing PyTorch", 0.0)
     from edgellm.checkpoints import open_checkpoint
@@ -138,7 +144,7 @@ def text_of(loaded: Checkpoint) -> Any:
 def _summary(exported: Exported, target: str, dtype: str, quantize: str) -> dict[str, Any]:
     from edgellm_runtime.memory import peak_rss_mb
 
-    parity = exported.parity
+    parity, said = exported.parity, exported.bundle.manifest.quantization
     return {
         "bundle": str(exported.bundle.path),
         "target": target,
@@ -156,7 +162,15 @@ def _summary(exported: Exported, target: str, dtype: str, quantize: str) -> dict
             for c in exported.verification.checks
         ],
         "peak_rss_mb": peak_rss_mb(),
+        **{key: said[key] for key in ("budget", "predicted_kl", "held_out") if key in said},
     }  # fmt: skip
+
+
+def _held_out(result: dict[str, Any]) -> list[tuple[str, str]]:
+    if "held_out" not in result:
+        return []
+    found, budget = result["held_out"], result["budget"]
+    return [(f"KL on {found['tokens']} held-out tokens", f"{found['kl']:.2e} nats, at most {budget['max_kl']:g}")]
 
 
 def print_summary(result: dict[str, Any]) -> None:
@@ -176,6 +190,7 @@ def print_summary(result: dict[str, Any]) -> None:
         ("size", f"{result['bytes'] / 1e6:.1f} MB, {result['bits_per_weight']:.2f} bits a weight"),
         (f"KL from PyTorch, {parity['tokens']} tokens", f"{parity['kl_mean']:.2e} nats"),
         ("same most likely token", f"{parity['top1_agreement']:.1%}"),
+        *_held_out(result),
         ("checks that hold", f"{held} of {len(result['checks'])}"),
         ("took", f"{result['seconds']:.1f} s, {result['peak_rss_mb'] or 0:.0f} MB"),
     ):

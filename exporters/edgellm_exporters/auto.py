@@ -29,6 +29,7 @@ from edgellm_exporters.quantize.calibrate import check_windows, largest_inputs
 from edgellm_exporters.quantize.candidates import Candidates, candidates_of
 from edgellm_exporters.quantize.front_picture import check_library, draw_front
 from edgellm_exporters.quantize.keep import smallest_holding
+from edgellm_exporters.quantize.plan import Scheme
 from edgellm_exporters.quantize.planning import Uses, plan_of, uses_of
 from edgellm_exporters.quantize.report import Attempt, Evidence, write_table
 from edgellm_exporters.quantize.search import Choice, Table, search, table_of
@@ -59,7 +60,7 @@ class Outcome:
         record: for the manifest.
     """
 
-    schemes: Mapping[str, Any]
+    schemes: Mapping[str, Scheme]
     record: Mapping[str, Any]
 
 
@@ -94,7 +95,7 @@ class Automatic:
         with resident(self.model, self.weights):
             return largest_inputs(self._module, self.calibration, partial(progress, "looking at inputs"))
 
-    def build(self, schemes: Mapping[str, Any], largest: Mapping[str, Any], directory: Path, progress: Progress) -> int:
+    def build(self, schemes: Mapping[str, Scheme], largest: Mapping[str, Any], directory: Path, progress: Progress) -> int:
         """Write the graph with those formats; returns its bytes."""
         captured = self.graph()
         done = smoothed(captured, largest)
@@ -184,7 +185,7 @@ class _Hunt:
 
     def __init__(
         self, budget: Budget, job: Automatic, candidates: Sequence[Candidates],
-        predictions: Mapping[str, Mapping[Any, float]], largest: Mapping[str, Any], directory: Path, rest: int,
+        predictions: Mapping[str, Mapping[Scheme, float]], largest: Mapping[str, Any], directory: Path, rest: int,
         other_bytes: int,
     ) -> None:  # fmt: skip
         self.budget, self.job, self.largest, self.directory = budget, job, largest, directory

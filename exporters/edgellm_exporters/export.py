@@ -27,6 +27,7 @@ from edgellm_exporters.goldens import GREEDY, write_goldens
 from edgellm_exporters.lower import clean, lower_to
 from edgellm_exporters.parity import ParityReport, measure
 from edgellm_exporters.quantize.budget import AUTO, Budget, bounds_of
+from edgellm_exporters.quantize.cache import cache_scales, cached_states, narrow_caches
 from edgellm_exporters.quantize.methods import find_method
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.quantize.planning import make_plan
@@ -39,9 +40,12 @@ from edgellm_runtime.backends.ort import library
 from edgellm_runtime.bundle import GRAPH, MANIFEST, Bundle, FileInfo, Manifest, TokenizerInfo, sha256_of
 from edgellm_runtime.loading import open_session
 from edgellm_runtime.session import Session
+from edgellm_runtime.spec import Signature
 from edgellm_runtime.verify import Verification, verify
 
 __all__ = ["ExportOptions", "Exported", "TextAssets", "export"]
+
+_CACHE_WINDOWS = 4  # of the calibration text: ranges need less of it than codes do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,8 @@ class ExportOptions:
         bounds: overrides for what the bundle must hold to.
         budget: what a bundle of ``quantize="auto"`` must keep to.
         held_out: windows of token ids that such a bundle is judged on; none of them is in ``calibration``.
+        kv_cache: what attention keeps keys and values in: ``float32``, or ``int8`` with one scale for each feature of
+            each head.
     """
 
     target: str = "cpu"
@@ -68,9 +74,14 @@ class ExportOptions:
     bounds: Mapping[str, float] = field(default_factory=dict)
     budget: Budget | None = None
     held_out: Sequence[Sequence[int]] = ()
+    kv_cache: str = "float32"
 
     def __post_init__(self) -> None:
         target = find_target(self.target)
+        if self.kv_cache not in target.caches:
+            raise ExportError(
+                f"target {self.target} keeps keys and values in {' or '.join(target.caches)}, not {self.kv_cache!r}"
+            )
         if self.dtype not in target.dtypes:
             raise ExportError(f"target {self.target} has no dtype {self.dtype!r}; it has {', '.join(target.dtypes)}")
         if (self.quantize == AUTO) != (self.budget is not None):
@@ -157,10 +168,11 @@ def _build(
     rows = golden_rows(text.tokenizer_json if text else None, model.config.vocab_size, model.config.max_context)
     _write_text(scratch, text)
     quantization, own_bounds = _write_weights(model, weights, target, options, rows, scratch, progress)
-    bounds = {**own_bounds, **options.bounds}
+    signature = _signature(model, quantization)
+    bounds = {**_held_by(own_bounds, signature), **options.bounds}
     manifest = Manifest(
         name=name, target={"name": target.name, "requires": {"onnxruntime": "1.30"}},
-        signature=signature_of(model), max_context=model.config.max_context, ragged_chunks=target.ragged_chunks,
+        signature=signature, max_context=model.config.max_context, ragged_chunks=target.ragged_chunks,
         dtype=options.dtype, files={}, tokenizer=text.info if text else None,
         quantization=quantization, provenance={**provenance, **_environment()}, bounds=bounds,
     )  # fmt: skip
@@ -191,19 +203,17 @@ def _write_weights(
     job = Automatic(
         model=model, weights=weights, target=target, calibration=options.calibration, held_out=options.held_out
     )
+    if options.kv_cache != "float32":
+        raise ExportError("an 8-bit cache is not part of what the search measures; use it with another --quantize")
     others = sum(file.stat().st_size for file in scratch.iterdir())
     found = quantize_within(options.budget, job, scratch, others, progress)
     return {"method": AUTO, **found.record}, bounds_of(options.budget, found.schemes)
 
 
 def _graph(
-    model: LanguageModel,
-    weights: Weights,
-    target: Target,
-    options: ExportOptions,
-    rows: Sequence[Sequence[int]],
+    model: LanguageModel, weights: Weights, target: Target, options: ExportOptions, rows: Sequence[Sequence[int]],
     progress: Progress,
-) -> tuple[ir.Model, Plan]:
+) -> tuple[ir.Model, Plan]:  # fmt: skip
     captured = capture(model, weights)
     clean(captured)
     for make in target.passes:
@@ -211,7 +221,30 @@ def _graph(
     assert isinstance(model, nn.Module)
     with resident(model, weights):
         plan = make_plan(find_method(options.quantize), captured, model, rows, options.calibration, progress)
-    return lower_to(captured, target, plan), plan
+        if options.kv_cache == "int8":
+            progress("looking at keys and values", 0.0)
+            seen = options.calibration[:_CACHE_WINDOWS] or rows
+            plan.cache = cache_scales(model, cached_states(captured), [row for row in seen if len(row) == len(seen[0])])
+    lowered = lower_to(captured, target, plan)
+    narrow_caches(lowered, plan.cache)
+    return lowered, plan
+
+
+def _signature(model: LanguageModel, quantization: Mapping[str, Any]) -> Signature:
+    """The model's, with the states that are kept in 8 bits."""
+    whole, narrow = signature_of(model), frozenset(quantization.get("cache", ()))
+    state = [dataclasses.replace(s, dtype="int8") if s.name in narrow else s for s in whole.state]
+    return dataclasses.replace(whole, state=tuple(state))
+
+
+def _held_by(bounds: Mapping[str, float], signature: Signature) -> Mapping[str, float]:
+    """A method's bounds, or those of 8 bits where the cache rounds more; its codes are not compared with PyTorch."""
+    if all(s.dtype != "int8" for s in signature.state):
+        return bounds
+    found = {**find_method("int8").bounds, **bounds} if "greedy" not in bounds else dict(find_method("int8").bounds)
+    return (
+        found if any(s.dtype != "int8" for s in signature.state) else {k: v for k, v in found.items() if k != "state"}
+    )
 
 
 def _session(scratch: Path) -> Session:
@@ -250,11 +283,12 @@ def _write_manifest(scratch: Path, manifest: Manifest) -> Manifest:
 
 
 def _quantization(options: ExportOptions, plan: Plan) -> dict[str, Any]:
+    cache = {"cache": sorted(plan.cache)} if plan.cache else {}
     if not plan.schemes:
-        return {"method": "none"}
+        return {"method": "none", **cache}
     counted = dict(collections.Counter(map(str, plan.schemes.values())))
     rounding = "GPTQ" if options.calibration else "round to nearest"
-    return {"method": options.quantize, "rounding": rounding, "weights": counted}
+    return {"method": options.quantize, "rounding": rounding, "weights": counted, **cache}
 
 
 def _environment() -> dict[str, str]:

@@ -28,6 +28,7 @@ class Target:
         passes: fusions of canonical ops that ``rules`` has forms for, in order.
         domains: operator sets its graphs use, with their versions.
         dtypes: precisions of activations and unquantized weights.
+        caches: precisions that attention can keep keys and values in.
         ragged_chunks: whether several tokens over a filled cache may come for several rows at once.
     """
 
@@ -37,6 +38,7 @@ class Target:
     passes: tuple[type[ir.passes.InPlacePass], ...]
     domains: Mapping[str, int]
     dtypes: tuple[str, ...]
+    caches: tuple[str, ...]
     ragged_chunks: bool
 
 
@@ -45,12 +47,12 @@ TARGETS: Mapping[str, Target] = {
     for target in (
         Target(
             name="onnx", summary="standard ONNX operators only; runs wherever opset 23 does", rules=standard.RULES,
-            passes=(), domains={"": OPSET}, dtypes=("float32",), ragged_chunks=True,
+            passes=(), domains={"": OPSET}, dtypes=("float32",), caches=("float32",), ragged_chunks=True,
         ),
         Target(
             name="cpu", summary="ONNX Runtime's fused kernels on CPU", rules=ort.RULES,
             passes=(MergeLinears, FuseAddRMSNorm), domains={"": OPSET, ort.DOMAIN: 1}, dtypes=("float32",),
-            ragged_chunks=False,
+            caches=("float32", "int8"), ragged_chunks=False,
         ),
     )
 }  # fmt: skip

@@ -128,7 +128,7 @@ def attention(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
 
 
 def _cache_scales(context: Lowering, *past: ir.Value | None) -> list[ir.Value | None]:
-    """What the kernel reads after the rotation's tables when the cache is in 8 bits: three absent inputs, two scales."""
+    """What the kernel reads after the rotation's tables for an 8-bit cache: three absent inputs and two scales."""
     found = [context.plan.cache.get(str(value.name).removeprefix("past.")) for value in past if value is not None]
     if any(scale is None for scale in found):
         return []

@@ -5,7 +5,7 @@ Keys are cached after their rotation, so what is seen in the state is what will 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,7 @@ def cache_scales(
     return found
 
 
-def narrow_caches(graph: ir.Model, names: Sequence[str]) -> None:
+def narrow_caches(graph: ir.Model, names: Collection[str]) -> None:
     """Declare those states of a lowered graph as 8-bit integers. In place."""
     ends = {f"past.{name}" for name in names} | {f"present.{name}" for name in names}
     for value in (*graph.graph.inputs, *graph.graph.outputs):

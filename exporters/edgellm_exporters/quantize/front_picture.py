@@ -81,8 +81,9 @@ def _panel(axes: Any, evidence: Evidence, minimise: str, axis: _Axis) -> None:
     )  # fmt: skip
     axes.axhline(evidence.budget.max_kl, color=LIMIT, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     axes.annotate(
-        f"at most {evidence.budget.max_kl:g} nats", (0.01, evidence.budget.max_kl),
+        f"at most {evidence.budget.max_kl:g} nats", (0.99, evidence.budget.max_kl),
         xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points", color=LIMIT, fontsize=8,
+        ha="right",
     )  # fmt: skip
     others = [a for a in evidence.attempts if a is not evidence.chosen]
     if others:

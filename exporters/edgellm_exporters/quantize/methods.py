@@ -46,7 +46,7 @@ METHODS: Mapping[str, Method] = {
         "float weights", None, None,
         {"logits": 1e-4, "kl": 1e-6, "top1": 1.0, "state": 1e-4, "split": 1e-4, "batch": 1e-4, "greedy": 1.0},
     ),
-    "int8": Method("8-bit weights in blocks", Scheme(8, 64), Scheme(8, 64), _EIGHT, smooth=True),
+    "int8": Method("8-bit weights in blocks", Scheme(8), Scheme(8), _EIGHT, smooth=True),
     "w8a8": Method(
         "8-bit weights with one scale a row, for the fastest prompts", Scheme(8, ROW), Scheme(8, 64),
         {"kl": 0.05, "top1": 0.8, "state": 0.3, "split": 0.1, "batch": 0.1}, smooth=True,

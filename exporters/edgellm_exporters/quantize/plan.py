@@ -16,6 +16,7 @@ from edgellm_exporters.quantize.smooth import Smoothing
 __all__ = ["ROW", "STORAGE", "Codes", "Plan", "QuantizedWeight", "Quantizer", "Scheme", "joined", "pack"]
 
 STORAGE = "edgellm.storage"
+_ROWS_BYTES = 16 << 20  # of float32 weights that are quantized at a time
 
 
 ROW = 0
@@ -125,6 +126,8 @@ def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     Returns:
         (rows, ceil(columns * bits / 8)).
     """
+    if bits == 8:
+        return codes
     each = 8 // bits
     padded = np.pad(codes, ((0, 0), (0, -codes.shape[1] % each)))
     packed = np.zeros((codes.shape[0], padded.shape[1] // each), dtype=np.uint8)
@@ -180,12 +183,14 @@ class Plan:
         quantize: computes the numbers from a weight's name, its values (rows, columns) and its scheme.
         smoothing: what the graph's weights were multiplied with before.
         cache: scales of the states that are kept in 8 bits, by state name, (heads * head_dim,).
+        by_rows: weights whose rows may be quantized some at a time, so that a vocabulary's table is never whole.
     """
 
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     quantize: Quantizer | None = None
     smoothing: Smoothing = field(default_factory=Smoothing)
     cache: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    by_rows: frozenset[str] = frozenset()
     _last: tuple[str, Codes] | None = field(default=None, repr=False)
 
     def find(self, name: str, tensor: ir.TensorProtocol) -> QuantizedWeight | None:
@@ -202,9 +207,21 @@ class Plan:
     def _codes(self, name: str, tensor: ir.TensorProtocol, scheme: Scheme) -> Codes:
         # A weight's parts are written one after the other: remembering the last keeps memory flat.
         if self._last is None or self._last[0] != name:
-            assert self.quantize is not None
-            weight = np.asarray(tensor.numpy(), dtype=np.float32)
-            if not np.isfinite(weight).all():
-                raise QuantizeError(f"{name} holds NaN or infinite weights; train or download the checkpoint again")
-            self._last = (name, self.quantize(name, weight, scheme))
+            self._last = (name, self._computed(name, tensor, scheme))
         return self._last[1]
+
+    def _computed(self, name: str, tensor: ir.TensorProtocol, scheme: Scheme) -> Codes:
+        assert self.quantize is not None
+        rows_of = getattr(tensor, "rows", None)  # of a weight that can be read by rows
+        total, columns = tensor.shape.numpy()
+        if rows_of is None or name not in self.by_rows:
+            return self.quantize(name, _finite(name, np.asarray(tensor.numpy(), dtype=np.float32)), scheme)
+        step = max(1, _ROWS_BYTES // (4 * columns))
+        pieces = (np.asarray(rows_of(i, min(i + step, total)), dtype=np.float32) for i in range(0, total, step))
+        return joined([self.quantize(name, _finite(name, piece), scheme) for piece in pieces])
+
+
+def _finite(name: str, weight: NDArray[np.float32]) -> NDArray[np.float32]:
+    if not np.isfinite(weight).all():
+        raise QuantizeError(f"{name} holds NaN or infinite weights; train or download the checkpoint again")
+    return weight

@@ -103,7 +103,8 @@ def plan_of(
             {part: f for name, f in done.columns.items() for part in parts_of(name)}, by_part(done.rows, sizes),
             partial(progress, "calibrating"),
         )  # fmt: skip
-    return Plan(schemes, _rounded(chosen), done)
+    alone = frozenset(name for name in schemes if name not in chosen)
+    return Plan(schemes, _rounded(chosen), done, by_rows=alone)
 
 
 def schemes_for(method: Method, uses: Uses) -> dict[str, Scheme]:
