@@ -31,6 +31,7 @@ from edgellm_exporters.targets import TARGETS
 from edgellm_runtime.bundle import Bundle
 
 FINE, COARSE = Scheme(8, 32), Scheme(4, 32, symmetric=False)
+FORMATS = (FINE, Scheme(8, 64), COARSE, Scheme(4, 64, symmetric=False))
 TEXT = np.random.default_rng(0).integers(0, VOCAB, 4000).tolist()
 CALIBRATION, HELD_OUT = divide(TEXT, 64, 2048)
 
@@ -53,7 +54,7 @@ def table(seed: int, weights: int = 5, formats: int = 4) -> Table:
     r = np.random.default_rng(seed)
     size = r.uniform(1, 4, (weights, 1)) * np.linspace(4, 1, formats)
     return Table(
-        tuple(map(str, range(weights))), ((FINE,) * formats,) * weights, r.lognormal(0, 1.5, (weights, formats)), size,
+        tuple(map(str, range(weights))), (FORMATS[:formats],) * weights, r.lognormal(0, 1.5, (weights, formats)), size,
         r.uniform(1, 10, (weights, formats)),
     )  # fmt: skip
 
@@ -84,6 +85,23 @@ def test_along_the_front_less_divergence_always_costs_more() -> None:
     kl, cost = [c.kl for c in line], [c.cost for c in line]
     assert kl == sorted(kl) and cost == sorted(cost, reverse=True)
     assert len(line) > 10
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_huge_weight_among_small_ones_hides_no_better_assignment(seed: int) -> None:
+    """As a vocabulary does: what is smallest is never half a percent faster than what the search finds fastest."""
+    numbers, r = table(seed, weights=40), np.random.default_rng(seed)
+    kl = np.cumsum(r.lognormal(-3, 1, (40, 4)), axis=1)  # fewer bytes, more divergence
+    scale = np.where(np.arange(40) == 0, 20.0, 1.0)[:, None]
+    numbers = dataclasses.replace(numbers, kl=kl * scale, nbytes=numbers.nbytes * scale)
+    fast = dataclasses.replace(numbers, cost=numbers.nbytes * r.uniform(0.9, 1.1, (40, 4)))
+    for limit in np.linspace(1.05 * kl.min(axis=1).sum(), kl.max(axis=1).sum(), 8):
+        smallest = search(dataclasses.replace(numbers, cost=numbers.nbytes), float(limit))
+        if smallest is not None:
+            fastest = search(fast, smallest.kl)
+            picked = [list(s).index(x) for s, x in zip(fast.schemes, smallest.schemes.values(), strict=True)]
+            assert fastest is not None
+            assert fastest.cost <= fast.cost[np.arange(40), picked].sum() * 1.005
 
 
 def test_each_weight_is_offered_what_its_use_allows() -> None:

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from edgellm.models.protocol import LanguageModel
 from edgellm_exporters.reference import Continuation, Trace, continuations, traces
+from edgellm_runtime.evaluate import distances, piece_length
 from edgellm_runtime.session import Session
 from edgellm_runtime.state import State
 from edgellm_runtime.verify import Check, held
 
-__all__ = ["ParityReport", "compare", "kl_divergence", "measure"]
+__all__ = ["ParityReport", "compare", "measure"]
 
 Array = NDArray[Any]
 
@@ -118,11 +118,6 @@ def measure(
     )  # fmt: skip
 
 
-def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) for each row of log-probabilities, nats."""
-    return (p.exp() * (p - q)).sum(dim=1)
-
-
 class _Part(NamedTuple):
     """The figures of some neighbouring positions, one each."""
 
@@ -135,26 +130,18 @@ class _Part(NamedTuple):
 
 
 _PIECE = 128  # positions that the bundle reads at a time
-_NUMBERS = 1 << 18  # logits that are compared at a time: in float64, and several copies of them
 
 
 def _parts(session: Session, state: State, reference: Trace) -> Iterator[_Part]:
     """Both sides' figures over one row, which the bundle reads into its state."""
     row = np.asarray(reference.tokens, dtype=np.int64)
-    most = max(1, _NUMBERS // session.vocab_size)
-    for start in range(0, len(row), _PIECE):
-        logits = torch.from_numpy(session.step(row[None, start : start + _PIECE], state, logits="all")[0])
-        for i in range(0, len(logits), most):
-            ours, at = logits[i : i + most].double(), start + i
-            theirs = reference.logits[at : at + len(ours)].double()
-            p, q = theirs.log_softmax(dim=1), ours.log_softmax(dim=1)
-            targets = torch.as_tensor(row[at + 1 : at + 1 + len(ours)])[:, None]
-            yield _Part(
-                float((ours - theirs).abs().max()), float(theirs.abs().max()), kl_divergence(p, q).numpy(),
-                (ours.argmax(dim=1) == theirs.argmax(dim=1)).numpy(),
-                -q[: len(targets)].gather(1, targets)[:, 0].numpy(),
-                -p[: len(targets)].gather(1, targets)[:, 0].numpy(),
-            )  # fmt: skip
+    length = min(_PIECE, piece_length(session))
+    for start in range(0, len(row), length):
+        ours = session.step(row[None, start : start + length], state, logits="all")[0]
+        theirs = reference.logits[start : start + len(ours)].float().numpy()
+        found = distances(theirs, ours, row[start + 1 : start + 1 + len(ours)])
+        difference, largest = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
+        yield _Part(difference, largest, found.kl, found.same, found.nll, found.reference_nll)
 
 
 def _state(reference: Trace, own: State) -> float:

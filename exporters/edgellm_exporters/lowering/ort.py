@@ -90,8 +90,8 @@ def _integer_product(context: Lowering, x: ir.Value, weight: ir.Value) -> ir.Val
 
 
 def _rounded_rows(context: Lowering, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    # a row of zeros becomes 0 / 0: whatever codes that has, its product is multiplied by 0
     largest = context.op("ReduceMax", context.op("Abs", x), context.const([-1]), keepdims=1)
-    largest = context.op("Max", largest, context.const(1e-12, np.float32))  # a row of zeros
     step, middle = context.const(1 / 127, np.float32), context.const(128, np.uint8)
     return context.op("QuantizeLinear", context.op("Div", x, largest), step, middle), largest
 

@@ -57,7 +57,7 @@ def draw_front(evidence: Evidence, path: Path) -> None:
             f" at most {evidence.budget.max_size_mb:g} MB", (evidence.budget.max_size_mb, 0.02),
             xycoords=("data", "axes fraction"), color=LIMIT, fontsize=8, rotation=90, va="bottom", ha="right",
         )  # fmt: skip
-    left.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper right")
+    right.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper right")
     figure.suptitle(
         "What quantization costs: the best predicted for each size and each decoding time", x=0.01, ha="left",
         color=INK, fontsize=12, fontweight="bold",

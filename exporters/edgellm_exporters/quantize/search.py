@@ -1,8 +1,8 @@
 """Choosing a format for each weight: the least cost within a budget of KL divergence and bytes.
 
 Both add up over weights, so a price on each turns the choice into one for each weight alone (Lagrange multipliers); the
-prices are found by bisection. What prices cannot reach, the corners between two choices, exchanges of one or two
-formats do.
+prices are found by bisection. What prices cannot reach, exchanges of one or two formats do, and a search for each
+format of the largest weights.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ Picked = NDArray[np.int64]
 _STEPS = 60  # of bisection
 _PRICES = 1e9  # the largest price, and one over the smallest, of a scaled quantity
 _ROUNDS = 200
+_HEAVIEST, _HEAVY = 2, 0.05  # how many weights, and of what share of all bytes, are worth a search for each format
 
 
 @dataclass(frozen=True)
@@ -97,22 +98,50 @@ def search(table: Table, max_kl: float, max_bytes: float = math.inf) -> Choice |
         max_kl: of the sum of predictions.
         max_bytes: of the quantized weights.
     """
+    found = [c for c in (_search(t, max_kl, max_bytes) for t in _with_heaviest_fixed(table)) if c is not None]
+    return min(found, key=lambda c: (c.cost * (1 + 1e-9 * c.nbytes / _size(table.nbytes)), c.nbytes), default=None)
+
+
+def _search(table: Table, max_kl: float, max_bytes: float) -> Choice | None:
     picked = _priced(table, max_kl, max_bytes)
     if picked is None:  # of few weights prices may miss what little there is
         picked = _smallest(table, max_kl, max_bytes)
     return None if picked is None else table.choice(_exchanged(table, picked, max_kl, max_bytes))
 
 
-def front(table: Table, points: int = 60) -> list[Choice]:
+def _with_heaviest_fixed(table: Table) -> list[Table]:
+    """A table for each combination of formats of the vocabulary's and other huge weights.
+
+    What one of them saves or costs, no price spreads evenly: it takes many of the others to make up for it.
+    """
+    sizes = table.nbytes.max(axis=1)
+    heavy = [int(i) for i in np.argsort(-sizes, kind="stable")[:_HEAVIEST] if sizes[i] > _HEAVY * sizes.sum()]
+    tables = [table]
+    for weight in heavy:
+        tables = [_fixed(t, weight, i) for t in tables for i in range(len(set(table.schemes[weight])))]
+    return tables
+
+
+def _fixed(table: Table, weight: int, scheme: int) -> Table:
+    def repeated(values: Array) -> Array:
+        values = values.copy()
+        values[weight] = values[weight, scheme]
+        return values
+
+    schemes = list(table.schemes)
+    schemes[weight] = (schemes[weight][scheme],) * len(schemes[weight])
+    return Table(table.names, tuple(schemes), *map(repeated, (table.kl, table.nbytes, table.cost)))
+
+
+def front(table: Table, points: int = 40) -> list[Choice]:
     """Assignments from the finest to the cheapest, none of which any other beats in both KL and cost."""
-    picks = [_pick(table, price, 0.0) for price in np.geomspace(1 / _PRICES, _PRICES, 40 * points)]
-    choices = {choice.kl: choice for choice in map(table.choice, _distinct(picks))}
-    found = [choices[kl] for kl in sorted(choices)]
-    return found[:: max(1, len(found) // points)] + found[-1:]
-
-
-def _distinct(picks: Sequence[Picked]) -> list[Picked]:
-    return list({pick.tobytes(): pick for pick in picks}.values())
+    ends = [table.choice(_pick(table, price, 0.0)).kl for price in (_PRICES, 0.0)]
+    found: list[Choice] = []
+    for limit in np.geomspace(max(ends[0], 1e-12) * (1 + 1e-9), max(ends[1], 1e-12) * (1 + 1e-9), points):
+        choice = search(table, float(limit))
+        if choice is not None and (not found or choice.cost < found[-1].cost):
+            found.append(choice)
+    return found
 
 
 def _sum(values: Array, picked: Picked) -> float:
