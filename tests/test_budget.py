@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from edgellm.cli.export import export as command
 from edgellm_exporters.auto import Automatic
 from edgellm_exporters.errors import ExportError, QuantizeError
 from edgellm_exporters.export import Exported, ExportOptions, export
+from edgellm_exporters.hunt import Hunt
+from edgellm_exporters.parity import ParityReport
 from edgellm_exporters.quantize.budget import Budget, divide
 from edgellm_exporters.quantize.candidates import candidates_of, decode_ns, prefill_ns
 from edgellm_exporters.quantize.plan import ROW, Scheme
@@ -201,6 +204,55 @@ def test_an_impossible_budget_says_what_can_be_met_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+class Scripted:
+    """A job whose builds measure what a test says: so many times the prediction."""
+
+    def __init__(self, numbers: Table, *ratios: float) -> None:
+        self.numbers, self.ratios = numbers, list(ratios)
+        self.kl: list[float] = []
+
+    def build(self, schemes: Mapping[str, Scheme], largest: object, directory: Path, progress: object) -> int:
+        picked = [list(own).index(s) for own, s in zip(self.numbers.schemes, schemes.values(), strict=True)]
+        choice = self.numbers.choice(np.array(picked))
+        self.kl.append(self.ratios[len(self.kl)] * choice.kl)
+        (directory / "model").write_text(str(len(self.kl)))
+        return int(choice.nbytes)
+
+    def measure(self, directory: Path, progress: object) -> ParityReport:
+        return ParityReport(1024, 0, self.kl[-1], 0, 1, 0, 1, 2, 2, None)
+
+
+def hunted(path: Path, max_kl: float, *ratios: float) -> tuple[Scripted, Hunt]:
+    numbers = table(0, weights=60)
+    numbers = dataclasses.replace(numbers, nbytes=1e4 * numbers.nbytes)
+    scripted = Scripted(numbers, *ratios)
+    return scripted, Hunt(Budget(max_kl=max_kl), scripted, numbers, {}, path, 0, 0)
+
+
+def test_a_build_that_misses_makes_the_next_more_careful(tmp_path: Path) -> None:
+    scripted, hunt = hunted(tmp_path, 60.0, 2.0, 2.0)
+    best = hunt.run(lambda what, share: None)
+    assert scripted.kl[0] > 60 >= scripted.kl[1]
+    assert best is hunt.attempts[1]
+    assert [f.name for f in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model").read_text() == "2"
+
+
+def test_a_build_far_within_is_made_cheaper_and_the_cheapest_that_holds_is_kept(tmp_path: Path) -> None:
+    scripted, hunt = hunted(tmp_path, 60.0, 0.3, 0.6, 0.4)
+    best = hunt.run(lambda what, share: None)
+    assert scripted.kl[0] < 30 and scripted.kl[1] > 60 >= scripted.kl[2] > scripted.kl[0]
+    assert best is hunt.attempts[2]
+    assert (tmp_path / "model").read_text() == "3"
+
+
+def test_when_every_build_misses_the_message_holds_what_was_measured(tmp_path: Path) -> None:
+    _, hunt = hunted(tmp_path, 60.0, 2.0, 4.0, 8.0)
+    with pytest.raises(QuantizeError, match=r"corrected by what was measured: .*; measured: KL \S+ at \d+\.\d MB"):
+        hunt.run(lambda what, share: None)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_calibration_and_held_out_text_share_no_token() -> None:
     windows, held = divide(list(range(20_000)), 512, 8192)
     assert (len(windows), len(held)) == (16, 4)
@@ -244,7 +296,7 @@ def test_an_impossible_limit_is_refused_by_value(budget: dict[str, object], said
 
 
 def test_a_budget_is_for_auto_alone_and_auto_needs_text(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="a budget is for 'auto' alone"):
+    with pytest.raises(ExportError, match="'auto' and a budget go together"):
         ExportOptions(quantize="int4", budget=Budget())
     with pytest.raises(QuantizeError, match="no text to calibrate with"):
         export(make("decoder"), tmp_path / "b", options=ExportOptions(quantize="auto", budget=Budget()))

@@ -85,7 +85,7 @@ class ExportOptions:
         if self.dtype not in target.dtypes:
             raise ExportError(f"target {self.target} has no dtype {self.dtype!r}; it has {', '.join(target.dtypes)}")
         if (self.quantize == AUTO) != (self.budget is not None):
-            raise ExportError(f"quantize {self.quantize!r} with budget {self.budget}; a budget is for {AUTO!r} alone")
+            raise ExportError(f"quantize {self.quantize!r} and budget {self.budget}: {AUTO!r} and a budget go together")
         if self.budget is None:
             find_method(self.quantize)
 

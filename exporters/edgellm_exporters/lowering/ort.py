@@ -13,13 +13,14 @@ import onnx_ir as ir
 
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering import recurrent, standard
-from edgellm_exporters.lowering.context import Lowering, Rule, inputs_of
+from edgellm_exporters.lowering.context import Lowering, Rule, inputs_of, shape_of
 from edgellm_exporters.quantize.plan import ROW, QuantizedWeight, pack
 
 __all__ = ["DOMAIN", "RULES"]
 
 DOMAIN = "com.microsoft"
 _INT8_ACTIVATIONS = 4
+_TOP, _MIDDLE = 127, 128  # of 8-bit codes of what a layer reads
 
 
 def embedding(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
@@ -78,22 +79,33 @@ def _blockwise_product(context: Lowering, x: ir.Value, weight: ir.Value, quantiz
 def _integer_product(context: Lowering, x: ir.Value, weight: ir.Value) -> ir.Value:
     """Rows of x in 8 bits, each with a scale of its own, times 8-bit weights with one scale a row.
 
-    The kernel knows one scale for all rows of x: rows are divided by their largest magnitude before and multiplied by
-    it after, so that no row depends on another.
+    The kernel knows one scale for all rows of x, here 1: each row of the product is multiplied by its own after it.
     """
-    rounded, largest = context.once(("rounded rows", x), lambda: _rounded_rows(context, x))
-    step, middle = context.const(1 / 127, np.float32), context.const(128, np.uint8)
-    y = context.op(
-        "MatMulIntegerToFloat", rounded, *standard.signed_columns(context, weight, step, middle), domain=DOMAIN
-    )  # fmt: skip
-    return context.op("Mul", y, largest)
+    columns = shape_of(weight)[1]
+    codes, scales = context.once(("rounded rows", x), lambda: _rounded_rows(context, x, columns))
+    one, middle = context.const(1, np.float32), context.const(_MIDDLE, np.uint8)
+    y = context.op("MatMulIntegerToFloat", codes, *standard.signed_columns(context, weight, one, middle), domain=DOMAIN)
+    return context.op("Mul", y, scales)
 
 
-def _rounded_rows(context: Lowering, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _rounded_rows(context: Lowering, x: ir.Value, columns: int) -> tuple[ir.Value, ir.Value]:
+    """Codes of x and their scales (..., 1)."""
+    axis = context.const([-1])
+    highest = context.op("ReduceMax", x, axis, keepdims=1)  # two reductions are faster than one of the magnitudes
+    lowest = context.op("Neg", context.op("ReduceMin", x, axis, keepdims=1))
     # a row of zeros becomes 0 / 0: whatever codes that has, its product is multiplied by 0
-    largest = context.op("ReduceMax", context.op("Abs", x), context.const([-1]), keepdims=1)
-    step, middle = context.const(1 / 127, np.float32), context.const(128, np.uint8)
-    return context.op("QuantizeLinear", context.op("Div", x, largest), step, middle), largest
+    scales = context.op("Mul", context.op("Max", highest, lowest), context.const(1 / _TOP, np.float32))
+    flat, each = context.op("Reshape", x, context.const([-1, columns])), context.op("Reshape", scales, axis)
+    rows = x if x.shape is None else tuple(map(str, x.shape[:-1]))  # what has the same rows shares what follows
+    shape = context.once(("shape", rows, columns), lambda: context.op("Shape", x))
+    middles = context.once(("middles", rows), lambda: _middles(context, each))
+    codes = context.op("QuantizeLinear", flat, each, middles, axis=0)
+    return context.op("Reshape", codes, shape), scales
+
+
+def _middles(context: Lowering, like: ir.Value) -> ir.Value:
+    middle = ir.tensor(np.array([_MIDDLE], dtype=np.uint8))
+    return context.op("ConstantOfShape", context.op("Shape", like), value=middle)
 
 
 def rms_norm(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:

@@ -85,7 +85,7 @@ def write_table(evidence: Evidence) -> str:
         f"Measured on {report.tokens} tokens that nothing was chosen with: KL {report.kl:.4g} (99th percentile "
         f"{report.kl_p99:.3g}), same most likely token {report.top1:.1%}, perplexity {report.perplexity:.2f} against "
         f"{report.reference_perplexity:.2f} in float. The picture `quantization.png` shows what else there was to "
-        "choose.",
+        "choose. Text of another kind than the one that was given may be twice as far from the float model, or half.",
         "",
         "## Builds",
         "",
