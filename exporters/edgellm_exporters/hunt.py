@@ -134,7 +134,9 @@ class Hunt:
             said.append(f"KL {self._kl(best):.2g} at {self._mb(best):.1f} MB")
         if (least := search(sizes, budget.max_kl / self.ratio)) is not None:
             said.append(f"{self._mb(least):.1f} MB at KL {self._kl(least):.2g}")
-        smallest = search(sizes, math.inf)
+        finest, smallest = search(self.finest, math.inf), search(sizes, math.inf)
+        if least is None and finest is not None and (best is None or finest.schemes != best.schemes):
+            said.append(f"KL {self._kl(finest):.2g} at {self._mb(finest):.1f} MB")
         if best is None and smallest is not None and (least is None or smallest.schemes != least.schemes):
             said.append(f"at the very least {self._mb(smallest):.1f} MB, at KL {self._kl(smallest):.2g}")
         size = "" if budget.max_size_mb is None else f" and {budget.max_size_mb:g} MB"

@@ -1,4 +1,4 @@
-"""The front as a picture: what KL divergence each size and each decoding time costs, and what was measured."""
+"""The front as a picture: what KL divergence each size and each time costs, and what was measured."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from edgellm_exporters.errors import QuantizeError
-from edgellm_exporters.quantize.report import Attempt, Evidence, decode_ms
+from edgellm_exporters.quantize.candidates import PROMPT
+from edgellm_exporters.quantize.report import Attempt, Evidence, decode_ms, prefill_ms
 from edgellm_exporters.quantize.search import Choice, front, table_of
 
 __all__ = ["check_library", "draw_front"]
 
 INK, QUIET, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 FRONT, CHOSEN, LIMIT = "#2f6f9f", "#d64545", "#d9a441"
+_TIMES = {
+    "decode": ("decode", "one token", decode_ms),
+    "prefill": ("prefill", f"a prompt of {PROMPT} tokens", prefill_ms),
+}
 
 
 def check_library() -> None:
@@ -28,7 +33,7 @@ def check_library() -> None:
 
 
 def draw_front(evidence: Evidence, path: Path) -> None:
-    """Draw predicted KL against size and against decoding time, with the builds that were measured.
+    """Draw predicted KL against size and against the time of a token or a prompt, with the builds that were measured.
 
     Predictions are scaled by what the chosen build measured, so that line and points are one quantity.
 
@@ -43,13 +48,12 @@ def draw_front(evidence: Evidence, path: Path) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     sizes = _Axis(lambda c: (c.nbytes + evidence.rest) / 1e6, lambda a: a.nbytes / 1e6)
-    times = _Axis(
-        lambda c: decode_ms(evidence.candidates, c.schemes), lambda a: decode_ms(evidence.candidates, a.choice.schemes)
-    )
+    timed, of, ms = _TIMES["prefill" if evidence.budget.prefer == "prefill" else "decode"]
+    times = _Axis(lambda c: ms(evidence.candidates, c.schemes), lambda a: ms(evidence.candidates, a.choice.schemes))
     _panel(left, evidence, "size", sizes)
-    _panel(right, evidence, "decode", times)
+    _panel(right, evidence, timed, times)
     left.set_xlabel("size of the bundle, MB", color=INK)
-    right.set_xlabel("products of one token, ms (modelled for AVX-512 VNNI)", color=INK)
+    right.set_xlabel(f"products of {of}, ms (modelled for AVX-512 VNNI)", color=INK)
     left.set_ylabel("KL from the float model, nats a token", color=INK)
     if evidence.budget.max_size_mb is not None:
         left.axvline(evidence.budget.max_size_mb, color=LIMIT, linewidth=1.2, linestyle=(0, (4, 3)))
@@ -59,7 +63,7 @@ def draw_front(evidence: Evidence, path: Path) -> None:
         )  # fmt: skip
     right.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper right")
     figure.suptitle(
-        "What quantization costs: the best predicted for each size and each decoding time", x=0.01, ha="left",
+        "What quantization costs: the best predicted for each size and each time", x=0.01, ha="left",
         color=INK, fontsize=12, fontweight="bold",
     )  # fmt: skip
     figure.savefig(path, format="png", facecolor="white")
