@@ -97,5 +97,5 @@ def fitted(scheme: Scheme, name: str, columns: int) -> Scheme:
         if block <= scheme.block and columns % block == 0:
             return replace(scheme, block=block)
     raise QuantizeError(
-        f"{name}: rows of {columns} weights do not divide into blocks of 16 to {scheme.block}; export with quantize none"
+        f"{name}: rows of {columns} weights do not divide into blocks of 16 to {scheme.block}; quantize nothing"
     )
