@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,7 +12,7 @@ from edgellm_exporters.quantize.plan import Codes, Scheme, joined
 __all__ = ["best_grid", "half_precision", "round_to_nearest"]
 
 Array = NDArray[np.float32]
-_ROWS = 4096  # rows at a time, so that scratch memory does not grow with the vocabulary
+_ROWS, _THREADS = 256, 4  # rows at a time: scratch memory stays small, and in a core's cache
 _SMALLEST = np.float32(2**-24)  # the least positive float16
 _EXACT = 1e-9
 
@@ -23,8 +25,9 @@ def round_to_nearest(weight: Array, scheme: Scheme) -> Codes:
         scheme: the format.
     """
     make = _shifted if scheme.shifted else _plain
-    parts = [make(weight[i : i + _ROWS], scheme) for i in range(0, len(weight), _ROWS)]
-    return joined(parts)
+    pieces = [weight[i : i + _ROWS] for i in range(0, len(weight), _ROWS)]
+    with ThreadPoolExecutor(_THREADS) as pool:  # numpy works without the interpreter's lock
+        return joined(list(pool.map(lambda piece: make(piece, scheme), pieces)))
 
 
 def _plain(weight: Array, scheme: Scheme) -> Codes:
