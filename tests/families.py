@@ -61,16 +61,13 @@ def make(family: str, seed: int = 0) -> nn.Module:
 def planned(model: nn.Module, target: str, method: str, calibration: Sequence[Sequence[int]] = ()) -> tuple[Any, Any]:
     """The graph before lowering, and the plan, that an export of this model without text makes."""
     from edgellm_exporters.capture import capture
-    from edgellm_exporters.lower import clean
+    from edgellm_exporters.lower import prepare
     from edgellm_exporters.quantize.methods import find_method
     from edgellm_exporters.quantize.planning import make_plan
     from edgellm_exporters.samples import golden_rows
     from edgellm_exporters.targets import find_target
 
-    graph = capture(model)
-    clean(graph)
-    for make_pass in find_target(target).passes:
-        make_pass()(graph)
+    graph = prepare(capture(model), find_target(target))
     return graph, make_plan(find_method(method), graph, model, golden_rows(None, VOCAB, CONTEXT), calibration)
 
 

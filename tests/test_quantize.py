@@ -24,7 +24,7 @@ from edgellm_exporters.quantize.gptq import gptq
 from edgellm_exporters.quantize.keep import smallest_holding
 from edgellm_exporters.quantize.methods import METHODS
 from edgellm_exporters.quantize.plan import Codes, Plan, Scheme, pack
-from edgellm_exporters.quantize.planning import uses_of
+from edgellm_exporters.quantize.planning import Uses, smoothed
 from edgellm_exporters.quantize.reference import quantized_model
 from edgellm_exporters.quantize.rtn import round_to_nearest
 from edgellm_exporters.targets import TARGETS
@@ -149,7 +149,6 @@ def test_gptq_in_turn_sees_inputs_as_they_were_quantized_and_leaves_the_model_as
 
 
 def test_smoothing_changes_no_number_of_the_float_graph_and_evens_out_the_inputs(tmp_path: Path) -> None:
-    from edgellm_exporters.quantize.smooth import smooth
     from edgellm_exporters.write import write_graph
 
     model = make("decoder untied with biases")
@@ -159,13 +158,13 @@ def test_smoothing_changes_no_number_of_the_float_graph_and_evens_out_the_inputs
     tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 32))
     seen = largest_inputs(model, tokens.tolist())
     logits = []
-    for smoothed in (False, True):
+    for wanted in (False, True):
         graph, plan = planned(model, "cpu", "none")
-        if smoothed:
-            done = smooth(graph, lambda names: next((seen[n] for n in names if n in seen), None))
+        if wanted:
+            done = smoothed(graph, seen)
             assert len(done.columns) == 6  # qkv, gate+up and down of both layers
             assert len(done.rows) == 2
-        folder = tmp_path / str(smoothed)
+        folder = tmp_path / str(wanted)
         folder.mkdir()
         write_graph(lower_to(graph, TARGETS["cpu"], plan), folder, lambda what, share: None)
         session = onnxruntime.InferenceSession(folder / "model.onnx")
@@ -191,10 +190,10 @@ def test_int8_needs_smoothing_where_a_channel_is_loud(tmp_path: Path, monkeypatc
             layer.mlp.gate_proj.weight[:, 3] /= 60
             layer.mlp.up_proj.weight[:, 3] /= 60
     kl = {}
-    for smoothed in (True, False):
-        method = dataclasses.replace(METHODS["w8a8"], smooth=smoothed, bounds={"kl": 100.0})
+    for smooth in (True, False):
+        method = dataclasses.replace(METHODS["w8a8"], smooth=smooth, bounds={"kl": 100.0})
         monkeypatch.setitem(METHODS, "trial", method)  # type: ignore[arg-type]
-        kl[smoothed] = export(model, tmp_path / str(smoothed), options=ExportOptions(quantize="trial")).parity.kl
+        kl[smooth] = export(model, tmp_path / str(smooth), options=ExportOptions(quantize="trial")).parity.kl
     assert kl[True] < 0.3 * kl[False]
 
 
@@ -207,8 +206,9 @@ def test_keeping_holds_what_gguf_rounded(stored: str, exact: bool) -> None:
     w = dequantize(quantize(weight(64, 256), kind), kind).astype(np.float32)
     found = smallest_holding({"w": ir.tensor(w)}, set(), lambda share: None)["w"]
     assert (found.bits, found.block, found.shifted) == (int(stored[1]), 32, stored == "Q4_1")
-    error = np.abs(round_to_nearest(w, found).dequantize() - w)
-    assert error.max() == 0 if exact else error.max() < 0.06 * found.top / 15 * np.abs(w).max() / 15
+    error = np.abs(round_to_nearest(w, found).dequantize() - w).max()
+    second = np.abs(round_to_nearest(w, Scheme(found.bits, 32, symmetric=False)).dequantize() - w).max()
+    assert error == 0 if exact else error < 0.1 * second  # of rounding to a whole zero, a second time
 
 
 def test_keeping_free_weights_takes_eight_bits() -> None:
@@ -264,7 +264,7 @@ def test_every_format_that_a_target_has_computes_what_it_stores(
         return
     exported = export(model, tmp_path / "b", options=options)
     plan = planned(model, target, method)[1]
-    assert sum(name not in uses_of(capture(model)).ends for name in plan.schemes) > 3
+    assert sum(name not in Uses(capture(model)).ends for name in plan.schemes) > 3
     rounded = quantized_model(model, plan, integer_products=target == "cpu")
     window = np.random.default_rng(2).integers(0, VOCAB, 40).tolist()
     report = compare(rounded, open_session(exported.bundle, threads=1), [window])
@@ -282,7 +282,7 @@ def test_an_unknown_quantization_is_refused_before_any_work(method: str, said: s
 
 
 def test_blocks_that_do_not_divide_are_refused_when_named_and_fitted_when_not(tmp_path: Path) -> None:
-    with pytest.raises(QuantizeError, match="rows of 160 weights do not divide into blocks of 64"):
+    with pytest.raises(QuantizeError, match=r"layers\.0\..*rows of 96 weights do not divide into blocks of 64"):
         export(make("decoder"), tmp_path / "b", options=ExportOptions(quantize="4:64"))
     assert list(tmp_path.iterdir()) == []
     plan = planned(make("decoder"), "cpu", "int4")[1]

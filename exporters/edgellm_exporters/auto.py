@@ -21,7 +21,7 @@ from edgellm.models.protocol import LanguageModel
 from edgellm_exporters.capture import capture, signature_of
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.hunt import Hunt
-from edgellm_exporters.lower import clean, lower_to
+from edgellm_exporters.lower import lower_to, prepare
 from edgellm_exporters.lowering import ort
 from edgellm_exporters.parity import ParityReport, compare
 from edgellm_exporters.quantize.budget import Budget
@@ -30,11 +30,10 @@ from edgellm_exporters.quantize.candidates import Candidates, candidates_of
 from edgellm_exporters.quantize.front_picture import check_library, draw_front
 from edgellm_exporters.quantize.keep import smallest_holding
 from edgellm_exporters.quantize.plan import Scheme
-from edgellm_exporters.quantize.planning import Uses, plan_of, uses_of
+from edgellm_exporters.quantize.planning import Uses, plan_of, smoothed
 from edgellm_exporters.quantize.report import Attempt, Evidence, write_table
 from edgellm_exporters.quantize.search import table_of
 from edgellm_exporters.quantize.sensitivity import sensitivities
-from edgellm_exporters.quantize.smooth import Smoothing, smooth
 from edgellm_exporters.streaming import Weights, resident
 from edgellm_exporters.targets import Target
 from edgellm_exporters.write import Progress, write_graph
@@ -81,11 +80,7 @@ class Automatic:
 
     def graph(self) -> ir.Model:
         """A captured graph after the target's passes."""
-        captured = capture(self.model, self.weights)
-        clean(captured)
-        for make in self.target.passes:
-            make()(captured)
-        return captured
+        return prepare(capture(self.model, self.weights), self.target)
 
     def largest(self, progress: Progress) -> dict[str, Any]:
         """The magnitudes of layers' inputs, which smoothing goes by."""
@@ -119,11 +114,6 @@ class Automatic:
         return self.model
 
 
-def smoothed(graph: ir.Model, largest: Mapping[str, Any]) -> Smoothing:
-    """Smooth a graph by what its layers were seen to read."""
-    return smooth(graph, lambda names: next((largest[n] for n in names if n in largest), None))
-
-
 def quantize_within(
     budget: Budget, job: Automatic, directory: Path, other_bytes: int, progress: Progress
 ) -> Outcome:  # fmt: skip
@@ -144,7 +134,7 @@ def quantize_within(
     check_windows(job.calibration)
     check_library()
     graph = job.graph()
-    uses = uses_of(graph)
+    uses = Uses(graph)
     largest = {} if _was_quantized(uses, progress) else job.largest(progress)
     done = smoothed(graph, largest)
     candidates = candidates_of(graph, uses, integer_products=budget.prefer == "prefill")

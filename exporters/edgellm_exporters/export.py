@@ -24,7 +24,7 @@ from edgellm_exporters.auto import Automatic, quantize_within
 from edgellm_exporters.capture import capture, check_model, signature_of
 from edgellm_exporters.errors import ExportError, ParityError
 from edgellm_exporters.goldens import GREEDY, write_goldens
-from edgellm_exporters.lower import clean, lower_to
+from edgellm_exporters.lower import lower_to, prepare
 from edgellm_exporters.parity import ParityReport, measure
 from edgellm_exporters.quantize.budget import AUTO, Budget, bounds_of
 from edgellm_exporters.quantize.cache import cache_scales, cached_states, narrow_caches
@@ -214,10 +214,7 @@ def _graph(
     model: LanguageModel, weights: Weights, target: Target, options: ExportOptions, rows: Sequence[Sequence[int]],
     progress: Progress,
 ) -> tuple[ir.Model, Plan]:  # fmt: skip
-    captured = capture(model, weights)
-    clean(captured)
-    for make in target.passes:
-        make()(captured)
+    captured = prepare(capture(model, weights), target)
     assert isinstance(model, nn.Module)
     with resident(model, weights):
         plan = make_plan(find_method(options.quantize), captured, model, rows, options.calibration, progress)
@@ -238,13 +235,12 @@ def _signature(model: LanguageModel, quantization: Mapping[str, Any]) -> Signatu
 
 
 def _held_by(bounds: Mapping[str, float], signature: Signature) -> Mapping[str, float]:
-    """A method's bounds, or those of 8 bits where the cache rounds more; its codes are not compared with PyTorch."""
-    if all(s.dtype != "int8" for s in signature.state):
+    """A method's bounds; of float weights, those of 8 bits if the cache has them. Its codes are not compared."""
+    if all(spec.dtype != "int8" for spec in signature.state):
         return bounds
-    found = {**find_method("int8").bounds, **bounds} if "greedy" not in bounds else dict(find_method("int8").bounds)
-    return (
-        found if any(s.dtype != "int8" for s in signature.state) else {k: v for k, v in found.items() if k != "state"}
-    )
+    found = find_method("int8").bounds if bounds == find_method("none").bounds else bounds
+    compared = any(spec.dtype != "int8" for spec in signature.state)
+    return {name: bound for name, bound in found.items() if compared or name != "state"}
 
 
 def _session(scratch: Path) -> Session:

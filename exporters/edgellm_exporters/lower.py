@@ -9,7 +9,15 @@ from edgellm_exporters.lowering.context import lower
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.targets import Target
 
-__all__ = ["clean", "lower_to"]
+__all__ = ["clean", "lower_to", "prepare"]
+
+
+def prepare(captured: ir.Model, target: Target) -> ir.Model:
+    """Clean a captured graph and put it through a target's passes, in place: plans are made for what comes out."""
+    clean(captured)
+    for make in target.passes:
+        make()(captured)
+    return captured
 
 
 def clean(captured: ir.Model) -> None:

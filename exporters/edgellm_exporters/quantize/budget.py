@@ -57,7 +57,7 @@ def bounds_of(budget: Budget, schemes: Mapping[str, Scheme]) -> dict[str, float]
     """
     four = any(scheme.bits < 8 for scheme in schemes.values())
     row = any(scheme.block == ROW for scheme in schemes.values())
-    like = METHODS["int4" if four else "w8a8" if row else "int8"]
+    like = METHODS["int4" if four else "w8a8" if row else "keep"]
     return {**like.bounds, "kl": _GOLDEN_FACTOR * budget.max_kl}
 
 

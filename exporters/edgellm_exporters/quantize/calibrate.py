@@ -7,7 +7,7 @@ read: statistics live no longer than the layer they are for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -123,17 +123,10 @@ def _visit(
             raise _Done
 
     with _unchanged(layers), _hooked(layers, hook):
-        for batch in _batches(windows):
-            try:
-                model(torch.tensor(batch))
-            except _Done:
-                return
-
-
-def _batches(windows: Sequence[Sequence[int]]) -> list[list[list[int]]]:
-    """All windows at once; those of another length than the first would need padding and are left out."""
-    length = len(windows[0])
-    return [[list(w) for w in windows if len(w) == length]]
+        # rows of another length than the first would need padding, and are left out
+        batch = [list(window) for window in windows if len(window) == len(windows[0])]
+        with suppress(_Done):
+            model(torch.tensor(batch))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from edgellm_exporters.quantize.plan import ROW, Codes, Plan, Scheme, joined
 from edgellm_exporters.quantize.rtn import round_to_nearest
 from edgellm_exporters.quantize.smooth import Smoothing, by_part, smooth
 
-__all__ = ["Uses", "make_plan", "plan_of", "schemes_for", "uses_of"]
+__all__ = ["Uses", "make_plan", "plan_of", "schemes_for", "smoothed"]
 
 Progress = Callable[[str, float], None]
 _MATRICES = {"Linear": (1,), "Embedding": (0,), "LSTM": (3, 4), "GRU": (2, 3), "RNN": (2, 3)}
@@ -52,11 +52,6 @@ class Uses:
         self.products = {name for name, kinds in ops.items() if kinds == {"Linear"}}
 
 
-def uses_of(graph: ir.Model) -> Uses:
-    """The matrices that canonical ops multiply with or look up in."""
-    return Uses(graph)
-
-
 def make_plan(
     method: Method, graph: ir.Model, model: nn.Module, rows: Sequence[Sequence[int]],
     calibration: Sequence[Sequence[int]] = (), progress: Progress = lambda what, share: None,
@@ -76,7 +71,7 @@ def make_plan(
     """
     if calibration:
         check_windows(calibration)
-    uses = uses_of(graph)
+    uses = Uses(graph)
     if method.keep:
         return Plan(smallest_holding(uses.tensors, uses.ends, partial(progress, "looking at weights")), _rounded({}))
     if method.layers is None or method.ends is None:
@@ -84,16 +79,29 @@ def make_plan(
     done = Smoothing()
     if method.smooth:
         seen = largest_inputs(model, calibration or rows, partial(progress, "looking at inputs"))
-        done = smooth(graph, lambda names: next((seen[n] for n in names if n in seen), None))
+        done = smoothed(graph, seen)
     schemes = schemes_for(method, uses)
     return plan_of(schemes, done, model, calibration, progress)
+
+
+def smoothed(graph: ir.Model, largest: Mapping[str, NDArray[np.float32]]) -> Smoothing:
+    """Smooth a graph, in place, by what its layers were seen to read: magnitudes by the names of their weights."""
+    return smooth(graph, lambda names: next((largest[n] for n in names if n in largest), None))
 
 
 def plan_of(
     schemes: Mapping[str, Scheme], done: Smoothing, model: nn.Module, calibration: Sequence[Sequence[int]],
     progress: Progress,
 ) -> Plan:  # fmt: skip
-    """A plan for chosen schemes, with codes from GPTQ where there is text and they are few."""
+    """A plan for chosen schemes, with codes from GPTQ where there is text and they are few.
+
+    Args:
+        schemes: by weight's name.
+        done: how the graph was smoothed.
+        model: in eval mode; able to run.
+        calibration: windows of token ids of one length, or none.
+        progress: told what is done, and how much of it.
+    """
     few = {name: s for name, s in schemes.items() if s.bits < 8 and not s.shifted} if calibration else {}
     chosen: dict[str, Codes] = {}
     if few:

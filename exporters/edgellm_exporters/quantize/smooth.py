@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from edgellm.ops.canonical import DOMAIN
 from edgellm_exporters.passes.merge_linears import parts_of
 
-__all__ = ["STRENGTH", "Smoothing", "smooth"]
+__all__ = ["STRENGTH", "Smoothing", "by_part", "smooth"]
 
 STRENGTH = 0.5  # 0 leaves all the range in the inputs, 1 moves all of it into the weights
 _LARGEST = 2.0**12  # of a factor: beyond, one side would leave what float16 scales hold
