@@ -30,7 +30,7 @@ demo: .venv-demo/.installed  ## train, export, verify, run and time a small mode
 venv: .venv/.installed  ## the environment for developers, in .venv
 
 test: .venv/.installed  ## every test but those on the real checkpoint
-	$(BIN)/python -m pytest -n $(WORKERS) -m 'not real' $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not real' $(TEST_ARGS)
 
 test-real: .venv/.installed-reference  ## the tests on the real checkpoint, against transformers
 	$(BIN)/python -m pytest -m real $(TEST_ARGS)
