@@ -58,10 +58,11 @@ def test_best_checkpoint_loads_and_scores_what_was_reported(tmp_path: Path) -> N
     assert checkpoint.tokenizer_json == tokenizer.to_str()
     assert checkpoint.eos_token_ids == (0,)
     from edgellm.training.distributed import World
-    from edgellm.training.evaluation import validation_loss
+    from edgellm.training.batches import WindowBatches
+    from edgellm.training.validation import validation_loss
 
     world = World(0, 1, torch.device("cpu"))
-    assert validation_loss(checkpoint.model, tokens, options(), world) == result.val_loss
+    assert validation_loss(checkpoint.model, WindowBatches(tokens), options(), world) == result.val_loss
 
 
 def test_same_seed_gives_the_same_curve_and_another_seed_another(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from edgellm.checkpoints.weights import CheckpointWeights
+from edgellm_runtime.tasks.spec import TaskSpec
 
 __all__ = ["Checkpoint"]
 
@@ -26,6 +27,7 @@ class Checkpoint:
             tokens, whatever the tokenizer's own post-processor would add.
         source: where it came from, in a few words for people.
         weights: reads the parameters, or None: the model holds them.
+        task: what it was trained to do, or None: to go on with a text.
     """
 
     architecture: str
@@ -37,3 +39,4 @@ class Checkpoint:
     add_bos: bool
     source: str
     weights: CheckpointWeights | None = None
+    task: TaskSpec | None = None

@@ -1,7 +1,8 @@
 """edgellm's own checkpoint: a directory with edgellm.json, model.safetensors and the tokenizer's files.
 
-``edgellm.json`` holds ``format`` (1), ``architecture``, ``config``, ``bos_token_id``, ``eos_token_ids``, ``add_bos``
-and ``written_by``. Others may put files of their own beside these. A directory is written whole or not at all.
+``edgellm.json`` holds ``format`` (1), ``architecture``, ``config``, ``bos_token_id``, ``eos_token_ids``, ``add_bos``,
+``task`` (null or a :class:`edgellm_runtime.tasks.spec.TaskSpec`) and ``written_by``. Others may put files of their own
+beside these. A directory is written whole or not at all.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from edgellm.checkpoints.safetensors_source import SINGLE, SafetensorsSource
 from edgellm.checkpoints.weights import Layout
 from edgellm.errors import CheckpointError, ConfigError
 from edgellm.models import registry
+from edgellm_runtime.spec import SpecError
+from edgellm_runtime.tasks.spec import TaskSpec
 
 __all__ = ["FORMAT", "MANIFEST", "checkpoint_directory", "open_native", "save_checkpoint"]
 
@@ -43,7 +46,7 @@ def checkpoint_directory(path: Path) -> Path:
 def save_checkpoint(
     directory: Path, model: Any, *, architecture: str, tokenizer_json: str | None, chat_template: str | None = None,
     bos_token_id: int | None = None, eos_token_ids: Sequence[int] = (), add_bos: bool = False,
-    extra: Callable[[Path], None] | None = None,
+    task: TaskSpec | None = None, extra: Callable[[Path], None] | None = None,
 ) -> None:  # fmt: skip
     """Write a checkpoint, replacing the one that is there; until it is complete, the old one stays.
 
@@ -56,6 +59,7 @@ def save_checkpoint(
         bos_token_id: as in :class:`Checkpoint`.
         eos_token_ids: as in :class:`Checkpoint`.
         add_bos: as in :class:`Checkpoint`.
+        task: what the model was trained to do, or None.
         extra: writes further files into the directory it is given, before the checkpoint appears.
 
     Raises:
@@ -71,6 +75,7 @@ def save_checkpoint(
         "bos_token_id": bos_token_id,
         "eos_token_ids": list(eos_token_ids),
         "add_bos": add_bos,
+        "task": None if task is None else task.to_json(),
         "written_by": f"edgellm {__version__}",
     }
     texts = {MANIFEST: json.dumps(manifest, indent=2) + "\n", TOKENIZER: tokenizer_json, TEMPLATE: chat_template}
@@ -103,9 +108,10 @@ def open_native(path: Path, *, dtype: torch.dtype) -> Checkpoint:
     try:
         architecture = registry.find(data["architecture"])
         config = architecture.config.from_json(data["config"])
+        task = None if data.get("task") is None else TaskSpec.from_json(data["task"])
     except KeyError as error:
         raise CheckpointError(f"{manifest} has no {error}; copy the checkpoint again") from error
-    except (ConfigError, TypeError, AttributeError) as error:
+    except (ConfigError, SpecError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{manifest}: {error}") from error
     source = SafetensorsSource.in_directory(path)
     model, weights = assemble(architecture, config, source, Layout(), dtype=dtype, path=path)
@@ -121,6 +127,7 @@ def open_native(path: Path, *, dtype: torch.dtype) -> Checkpoint:
         add_bos=bool(data.get("add_bos", False)),
         source=f"edgellm {source.dtype}, {architecture.name}",
         weights=weights,
+        task=task,
     )
 
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgellm.cli.config_file import read_config
+
 if TYPE_CHECKING:
     from edgellm.training import RunConfig, TrainResult
 
@@ -27,7 +29,12 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "save_every": 1000,
     },
 }  # fmt: skip
-MODEL_PARAMETERS = ("architecture", "preset", "settings", "vocab_size", "validation", "validation_fraction")
+MODEL_PARAMETERS = (
+    "architecture", "preset", "settings", "vocab_size", "validation", "validation_fraction", "task", "init", "lora",
+    "lora_alpha",
+)  # fmt: skip
+TASKS = ("generation", "translation", "qa", "summarization", "srl")
+UNBOUNDED = 1_000_000  # steps of a run that ends by the clock
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 
 
@@ -41,6 +48,14 @@ FILE = click.Path(path_type=Path)
 @click.command()
 @click.argument("texts", nargs=-1, metavar="TEXT...", type=FILE)
 @click.option("-o", "--out", required=True, type=FILE, help="Folder for the run: checkpoints, metrics, loss curve.")
+@click.option(
+    "--config", type=FILE, is_eager=True, expose_value=False, callback=read_config, metavar="FILE",
+    help="TOML with these options by their long names, and model settings in [set]; the command line comes before it.",
+)  # fmt: skip
+@click.option(
+    "--task", type=click.Choice(TASKS),
+    help="What to train for; TEXT is then JSON Lines of its examples.  [default: a language model on plain text]",
+)  # fmt: skip
 @click.option(
     "--architecture",
     default="hybrid",
@@ -78,6 +93,33 @@ FILE = click.Path(path_type=Path)
 @click.option("--context", type=int, help=f"Tokens in a window. {_varies('context')}")
 @click.option("--lr", type=float, help=f"The highest learning rate. {_varies('lr')}")
 @click.option("--warmup", type=int, help=f"Updates over which the rate rises. {_varies('warmup')}")
+@click.option(
+    "--minutes", type=float, default=0.0,
+    help="End after so much time spent on updates; the learning rate then follows the clock.  [default: no limit]",
+)  # fmt: skip
+@click.option(
+    "--patience", type=int, default=0,
+    help="End after so many validations without a lower loss.  [default: never for that]",
+)  # fmt: skip
+@click.option("--label-smoothing", type=float, default=0.0, show_default=True, help="Probability spread over all.")
+@click.option(
+    "--batch-tokens", type=int, default=4096, show_default=True, help="Of a task: tokens in one forward pass."
+)
+@click.option(
+    "--prompt-loss", type=float, default=0.0, show_default=True,
+    help="Of a task: how much predicting the prompt counts beside the answer.",
+)  # fmt: skip
+@click.option(
+    "--class-weights", type=click.Choice(["none", "balanced"]), default="none", show_default=True,
+    help="Of a task with few answers or labels: let rare ones count more.",
+)  # fmt: skip
+@click.option("--init", type=FILE, metavar="CHECKPOINT", help="Of a task: begin with this checkpoint's model.")
+@click.option("--lora", type=int, default=0, help="With --init: learn through adapters of this rank.  [default: none]")
+@click.option("--lora-alpha", type=float, default=0.0, help="How much adapters count.  [default: twice the rank]")
+@click.option(
+    "--find-lr", is_flag=True, default=False,
+    help="Train nothing, but try rising learning rates and draw lr-range.png.  [default: train]",
+)  # fmt: skip
 @click.option("--accumulation", type=int, default=1, show_default=True, help="Forward passes per update.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the weights, the data's order and dropout.")
 @click.option(
@@ -102,12 +144,17 @@ FILE = click.Path(path_type=Path)
 )
 @click.pass_context
 def train(
-    click_context: click.Context, /, texts: tuple[Path, ...], out: Path, resume: bool, as_json: bool, **parameters: Any
+    click_context: click.Context, /, texts: tuple[Path, ...], out: Path, resume: bool, as_json: bool, find_lr: bool,
+    **parameters: Any,
 ) -> None:  # fmt: skip
     """Train a tokenizer and a language model on text.
 
     TEXT is plain UTF-8 (.txt and anything else), or JSON Lines (.jsonl) with {"text": ...} on each line. Start it with
     torchrun to train in several processes.
+
+    With --task, TEXT is JSON Lines of examples: {"source", "target"} for translation; {"context", "question", "answer"}
+    for qa, where an empty answer means that the context does not say; {"text", "summary"} for summarization;
+    {"words", "predicate", "labels"} for srl (semantic role labelling).
     """
     from rich.console import Console
 
@@ -121,6 +168,9 @@ def train(
         config = _resumed(RunConfig.load(out), texts, {n: parameters[n] for n in parameters if n in given})
     else:
         config = _fresh(texts, parameters, given)
+    if find_lr:
+        _find_lr(config, out, as_json)
+        return
     first = os.environ.get("RANK", "0") == "0"
     with Reporter(Console(stderr=True)) as reporter:
         result = train_from_text(config, out, resume=resume, say=reporter.say, on_progress=reporter)
@@ -147,6 +197,8 @@ def _fresh(texts: tuple[Path, ...], parameters: Mapping[str, Any], given: set[st
         changes["vocab_size"] = parameters["vocab_size"]
     model = dataclasses.replace(architecture.presets[preset], **changes)
     names = {f.name for f in dataclasses.fields(TrainOptions)}
+    if parameters["minutes"] and parameters["steps"] is None:
+        parameters = {**parameters, "steps": UNBOUNDED}
     recipe = {n: v for n, v in RECIPES.get(preset, RECIPES["tiny"]).items() if n not in given}
     chosen = {n: v for n, v in parameters.items() if n in names and v is not None}
     if "warmup" not in given and (steps := chosen.get("steps", recipe.get("steps"))):
@@ -154,6 +206,8 @@ def _fresh(texts: tuple[Path, ...], parameters: Mapping[str, Any], given: set[st
     return RunConfig(
         texts=texts, validation_texts=parameters["validation"], validation_fraction=parameters["validation_fraction"],
         architecture=architecture.name, model=model.to_json(), options=TrainOptions(**{**recipe, **chosen}),
+        task=parameters["task"] or "", init=parameters["init"], lora=parameters["lora"],
+        lora_alpha=parameters["lora_alpha"],
     )  # fmt: skip
 
 
@@ -162,6 +216,20 @@ def _resumed(run: RunConfig, texts: tuple[Path, ...], given: Mapping[str, Any]) 
         option = "--" + fixed[0].replace("settings", "set").replace("_", "-")
         raise click.UsageError(f"{option} cannot be given with --resume; the run keeps what it began with")
     return dataclasses.replace(run, texts=texts or run.texts, options=dataclasses.replace(run.options, **given))
+
+
+def _find_lr(config: RunConfig, out: Path, as_json: bool) -> None:
+    """Print what a learning-rate range test found."""
+    from rich.console import Console
+
+    from edgellm.training import find_learning_rate
+
+    console = Console(stderr=True)
+    found = find_learning_rate(config, out, say=lambda text: console.print(text, highlight=False, markup=False))
+    if as_json:
+        click.echo(json.dumps(found.to_json()))
+        return
+    click.echo(f"try --lr {found.suggested:.1e}: the loss falls fastest at {found.steepest:.1e}; see {found.plot}")
 
 
 def _print(result: TrainResult, as_json: bool) -> None:

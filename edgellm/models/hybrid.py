@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from edgellm.errors import ConfigError
 from edgellm.models.layers import GatedMLP, RecurrentMixer, RotaryTable, SelfAttention
 from edgellm.models.layers.recurrent import KINDS
-from edgellm.models.protocol import State, Step
+from edgellm.models.protocol import State, Step, logit_width
 from edgellm.models.registry import Architecture
 from edgellm.ops import take_positions
 from edgellm_runtime.spec import StateSpec
@@ -44,6 +44,7 @@ class HybridConfig:
         dropout: probability in training, after the embedding and after each mixer and MLP.
         tie_embeddings: whether the vocabulary projection is the embedding.
         norm_eps: added to the mean square in the norms.
+        num_labels: when not 0, the model gives each token logits over so many labels in place of the vocabulary.
     """
 
     vocab_size: int
@@ -59,6 +60,7 @@ class HybridConfig:
     dropout: float = 0.0
     tie_embeddings: bool = False
     norm_eps: float = 1e-5
+    num_labels: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", tuple(self.pattern))
@@ -79,6 +81,10 @@ class HybridConfig:
             raise ConfigError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs, so it must be even")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}; it must be in [0, 1)")
+        if type(self.num_labels) is not int or self.num_labels < 0:
+            raise ConfigError(f"num_labels is {self.num_labels!r}; it must be a whole number, 0 for a language model")
+        if self.num_labels and self.tie_embeddings:
+            raise ConfigError("tie_embeddings is set, but labels are no words of the vocabulary; leave it false")
 
     @property
     def head_dim(self) -> int:
@@ -149,7 +155,7 @@ class Hybrid(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, mixer) for mixer in config.pattern)
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.width, logit_width(config), bias=False)
         has_attention = "attention" in config.pattern
         self.rotary = (
             RotaryTable(config.head_dim, config.max_context, config.rope_theta)
@@ -170,7 +176,7 @@ class Hybrid(nn.Module):
     def forward(
         self, tokens: Tensor, state: State | None = None, step: Step | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Tokens (batch, time) to logits (batch, count, vocab_size) and the new state."""
+        """Tokens (batch, time) to logits (batch, count, vocab_size or num_labels) and the new state."""
         state, step = state or {}, step or Step.whole(tokens)
         x = self.dropout(self.embedding(tokens))  # (batch, time, width)
         present: dict[str, Tensor] = {}

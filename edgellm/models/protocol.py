@@ -13,7 +13,7 @@ from torch import Tensor
 
 from edgellm_runtime.spec import StateSpec
 
-__all__ = ["LanguageModel", "ModelConfig", "State", "Step", "empty_state"]
+__all__ = ["LabellingConfig", "LanguageModel", "ModelConfig", "State", "Step", "empty_state", "logit_width"]
 
 State = Mapping[str, Tensor]
 
@@ -54,10 +54,25 @@ class ModelConfig(Protocol):
 
 
 @runtime_checkable
-class LanguageModel(Protocol):
-    """A causal language model that declares its decoding state.
+class LabellingConfig(ModelConfig, Protocol):
+    """The configuration of a model that may label tokens instead of predicting the next one."""
 
-    ``forward(tokens, state, step)`` takes tokens (batch, time) int64 and gives logits (batch, count, vocab) and the
+    @property
+    def num_labels(self) -> int:
+        """How many labels the logits are over; 0: they are over the vocabulary."""
+        ...
+
+
+def logit_width(config: ModelConfig) -> int:
+    """The last dimension of a model's logits: its labels, or its vocabulary."""
+    return (config.num_labels if isinstance(config, LabellingConfig) else 0) or config.vocab_size
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """A causal language model, or a labelling one, that declares its decoding state.
+
+    ``forward(tokens, state, step)`` takes tokens (batch, time) int64 and gives logits (batch, count, width) and the
     state after each row's last valid token. An empty state means: nothing came before and nothing is to be kept, which
     is how training calls it. ``step=None`` means :meth:`Step.whole`.
     """

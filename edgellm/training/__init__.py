@@ -1,9 +1,11 @@
 """Training: text to tokens, the loop, and the checkpoints it leaves. Imports torch."""
 
+from edgellm.training.batches import Batch, Batches
 from edgellm.training.corpus import Corpus
 from edgellm.training.evaluation import unigram_entropy
 from edgellm.training.options import TrainOptions
 from edgellm.training.progress import Reporter, StepReport
+from edgellm.training.range_test import LearningRates, find_learning_rate
 from edgellm.training.run import RunConfig, train_from_text
 from edgellm.training.settings import parse_settings
 from edgellm.training.tokenizer import END_OF_TEXT, train_tokenizer
@@ -12,13 +14,17 @@ from edgellm.training.trainer import TrainResult, train
 
 __all__ = [
     "END_OF_TEXT",
+    "Batch",
+    "Batches",
     "Corpus",
+    "LearningRates",
     "Reporter",
     "RunConfig",
     "StepReport",
     "TokenData",
     "TrainOptions",
     "TrainResult",
+    "find_learning_rate",
     "parse_settings",
     "prepare_tokens",
     "train",

@@ -12,21 +12,30 @@ from torch import nn
 
 from edgellm.training.options import TrainOptions
 
-__all__ = ["learning_rate", "make_optimizer"]
+__all__ = ["budget_spent", "learning_rate", "make_optimizer"]
 
 
-def learning_rate(step: int, options: TrainOptions) -> float:
+def learning_rate(step: int, options: TrainOptions, seconds: float = 0.0) -> float:
     """Linear warm-up, then a cosine down to ``min_lr_fraction`` of the peak.
 
     Args:
         step: updates done before this one.
-        options: the peak, the warm-up and the total.
+        options: the peak, the warm-up, the total and the budget of time.
+        seconds: spent on updates before this one; they count where there is a budget.
     """
+    if step < options.warmup and options.lr_from:
+        return options.lr_from * float((options.lr / options.lr_from) ** ((step + 1) / options.warmup))
     if step < options.warmup:
         return options.lr * (step + 1) / options.warmup
-    progress = min(1.0, (step - options.warmup) / max(1, options.steps - options.warmup))
+    by_steps = (step - options.warmup) / max(1, options.steps - options.warmup)
+    progress = min(1.0, max(by_steps, budget_spent(options, seconds)))
     low = options.lr * options.min_lr_fraction
     return low + (options.lr - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def budget_spent(options: TrainOptions, seconds: float) -> float:
+    """The part of the budget of time that is used up; 0 without one."""
+    return seconds / (60 * options.minutes) if options.minutes else 0.0
 
 
 def make_optimizer(model: nn.Module, options: TrainOptions, device: torch.device) -> torch.optim.AdamW:

@@ -13,7 +13,10 @@ from edgellm.errors import TrainingError
 __all__ = ["TrainOptions"]
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-FREE_TO_CHANGE = {"steps", "device", "eval_every", "eval_batches", "save_every", "keep_best", "threads"}
+CLASS_WEIGHTS = ("none", "balanced")
+FREE_TO_CHANGE = {
+    "steps", "minutes", "patience", "device", "eval_every", "eval_batches", "save_every", "keep_best", "threads",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,7 @@ class TrainOptions:
         batch_size: windows in one forward pass of one process.
         context: tokens in a window.
         lr: the highest learning rate.
+        lr_from: when not 0, the warm-up begins there and rises by equal factors, as a range test does.
         min_lr_fraction: what the cosine ends at, as a part of ``lr``.
         warmup: updates over which the rate rises to ``lr``.
         weight_decay: decoupled decay of matrices; norms, biases and embeddings are left alone.
@@ -39,6 +43,14 @@ class TrainOptions:
         save_every: updates between two checkpoints.
         keep_best: also keep the checkpoint with the lowest validation loss.
         threads: CPU threads of this process; None leaves PyTorch's number.
+        minutes: a budget of time spent on updates; the schedule then follows the clock where that is ahead of the
+            steps, and the run ends with the budget, so it cannot be repeated exactly. 0: none.
+        patience: validations in a row without a lower loss after which the run ends; 0: it never does for that.
+        label_smoothing: the part of a target's probability that is spread over all others.
+        batch_tokens: of tasks: the most tokens, padding included, in one forward pass of one process.
+        prompt_loss: of tasks: how much predicting a prompt's token counts beside one of its answer.
+        class_weights: of tasks with few answers or labels: ``balanced`` weighs each by the inverse square root of how
+            common it is (mean 1), so that rare ones are learned too.
 
     Raises:
         TrainingError: a value that training cannot use.
@@ -48,6 +60,7 @@ class TrainOptions:
     batch_size: int = 16
     context: int = 128
     lr: float = 3e-3
+    lr_from: float = 0.0
     min_lr_fraction: float = 0.1
     warmup: int = 20
     weight_decay: float = 0.1
@@ -62,16 +75,41 @@ class TrainOptions:
     save_every: int = 200
     keep_best: bool = True
     threads: int | None = None
+    minutes: float = 0.0
+    patience: int = 0
+    label_smoothing: float = 0.0
+    batch_tokens: int = 4096
+    prompt_loss: float = 0.0
+    class_weights: str = "none"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
-        for name in ("steps", "batch_size", "context", "accumulation", "eval_every", "eval_batches", "save_every"):
+        for name in (
+            "steps",
+            "batch_size",
+            "context",
+            "accumulation",
+            "eval_every",
+            "eval_batches",
+            "save_every",
+            "batch_tokens",
+        ):
             self._check_int(name, 1)
         self._check_int("warmup", 0)
+        self._check_int("patience", 0)
         self._check_int("seed", 0)
         if self.threads is not None:
             self._check_int("threads", 1)
-        for name in ("lr", "min_lr_fraction", "weight_decay", "clip"):
+        for name in (
+            "lr",
+            "min_lr_fraction",
+            "weight_decay",
+            "clip",
+            "minutes",
+            "lr_from",
+            "label_smoothing",
+            "prompt_loss",
+        ):
             self._check_number(name)
         if self.lr == 0 or self.min_lr_fraction > 1:
             raise TrainingError(
@@ -79,6 +117,12 @@ class TrainOptions:
             )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise TrainingError(f"betas is {self.betas}; it must be two numbers in [0, 1)")
+        if self.label_smoothing >= 1 or self.prompt_loss > 1:
+            raise TrainingError(
+                f"label_smoothing is {self.label_smoothing} and prompt_loss {self.prompt_loss}; use below 1 and up to 1"
+            )
+        if self.class_weights not in CLASS_WEIGHTS:
+            raise TrainingError(f"class_weights is {self.class_weights!r}; it must be {' or '.join(CLASS_WEIGHTS)}")
         if self.precision not in PRECISIONS:
             raise TrainingError(f"precision is {self.precision!r}; it must be one of {', '.join(PRECISIONS)}")
 

@@ -22,7 +22,7 @@ from edgellm.training.options import TrainOptions
 __all__ = ["TRAINER_FILE", "TrainerState", "load_trainer_state", "load_weights"]
 
 TRAINER_FILE = "trainer.pt"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class TrainerState:
         val_loss: the latest validation loss.
         best_loss: the lowest validation loss.
         seconds: time spent training so far.
+        stale: validations since the lowest loss.
         format: of this record.
     """
 
@@ -51,6 +52,7 @@ class TrainerState:
     val_loss: float = math.inf
     best_loss: float = math.inf
     seconds: float = 0.0
+    stale: int = 0
     format: int = FORMAT
 
     def save(self, directory: Path) -> None:

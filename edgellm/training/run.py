@@ -21,6 +21,7 @@ from edgellm.training.progress import StepReport
 from edgellm.training.tokenizer import train_tokenizer
 from edgellm.training.tokens import prepare_tokens
 from edgellm.training.trainer import TrainResult, holds_run, train
+from edgellm_runtime.tasks.spec import TaskSpec
 
 __all__ = ["RunConfig", "train_from_text"]
 
@@ -39,6 +40,10 @@ class RunConfig:
         architecture: a name in the registry.
         model: the model's configuration, as its ``to_json`` gives it; ``vocab_size`` is the most the tokenizer gets.
         options: how to train.
+        task: a name of :data:`edgellm_runtime.tasks.spec.FIELDS`; empty: a language model on plain text.
+        init: a checkpoint to begin with, whose model and tokenizer are kept; None: fresh weights.
+        lora: rank of adapters to learn through; 0: all weights learn.
+        lora_alpha: how much adapters count; 0: twice the rank.
     """
 
     texts: tuple[Path, ...]
@@ -47,6 +52,10 @@ class RunConfig:
     architecture: str
     model: Mapping[str, Any]
     options: TrainOptions
+    task: str = ""
+    init: Path | None = None
+    lora: int = 0
+    lora_alpha: float = 0.0
 
     def save(self, out: Path) -> None:
         """Write it into a run's folder."""
@@ -58,6 +67,10 @@ class RunConfig:
             "architecture": self.architecture,
             "model": dict(self.model),
             "options": self.options.to_json(),
+            "task": self.task,
+            "init": None if self.init is None else str(self.init.absolute()),
+            "lora": self.lora,
+            "lora_alpha": self.lora_alpha,
         }
         out.mkdir(parents=True, exist_ok=True)
         pending = out / f"{RECORD}.tmp"
@@ -83,7 +96,9 @@ class RunConfig:
                 architecture=record["architecture"],
                 model=record["model"],
                 options=TrainOptions.from_json(record["options"]),
-            )
+                task=record.get("task", ""), init=Path(record["init"]) if record.get("init") else None,
+                lora=record.get("lora", 0), lora_alpha=record.get("lora_alpha", 0.0),
+            )  # fmt: skip
         except FileNotFoundError:
             raise TrainingError(f"{out} holds no run to resume; leave out --resume to start one") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -107,6 +122,12 @@ def train_from_text(
         TrainingError: text or options that cannot be used, or a run that is already there.
         ConfigError: an impossible model.
     """
+    if config.task not in ("", "generation"):
+        from edgellm.training.task_run import train_task
+
+        return train_task(config, out, resume=resume, say=say, on_progress=on_progress)
+    if config.init is not None or config.lora:
+        raise TrainingError("a checkpoint to begin with needs a task other than generation; name one with --task")
     architecture = registry.find(config.architecture)
     architecture.config.from_json(config.model)  # an impossible model fails here, before any work
     corpus = Corpus(
@@ -122,7 +143,7 @@ def train_from_text(
         )
         return train(
             model, data, config.options, out, architecture=config.architecture, tokenizer=tokenizer, resume=resume,
-            on_progress=on_progress,
+            on_progress=on_progress, task=TaskSpec(name="generation") if config.task else None,
         )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ that any UTF-8 text comes back exactly as it went in.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -19,12 +19,13 @@ END_OF_TEXT = "<|endoftext|>"  # parts documents; written in a text, it parts th
 MIN_VOCABULARY = 257  # every byte and END_OF_TEXT
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, special: Sequence[str] = ()) -> Tokenizer:
     """A byte-level BPE tokenizer; the same texts give the same tokenizer.
 
     Args:
         texts: pieces of text, streamed once; ``edgellm.training.corpus.Corpus.train`` gives those of files.
         vocab_size: the most tokens; a small text may give fewer. Token 0 is :data:`END_OF_TEXT`.
+        special: names of further special tokens.
 
     Raises:
         TrainingError: no text, or a vocabulary that cannot hold every byte.
@@ -36,7 +37,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, *special],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

@@ -1,19 +1,21 @@
-"""One update: forward and backward passes over the step's windows, then the optimizer."""
+"""One update: forward and backward passes over the step's batches, then the optimizer."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import nn
 
+from edgellm.training.batches import Batch
 from edgellm.training.distributed import World
-from edgellm.training.evaluation import autocast, next_token_loss
+from edgellm.training.evaluation import autocast
+from edgellm.training.loss import batch_loss
 from edgellm.training.optimization import make_optimizer
 from edgellm.training.options import TrainOptions
-from edgellm.training.tokens import Tokens
-from edgellm.training.windows import Offsets, random_offsets, step_seed, windows
+from edgellm.training.windows import step_seed
 
 __all__ = ["Updater"]
 
@@ -33,43 +35,35 @@ class Updater:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=options.precision == "float16")
         self._wrapped = world.wrap(model)
 
-    @property
-    def windows(self) -> int:
-        """How many windows an update takes, over all processes."""
-        return self.options.batch_size * self.options.accumulation * self.world.size
-
-    def backward(self, tokens: Tokens, step: int, *, stop: bool) -> tuple[float, bool]:
-        """Gradients of the step's windows.
+    def backward(self, batches: Sequence[Batch], step: int, *, stop: bool) -> tuple[float, bool]:
+        """Gradients of the step's batches.
 
         Args:
-            tokens: the training text.
+            batches: this process's part of them.
             step: updates done before.
             stop: whether this process was asked to stop.
 
         Returns:
-            The mean loss over all windows of all processes, and whether any process was asked to stop.
+            The mean loss over all batches of all processes, and whether any process was asked to stop.
         """
         options, world = self.options, self.world
         torch.manual_seed(step_seed(options.seed, step, world.rank))
-        offsets = random_offsets(self.windows, len(tokens), options.context, seed=options.seed, step=step)
-        mine = offsets.reshape(world.size, options.accumulation, options.batch_size)[world.rank]
         self.optimizer.zero_grad(set_to_none=True)
         totals = torch.zeros(2, device=world.device)  # loss, requests to stop
         totals[1] += stop
-        for number, chosen in enumerate(mine, start=1):
-            totals[0] += self._backward(tokens, chosen, last=number == options.accumulation)
+        for number, batch in enumerate(batches, start=1):
+            totals[0] += self._backward(batch, len(batches), last=number == len(batches))
         loss, requests = world.sum(totals).tolist()
         return loss / world.size, requests > 0
 
-    def _backward(self, tokens: Tokens, offsets: Offsets, *, last: bool) -> torch.Tensor:
+    def _backward(self, batch: Batch, count: int, *, last: bool) -> torch.Tensor:
         options, wrapped = self.options, self._wrapped
-        inputs, targets = windows(tokens, offsets, options.context, self.world.device)
         # the processes exchange gradients once an update, in its last backward pass
         parallel = wrapped if isinstance(wrapped, nn.parallel.DistributedDataParallel) else None
         with nullcontext() if parallel is None or last else parallel.no_sync():
             with autocast(options.precision, self.world.device):
-                logits, _ = wrapped(inputs)
-            loss = next_token_loss(logits, targets) / options.accumulation
+                logits, _ = wrapped(batch.inputs)
+            loss = batch_loss(logits, batch, options.label_smoothing) / count
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch's stubs lack it
         return loss.detach()
 
@@ -87,7 +81,7 @@ class Updater:
             group["lr"] = lr
         self.scaler.unscale_(self.optimizer)
         limit = self.options.clip or math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        norm = float(nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], limit))
         if math.isfinite(norm) or self.scaler.is_enabled():
             self.scaler.step(self.optimizer)  # which itself leaves out a step with infinite gradients
             self.scaler.update()

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from edgellm.models.protocol import LanguageModel, Step, empty_state
+from edgellm.models.protocol import LanguageModel, Step, empty_state, logit_width
 from edgellm.ops.canonical import DOMAIN
 from edgellm_exporters.errors import CaptureError
 from edgellm_exporters.streaming import LazyWeight, OwnWeights, Weights
@@ -63,7 +63,7 @@ def signature_of(model: LanguageModel) -> Signature:
     """
     dtype = next((str(p.dtype).removeprefix("torch.") for _, p in model.named_parameters()), "float32")
     try:
-        logits = TensorSpec("logits", (BATCH, "count", model.config.vocab_size), dtype)
+        logits = TensorSpec("logits", (BATCH, "count", logit_width(model.config)), dtype)
         return Signature(INPUTS, (logits,), tuple(model.state_specs()))
     except (SpecError, AttributeError) as error:
         raise CaptureError(

@@ -18,7 +18,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from edgellm.models.protocol import LanguageModel
+from edgellm.models.protocol import LanguageModel, logit_width
 from edgellm_exporters.atomic import check_destination, whole_directory
 from edgellm_exporters.auto import Automatic, quantize_within
 from edgellm_exporters.capture import capture, check_model, signature_of
@@ -41,6 +41,7 @@ from edgellm_runtime.bundle import GRAPH, MANIFEST, Bundle, FileInfo, Manifest, 
 from edgellm_runtime.loading import open_session
 from edgellm_runtime.session import Session
 from edgellm_runtime.spec import Signature
+from edgellm_runtime.tasks.spec import TaskSpec
 from edgellm_runtime.verify import Verification, verify
 
 __all__ = ["ExportOptions", "Exported", "TextAssets", "export"]
@@ -92,13 +93,14 @@ class ExportOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TextAssets:
-    """What turns text into tokens and back; copied into the bundle."""
+    """What turns text into tokens and back, and what the model was trained to do with it; copied into the bundle."""
 
     tokenizer_json: str
     chat_template: str | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     add_bos: bool = False
+    task: TaskSpec | None = None
 
     @property
     def info(self) -> TokenizerInfo:
@@ -170,11 +172,14 @@ def _build(
     quantization, own_bounds = _write_weights(model, weights, target, options, rows, scratch, progress)
     signature = _signature(model, quantization)
     bounds = {**_held_by(own_bounds, signature), **options.bounds}
+    if logit_width(model.config) != model.config.vocab_size:
+        bounds.pop("greedy", None)  # labels are nothing to go on with
     manifest = Manifest(
         name=name, target={"name": target.name, "requires": {"onnxruntime": "1.30"}},
         signature=signature, max_context=model.config.max_context, ragged_chunks=target.ragged_chunks,
         dtype=options.dtype, files={}, tokenizer=text.info if text else None,
         quantization=quantization, provenance={**provenance, **_environment()}, bounds=bounds,
+        task=text.task if text else None, vocab_size=model.config.vocab_size,
     )  # fmt: skip
     manifest = _write_manifest(scratch, manifest)
     session = _session(scratch)

@@ -112,10 +112,15 @@ def measure(
         tokens=len(kl), logits=worst, kl=float(kl.mean()), kl_p99=float(np.percentile(kl, 99)),
         top1=float(np.concatenate([p.same for p in parts]).mean()), state=state,
         greedy=float(np.mean([s.agreed for s in said])) if said else 1.0,
-        perplexity=float(np.exp(np.concatenate([p.nll for p in parts]).mean())),
-        reference_perplexity=float(np.exp(np.concatenate([p.reference_nll for p in parts]).mean())),
+        perplexity=_perplexity([p.nll for p in parts]), reference_perplexity=_perplexity([p.reference_nll for p in parts]),
         first_divergence=first,
     )  # fmt: skip
+
+
+def _perplexity(nats: Sequence[Array]) -> float:
+    """NaN where no token was predicted, as by a model that labels."""
+    found = np.concatenate(nats)
+    return float(np.exp(found.mean())) if len(found) else float("nan")
 
 
 class _Part(NamedTuple):
@@ -139,7 +144,8 @@ def _parts(session: Session, state: State, reference: Trace) -> Iterator[_Part]:
     for start in range(0, len(row), length):
         ours = session.step(row[None, start : start + length], state, logits="all")[0]
         theirs = reference.logits[start : start + len(ours)].float().numpy()
-        found = distances(theirs, ours, row[start + 1 : start + 1 + len(ours)])
+        targets = row[start + 1 : start + 1 + len(ours)] if session.predicts_tokens else row[:0]
+        found = distances(theirs, ours, targets)
         difference, largest = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
         yield _Part(difference, largest, found.kl, found.same, found.nll, found.reference_nll)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgellm.models.protocol import LanguageModel, Step, empty_state
+from edgellm.models.protocol import LanguageModel, Step, empty_state, logit_width
 from edgellm_runtime.session import Session
 
 __all__ = ["Continuation", "Trace", "continuations", "take_traces", "traces"]
@@ -79,7 +79,8 @@ def take_traces(
         count: the most tokens to say after each.
         whole: as for :func:`continuations`.
     """
-    counts = [min(count, model.config.max_context - len(row)) for row in rows]
+    predicts = logit_width(model.config) == model.config.vocab_size  # labels are nothing to go on with
+    counts = [min(count, model.config.max_context - len(row)) if predicts else 0 for row in rows]
     found, longer = continuations(model, session, rows, counts, whole=whole)
     if all(spec.update == "append" for spec in model.state_specs()):
         return [_cut(model, trace, len(row)) for trace, row in zip(longer, rows, strict=True)], found
@@ -113,7 +114,8 @@ def continuations(
         drafts, more = _proposed(model, session, so_far, [counts[i] - len(said[i]) for i in unfinished])
         for i, trace, draft in zip(unfinished, more, drafts, strict=True):
             said[i] += _confirmed(trace, draft)
-    found = [Continuation(tuple(s), n / max(1, count)) for s, n, count in zip(said, same, counts, strict=True)]
+    agreed = [n / count if count else 1.0 for n, count in zip(same, counts, strict=True)]
+    found = [Continuation(tuple(s), share) for s, share in zip(said, agreed, strict=True)]
     return found, longer
 
 

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from edgellm_runtime.errors import BundleError
 from edgellm_runtime.graphfile import external_files
 from edgellm_runtime.spec import Signature, SpecError
+from edgellm_runtime.tasks.spec import TaskSpec
 
 __all__ = ["FORMAT", "GRAPH", "MANIFEST", "Bundle", "FileInfo", "Manifest", "TokenizerInfo", "sha256_of"]
 
@@ -74,6 +75,8 @@ class Manifest:
         provenance: where it came from, for people.
         bounds: what ``verify`` holds the bundle to; see :mod:`edgellm_runtime.verify`.
         measured: what the exporter measured against PyTorch, for people.
+        task: what the model was trained to do; None: to go on with a text.
+        vocab_size: how many tokens there are; 0: as many as logits, which only a model that labels tokens differs from.
     """
 
     name: str
@@ -88,6 +91,8 @@ class Manifest:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     bounds: Mapping[str, float] = field(default_factory=dict)
     measured: Mapping[str, float] = field(default_factory=dict)
+    task: TaskSpec | None = None
+    vocab_size: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -102,6 +107,8 @@ class Manifest:
             "provenance": dict(self.provenance),
             "bounds": dict(self.bounds),
             "measured": dict(self.measured),
+            "task": None if self.task is None else self.task.to_json(),
+            "vocab_size": self.vocab_size,
             "files": {name: {"bytes": f.bytes, "sha256": f.sha256} for name, f in self.files.items()},
             "signature": self.signature.to_json(),
         }
@@ -147,6 +154,10 @@ class Manifest:
         signature = Signature.from_json(data["signature"])
         if len(signature.outputs) != 1 or type(signature.outputs[0].shape[-1]) is not int:
             raise ValueError("the signature must have one output, logits over a vocabulary of known size")
+        task = None if data.get("task") is None else TaskSpec.from_json(data["task"])
+        width = signature.outputs[0].shape[-1]
+        if task is not None and task.labels and len(task.labels) != width:
+            raise ValueError(f"{len(task.labels)} labels for logits over {width}")
         target = _a(dict, data["target"])
         _a(str, target["name"])
         return cls(
@@ -157,6 +168,7 @@ class Manifest:
             provenance=_a(dict, data.get("provenance", {})),
             bounds={k: _number(v) for k, v in _a(dict, data.get("bounds", {})).items()},
             measured={k: _number(v) for k, v in _a(dict, data.get("measured", {})).items()},
+            task=task, vocab_size=_whole(data.get("vocab_size", 0)),
         )  # fmt: skip
 
 

@@ -78,7 +78,12 @@ def evaluate(
         session: of the bundle.
         windows: rows of token ids, at least two each; each is read from an empty state.
         progress: told the share that is done.
+
+    Raises:
+        OptionError: the model labels tokens and predicts none.
     """
+    if not session.predicts_tokens:
+        raise OptionError("the model labels tokens and predicts no text; evaluate it at its task")
     total, done = sum(len(window) - 1 for window in windows), 0
     nlls = []
     for window in windows:
@@ -92,7 +97,7 @@ def evaluate(
 
 def piece_length(session: Session) -> int:
     """How many positions' logits to ask of one step."""
-    return max(1, min(session.chunk, _PIECE_LOGITS // session.vocab_size))
+    return max(1, min(session.chunk, _PIECE_LOGITS // session.width))
 
 
 def _window(session: Session, row: Array) -> Iterator[Array]:

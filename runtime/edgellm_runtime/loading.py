@@ -65,7 +65,8 @@ def open_session(bundle: Bundle, *, device: str = "auto", threads: int | None = 
     _check_requirements(bundle)
     backend = OrtBackend(bundle.file(GRAPH), manifest.signature, threads=threads)
     return Session(
-        backend, manifest.signature, max_context=manifest.max_context, ragged_chunks=manifest.ragged_chunks
+        backend, manifest.signature, max_context=manifest.max_context, ragged_chunks=manifest.ragged_chunks,
+        vocab_size=manifest.vocab_size or None,
     )  # fmt: skip
 
 

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from edgellm_runtime.chat import ChatTemplate, Message
 from edgellm_runtime.conversation import Conversation
-from edgellm_runtime.errors import OptionError
+from edgellm_runtime.errors import BundleError, OptionError
 from edgellm_runtime.generate import Generation, GenerationOptions, OptionKeywords, Run, Stream
 from edgellm_runtime.session import Session
 from edgellm_runtime.tokenizer import Tokenizer, check_tokens
 
 if TYPE_CHECKING:
     from edgellm_runtime.bundle import Bundle
+    from edgellm_runtime.tasks.runner import Answer, Roles, TaskRunner
 
 __all__ = ["Model"]
 
@@ -77,6 +78,7 @@ class Model:
             ContextError: a prompt is longer than the context.
         """
         checked = GenerationOptions(**options)
+        self._check_predicts()
         many = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], (Sequence, np.ndarray))
         prompts = [self._tokens(p) for p in (prompt if many else [prompt])]
         run = Run(self.session, self.tokenizer, prompts, checked)
@@ -95,6 +97,7 @@ class Model:
             OptionError: as for :meth:`generate`, at once and not at the first chunk.
             ContextError: likewise.
         """
+        self._check_predicts()
         return Stream(Run(self.session, self.tokenizer, [self._tokens(prompt)], GenerationOptions(**options)))
 
     def chat(self, messages: Sequence[Message], **options: Unpack[OptionKeywords]) -> Generation:
@@ -136,6 +139,66 @@ class Model:
         assert self.tokenizer is not None
         return Conversation(self.session, self.tokenizer, template, system)
 
+    @cached_property
+    def task(self) -> TaskRunner:
+        """The task that the model was trained for.
+
+        Raises:
+            OptionError: it was trained for none, or the bundle has no tokenizer.
+            BundleError: the tokenizer lacks a token of the task's prompts.
+        """
+        from edgellm_runtime.tasks.runner import TaskRunner
+
+        spec, name = self.bundle.manifest.task, self.bundle.manifest.name
+        if spec is None:
+            raise OptionError(
+                f"{name} was trained for no task; use generate, or load a bundle of `edgellm train --task`"
+            )
+        if self.tokenizer is None:
+            raise OptionError(f"{name} has no tokenizer, so it cannot read text; export it with one")
+        if missing := [s.value for s in spec.prompt if s.kind == "token" and self.tokenizer.token_id(s.value) is None]:
+            raise BundleError(f"{name}: its tokenizer lacks {missing}, which its prompts need; export the model again")
+        return TaskRunner(self.session, self.tokenizer, spec)
+
+    @overload
+    def translate(self, source: str, **options: Any) -> Answer: ...
+
+    @overload
+    def translate(self, source: Sequence[str], **options: Any) -> list[Answer]: ...
+
+    def translate(self, source: str | Sequence[str], **options: Any) -> Answer | list[Answer]:
+        """Translate; see :meth:`edgellm_runtime.tasks.runner.TaskRunner.translate` for options and errors."""
+        found: Answer | list[Answer] = self.task.translate(source, **options)
+        return found
+
+    @overload
+    def answer(self, question: str, context: str, **options: Any) -> Answer: ...
+
+    @overload
+    def answer(self, question: Sequence[str], context: str | Sequence[str], **options: Any) -> list[Answer]: ...
+
+    def answer(
+        self, question: str | Sequence[str], context: str | Sequence[str], **options: Any
+    ) -> Answer | list[Answer]:
+        """Answer from a context; see :meth:`edgellm_runtime.tasks.runner.TaskRunner.answer`."""
+        found: Answer | list[Answer] = self.task.answer(question, context, **options)
+        return found
+
+    @overload
+    def summarize(self, text: str, **options: Any) -> Answer: ...
+
+    @overload
+    def summarize(self, text: Sequence[str], **options: Any) -> list[Answer]: ...
+
+    def summarize(self, text: str | Sequence[str], **options: Any) -> Answer | list[Answer]:
+        """Summarize; see :meth:`edgellm_runtime.tasks.runner.TaskRunner.summarize`."""
+        found: Answer | list[Answer] = self.task.summarize(text, **options)
+        return found
+
+    def label_roles(self, sentence: str | Sequence[str], predicate: int | str) -> Roles:
+        """Label who does what; see :meth:`edgellm_runtime.tasks.runner.TaskRunner.label_roles`."""
+        return self.task.label_roles(sentence, predicate)
+
     @property
     def has_chat_template(self) -> bool:
         """Whether the bundle can turn messages into a prompt."""
@@ -152,6 +215,10 @@ class Model:
         if self.tokenizer is None or not self.has_chat_template:
             raise OptionError(f"{self.bundle.manifest.name} has no chat template; use generate with a plain prompt")
         return ChatTemplate(self.bundle.file("chat_template.jinja"), self.tokenizer)
+
+    def _check_predicts(self) -> None:
+        if not self.session.predicts_tokens:
+            raise OptionError(f"{self.bundle.manifest.name} labels words and writes no text; use label_roles")
 
     def _tokens(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):

@@ -29,14 +29,22 @@ class Session:
         ragged_chunks: whether the graph takes several tokens for several rows over a filled cache at once; if not, such
             rows are stepped one by one.
         chunk: the most tokens of a row in one step.
+        vocab_size: how many tokens there are; None: as many as logits.
     """
 
     def __init__(
-        self, backend: Backend, signature: Signature, *, max_context: int, ragged_chunks: bool, chunk: int = _CHUNK
-    ) -> None:
+        self, backend: Backend, signature: Signature, *, max_context: int, ragged_chunks: bool, chunk: int = _CHUNK,
+        vocab_size: int | None = None,
+    ) -> None:  # fmt: skip
         self._backend, self.signature = backend, signature
         self.max_context, self._ragged_chunks, self.chunk = max_context, ragged_chunks, chunk
-        self.vocab_size = int(signature.outputs[0].shape[-1])
+        self.width = int(signature.outputs[0].shape[-1])
+        self.vocab_size = vocab_size or self.width
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether logits are over the vocabulary, and not over labels."""
+        return self.width == self.vocab_size
 
     @property
     def device(self) -> str:
@@ -66,7 +74,7 @@ class Session:
             logits: those of each row's ``last`` valid token, of ``all`` positions, or ``none``.
 
         Returns:
-            Logits (batch, 1 | longest row | 0, vocab); the array may be overwritten by the next step.
+            Logits (batch, 1 | longest row | 0, width); the array may be overwritten by the next step.
 
         Raises:
             ContextError: a row would hold more than ``max_context`` tokens.
@@ -130,7 +138,7 @@ class Session:
     def _rows(self, tokens: Array, lengths: Array, state: State, logits: Wanted) -> Array:
         """Each row on its own, its padding left away."""
         count = {"last": 1, "all": tokens.shape[1], "none": 0}[logits]
-        result = np.zeros((state.batch, count, self.vocab_size), dtype=np.float32)
+        result = np.zeros((state.batch, count, self.width), dtype=np.float32)
         for row in range(state.batch):
             alone = state.take([row])
             out = self.step(tokens[row : row + 1, : lengths[row]], alone, logits=logits)

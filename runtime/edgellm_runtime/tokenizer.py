@@ -91,6 +91,11 @@ class Tokenizer:
         """
         return check_tokens(tokens, self._vocab_size)
 
+    def token_id(self, name: str) -> int | None:
+        """The id of a special token, such as ``<|im_end|>``; None if there is none of that name."""
+        found: int | None = self._library.token_to_id(name)
+        return found if found in self.special_ids else None
+
     def token_text(self, token: int | None) -> str | None:
         """How the tokenizer's file writes a token, such as ``<|im_end|>``."""
         return None if token is None else self._library.id_to_token(token)

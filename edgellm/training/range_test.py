@@ -1,0 +1,128 @@
+"""Which learning rate to train with: one short run in which it rises from far too low to far too high.
+
+Smith 2017, arXiv:1506.01186.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgellm.errors import TrainingError
+from edgellm.training.metrics import read_metrics
+from edgellm.training.run import RunConfig, train_from_text
+from edgellm.training.trainer import METRICS
+
+__all__ = ["PLOT", "LearningRates", "find_learning_rate"]
+
+PLOT = "lr-range.png"
+_STEPS, _LOWEST, _HIGHEST = 100, 1e-5, 1.0
+_SMOOTHING = 0.9  # of the losses' running mean
+_DIVERGED = 2.0  # times the lowest loss
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """What a range test found.
+
+    Args:
+        rates: tried, rising.
+        losses: smoothed, up to where they diverge.
+        steepest: the rate at which the loss fell fastest.
+        suggested: a third of the rate with the lowest loss, or ``steepest`` if that is higher.
+        plot: the picture.
+    """
+
+    rates: Sequence[float]
+    losses: Sequence[float]
+    steepest: float
+    suggested: float
+    plot: Path
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "plot": str(self.plot)}
+
+
+def find_learning_rate(config: RunConfig, out: Path, *, say: Callable[[str], None] | None = None) -> LearningRates:
+    """Try rising rates on the run's own model and data; nothing but a picture is kept.
+
+    Args:
+        config: the run.
+        out: the folder of the picture.
+        say: told what is being done.
+
+    Raises:
+        TrainingError: as for :func:`edgellm.training.train_from_text`, or a loss that never falls.
+    """
+    options = dataclasses.replace(
+        config.options, steps=_STEPS, warmup=_STEPS, min_lr_fraction=1.0, minutes=0.0, patience=0, lr=_HIGHEST,
+        lr_from=_LOWEST, eval_every=_STEPS + 1, save_every=_STEPS + 1, keep_best=False,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "run"
+        try:
+            train_from_text(dataclasses.replace(config, options=options), folder, say=say)
+        except TrainingError:
+            if not (folder / METRICS).exists():
+                raise  # before the first step; a loss that is not finite only ends the test
+        lines = read_metrics(folder / METRICS)
+    rates, losses = _smoothed([(line["lr"], line["loss"]) for line in lines])
+    if len(losses) < 10:
+        raise TrainingError(f"only {len(losses)} steps were finite; check the data, or lower the range")
+    lowest = min(range(len(losses)), key=losses.__getitem__)
+    slopes = [losses[i] - losses[i - 3] for i in range(3, lowest + 1)]
+    if not slopes:
+        raise TrainingError("the loss never falls, whatever the learning rate; check the data")
+    steepest = rates[3 + min(range(len(slopes)), key=slopes.__getitem__)]
+    found = LearningRates(rates, losses, steepest, max(steepest, rates[lowest] / 3), out / PLOT)
+    out.mkdir(parents=True, exist_ok=True)
+    _draw(found)
+    return found
+
+
+def _smoothed(points: Sequence[tuple[float, float | None]]) -> tuple[list[float], list[float]]:
+    """Running means without their bias to the beginning, up to where the loss has diverged."""
+    rates: list[float] = []
+    losses: list[float] = []
+    mean = 0.0
+    for i, (rate, loss) in enumerate(points, start=1):
+        if loss is None or not math.isfinite(loss):
+            break
+        mean = _SMOOTHING * mean + (1 - _SMOOTHING) * loss
+        value = mean / (1 - _SMOOTHING**i)
+        if losses and value > _DIVERGED * min(losses):
+            break
+        rates.append(rate)
+        losses.append(value)
+    return rates, losses
+
+
+def _draw(found: LearningRates) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(found.rates, found.losses, color="#d64545", linewidth=2)
+    axes.axvline(found.suggested, color="#7b8794", linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.annotate(
+        f"suggested {found.suggested:.1e}", (found.suggested, max(found.losses)), xytext=(6, -4),
+        textcoords="offset points", color="#7b8794", fontsize=9, fontweight="bold",
+    )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate", color="#7b8794")
+    axes.set_title(
+        "Loss, nats per token, as the rate rises", loc="left", color="#1f2933", fontsize=12, fontweight="bold"
+    )
+    axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    pending = found.plot.with_name(found.plot.name + ".tmp")
+    figure.savefig(pending, format="png", facecolor="white")
+    pending.replace(found.plot)
