@@ -94,10 +94,10 @@ def test_a_large_vocabulary_is_taken_in_small_pieces() -> None:
     class Large:
         chunk, vocab_size = 512, 150_000
 
-    assert 1 <= piece_length(Large()) * Large.vocab_size * 4 <= 64 << 20  # type: ignore[arg-type]
-    Large.vocab_size = 1 << 30
+    assert 1 <= piece_length(Large()) * Large.width * 4 <= 64 << 20  # type: ignore[arg-type]
+    Large.width = 1 << 30
     assert piece_length(Large()) == 1  # type: ignore[arg-type]
-    Large.vocab_size = 100
+    Large.width = 100
     assert piece_length(Large()) == 512  # type: ignore[arg-type]
 
 

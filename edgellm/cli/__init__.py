@@ -21,7 +21,7 @@ COMMANDS = {
     "generate": "Go on from a prompt, or answer it.",
     "chat": "Talk to a model.",
     "bench": "Measure a bundle's speed and memory on this device.",
-    "eval": "Measure how well a bundle predicts a text.",
+    "eval": "Measure how well a bundle predicts a text, or does its task.",
     "inspect": "Show what a bundle holds.",
 }
 
@@ -100,7 +100,8 @@ def _fail(message: str, status: int) -> int:
 
 def _missing(error: ModuleNotFoundError) -> str:
     extras = {"torch": "export", "onnx": "export", "onnx_ir": "export", "onnxscript": "export", "gguf": "export",
-              "safetensors": "export", "matplotlib": "train"}  # fmt: skip
+              "safetensors": "export", "matplotlib": "train",
+              "sacrebleu": "tasks", "rouge_score": "tasks", "seqeval": "tasks"}  # fmt: skip
     extra = extras.get((error.name or "").split(".")[0])
     if extra is None:
         raise error

@@ -1,4 +1,4 @@
-"""``edgellm eval``: how well a bundle predicts a text, and how far it is from its checkpoint."""
+"""``edgellm eval``: how well a bundle predicts a text and how far it is from its checkpoint; or does its task."""
 
 from __future__ import annotations
 
@@ -19,23 +19,51 @@ _MARGIN = 64  # tokens before a cut that the cut may have changed
 
 @click.command("eval", context_settings={"show_default": True})
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--text", "file", required=True, type=click.Path(path_type=Path), help="UTF-8 text to predict.")
+@click.option("--text", "file", type=click.Path(path_type=Path), metavar="FILE", help="UTF-8 text to predict.")
 @click.option("--against", type=click.Path(path_type=Path), metavar="CHECKPOINT",
-              help="Also measure the distance from this checkpoint in PyTorch.")  # fmt: skip
-@click.option("--tokens", type=int, default=4096, help="Most tokens to take from the text; 0 for all.")
-@click.option("--window", type=int, default=512, help="Tokens read from an empty state at a time.")
+              help="With --text: also measure the distance from this checkpoint in PyTorch.")  # fmt: skip
+@click.option("--tokens", type=int, default=4096, help="With --text: most tokens to take from it; 0 for all.")
+@click.option("--window", type=int, default=512, help="Tokens of text read from an empty state at a time.")
+@click.option("--task", metavar="NAME", help="Score this task instead: generation, translation, qa, summarization "
+              "or srl.")  # fmt: skip
+@click.option("--data", type=click.Path(path_type=Path), metavar="FILE", help="With --task: its test data, JSON Lines.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="With --task: take the first N examples.")
+@click.option("--beams", type=click.IntRange(min=1), metavar="N", help="With --task: hypotheses followed at once, "
+              "where answers are written.")  # fmt: skip
+@click.option("--baseline", type=click.Path(path_type=Path), metavar="FILE", help="With --task: also score what needs "
+              "no model, learned from these training examples.")  # fmt: skip
+@click.option("--predictions", type=click.Path(path_type=Path), metavar="FILE", help="With --task: write each answer "
+              "there, JSON Lines.")  # fmt: skip
 @click.option("--device", default="auto", help="Where to run: auto or cpu.")
 @click.option("--threads", type=int, default=None, help="CPU threads.  [default: every core]", show_default=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+@click.pass_context
 def evaluate(
-    bundle: Path, file: Path, against: Path | None, tokens: int, window: int, device: str, threads: int | None,
-    as_json: bool,
+    context: click.Context, /, bundle: Path, file: Path | None, against: Path | None, tokens: int, window: int,
+    device: str, threads: int | None, as_json: bool, **of_task: Any,
 ) -> None:  # fmt: skip
-    """Measure BUNDLE's perplexity on a text.
+    """Measure how well BUNDLE predicts a text, or does its task.
 
-    With --against, also the KL divergence from the checkpoint's distribution (mean and 99th percentile, nats) and how
-    often both have the same most likely token.
+    With --text: perplexity; with --against too, the KL divergence from the checkpoint's distribution (mean and 99th
+    percentile, nats) and how often both have the same most likely token.
+
+    With --task and --data: the task's scores over examples asked one at a time, with the time that each takes and the
+    memory. BUNDLE may be a checkpoint then, which PyTorch runs.
     """
+    given = _given(context)
+    if of_task["task"] is not None:
+        from edgellm.cli.eval_task import evaluate_model, print_report
+
+        _refuse(given & {"file", "against", "tokens"}, "goes without --task, which scores examples and no text")
+        if of_task["data"] is None:
+            raise click.UsageError("--task needs its test data: --data FILE")
+        with stages() as tell:
+            result = evaluate_model(bundle, **of_task, window=window, device=device, threads=threads, tell=tell)
+        click.echo(json.dumps(result)) if as_json else print_report(result)
+        return
+    _refuse(given & of_task.keys(), "belongs to --task NAME, which is not given")
+    if file is None:
+        raise click.UsageError("nothing to measure; give --text FILE, or --task NAME and --data FILE")
     with stages() as tell:
         result = evaluate_bundle(
             bundle, file, against, tokens=tokens, window=window, device=device, threads=threads, tell=tell
@@ -45,6 +73,16 @@ def evaluate(
         return
     for name, value in result.items():
         click.echo(f"{name:>22}  {value:.6g}" if isinstance(value, float) else f"{name:>22}  {value}")
+
+
+def _given(context: click.Context) -> set[str]:
+    default = click.core.ParameterSource.DEFAULT
+    return {name for name in context.params if context.get_parameter_source(name) is not default}
+
+
+def _refuse(names: set[str], why: str) -> None:
+    if names:
+        raise click.UsageError(f"--{min(names).replace('file', 'text')} {why}")
 
 
 def evaluate_bundle(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from edgellm.tasks.examples import Example
 from edgellm_runtime.tasks.prompt import TokenId
-from edgellm_runtime.tasks.runner import script_of
+from edgellm_runtime.tasks.scripts import scripts_of
 from edgellm_runtime.tasks.spec import ANSWER, FIELDS, SEPARATOR, Segment, TaskSpec
 
 __all__ = ["CUT", "NO_ANSWER", "make_spec", "target_of", "texts_of"]
@@ -97,8 +97,7 @@ _DEFAULT = {
 
 def _scripts(task: str, examples: Sequence[Example]) -> tuple[str, ...]:
     """Those of a good part of the letters."""
-    letters = (c for e in examples[:_LOOKED_AT] for c in e[_SOURCE[task]] if c.isalpha())
-    found = Counter(map(script_of, letters))
+    found = scripts_of(e[_SOURCE[task]] for e in examples[:_LOOKED_AT])
     return tuple(sorted(s for s, n in found.items() if n >= _SCRIPT_SHARE * found.total()))
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +13,7 @@ from edgellm_runtime.errors import OptionError
 from edgellm_runtime.session import Session
 from edgellm_runtime.tasks.beam import Hypothesis, beam_search, read_prompts
 from edgellm_runtime.tasks.prompt import Prompt, encode_prompt, encode_words
+from edgellm_runtime.tasks.scripts import check_scripts
 from edgellm_runtime.tasks.spec import TaskSpec
 from edgellm_runtime.tasks.viterbi import viterbi
 from edgellm_runtime.tokenizer import Tokenizer
@@ -210,7 +209,7 @@ class TaskRunner:
 
     def _prompt(self, fields: Mapping[str, str], main: str, check_script: bool) -> Prompt:
         if check_script:
-            _check_script(fields[main], main, self.spec.scripts)
+            check_scripts(fields[main], main, self.spec.scripts)
         return encode_prompt(self.spec, self.tokenizer.encode, self.tokenizer.token_id, fields)
 
     def _answers(
@@ -288,21 +287,3 @@ def _predicate(words: Sequence[str], predicate: int | str) -> int:
         where = f"is there {len(places)} times, at {places}; give its number" if places else "is not one of the words"
         raise OptionError(f"the predicate {predicate!r} {where}")
     return places[0]
-
-
-def _check_script(text: str, field: str, scripts: Sequence[str]) -> None:
-    """Refuse a text most of whose letters are in other scripts; a text without letters passes."""
-    if not scripts:
-        return
-    found = Counter(script_of(c) for c in text if c.isalpha())
-    if found and sum(found[s] for s in scripts) * 2 < found.total():
-        most = found.most_common(1)[0][0]
-        raise OptionError(
-            f"the {field} is mostly in {most} script, and the model was trained on {', '.join(scripts)}; give such a "
-            "text, or check_script=False to try all the same"
-        )
-
-
-def script_of(letter: str) -> str:
-    """The first word of a letter's Unicode name, such as LATIN, CYRILLIC or CJK."""
-    return unicodedata.name(letter, "UNKNOWN").split(" ", 1)[0]

@@ -1,0 +1,210 @@
+"""One task's comparison: train, export and evaluate each pattern; what is done stays done."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from comparison.sizes import equal_sizes, parameters
+from edgellm.demo.commands import Commands
+from edgellm.models.hybrid import HybridConfig
+
+__all__ = ["FOLDERS", "ROUNDINGS", "Plan", "compare"]
+
+FOLDERS: Mapping[str, str] = {
+    "generation": "generation", "translation": "translation", "qa": "question_answering",
+    "summarization": "summarization", "srl": "role_labelling",
+}  # fmt: skip
+ROUNDINGS: Mapping[str, Sequence[str]] = {"float32": (), "int8": ("--quantize", "int8")}
+_SHAPE = ("pattern", "recurrent_width", "mlp_width", "width", "num_heads", "num_kv_heads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to compare.
+
+    Args:
+        task: its name.
+        data: folder with train.jsonl, valid.jsonl and test.jsonl.
+        runs: folder for checkpoints and bundles.
+        result: the JSON file.
+        base: width, heads, blocks and MLP of every pattern.
+        patterns: names from :data:`comparison.sizes.PATTERNS`.
+        minutes: of training, each.
+        limit: test examples; 0 for all.
+        threads: CPU threads of training and of what is timed.
+        seed: of every training.
+        options: more for ``edgellm train``.
+    """
+
+    task: str
+    data: Path
+    runs: Path
+    result: Path
+    base: HybridConfig
+    patterns: Sequence[str]
+    minutes: float
+    limit: int = 500
+    threads: int = 2
+    seed: int = 0
+    options: Sequence[str] = field(default_factory=tuple)
+
+
+class _Results:
+    """The JSON file; written after each part, so that a comparison that was stopped goes on where it was."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        pending = self.path.with_name(self.path.name + ".tmp")
+        pending.write_text(json.dumps(self.data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        pending.replace(self.path)
+
+    def part(self, row: dict[str, Any], name: str, words: Sequence[object], do: Callable[[], dict[str, Any]]) -> bool:
+        """Do and keep a part, unless the file has it from the very same command; whether it was done."""
+        command = shlex.join(["edgellm", *map(str, words)])
+        if row.get(name, {}).get("command") == command:
+            return False
+        row[name] = {"command": command, **do()}
+        self.data["environment"] = _environment()
+        self.save()
+        return True
+
+
+def compare(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Do what is not done yet.
+
+    Args:
+        plan: what to compare.
+        say: told the sizes.
+
+    Returns:
+        What the result's file now holds.
+
+    Raises:
+        ConfigError: patterns that cannot be made equally large.
+        click.ClickException: a command failed.
+    """
+    shapes = equal_sizes(plan.base, plan.patterns)
+    for name, shape in shapes.items():
+        widths = f"recurrent_width {shape.recurrent_width}, mlp_width {shape.mlp_width}"
+        say(f"{plan.task}, {name}: {parameters(shape):,} parameters with {shape.vocab_size:,} tokens; {widths}")
+    results = _Results(plan.result)
+    results.data |= {
+        "task": plan.task, "seed": plan.seed, "minutes": plan.minutes, "threads": plan.threads,
+        "data": {name: _lines(plan.data / f"{name}.jsonl") for name in ("train", "valid", "test")},
+    }  # fmt: skip
+    rows = results.data.setdefault("rows", {})
+    commands = Commands(8 * len(shapes))
+    for name, shape in shapes.items():
+        _row(plan, name, shape, results, rows.setdefault(name, {}), commands)
+    return results.data
+
+
+def _row(
+    plan: Plan, name: str, shape: HybridConfig, results: _Results, row: dict[str, Any], commands: Commands
+) -> None:  # fmt: skip
+    folder = plan.runs / plan.task / name
+    words = _training(plan, shape, folder / "run")
+    say = f"{plan.task}, {name}: "
+    if results.part(row, "train", words, lambda: _trained(commands, say, words)):
+        for stale in [key for key in row if key != "train"]:  # made from weights that are no more
+            del row[stale]
+        row["model"] = {"pattern": list(shape.pattern)} | {key: getattr(shape, key) for key in _SHAPE[1:]}
+    evaluated = _evaluation(plan, folder / "run" / "best", folder / "pytorch.jsonl")
+    if name == plan.patterns[0]:
+        evaluated += ["--baseline", plan.data / "train.jsonl"]
+    results.part(row, "pytorch", evaluated, lambda: commands.edgellm(say + "PyTorch", *evaluated))
+    if "baselines" in row["pytorch"]:
+        results.data["baselines"] = row["pytorch"].pop("baselines")
+    for rounding, options in ROUNDINGS.items():
+        bundle = folder / rounding
+        export = ["export", folder / "run" / "best", "-o", bundle, *options]
+        ask = _evaluation(plan, bundle, folder / f"{rounding}.jsonl")
+        title = f"{say}{rounding} bundle"
+        key = f"{rounding} export"
+        if results.part(row, key, export, lambda e=export, t=title: _exported(commands, t, e)):  # type: ignore[misc]
+            row.pop(rounding, None)
+        results.part(row, rounding, ask, lambda a=ask, t=title: commands.edgellm(t, *a))  # type: ignore[misc]
+        row[rounding]["same_answers"] = _same(folder / "pytorch.jsonl", folder / f"{rounding}.jsonl", row[rounding])
+        results.save()
+
+
+def _trained(commands: Commands, say: str, words: Sequence[Any]) -> dict[str, Any]:
+    shutil.rmtree(words[3], ignore_errors=True)  # a run of another command, or one that was stopped
+    return commands.edgellm(f"{say}train", *words)
+
+
+def _exported(commands: Commands, title: str, words: Sequence[Any]) -> dict[str, Any]:
+    shutil.rmtree(words[3], ignore_errors=True)  # an export does not write over an older bundle
+    found = commands.edgellm(f"{title}: export", *words)
+    return {key: found[key] for key in ("bytes", "bits_per_weight", "parity", "seconds", "peak_rss_mb")}
+
+
+def _training(plan: Plan, shape: HybridConfig, out: Path) -> list[Any]:
+    settings = [
+        word for key in _SHAPE for value in [getattr(shape, key)]
+        for word in ("--set", f"{key}={','.join(value) if key == 'pattern' else value}")
+    ]  # fmt: skip
+    return [
+        "train", plan.data / "train.jsonl", "-o", out, "--task", plan.task, "--validation", plan.data / "valid.jsonl",
+        *settings, "--vocab-size", shape.vocab_size, "--minutes", f"{plan.minutes:g}", "--seed", plan.seed,
+        "--threads", plan.threads, *plan.options,
+    ]  # fmt: skip
+
+
+def _evaluation(plan: Plan, model: Path, predictions: Path) -> list[Any]:
+    limit = ["--limit", plan.limit] if plan.limit else []
+    where = ["--data", plan.data / "test.jsonl", "--predictions", predictions]
+    return ["eval", model, "--task", plan.task, *where, *limit, "--threads", plan.threads]
+
+
+def _same(reference: Path, found: Path, row: Mapping[str, Any]) -> float | None:
+    """The share of answers that are PyTorch's; None where there are none, or what was found before."""
+    if not reference.is_file() or not found.is_file():
+        return row.get("same_answers")
+    pairs = list(zip(*(_predictions(path) for path in (reference, found)), strict=True))
+    return sum(a == b for a, b in pairs) / len(pairs) if pairs else None
+
+
+def _predictions(path: Path) -> list[Any]:
+    return [json.loads(line)["prediction"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
+def _environment() -> dict[str, Any]:
+    packages = ("edgellm", "torch", "onnxruntime", "sacrebleu", "rouge-score", "seqeval")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "python": platform.python_version(),
+        "cores": os.cpu_count(), "processor": _processor(), **{p: importlib.metadata.version(p) for p in packages},
+    }  # fmt: skip
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def base_of(vocab_size: int, blocks: int, **widths: int) -> HybridConfig:
+    """A shape whose pattern is to be replaced."""
+    return dataclasses.replace(
+        HybridConfig(vocab_size=vocab_size, pattern=("lstm",) * blocks, tie_embeddings=True), **widths
+    )  # type: ignore[arg-type]
