@@ -47,8 +47,8 @@ class OrtBackend:
         signature: its inputs, outputs and state.
         threads: for one step; None for every core that this process may use.
         device: only ``cpu``.
-        layouts: whether the library may choose other layouts for a graph's tensors. ONNX Runtime 1.32 ends the process
-            while it tries that on a Scan over 16-bit floats.
+        fusions: whether the library may put other kernels in the place of a graph's nodes. Where activations have 16
+            bits, ONNX Runtime 1.32 computes wrong products of quantized weights then, and ends the process over a Scan.
 
     Raises:
         BackendError: the library is missing, or refuses the graph.
@@ -56,7 +56,7 @@ class OrtBackend:
 
     def __init__(
         self, graph: Path, signature: Signature, *, threads: int | None = None, device: str = "cpu",
-        layouts: bool = True,
+        fusions: bool = True,
     ) -> None:  # fmt: skip
         ort = library()
         options = ort.SessionOptions()
@@ -65,8 +65,8 @@ class OrtBackend:
         options.log_severity_level = 3
         # A plan of one block of memory for each shape of step, kept for good: it costs megabytes and saves no time.
         options.enable_mem_pattern = False
-        if not layouts:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        if not fusions:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         self.device, self.threads = device, options.intra_op_num_threads
         self._ort, self._signature = ort, signature
         try:
