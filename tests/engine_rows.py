@@ -92,8 +92,8 @@ def cosine(model: Any, session: Session, row: list[int]) -> float:
 
 def row(family: str, precision: str, directory: Path) -> Row:
     model, _, session = graphs(family, precision, directory)
-    tokens = np.random.default_rng(1).integers(0, VOCAB, 41).tolist()
-    report = compare(model, session, [tokens])
+    windows = np.random.default_rng(1).integers(0, VOCAB, (4, 50)).tolist()
+    report, tokens = compare(model, session, windows), windows[0]
     signature, layers, engines = signature_of(make(family)), {}, {}
     dtype = precision if "float" in precision else "float16"
     for role, info in SIZES.graphs.items():

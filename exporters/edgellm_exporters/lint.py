@@ -21,7 +21,6 @@ _RECURRENT = ("LSTM", "GRU", "RNN")
 _LOOPS = (*_RECURRENT, "Loop", "Scan")
 _QUANTIZING = ("DequantizeLinear", "QuantizeLinear")
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-_BLOCKS = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -86,21 +85,18 @@ def _nonzero(node: ir.Node, view: View) -> bool:
     return zero.const_value is None or bool(np.any(zero.const_value.numpy().astype(np.float32)))
 
 
+def _negative(node: ir.Node, view: View) -> bool:
+    """Of scales that are there already; those that are computed when they are written are positive by their scheme."""
+    scale = _input(node, 1)
+    tensor = None if scale is None else scale.const_value
+    if tensor is None or isinstance(tensor, ir.LazyTensor):
+        return False
+    return bool((tensor.numpy().astype(np.float32) <= 0).any())
+
+
 def _other_scale(node: ir.Node, view: View) -> bool:
     scale = _input(node, 1)
     return scale is not None and scale.dtype != view.dtype
-
-
-def _blocks(node: ir.Node, view: View) -> bool:
-    block, codes = int(_number(node, "block_size", 0)), _codes_dtype(node)
-    return (block not in _BLOCKS) if codes == ir.DataType.INT4 else bool(block)
-
-
-def _free_time(node: ir.Node, view: View) -> bool:
-    """Whether the number of new tokens is not fixed, as the input ``tokens`` and the written value tell."""
-    update, tokens = _input(node, 1), next((v for v in view.graph.inputs if v.name == "tokens"), None)
-    shapes = [v.shape[i] for v, i in ((update, 2), (tokens, 1)) if v is not None and v.shape is not None]
-    return not shapes or not any(isinstance(size, int) for size in shapes)
 
 
 def _inner_cache(node: ir.Node, view: View) -> bool:
@@ -110,7 +106,7 @@ def _inner_cache(node: ir.Node, view: View) -> bool:
 
 def _narrow_cache(node: ir.Node, view: View) -> bool:
     past = node.inputs[0]
-    return past is not None and past.dtype not in (*_HALF, ir.DataType.FLOAT)
+    return past is not None and past.dtype is not None and past.dtype.bitwidth == 8
 
 
 def _given_lengths(node: ir.Node, view: View) -> bool:
@@ -124,7 +120,7 @@ def _quantized_weights(node: ir.Node, view: View) -> bool:
 
 TRAPS: tuple[Trap, ...] = (
     Trap("causal attention", ("Attention",), lambda n, v: _number(n, "is_causal", 0) != 0,
-         "aligns the mask with the first key instead of the last: over a cache, a new token sees nothing but the oldest",
+         "aligns the mask with the first key: over a cache, a new token sees nothing but the oldest one",
          "is_causal=0 and a mask made of past_lengths"),
     Trap("attention without a mask", ("Attention",), lambda n, v: _input(n, 3) is None,
          "attends to slots of the cache that hold nothing", "a mask made of past_lengths"),
@@ -140,27 +136,24 @@ TRAPS: tuple[Trap, ...] = (
          "does not parse it", "a cache (batch, heads, slots, features), axis 2"),
     Trap("circular cache", ("TensorScatter",), lambda n, v: "mode" in n.attributes
          and n.attributes["mode"].as_string() != "linear", "does not parse it", "mode 'linear'"),
-    Trap("cache written with a free number of tokens", ("TensorScatter",), _free_time,
-         "does not parse it", "a graph for each fixed number of tokens"),
     Trap("cache of 8 bits", ("TensorScatter",), _narrow_cache, "does not parse it", "a cache in the activations' dtype"),
     Trap("cache inside the graph", ("TensorScatter",), _inner_cache,
-         "does not parse it", "a cache that is itself an input and an output of the graph"),
+         "builds no engine of it", "a cache that is itself an input and an output of the graph"),
     Trap("unsigned codes", _QUANTIZING, lambda n, v: _codes_dtype(n) in (ir.DataType.UINT8, ir.DataType.UINT4,
          ir.DataType.UINT2, ir.DataType.UINT16), "does not parse them", "int8, int4 or float8e4m3fn"),
     Trap("zero points", _QUANTIZING, _nonzero, "does not parse them", "symmetric codes"),
-    Trap("scales of another dtype", _QUANTIZING, _other_scale, "builds no engine of it", "scales in the activations' dtype"),
-    Trap("blocks", ("DequantizeLinear",), _blocks,
-         "builds no engine of it", "int4 in blocks of 16 to 128, or int8 with one scale a row"),
+    Trap("scales of another dtype", _QUANTIZING, _other_scale, "does not parse it", "scales in the activations' dtype"),
     Trap("integer products", ("MatMulInteger", "ConvInteger", "DynamicQuantizeLinear", "QLinearMatMul"),
          lambda n, v: True, "does not parse them", "QuantizeLinear and DequantizeLinear before a MatMul"),
-    Trap("foreign operators", (), lambda n, v: n.domain not in ("", "ai.onnx"), "does not parse them",
-         "operators of standard ONNX"),
+    Trap("foreign operators", (), lambda n, v: n.domain not in ("", "ai.onnx"),
+         "looks for a plugin of that name, and has none", "operators of standard ONNX"),
     Trap("batch-first recurrences", _RECURRENT, lambda n, v: _number(n, "layout", 0) != 0,
          "takes it, but ONNX Runtime does not, so that nothing could be proved", "layout=0"),
     Trap("recurrences with lengths in 16 bits", _RECURRENT, _given_lengths,
          "does not parse it, and ONNX Runtime ends the process", "the cell in a Scan"),
+    Trap("negative scales", _QUANTIZING, _negative, "does not parse them", "scales above zero"),
     Trap("GRU with quantized weights", ("GRU",), _quantized_weights,
-         "fails with an internal error", "the cell in a Scan"),
+         "ends the process", "the cell in a Scan"),
 )  # fmt: skip
 
 
