@@ -7,15 +7,14 @@ of one or two nodes, run by the provider that runs the model, so that no further
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_runtime.backends.faults import step_fault
-from edgellm_runtime.errors import BackendError
+from edgellm_runtime.backends.faults import first_line, step_fault
+from edgellm_runtime.backends.pool import BufferPool
 from edgellm_runtime.onnxbytes import ELEMENT_TYPES, Node, graph_bytes
 from edgellm_runtime.spec import StateSpec
 from edgellm_runtime.storage import GROWTH, Buffers, host_dtype, too_large, widened
@@ -23,7 +22,6 @@ from edgellm_runtime.storage import GROWTH, Buffers, host_dtype, too_large, wide
 __all__ = ["DeviceStorage", "Kernels"]
 
 Array = NDArray[Any]
-_POOLED = 2  # sets of buffers kept for the next state of their size, with what was captured for them
 _DTYPES = {f"tensor({'float' if name == 'float32' else 'double' if name == 'float64' else name})": name
            for name in ELEMENT_TYPES}  # fmt: skip
 
@@ -162,8 +160,7 @@ class DeviceStorage:
     """
 
     def __init__(self, kernels: Kernels) -> None:
-        self._kernels = kernels
-        self._pool: list[tuple[Any, Any]] = []
+        self._kernels, self._pool = kernels, BufferPool(self._make)
 
     def rounded(self, slots: int) -> int:
         """See :meth:`edgellm_runtime.storage.Storage.rounded`."""
@@ -171,7 +168,7 @@ class DeviceStorage:
 
     def acquire(self, specs: Sequence[StateSpec], batch: int, capacity: int) -> Buffers:
         """See :meth:`edgellm_runtime.storage.Storage.acquire`."""
-        buffers, fresh = self._buffers(specs, batch, capacity)
+        buffers, fresh = self._pool.get(specs, batch, capacity)
         for spec in specs:  # of a used cache, slots that no token has filled are not looked at
             if fresh or spec.update == "replace":
                 self._kernels.zeros(buffers.tensors[spec.name])
@@ -179,7 +176,7 @@ class DeviceStorage:
 
     def grown(self, specs: Sequence[StateSpec], old: Buffers, batch: int, capacity: int) -> Buffers:
         """See :meth:`edgellm_runtime.storage.Storage.grown`."""
-        new, _ = self._buffers(specs, batch, capacity)
+        new, _ = self._pool.get(specs, batch, capacity)
         for spec in specs:
             source, out, axis = old.tensors[spec.name], new.tensors[spec.name], spec.capacity_axis
             if axis is None:
@@ -190,7 +187,7 @@ class DeviceStorage:
 
     def taken(self, specs: Sequence[StateSpec], old: Buffers, rows: Sequence[int], capacity: int) -> Buffers:
         """See :meth:`edgellm_runtime.storage.Storage.taken`."""
-        new, _ = self._buffers(specs, len(rows), capacity)
+        new, _ = self._pool.get(specs, len(rows), capacity)
         for spec in specs:
             self._kernels.rows(old.tensors[spec.name], rows, new.tensors[spec.name])
         return new
@@ -230,29 +227,11 @@ class DeviceStorage:
         wide.update_inplace(widened(array, spec.dtype))
         self._kernels.copy(wide, tensor)
 
-    def _buffers(self, specs: Sequence[StateSpec], batch: int, capacity: int) -> tuple[Buffers, bool]:
-        """Buffers of arbitrary content, and whether they are new."""
-        size = (tuple(specs), batch, capacity)
-        at = next((i for i, (key, _) in enumerate(self._pool) if key == size), None)
-        fresh = at is None
-        parts = self._allocated(specs, batch, capacity) if at is None else self._pool.pop(at)[1]
-        buffers = Buffers(*parts)
-        weakref.finalize(buffers, _put_back, self._pool, size, parts).atexit = False
-        return buffers, fresh
-
-    def _allocated(self, specs: Sequence[StateSpec], batch: int, capacity: int) -> tuple[dict[str, Any], ...]:
-        found: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
-        for spec in specs:
-            for place in found if spec.update == "replace" else found[:1]:
-                try:
-                    place[spec.name] = self._kernels.empty(spec.resolve(batch, capacity), spec.dtype)
-                except Exception as error:  # the library raises many kinds of its own
-                    self._pool.clear()
-                    where = f" on the {self._kernels.device} device"
-                    raise too_large(spec, batch, capacity, str(error).strip()[:200], where) from error
-        return *found, {}
-
-
-def _put_back(pool: list[Any], size: Any, parts: Any) -> None:
-    pool.append((size, parts))
-    del pool[:-_POOLED]
+    def _make(self, spec: StateSpec, batch: int, capacity: int) -> Any:
+        try:
+            return self._kernels.empty(spec.resolve(batch, capacity), spec.dtype)
+        except Exception as error:  # the library raises many kinds of its own
+            self._pool.clear()
+            raise too_large(
+                spec, batch, capacity, first_line(error), f" on the {self._kernels.device} device"
+            ) from error
