@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgellm_runtime.engines import LIBRARIES
 from edgellm_runtime.errors import BackendError, BundleError
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def open_session(bundle: Bundle, *, device: str = "auto", threads: int | None = 
         raise BackendError(f"{threads} threads; give at least 1, or none for every core")
     manifest = bundle.manifest
     _check_requirements(bundle)
+    if manifest.graphs:
+        return _session_of_roles(bundle, threads)
     backend = OrtBackend(bundle.file(GRAPH), manifest.signature, threads=threads)
     return Session(
         backend, manifest.signature, max_context=manifest.max_context, ragged_chunks=manifest.ragged_chunks,
@@ -70,10 +73,23 @@ def open_session(bundle: Bundle, *, device: str = "auto", threads: int | None = 
     )  # fmt: skip
 
 
+def _session_of_roles(bundle: Bundle, threads: int | None) -> Session:
+    from edgellm_runtime.backends.ort_roles import OrtRolesBackend
+    from edgellm_runtime.roles import Roles
+    from edgellm_runtime.session import Session
+
+    manifest, roles = bundle.manifest, Roles.of(bundle.manifest)
+    backend = OrtRolesBackend(bundle.path, roles, manifest.signature, threads=threads)
+    return Session(
+        backend, manifest.signature, max_context=manifest.max_context, ragged_chunks=manifest.ragged_chunks,
+        chunk=roles.longest, vocab_size=manifest.vocab_size or None, capacity=manifest.capacity,
+    )  # fmt: skip
+
+
 def _check_requirements(bundle: Bundle) -> None:
     """Compare the libraries that the bundle needs with those installed, before any work."""
     requires = bundle.manifest.target.get("requires", {})
-    if not isinstance(requires, dict) or not requires.keys() <= {"onnxruntime"}:
+    if not isinstance(requires, dict) or not requires.keys() <= {"onnxruntime", *LIBRARIES}:
         raise BundleError(
             f"{bundle.path}: needs {requires!r}, which this runtime does not know; install a newer edgellm"
         )

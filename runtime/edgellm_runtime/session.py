@@ -31,14 +31,16 @@ class Session:
             rows are stepped one by one.
         chunk: the most tokens of a row in one step.
         vocab_size: how many tokens there are; None: as many as logits.
+        capacity: slots that each row of a state has, for graphs of fixed sizes; None: as many as are needed.
     """
 
     def __init__(
         self, backend: Backend, signature: Signature, *, max_context: int, ragged_chunks: bool, chunk: int = _CHUNK,
-        vocab_size: int | None = None,
+        vocab_size: int | None = None, capacity: int | None = None,
     ) -> None:  # fmt: skip
         self._backend, self.signature = backend, signature
         self.max_context, self._ragged_chunks, self.chunk = max_context, ragged_chunks, chunk
+        self._capacity = capacity
         self.width = int(signature.outputs[0].shape[-1])
         self.vocab_size = vocab_size or self.width
 
@@ -70,7 +72,7 @@ class Session:
             capacity: tokens that each row is expected to hold; more can come later.
         """
         storage = self._backend.storage
-        slots = storage.rounded(min(max(capacity, 1), self.max_context))
+        slots = storage.rounded(self._capacity or min(max(capacity, 1), self.max_context))
         return State(self.signature.state, batch, slots, storage)
 
     def step(
@@ -103,7 +105,7 @@ class Session:
             )
         tokens = tokens[:, : valid.max()]  # what is padding in every row is not worth computing
         time = tokens.shape[1]
-        state.reserve(int(state.lengths.max()) + time)
+        state.reserve(self._capacity or int(state.lengths.max()) + time)
         if time > 1 and batch > 1 and not self._ragged_chunks and (state.lengths.any() or time > self.chunk):
             return self._rows(tokens, valid, state, logits)
         if time <= self.chunk:
@@ -130,7 +132,7 @@ class Session:
             raise ContextError(
                 f"{total} tokens do not fit into the model's context of {self.max_context}; shorten the prompt"
             )
-        state.reserve(total)
+        state.reserve(self._capacity or total)
         lengths = np.ones(batch, dtype=np.int32)
         found = self._backend.best(tokens, lengths, np.zeros((batch, 1), dtype=np.int64), state, count)
         state.lengths += lengths

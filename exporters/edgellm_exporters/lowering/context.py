@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 
 from edgellm.ops.canonical import DOMAIN
 from edgellm_exporters.errors import LoweringError
+from edgellm_exporters.lowering.form import Form
 from edgellm_exporters.quantize.plan import Plan, QuantizedWeight
 
-__all__ = ["Array", "Lowering", "Rule", "blank", "inputs_of", "lower", "shape_of"]
+__all__ = ["CONSTANT", "Array", "Lowering", "Rule", "blank", "inputs_of", "lower", "shape_of"]
 
+CONSTANT = "const."  # how the names of constants begin
 Array = NDArray[Any]
 T = TypeVar("T")
 
@@ -28,13 +30,20 @@ class Lowering:
     Args:
         model: the graph being lowered, in place.
         plan: which weights to quantize, and how.
+        form: of a graph of fixed sizes; None for one graph for every use.
     """
 
-    def __init__(self, model: ir.Model, plan: Plan) -> None:
-        self.graph, self.plan = model.graph, plan
+    def __init__(self, model: ir.Model, plan: Plan, form: Form | None = None) -> None:
+        self.graph, self.plan, self._form = model.graph, plan, form
         self._tape = ir.tape.Tape()
         self._before: list[ir.Node] = []
         self._memo: dict[Hashable, Any] = {}
+
+    @property
+    def fixed(self) -> Form:
+        """The sizes of the graph, for rules of targets whose graphs have fixed ones."""
+        assert self._form is not None
+        return self._form
 
     def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
         """Add a node with one output, and give that."""
@@ -50,7 +59,7 @@ class Lowering:
         """A constant, made once for each distinct content."""
         array = np.asarray(value, dtype=dtype)
         key = ("const", array.dtype.str, array.shape, array.tobytes())
-        return self.once(key, lambda: self._initializer(f"const.{len(self._memo)}", ir.tensor(array)))
+        return self.once(key, lambda: self._initializer(f"{CONSTANT}{len(self._memo)}", ir.tensor(array)))
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What ``make`` gave the first time this key was asked for; for values that many nodes share."""
@@ -110,18 +119,19 @@ class Lowering:
 Rule = Callable[[Lowering, ir.Node], Sequence[ir.Value]]
 
 
-def lower(model: ir.Model, rules: Mapping[str, Rule], plan: Plan) -> None:
+def lower(model: ir.Model, rules: Mapping[str, Rule], plan: Plan, form: Form | None = None) -> None:
     """Replace every canonical node by the target's form of it, in place.
 
     Args:
         model: a captured graph.
         rules: canonical op name to rule.
         plan: which weights to quantize, and how.
+        form: of a graph of fixed sizes.
 
     Raises:
         LoweringError: no rule for a node.
     """
-    context = Lowering(model, plan)
+    context = Lowering(model, plan, form)
     for node in list(model.graph):
         if node.domain != DOMAIN:
             continue

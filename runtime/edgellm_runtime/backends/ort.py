@@ -50,12 +50,17 @@ class OrtBackend(HostBackend):
         signature: its inputs, outputs and state.
         threads: for one step; None for every core that this process may use.
         device: only ``cpu``.
+        layouts: whether the library may choose other layouts for a graph's tensors. ONNX Runtime 1.32 ends the process
+            while it tries that on a Scan over 16-bit floats.
 
     Raises:
         BackendError: the library is missing, or refuses the graph.
     """
 
-    def __init__(self, graph: Path, signature: Signature, *, threads: int | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self, graph: Path, signature: Signature, *, threads: int | None = None, device: str = "cpu",
+        layouts: bool = True,
+    ) -> None:  # fmt: skip
         ort = library()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or default_threads()
@@ -63,6 +68,8 @@ class OrtBackend(HostBackend):
         options.log_severity_level = 3
         # A plan of one block of memory for each shape of step, kept for good: it costs megabytes and saves no time.
         options.enable_mem_pattern = False
+        if not layouts:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         self.device, self.threads = device, options.intra_op_num_threads
         self._ort, self._signature = ort, signature
         try:
