@@ -125,7 +125,9 @@ def test_candidates_draw_what_all_logits_draw() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("options", [SamplingOptions(), SamplingOptions(temperature=1.0, top_k=3)], ids=["best", "some"])
+@pytest.mark.parametrize(
+    "options", [SamplingOptions(), SamplingOptions(temperature=1.0, top_k=3)], ids=["best", "some"]
+)
 def test_logits_that_are_no_numbers_are_an_error_on_a_device_too(bad: float, options: SamplingOptions) -> None:
     logits = np.random.default_rng(1).normal(size=(2, 300)).astype(np.float32)
     logits[1, 250] = bad
@@ -253,7 +255,9 @@ class FakeOrt:
 
     def InferenceSession(self, graph: str, options: Any, providers: list[Any]) -> Any:  # noqa: N802
         self.asked.append(providers)
-        runs = self._runs.pop(0) if isinstance(self._runs, list) and isinstance(self._runs[0], Exception) else self._runs
+        runs = (
+            self._runs.pop(0) if isinstance(self._runs, list) and isinstance(self._runs[0], Exception) else self._runs
+        )
         if isinstance(runs, Exception):
             raise runs
         session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
@@ -314,7 +318,10 @@ def no_driver(name: str) -> Any:
         (FakeDriver(init=100), "no NVIDIA GPU that this process may use; check nvidia-smi and CUDA_VISIBLE_DEVICES"),
         (FakeDriver(count=0), "no NVIDIA GPU"),
         (FakeDriver(init=803), r"driver does not start \(cuInit gives 803\)"),
-        (FakeDriver(), r"does not start CUDA \(libcudnn\.so\.9: cannot open.*pip install 'onnxruntime-gpu\[cuda,cudnn\]"),
+        (
+            FakeDriver(),
+            r"does not start CUDA \(libcudnn\.so\.9: cannot open.*pip install 'onnxruntime-gpu\[cuda,cudnn\]",
+        ),
     ],
     ids=["no driver", "no device", "none shown", "broken driver", "library missing"],
 )

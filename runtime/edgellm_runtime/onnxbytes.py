@@ -13,7 +13,8 @@ __all__ = ["ELEMENT_TYPES", "Node", "graph_bytes"]
 
 # Of onnx.proto3: the numbers that TensorProto.DataType gives to our dtypes.
 ELEMENT_TYPES: Mapping[str, int] = {
-    "float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "float64": 11, "bfloat16": 16,
+    "float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "float64": 11,
+    "bfloat16": 16,
 }  # fmt: skip
 _IR_VERSION, _OPSET = 10, 21
 _INT, _INTS = 2, 7  # of AttributeProto.AttributeType

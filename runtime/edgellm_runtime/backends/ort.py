@@ -144,7 +144,6 @@ class _Binding:
         self.io.bind_ortvalue_output(logits.name, value(self.logits))
 
 
-
 def check_names(session: Any, signature: Signature) -> set[str]:
     """Compare a session's inputs and outputs with the manifest's.
 

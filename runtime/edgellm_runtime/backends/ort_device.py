@@ -84,7 +84,8 @@ class OrtDeviceBackend:
             self._session = self._ort.InferenceSession(str(self._graph), options, providers=providers)
         except Exception as error:
             if self.captures and _REFUSED in str(error).lower():
-                return self._without_capture(error)
+                self._without_capture(error)
+                return
             raise load_fault(f"ONNX Runtime {self._ort.__version__}", self._graph, error) from error
         self._sessions_made += 1
         if self.device == "cuda" and cuda.CUDA not in self._session.get_providers():

@@ -137,8 +137,8 @@ class TensorRTBackend(HostBackend):
         most = engine.profile["tokens"][2][0]
         if not engine.fits("tokens", (batch, role.time)):
             raise StateError(
-                f"{batch} rows, but the {role.name} engine was built for {engine.profile['tokens'][0][0]} to {most}; use "
-                f"fewer rows, or export the model again with --max-batch {batch}"
+                f"{batch} rows, but the {role.name} engine was built for up to {most}; use fewer rows, or export the "
+                f"model again with --max-batch {batch}"
             )
         if "logit_positions" in engine.inputs and not engine.fits("logit_positions", positions):
             raise BackendError(
