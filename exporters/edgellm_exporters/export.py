@@ -23,13 +23,21 @@ from edgellm_exporters.atomic import check_destination, whole_directory
 from edgellm_exporters.auto import Automatic, quantize_within
 from edgellm_exporters.capture import capture, check_model, signature_of
 from edgellm_exporters.errors import ExportError, ParityError
-from edgellm_exporters.fixed import EngineOptions, loosened, proof_session, sizes_of, twins, write_roles
+from edgellm_exporters.fixed import (
+    EngineOptions,
+    loosened,
+    proof_session,
+    proved_on,
+    sizes_of,
+    twins,
+    write_roles,
+)
 from edgellm_exporters.goldens import GREEDY, write_goldens
 from edgellm_exporters.lower import lower_to, prepare
 from edgellm_exporters.parity import ParityReport, measure
 from edgellm_exporters.quantize.budget import AUTO, Budget, bounds_of
 from edgellm_exporters.quantize.cache import cache_scales, cached_states, narrow_caches
-from edgellm_exporters.quantize.methods import find_method
+from edgellm_exporters.quantize.methods import METHODS, find_method
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.quantize.planning import make_plan
 from edgellm_exporters.reference import Continuation, Trace, take_traces
@@ -93,7 +101,7 @@ class ExportOptions:
             raise ExportError(f"quantize {self.quantize!r} and budget {self.budget}: {AUTO!r} and a budget go together")
         if self.budget is None:
             find_method(self.quantize, target.methods)
-        elif target.roles:
+        elif target.methods is not METHODS:
             raise ExportError(f"target {self.target} has no {AUTO!r}; it has {', '.join(target.methods)}")
         if self.engine is not None and not target.roles:
             raise ExportError(f"target {self.target} has no engines; leave their options out, or use --target tensorrt")
@@ -183,7 +191,7 @@ def _build(
     _write_text(scratch, text)
     with twins(scratch, options.dtype) as twin:
         quantization, own_bounds = _write_weights(model, weights, target, options, rows, scratch, twin, progress)
-        signature = _signature(model, quantization, options.dtype)
+        signature = _signature(model, quantization, options.dtype, target)
         bounds = {**loosened(_held_by(own_bounds, signature), options.dtype), **options.bounds}
         if logit_width(model.config) != model.config.vocab_size:
             bounds.pop("greedy", None)  # labels are nothing to go on with
@@ -191,12 +199,13 @@ def _build(
             name=name, target={"name": target.name, "requires": dict(target.requires)},
             signature=signature, max_context=context, ragged_chunks=target.ragged_chunks,
             dtype=options.dtype, files={}, tokenizer=text.info if text else None,
-            quantization=quantization, provenance={**provenance, **_environment()}, bounds=bounds,
+            quantization=quantization, bounds=bounds,
+            provenance={**provenance, **_environment(), "proved_on": proved_on(options.dtype)},
             task=text.task if text else None, vocab_size=model.config.vocab_size,
             graphs=sizes.graphs if sizes else {}, capacity=sizes.capacity if sizes else None,
         )  # fmt: skip
         manifest = _write_manifest(scratch, manifest)
-        session = _session(scratch) if sizes is None or twin is None else proof_session(twin, manifest)
+        session = _session(scratch) if twin is None else proof_session(twin, manifest)
         progress("running PyTorch", 0.0)
         with resident(model, weights):
             traces, said = take_traces(model, session, rows, GREEDY, whole="greedy" in bounds)
@@ -231,7 +240,9 @@ def _write_weights(
         return _quantization(options, plan), method.bounds
     if method is not None:
         graph, plan = _planned(model, weights, target, options, rows, progress)
-        lowered = lower_to(graph, target, plan)
+        if twin is not None:
+            write_graph(lower_to(graph.clone(), target, plan, rounded=options.dtype), twin, progress)
+        lowered = lower_to(graph, target, plan, dtype=options.dtype)
         narrow_caches(lowered, plan.cache)
         write_graph(lowered, scratch, progress)
         return _quantization(options, plan), method.bounds
@@ -263,14 +274,14 @@ def _planned(
     return captured, plan
 
 
-def _signature(model: LanguageModel, quantization: Mapping[str, Any], dtype: str) -> Signature:
+def _signature(model: LanguageModel, quantization: Mapping[str, Any], dtype: str, target: Target) -> Signature:
     """The model's, with the state in the target's precision or, where it is kept in 8 bits, in that."""
     whole, narrow = signature_of(model), frozenset(quantization.get("cache", ()))
     state = [
         dataclasses.replace(s, dtype="int8" if s.name in narrow else dtype if s.dtype == "float32" else s.dtype)
         for s in whole.state
     ]
-    return dataclasses.replace(whole, state=tuple(state))
+    return dataclasses.replace(whole, inputs=(*whole.inputs, *target.inputs), state=tuple(state))
 
 
 def _held_by(bounds: Mapping[str, float], signature: Signature) -> Mapping[str, float]:
@@ -283,7 +294,8 @@ def _held_by(bounds: Mapping[str, float], signature: Signature) -> Mapping[str, 
 
 
 def _session(scratch: Path) -> Session:
-    return open_session(Bundle(scratch, checksums=False))  # its bytes were hashed while they were written
+    # its bytes were hashed while they were written; wherever it is to run, it is proved here
+    return open_session(Bundle(scratch, checksums=False), device="cpu")
 
 
 def _prove(

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -22,8 +23,10 @@ from edgellm_exporters.lowering.form import DECODE, PREFILL, Form
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.targets import Target
 from edgellm_exporters.write import Progress, write_graphs
+from edgellm_runtime.backends import Backend
+from edgellm_runtime.backends.ort import OrtBackend
 from edgellm_runtime.backends.ort_roles import OrtRolesBackend
-from edgellm_runtime.bundle import Manifest
+from edgellm_runtime.bundle import GRAPH, Manifest
 from edgellm_runtime.engines import GraphInfo
 from edgellm_runtime.roles import Roles
 from edgellm_runtime.session import Session
@@ -35,6 +38,7 @@ __all__ = [
     "graph_file",
     "loosened",
     "proof_session",
+    "proved_on",
     "sizes_of",
     "twins",
     "write_roles",
@@ -154,12 +158,26 @@ def write_roles(
     write_graphs(lowered, directory, progress)
 
 
+def proved_on(dtype: str) -> str:
+    """What the numbers of a bundle were compared with PyTorch on, for the manifest."""
+    if dtype in _WITHOUT_KERNELS:
+        return f"ONNX Runtime on CPU, in float32 with weights rounded to {dtype}"
+    return f"ONNX Runtime on CPU, in {dtype}"
+
+
 def proof_session(directory: Path, manifest: Manifest) -> Session:
     """Steps of a twin's graphs, whose state is float32."""
     state = tuple(dataclasses.replace(spec, dtype="float32") for spec in manifest.signature.state)
-    wide, roles = dataclasses.replace(manifest.signature, state=state), Roles.of(manifest)
+    wide = dataclasses.replace(manifest.signature, state=state)
+    sizes: dict[str, Any] = {}
+    backend: Backend
+    if manifest.graphs:
+        roles = Roles.of(manifest)
+        backend = OrtRolesBackend(directory, roles, wide)
+        sizes = {"chunk": roles.longest, "capacity": manifest.capacity}
+    else:
+        backend = OrtBackend(directory / GRAPH, wide)
     return Session(
-        OrtRolesBackend(directory, roles, wide), wide, max_context=manifest.max_context,
-        ragged_chunks=manifest.ragged_chunks, chunk=roles.longest, vocab_size=manifest.vocab_size,
-        capacity=manifest.capacity,
+        backend, wide, max_context=manifest.max_context, ragged_chunks=manifest.ragged_chunks,
+        vocab_size=manifest.vocab_size, **sizes,
     )  # fmt: skip

@@ -8,6 +8,7 @@ import onnx_ir.passes.common as common
 from edgellm_exporters.lowering.context import lower
 from edgellm_exporters.lowering.form import DECODE, Form
 from edgellm_exporters.lowering.precision import narrow
+from edgellm_exporters.lowering.widen import widen
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.targets import Target
 from edgellm_runtime.spec import CAPACITY
@@ -30,7 +31,10 @@ def clean(captured: ir.Model) -> None:
     )(captured)
 
 
-def lower_to(captured: ir.Model, target: Target, plan: Plan, form: Form | None = None) -> ir.Model:
+def lower_to(
+    captured: ir.Model, target: Target, plan: Plan, form: Form | None = None, *, dtype: str = "float32",
+    rounded: str = "",
+) -> ir.Model:  # fmt: skip
     """Make a target's graph; the captured one is changed in place.
 
     Args:
@@ -38,16 +42,21 @@ def lower_to(captured: ir.Model, target: Target, plan: Plan, form: Form | None =
         target: what to make it for.
         plan: which weights to quantize, and how; names are those after the target's passes.
         form: the sizes and the precision of a graph of fixed sizes.
+        dtype: of activations, state and weights that are not quantized; a form's own counts instead.
+        rounded: a narrower dtype that weights are rounded to first, as :class:`Form` has it.
     """
     if form is not None:
+        dtype, rounded = form.dtype, form.rounded
         _fix_sizes(captured, form)
-    lower(captured, target.rules, plan, form)
+    lower(captured, target.rules, plan, form, rounded or dtype)
     ir.passes.Sequential(
         common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(), common.TopologicalSortPass(),
         common.NameFixPass(),
     )(captured)  # fmt: skip
+    if form is not None or dtype != "float32" or rounded:
+        narrow(captured, dtype, rounded)
+    widen(captured, target.wide.get(dtype, frozenset()))
     if form is not None:
-        narrow(captured, form.dtype, form.rounded)
         _drop_unused_inputs(captured)
     captured.opset_imports.clear()
     captured.opset_imports.update(target.domains)

@@ -16,6 +16,7 @@ from edgellm.ops.canonical import DOMAIN
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering.form import Form
 from edgellm_exporters.quantize.plan import Plan, QuantizedWeight
+from edgellm_runtime.spec import TensorSpec
 
 __all__ = ["CONSTANT", "Array", "Lowering", "Rule", "blank", "inputs_of", "lower", "shape_of"]
 
@@ -31,10 +32,11 @@ class Lowering:
         model: the graph being lowered, in place.
         plan: which weights to quantize, and how.
         form: of a graph of fixed sizes; None for one graph for every use.
+        dtype: what floats will be narrowed to after lowering.
     """
 
-    def __init__(self, model: ir.Model, plan: Plan, form: Form | None = None) -> None:
-        self.graph, self.plan, self._form = model.graph, plan, form
+    def __init__(self, model: ir.Model, plan: Plan, form: Form | None = None, dtype: str = "float32") -> None:
+        self.graph, self.plan, self._form, self.dtype = model.graph, plan, form, dtype
         self._tape = ir.tape.Tape()
         self._before: list[ir.Node] = []
         self._memo: dict[Hashable, Any] = {}
@@ -71,6 +73,17 @@ class Lowering:
     def input(self, name: str) -> ir.Value:
         """A graph input by name."""
         return next(value for value in self.graph.inputs if value.name == name)
+
+    def new_input(self, spec: TensorSpec) -> ir.Value:
+        """A further graph input, made when it is first asked for."""
+
+        def make() -> ir.Value:
+            dtype = ir.DataType.from_numpy(np.dtype(spec.dtype))
+            value = ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=ir.TensorType(dtype))
+            self.graph.inputs.append(value)
+            return value
+
+        return self.once(("input", spec.name), make)
 
     def derived(self, source: ir.Value, suffix: str, make: Callable[[Array], Array], like: Array) -> ir.Value:
         """A weight computed from another when the graph is written.
@@ -119,7 +132,9 @@ class Lowering:
 Rule = Callable[[Lowering, ir.Node], Sequence[ir.Value]]
 
 
-def lower(model: ir.Model, rules: Mapping[str, Rule], plan: Plan, form: Form | None = None) -> None:
+def lower(
+    model: ir.Model, rules: Mapping[str, Rule], plan: Plan, form: Form | None = None, dtype: str = "float32"
+) -> None:
     """Replace every canonical node by the target's form of it, in place.
 
     Args:
@@ -127,11 +142,12 @@ def lower(model: ir.Model, rules: Mapping[str, Rule], plan: Plan, form: Form | N
         rules: canonical op name to rule.
         plan: which weights to quantize, and how.
         form: of a graph of fixed sizes.
+        dtype: what floats will be narrowed to afterwards.
 
     Raises:
         LoweringError: no rule for a node.
     """
-    context = Lowering(model, plan, form)
+    context = Lowering(model, plan, form, dtype)
     for node in list(model.graph):
         if node.domain != DOMAIN:
             continue

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgellm_runtime.backends.base import HostBackend
 from edgellm_runtime.backends.ort import OrtBackend
 from edgellm_runtime.errors import BackendError
 from edgellm_runtime.roles import Roles
@@ -17,7 +18,7 @@ from edgellm_runtime.state import State
 __all__ = ["OrtRolesBackend"]
 
 
-class OrtRolesBackend:
+class OrtRolesBackend(HostBackend):
     """Follows :class:`edgellm_runtime.backends.Backend`.
 
     Args:
