@@ -69,7 +69,7 @@ class OrtBackend(HostBackend):
         # A plan of one block of memory for each shape of step, kept for good: it costs megabytes and saves no time.
         options.enable_mem_pattern = False
         if not fusions:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         self.device, self.threads = device, options.intra_op_num_threads
         self._ort, self._signature = ort, signature
         try:
