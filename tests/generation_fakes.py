@@ -40,8 +40,7 @@ def byte_level(texts: list[str] | None = None, vocab_size: int = 320) -> Library
 class FakeSession:
     """Logits that depend on every token of the row, in order, and on nothing else."""
 
-    device = "cpu"
-    predicts_tokens = True
+    device, candidates, predicts_tokens = "cpu", 0, True
 
     def __init__(self, vocab_size: int, max_context: int = 64, *, recurrent: bool = True) -> None:
         self.vocab_size, self.max_context = vocab_size, max_context

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_bundles import CONTEXT, attention_bundle, recurrent_bundle
+from tiny_bundles import CONTEXT, attention_bundle, device_session, recurrent_bundle
 
 from edgellm_runtime import ContextError, OptionError, StateError, StateSpec, open_session
 from edgellm_runtime.bundle import Bundle
@@ -26,12 +26,14 @@ BUNDLES: dict[str, Callable[[], Path]] = {
     "attention, standard operators": lambda: attention_bundle("onnx"),
     "recurrent": recurrent_bundle,
 }
-ATTENTION = [name for name in BUNDLES if name != "recurrent"]
+BUNDLES |= {f"{name}, state on a device": bundle for name, bundle in BUNDLES.items() if "," not in name}
+ATTENTION = [name for name in BUNDLES if not name.startswith("recurrent")]
 
 
 @cache
 def session_of(name: str) -> Session:
-    return open_session(Bundle(BUNDLES[name]()), threads=1)
+    bundle = Bundle(BUNDLES[name]())
+    return device_session(bundle) if name.endswith("on a device") else open_session(bundle, threads=1)
 
 
 def read(session: Session, row: list[int]) -> np.ndarray:
@@ -92,7 +94,7 @@ class Rows:
     def save_and_load(self, data: st.DataObject) -> None:
         with tempfile.TemporaryDirectory() as folder:
             self.state.save(Path(folder) / "state")
-            self.state = State.load(Path(folder) / "state", self.session.signature.state)
+            self.state = State.load(Path(folder) / "state", self.session.signature.state, self.session.storage)
 
 
 def close(found: np.ndarray, expected: np.ndarray) -> None:

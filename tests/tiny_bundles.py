@@ -19,6 +19,9 @@ from torch import nn
 from edgellm.models.decoder import Decoder, DecoderConfig
 from edgellm.models.hybrid import Hybrid, HybridConfig
 from edgellm_exporters.export import ExportOptions, TextAssets, export
+from edgellm_runtime.backends.ort_device import OrtDeviceBackend
+from edgellm_runtime.bundle import GRAPH, Bundle
+from edgellm_runtime.session import Session
 
 CONTEXT = 96
 
@@ -57,6 +60,18 @@ def attention_bundle(target: str = "cpu") -> Path:
 def recurrent_bundle(target: str = "cpu") -> Path:
     """Token ids only."""
     return _make(recurrent_model, target, None)
+
+
+def device_session(bundle: Bundle, **options: Any) -> Session:
+    """A session whose state is on a device: the code of CUDA, run by the CPU's kernels."""
+    manifest = bundle.manifest
+    backend = OrtDeviceBackend(
+        bundle.file(GRAPH), manifest.signature, max_context=manifest.max_context, device="cpu", **options
+    )
+    return Session(
+        backend, manifest.signature, max_context=manifest.max_context, ragged_chunks=manifest.ragged_chunks,
+        vocab_size=manifest.vocab_size or None,
+    )  # fmt: skip
 
 
 def _make(model: Callable[[], Any], target: str, text: TextAssets | None) -> Path:

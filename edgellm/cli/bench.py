@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from edgellm.cli.device import device_option
+
 __all__ = ["bench"]
 
 
@@ -16,7 +18,7 @@ __all__ = ["bench"]
 @click.option("--new-tokens", type=int, default=128, envvar="NEW_TOKENS", show_envvar=True, help="Steps after it.")
 @click.option("--threads", type=int, default=2, envvar="THREADS", show_envvar=True, help="CPU threads.")
 @click.option("--rounds", type=int, default=5, help="Measured rounds, after one that is not.")
-@click.option("--device", default="auto", help="Where to run; auto takes the best there is.")
+@device_option
 @click.option("--seed", type=int, default=0, help="Of the random prompts.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def bench(

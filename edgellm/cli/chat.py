@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgellm.cli.device import device_option
+
 if TYPE_CHECKING:
     from edgellm_runtime.conversation import Conversation
     from edgellm_runtime.generate import OptionKeywords
@@ -34,7 +36,7 @@ _HELP = """\
 @click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 discourages tokens already there.")
 @click.option("--seed", type=int, default=None, help="Makes sampling repeatable.  [default: random]")
 @click.option("--threads", type=int, default=None, help="CPU threads.  [default: the runtime's choice]")
-@click.option("--device", default="auto", help="Where to run; auto takes the best there is.")
+@device_option
 def chat(
     bundle: str, system: str | None, max_new_tokens: int, temperature: float, top_k: int, top_p: float, min_p: float,
     repetition_penalty: float, seed: int | None, threads: int | None, device: str,

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from edgellm.cli.device import device_option
 from edgellm.cli.progress import stages
 
 __all__ = ["evaluate", "evaluate_bundle"]
@@ -34,7 +35,7 @@ _MARGIN = 64  # tokens before a cut that the cut may have changed
               "no model, learned from these training examples.")  # fmt: skip
 @click.option("--predictions", type=click.Path(path_type=Path), metavar="FILE", help="With --task: write each answer "
               "there, JSON Lines.")  # fmt: skip
-@click.option("--device", default="auto", help="Where to run: auto or cpu.")
+@device_option
 @click.option("--threads", type=int, default=None, help="CPU threads.  [default: every core]", show_default=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 @click.pass_context

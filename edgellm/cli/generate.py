@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgellm.cli.device import device_option
+
 if TYPE_CHECKING:
     from edgellm_runtime.generate import Generation, OptionKeywords
     from edgellm_runtime.model import Model
@@ -31,7 +33,7 @@ __all__ = ["generate"]
 @click.option("--seed", type=int, default=None, help="Makes sampling repeatable.  [default: random]")
 @click.option("--stop", multiple=True, help="End the answer before this text; may be given several times.")
 @click.option("--threads", type=int, default=None, help="CPU threads.  [default: the runtime's choice]")
-@click.option("--device", default="auto", help="Where to run; auto takes the best there is.")
+@device_option
 @click.option("--ignore-eos", is_flag=True, help="Go on past end tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def generate(
@@ -60,7 +62,7 @@ def generate(
         click.echo(chunk.text, nl=False)
     click.echo()
     if stream.generation:
-        click.secho(summary(stream.generation), err=True, dim=True)
+        click.secho(f"{summary(stream.generation)}, on {model.device}", err=True, dim=True)
 
 
 def _prompt(model: Model, text: str, *, chat: bool | None, system: str | None, special: bool) -> str | list[int]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgellm.cli.device import device_option
 from edgellm.cli.progress import stages
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ __all__ = ["verify", "verify_bundle"]
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--against", type=click.Path(path_type=Path), metavar="CHECKPOINT",
               help="Also compare with this checkpoint in PyTorch, if it is installed.")  # fmt: skip
-@click.option("--device", default="auto", help="Where to run: auto or cpu.")
+@device_option
 @click.option("--threads", type=int, default=None, help="CPU threads.  [default: every core]", show_default=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def verify(bundle: Path, against: Path | None, device: str, threads: int | None, as_json: bool) -> int:

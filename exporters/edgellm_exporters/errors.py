@@ -3,13 +3,14 @@
 ExportError
 ├── CaptureError      the module cannot be traced as one graph for every use
 ├── LoweringError     a node that the target has no form for
+├── EngineError       no library that builds engines, or one that refuses a graph
 ├── QuantizeError     a weight that the method cannot quantize
 └── ParityError       the finished bundle does not compute what PyTorch computes
 """
 
 from __future__ import annotations
 
-__all__ = ["CaptureError", "ExportError", "LoweringError", "ParityError", "QuantizeError"]
+__all__ = ["CaptureError", "EngineError", "ExportError", "LoweringError", "ParityError", "QuantizeError"]
 
 
 class ExportError(Exception):
@@ -22,6 +23,10 @@ class CaptureError(ExportError):
 
 class LoweringError(ExportError):
     """The target has no form for a node."""
+
+
+class EngineError(ExportError):
+    """No library that builds engines, or one that refuses a graph or makes something else of it."""
 
 
 class QuantizeError(ExportError):

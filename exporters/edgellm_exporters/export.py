@@ -23,21 +23,31 @@ from edgellm_exporters.atomic import check_destination, whole_directory
 from edgellm_exporters.auto import Automatic, quantize_within
 from edgellm_exporters.capture import capture, check_model, signature_of
 from edgellm_exporters.errors import ExportError, ParityError
+from edgellm_exporters.fixed import (
+    EngineOptions,
+    loosened,
+    proof_session,
+    proved_on,
+    sizes_of,
+    twins,
+    write_roles,
+)
 from edgellm_exporters.goldens import GREEDY, write_goldens
 from edgellm_exporters.lower import lower_to, prepare
 from edgellm_exporters.parity import ParityReport, measure
 from edgellm_exporters.quantize.budget import AUTO, Budget, bounds_of
 from edgellm_exporters.quantize.cache import cache_scales, cached_states, narrow_caches
-from edgellm_exporters.quantize.methods import find_method
+from edgellm_exporters.quantize.methods import METHODS, find_method
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.quantize.planning import make_plan
 from edgellm_exporters.reference import Continuation, Trace, take_traces
 from edgellm_exporters.samples import golden_rows
 from edgellm_exporters.streaming import OwnWeights, Weights, resident
 from edgellm_exporters.targets import Target, find_target
-from edgellm_exporters.write import Progress, write_graph
+from edgellm_exporters.tensorrt import add_engines, check_engine_options
+from edgellm_exporters.write import WEIGHTS_FILE, Progress, write_graph
 from edgellm_runtime.backends.ort import library
-from edgellm_runtime.bundle import GRAPH, MANIFEST, Bundle, FileInfo, Manifest, TokenizerInfo, sha256_of
+from edgellm_runtime.bundle import MANIFEST, Bundle, FileInfo, Manifest, TokenizerInfo, sha256_of
 from edgellm_runtime.loading import open_session
 from edgellm_runtime.session import Session
 from edgellm_runtime.spec import Signature
@@ -65,6 +75,7 @@ class ExportOptions:
         held_out: windows of token ids that such a bundle is judged on; none of them is in ``calibration``.
         kv_cache: what attention keeps keys and values in: ``float32``, or ``int8`` with one scale for each feature of
             each head.
+        engine: what engines are built for, by a target that has them; None for what :class:`EngineOptions` says.
     """
 
     target: str = "cpu"
@@ -76,6 +87,7 @@ class ExportOptions:
     budget: Budget | None = None
     held_out: Sequence[Sequence[int]] = ()
     kv_cache: str = "float32"
+    engine: EngineOptions | None = None
 
     def __post_init__(self) -> None:
         target = find_target(self.target)
@@ -88,7 +100,11 @@ class ExportOptions:
         if (self.quantize == AUTO) != (self.budget is not None):
             raise ExportError(f"quantize {self.quantize!r} and budget {self.budget}: {AUTO!r} and a budget go together")
         if self.budget is None:
-            find_method(self.quantize)
+            find_method(self.quantize, target.methods)
+        elif target.methods is not METHODS:
+            raise ExportError(f"target {self.target} has no {AUTO!r}; it has {', '.join(target.methods)}")
+        if self.engine is not None and not target.roles:
+            raise ExportError(f"target {self.target} has no engines; leave their options out, or use --target tensorrt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +163,8 @@ def export(
     check_destination(destination)
     check_model(model)
     library()  # the proof at the end needs it, so its absence is told now
+    if find_target(options.target).roles:
+        check_engine_options(options.engine or EngineOptions(), {"method": options.quantize})
     assert isinstance(model, nn.Module)
     was_training = model.training
     model.eval()
@@ -166,45 +184,69 @@ def _build(
     provenance: Mapping[str, Any], progress: Progress,
 ) -> Exported:  # fmt: skip
     target = find_target(options.target)
+    sizes = sizes_of(options.engine or EngineOptions(), model.config.max_context) if target.roles else None
+    context = sizes.max_context if sizes else model.config.max_context
     progress("capturing", 0.0)
-    rows = golden_rows(text.tokenizer_json if text else None, model.config.vocab_size, model.config.max_context)
+    rows = golden_rows(text.tokenizer_json if text else None, model.config.vocab_size, context)
     _write_text(scratch, text)
-    quantization, own_bounds = _write_weights(model, weights, target, options, rows, scratch, progress)
-    signature = _signature(model, quantization)
-    bounds = {**_held_by(own_bounds, signature), **options.bounds}
-    if logit_width(model.config) != model.config.vocab_size:
-        bounds.pop("greedy", None)  # labels are nothing to go on with
-    manifest = Manifest(
-        name=name, target={"name": target.name, "requires": {"onnxruntime": "1.30"}},
-        signature=signature, max_context=model.config.max_context, ragged_chunks=target.ragged_chunks,
-        dtype=options.dtype, files={}, tokenizer=text.info if text else None,
-        quantization=quantization, provenance={**provenance, **_environment()}, bounds=bounds,
-        task=text.task if text else None, vocab_size=model.config.vocab_size,
-    )  # fmt: skip
-    manifest = _write_manifest(scratch, manifest)
-    session = _session(scratch)
-    progress("running PyTorch", 0.0)
-    with resident(model, weights):
-        traces, said = take_traces(model, session, rows, GREEDY, whole="greedy" in bounds)
-    write_goldens(traces, said, scratch)
-    manifest = _write_manifest(scratch, manifest)
-    bundle = Bundle(scratch)
-    parity, verification = _prove(bundle, session, traces, said, progress)
+    with twins(scratch, options.dtype) as twin:
+        quantization, own_bounds = _write_weights(model, weights, target, options, rows, scratch, twin, progress)
+        signature = _signature(model, quantization, options.dtype, target)
+        bounds = {**loosened(_held_by(own_bounds, signature), options.dtype), **options.bounds}
+        if logit_width(model.config) != model.config.vocab_size:
+            bounds.pop("greedy", None)  # labels are nothing to go on with
+        manifest = Manifest(
+            name=name, target={"name": target.name, "requires": dict(target.requires)},
+            signature=signature, max_context=context, ragged_chunks=target.ragged_chunks,
+            dtype=options.dtype, files={}, tokenizer=text.info if text else None,
+            quantization=quantization, bounds=bounds,
+            provenance={**provenance, **_environment(), "proved_on": proved_on(options.dtype)},
+            task=text.task if text else None, vocab_size=model.config.vocab_size,
+            graphs=sizes.graphs if sizes else {}, capacity=sizes.capacity if sizes else None,
+        )  # fmt: skip
+        manifest = _write_manifest(scratch, manifest)
+        session = _session(scratch) if twin is None else proof_session(twin, manifest)
+        progress("running PyTorch", 0.0)
+        with resident(model, weights):
+            traces, said = take_traces(model, session, rows, GREEDY, whole="greedy" in bounds)
+        write_goldens(traces, said, scratch)
+        manifest = _write_manifest(scratch, manifest)
+        parity, verification = _prove(Bundle(scratch), session, traces, said, progress)
     measured = {k: getattr(parity, k) for k in ("logits", "kl", "top1", "state", "greedy")} | {"tokens": parity.tokens}
-    _write_manifest(scratch, dataclasses.replace(manifest, measured=measured))
-    weight_bytes = sum(f.bytes for n, f in manifest.files.items() if n.startswith(GRAPH))
-    return Exported(bundle, parity, verification, sum(p.numel() for _, p in model.named_parameters()), weight_bytes)
+    manifest = _write_manifest(scratch, dataclasses.replace(manifest, measured=measured))
+    if target.roles and (options.engine or EngineOptions()).build:
+        manifest = add_engines(scratch, manifest, options.engine or EngineOptions(), progress)
+        _write_manifest(scratch, manifest)
+    weight_bytes = sum(manifest.files[n].bytes for n in (*manifest.graph_files, WEIGHTS_FILE))
+    return Exported(Bundle(scratch, checksums=False), parity, verification, _count(model), weight_bytes)
+
+
+def _count(model: LanguageModel) -> int:
+    return sum(p.numel() for _, p in model.named_parameters())
 
 
 def _write_weights(
     model: LanguageModel, weights: Weights, target: Target, options: ExportOptions, rows: Sequence[Sequence[int]],
-    scratch: Path, progress: Progress,
+    scratch: Path, twin: Path | None, progress: Progress,
 ) -> tuple[dict[str, Any], Mapping[str, float]]:  # fmt: skip
     """The graph with its weights into ``scratch``; what the manifest says of them, and what they must hold to."""
-    if options.budget is None:
-        graph, plan = _graph(model, weights, target, options, rows, progress)
-        write_graph(graph, scratch, progress)
-        return _quantization(options, plan), find_method(options.quantize).bounds
+    method = None if options.budget is not None else find_method(options.quantize, target.methods)
+    if method is not None and target.roles:
+        graph, plan = _planned(model, weights, target, options, rows, progress)
+        sizes = sizes_of(options.engine or EngineOptions(), model.config.max_context)
+        write_roles(graph, target, plan, sizes.forms(options.dtype), scratch, progress)
+        if twin is not None:
+            write_roles(graph, target, plan, sizes.forms("float32", options.dtype), twin, progress)
+        return _quantization(options, plan), method.bounds
+    if method is not None:
+        graph, plan = _planned(model, weights, target, options, rows, progress)
+        if twin is not None:
+            write_graph(lower_to(graph.clone(), target, plan, rounded=options.dtype), twin, progress)
+        lowered = lower_to(graph, target, plan, dtype=options.dtype)
+        narrow_caches(lowered, plan.cache)
+        write_graph(lowered, scratch, progress)
+        return _quantization(options, plan), method.bounds
+    assert options.budget is not None
     job = Automatic(
         model=model, weights=weights, target=target, calibration=options.calibration, held_out=options.held_out
     )
@@ -215,28 +257,31 @@ def _write_weights(
     return {"method": AUTO, **found.record}, bounds_of(options.budget, found.schemes)
 
 
-def _graph(
+def _planned(
     model: LanguageModel, weights: Weights, target: Target, options: ExportOptions, rows: Sequence[Sequence[int]],
     progress: Progress,
 ) -> tuple[ir.Model, Plan]:  # fmt: skip
+    """The graph before lowering, and which of its weights to quantize how."""
     captured = prepare(capture(model, weights), target)
     assert isinstance(model, nn.Module)
     with resident(model, weights):
-        plan = make_plan(find_method(options.quantize), captured, model, rows, options.calibration, progress)
+        method = find_method(options.quantize, target.methods)
+        plan = make_plan(method, captured, model, rows, options.calibration, progress)
         if options.kv_cache == "int8":
             progress("looking at keys and values", 0.0)
             seen = options.calibration[:_CACHE_WINDOWS] or rows
             plan.cache = cache_scales(model, cached_states(captured), [row for row in seen if len(row) == len(seen[0])])
-    lowered = lower_to(captured, target, plan)
-    narrow_caches(lowered, plan.cache)
-    return lowered, plan
+    return captured, plan
 
 
-def _signature(model: LanguageModel, quantization: Mapping[str, Any]) -> Signature:
-    """The model's, with the states that are kept in 8 bits."""
+def _signature(model: LanguageModel, quantization: Mapping[str, Any], dtype: str, target: Target) -> Signature:
+    """The model's, with the state in the target's precision or, where it is kept in 8 bits, in that."""
     whole, narrow = signature_of(model), frozenset(quantization.get("cache", ()))
-    state = [dataclasses.replace(s, dtype="int8") if s.name in narrow else s for s in whole.state]
-    return dataclasses.replace(whole, state=tuple(state))
+    state = [
+        dataclasses.replace(s, dtype="int8" if s.name in narrow else dtype if s.dtype == "float32" else s.dtype)
+        for s in whole.state
+    ]
+    return dataclasses.replace(whole, inputs=(*whole.inputs, *target.inputs), state=tuple(state))
 
 
 def _held_by(bounds: Mapping[str, float], signature: Signature) -> Mapping[str, float]:
@@ -249,7 +294,8 @@ def _held_by(bounds: Mapping[str, float], signature: Signature) -> Mapping[str, 
 
 
 def _session(scratch: Path) -> Session:
-    return open_session(Bundle(scratch, checksums=False))  # its bytes were hashed while they were written
+    # its bytes were hashed while they were written; wherever it is to run, it is proved here
+    return open_session(Bundle(scratch, checksums=False), device="cpu")
 
 
 def _prove(

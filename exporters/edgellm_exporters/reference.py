@@ -80,7 +80,7 @@ def take_traces(
         whole: as for :func:`continuations`.
     """
     predicts = logit_width(model.config) == model.config.vocab_size  # labels are nothing to go on with
-    counts = [min(count, model.config.max_context - len(row)) if predicts else 0 for row in rows]
+    counts = [min(count, session.max_context - len(row)) if predicts else 0 for row in rows]
     found, longer = continuations(model, session, rows, counts, whole=whole)
     if all(spec.update == "append" for spec in model.state_specs()):
         return [_cut(model, trace, len(row)) for trace, row in zip(longer, rows, strict=True)], found

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from edgellm_exporters.capture import OPSET
 from edgellm_exporters.errors import ExportError
-from edgellm_exporters.lowering import ort, standard
+from edgellm_exporters.lowering import cuda, ort, standard, tensorrt
 from edgellm_exporters.lowering.context import Rule
 from edgellm_exporters.passes.add_rms_norm import FuseAddRMSNorm
 from edgellm_exporters.passes.merge_linears import MergeLinears
+from edgellm_exporters.quantize.methods import ENGINE_METHODS, METHODS, Method
+from edgellm_runtime.spec import TensorSpec
 
 __all__ = ["TARGETS", "Target", "find_target"]
 
@@ -30,6 +32,12 @@ class Target:
         dtypes: precisions of activations and unquantized weights.
         caches: precisions that attention can keep keys and values in.
         ragged_chunks: whether several tokens over a filled cache may come for several rows at once.
+        methods: the quantizations that it has forms for.
+        requires: libraries that run its graphs, any one of them, with the least version.
+        roles: whether it has a graph for prompts and one for single tokens, of fixed sizes, instead of one for all.
+        device: where its graphs are meant to run.
+        inputs: what its graphs may take besides the inputs that all have.
+        wide: by dtype, ops that have kernels in float32 only.
     """
 
     name: str
@@ -40,7 +48,15 @@ class Target:
     dtypes: tuple[str, ...]
     caches: tuple[str, ...]
     ragged_chunks: bool
+    methods: Mapping[str, Method] = field(default_factory=lambda: METHODS)
+    requires: Mapping[str, str] = field(default_factory=lambda: {"onnxruntime": "1.30"})
+    roles: bool = False
+    device: str = "cpu"
+    inputs: tuple[TensorSpec, ...] = ()
+    wide: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
+
+_RECURRENCES = frozenset({"LSTM", "GRU", "RNN"})
 
 TARGETS: Mapping[str, Target] = {
     target.name: target
@@ -53,6 +69,18 @@ TARGETS: Mapping[str, Target] = {
             name="cpu", summary="ONNX Runtime's fused kernels on CPU", rules=ort.RULES,
             passes=(MergeLinears, FuseAddRMSNorm), domains={"": OPSET, ort.DOMAIN: 1}, dtypes=("float32",),
             caches=("float32", "int8"), ragged_chunks=False,
+        ),
+        Target(
+            name="tensorrt", summary="engines for NVIDIA GPUs, and the standard ONNX that they are built from",
+            rules=tensorrt.RULES, passes=(MergeLinears,), domains={"": tensorrt.OPSET},
+            dtypes=("float16", "bfloat16", "float32"), caches=("float32",), ragged_chunks=True, methods=ENGINE_METHODS,
+            requires={"tensorrt": "11.0", "tensorrt_rtx": "1.7", "onnxruntime": "1.30"}, roles=True, device="tensorrt",
+        ),
+        Target(
+            name="cuda", summary="ONNX Runtime's fused kernels on NVIDIA GPUs, in 16 bits", rules=cuda.RULES,
+            passes=(MergeLinears, FuseAddRMSNorm), domains={"": OPSET, ort.DOMAIN: 1}, dtypes=("float16", "bfloat16"),
+            caches=("float32",), ragged_chunks=False, methods={n: METHODS[n] for n in ("none", "int8", "int4")},
+            device="cuda", inputs=(cuda.TOTAL_LENGTH,), wide={"bfloat16": _RECURRENCES},
         ),
     )
 }  # fmt: skip

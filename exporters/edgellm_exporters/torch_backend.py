@@ -11,13 +11,14 @@ from torch import nn
 
 from edgellm.models.protocol import LanguageModel, Step
 from edgellm_exporters.capture import check_model, signature_of
+from edgellm_runtime.backends.base import HostBackend
 from edgellm_runtime.session import Session
 from edgellm_runtime.state import State
 
 __all__ = ["TorchBackend", "torch_session"]
 
 
-class TorchBackend:
+class TorchBackend(HostBackend):
     """Runs steps eagerly, on the CPU; follows :class:`edgellm_runtime.backends.Backend`.
 
     Args:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import onnx_ir as ir
 
+from edgellm_exporters.lowering.context import CONSTANT
 from edgellm_exporters.quantize.plan import STORAGE
 
-__all__ = ["GRAPH_FILE", "WEIGHTS_FILE", "Progress", "write_graph"]
+__all__ = ["GRAPH_FILE", "WEIGHTS_FILE", "Progress", "write_graph", "write_graphs"]
 
 GRAPH_FILE, WEIGHTS_FILE = "model.onnx", "model.onnx.data"
 Progress = Callable[[str, float], None]  # what is being done, and how much of it (0 to 1)
@@ -20,22 +21,26 @@ _INLINE_BYTES = 1024
 
 
 def write_graph(model: ir.Model, directory: Path, progress: Progress) -> None:
-    """Write a model with its larger weights in a file of their own.
+    """Write a model with its larger weights in a file of their own; arguments as :func:`write_graphs`."""
+    write_graphs({GRAPH_FILE: model}, directory, progress)
+
+
+def write_graphs(models: Mapping[str, ir.Model], directory: Path, progress: Progress) -> None:
+    """Write models whose weights of one name are the same, each once, into one file beside them.
 
     Args:
-        model: whose initializers are replaced by references into that file.
+        models: file name to model, whose initializers are replaced by references into the file of weights.
         directory: where; it exists.
         progress: told after each tensor.
     """
-    weights = [v for v in model.graph.initializers.values() if v.const_value is not None]
-    total, done = sum(v.const_value.nbytes for v in weights if v.const_value is not None), 0
+    weights = [(f, v, v.const_value) for f, m in models.items() for v in m.graph.initializers.values()]
+    total, done = sum(tensor.nbytes for _, _, tensor in weights if tensor is not None), 0
     stored: dict[str, int] = {}
     with (directory / WEIGHTS_FILE).open("wb") as file:
-        for value in weights:
-            tensor = value.const_value
+        for graph, value, tensor in weights:
             assert tensor is not None
             if tensor.nbytes >= _INLINE_BYTES:
-                storage = tensor.metadata_props.get(STORAGE) or str(value.name)
+                storage = tensor.metadata_props.get(STORAGE) or _own_name(graph, value)
                 if storage not in stored:
                     stored[storage] = file.seek(-file.tell() % _ALIGNMENT, 1)
                     _write(tensor, file)
@@ -43,7 +48,13 @@ def write_graph(model: ir.Model, directory: Path, progress: Progress) -> None:
             done += tensor.nbytes
             progress("writing weights", done / total)
         file.truncate()
-    ir.save(model, directory / GRAPH_FILE)
+    for name, model in models.items():
+        ir.save(model, directory / name)
+
+
+def _own_name(graph: str, value: ir.Value) -> str:
+    """A weight's name; of a constant that lowering numbered, one that no other graph's has."""
+    return f"{graph}/{value.name}" if str(value.name).startswith(CONSTANT) else str(value.name)
 
 
 def _write(tensor: ir.TensorProtocol, file: BinaryIO) -> None:

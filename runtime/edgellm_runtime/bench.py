@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_runtime.errors import ContextError
+from edgellm_runtime.generate import next_tokens
 from edgellm_runtime.memory import peak_rss_mb
 from edgellm_runtime.sampling import Sampler, SamplingOptions, check_integer
 
@@ -96,7 +97,7 @@ def _round(session: Session, prompt: NDArray[np.int64], new_tokens: int) -> tupl
     tokens[:, 0] = sampler(session.step(prompt, state)[:, 0])
     ticks[0] = time.perf_counter()
     for i in range(1, new_tokens + 1):
-        tokens[:, 0] = sampler(session.step(tokens, state)[:, 0])
+        tokens[:, 0] = next_tokens(session, sampler, tokens, state, [0])
         ticks[i] = time.perf_counter()
     return float(ticks[0] - start), np.diff(ticks)
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from edgellm_runtime.engines import ROLES, EngineInfo, GraphInfo
 from edgellm_runtime.errors import BundleError
 from edgellm_runtime.graphfile import external_files
 from edgellm_runtime.spec import Signature, SpecError
@@ -77,6 +78,9 @@ class Manifest:
         measured: what the exporter measured against PyTorch, for people.
         task: what the model was trained to do; None: to go on with a text.
         vocab_size: how many tokens there are; 0: as many as logits, which only a model that labels tokens differs from.
+        graphs: role to graph, where there is one for prompts and one for single tokens; empty: ``model.onnx`` for all.
+        capacity: slots that each row of the state must have, for such graphs; None: the caller's choice.
+        engines: built from those graphs.
     """
 
     name: str
@@ -93,6 +97,14 @@ class Manifest:
     measured: Mapping[str, float] = field(default_factory=dict)
     task: TaskSpec | None = None
     vocab_size: int = 0
+    graphs: Mapping[str, GraphInfo] = field(default_factory=dict)
+    capacity: int | None = None
+    engines: tuple[EngineInfo, ...] = ()
+
+    @property
+    def graph_files(self) -> tuple[str, ...]:
+        """The names of the graphs."""
+        return tuple(graph.file for graph in self.graphs.values()) or (GRAPH,)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -109,8 +121,18 @@ class Manifest:
             "measured": dict(self.measured),
             "task": None if self.task is None else self.task.to_json(),
             "vocab_size": self.vocab_size,
+            **self._roles_json(),
             "files": {name: {"bytes": f.bytes, "sha256": f.sha256} for name, f in self.files.items()},
             "signature": self.signature.to_json(),
+        }
+
+    def _roles_json(self) -> dict[str, Any]:
+        if not self.graphs:
+            return {}
+        return {
+            "graphs": {role: graph.to_json() for role, graph in self.graphs.items()},
+            "capacity": self.capacity,
+            "engines": [engine.to_json() for engine in self.engines],
         }
 
     @classmethod
@@ -168,8 +190,24 @@ class Manifest:
             provenance=_a(dict, data.get("provenance", {})),
             bounds={k: _number(v) for k, v in _a(dict, data.get("bounds", {})).items()},
             measured={k: _number(v) for k, v in _a(dict, data.get("measured", {})).items()},
-            task=task, vocab_size=_whole(data.get("vocab_size", 0)),
+            task=task, vocab_size=_whole(data.get("vocab_size", 0)), **_roles(data, files),
         )  # fmt: skip
+
+
+def _roles(data: dict[str, Any], files: Mapping[str, FileInfo]) -> dict[str, Any]:
+    """Graphs, capacity and engines, which go together."""
+    graphs = {role: GraphInfo.from_json(graph) for role, graph in _a(dict, data.get("graphs", {})).items()}
+    engines = tuple(EngineInfo.from_json(engine) for engine in _a(list, data.get("engines", [])))
+    if not graphs:
+        if engines or data.get("capacity") is not None:
+            raise ValueError("engines or a capacity without graphs")
+        return {}
+    if set(graphs) != set(ROLES) or graphs["decode"].time != 1:
+        raise ValueError(f"graphs {sorted(graphs)} instead of {sorted(ROLES)}, the latter of one token")
+    capacity = _whole(data["capacity"], least=_whole(data["max_context"], least=1) + graphs["prefill"].time)
+    if absent := {info.file for info in (*graphs.values(), *engines)} - files.keys():
+        raise ValueError(f"{sorted(absent)} not among the files")
+    return {"graphs": graphs, "capacity": capacity, "engines": engines}
 
 
 def _whole(value: Any, least: int = 0) -> int:
@@ -254,16 +292,19 @@ class Bundle:
         """Check all that can be had at once; the names of the files whose checksums are still to be compared."""
         self.path = Path(path)
         self.manifest = Manifest.from_json(_read_manifest(self.path), self.path / MANIFEST)
-        if GRAPH not in self.manifest.files:
-            raise BundleError(f"{self.path / MANIFEST}: lists no {GRAPH}; export the model again")
+        graphs = self.manifest.graph_files
+        if absent := [name for name in graphs if name not in self.manifest.files]:
+            raise BundleError(f"{self.path / MANIFEST}: lists no {absent[0]}; export the model again")
         for name, info in self.manifest.files.items():
             self._check_size(name, info)
         if checksums:
-            self._check_sum(GRAPH)  # before it is asked which files are weights
-        weights = self._weights() - {GRAPH}
+            for name in graphs:  # before they are asked which files are weights
+                self._check_sum(name)
+        engines = {engine.file for engine in self.manifest.engines}
+        weights = set().union(*(self._weights(name) for name in graphs)) - {*graphs, *engines}
         if not checksums:
             return []
-        for name in self.manifest.files.keys() - weights - {GRAPH}:
+        for name in self.manifest.files.keys() - weights - set(graphs):
             self._check_sum(name)
         return sorted(weights)
 
@@ -296,9 +337,9 @@ class Bundle:
                 f"{file}: checksum {digest[:12]}… instead of {expected[:12]}…; the file was changed, copy it again"
             )
 
-    def _weights(self) -> set[str]:
-        """The files that the graph reads, every one of them listed."""
-        graph = self.file(GRAPH)
+    def _weights(self, name: str) -> set[str]:
+        """The files that a graph reads, every one of them listed."""
+        graph = self.file(name)
         try:
             wanted = external_files(graph.read_bytes())
         except ValueError as error:

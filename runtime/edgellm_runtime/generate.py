@@ -21,7 +21,7 @@ from edgellm_runtime.tokenizer import Tokenizer
 
 __all__ = [
     "Chunk", "FinishReason", "Generation", "GenerationOptions", "OptionKeywords", "Run",
-    "StopMatcher", "Stream", "Timings",
+    "StopMatcher", "Stream", "Timings", "next_tokens",
 ]  # fmt: skip
 
 FinishReason = Literal["eos", "stop", "length"]
@@ -201,6 +201,28 @@ class _Row:
         return text if stopped else text + self._stops.finish(), stopped
 
 
+def next_tokens(
+    session: Session, sampler: Sampler, tokens: NDArray[np.int64], state: State, rows: Sequence[int]
+) -> NDArray[np.int64]:
+    """Read one token a row and choose the next; where the logits are, if the session can do that.
+
+    Args:
+        session: steps the model.
+        sampler: chooses.
+        tokens: (batch, 1).
+        state: stepped in place.
+        rows: which of the sampler's rows these are.
+
+    Returns:
+        (batch,) token ids.
+    """
+    count = sampler.deciding
+    if count is None or count > session.candidates:
+        return sampler(session.step(tokens, state)[:, 0], rows)
+    found = session.best(tokens, state, count)
+    return sampler.among(found.ids, found.logits, rows, found.everything)
+
+
 class Run:
     """Answers to a batch of prompts, token by token. A row that has ended leaves the batch.
 
@@ -257,7 +279,7 @@ class Run:
                 state, chosen, self._batch = state.take(keep), chosen[keep], [self._batch[at] for at in keep]
                 buffer = np.empty((len(keep), 1), dtype=np.int64)
             buffer[:, 0] = chosen
-            chosen = self._sampler(self._session.step(buffer, state)[:, 0], self._batch)
+            chosen = next_tokens(self._session, self._sampler, buffer, state, self._batch)
             self._decode_s += time.perf_counter() - start
 
     def result(self, row: int = 0) -> Generation:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgellm_runtime.engines import LIBRARIES
 from edgellm_runtime.errors import BackendError, BundleError
 
 if TYPE_CHECKING:
+    from edgellm_runtime.backends import Backend
     from edgellm_runtime.bundle import Bundle
     from edgellm_runtime.model import Model
     from edgellm_runtime.session import Session
 
 __all__ = ["DEVICES", "load", "open_session"]
 
-DEVICES = ("auto", "cpu")
+DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 
 
 def load(
@@ -24,7 +26,8 @@ def load(
 
     Args:
         path: the bundle's directory.
-        device: ``cpu``, or ``auto`` for the best that this installation has.
+        device: ``cpu``, ``cuda`` or ``tensorrt``; ``auto`` is the one that the bundle was exported for. Where that is
+            not there, an error says what it takes; no other device steps in. ``model.device`` says which one runs.
         threads: CPU threads for one step; None for every core that this process may use.
         checksums: whether to read and compare every file's checksum first; leave it on for bundles from elsewhere.
 
@@ -53,8 +56,7 @@ def load(
 
 def open_session(bundle: Bundle, *, device: str = "auto", threads: int | None = None) -> Session:
     """Steps of an opened bundle, without text; arguments and errors as :func:`load`."""
-    from edgellm_runtime.backends.ort import OrtBackend
-    from edgellm_runtime.bundle import GRAPH
+    from edgellm_runtime.roles import Roles
     from edgellm_runtime.session import Session
 
     if device not in DEVICES:
@@ -62,27 +64,75 @@ def open_session(bundle: Bundle, *, device: str = "auto", threads: int | None = 
     if threads is not None and threads < 1:
         raise BackendError(f"{threads} threads; give at least 1, or none for every core")
     manifest = bundle.manifest
-    _check_requirements(bundle)
-    backend = OrtBackend(bundle.file(GRAPH), manifest.signature, threads=threads)
+    backend = _backend(bundle, _chosen(bundle, device), threads)
+    sizes = {"chunk": Roles.of(manifest).longest, "capacity": manifest.capacity} if manifest.graphs else {}
     return Session(
         backend, manifest.signature, max_context=manifest.max_context, ragged_chunks=manifest.ragged_chunks,
-        vocab_size=manifest.vocab_size or None,
+        vocab_size=manifest.vocab_size or None, **sizes,
     )  # fmt: skip
 
 
-def _check_requirements(bundle: Bundle) -> None:
+def _chosen(bundle: Bundle, device: str) -> str:
+    """The device to run on: what was asked for or, if that is ``auto``, what the bundle was exported for."""
+    manifest = bundle.manifest
+    target = str(manifest.target["name"])
+    home = target if target in DEVICES else "cpu"
+    if device in ("auto", home):
+        return home
+    if device != "cpu":
+        raise BackendError(
+            f"{bundle.path}: was exported for target {target}, which does not run on {device}; export the model again "
+            f"with --target {device}, or use device {home!r}"
+        )
+    if manifest.dtype == "bfloat16":
+        raise BackendError(
+            f"{bundle.path}: computes in bfloat16, which ONNX Runtime's CPU kernels do not; use device {home!r}, or "
+            "export the model again with --dtype float16 or for --target cpu"
+        )
+    return "cpu"
+
+
+def _backend(bundle: Bundle, device: str, threads: int | None) -> Backend:
+    """What runs the bundle's graphs there; never another device than that one."""
+    _check_requirements(bundle, device)
+    from edgellm_runtime.bundle import GRAPH
+
+    manifest = bundle.manifest
+    if device == "tensorrt":
+        from edgellm_runtime.backends.tensorrt import open_engines
+
+        return open_engines(bundle)
+    if device == "cuda":
+        from edgellm_runtime.backends.ort_device import OrtDeviceBackend
+
+        return OrtDeviceBackend(bundle.file(GRAPH), manifest.signature, max_context=manifest.max_context)
+    if manifest.graphs:
+        from edgellm_runtime.backends.ort_roles import OrtRolesBackend
+        from edgellm_runtime.roles import Roles
+
+        return OrtRolesBackend(bundle.path, Roles.of(manifest), manifest.signature, threads=threads)
+    from edgellm_runtime.backends.ort import OrtBackend
+
+    fusions = manifest.dtype == "float32"
+    return OrtBackend(bundle.file(GRAPH), manifest.signature, threads=threads, fusions=fusions)
+
+
+def _check_requirements(bundle: Bundle, device: str) -> None:
     """Compare the libraries that the bundle needs with those installed, before any work."""
     requires = bundle.manifest.target.get("requires", {})
-    if not isinstance(requires, dict) or not requires.keys() <= {"onnxruntime"}:
+    if not isinstance(requires, dict) or not requires.keys() <= {"onnxruntime", *LIBRARIES}:
         raise BundleError(
             f"{bundle.path}: needs {requires!r}, which this runtime does not know; install a newer edgellm"
         )
+    if device == "tensorrt":  # an engine runs on the very version that built it, which is compared with its fingerprint
+        return
     from edgellm_runtime.backends.ort import library
 
     found, needed = library().__version__, str(requires.get("onnxruntime", "0"))
     if _numbers(found) < _numbers(needed):
+        package = "onnxruntime-gpu" if device == "cuda" else "onnxruntime"
         raise BackendError(
-            f"{bundle.path}: needs ONNX Runtime {needed}, here is {found}; pip install 'onnxruntime>={needed}'"
+            f"{bundle.path}: needs ONNX Runtime {needed}, here is {found}; pip install '{package}>={needed}'"
         )
 
 

@@ -46,6 +46,11 @@ class Model:
         self.bundle = bundle
 
     @property
+    def device(self) -> str:
+        """Where the model runs: ``cpu``, ``cuda`` or ``tensorrt``."""
+        return self.session.device
+
+    @property
     def tokenizer(self) -> Tokenizer | None:
         """Text to token ids and back; None for a bundle without a tokenizer.
 

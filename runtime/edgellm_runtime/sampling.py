@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +129,47 @@ class Sampler:
         indices = range(len(logits)) if rows is None else rows
         return np.array([self._choose(row, x) for row, x in zip(indices, logits, strict=True)], dtype=np.int64)
 
+    @property
+    def deciding(self) -> int | None:
+        """How many of the most likely tokens settle a choice, with one more to tell ties; None: all of them."""
+        if self._penalised:
+            return None
+        if self._greedy or self.options.top_k == 1:
+            return 1
+        return self.options.top_k + 1 if self.options.top_k else None
+
+    def among(
+        self, ids: NDArray[np.int64], logits: NDArray[np.float32], rows: Sequence[int],
+        everything: Callable[[], NDArray[np.float32]],
+    ) -> NDArray[np.int64]:  # fmt: skip
+        """Choose from the most likely tokens just as from all of them.
+
+        Args:
+            ids: (batch, deciding), the likeliest first.
+            logits: (batch, deciding), theirs.
+            rows: which rows these are.
+            everything: gives the logits (batch, vocab), for a row where equals at the end of the list could change
+                the choice.
+
+        Returns:
+            (batch,) token ids.
+
+        Raises:
+            BackendError: a row's best logit is NaN or infinite.
+        """
+        for best in logits[:, 0]:
+            _check_best(best)
+        if self.deciding == 1:
+            return ids[:, 0].copy()
+        if (logits[:, -2] == logits[:, -1]).any():
+            return self(everything(), rows)
+        chosen = []
+        for row, some, values in zip(rows, ids[:, :-1], logits[:, :-1], strict=True):
+            order = np.argsort(some)
+            ids_of_row, weights = self._filtered(some[order], values[order])
+            chosen.append(self._drawn(row, ids_of_row, weights))
+        return np.array(chosen, dtype=np.int64)
+
     def distribution(
         self, logits: NDArray[np.float32], *, row: int = 0
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -145,11 +186,13 @@ class Sampler:
         return ids, weights / weights.sum(dtype=np.float64)
 
     def _choose(self, row: int, logits: NDArray[np.float32]) -> int:
-        ids, weights = self._weights(row, logits)
-        token = int(ids[0]) if len(ids) == 1 else _draw(ids, weights, self._draws[row].random())
+        token = self._drawn(row, *self._weights(row, logits))
         if self._penalised:
             self._seen[row, token] = True
         return token
+
+    def _drawn(self, row: int, ids: NDArray[np.int64], weights: NDArray[np.float32]) -> int:
+        return int(ids[0]) if len(ids) == 1 else _draw(ids, weights, self._draws[row].random())
 
     def _weights(self, row: int, logits: NDArray[np.float32]) -> _Weighted:
         """The tokens that survive the filters and their unnormalised probabilities, the best being 1; ids rise."""
@@ -161,7 +204,14 @@ class Sampler:
         if self._greedy or o.top_k == 1:
             return np.array([best]), np.ones(1, dtype=np.float32)
         ids = _top_k(logits, o.top_k) if 0 < o.top_k < len(logits) else None  # None: all of them, in order
-        weights = (logits if ids is None else logits[ids]) - logits[best]
+        return self._filtered(ids, logits if ids is None else logits[ids], logits[best])
+
+    def _filtered(
+        self, ids: NDArray[np.int64] | None, logits: NDArray[np.float32], best: np.float32 | None = None
+    ) -> _Weighted:
+        """Temperature, top-p and min-p over tokens that top-k has left; ids rise, None are all."""
+        o = self.options
+        weights = logits - (logits.max() if best is None else best)
         with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to minus infinity, as it should
             weights /= np.float32(max(o.temperature, 1e-30))  # in place: fresh memory costs more than the arithmetic
             np.exp(weights, out=weights)

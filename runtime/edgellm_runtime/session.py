@@ -7,10 +7,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_runtime.backends import Backend
+from edgellm_runtime.backends import Backend, Candidates
 from edgellm_runtime.errors import ContextError, OptionError, StateError
 from edgellm_runtime.spec import Signature
 from edgellm_runtime.state import State
+from edgellm_runtime.storage import Storage
 
 __all__ = ["Session"]
 
@@ -30,14 +31,16 @@ class Session:
             rows are stepped one by one.
         chunk: the most tokens of a row in one step.
         vocab_size: how many tokens there are; None: as many as logits.
+        capacity: slots that each row of a state has, for graphs of fixed sizes; None: as many as are needed.
     """
 
     def __init__(
         self, backend: Backend, signature: Signature, *, max_context: int, ragged_chunks: bool, chunk: int = _CHUNK,
-        vocab_size: int | None = None,
+        vocab_size: int | None = None, capacity: int | None = None,
     ) -> None:  # fmt: skip
         self._backend, self.signature = backend, signature
         self.max_context, self._ragged_chunks, self.chunk = max_context, ragged_chunks, chunk
+        self._capacity = capacity
         self.width = int(signature.outputs[0].shape[-1])
         self.vocab_size = vocab_size or self.width
 
@@ -51,6 +54,16 @@ class Session:
         """Where the graph runs."""
         return self._backend.device
 
+    @property
+    def storage(self) -> Storage:
+        """Where its states live; what ``State.load`` is given for a state that is to go on here."""
+        return self._backend.storage
+
+    @property
+    def candidates(self) -> int:
+        """How many tokens of a row :meth:`best` can choose by itself; 0: logits are here, and it is not asked."""
+        return min(self._backend.candidates, self.width)
+
     def new_state(self, batch: int = 1, capacity: int = 0) -> State:
         """The state of rows that hold no token yet.
 
@@ -58,9 +71,9 @@ class Session:
             batch: rows.
             capacity: tokens that each row is expected to hold; more can come later.
         """
-        state = State(self.signature.state, batch, 1)
-        state.reserve(min(max(capacity, 1), self.max_context))
-        return state
+        storage = self._backend.storage
+        slots = storage.rounded(self._capacity or min(max(capacity, 1), self.max_context))
+        return State(self.signature.state, batch, slots, storage)
 
     def step(
         self, tokens: Array, state: State, *, lengths: Array | None = None, logits: Wanted = "last"
@@ -92,12 +105,38 @@ class Session:
             )
         tokens = tokens[:, : valid.max()]  # what is padding in every row is not worth computing
         time = tokens.shape[1]
-        state.reserve(int(state.lengths.max()) + time)
+        state.reserve(self._capacity or int(state.lengths.max()) + time)
         if time > 1 and batch > 1 and not self._ragged_chunks and (state.lengths.any() or time > self.chunk):
             return self._rows(tokens, valid, state, logits)
         if time <= self.chunk:
             return self._run(tokens, valid, state, logits)
         return self._chunks(tokens, valid, state, logits)
+
+    def best(self, tokens: Array, state: State, count: int) -> Candidates:
+        """Read one token a row into the state; the likeliest next ones, chosen where the logits are.
+
+        Args:
+            tokens: (batch, 1).
+            state: stepped in place.
+            count: how many a row, at most :attr:`candidates`.
+
+        Raises:
+            ContextError: a row would hold more than ``max_context`` tokens.
+            OptionError: tokens outside the vocabulary.
+            StateError: another number of rows than the state's.
+        """
+        tokens = _whole_numbers(tokens)
+        batch, time = self._check(tokens, state)
+        assert time == 1 and 0 < count <= self.candidates
+        if (total := int(state.lengths.max()) + 1) > self.max_context:
+            raise ContextError(
+                f"{total} tokens do not fit into the model's context of {self.max_context}; shorten the prompt"
+            )
+        state.reserve(self._capacity or total)
+        lengths = np.ones(batch, dtype=np.int32)
+        found = self._backend.best(tokens, lengths, np.zeros((batch, 1), dtype=np.int64), state, count)
+        state.lengths += lengths
+        return found
 
     def _check(self, tokens: Array, state: State) -> tuple[int, int]:
         if tokens.ndim != 2 or not tokens.size:

@@ -1,4 +1,7 @@
-"""The carried state: allocated from the manifest, stepped in place, forked, rewound, saved and loaded."""
+"""The carried state: allocated from the manifest, stepped in place, forked, rewound, saved and loaded.
+
+Where its tensors live is its storage's business; see :mod:`edgellm_runtime.storage`.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ from numpy.typing import NDArray
 
 from edgellm_runtime.errors import StateError
 from edgellm_runtime.spec import StateSpec
+from edgellm_runtime.storage import HOST, Buffers, Storage, host_dtype, widened
 
 __all__ = ["State"]
 
 Array = NDArray[Any]
-_GROWTH = 64  # slots are added in multiples of this, so that a long chat grows its cache seldom
 _FORMAT = 1
 
 
@@ -27,41 +30,61 @@ class State:
         specs: from the bundle's manifest.
         batch: rows.
         capacity: slots for tokens in each row; grows when more are needed.
+        storage: where the tensors are; this process's memory unless a backend says otherwise.
     """
 
-    def __init__(self, specs: Sequence[StateSpec], batch: int, capacity: int) -> None:
+    def __init__(self, specs: Sequence[StateSpec], batch: int, capacity: int, storage: Storage = HOST) -> None:
         if batch < 1 or capacity < 1:
             raise StateError(f"a state needs at least one row and one slot, not {batch} and {capacity}")
-        self.specs = tuple(specs)
-        self.batch, self.capacity = batch, capacity
-        self.lengths: NDArray[np.int32] = np.zeros(batch, dtype=np.int32)
-        self.tensors = {s.name: _zeros(s, batch, capacity) for s in specs}
-        # A step writes what replaces a state beside it, and the two change places.
-        self.spares = {s.name: np.zeros_like(self.tensors[s.name]) for s in specs if s.update == "replace"}
-        self.attachments: dict[Any, Any] = {}  # what a backend keeps for these very arrays; goes when they go
+        buffers = storage.acquire(tuple(specs), batch, capacity)
+        self._set(tuple(specs), batch, capacity, storage, buffers, np.zeros(batch, dtype=np.int32))
+
+    def _set(
+        self, specs: tuple[StateSpec, ...], batch: int, capacity: int, storage: Storage, buffers: Buffers,
+        lengths: NDArray[np.int32],
+    ) -> None:  # fmt: skip
+        self.specs, self.batch, self.capacity = specs, batch, capacity
+        self.storage, self.buffers, self.lengths = storage, buffers, lengths
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """What the next step reads, by state name; the storage's own."""
+        return self.buffers.tensors
+
+    @property
+    def spares(self) -> dict[str, Any]:
+        """Where a step writes what replaces a state; the two change places after it."""
+        return self.buffers.spares
+
+    @property
+    def attachments(self) -> dict[Any, Any]:
+        """What a backend keeps for these very tensors; goes when they go."""
+        return self.buffers.attachments
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all its arrays take."""
-        return sum(a.nbytes for a in (*self.tensors.values(), *self.spares.values()))
+        """Bytes that all its tensors take."""
+        each = {spec.name: spec.nbytes(self.batch, self.capacity) for spec in self.specs}
+        return sum(each.values()) + sum(each[name] for name in self.spares)
+
+    def read(self, name: str) -> Array:
+        """One tensor's numbers, in this process's memory; bfloat16 as float32."""
+        spec = next(s for s in self.specs if s.name == name)
+        return widened(self.storage.read(spec, self.tensors[name]), spec.dtype)
 
     def reserve(self, slots: int) -> None:
         """Make room for that many tokens in each row; what is there stays."""
         if slots <= self.capacity:
             return
-        capacity = -(-slots // _GROWTH) * _GROWTH
-        grown = {s.name: _zeros(s, self.batch, capacity) for s in self.specs if s.capacity_axis is not None}
-        for name, new in grown.items():
-            old = self.tensors[name]
-            new[tuple(slice(0, n) for n in old.shape)] = old
-            self.tensors[name] = new
+        capacity = self.storage.rounded(slots)
+        self.buffers = self.storage.grown(self.specs, self.buffers, self.batch, capacity)
         self.capacity = capacity
-        self.attachments.clear()
 
     def swap(self) -> None:
         """Put what the last step wrote in the place of what it read."""
-        for name, spare in self.spares.items():
-            self.tensors[name], self.spares[name] = spare, self.tensors[name]
+        tensors, spares = self.tensors, self.spares
+        for name, spare in spares.items():
+            tensors[name], spares[name] = spare, tensors[name]
 
     def fork(self) -> State:
         """A copy that goes its own way, such as for another continuation of one prompt."""
@@ -75,22 +98,17 @@ class State:
         """
         if not len(rows) or not all(0 <= row < self.batch for row in rows):
             raise StateError(f"rows {list(rows)} of a state of {self.batch} rows; name rows from 0 to {self.batch - 1}")
-        index = list(rows)
-        copy = State.__new__(State)
-        copy.specs, copy.batch, copy.capacity, copy.attachments = self.specs, len(index), self.capacity, {}
-        copy.lengths = self.lengths[index].copy()
-        copy.tensors = {name: a[index] for name, a in self.tensors.items()}
-        copy.spares = {name: a[index] for name, a in self.spares.items()}
+        index, copy = list(rows), State.__new__(State)
+        buffers = self.storage.taken(self.specs, self.buffers, index, self.capacity)
+        copy._set(self.specs, len(index), self.capacity, self.storage, buffers, self.lengths[index].copy())
         return copy
 
     def put(self, row: int, other: State) -> None:
         """Copy a state of one row into a row of this one, which has room for it."""
         self.reserve(int(other.lengths[0]))
         for spec in self.specs:
-            source, axis = other.tensors[spec.name][0], spec.capacity_axis
-            slots = min(self.capacity, other.capacity)
-            used = (slice(None),) * ((axis or 1) - 1) + (slice(0, slots),) if axis is not None else ()
-            self.tensors[spec.name][row][used] = source[used]
+            capacities = self.capacity, other.capacity
+            self.storage.put(spec, self.tensors[spec.name], row, other.tensors[spec.name], capacities)
         self.lengths[row] = other.lengths[0]
 
     def rewind(self, lengths: Sequence[int] | int) -> None:
@@ -115,7 +133,7 @@ class State:
         if self.spares and wanted.any():
             raise StateError("a recurrent state cannot be rewound; fork() it before the tokens you may take back")
         for name in self.spares:  # nothing is kept: a recurrence starts anew
-            self.tensors[name][...] = 0
+            self.storage.clear(self.tensors[name])
         self.lengths = wanted.copy()
 
     def save(self, path: str | Path) -> None:
@@ -123,19 +141,20 @@ class State:
         used = max(int(self.lengths.max()), 1)
         arrays = {}
         for spec in self.specs:
-            a, axis = self.tensors[spec.name], spec.capacity_axis
+            a, axis = self.storage.read(spec, self.tensors[spec.name]), spec.capacity_axis
             arrays[spec.name] = a if axis is None else a[(slice(None),) * axis + (slice(0, used),)]
         header = json.dumps({"format": _FORMAT, "specs": [s.to_json() for s in self.specs]})
         with Path(path).open("wb") as file:  # given a name, numpy would append .npz to it
             np.savez(file, allow_pickle=False, __header__=np.array(header), __lengths__=self.lengths, **arrays)
 
     @classmethod
-    def load(cls, path: str | Path, specs: Sequence[StateSpec]) -> State:
+    def load(cls, path: str | Path, specs: Sequence[StateSpec], storage: Storage = HOST) -> State:
         """Read what :meth:`save` wrote.
 
         Args:
             path: the file.
             specs: of the model that will go on from it.
+            storage: where its tensors will be.
 
         Raises:
             StateError: not such a file, or of another model.
@@ -153,24 +172,13 @@ class State:
             raise StateError(f"{path}: not a saved state ({error}); read the prompt again") from error
         if lengths.dtype != np.int32 or lengths.ndim != 1 or not len(lengths) or lengths.min() < 0:
             raise StateError(f"{path}: its lengths are damaged; read the prompt again")
-        state = cls(specs, len(lengths), max(int(lengths.max()), 1))
+        used = max(int(lengths.max()), 1)
+        for spec in specs:
+            found, expected = arrays[spec.name], spec.resolve(len(lengths), used)
+            if found.shape != expected or found.dtype != host_dtype(spec.dtype):
+                raise StateError(f"{path}: {spec.name} is {found.dtype} {found.shape}, not {spec.dtype} {expected}")
+        state = cls(specs, len(lengths), storage.rounded(used), storage)
         state.lengths = lengths
         for spec in specs:
-            found, expected = arrays[spec.name], state.tensors[spec.name]
-            if found.shape != expected.shape or found.dtype != expected.dtype:
-                raise StateError(
-                    f"{path}: {spec.name} is {found.dtype} {found.shape}, not {spec.dtype} {expected.shape}"
-                )
-            expected[...] = found
+            storage.write(spec, state.tensors[spec.name], arrays[spec.name])
         return state
-
-
-def _zeros(spec: StateSpec, batch: int, capacity: int) -> Array:
-    try:
-        return np.zeros(spec.resolve(batch, capacity), dtype=spec.dtype)
-    except (MemoryError, ValueError, TypeError) as error:  # numpy's three ways to say: too large, or no such type
-        gigabytes = spec.nbytes(batch, capacity) / 1e9
-        raise StateError(
-            f"{spec.name} for {batch} rows of {capacity} tokens, {gigabytes:.1f} GB of {spec.dtype}, cannot be made "
-            f"({error}); ask for fewer rows or tokens"
-        ) from error

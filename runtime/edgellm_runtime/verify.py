@@ -186,7 +186,7 @@ def _state_difference(golden: Golden, state: State) -> float:
         if spec.name not in golden.state:
             return float("nan")
         index, expected = golden.state[spec.name]
-        row, axis = state.tensors[spec.name][0], spec.capacity_axis
+        row, axis = state.read(spec.name)[0], spec.capacity_axis
         used = row if axis is None else row.take(range(len(golden.tokens)), axis=axis - 1)
         if not len(index) or index.min() < 0 or index.max() >= used.size:
             return float("nan")

@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 
 from edgellm.ops.canonical import DOMAIN
 from edgellm_exporters.errors import LoweringError
+from edgellm_exporters.lowering.form import Form
 from edgellm_exporters.quantize.plan import Plan, QuantizedWeight
+from edgellm_runtime.spec import TensorSpec
 
-__all__ = ["Array", "Lowering", "Rule", "blank", "inputs_of", "lower", "shape_of"]
+__all__ = ["CONSTANT", "Array", "Lowering", "Rule", "blank", "inputs_of", "lower", "shape_of"]
 
+CONSTANT = "const."  # how the names of constants begin
 Array = NDArray[Any]
 T = TypeVar("T")
 
@@ -28,13 +31,21 @@ class Lowering:
     Args:
         model: the graph being lowered, in place.
         plan: which weights to quantize, and how.
+        form: of a graph of fixed sizes; None for one graph for every use.
+        dtype: what floats will be narrowed to after lowering.
     """
 
-    def __init__(self, model: ir.Model, plan: Plan) -> None:
-        self.graph, self.plan = model.graph, plan
+    def __init__(self, model: ir.Model, plan: Plan, form: Form | None = None, dtype: str = "float32") -> None:
+        self.graph, self.plan, self._form, self.dtype = model.graph, plan, form, dtype
         self._tape = ir.tape.Tape()
         self._before: list[ir.Node] = []
         self._memo: dict[Hashable, Any] = {}
+
+    @property
+    def fixed(self) -> Form:
+        """The sizes of the graph, for rules of targets whose graphs have fixed ones."""
+        assert self._form is not None
+        return self._form
 
     def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
         """Add a node with one output, and give that."""
@@ -50,7 +61,7 @@ class Lowering:
         """A constant, made once for each distinct content."""
         array = np.asarray(value, dtype=dtype)
         key = ("const", array.dtype.str, array.shape, array.tobytes())
-        return self.once(key, lambda: self._initializer(f"const.{len(self._memo)}", ir.tensor(array)))
+        return self.once(key, lambda: self._initializer(f"{CONSTANT}{len(self._memo)}", ir.tensor(array)))
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What ``make`` gave the first time this key was asked for; for values that many nodes share."""
@@ -62,6 +73,17 @@ class Lowering:
     def input(self, name: str) -> ir.Value:
         """A graph input by name."""
         return next(value for value in self.graph.inputs if value.name == name)
+
+    def new_input(self, spec: TensorSpec) -> ir.Value:
+        """A further graph input, made when it is first asked for."""
+
+        def make() -> ir.Value:
+            dtype = ir.DataType.from_numpy(np.dtype(spec.dtype))
+            value = ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=ir.TensorType(dtype))
+            self.graph.inputs.append(value)
+            return value
+
+        return self.once(("input", spec.name), make)
 
     def derived(self, source: ir.Value, suffix: str, make: Callable[[Array], Array], like: Array) -> ir.Value:
         """A weight computed from another when the graph is written.
@@ -110,18 +132,22 @@ class Lowering:
 Rule = Callable[[Lowering, ir.Node], Sequence[ir.Value]]
 
 
-def lower(model: ir.Model, rules: Mapping[str, Rule], plan: Plan) -> None:
+def lower(
+    model: ir.Model, rules: Mapping[str, Rule], plan: Plan, form: Form | None = None, dtype: str = "float32"
+) -> None:
     """Replace every canonical node by the target's form of it, in place.
 
     Args:
         model: a captured graph.
         rules: canonical op name to rule.
         plan: which weights to quantize, and how.
+        form: of a graph of fixed sizes.
+        dtype: what floats will be narrowed to afterwards.
 
     Raises:
         LoweringError: no rule for a node.
     """
-    context = Lowering(model, plan)
+    context = Lowering(model, plan, form, dtype)
     for node in list(model.graph):
         if node.domain != DOMAIN:
             continue

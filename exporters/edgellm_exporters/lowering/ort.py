@@ -16,7 +16,7 @@ from edgellm_exporters.lowering import recurrent, standard
 from edgellm_exporters.lowering.context import Lowering, Rule, inputs_of, shape_of
 from edgellm_exporters.quantize.plan import ROW, QuantizedWeight, pack
 
-__all__ = ["DOMAIN", "RULES"]
+__all__ = ["DOMAIN", "RULES", "codes_of", "packed_source", "zeros_of"]
 
 DOMAIN = "com.microsoft"
 _INT8_ACTIVATIONS = 4
@@ -37,8 +37,8 @@ def embedding(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
         )
     shape = (quantized.shape[0], quantized.shape[1] * scheme.bits // 8)
     rows = context.op(
-        "GatherBlockQuantized", _codes(context, weight, shape, "table"), indices,
-        standard.scales_of(context, weight), _zeros(context, weight), domain=DOMAIN, bits=scheme.bits,
+        "GatherBlockQuantized", codes_of(context, weight, shape, "table"), indices,
+        standard.scales_of(context, weight), zeros_of(context, weight), domain=DOMAIN, bits=scheme.bits,
         block_size=scheme.block, gather_axis=0, quantize_axis=1,
     )  # fmt: skip
     return [rows]
@@ -69,9 +69,9 @@ def _blockwise_product(context: Lowering, x: ir.Value, weight: ir.Value, quantiz
     if scheme.shifted:
         x = standard.with_block_sums(context, x, columns, scheme.block)
         columns += columns // scheme.block
-    codes = _codes(context, weight, (rows, quantized.blocks, scheme.block * scheme.bits // 8), "codes")
+    codes = codes_of(context, weight, (rows, quantized.blocks, scheme.block * scheme.bits // 8), "codes")
     return context.op(
-        "MatMulNBits", x, codes, standard.scales_of(context, weight), _zeros(context, weight), domain=DOMAIN, N=rows,
+        "MatMulNBits", x, codes, standard.scales_of(context, weight), zeros_of(context, weight), domain=DOMAIN, N=rows,
         K=columns, bits=scheme.bits, block_size=scheme.block, accuracy_level=_INT8_ACTIVATIONS,
     )  # fmt: skip
 
@@ -124,7 +124,7 @@ def add_rms_norm(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
 def attention(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
     """GroupQueryAttention with the rotation inside and the cache written in place."""
     q, k, v, past_k, past_v, past_lengths, lengths, cos, sin = inputs_of(node, 9)
-    packed = _packed(q, k, v)
+    packed = packed_source(q, k, v)
     if packed is not None:
         q, k, v = packed, None, None
     total = context.once("total", lambda: context.op("Add", past_lengths, lengths))  # (batch,)
@@ -147,7 +147,7 @@ def _cache_scales(context: Lowering, *past: ir.Value | None) -> list[ir.Value | 
     return [None, None, None, *(context.const(scale, np.float32) for scale in found)]
 
 
-def _packed(*parts: ir.Value | None) -> ir.Value | None:
+def packed_source(*parts: ir.Value | None) -> ir.Value | None:
     """The tensor that was split into just these parts, in this order, or None."""
     producers = {id(part.producer()) for part in parts if part is not None}
     node = parts[0].producer() if parts[0] is not None else None
@@ -156,7 +156,7 @@ def _packed(*parts: ir.Value | None) -> ir.Value | None:
     return node.inputs[0]
 
 
-def _codes(context: Lowering, weight: ir.Value, shape: tuple[int, ...], view: str) -> ir.Value:
+def codes_of(context: Lowering, weight: ir.Value, shape: tuple[int, ...], view: str) -> ir.Value:
     """Packed codes; every view of them shares its bytes on disk."""
     quantized = context.quantized(weight)
     assert quantized is not None
@@ -169,7 +169,7 @@ def _codes(context: Lowering, weight: ir.Value, shape: tuple[int, ...], view: st
     return context.part(weight, view, packed)
 
 
-def _zeros(context: Lowering, weight: ir.Value) -> ir.Value | None:
+def zeros_of(context: Lowering, weight: ir.Value) -> ir.Value | None:
     """Packed zeros, or None where the kernel's own, the middle code, is meant."""
     quantized = context.quantized(weight)
     assert quantized is not None

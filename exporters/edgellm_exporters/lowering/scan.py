@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from edgellm_exporters.lowering.context import Lowering, shape_of
 
-__all__ = ["Hoist", "MatMul", "scan"]
+__all__ = ["CELLS", "Hoist", "MatMul", "scan"]
 
 MatMul = Callable[[Lowering, ir.Value, ir.Value, ir.Value | None], ir.Value]
 Hoist = Callable[[Lowering, ir.Value], object]
@@ -56,7 +56,7 @@ def _body(
     valid = _value(f"{prefix}.valid", ir.DataType.BOOL, ["batch", 1])
     outer = context.take_nodes()  # what came before belongs to the outer graph
     gates_h = matmul(context, states[0], w_hh, b_hh)
-    new = _CELLS[node.op_type](context, node, gates_x, gates_h, states)
+    new = CELLS[node.op_type](context, node, gates_x, gates_h, states)
     kept = [context.op("Where", valid, n, s) for n, s in zip(new, states, strict=True)]
     y = context.op("Identity", new[0])
     nodes = context.take_nodes()
@@ -102,4 +102,4 @@ def _gru(
     return [context.op("Add", n, context.op("Mul", z, context.op("Sub", states[0], n)))]
 
 
-_CELLS: dict[str, Callable[..., list[ir.Value]]] = {"RNN": _rnn, "LSTM": _lstm, "GRU": _gru}
+CELLS: dict[str, Callable[..., list[ir.Value]]] = {"RNN": _rnn, "LSTM": _lstm, "GRU": _gru}

@@ -14,7 +14,16 @@ from edgellm_exporters.lowering import recurrent
 from edgellm_exporters.lowering.context import Lowering, Rule, blank, inputs_of, shape_of
 from edgellm_exporters.quantize.plan import ROW, QuantizedWeight
 
-__all__ = ["RULES", "matmul", "row_scales_of", "scales_of", "signed_columns", "with_block_sums"]
+__all__ = [
+    "RULES",
+    "is_shared",
+    "matmul",
+    "row_scales_of",
+    "scales_of",
+    "signed_columns",
+    "split_heads",
+    "with_block_sums",
+]
 
 _TYPES: Mapping[tuple[int, bool], Any] = {
     (8, True): np.int8, (8, False): np.uint8, (4, True): ml_dtypes.int4, (4, False): ml_dtypes.uint4,
@@ -50,7 +59,7 @@ def matmul(context: Lowering, x: ir.Value, weight: ir.Value, bias: ir.Value | No
 def _columns(context: Lowering, weight: ir.Value) -> ir.Value:
     """W^T, (columns, rows), in float."""
     quantized = context.quantized(weight)
-    if quantized is None and not _shared(weight):
+    if quantized is None and not is_shared(weight):
         return context.derived(weight, "transposed", np.transpose, blank(weight, shape_of(weight)[::-1]))
 
     return context.once(("columns", weight.name), lambda: context.op("Transpose", _rows(context, weight), perm=[1, 0]))
@@ -108,7 +117,7 @@ def attention(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
     q, k, v, past_k, past_v, _, _, cos, sin = inputs_of(node, 9)
     heads = node.attributes["num_heads"].as_int()
     kv_heads = node.attributes["num_kv_heads"].as_int()
-    q, k, v = (_split_heads(context, x, n) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
+    q, k, v = (split_heads(context, x, n) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
     if cos is not None and sin is not None:
         q, k = (_rotate(context, x, cos, sin) for x in (q, k))
     present = [_write(context, past, new) for past, new in ((past_k, k), (past_v, v))]
@@ -120,7 +129,7 @@ def attention(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
     return [context.op("Reshape", merged, context.const([0, 0, -1])), *present]
 
 
-def _split_heads(context: Lowering, x: ir.Value | None, heads: int) -> ir.Value:
+def split_heads(context: Lowering, x: ir.Value | None, heads: int) -> ir.Value:
     split = context.op("Reshape", x, context.const([0, 0, heads, -1]))  # (batch, time, heads, head_dim)
     return context.op("Transpose", split, perm=[0, 2, 1, 3])
 
@@ -229,7 +238,7 @@ def scales_of(context: Lowering, weight: ir.Value) -> ir.Value:
     return context.once(("scales", weight.name), lambda: context.op("Cast", stored, to=ir.DataType.FLOAT))
 
 
-def _shared(weight: ir.Value) -> bool:
+def is_shared(weight: ir.Value) -> bool:
     return any(user.op_type in ("Embedding", "Gather") for user, _ in weight.uses())
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.quantize.plan import ROW, Scheme
 
-__all__ = ["METHODS", "Method", "find_method", "fitted"]
+__all__ = ["ENGINE_METHODS", "METHODS", "Method", "find_method", "fitted"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,9 @@ class Method:
         smooth: whether to smooth the layers' inputs first.
         keep: whether each weight gets the smallest format that holds the checkpoint's own values, instead.
         exact: whether the blocks are just those that are named.
+        integer_products: whether products with weights that have one scale a row round what they read, row by row.
+        fixed_inputs: whether such products read codes of the weights' kind, with one scale for each tensor that was
+            chosen at export.
     """
 
     summary: str
@@ -34,6 +37,8 @@ class Method:
     smooth: bool = False
     keep: bool = False
     exact: bool = False
+    integer_products: bool = True
+    fixed_inputs: bool = False
 
 
 _EIGHT = {"kl": 0.02, "top1": 0.9, "state": 0.15, "split": 0.1, "batch": 0.1}
@@ -61,17 +66,39 @@ METHODS: Mapping[str, Method] = {
         "is not rounded again", None, None, _MIXED, keep=True,
     ),
 }  # fmt: skip
+
+_ROW = Scheme(8, ROW)
+# What engines take: scales of weights for whole rows or, of 4 bits, for blocks; scales of inputs known beforehand.
+ENGINE_METHODS: Mapping[str, Method] = {
+    "none": METHODS["none"],
+    "int8": Method("8-bit weights with one scale a row", _ROW, _ROW, _EIGHT, integer_products=False),
+    "w8a8": Method(
+        "8-bit weights and inputs of products, the latter with one scale each", _ROW, _ROW,
+        {"kl": 0.1, "top1": 0.75, "split": 0.2, "batch": 0.2}, smooth=True, integer_products=False, fixed_inputs=True,
+    ),
+    "int4": Method(
+        "4-bit weights in blocks of 64, the embedding and the projection to the vocabulary in 8", Scheme(4, 64, positive=True), _ROW,
+        {**_FOUR, "kl": 0.8}, smooth=True, integer_products=False,
+    ),
+    "fp8": Method(
+        "8-bit floats (E4M3) for weights and inputs of products, the latter with one scale each",
+        Scheme(8, ROW, floating=True), _ROW, {"kl": 0.1, "top1": 0.75, "split": 0.2, "batch": 0.2},
+        integer_products=False, fixed_inputs=True,
+    ),
+}  # fmt: skip
 _FORMAT = re.compile(r"(\d+):(\d+|row)(?::(asymmetric|shifted))?")
 
 
-def find_method(name: str) -> Method:
-    """The method of that name, or one format for all weights, written BITS:BLOCK, as in ``4:32:asymmetric``.
+def find_method(name: str, methods: Mapping[str, Method] = METHODS) -> Method:
+    """The method of that name among a target's, or, for targets that take any format, one format for all weights, written BITS:BLOCK, as in ``4:32:asymmetric``.
 
     Raises:
         QuantizeError: there is none, or the format is impossible.
     """
-    if name in METHODS:
-        return METHODS[name]
+    if name in methods:
+        return methods[name]
+    if methods is not METHODS:
+        raise QuantizeError(f"this target has no quantization {name!r}; it has {', '.join(methods)}")
     written = _FORMAT.fullmatch(name)
     if written is None:
         raise QuantizeError(

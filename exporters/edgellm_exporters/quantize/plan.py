@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -36,12 +37,17 @@ class Scheme:
         shifted: whether each block also has a shift, which no whole zero can stand for: what GGUF's Q4_1 and Q4_K call
             a minimum. A shift meets the sum of the block's inputs, so shifts are further columns of the weight; they
             are stored in as many bits as the codes.
+        positive: whether no scale may be negative; otherwise a symmetric block of few bits may have such a one, so that
+            its largest weight gets the code below zero that has no counterpart above.
+        floating: whether codes are 8-bit floats (E4M3: 4 bits of exponent, 3 of mantissa) instead of whole numbers.
     """
 
     bits: int
     block: int = 32
     symmetric: bool = True
     shifted: bool = False
+    positive: bool = False
+    floating: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 4, 8):
@@ -51,6 +57,8 @@ class Scheme:
                 raise QuantizeError(f"{self}: one scale a row is for symmetric 8-bit weights; give a block size")
         elif self.block not in _BLOCKS:
             raise QuantizeError(f"block size {self.block} is not a power of two from 16 to 256")
+        if self.floating and (self.bits != 8 or self.block != ROW):
+            raise QuantizeError(f"{self}: floating codes are for 8-bit weights with one scale a row")
         if self.shifted and self.symmetric:
             raise QuantizeError(f"{self}: a shifted format has zeros of its own; make it asymmetric")
 
@@ -78,7 +86,7 @@ class Scheme:
         return int(rows * (codes + 2 * blocks + (0 if self.symmetric else -(-blocks * self.bits // 8))))
 
     def __str__(self) -> str:
-        kind = " shifted" if self.shifted else "" if self.symmetric else " asymmetric"
+        kind = " float" if self.floating else " shifted" if self.shifted else "" if self.symmetric else " asymmetric"
         return f"{self.bits}-bit {'row' if self.block == ROW else f'block {self.block}'}{kind}"
 
 
@@ -91,17 +99,27 @@ class Codes:
         scales: (rows, blocks).
         zeros: (rows, blocks).
         columns: of the weight itself, where its shifts follow in further blocks; 0 where there are none.
+        floating: whether each code is the byte of an 8-bit float; zeros are then 0.
     """
 
     codes: NDArray[np.uint8]
     scales: NDArray[np.float32]
     zeros: NDArray[np.uint8]
     columns: int = 0
+    floating: bool = False
+
+    def signed(self, dtype: Any) -> NDArray[Any]:
+        """Codes less their zeros, (rows, columns), in a type that holds them."""
+        if self.floating:
+            return self.codes.view(ml_dtypes.float8_e4m3fn).astype(dtype)
+        rows, blocks = self.scales.shape
+        wide = self.codes.reshape(rows, blocks, -1).astype(np.int16) - self.zeros[:, :, None].astype(np.int16)
+        return wide.reshape(rows, -1).astype(dtype)
 
     def dequantize(self) -> NDArray[np.float32]:
         """The float32 weight that these numbers stand for, (rows, columns)."""
         rows, blocks = self.scales.shape
-        wide = self.codes.reshape(rows, blocks, -1).astype(np.float32) - self.zeros[:, :, None]
+        wide = self.signed(np.float32).reshape(rows, blocks, -1)
         wide = (wide * self.scales[:, :, None]).reshape(rows, -1)
         if not self.columns:
             return wide
@@ -113,7 +131,7 @@ class Codes:
 def joined(parts: Sequence[Codes]) -> Codes:
     """The numbers of the weight that has the rows of all parts."""
     codes, scales, zeros = (np.concatenate([getattr(p, f) for p in parts]) for f in ("codes", "scales", "zeros"))
-    return Codes(codes, scales, zeros, parts[0].columns)
+    return Codes(codes, scales, zeros, parts[0].columns, parts[0].floating)
 
 
 def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
@@ -183,6 +201,7 @@ class Plan:
         quantize: computes the numbers from a weight's name, its values (rows, columns) and its scheme.
         smoothing: what the graph's weights were multiplied with before.
         cache: scales of the states that are kept in 8 bits, by state name, (heads * head_dim,).
+        inputs: what is multiplied with a weight is rounded to its codes with this scale, by the weight's name.
         by_rows: weights whose rows may be quantized some at a time, so that a vocabulary's table is never whole.
     """
 
@@ -190,6 +209,7 @@ class Plan:
     quantize: Quantizer | None = None
     smoothing: Smoothing = field(default_factory=Smoothing)
     cache: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    inputs: Mapping[str, np.float32] = field(default_factory=dict)
     by_rows: frozenset[str] = frozenset()
     _last: tuple[str, Codes] | None = field(default=None, repr=False)
 

@@ -17,12 +17,14 @@ from edgellm_exporters.quantize.calibrate import check_windows, largest_inputs, 
 from edgellm_exporters.quantize.keep import smallest_holding
 from edgellm_exporters.quantize.methods import Method, fitted
 from edgellm_exporters.quantize.plan import ROW, Codes, Plan, Scheme, joined
-from edgellm_exporters.quantize.rtn import round_to_nearest
+from edgellm_exporters.quantize.rtn import half_precision, round_to_nearest
 from edgellm_exporters.quantize.smooth import Smoothing, by_part, smooth
 
 __all__ = ["Uses", "make_plan", "plan_of", "schemes_for", "smoothed"]
 
 Progress = Callable[[str, float], None]
+_HEADROOM = 1.25  # of a fixed scale: what the text did not show; larger values are cut off
+_TOP, _TOP_FLOAT = 127, 448  # of 8-bit codes, whole numbers and floats
 _MATRICES = {"Linear": (1,), "Embedding": (0,), "LSTM": (3, 4), "GRU": (2, 3), "RNN": (2, 3)}
 
 
@@ -76,12 +78,30 @@ def make_plan(
         return Plan(smallest_holding(uses.tensors, uses.ends, partial(progress, "looking at weights")), _rounded({}))
     if method.layers is None or method.ends is None:
         return Plan()
-    done = Smoothing()
-    if method.smooth:
+    done, seen = Smoothing(), dict[str, NDArray[np.float32]]()
+    if method.smooth or method.fixed_inputs:
         seen = largest_inputs(model, calibration or rows, partial(progress, "looking at inputs"))
+    if method.smooth:
         done = smoothed(graph, seen)
     schemes = schemes_for(method, uses)
-    return plan_of(schemes, done, model, calibration, progress)
+    plan = plan_of(schemes, done, model, calibration, progress)
+    if method.fixed_inputs:
+        plan.inputs = _input_scales(schemes, uses, done, seen)
+    return plan
+
+
+def _input_scales(
+    schemes: Mapping[str, Scheme], uses: Uses, done: Smoothing, seen: Mapping[str, NDArray[np.float32]]
+) -> dict[str, np.float32]:
+    """The scale of what each product reads, smoothed; not of what is projected to the vocabulary, which stays float."""
+    found = {}
+    for name, scheme in schemes.items():
+        largest = [seen[part] for part in parts_of(name) if part in seen]
+        if name in uses.products and name not in uses.ends and largest:
+            top = _TOP_FLOAT if scheme.floating else _TOP
+            widest = (np.max(largest, axis=0) / done.columns.get(name, np.float32(1))).max()
+            found[name] = half_precision(np.float32(widest * _HEADROOM / top))[()]
+    return found
 
 
 def smoothed(graph: ir.Model, largest: Mapping[str, NDArray[np.float32]]) -> Smoothing:
@@ -121,8 +141,8 @@ def schemes_for(method: Method, uses: Uses) -> dict[str, Scheme]:
     found: dict[str, Scheme] = {}
     for name, (_, columns) in uses.shapes.items():
         scheme = method.ends if name in uses.ends else method.layers
-        if scheme.block == ROW and name not in uses.products:
-            scheme = Scheme(8, 32)
+        if scheme.block == ROW and name not in uses.products and (method.integer_products or scheme.floating):
+            scheme = Scheme(8, 32) if method.integer_products else Scheme(8, ROW)
         found[name] = scheme if method.exact and name not in uses.ends else fitted(scheme, name, columns)
     return found
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from edgellm_exporters.passes.merge_linears import parts_of
 from edgellm_exporters.quantize.plan import ROW, Plan
 from edgellm_exporters.quantize.smooth import by_part
 
-__all__ = ["quantized_model", "round_rows"]
+__all__ = ["quantized_model", "round_rows", "round_whole"]
 
 
 def quantized_model(model: nn.Module, plan: Plan, *, integer_products: bool = True) -> nn.Module:
@@ -34,6 +36,7 @@ def quantized_model(model: nn.Module, plan: Plan, *, integer_products: bool = Tr
     if plan.quantize is None or not plan.schemes:
         raise QuantizeError("the plan leaves weights as they are; compare with the model itself")
     schemes = {part: scheme for name, scheme in plan.schemes.items() for part in parts_of(name)}
+    inputs = {part: scale for name, scale in plan.inputs.items() for part in parts_of(name)}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     columns = {part: f for name, f in plan.smoothing.columns.items() for part in parts_of(name)}
     rows = by_part(plan.smoothing.rows, {name: len(p) for name, p in parameters.items()})
@@ -45,14 +48,17 @@ def quantized_model(model: nn.Module, plan: Plan, *, integer_products: bool = Tr
             row = (torch.from_numpy(rows[name]) if name in rows else torch.ones(len(by_name[name])))[:, None]
             codes = plan.quantize(name, (by_name[name] * column * row).numpy(), scheme)
             by_name[name].copy_(torch.from_numpy(codes.dequantize()) / column / row)
-            if scheme.block == ROW and integer_products:
-                _round_inputs(rounded.get_submodule(name.removesuffix(".weight")), column)
+            if name in inputs:
+                fixed = partial(round_whole, scale=float(inputs[name]), floating=scheme.floating)
+                _round_inputs(rounded.get_submodule(name.removesuffix(".weight")), column, fixed)
+            elif scheme.block == ROW and integer_products:
+                _round_inputs(rounded.get_submodule(name.removesuffix(".weight")), column, round_rows)
     return rounded
 
 
-def _round_inputs(layer: nn.Module, column: Tensor) -> None:
+def _round_inputs(layer: nn.Module, column: Tensor, rounding: Callable[[Tensor], Tensor]) -> None:
     def hook(_module: nn.Module, inputs: Any) -> Any:
-        return (round_rows(inputs[0] / column) * column,)
+        return (rounding(inputs[0] / column) * column,)
 
     layer.register_forward_pre_hook(hook)
 
@@ -61,3 +67,10 @@ def round_rows(x: Tensor) -> Tensor:
     """What 8 bits hold of x, with one scale for each row (its last axis)."""
     largest = x.abs().amax(-1, keepdim=True).clamp(min=1e-12)
     return (x / largest * 127).round() * (largest / 127)
+
+
+def round_whole(x: Tensor, *, scale: float, floating: bool) -> Tensor:
+    """What 8 bits hold of x with one scale for all of it, as whole numbers or as floats (E4M3); the rest is cut off."""
+    if floating:
+        return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype) * scale
+    return (x / scale).round().clamp(-128, 127) * scale

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,6 +16,7 @@ Array = NDArray[np.float32]
 _ROWS, _THREADS = 256, 4  # rows at a time: scratch memory stays small, and in a core's cache
 _SMALLEST = np.float32(2**-24)  # the least positive float16
 _EXACT = 1e-9
+_TOP_E4M3 = np.float32(448)
 
 
 def round_to_nearest(weight: Array, scheme: Scheme) -> Codes:
@@ -24,7 +26,7 @@ def round_to_nearest(weight: Array, scheme: Scheme) -> Codes:
         weight: (rows, columns); columns divide into blocks.
         scheme: the format.
     """
-    make = _shifted if scheme.shifted else _plain
+    make = _floating if scheme.floating else _shifted if scheme.shifted else _plain
     pieces = [weight[i : i + _ROWS] for i in range(0, len(weight), _ROWS)]
     with ThreadPoolExecutor(_THREADS) as pool:  # numpy works without the interpreter's lock
         return joined(list(pool.map(lambda piece: make(piece, scheme), pieces)))
@@ -36,6 +38,13 @@ def _plain(weight: Array, scheme: Scheme) -> Codes:
     scales, zeros = best_grid(blocks, scheme)
     codes = np.clip(np.rint(blocks / scales[:, :, None]) + zeros[:, :, None], 0, scheme.top)
     return Codes(codes.astype(np.uint8).reshape(rows, columns), scales, zeros.astype(np.uint8))
+
+
+def _floating(weight: Array, scheme: Scheme) -> Codes:
+    """8-bit floats, the row's largest weight at their top."""
+    scales = half_precision(np.abs(weight).max(-1, keepdims=True) / _TOP_E4M3)
+    codes = np.clip(weight / scales, -_TOP_E4M3, _TOP_E4M3).astype(ml_dtypes.float8_e4m3fn)
+    return Codes(codes.view(np.uint8), scales, np.zeros(scales.shape, np.uint8), floating=True)
 
 
 def _shifted(weight: Array, scheme: Scheme) -> Codes:
@@ -141,7 +150,7 @@ def _grid(blocks: Array, scheme: Scheme, factor: float) -> tuple[Array, Array]:
     # there is one code more below zero than above: give it to the sign of the largest weight
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)[..., 0]
     size = half_precision((np.abs(largest) * factor / scheme.middle).astype(np.float32))
-    return np.where(largest > 0, -size, size), middle
+    return size if scheme.positive else np.where(largest > 0, -size, size), middle
 
 
 def half_precision(scale: Array) -> Array:

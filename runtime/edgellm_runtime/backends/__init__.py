@@ -1,5 +1,5 @@
 """The libraries that execute a graph, behind one interface."""
 
-from edgellm_runtime.backends.base import Backend
+from edgellm_runtime.backends.base import Backend, Candidates
 
-__all__ = ["Backend"]
+__all__ = ["Backend", "Candidates"]

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_runtime.state import State
+from edgellm_runtime.storage import HOST, Storage
 
-__all__ = ["Backend"]
+__all__ = ["Backend", "Candidates", "HostBackend"]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The most likely tokens of each row, chosen where the logits are.
+
+    Args:
+        ids: (batch, count), the likeliest first; of equals at the top the lower id.
+        logits: (batch, count), theirs; NaN where a row's logits hold one.
+        everything: fetches that step's logits (batch, vocab); for a choice that these do not settle.
+    """
+
+    ids: NDArray[np.int64]
+    logits: NDArray[np.float32]
+    everything: Callable[[], NDArray[np.float32]]
 
 
 class Backend(Protocol):
     """Runs one step; owns whatever its library needs for that."""
 
     device: str
+    storage: Storage  # where its states live
+    candidates: int  # how many tokens of a row it can choose by itself; 0: it hands out logits only
 
     def run(
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
-    ) -> NDArray[Any]:
+    ) -> Array:
         """Run one step and update the state in place (not its lengths).
 
         Args:
@@ -29,6 +51,38 @@ class Backend(Protocol):
             state: read and written; has room for ``time`` more tokens in each row.
 
         Returns:
-            Logits (batch, count, vocab), which the next step may overwrite.
+            Logits (batch, count, vocab), float32, which the next step may overwrite.
+
+        Raises:
+            BackendError: the library failed, or the device has no memory left.
         """
         ...
+
+    def best(
+        self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State,
+        count: int,
+    ) -> Candidates:  # fmt: skip
+        """The same step for one position a row, of whose logits only the best leave the device.
+
+        Args:
+            tokens: as for :meth:`run`.
+            lengths: likewise.
+            logit_positions: (batch, 1).
+            state: likewise.
+            count: how many a row, at most ``candidates``.
+        """
+        ...
+
+
+class HostBackend:
+    """What a backend that computes in this process's memory shares with others of its kind."""
+
+    storage: Storage = HOST
+    candidates = 0
+
+    def best(
+        self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State,
+        count: int,
+    ) -> Candidates:  # fmt: skip
+        """Never asked for: logits are where the sampler is."""
+        raise AssertionError("a backend with candidates = 0 was asked for candidates")

@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgellm_runtime.backends.base import HostBackend
+from edgellm_runtime.backends.faults import load_fault, step_fault
 from edgellm_runtime.errors import BackendError
 from edgellm_runtime.spec import Signature
 from edgellm_runtime.state import State
+from edgellm_runtime.storage import host_dtype
 
-__all__ = ["OrtBackend", "library"]
+__all__ = ["OrtBackend", "check_names", "library"]
 
 Array = NDArray[Any]
 _KEPT = 4  # bindings a state: two turns of single tokens, and the chunk sizes of a prompt
@@ -39,7 +42,7 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class OrtBackend:
+class OrtBackend(HostBackend):
     """Follows :class:`edgellm_runtime.backends.Backend`.
 
     Args:
@@ -47,12 +50,17 @@ class OrtBackend:
         signature: its inputs, outputs and state.
         threads: for one step; None for every core that this process may use.
         device: only ``cpu``.
+        fusions: whether the library may put other kernels in the place of a graph's nodes. Where activations have 16
+            bits, ONNX Runtime 1.32 computes wrong products of quantized weights then, and ends the process over a Scan.
 
     Raises:
         BackendError: the library is missing, or refuses the graph.
     """
 
-    def __init__(self, graph: Path, signature: Signature, *, threads: int | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self, graph: Path, signature: Signature, *, threads: int | None = None, device: str = "cpu",
+        fusions: bool = True,
+    ) -> None:  # fmt: skip
         ort = library()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or default_threads()
@@ -60,25 +68,15 @@ class OrtBackend:
         options.log_severity_level = 3
         # A plan of one block of memory for each shape of step, kept for good: it costs megabytes and saves no time.
         options.enable_mem_pattern = False
+        if not fusions:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         self.device, self.threads = device, options.intra_op_num_threads
         self._ort, self._signature = ort, signature
         try:
             self._session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the library raises many kinds of its own
-            raise BackendError(
-                f"{graph}: ONNX Runtime {ort.__version__} refuses the graph: {_first_line(error)}"
-            ) from error
-        self._check_names()
-
-    def _check_names(self) -> None:
-        expected = {t.name for t in self._signature.inputs} | {s.past_name for s in self._signature.state}
-        found = {i.name for i in self._session.get_inputs()}
-        if not found <= expected:
-            raise BackendError(f"the graph asks for {sorted(found - expected)}, which the manifest does not know")
-        self._inputs = found
-        outputs = {t.name for t in self._signature.outputs} | {s.present_name for s in self._signature.state}
-        if outputs != {o.name for o in self._session.get_outputs()}:
-            raise BackendError("the graph's outputs are not those of the manifest; export the model again")
+            raise load_fault(f"ONNX Runtime {ort.__version__}", graph, error) from error
+        self._inputs = check_names(self._session, signature)
 
     def run(
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
@@ -89,12 +87,13 @@ class OrtBackend:
         binding.lengths[...] = lengths
         binding.past_lengths[...] = state.lengths
         binding.logit_positions[...] = logit_positions
+        binding.total_length[...] = (state.lengths + lengths).max()
         try:
             self._session.run_with_iobinding(binding.io)
         except Exception as error:
-            raise BackendError(f"ONNX Runtime failed in a step: {_first_line(error)}") from error
+            raise step_fault("ONNX Runtime", error) from error
         state.swap()
-        return binding.logits
+        return binding.logits if binding.logits.dtype == np.float32 else binding.logits.astype(np.float32)
 
     def _binding(self, tokens: tuple[int, ...], positions: tuple[int, ...], state: State) -> _Binding:
         # What replaces a state is written beside it, so two bindings take turns: told apart by what is read.
@@ -121,8 +120,9 @@ class _Binding:
         self.past_lengths = np.zeros(batch, dtype=np.int32)
         self.lengths = np.zeros(batch, dtype=np.int32)
         self.logit_positions = np.zeros(positions, dtype=np.int64)
+        self.total_length = np.zeros((), dtype=np.int32)
         (logits,) = signature.outputs
-        self.logits = np.zeros((*positions, int(logits.shape[-1])), dtype=logits.dtype)
+        self.logits = np.zeros((*positions, int(logits.shape[-1])), dtype=host_dtype(logits.dtype))
         self.io = session.io_binding()
         self._values: list[Any] = []
 
@@ -132,7 +132,7 @@ class _Binding:
             self._values.append(made)
             return made
 
-        for name in ("tokens", "past_lengths", "lengths", "logit_positions"):
+        for name in ("tokens", "past_lengths", "lengths", "logit_positions", "total_length"):
             if name in inputs:
                 self.io.bind_ortvalue_input(name, value(getattr(self, name)))
         for spec in signature.state:
@@ -144,5 +144,20 @@ class _Binding:
         self.io.bind_ortvalue_output(logits.name, value(self.logits))
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300]
+def check_names(session: Any, signature: Signature) -> set[str]:
+    """Compare a session's inputs and outputs with the manifest's.
+
+    Returns:
+        The names of its inputs.
+
+    Raises:
+        BackendError: they differ.
+    """
+    expected = {t.name for t in signature.inputs} | {s.past_name for s in signature.state}
+    found = {i.name for i in session.get_inputs()}
+    if not found <= expected:
+        raise BackendError(f"the graph asks for {sorted(found - expected)}, which the manifest does not know")
+    outputs = {t.name for t in signature.outputs} | {s.present_name for s in signature.state}
+    if outputs != {o.name for o in session.get_outputs()}:
+        raise BackendError("the graph's outputs are not those of the manifest; export the model again")
+    return found

@@ -1,0 +1,111 @@
+"""Canonical ops as ONNX Runtime's fused kernels on CUDA, in 16 bits.
+
+They are those of ``ort.py`` but for what differs there: GroupQueryAttention reads the longest row's length on the host,
+so that it comes from outside (computed in the graph it would be copied back at every step, and no step could be
+captured); weights in blocks meet activations that stay floats; and there is no integer product with a scale a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from edgellm_exporters.errors import LoweringError
+from edgellm_exporters.lowering import ort, recurrent, standard
+from edgellm_exporters.lowering.context import Lowering, Rule, inputs_of
+from edgellm_exporters.quantize.plan import ROW
+from edgellm_runtime.spec import TensorSpec
+
+__all__ = ["RULES", "TOTAL_LENGTH"]
+
+TOTAL_LENGTH = TensorSpec("total_length", (), "int32")
+
+
+def attention(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
+    """GroupQueryAttention with the rotation inside and the cache written in place."""
+    q, k, v, past_k, past_v, past_lengths, lengths, cos, sin = inputs_of(node, 9)
+    packed = ort.packed_source(q, k, v)
+    if packed is not None:
+        q, k, v = packed, None, None
+    total = context.once("total", lambda: context.op("Add", past_lengths, lengths))  # (batch,)
+    last = context.once("last", lambda: context.op("Sub", total, context.const(1, np.int32)))
+    return context.ops(
+        3, "GroupQueryAttention", q, k, v, past_k, past_v, last, context.new_input(TOTAL_LENGTH), cos, sin,
+        domain=ort.DOMAIN, num_heads=node.attributes["num_heads"].as_int(),
+        kv_num_heads=node.attributes["num_kv_heads"].as_int(), scale=node.attributes["scale"].as_float(),
+        do_rotary=int(cos is not None),
+    )  # fmt: skip
+
+
+def linear(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
+    """MatMulNBits for a quantized weight, MatMul for a float one."""
+    x, weight, bias = inputs_of(node, 3)
+    assert x is not None and weight is not None
+    return [matmul(context, x, weight, bias)]
+
+
+def matmul(context: Lowering, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
+    """X W^T + b."""
+    quantized = context.quantized(weight)
+    if quantized is None:
+        return standard.matmul(context, x, weight, bias)
+    (rows, columns), scheme = quantized.shape, quantized.scheme
+    if scheme.block == ROW or scheme.bits not in (4, 8) or scheme.shifted:
+        raise LoweringError(
+            f"{weight.name}: ONNX Runtime multiplies no {scheme} weights on CUDA; use 4 or 8 bits in blocks"
+        )
+    codes = ort.codes_of(context, weight, (rows, quantized.blocks, scheme.block * scheme.bits // 8), "codes")
+    y = context.op(
+        "MatMulNBits", x, codes, scales_of(context, weight), ort.zeros_of(context, weight), domain=ort.DOMAIN, N=rows,
+        K=columns, bits=scheme.bits, block_size=scheme.block,
+    )  # fmt: skip
+    return y if bias is None else context.op("Add", y, bias)
+
+
+def embedding(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
+    """GatherBlockQuantized of a quantized table, Gather of a float one."""
+    weight, indices = node.inputs
+    assert weight is not None
+    quantized = context.quantized(weight)
+    if quantized is None:
+        return standard.RULES["Embedding"](context, node)
+    scheme = quantized.scheme
+    shape = (quantized.shape[0], quantized.shape[1] * scheme.bits // 8)
+    rows = context.op(
+        "GatherBlockQuantized", ort.codes_of(context, weight, shape, "table"), indices, scales_of(context, weight),
+        ort.zeros_of(context, weight), domain=ort.DOMAIN, bits=scheme.bits, block_size=scheme.block, gather_axis=0,
+        quantize_axis=1,
+    )  # fmt: skip
+    return [rows]
+
+
+def scales_of(context: Lowering, weight: ir.Value) -> ir.Value:
+    """A quantized weight's scales, (rows, blocks), in numbers that the graph's dtype has too.
+
+    They are float16 in the file; one that has fewer digits, so that it is bfloat16 as well, is the same number there.
+    """
+    quantized = context.quantized(weight)
+    assert quantized is not None
+    narrow = ml_dtypes.bfloat16 if context.dtype == "bfloat16" else np.float16
+    like = np.broadcast_to(np.float16(0), (quantized.shape[0], quantized.blocks))
+    stored = context.part(
+        weight, "scales", quantized.lazy(lambda c: c.scales.astype(narrow).astype(np.float16), like)
+    )  # fmt: skip
+    return context.once(("scales", weight.name), lambda: context.op("Cast", stored, to=ir.DataType.FLOAT))
+
+
+def _hoist(context: Lowering, weight: ir.Value) -> None:
+    if context.quantized(weight) is not None:
+        scales_of(context, weight)
+
+
+RULES: Mapping[str, Rule] = {
+    **ort.RULES,
+    "Attention": attention,
+    "Embedding": embedding,
+    "Linear": linear,
+    **recurrent.rules(matmul, hoist=_hoist),
+}

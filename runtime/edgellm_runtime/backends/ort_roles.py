@@ -1,0 +1,49 @@
+"""A bundle's prefill and decode graphs on ONNX Runtime's CPU kernels: how engines are checked without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellm_runtime.backends.base import HostBackend
+from edgellm_runtime.backends.ort import OrtBackend
+from edgellm_runtime.errors import BackendError
+from edgellm_runtime.roles import Roles
+from edgellm_runtime.spec import Signature
+from edgellm_runtime.state import State
+
+__all__ = ["OrtRolesBackend"]
+
+
+class OrtRolesBackend(HostBackend):
+    """Follows :class:`edgellm_runtime.backends.Backend`.
+
+    Args:
+        directory: where the graphs are, already checked.
+        roles: the graphs.
+        signature: what they share.
+        threads: for one step; None for every core that this process may use.
+
+    Raises:
+        BackendError: the library is missing, or refuses a graph.
+    """
+
+    def __init__(self, directory: Path, roles: Roles, signature: Signature, *, threads: int | None = None) -> None:
+        narrow = sorted({spec.dtype for spec in signature.state} & {"bfloat16"})
+        if narrow:
+            raise BackendError(f"{directory}: ONNX Runtime has no {narrow[0]} kernels on CPU; use device='tensorrt'")
+        self.roles, self.device = roles, "cpu"
+        self._graphs = {
+            role.name: OrtBackend(directory / role.file, signature, threads=threads, fusions=False)
+            for role in roles.all
+        }  # fmt: skip
+
+    def run(
+        self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
+    ) -> NDArray[Any]:
+        """See :meth:`edgellm_runtime.backends.Backend.run`."""
+        role = self.roles.choose(tokens.shape[1])
+        return self._graphs[role.name].run(role.pad(tokens), lengths, logit_positions, state)

@@ -1,0 +1,199 @@
+"""TensorRT engines: one for prompts, one for single tokens, over one state in the GPU's memory.
+
+What crosses the bus in a step is tokens and lengths there, and the asked-for logits back. A step of single tokens is
+recorded once for each set of buffers and then launched as one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellm_runtime.backends.base import HostBackend
+from edgellm_runtime.backends.cuda_memory import Captured, Cuda, CudaStorage, DeviceArray, bindings
+from edgellm_runtime.backends.tensorrt_library import Engine, Library, find_library
+from edgellm_runtime.errors import BackendError, StateError
+from edgellm_runtime.roles import Role, Roles
+from edgellm_runtime.spec import Signature
+from edgellm_runtime.state import State
+from edgellm_runtime.storage import widened
+
+if TYPE_CHECKING:
+    from edgellm_runtime.bundle import Bundle
+
+__all__ = ["TensorRTBackend", "open_engines"]
+
+Array = NDArray[Any]
+_KEPT = 6  # bindings a set of buffers: two turns of single tokens, and prompts with logits of some counts
+
+
+def open_engines(bundle: Bundle, *, device_id: int = 0) -> TensorRTBackend:
+    """A backend of a bundle's engines, each compared with the library and the GPU that are here.
+
+    Args:
+        bundle: opened.
+        device_id: which GPU.
+
+    Raises:
+        BackendError: no library, no bindings, no driver, no GPU, or not enough memory.
+        BundleError: no engine for this library and this GPU; the text says how to build it here.
+    """
+    from edgellm_runtime.engines import check_engine
+
+    manifest = bundle.manifest
+    library = find_library([engine.library for engine in manifest.engines])
+    cuda = Cuda(bindings(), device_id)
+    roles, files = Roles.of(manifest), dict[str, Path]()
+    for role in roles.all:
+        info = check_engine(
+            bundle, role.name, library=library.name, version=library.version,
+            compute_capability=cuda.compute_capability,
+        )  # fmt: skip
+        files[role.name] = bundle.file(info.file)
+    assert manifest.capacity is not None
+    return TensorRTBackend(library, cuda, roles, files, manifest.signature, capacity=manifest.capacity)
+
+
+class TensorRTBackend(HostBackend):
+    """Follows :class:`edgellm_runtime.backends.Backend`.
+
+    Args:
+        library: that runs the engines.
+        cuda: the GPU.
+        roles: of the bundle.
+        files: role to engine.
+        signature: what the engines share.
+        capacity: slots of each row of the state.
+
+    Raises:
+        BackendError: an engine does not load, or is not of this signature.
+    """
+
+    device = "tensorrt"
+
+    def __init__(
+        self, library: Library, cuda: Cuda, roles: Roles, files: dict[str, Path], signature: Signature, *,
+        capacity: int,
+    ) -> None:  # fmt: skip
+        self.library, self._cuda, self._roles, self._signature = library, cuda, roles, signature
+        self.storage = CudaStorage(cuda, capacity)
+        self.captures, self.refusal = True, ""  # why steps of single tokens are not recorded, where they should be
+        self._engines = {name: library.load(file) for name, file in files.items()}
+        for role in roles.all:
+            _check(self._engines[role.name], role, signature, capacity, files[role.name])
+
+    def run(
+        self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
+    ) -> Array:
+        """See :meth:`edgellm_runtime.backends.Backend.run`."""
+        role = self._roles.choose(tokens.shape[1])
+        binding = self._binding(role, logit_positions.shape, state)
+        numbers = {
+            "tokens": role.pad(tokens), "past_lengths": state.lengths, "lengths": lengths,
+            "logit_positions": logit_positions,
+        }  # fmt: skip
+        for name, array in binding.inputs.items():
+            self._cuda.upload(array, numbers[name])
+        self._launch(role, binding)
+        logits = widened(self._cuda.download(binding.logits), binding.logits.dtype).astype(np.float32, copy=False)
+        state.swap()
+        return logits
+
+    def _launch(self, role: Role, binding: _Binding) -> None:
+        if binding.captured is not None:
+            binding.captured.launch()
+            return
+        binding.place()
+        if role.time > 1 or not self.captures or not binding.warm:
+            # the first run may still allocate, which cannot be recorded
+            binding.engine.enqueue(self._cuda.stream)
+            binding.warm = True
+            return
+        try:
+            binding.captured = self._cuda.capture(lambda: binding.engine.enqueue(self._cuda.stream))
+        except BackendError as error:
+            self.captures, self.refusal = False, str(error)
+            binding.engine.enqueue(self._cuda.stream)
+            return
+        binding.captured.launch()
+
+    def _binding(self, role: Role, positions: tuple[int, ...], state: State) -> _Binding:
+        engine = self._engines[role.name]
+        turn = next((state.tensors[name].pointer for name in state.spares), 0)
+        key = (id(self), role.name, turn, positions)
+        found: _Binding | None = state.attachments.get(key)
+        if found is None:
+            self._check_shape(engine, role, positions)
+            while len(state.attachments) >= _KEPT:
+                state.attachments.pop(next(iter(state.attachments)))
+            found = state.attachments[key] = _Binding(self._cuda, engine, self._signature, role, positions, state)
+        return found
+
+    def _check_shape(self, engine: Engine, role: Role, positions: tuple[int, ...]) -> None:
+        batch, count = positions
+        most = engine.profile["tokens"][2][0]
+        if not engine.fits("tokens", (batch, role.time)):
+            raise StateError(
+                f"{batch} rows, but the {role.name} engine was built for up to {most}; use fewer rows, or export the "
+                f"model again with --max-batch {batch}"
+            )
+        if "logit_positions" in engine.inputs and not engine.fits("logit_positions", positions):
+            raise BackendError(
+                f"logits of {count} positions a row, but the {role.name} engine was built for up to "
+                f"{engine.profile['logit_positions'][2][1]}; ask for fewer at a time"
+            )
+
+
+class _Binding:
+    """Addresses for one role over one set of buffers."""
+
+    def __init__(
+        self, cuda: Cuda, engine: Engine, signature: Signature, role: Role, positions: tuple[int, ...], state: State
+    ) -> None:
+        batch = positions[0]
+        shapes = {
+            "tokens": (batch, role.time), "past_lengths": (batch,), "lengths": (batch,), "logit_positions": positions
+        }  # fmt: skip
+        self.engine, self.warm = engine, False
+        self.captured: Captured | None = None
+        self.inputs = {
+            spec.name: cuda.empty(shapes[spec.name], spec.dtype)
+            for spec in signature.inputs
+            if spec.name in engine.inputs
+        }
+        (logits,) = signature.outputs
+        self.logits = cuda.empty((*positions, int(logits.shape[-1])), engine.dtypes[logits.name])
+        self._places: dict[str, DeviceArray] = {**self.inputs, logits.name: self.logits}
+        for spec in signature.state:
+            past = state.tensors[spec.name]
+            if spec.past_name in engine.inputs:
+                self._places[spec.past_name] = past
+            # a cache is written in place, which is what the graph's TensorScatter means
+            self._places[spec.present_name] = past if spec.update == "append" else state.spares[spec.name]
+
+    def place(self) -> None:
+        """Tell the engine's context; it is shared by all bindings."""
+        for name, array in self._places.items():
+            self.engine.bind(name, array.pointer, array.shape)
+
+
+def _check(engine: Engine, role: Role, signature: Signature, capacity: int, file: Path) -> None:
+    """Compare an engine's tensors with the signature, so that no address is given for something else."""
+    wanted = {t.name: t.dtype for t in (*signature.inputs, *signature.outputs)}
+    wanted |= {name: s.dtype for s in signature.state for name in (s.past_name, s.present_name)}
+    known = {t.name for t in signature.inputs} | {s.past_name for s in signature.state}
+    outputs = {t.name for t in signature.outputs} | {s.present_name for s in signature.state}
+    wrong = [name for name, dtype in engine.dtypes.items() if wanted.get(name) != dtype]
+    if wrong or not engine.inputs <= known or engine.outputs != outputs:
+        odd = sorted({*wrong, *(engine.inputs - known), *(engine.outputs ^ outputs)})
+        raise BackendError(f"{file}: {odd[:3]} differ from the manifest's signature; build the engine again")
+    time = engine.shapes["tokens"][1]
+    slots = {engine.shapes[s.past_name][s.capacity_axis] for s in signature.state if s.capacity_axis is not None}
+    if time != role.time or not slots <= {capacity}:
+        raise BackendError(
+            f"{file}: takes {time} tokens and {sorted(slots)} slots, the manifest says {role.time} and {capacity}; "
+            "build the engine again"
+        )

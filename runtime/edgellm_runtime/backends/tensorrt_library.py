@@ -1,0 +1,164 @@
+"""TensorRT and TensorRT for RTX behind one set of names: which is installed, its engines, and what it says went wrong.
+
+Both libraries share nearly all names. Enumerations were renumbered between versions, so names are compared, never
+numbers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgellm_runtime.backends.faults import is_out_of_memory, load_fault
+from edgellm_runtime.errors import BackendError
+
+__all__ = ["API", "DTYPES", "Engine", "Library", "find_library"]
+
+_NAMES = ("tensorrt", "tensorrt_rtx")
+DTYPES: Mapping[str, str] = {
+    "FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64", "INT8": "int8",
+    "UINT8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+# Every name of the libraries that the runtime uses, for a test that looks for them in each.
+API: Mapping[str, Sequence[str]] = {
+    "Runtime": ("deserialize_cuda_engine",),
+    "ICudaEngine": (
+        "num_io_tensors", "get_tensor_name", "get_tensor_mode", "get_tensor_dtype", "get_tensor_shape",
+        "get_tensor_profile_shape", "create_execution_context",
+    ),
+    "IExecutionContext": ("set_input_shape", "set_tensor_address", "execute_async_v3"),
+    "ILogger": ("log",),
+    "TensorIOMode": ("INPUT", "OUTPUT"),
+    "DataType": tuple(DTYPES),
+}  # fmt: skip
+
+
+def find_library(wanted: Sequence[str] = ()) -> Library:
+    """The installed library; of both, the one that engines are there for.
+
+    Args:
+        wanted: libraries that there are engines for, the best first.
+
+    Raises:
+        BackendError: none is installed.
+    """
+    installed: dict[str, Any] = {}
+    for name in _NAMES:
+        try:
+            installed[name] = importlib.import_module(name)
+        except (ImportError, OSError):  # the latter: its packages are there, its libraries are not
+            continue
+    if not installed:
+        raise BackendError(
+            "TensorRT is not installed; pip install 'edgellm[tensorrt]' for TensorRT for RTX, or on Jetson and "
+            "data-centre GPUs install NVIDIA's tensorrt, and cuda-bindings beside it"
+        )
+    name = next((name for name in wanted if name in installed), next(iter(installed)))
+    return Library(name, installed[name])
+
+
+class Library:
+    """One of the two.
+
+    Args:
+        name: ``tensorrt`` or ``tensorrt_rtx``.
+        module: it.
+    """
+
+    def __init__(self, name: str, module: Any) -> None:
+        self.name, self.module, self.version = name, module, str(module.__version__)
+        self.said: list[str] = []  # errors, the last one last
+        self._logger = _recorder(module, self.said)
+        self._runtime: Any = None
+
+    def load(self, file: Path) -> Engine:
+        """An engine from its file, whose fingerprint was compared before.
+
+        Raises:
+            BackendError: the library refuses it, or the GPU has no memory for it.
+        """
+        try:
+            self._runtime = self._runtime or self.module.Runtime(self._logger)
+            found = self._runtime.deserialize_cuda_engine(file.read_bytes())
+            context = found.create_execution_context() if found is not None else None
+        except Exception as error:
+            raise load_fault(f"{self.name} {self.version}", file, error) from error
+        if context is None:
+            raise load_fault(f"{self.name} {self.version}", file, RuntimeError(self.last_words()))
+        return Engine(self, found, context)
+
+    def last_words(self) -> str:
+        """The last error that it logged; it reports failures by giving nothing back."""
+        return self.said[-1] if self.said else "it gave no reason"
+
+
+def _recorder(module: Any, said: list[str]) -> Any:
+    class Recorder(module.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            module.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if getattr(severity, "name", "") in ("ERROR", "INTERNAL_ERROR"):
+                said.append(message)
+                del said[:-8]
+
+    return Recorder()
+
+
+class Engine:
+    """One engine with one context of its own.
+
+    Args:
+        library: that loaded it.
+        engine: the library's.
+        context: the library's.
+    """
+
+    def __init__(self, library: Library, engine: Any, context: Any) -> None:
+        self._library, self._engine, self._context = library, engine, context
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        self.inputs = frozenset(n for n in names if engine.get_tensor_mode(n).name == "INPUT")
+        self.outputs = frozenset(names) - self.inputs
+        self.dtypes = {n: DTYPES.get(engine.get_tensor_dtype(n).name, "?") for n in names}
+        self.shapes = {n: tuple(int(d) for d in engine.get_tensor_shape(n)) for n in names}  # -1: free
+        self.profile = {
+            n: tuple(tuple(int(d) for d in shape) for shape in engine.get_tensor_profile_shape(n, 0))
+            for n in self.inputs
+        }
+        self._set: dict[str, tuple[int, ...]] = {}
+
+    def fits(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether an input of that shape is within the profile."""
+        least, _, most = self.profile[name]
+        return len(shape) == len(least) and all(a <= n <= b for a, n, b in zip(least, shape, most, strict=True))
+
+    def bind(self, name: str, pointer: int, shape: Sequence[int]) -> None:
+        """Say where a tensor is, and of an input, what shape it has.
+
+        Raises:
+            BackendError: the library refuses the shape.
+        """
+        if name in self.inputs and self._set.get(name) != tuple(shape):
+            if not self._context.set_input_shape(name, tuple(shape)):
+                raise BackendError(f"{self._library.name} refuses {name} of shape {tuple(shape)}: "
+                                   f"{self._library.last_words()}")  # fmt: skip
+            self._set[name] = tuple(shape)
+        self._context.set_tensor_address(name, pointer)
+
+    def enqueue(self, stream: Any) -> None:
+        """Put one run on a stream.
+
+        Raises:
+            BackendError: the library could not.
+        """
+        if self._context.execute_async_v3(int(stream)):
+            return
+        said = self._library.last_words()
+        if is_out_of_memory(RuntimeError(said)):
+            raise BackendError(
+                f"the device has no memory left for this step ({self._library.name}: {said[:300]}); use fewer rows or "
+                "a shorter context, or close other programs on the device"
+            )
+        raise BackendError(f"{self._library.name} failed in a step: {said[:300]}")

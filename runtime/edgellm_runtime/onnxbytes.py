@@ -1,0 +1,99 @@
+"""Small ONNX graphs as bytes, for work that must be done where a tensor is: copies, zeros, choosing a token.
+
+The runtime does not have the onnx package, and needs of it no more than a handful of nodes. Shapes are left open, so
+that one graph serves every size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+__all__ = ["ELEMENT_TYPES", "Node", "graph_bytes"]
+
+# Of onnx.proto3: the numbers that TensorProto.DataType gives to our dtypes.
+ELEMENT_TYPES: Mapping[str, int] = {
+    "float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "float64": 11,
+    "bfloat16": 16,
+}  # fmt: skip
+_IR_VERSION, _OPSET = 10, 21
+_INT, _INTS = 2, 7  # of AttributeProto.AttributeType
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator.
+
+    Args:
+        op: its name in ONNX's own domain.
+        inputs: names of values; empty for one left out.
+        outputs: names of values.
+        attributes: whole numbers, or lists of them.
+    """
+
+    op: str
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    attributes: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
+
+
+def graph_bytes(
+    nodes: Sequence[Node], inputs: Mapping[str, str], outputs: Mapping[str, str],
+    constants: Mapping[str, Sequence[int]] | None = None,
+) -> bytes:  # fmt: skip
+    """A serialized ``ModelProto``.
+
+    Args:
+        nodes: in an order that can be run.
+        inputs: name to dtype.
+        outputs: name to dtype.
+        constants: name to whole numbers, (n,) int64.
+    """
+    graph = b"".join(_message(1, _node(node)) for node in nodes) + _text(2, "edgellm")
+    graph += b"".join(_message(5, _integers(name, values)) for name, values in (constants or {}).items())
+    graph += b"".join(_message(11, _value(name, dtype)) for name, dtype in inputs.items())
+    graph += b"".join(_message(12, _value(name, dtype)) for name, dtype in outputs.items())
+    return _number(1, _IR_VERSION) + _message(7, graph) + _message(8, _text(1, "") + _number(2, _OPSET))
+
+
+def _node(node: Node) -> bytes:
+    texts = b"".join(_text(1, name) for name in node.inputs) + b"".join(_text(2, name) for name in node.outputs)
+    return texts + _text(4, node.op) + b"".join(_message(5, _attribute(*item)) for item in node.attributes.items())
+
+
+def _attribute(name: str, value: int | Sequence[int]) -> bytes:
+    if isinstance(value, int):
+        return _text(1, name) + _number(3, value) + _number(20, _INT)
+    return _text(1, name) + b"".join(_number(8, v) for v in value) + _number(20, _INTS)
+
+
+def _integers(name: str, values: Sequence[int]) -> bytes:
+    data = b"".join(_varint(v) for v in values)
+    return _number(1, len(values)) + _number(2, ELEMENT_TYPES["int64"]) + _message(7, data) + _text(8, name)
+
+
+def _value(name: str, dtype: str) -> bytes:
+    tensor = _number(1, ELEMENT_TYPES[dtype])
+    return _text(1, name) + _message(2, _message(1, tensor))
+
+
+def _message(field_number: int, content: bytes) -> bytes:
+    return _varint(field_number << 3 | 2) + _varint(len(content)) + content
+
+
+def _text(field_number: int, value: str) -> bytes:
+    return _message(field_number, value.encode())
+
+
+def _number(field_number: int, value: int) -> bytes:
+    return _varint(field_number << 3) + _varint(value)
+
+
+def _varint(value: int) -> bytes:
+    value &= (1 << 64) - 1  # a negative number is written as its two's complement
+    out = bytearray()
+    while True:
+        value, low = value >> 7, value & 0x7F
+        out.append(low | (0x80 if value else 0))
+        if not value:
+            return bytes(out)

@@ -1,0 +1,169 @@
+"""Where a state's tensors live: in this process's memory, or on a device that keeps them from step to step.
+
+A :class:`~edgellm_runtime.state.State` knows rows, slots and rules; a storage knows memory. Nothing here steps a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellm_runtime.errors import StateError
+from edgellm_runtime.spec import StateSpec
+
+__all__ = ["GROWTH", "HOST", "Buffers", "HostStorage", "Storage", "host_dtype", "narrowed", "too_large", "widened"]
+
+Array = NDArray[Any]
+GROWTH = 64  # slots are added in multiples of this, so that a long chat grows its cache seldom
+
+
+@dataclass(eq=False)
+class Buffers:
+    """The memory of one state.
+
+    Args:
+        tensors: what a step reads, by state name.
+        spares: what it writes in place of a state that is replaced; the two change places after the step.
+        attachments: what a backend keeps for these very buffers, such as bindings; it goes when they go.
+    """
+
+    tensors: dict[str, Any]
+    spares: dict[str, Any]
+    attachments: dict[Any, Any] = field(default_factory=dict)
+
+
+class Storage(Protocol):
+    """Makes and moves buffers. Tensors are its own: a caller hands them back and looks inside only with ``read``."""
+
+    def rounded(self, slots: int) -> int:
+        """The capacity to make when so many slots are needed."""
+        ...
+
+    def acquire(self, specs: Sequence[StateSpec], batch: int, capacity: int) -> Buffers:
+        """Buffers of zeros.
+
+        Raises:
+            StateError: they do not fit into memory.
+        """
+        ...
+
+    def grown(self, specs: Sequence[StateSpec], old: Buffers, batch: int, capacity: int) -> Buffers:
+        """Larger buffers that begin with what the old ones hold."""
+        ...
+
+    def taken(self, specs: Sequence[StateSpec], old: Buffers, rows: Sequence[int], capacity: int) -> Buffers:
+        """Copies of some rows, in the order given."""
+        ...
+
+    def put(self, spec: StateSpec, target: Any, row: int, source: Any, capacities: tuple[int, int]) -> None:
+        """Copy a tensor of one row into a row of another, as many slots as both have.
+
+        Args:
+            spec: of both.
+            target: written in place.
+            row: of the target.
+            source: of one row.
+            capacities: the target's and the source's.
+        """
+        ...
+
+    def clear(self, tensor: Any) -> None:
+        """Make it zeros."""
+        ...
+
+    def read(self, spec: StateSpec, tensor: Any) -> Array:
+        """Its numbers in this process's memory, as :func:`host_dtype` says; a view where they are there already."""
+        ...
+
+    def write(self, spec: StateSpec, tensor: Any, array: Array) -> None:
+        """Fill it with numbers as :meth:`read` gives them; those of fewer slots fill the first ones."""
+        ...
+
+
+def host_dtype(dtype: str) -> np.dtype[Any]:
+    """NumPy's dtype for one of ours; bfloat16, which it lacks, is held as the 16 bits that it is."""
+    return np.dtype("uint16" if dtype == "bfloat16" else dtype)
+
+
+def widened(array: Array, dtype: str) -> Array:
+    """Numbers that NumPy can compute with: the bits of bfloat16 become float32, anything else stays as it is."""
+    if dtype != "bfloat16":
+        return array
+    return (array.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrowed(array: Array, dtype: str) -> Array:
+    """The other way round: float32 to the bits of the nearest bfloat16, ties to even."""
+    if dtype != "bfloat16":
+        return array.astype(host_dtype(dtype), copy=False)
+    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(array), np.uint16(0x7FC0), rounded)
+
+
+def too_large(spec: StateSpec, batch: int, capacity: int, reason: object, where: str = "") -> StateError:
+    """The error of a state that memory does not hold."""
+    gigabytes = spec.nbytes(batch, capacity) / 1e9
+    return StateError(
+        f"{spec.name} for {batch} rows of {capacity} tokens, {gigabytes:.1f} GB of {spec.dtype}, cannot be made"
+        f"{where} ({reason}); ask for fewer rows or tokens"
+    )
+
+
+class HostStorage:
+    """NumPy arrays; follows :class:`Storage`."""
+
+    def rounded(self, slots: int) -> int:
+        """See :meth:`Storage.rounded`."""
+        return 1 if slots <= 1 else -(-slots // GROWTH) * GROWTH
+
+    def acquire(self, specs: Sequence[StateSpec], batch: int, capacity: int) -> Buffers:
+        """See :meth:`Storage.acquire`."""
+        tensors = {s.name: _zeros(s, batch, capacity) for s in specs}
+        return Buffers(tensors, {s.name: np.zeros_like(tensors[s.name]) for s in specs if s.update == "replace"})
+
+    def grown(self, specs: Sequence[StateSpec], old: Buffers, batch: int, capacity: int) -> Buffers:
+        """See :meth:`Storage.grown`."""
+        tensors = {s.name: _zeros(s, batch, capacity) for s in specs if s.capacity_axis is not None}
+        for name, new in tensors.items():
+            was = old.tensors[name]
+            new[tuple(slice(0, n) for n in was.shape)] = was
+        return Buffers({**old.tensors, **tensors}, old.spares)
+
+    def taken(self, specs: Sequence[StateSpec], old: Buffers, rows: Sequence[int], capacity: int) -> Buffers:
+        """See :meth:`Storage.taken`."""
+        index = list(rows)
+        return Buffers({n: a[index] for n, a in old.tensors.items()}, {n: a[index] for n, a in old.spares.items()})
+
+    def put(self, spec: StateSpec, target: Any, row: int, source: Any, capacities: tuple[int, int]) -> None:
+        """See :meth:`Storage.put`."""
+        axis = spec.capacity_axis
+        used = () if axis is None else (slice(None),) * (axis - 1) + (slice(0, min(capacities)),)
+        target[row][used] = source[0][used]
+
+    def clear(self, tensor: Any) -> None:
+        """See :meth:`Storage.clear`."""
+        tensor[...] = 0
+
+    def read(self, spec: StateSpec, tensor: Any) -> Array:
+        """The array itself."""
+        found: Array = tensor
+        return found
+
+    def write(self, spec: StateSpec, tensor: Any, array: Array) -> None:
+        """See :meth:`Storage.write`."""
+        tensor[tuple(slice(0, n) for n in array.shape)] = array
+
+
+HOST = HostStorage()
+
+
+def _zeros(spec: StateSpec, batch: int, capacity: int) -> Array:
+    try:
+        return np.zeros(spec.resolve(batch, capacity), dtype=host_dtype(spec.dtype))
+    except (MemoryError, ValueError, TypeError) as error:  # numpy's three ways to say: too large, or no such type
+        raise too_large(spec, batch, capacity, error) from error
