@@ -45,6 +45,13 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def cpu_targets() -> list[str]:
+    """Targets whose bundles are made for this machine, in float32."""
+    from edgellm_exporters.targets import TARGETS
+
+    return [name for name, target in TARGETS.items() if target.device == "cpu"]
+
+
 def make(family: str, seed: int = 0) -> nn.Module:
     """A model with fresh weights, large enough that a wrong sign or gate shows in the logits."""
     torch.manual_seed(seed)

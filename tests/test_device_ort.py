@@ -25,13 +25,15 @@ BUNDLES = {
     "attention": attention_bundle,
     "standard operators": lambda: attention_bundle("onnx"),
     "recurrent": recurrent_bundle,
+    "16 bits": lambda: attention_bundle("cuda"),
+    "16 bits, recurrent": lambda: recurrent_bundle("cuda"),
 }
 KERNELS = Kernels(onnxruntime, ["CPUExecutionProvider"], "cpu")
 
 
 def both(name: str) -> tuple[Session, Session]:
     bundle = Bundle(BUNDLES[name]())
-    return open_session(bundle, threads=1), device_session(bundle)
+    return open_session(bundle, device="cpu", threads=1), device_session(bundle)
 
 
 @pytest.mark.parametrize("name", BUNDLES)

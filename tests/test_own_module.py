@@ -119,7 +119,7 @@ def test_gradients_are_finite_over_a_long_window(trained: Any) -> None:
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
-@pytest.fixture(scope="module", params=[(t, q) for t in TARGETS for q in ("none", "int8")], ids="-".join)
+@pytest.fixture(scope="module", params=[(t, q) for t in cpu_targets() for q in ("none", "int8")], ids="-".join)
 def exported(request: pytest.FixtureRequest, trained: Any, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     target, quantize = request.param
     model, text = trained

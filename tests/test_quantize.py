@@ -232,7 +232,7 @@ def test_calibration_text_that_is_too_short_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", cpu_targets())
 def test_a_calibrated_bundle_is_nearer_than_a_rounded_one(target: str, tmp_path: Path) -> None:
     model = make("attention")
     windows = np.random.default_rng(0).integers(0, VOCAB, (MIN_TOKENS // 32, 32)).tolist()
@@ -248,7 +248,7 @@ FORMATS = [f"{bits}:32{kind}" for bits in (2, 4, 8) for kind in ("", ":asymmetri
 
 @pytest.mark.parametrize("method", [*FORMATS, "8:row"])
 @pytest.mark.parametrize("family", ["decoder", "mixed"])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", cpu_targets())
 def test_every_format_that_a_target_has_computes_what_it_stores(
     target: str, family: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

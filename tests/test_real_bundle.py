@@ -32,7 +32,7 @@ def reference(gguf_path: Path, transformers):
     return transformers_model(gguf_path, transformers)
 
 
-@pytest.fixture(scope="module", params=list(TARGETS))
+@pytest.fixture(scope="module", params=cpu_targets())
 def exported(request: pytest.FixtureRequest, ours: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     text = TextAssets(
         tokenizer_json=ours.tokenizer_json or "", chat_template=ours.chat_template, bos_token_id=ours.bos_token_id,

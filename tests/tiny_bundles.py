@@ -19,6 +19,7 @@ from torch import nn
 from edgellm.models.decoder import Decoder, DecoderConfig
 from edgellm.models.hybrid import Hybrid, HybridConfig
 from edgellm_exporters.export import ExportOptions, TextAssets, export
+from edgellm_exporters.targets import TARGETS
 from edgellm_runtime.backends.ort_device import OrtDeviceBackend
 from edgellm_runtime.bundle import GRAPH, Bundle
 from edgellm_runtime.session import Session
@@ -77,7 +78,8 @@ def device_session(bundle: Bundle, **options: Any) -> Session:
 def _make(model: Callable[[], Any], target: str, text: TextAssets | None) -> Path:
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return export(model(), folder / "bundle", options=ExportOptions(target=target), text=text).bundle.path
+    options = ExportOptions(target=target, dtype=TARGETS[target].dtypes[0])
+    return export(model(), folder / "bundle", options=options, text=text).bundle.path
 
 
 def copied(bundle: Path, folder: Path) -> Path:

@@ -25,6 +25,7 @@ from edgellm_exporters.capture import capture, check_model, signature_of
 from edgellm_exporters.errors import ExportError, ParityError
 from edgellm_exporters.fixed import (
     EngineOptions,
+    check_types,
     loosened,
     proof_session,
     proved_on,
@@ -45,7 +46,7 @@ from edgellm_exporters.samples import golden_rows
 from edgellm_exporters.streaming import OwnWeights, Weights, resident
 from edgellm_exporters.targets import Target, find_target
 from edgellm_exporters.tensorrt import add_engines, check_engine_options
-from edgellm_exporters.write import WEIGHTS_FILE, Progress, write_graph
+from edgellm_exporters.write import GRAPH_FILE, WEIGHTS_FILE, Progress, write_graph
 from edgellm_runtime.backends.ort import library
 from edgellm_runtime.bundle import MANIFEST, Bundle, FileInfo, Manifest, TokenizerInfo, sha256_of
 from edgellm_runtime.loading import open_session
@@ -245,6 +246,8 @@ def _write_weights(
         lowered = lower_to(graph, target, plan, dtype=options.dtype)
         narrow_caches(lowered, plan.cache)
         write_graph(lowered, scratch, progress)
+        if twin is not None:
+            check_types(scratch / GRAPH_FILE)
         return _quantization(options, plan), method.bounds
     assert options.budget is not None
     job = Automatic(

@@ -16,7 +16,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from edgellm_exporters.errors import ExportError
+from edgellm_exporters.errors import ExportError, LoweringError
 from edgellm_exporters.lint import lint
 from edgellm_exporters.lower import lower_to
 from edgellm_exporters.lowering.form import DECODE, PREFILL, Form
@@ -35,6 +35,7 @@ from edgellm_runtime.verify import AT_LEAST
 __all__ = [
     "EngineOptions",
     "Sizes",
+    "check_types",
     "graph_file",
     "loosened",
     "proof_session",
@@ -163,6 +164,21 @@ def proved_on(dtype: str) -> str:
     if dtype in _WITHOUT_KERNELS:
         return f"ONNX Runtime on CPU, in float32 with weights rounded to {dtype}"
     return f"ONNX Runtime on CPU, in {dtype}"
+
+
+def check_types(graph: Path) -> None:
+    """Have ONNX Runtime look at a graph that it has no kernels for here: names, shapes and types must be sound.
+
+    Raises:
+        LoweringError: they are not.
+    """
+    import onnxruntime
+
+    try:
+        onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    except Exception as error:
+        if "NOT_IMPLEMENTED" not in str(error):
+            raise LoweringError(f"the lowered graph is not sound: {str(error).strip()[:300]}") from error
 
 
 def proof_session(directory: Path, manifest: Manifest) -> Session:

@@ -55,7 +55,8 @@ def lower_to(
     )(captured)  # fmt: skip
     if form is not None or dtype != "float32" or rounded:
         narrow(captured, dtype, rounded)
-    widen(captured, target.wide.get(dtype, frozenset()))
+    widen(captured, target.wide.get(dtype, {}), dtype)
+    common.NameFixPass()(captured)
     if form is not None:
         _drop_unused_inputs(captured)
     captured.opset_imports.clear()

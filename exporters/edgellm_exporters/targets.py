@@ -37,7 +37,7 @@ class Target:
         roles: whether it has a graph for prompts and one for single tokens, of fixed sizes, instead of one for all.
         device: where its graphs are meant to run.
         inputs: what its graphs may take besides the inputs that all have.
-        wide: by dtype, ops that have kernels in float32 only.
+        wide: by dtype, ops that have kernels in float32 only, with those of their inputs that are no floats.
     """
 
     name: str
@@ -53,10 +53,10 @@ class Target:
     roles: bool = False
     device: str = "cpu"
     inputs: tuple[TensorSpec, ...] = ()
-    wide: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    wide: Mapping[str, Mapping[str, frozenset[int]]] = field(default_factory=dict)
 
 
-_RECURRENCES = frozenset({"LSTM", "GRU", "RNN"})
+_RECURRENCES = dict.fromkeys(("LSTM", "GRU", "RNN"), frozenset({4}))  # the lengths of rows
 
 TARGETS: Mapping[str, Target] = {
     target.name: target

@@ -24,9 +24,9 @@ from edgellm_runtime.engines import LIBRARIES, EngineInfo, Range, current_comput
 __all__ = ["API", "Library", "add_engines", "build_engine", "check_engine_options", "find_library", "profile_of"]
 
 # Every name of the libraries that is used here and in the runtime's backend for building; held against the installed
-# library by a test, and against TensorRT 11's documentation in tests/data/tensorrt_api.json.
+# library by a test, and against NVIDIA's documentation in tests/data/tensorrt_api.json.
 API: Mapping[str, Sequence[str]] = {
-    "": ("Builder", "IProgressMonitor", "LayerType", "Logger", "MemoryPoolType", "OnnxParser"),
+    "": ("Builder", "ILogger", "IProgressMonitor", "LayerType", "Logger", "MemoryPoolType", "OnnxParser"),
     "Builder": ("build_serialized_network", "create_builder_config", "create_network", "create_optimization_profile"),
     "INetworkDefinition": ("get_input", "get_layer", "get_output", "num_inputs", "num_layers", "num_outputs"),
     "IBuilderConfig": ("add_optimization_profile", "progress_monitor", "set_memory_pool_limit"),

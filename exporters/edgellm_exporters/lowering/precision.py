@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from edgellm_exporters.quantize.plan import STORAGE
 
-__all__ = ["narrow", "to_dtype"]
+__all__ = ["FLOATS", "narrow", "to_dtype"]
 
-_FLOATS = {
+FLOATS = {
     "float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16,
 }  # fmt: skip
 _NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -35,7 +35,7 @@ def narrow(model: ir.Model, dtype: str, rounded: str = "") -> None:
         dtype: ``float16``, ``bfloat16`` or ``float32``.
         rounded: a narrower dtype that weights are rounded to first; empty for none.
     """
-    wanted, logits = _FLOATS[dtype], model.graph.outputs[0]
+    wanted, logits = FLOATS[dtype], model.graph.outputs[0]
     if dtype != "float32":
         _keep_float(model.graph, logits)
     for graph in _graphs(model.graph):

@@ -151,11 +151,10 @@ class Cuda:
         self.call("cudaMemsetAsync", array.pointer, 0, array.nbytes, self.stream)
 
     def upload(self, array: DeviceArray, numbers: Array) -> None:
-        """Bring numbers there; they may be changed again at once."""
+        """Bring numbers there; they may be changed again at once, for CUDA has taken its own copy of them."""
         numbers = np.ascontiguousarray(numbers, dtype=host_dtype(array.dtype))
         assert numbers.shape == array.shape, (numbers.shape, array.shape)
         self._copy(array.pointer, numbers.ctypes.data, array.nbytes, "HostToDevice")
-        self.wait()
 
     def download(self, array: DeviceArray) -> Array:
         """Its numbers, here; waits for all work before."""

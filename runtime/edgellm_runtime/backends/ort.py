@@ -70,6 +70,8 @@ class OrtBackend(HostBackend):
         options.enable_mem_pattern = False
         if not fusions:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+            # weights are made floats once, when the graph is loaded, and not in every step
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         self.device, self.threads = device, options.intra_op_num_threads
         self._ort, self._signature = ort, signature
         try:

@@ -79,6 +79,9 @@ class OrtDeviceBackend:
         options.log_severity_level, options.enable_mem_pattern = 3, False
         if self.device == "cuda":
             options.intra_op_num_threads = 1  # what is left for the CPU is shapes
+        if self.device == "cuda" or any(spec.dtype == "float16" for spec in self._signature.state):
+            # other layouts are of no use here, and ONNX Runtime 1.32 ends the process while it tries them on 16 bits
+            options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         try:
             providers = self._providers(capture=self.captures)
             self._session = self._ort.InferenceSession(str(self._graph), options, providers=providers)

@@ -14,7 +14,7 @@ from typing import Any
 from edgellm_runtime.backends.faults import is_out_of_memory, load_fault
 from edgellm_runtime.errors import BackendError
 
-__all__ = ["API", "DTYPES", "Engine", "Library", "find_library"]
+__all__ = ["API", "DTYPES", "Engine", "Library", "find_library", "imported"]
 
 _NAMES = ("tensorrt", "tensorrt_rtx")
 DTYPES: Mapping[str, str] = {
@@ -47,7 +47,7 @@ def find_library(wanted: Sequence[str] = ()) -> Library:
     installed: dict[str, Any] = {}
     for name in _NAMES:
         try:
-            installed[name] = importlib.import_module(name)
+            installed[name] = imported(name)
         except (ImportError, OSError):  # the latter: its packages are there, its libraries are not
             continue
     if not installed:
@@ -57,6 +57,15 @@ def find_library(wanted: Sequence[str] = ()) -> Library:
         )
     name = next((name for name in wanted if name in installed), next(iter(installed)))
     return Library(name, installed[name])
+
+
+def imported(name: str) -> Any:
+    """One of the libraries.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    return importlib.import_module(name)
 
 
 class Library:
