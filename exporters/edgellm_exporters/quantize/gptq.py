@@ -13,7 +13,7 @@ from torch import Tensor
 
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.quantize.plan import Codes, Scheme
-from edgellm_exporters.quantize.rtn import best_grid
+from edgellm_exporters.quantize.grids import best_grid
 
 __all__ = ["gptq"]
 
@@ -32,29 +32,33 @@ def gptq(weight: NDArray[np.float32], hessian: Tensor, scheme: Scheme) -> Codes:
     Raises:
         QuantizeError: the inputs were not finite.
     """
-    rest, block = torch.tensor(weight), scheme.block
+    rest, block = torch.tensor(weight.T).contiguous(), scheme.block  # (columns, rows): a column's weights are neighbours
     factor = _factor(hessian)
-    codes = torch.zeros(rest.shape, dtype=torch.uint8)
-    scales, zeros = (torch.zeros(rest.shape[0], rest.shape[1] // block) for _ in range(2))
-    for number, start in enumerate(range(0, rest.shape[1], block)):
-        here = slice(start, start + block)
+    codes = torch.empty(rest.shape, dtype=torch.uint8)
+    scales, zeros = (torch.empty(rest.shape[0] // block, rest.shape[1]) for _ in range(2))
+    for number, start in enumerate(range(0, len(rest), block)):
+        here, later = slice(start, start + block), slice(start + block, None)
         triangle = factor[here, here]
         importance = (1 / triangle.diagonal() ** 2).numpy()
-        scale, zero = (torch.from_numpy(a) for a in best_grid(rest[:, here].numpy(), scheme, importance))
-        codes[:, here], errors = _block(rest[:, here].clone(), triangle, scale, zero, scheme.top)
-        rest[:, start + block :] -= errors @ factor[here, start + block :]
-        scales[:, number], zeros[:, number] = scale, zero
-    return Codes(codes.numpy(), scales.numpy(), zeros.to(torch.uint8).numpy())
+        scale, zero = (torch.from_numpy(a) for a in best_grid(rest[here].numpy().T, scheme, importance))
+        codes[here], errors = _block(rest[here], triangle, scale, zero, scheme.top)
+        rest[later].addmm_(factor[here, later].T, errors, alpha=-1)
+        scales[number], zeros[number] = scale, zero
+    found = (codes, scales, zeros.to(torch.uint8))
+    return Codes(*(np.ascontiguousarray(part.numpy().T) for part in found))
 
 
 def _block(block: Tensor, triangle: Tensor, scale: Tensor, zero: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """Codes of one block of columns, and the errors that the columns after it must make good."""
-    codes, errors = torch.zeros_like(block), torch.zeros_like(block)
-    for i in range(block.shape[1]):
-        codes[:, i] = ((block[:, i] / scale).round() + zero).clamp(0, top)
-        errors[:, i] = (block[:, i] - (codes[:, i] - zero) * scale) / triangle[i, i]
-        block[:, i:] -= errors[:, i, None] * triangle[None, i, i:]
-    return codes.to(torch.uint8), errors
+    """Codes of one block of columns (columns, rows), whose content is used up, and the errors that the columns after it
+    must make good.
+    """
+    codes, errors = torch.empty(block.shape, dtype=torch.uint8), torch.empty_like(block)
+    for i in range(len(block)):
+        chosen = (block[i] / scale).round_().add_(zero).clamp_(0, top)
+        codes[i] = chosen
+        errors[i] = (block[i] - (chosen - zero) * scale) / triangle[i, i]
+        block[i + 1 :].addr_(triangle[i, i + 1 :], errors[i], alpha=-1)
+    return codes, errors
 
 
 def _factor(hessian: Tensor) -> Tensor:
