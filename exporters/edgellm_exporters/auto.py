@@ -45,7 +45,7 @@ __all__ = ["Automatic", "Outcome", "quantize_within"]
 
 REPORT, PICTURE = "quantization.md", "quantization.png"
 _MOST = 0.5  # of all weights
-_NODE_BYTES = 300  # of a graph file, about; the first build tells
+_NODE_BYTES = 400  # of a graph file, about; the first build tells
 
 
 @dataclass(frozen=True)

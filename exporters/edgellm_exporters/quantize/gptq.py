@@ -1,10 +1,12 @@
 """GPTQ: quantize a row's weights one after the other, each error made good by the weights still to come.
 
 Frantar et al. 2022, arXiv:2210.17323. The scale of a block is searched when its first column is reached, with each
-column's error weighted as the method weights it.
+column's error weighted as the method weights it. What comes out is refined (see :mod:`.refine`).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgellm_exporters.errors import QuantizeError
-from edgellm_exporters.quantize.plan import Codes, Scheme
 from edgellm_exporters.quantize.grids import best_grid
+from edgellm_exporters.quantize.plan import Codes, Scheme
+from edgellm_exporters.quantize.refine import refined
 
 __all__ = ["gptq"]
 
@@ -33,8 +36,10 @@ def gptq(weight: NDArray[np.float32], hessian: Tensor, scheme: Scheme) -> Codes:
     Raises:
         QuantizeError: the inputs were not finite.
     """
-    rest, block = torch.tensor(weight.T).contiguous(), scheme.block  # (columns, rows): a column's weights are neighbours
-    factor = _factor(hessian)
+    block = scheme.block
+    rest = torch.tensor(weight.T).contiguous()  # (columns, rows): a column's weights are neighbours
+    damped = _damped(hessian)
+    factor = _factor(damped)
     codes = torch.empty(rest.shape, dtype=torch.uint8)
     scales, zeros = (torch.empty(rest.shape[0] // block, rest.shape[1]) for _ in range(2))
     for number, start in enumerate(range(0, len(rest), block)):
@@ -45,8 +50,12 @@ def gptq(weight: NDArray[np.float32], hessian: Tensor, scheme: Scheme) -> Codes:
         codes[here], errors = _block(rest[here], triangle, scale, zero, scheme.top)
         rest[later].addmm_(factor[here, later].T, errors, alpha=-1)
         scales[number], zeros[number] = scale, zero
-    found = (codes, scales, zeros.to(torch.uint8))
-    return Codes(*(np.ascontiguousarray(part.numpy().T) for part in found))
+    found = Codes(_turned(codes), _turned(scales), _turned(zeros.to(torch.uint8)))
+    return refined(weight, found, damped, scheme)
+
+
+def _turned(part: Tensor) -> NDArray[Any]:
+    return np.ascontiguousarray(part.numpy().T)
 
 
 def _block(block: Tensor, triangle: Tensor, scale: Tensor, zero: Tensor, top: int) -> tuple[Tensor, Tensor]:
@@ -62,12 +71,16 @@ def _block(block: Tensor, triangle: Tensor, scale: Tensor, zero: Tensor, top: in
     return codes, errors
 
 
-def _factor(hessian: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse, damped."""
+def _damped(hessian: Tensor) -> Tensor:
     damped = hessian.double().clone()
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = 1  # an input that is always zero: its weights do not matter
     diagonal += _DAMPING * diagonal.mean()
+    return damped
+
+
+def _factor(damped: Tensor) -> Tensor:
+    """The upper Cholesky factor of the inverse."""
     try:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
         upper: Tensor = torch.linalg.cholesky(inverse, upper=True)

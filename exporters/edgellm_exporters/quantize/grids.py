@@ -19,7 +19,8 @@ from edgellm_exporters.quantize.plan import Scheme
 __all__ = ["PIECE", "best_grid", "floating_grid", "half_precision", "in_threads", "threads"]
 
 Array = NDArray[np.float32]
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 PIECE = 1 << 18  # weights at a time
 _SMALLEST = np.float32(2**-24)  # the least positive float16
 _EXACT = 1e-9
@@ -89,7 +90,7 @@ class _Blocks:
         """Scales and whole zeros, (blocks,)."""
         least: Array | None = None
         factors = _factors(self.scheme)
-        for factor, (scale, zero) in zip(factors, self._grids(factors), strict=True):
+        for scale, zero in self._grids(factors):
             if self.scheme.bits < 8:
                 scale = self._refit(scale, zero)
             if len(factors) == 1:
