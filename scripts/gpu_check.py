@@ -407,7 +407,9 @@ class Check:
         token = sum(s.nbytes(1, 1) for s in specs if s.update == "append")
         fixed = sum(s.nbytes(1, 1) for s in specs if s.update == "replace")
         moved = decode_bytes(lowered.weight_bytes, token, fixed, batch, self.prompt + self.new // 2)
-        self.row(name, runner, precision, batch, ttft, each, roofline_share(moved, each, self.result["copy_gb_s"]), memory)
+        self.row(
+            name, runner, precision, batch, ttft, each, roofline_share(moved, each, self.result["copy_gb_s"]), memory
+        )
 
     def row(
         self, name: str, runner: str, precision: str, batch: int, ttft: float, each: float, share: float | None,
@@ -453,7 +455,9 @@ class Check:
         name, make = next(iter(shapes(self.quick).items()))
         try:
             made = export(make().eval(), folder, options=ExportOptions(target="tensorrt", dtype="float16"))
-            what = f"{name}: {', '.join(e.file for e in made.bundle.manifest.engines)} in {time.monotonic() - begun:.0f} s"
+            what = (
+                f"{name}: {', '.join(e.file for e in made.bundle.manifest.engines)} in {time.monotonic() - begun:.0f} s"
+            )
         except ExportError as error:
             what = f"{name}: not built: {str(error)[:200]}"
         self.result["engines"].append({"what": what})

@@ -75,7 +75,9 @@ def compare(
     """
     said: Sequence[Continuation] = ()
     if greedy_prompts:
-        said, _ = continuations(model, session, greedy_prompts, [greedy_count] * len(greedy_prompts), whole=False)
+        said, _ = continuations(
+            model, lambda: session, greedy_prompts, [greedy_count] * len(greedy_prompts), whole=False
+        )
     return measure(session, traces(model, windows), len(windows), said, progress)
 
 
