@@ -18,6 +18,7 @@ from edgellm_exporters.build import build_engines
 from edgellm_exporters.errors import EngineError, ExportError
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_exporters.fixed import EngineOptions, write_roles
+from edgellm_exporters.lint import TRAPS
 from edgellm_exporters.parity import compare
 from edgellm_exporters.quantize.methods import ENGINE_METHODS
 from edgellm_exporters.quantize.reference import quantized_model
@@ -247,6 +248,27 @@ def test_the_librarys_own_words_are_in_the_error(tmp_path: Path) -> None:
             tensorrt.find_library(), tmp_path / "g.onnx", tmp_path / "e", facts=engine_rows.Facts({}, {}, 0), time=1,
             options=EngineOptions(), capabilities=[CAPABILITY],
         )  # fmt: skip
+
+
+# --- docs/tensorrt.md -----------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parent.parent / "docs" / "tensorrt.md").read_text(encoding="utf-8")
+
+
+def _table(header: str) -> list[list[str]]:
+    lines = PAGE[PAGE.index(header) :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in (lines[0], *lines[2:])]
+
+
+def test_the_page_has_every_row_and_every_precision_that_is_built() -> None:
+    head, *rows = _table("| model |")
+    assert head == ["model", *PRECISIONS]
+    assert rows == [[family, *["built"] * len(PRECISIONS)] for family in FAMILIES]
+
+
+def test_the_page_has_the_lints_table() -> None:
+    _, *rows = _table("| form |")
+    assert rows == [[trap.name, trap.what, trap.instead] for trap in TRAPS]
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
