@@ -162,7 +162,8 @@ def _written_out(
 ) -> ir.Value:
     """Attention as products and a softmax; the queries of one key head become one longer query."""
     assert past.shape is not None
-    (kv_heads, slots, head_dim), (keys, values) = past.shape.numpy()[1:], cache
+    kv_heads, slots, head_dim = (size for size in past.shape[1:] if isinstance(size, int))
+    keys, values = cache
     time = context.fixed.time
     together = context.op("Reshape", q, context.const([0, kv_heads, group * time, head_dim]))
     scores = context.op("MatMul", together, context.op("Transpose", keys, perm=[0, 1, 3, 2]))
