@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from families import CONTEXT, FAMILIES, VOCAB, make, planned
 from edgellm.cli import run
 from edgellm_exporters import tensorrt
 from edgellm_exporters.build import build_engines
+from edgellm_exporters.engine_options import EngineOptions
 from edgellm_exporters.errors import EngineError, ExportError
 from edgellm_exporters.export import ExportOptions, export
-from edgellm_exporters.fixed import EngineOptions, write_roles
+from edgellm_exporters.fixed import write_roles
 from edgellm_exporters.lint import TRAPS
 from edgellm_exporters.parity import compare
 from edgellm_exporters.quantize.methods import ENGINE_METHODS
@@ -178,6 +180,16 @@ def test_build_replaces_the_engines_and_nothing_else(bundle: Path, capsys: pytes
         n: f for n, f in before.files.items() if n not in engines
     }
     assert after.files["decode.engine"] != before.files["decode.engine"]
+
+
+def test_building_needs_neither_pytorch_nor_onnx(bundle: Path) -> None:
+    code = (
+        "import sys; from edgellm.cli import run; "
+        "assert run(['build', sys.argv[1], '--compute-capability', '8.9', '--json']) == 0; "
+        "assert not {'torch', 'onnx', 'onnx_ir', 'onnxscript', 'onnxruntime'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, bundle], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_build_that_fails_leaves_the_bundle_as_it_was(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
