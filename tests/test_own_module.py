@@ -22,7 +22,6 @@ from edgellm_exporters.capture import capture
 from edgellm_exporters.export import Exported, ExportOptions, TextAssets, export
 from edgellm_exporters.parity import compare
 from edgellm_exporters.quantize.methods import METHODS
-from edgellm_exporters.targets import TARGETS
 from edgellm_runtime import load, open_session
 
 FOLDER = Path(__file__).parents[1] / "examples" / "own_module"

@@ -291,7 +291,9 @@ def test_an_engine_that_the_library_refuses_is_one_clear_error(gpu: Any, tmp_pat
     folder = Path(shutil.copytree(made("attention"), tmp_path / "b"))
     (folder / "decode.engine").write_bytes(b"\x00 not an engine")
     sign(folder, "decode.engine")
-    with pytest.raises(BackendError, match="decode.engine: tensorrt_rtx 1.7.1.116 refuses the graph: .*header is damaged"):
+    with pytest.raises(
+        BackendError, match="decode.engine: tensorrt_rtx 1.7.1.116 refuses the graph: .*header is damaged"
+    ):
         open_session(Bundle(folder))
 
 

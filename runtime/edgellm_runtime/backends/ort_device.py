@@ -43,6 +43,7 @@ class OrtDeviceBackend:
         device: ``cuda``, or ``cpu`` to run the same code there.
         device_id: which GPU.
         capture: whether to capture decode steps.
+        profile: how the name of ONNX Runtime's profile begins, for :meth:`end_profiling`; None for none.
 
     Raises:
         BackendError: CUDA is not there, the library refuses the graph, or the GPU has no memory for it.
@@ -52,8 +53,9 @@ class OrtDeviceBackend:
 
     def __init__(
         self, graph: Path, signature: Signature, *, max_context: int, device: str = "cuda", device_id: int = 0,
-        capture: bool = True,
+        capture: bool = True, profile: Path | None = None,
     ) -> None:  # fmt: skip
+        self._profile = profile
         self._ort, self._graph, self._signature = library(), graph, signature
         self.device, self._id, self._context = device, device_id, max_context
         if device == "cuda":
@@ -82,6 +84,8 @@ class OrtDeviceBackend:
         if self.device == "cuda" or any(spec.dtype == "float16" for spec in self._signature.state):
             # other layouts are of no use here, and ONNX Runtime 1.32 ends the process while it tries them on 16 bits
             options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        if self._profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(self._profile)
         try:
             providers = self._providers(capture=self.captures)
             self._session = self._ort.InferenceSession(str(self._graph), options, providers=providers)
@@ -113,6 +117,10 @@ class OrtDeviceBackend:
         """See :meth:`edgellm_runtime.backends.Backend.best`."""
         binding = self._step(tokens, lengths, logit_positions, state)
         return self._chooser.best(binding.logits, count, lambda: self._here(binding.logits)[:, 0])
+
+    def end_profiling(self) -> Path:
+        """The file that ONNX Runtime has written its profile to, as JSON."""
+        return Path(self._session.end_profiling())
 
     def _here(self, logits: Any) -> Array:
         try:
