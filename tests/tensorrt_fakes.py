@@ -22,9 +22,9 @@ SUCCESS, OUT_OF_MEMORY, NOT_PERMITTED = 0, 2, 900
 
 
 class Kind(IntEnum):
-    cudaMemcpyHostToDevice = 1  # noqa: N815
-    cudaMemcpyDeviceToHost = 2  # noqa: N815
-    cudaMemcpyDeviceToDevice = 3  # noqa: N815
+    cudaMemcpyHostToDevice = 1
+    cudaMemcpyDeviceToHost = 2
+    cudaMemcpyDeviceToDevice = 3
 
 
 class FakeCuda:

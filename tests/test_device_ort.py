@@ -135,7 +135,7 @@ def test_logits_that_are_no_numbers_are_an_error_on_a_device_too(bad: float, opt
     logits[1, 250] = bad
     sampler = Sampler(options, rows=2, vocab_size=300)
     found = Chooser(KERNELS).best(value(logits[:, None]), sampler.deciding, lambda: logits)
-    with pytest.raises(BackendError, match="best logit is"):
+    with pytest.raises(BackendError, match=r"best logit is"):
         sampler.among(found.ids, found.logits, range(2), found.everything)
 
 
@@ -255,7 +255,7 @@ class FakeOrt:
     def preload_dlls(self) -> None:
         print("Failed to load libcublasLt.so.12")
 
-    def InferenceSession(self, graph: str, options: Any, providers: list[Any]) -> Any:  # noqa: N802
+    def InferenceSession(self, graph: str, options: Any, providers: list[Any]) -> Any:
         self.asked.append(providers)
         runs = (
             self._runs.pop(0) if isinstance(self._runs, list) and isinstance(self._runs[0], Exception) else self._runs
@@ -288,7 +288,7 @@ def test_the_cpu_package_is_named_with_the_commands(monkeypatch: pytest.MonkeyPa
 
 def test_two_packages_over_each_other_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_installed", lambda: ["onnxruntime 1.32.0", "onnxruntime-gpu 1.31.1"])
-    with pytest.raises(BackendError, match="onnxruntime 1.32.0 and onnxruntime-gpu 1.31.1 are both installed"):
+    with pytest.raises(BackendError, match=r"onnxruntime 1.32.0 and onnxruntime-gpu 1.31.1 are both installed"):
         opened(FakeOrt(["CPUExecutionProvider"], BOTH), monkeypatch)
 
 
@@ -301,10 +301,10 @@ class FakeDriver:
             raise OSError("libcudnn.so.9: cannot open shared object file")
         return self
 
-    def cuInit(self, flags: int) -> int:  # noqa: N802
+    def cuInit(self, flags: int) -> int:
         return self.init
 
-    def cuDeviceGetCount(self, place: Any) -> int:  # noqa: N802
+    def cuDeviceGetCount(self, place: Any) -> int:
         place._obj.value = self.count
         return 0
 
@@ -344,7 +344,7 @@ def test_this_machine_says_what_it_lacks() -> None:
     bundle = Bundle(attention_bundle())
     if cuda.CUDA in onnxruntime.get_available_providers():
         pytest.skip("the installed package has CUDA")
-    with pytest.raises(BackendError, match="pip uninstall -y onnxruntime onnxruntime-gpu"):
+    with pytest.raises(BackendError, match=r"pip uninstall -y onnxruntime onnxruntime-gpu"):
         ort_device.OrtDeviceBackend(bundle.file("model.onnx"), bundle.manifest.signature, max_context=96)
 
 

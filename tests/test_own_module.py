@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from families import cpu_targets
 from training_models import TEXT, data, options
 
 from edgellm.models.protocol import LanguageModel, Step, empty_state
@@ -22,7 +23,6 @@ from edgellm_exporters.capture import capture
 from edgellm_exporters.export import Exported, ExportOptions, TextAssets, export
 from edgellm_exporters.parity import compare
 from edgellm_exporters.quantize.methods import METHODS
-from edgellm_exporters.targets import TARGETS
 from edgellm_runtime import load, open_session
 
 FOLDER = Path(__file__).parents[1] / "examples" / "own_module"

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from families import cpu_targets
 from real_model import transformers_model
 
 from edgellm.checkpoints import Checkpoint
 from edgellm_exporters.export import Exported, ExportOptions, TextAssets, export
-from edgellm_exporters.targets import TARGETS
 from edgellm_runtime import load
 
 pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("default")]  # the warnings here are transformers' own
