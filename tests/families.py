@@ -75,7 +75,9 @@ def planned(model: nn.Module, target: str, method: str, calibration: Sequence[Se
     from edgellm_exporters.targets import find_target
 
     graph = prepare(capture(model), find_target(target))
-    return graph, make_plan(find_method(method), graph, model, golden_rows(None, VOCAB, CONTEXT), calibration)
+    return graph, make_plan(
+        find_method(method, find_target(target).methods), graph, model, golden_rows(None, VOCAB, CONTEXT), calibration
+    )
 
 
 def as_written() -> Any:

@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": "Train, export, verify, run and time a small model, then a real one.",
     "train": "Train a language model on text files.",
     "export": "Turn a checkpoint into a bundle that runs without PyTorch.",
+    "build": "Build the engines of a bundle for this device's GPU.",
     "verify": "Check that a bundle still computes what PyTorch computed.",
     "generate": "Go on from a prompt, or answer it.",
     "chat": "Talk to a model.",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgellm.cli.budget import budget_of
+from edgellm.cli.engine import EngineFlags, building_options
 from edgellm.cli.progress import stages
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _WINDOW, _CALIBRATION_TOKENS = 512, 8192
 _MOST_CHARACTERS = 400_000  # at either end of a calibration text: far more than its tokens need
+_NO_FLAGS = EngineFlags()
 __all__ = ["export", "export_checkpoint", "print_summary"]
 
 
@@ -27,13 +29,21 @@ __all__ = ["export", "export_checkpoint", "print_summary"]
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the new bundle.")
 @click.option(
     "--target", default="cpu",
-    help="What it is for: cpu (ONNX Runtime's fused kernels) or onnx (standard operators only).",
+    help="What it is for: cpu (ONNX Runtime's fused kernels), onnx (standard operators only), cuda (ONNX Runtime's "
+    "fused kernels on NVIDIA GPUs) or tensorrt (engines for NVIDIA GPUs).",
 )  # fmt: skip
-@click.option("--dtype", default="float32", help="Precision of activations and of weights that are not quantized.")
+@click.option(
+    "--dtype",
+    default=None,
+    show_default=False,
+    help="Precision of activations and of weights that are not "
+    "quantized: float32, or for cuda float16 or bfloat16, for tensorrt float16, bfloat16 or float32.  [default: the first of the target's]",
+)
 @click.option("--quantize", default="none", help="Weights: none (float), int8, int4 (embedding and vocabulary "
               "projection in 8 bits), w8a8 (integer products, for the fastest prompts), keep (what a GGUF file rounded "
               "is not rounded again), auto (one for each, within --max-kl and --max-size-mb), or one format for all, "
-              "BITS:BLOCK, such as 4:32:asymmetric.")  # fmt: skip
+              "BITS:BLOCK, such as 4:32:asymmetric. Of these, cuda has none, int8 and int4; tensorrt has none, int8, "
+              "w8a8 and int4, and fp8 (8-bit floats).")  # fmt: skip
 @click.option("--kv-cache", default="float32", help="What attention keeps keys and values in: float32, or int8, a "
               "quarter of the memory of long contexts.")  # fmt: skip
 @click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE", help="UTF-8 text like the model's work: "
@@ -47,23 +57,33 @@ __all__ = ["export", "export_checkpoint", "print_summary"]
 @click.option("--prefer", type=click.Choice(["decode", "prefill", "size"]), default=None, show_default=False,
               help="With --quantize auto: what to make best within the limits: the time of each new token, the time "
               "to read a prompt, or the size.  [default: decode]")  # fmt: skip
+@building_options
+@click.option("--max-context", type=int, default=None, metavar="TOKENS", show_default=False, help="Engines: the most "
+              "tokens of a row; their memory is set aside for each.  [default: the model's context]")  # fmt: skip
+@click.option("--no-engine", is_flag=True, help="Engines: leave them to 'edgellm build' on the device.")
 @click.option(
     "--name", default="", help="What the bundle calls itself.  [default: the output's name]", show_default=False
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def export(
-    checkpoint: Path, output: Path, target: str, dtype: str, quantize: str, kv_cache: str, calibrate: Path | None,
-    max_kl: float | None, max_size_mb: float | None, prefer: str | None, name: str, as_json: bool,
+    checkpoint: Path, output: Path, target: str, dtype: str | None, quantize: str, kv_cache: str,
+    calibrate: Path | None, max_kl: float | None, max_size_mb: float | None, prefer: str | None, max_batch: int | None,
+    compute_capability: str, workspace_mb: int | None, max_context: int | None, no_engine: bool, name: str,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Turn CHECKPOINT into a bundle that runs without PyTorch, and prove that it computes the same.
 
     CHECKPOINT is a folder that 'edgellm train' wrote, a Hugging Face folder, or a .gguf file. The bundle appears only
     when it is complete and equal to PyTorch within the stated bounds.
     """
+    engine = EngineFlags(
+        max_batch=max_batch, max_context=max_context, compute_capability=compute_capability, workspace_mb=workspace_mb,
+        no_engine=no_engine,
+    )  # fmt: skip
     with stages() as tell:
         result = export_checkpoint(
             checkpoint, output, target=target, dtype=dtype, quantize=quantize, calibrate=calibrate, max_kl=max_kl,
-            max_size_mb=max_size_mb, prefer=prefer, kv_cache=kv_cache, name=name, tell=tell,
+            max_size_mb=max_size_mb, prefer=prefer, kv_cache=kv_cache, engine=engine, name=name, tell=tell,
         )  # fmt: skip
     if as_json:
         click.echo(json.dumps(result))
@@ -72,18 +92,21 @@ def export(
 
 
 def export_checkpoint(
-    checkpoint: Path, output: Path, *, target: str, dtype: str, quantize: str, calibrate: Path | None = None,
+    checkpoint: Path, output: Path, *, target: str, dtype: str | None = None, quantize: str, calibrate: Path | None = None,
     max_kl: float | None = None, max_size_mb: float | None = None, prefer: str | None = None,
-    kv_cache: str = "float32", name: str = "", tell: Any,
+    kv_cache: str = "float32", engine: EngineFlags = _NO_FLAGS, name: str = "", tell: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Read, export and sum up; the keys are those of ``--json``."""
     from edgellm_exporters.atomic import check_destination
     from edgellm_exporters.export import ExportOptions
+    from edgellm_exporters.targets import find_target
 
     start = time.perf_counter()
     budget = budget_of(quantize, calibrate, max_kl, max_size_mb, prefer)
+    dtype = dtype or find_target(target).dtypes[0]
     options = ExportOptions(
-        target=target, dtype=dtype, quantize=quantize, kv_cache=kv_cache, name=name, budget=budget
+        target=target, dtype=dtype, quantize=quantize, kv_cache=kv_cache, name=name, budget=budget,
+        engine=engine.options(),
     )  # fmt: skip
     check_destination(output)
     tell("importing PyTorch", 0.0)

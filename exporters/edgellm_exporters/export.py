@@ -165,7 +165,7 @@ def export(
     check_model(model)
     library()  # the proof at the end needs it, so its absence is told now
     if find_target(options.target).roles:
-        check_engine_options(options.engine or EngineOptions())
+        check_engine_options(options.engine or EngineOptions(), {"method": options.quantize})
     assert isinstance(model, nn.Module)
     was_training = model.training
     model.eval()

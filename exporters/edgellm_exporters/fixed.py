@@ -17,6 +17,7 @@ from typing import Any
 import onnx_ir as ir
 
 from edgellm_exporters.errors import ExportError, LoweringError
+from edgellm_exporters.lint import lint
 from edgellm_exporters.lower import lower_to
 from edgellm_exporters.lowering.form import DECODE, PREFILL, Form
 from edgellm_exporters.quantize.plan import Plan
@@ -32,7 +33,6 @@ from edgellm_runtime.session import Session
 from edgellm_runtime.verify import AT_LEAST
 
 __all__ = [
-    "CHUNK",
     "EngineOptions",
     "Sizes",
     "check_types",
@@ -45,7 +45,6 @@ __all__ = [
     "write_roles",
 ]
 
-CHUNK = 128  # tokens of a prompt in one step
 _WITHOUT_KERNELS = ("bfloat16",)
 _SLOTS = 64  # the cache's slots are a multiple of this
 # What 16 bits of activations cost, whatever the weights are; of a check that is not named nothing is promised.
@@ -62,6 +61,7 @@ class EngineOptions:
     Args:
         max_batch: the most rows.
         max_context: the most tokens of a row; 0 for as many as the model takes.
+        chunk: tokens of a prompt in one step.
         compute_capabilities: of the GPUs, such as ``8.6``; empty for the GPU that is here.
         workspace_mb: the most scratch memory that building may use on the GPU; 0 for the library's choice.
         build: whether to build engines now; otherwise ``edgellm build`` does on the device.
@@ -69,12 +69,13 @@ class EngineOptions:
 
     max_batch: int = 8
     max_context: int = 0
+    chunk: int = 128
     compute_capabilities: tuple[str, ...] = ()
     workspace_mb: int = 0
     build: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in (("max_batch", 1), ("max_context", 0), ("workspace_mb", 0)):
+        for name, least in (("max_batch", 1), ("max_context", 0), ("chunk", 2), ("workspace_mb", 0)):
             if (value := getattr(self, name)) < least:
                 raise ExportError(f"{name} is {value}; it must be at least {least}")
 
@@ -122,7 +123,7 @@ def sizes_of(options: EngineOptions, model_context: int) -> Sizes:
             f"max_context is {options.max_context}, but the model's context holds {model_context} tokens; ask for no more"
         )
     context = options.max_context or model_context
-    chunk = min(CHUNK, -(-context // 16) * 16)
+    chunk = min(options.chunk, context)
     return Sizes(context, chunk, -(-(context + chunk) // _SLOTS) * _SLOTS)
 
 
@@ -153,6 +154,8 @@ def write_roles(
         LoweringError: the target would not compute what such a graph says.
     """
     lowered = {graph_file(role): lower_to(graph.clone(), target, plan, form) for role, form in forms.items()}
+    for model, form in zip(lowered.values(), forms.values(), strict=True):
+        lint(model, form.dtype)
     write_graphs(lowered, directory, progress)
 
 

@@ -1,7 +1,7 @@
-"""Engines from a bundle's graphs, with TensorRT or TensorRT for RTX, whichever is installed; no GPU is needed for RTX's.
+"""Engines from a bundle's graphs, with TensorRT or TensorRT for RTX, whichever is installed; RTX's need no GPU.
 
-The two share nearly all names; what this module asks of them is listed in :data:`API`. A graph that parses may still not
-build, and one that builds may compute something else, so each network is read back before it becomes an engine.
+The two share nearly all names; what this module asks of them is listed in :data:`API`. A graph that parses may still
+not build, and one that builds may compute something else, so each network is read back before it becomes an engine.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from edgellm_runtime.engines import LIBRARIES, EngineInfo, Range, current_comput
 __all__ = ["API", "Library", "add_engines", "build_engine", "check_engine_options", "find_library", "profile_of"]
 
 # Every name of the libraries that is used here and in the runtime's backend for building; held against the installed
-# library by a test, and against TensorRT 11's documentation in tests/data/tensorrt_api.json.
+# library by a test, and against NVIDIA's documentation in tests/data/tensorrt_api.json.
 API: Mapping[str, Sequence[str]] = {
-    "": ("Builder", "IProgressMonitor", "LayerType", "Logger", "MemoryPoolType", "OnnxParser"),
+    "": ("Builder", "ILogger", "IProgressMonitor", "LayerType", "Logger", "MemoryPoolType", "OnnxParser"),
     "Builder": ("build_serialized_network", "create_builder_config", "create_network", "create_optimization_profile"),
     "INetworkDefinition": ("get_input", "get_layer", "get_output", "num_inputs", "num_layers", "num_outputs"),
     "IBuilderConfig": ("add_optimization_profile", "progress_monitor", "set_memory_pool_limit"),
@@ -41,6 +41,8 @@ RTX_API: Mapping[str, Sequence[str]] = {
     "": ("ComputeCapability",),
     "IBuilderConfig": ("num_compute_capabilities", "set_compute_capability"),
 }  # fmt: skip
+_NOTHING: Mapping[str, Any] = {}
+_LEAST_CAPABILITY = {"fp8": "8.9"}  # by method; for older GPUs the library refuses the graph when it builds
 _CAPABILITY = re.compile(r"\d{1,2}\.\d")
 
 
@@ -87,8 +89,14 @@ def find_library() -> Library:
     )
 
 
-def check_engine_options(options: EngineOptions) -> tuple[Library, tuple[str, ...]] | None:
+def check_engine_options(
+    options: EngineOptions, quantization: Mapping[str, Any] = _NOTHING
+) -> tuple[Library, tuple[str, ...]] | None:
     """The library and the compute capabilities to build for, before any work; None if nothing is to be built.
+
+    Args:
+        options: what to build for.
+        quantization: its ``method``; some need newer GPUs.
 
     Raises:
         EngineError: no library, no GPU to build for, or capabilities that it cannot build for.
@@ -112,19 +120,26 @@ def check_engine_options(options: EngineOptions) -> tuple[Library, tuple[str, ..
             f"{library.name} {library.version} builds no engines for compute capability {', '.join(foreign)} here; it "
             f"builds for {', '.join(able) or 'no other GPU than one that is here'}"
         )
+    least = _LEAST_CAPABILITY.get(str(quantization.get("method")), "0.0")
+    if older := [c for c in wanted_all if _number(c) < _number(least)]:
+        raise EngineError(
+            f"{quantization['method']} needs compute capability {least}, and {', '.join(older)} has no such numbers; "
+            "choose another quantization"
+        )
     return library, wanted_all
 
 
-def profile_of(
-    inputs: Mapping[str, Sequence[int]], max_batch: int, time: int, states: frozenset[str] = frozenset()
-) -> dict[str, Range]:
+def _number(capability: str) -> tuple[int, ...]:
+    return tuple(map(int, capability.split(".")))
+
+
+def profile_of(inputs: Mapping[str, Sequence[int]], max_batch: int, time: int) -> dict[str, Range]:
     """The shapes that an engine takes: one row to ``max_batch``, and logits of one position to all.
 
     Args:
         inputs: the network's inputs with their shapes, -1 where a size is free.
         max_batch: the most rows.
         time: tokens of a step, the most positions that logits may be asked for.
-        states: unused names are not checked; every input is given a range.
     """
     found = {}
     for name, shape in inputs.items():
@@ -149,7 +164,7 @@ def add_engines(directory: Path, manifest: Manifest, options: EngineOptions, pro
     Raises:
         EngineError: the library refuses a graph, or its network is not what the graph says.
     """
-    checked = check_engine_options(dataclasses.replace(options, build=True))
+    checked = check_engine_options(dataclasses.replace(options, build=True), manifest.quantization)
     assert checked is not None
     library, capabilities = checked
     engines, files = [], dict(manifest.files)

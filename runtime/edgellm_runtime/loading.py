@@ -115,9 +115,8 @@ def _backend(bundle: Bundle, device: str, threads: int | None) -> Backend:
         return OrtRolesBackend(bundle.path, Roles.of(manifest), manifest.signature, threads=threads)
     from edgellm_runtime.backends.ort import OrtBackend
 
-    # ONNX Runtime 1.32 ends the process while it tries other layouts on a Scan over 16-bit floats
-    layouts = manifest.dtype == "float32"
-    return OrtBackend(bundle.file(GRAPH), manifest.signature, threads=threads, layouts=layouts)
+    fusions = manifest.dtype == "float32"
+    return OrtBackend(bundle.file(GRAPH), manifest.signature, threads=threads, fusions=fusions)
 
 
 def _check_requirements(bundle: Bundle, device: str) -> None:

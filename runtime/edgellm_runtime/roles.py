@@ -1,7 +1,7 @@
 """Which of a bundle's graphs runs a step, and what the step must look like for it.
 
-A bundle of graphs of fixed sizes has one for prompts and one for single tokens, which share signature and state. This is
-the shape logic that every library that runs them needs: no library is imported here.
+A bundle of graphs of fixed sizes has one for prompts and one for single tokens, which share signature and state. This
+is the shape logic that every library that runs them needs: no library is imported here.
 """
 
 from __future__ import annotations

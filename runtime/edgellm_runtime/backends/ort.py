@@ -50,8 +50,8 @@ class OrtBackend(HostBackend):
         signature: its inputs, outputs and state.
         threads: for one step; None for every core that this process may use.
         device: only ``cpu``.
-        layouts: whether the library may choose other layouts for a graph's tensors. ONNX Runtime 1.32 ends the process
-            while it tries that on a Scan over 16-bit floats.
+        fusions: whether the library may put other kernels in the place of a graph's nodes. Where activations have 16
+            bits, ONNX Runtime 1.32 computes wrong products of quantized weights then, and ends the process over a Scan.
 
     Raises:
         BackendError: the library is missing, or refuses the graph.
@@ -59,7 +59,7 @@ class OrtBackend(HostBackend):
 
     def __init__(
         self, graph: Path, signature: Signature, *, threads: int | None = None, device: str = "cpu",
-        layouts: bool = True,
+        fusions: bool = True,
     ) -> None:  # fmt: skip
         ort = library()
         options = ort.SessionOptions()
@@ -68,8 +68,10 @@ class OrtBackend(HostBackend):
         options.log_severity_level = 3
         # A plan of one block of memory for each shape of step, kept for good: it costs megabytes and saves no time.
         options.enable_mem_pattern = False
-        if not layouts:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        if not fusions:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+            # weights are made floats once, when the graph is loaded, and not in every step
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         self.device, self.threads = device, options.intra_op_num_threads
         self._ort, self._signature = ort, signature
         try:

@@ -1,4 +1,4 @@
-"""A bundle's prefill and decode graphs on ONNX Runtime's CPU kernels: how engines' numbers are checked without a GPU."""
+"""A bundle's prefill and decode graphs on ONNX Runtime's CPU kernels: how engines are checked without a GPU."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class OrtRolesBackend(HostBackend):
             raise BackendError(f"{directory}: ONNX Runtime has no {narrow[0]} kernels on CPU; use device='tensorrt'")
         self.roles, self.device = roles, "cpu"
         self._graphs = {
-            role.name: OrtBackend(directory / role.file, signature, threads=threads, layouts=False)
+            role.name: OrtBackend(directory / role.file, signature, threads=threads, fusions=False)
             for role in roles.all
         }  # fmt: skip
 
