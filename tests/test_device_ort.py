@@ -327,7 +327,7 @@ def no_driver(name: str) -> Any:
     ],
     ids=["no driver", "no device", "none shown", "broken driver", "library missing"],
 )
-def test_a_session_that_fell_back_to_the_cpu_is_refused_with_the_cause(
+def test_a_session_that_would_run_on_the_cpu_is_refused_with_the_cause(
     driver: Any, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake = FakeOrt(BOTH, ["CPUExecutionProvider"])
@@ -338,6 +338,8 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused_with_the_cause(
     with pytest.raises(BackendError, match=message):
         opened(fake, monkeypatch)
     assert capsys.readouterr().out == "", "what the library prints would spoil a command's JSON"
+    missing = "does not start CUDA" in message
+    assert bool(fake.asked) == missing, "what the driver knows is said before any work"
 
 
 def test_this_machine_says_what_it_lacks() -> None:
@@ -351,6 +353,7 @@ def test_this_machine_says_what_it_lacks() -> None:
 def test_a_graph_that_cannot_be_captured_is_loaded_without(monkeypatch: pytest.MonkeyPatch) -> None:
     refusal = RuntimeError("This session cannot use the CUDA Graph feature: the model has control flow nodes")
     fake = FakeOrt(BOTH, [refusal, *BOTH])  # type: ignore[list-item]
+    monkeypatch.setattr(cuda, "count_gpus", lambda: 1)
     backend = opened(fake, monkeypatch)
     assert [asked[0][1]["enable_cuda_graph"] for asked in fake.asked] == ["1", "0"]
     assert not backend.captures
@@ -358,6 +361,7 @@ def test_a_graph_that_cannot_be_captured_is_loaded_without(monkeypatch: pytest.M
 
 
 def test_memory_that_does_not_hold_the_model_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "count_gpus", lambda: 1)
     error = RuntimeError("BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of size 9")
     with pytest.raises(BackendError, match=r"model\.onnx: the device has no memory for the model .*--quantize int4"):
         opened(FakeOrt(BOTH, error), monkeypatch)

@@ -15,6 +15,6 @@ __all__ = ["device_option"]
 def device_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command ``--device``."""
     return click.option(
-        "--device", type=click.Choice(DEVICES), default="auto", show_default=True,
+        "--device", default="auto", show_default=True, metavar=f"[{'|'.join(DEVICES)}]",
         help="Where to run; auto: the device that the bundle was exported for, and an error where that is not there.",
     )(command)  # fmt: skip

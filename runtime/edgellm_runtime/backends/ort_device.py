@@ -61,6 +61,7 @@ class OrtDeviceBackend:
         self.device, self._id, self._context = device, device_id, max_context
         if device == "cuda":
             cuda.check_package(self._ort)
+            cuda.check_gpu()
             cuda.preload(self._ort)
         self.captures, self.refusal = capture, ""  # why steps are not captured, where they should be
         self._sessions_made = 0
