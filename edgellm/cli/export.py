@@ -32,13 +32,9 @@ __all__ = ["export", "export_checkpoint", "print_summary"]
     help="What it is for: cpu (ONNX Runtime's fused kernels), onnx (standard operators only), cuda (ONNX Runtime's "
     "fused kernels on NVIDIA GPUs) or tensorrt (engines for NVIDIA GPUs).",
 )  # fmt: skip
-@click.option(
-    "--dtype",
-    default=None,
-    show_default=False,
-    help="Precision of activations and of weights that are not "
-    "quantized: float32, or for cuda float16 or bfloat16, for tensorrt float16, bfloat16 or float32.  [default: the first of the target's]",
-)
+@click.option("--dtype", default=None, show_default=False, help="Precision of activations and of weights that are not "
+              "quantized: float32, or for cuda float16 or bfloat16, for tensorrt float16, bfloat16 or float32.  "
+              "[default: the first of the target's]")  # fmt: skip
 @click.option("--quantize", default="none", help="Weights: none (float), int8, int4 (embedding and vocabulary "
               "projection in 8 bits), w8a8 (integer products, for the fastest prompts), keep (what a GGUF file rounded "
               "is not rounded again), auto (one for each, within --max-kl and --max-size-mb), or one format for all, "
