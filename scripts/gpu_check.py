@@ -1,10 +1,10 @@
 """Everything that needs a GPU, in a few minutes: is it right, is it fast, does anything cross the bus that should not.
 
     python scripts/gpu_check.py                      # on a machine with a GPU; `make gpu-check` adds --write
-    python scripts/gpu_check.py --device cpu --quick # the same code at tiny sizes on the CPU, which keeps it from rotting
+    python scripts/gpu_check.py --device cpu --quick # the same code at tiny sizes on the CPU, so that it does not rot
 
-Without a GPU it says so, checks nothing and exits with 0. Models have random weights: speed does not depend on them, and
-parity is against the same model in PyTorch. What does not fit into the time is listed as not run.
+Without a GPU it says so, checks nothing and exits with 0. Models have random weights: speed does not depend on them,
+and parity is against the same model in PyTorch. What does not fit into the time is listed as not run.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def rows_of(result: Mapping[str, Any]) -> str:
         f"| {p['precision']} | {p['logits']:.2g} | {100 * p['top1']:.1f}% | {'yes' if p['ok'] else 'NO'} |"
         for p in result["parity"]
     ]
-    lines += ["", "| model | runner | precision | batch | TTFT ms | prefill tok/s | decode tok/s | roofline | memory MB |",
-              "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    columns = "model | runner | precision | batch | TTFT ms | prefill tok/s | decode tok/s | roofline | memory MB"
+    lines += ["", f"| {columns} |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for s in result["speed"]:
         share = "" if s["roofline"] is None else f"{100 * s['roofline']:.0f}%"
         memory = "" if s["memory_mb"] is None else f"{s['memory_mb']:.0f}"

@@ -13,7 +13,8 @@ from families import CONTEXT, VOCAB, make, planned
 from torch import nn
 
 from edgellm_exporters.capture import signature_of
-from edgellm_exporters.fixed import EngineOptions, sizes_of, write_roles
+from edgellm_exporters.engine_options import EngineOptions
+from edgellm_exporters.fixed import sizes_of, write_roles
 from edgellm_exporters.parity import ParityReport, compare
 from edgellm_exporters.quantize.reference import quantized_model
 from edgellm_exporters.readback import Facts

@@ -93,7 +93,7 @@ def test_bfloat16_is_proved_in_float32_with_its_own_weights_and_says_so(
         assert made.parity.top1 >= 0.97
     assert {spec.dtype for spec in manifest.signature.state} == {"bfloat16"}
     assert not list(tmp_path.glob(".twin*"))
-    with pytest.raises(BackendError, match="bfloat16, which ONNX Runtime's CPU kernels do not; use device 'cuda'"):
+    with pytest.raises(BackendError, match=r"bfloat16, which ONNX Runtime's CPU kernels do not; use device 'cuda'"):
         open_session(made.bundle, device="cpu")
 
 
@@ -112,7 +112,7 @@ def test_a_cuda_bundle_runs_on_cuda_or_says_what_it_takes() -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("the installed package has CUDA")
     for device in ("auto", "cuda"):
-        with pytest.raises(BackendError, match="pip uninstall -y onnxruntime onnxruntime-gpu && pip install"):
+        with pytest.raises(BackendError, match=r"pip uninstall -y onnxruntime onnxruntime-gpu && pip install"):
             load(attention_bundle("cuda"), device=device)
 
 
@@ -123,12 +123,12 @@ def test_a_bundle_of_another_target_is_refused_by_name(device: str) -> None:
 
 
 def test_what_the_target_has_no_form_for_is_refused_before_any_work() -> None:
-    with pytest.raises(ExportError, match="target cuda has no dtype 'float32'; it has float16, bfloat16"):
+    with pytest.raises(ExportError, match=r"target cuda has no dtype 'float32'; it has float16, bfloat16"):
         ExportOptions(target="cuda")
     for method in ("w8a8", "keep", "2:32"):
-        with pytest.raises(QuantizeError, match="it has none, int8, int4"):
+        with pytest.raises(QuantizeError, match=r"it has none, int8, int4"):
             ExportOptions(target="cuda", dtype="float16", quantize=method)
-    with pytest.raises(ExportError, match="keeps keys and values in float32, not 'int8'"):
+    with pytest.raises(ExportError, match=r"keeps keys and values in float32, not 'int8'"):
         ExportOptions(target="cuda", dtype="float16", kv_cache="int8")
 
 
@@ -295,5 +295,5 @@ def test_a_graph_of_mixed_types_is_caught_though_no_kernel_runs_it(tmp_path: Pat
         return tmp_path / "g.onnx"
 
     check_types(save(ir.DataType.BFLOAT16, ir.DataType.BFLOAT16))
-    with pytest.raises(LoweringError, match="not sound"):
+    with pytest.raises(LoweringError, match=r"not sound"):
         check_types(save(ir.DataType.BFLOAT16, ir.DataType.FLOAT))

@@ -135,7 +135,7 @@ def test_logits_that_are_no_numbers_are_an_error_on_a_device_too(bad: float, opt
     logits[1, 250] = bad
     sampler = Sampler(options, rows=2, vocab_size=300)
     found = Chooser(KERNELS).best(value(logits[:, None]), sampler.deciding, lambda: logits)
-    with pytest.raises(BackendError, match="best logit is"):
+    with pytest.raises(BackendError, match=r"best logit is"):
         sampler.among(found.ids, found.logits, range(2), found.everything)
 
 
@@ -288,7 +288,7 @@ def test_the_cpu_package_is_named_with_the_commands(monkeypatch: pytest.MonkeyPa
 
 def test_two_packages_over_each_other_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_installed", lambda: ["onnxruntime 1.32.0", "onnxruntime-gpu 1.31.1"])
-    with pytest.raises(BackendError, match="onnxruntime 1.32.0 and onnxruntime-gpu 1.31.1 are both installed"):
+    with pytest.raises(BackendError, match=r"onnxruntime 1.32.0 and onnxruntime-gpu 1.31.1 are both installed"):
         opened(FakeOrt(["CPUExecutionProvider"], BOTH), monkeypatch)
 
 
@@ -327,7 +327,7 @@ def no_driver(name: str) -> Any:
     ],
     ids=["no driver", "no device", "none shown", "broken driver", "library missing"],
 )
-def test_a_session_that_fell_back_to_the_cpu_is_refused_with_the_cause(
+def test_a_session_that_would_run_on_the_cpu_is_refused_with_the_cause(
     driver: Any, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake = FakeOrt(BOTH, ["CPUExecutionProvider"])
@@ -338,19 +338,22 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused_with_the_cause(
     with pytest.raises(BackendError, match=message):
         opened(fake, monkeypatch)
     assert capsys.readouterr().out == "", "what the library prints would spoil a command's JSON"
+    missing = "does not start CUDA" in message
+    assert bool(fake.asked) == missing, "what the driver knows is said before any work"
 
 
 def test_this_machine_says_what_it_lacks() -> None:
     bundle = Bundle(attention_bundle())
     if cuda.CUDA in onnxruntime.get_available_providers():
         pytest.skip("the installed package has CUDA")
-    with pytest.raises(BackendError, match="pip uninstall -y onnxruntime onnxruntime-gpu"):
+    with pytest.raises(BackendError, match=r"pip uninstall -y onnxruntime onnxruntime-gpu"):
         ort_device.OrtDeviceBackend(bundle.file("model.onnx"), bundle.manifest.signature, max_context=96)
 
 
 def test_a_graph_that_cannot_be_captured_is_loaded_without(monkeypatch: pytest.MonkeyPatch) -> None:
     refusal = RuntimeError("This session cannot use the CUDA Graph feature: the model has control flow nodes")
     fake = FakeOrt(BOTH, [refusal, *BOTH])  # type: ignore[list-item]
+    monkeypatch.setattr(cuda, "count_gpus", lambda: 1)
     backend = opened(fake, monkeypatch)
     assert [asked[0][1]["enable_cuda_graph"] for asked in fake.asked] == ["1", "0"]
     assert not backend.captures
@@ -358,6 +361,7 @@ def test_a_graph_that_cannot_be_captured_is_loaded_without(monkeypatch: pytest.M
 
 
 def test_memory_that_does_not_hold_the_model_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "count_gpus", lambda: 1)
     error = RuntimeError("BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of size 9")
     with pytest.raises(BackendError, match=r"model\.onnx: the device has no memory for the model .*--quantize int4"):
         opened(FakeOrt(BOTH, error), monkeypatch)

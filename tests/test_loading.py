@@ -23,6 +23,7 @@ def spoil(bundle: Path, name: str) -> None:
 
 
 def test_weights_are_compared_while_the_session_is_made_and_all_else_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = attention_bundle()  # before anything waits: it may still have to be made
     done: list[str] = []
     making, seen = threading.Event(), list[str]()
 
@@ -40,7 +41,7 @@ def test_weights_are_compared_while_the_session_is_made_and_all_else_before(monk
     open_session = loading_module.open_session
     monkeypatch.setattr(bundle_module, "sha256_of", slowly)
     monkeypatch.setattr(loading_module, "open_session", making_session)
-    model = load(attention_bundle(), threads=1)
+    model = load(bundle, threads=1)
     assert sorted(seen) == sorted(model.bundle.manifest.files.keys() - {WEIGHTS})
     assert seen[0] == "model.onnx"  # before it is asked what the weights are
     assert sorted(done) == sorted(model.bundle.manifest.files)

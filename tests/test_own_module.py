@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from families import cpu_targets
 from training_models import TEXT, data, options
 
 from edgellm.models.protocol import LanguageModel, Step, empty_state

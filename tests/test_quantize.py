@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from families import VOCAB, as_written, make, planned
+from families import VOCAB, as_written, cpu_targets, make, planned
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from families import cpu_targets
 from real_model import transformers_model
 
 from edgellm.checkpoints import Checkpoint

@@ -83,8 +83,8 @@ def test_engines_give_the_bits_of_their_graphs(name: str, gpu: Any) -> None:
     rng = np.random.default_rng(0)
     states = [session.new_state(2, 8) for session in sessions]
     for time, lengths, wanted in (
-        (5, [5, 3], "last"), (1, None, "last"), (1, None, "last"), (9, None, "all"), (1, None, "last"), (4, [1, 4], "none"),
-        (1, None, "last"), (1, None, "all"),
+        (5, [5, 3], "last"), (1, None, "last"), (1, None, "last"), (9, None, "all"), (1, None, "last"),
+        (4, [1, 4], "none"), (1, None, "last"), (1, None, "all"),
     ):  # fmt: skip
         tokens = rng.integers(0, sessions[0].vocab_size, (2, time))
         given = None if lengths is None else np.array(lengths)
@@ -187,16 +187,16 @@ def test_memory_is_given_back(gpu: Any) -> None:
 def test_more_rows_than_the_profile_are_refused_with_the_command(gpu: Any) -> None:
     _, session = both("attention")
     state = session.new_state(4, 8)
-    with pytest.raises(StateError, match="4 rows, but the prefill engine was built for up to 3; .* --max-batch 4"):
+    with pytest.raises(StateError, match=r"4 rows, but the prefill engine was built for up to 3; .* --max-batch 4"):
         session.step(np.full((4, 2), 1), state)
     assert state.lengths.tolist() == [0] * 4
 
 
 def test_a_context_beyond_the_engines_is_refused(gpu: Any) -> None:
     _, session = both("attention")
-    with pytest.raises(ContextError, match="97 tokens do not fit"):
+    with pytest.raises(ContextError, match=r"97 tokens do not fit"):
         session.step(np.full((1, 97), 1), session.new_state())
-    with pytest.raises(StateError, match="slots a row, but the engines were built for 192; .*--max-context"):
+    with pytest.raises(StateError, match=r"slots a row, but the engines were built for 192; .*--max-context"):
         session.storage.rounded(193)
 
 
@@ -205,21 +205,21 @@ def test_memory_that_runs_out_in_a_step_is_one_clear_error(said: str, gpu: Any) 
     _, session = both("attention")
     state = session.new_state(1, 8)
     gpu.library.fails = said
-    with pytest.raises(BackendError, match="no memory left for this step .*; use fewer rows or a shorter context"):
+    with pytest.raises(BackendError, match=r"no memory left for this step .*; use fewer rows or a shorter context"):
         session.step(np.array([[1]]), state)
     gpu.library.fails = "myelin: something else"
-    with pytest.raises(BackendError, match="tensorrt_rtx failed in a step: myelin"):
+    with pytest.raises(BackendError, match=r"tensorrt_rtx failed in a step: myelin"):
         session.step(np.array([[1]]), state)
 
 
 def test_memory_that_does_not_hold_the_engine_or_the_state(gpu: Any) -> None:
     gpu.library.no_context = "CUDA out of memory"
-    with pytest.raises(BackendError, match="the device has no memory for the model .*--quantize int4"):
+    with pytest.raises(BackendError, match=r"the device has no memory for the model .*--quantize int4"):
         open_session(Bundle(made("attention")))
     gpu.library.no_context = ""
     _, session = both("attention")
     gpu.cuda.room = 0
-    with pytest.raises(StateError, match="cannot be made on the GPU .*ask for fewer rows"):
+    with pytest.raises(StateError, match=r"cannot be made on the GPU .*ask for fewer rows"):
         session.new_state(3, 8)
 
 
@@ -266,7 +266,7 @@ def test_a_missing_library_is_named_with_the_command(monkeypatch: pytest.MonkeyP
 def test_missing_bindings_are_named_with_the_command(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt, "bindings", cuda_memory.bindings)
     monkeypatch.setitem(__import__("sys").modules, "cuda.bindings", None)
-    with pytest.raises(BackendError, match="pip install 'cuda-bindings>=12.9'"):
+    with pytest.raises(BackendError, match=r"pip install 'cuda-bindings>=12.9'"):
         load(made("attention"), device="tensorrt")
 
 
@@ -274,7 +274,7 @@ def test_missing_bindings_are_named_with_the_command(gpu: Any, monkeypatch: pyte
     ("changed", "message"),
     [
         ({"tokens": {"mode": "INPUT", "dtype": "INT64", "shape": [-1, 7]}}, "takes 7 tokens and"),
-        ({"logits": {"mode": "OUTPUT", "dtype": "HALF", "shape": [-1, 1, 292]}}, r"\['logits'\] differ from the manifest"),
+        ({"logits": {"mode": "OUTPUT", "dtype": "HALF", "shape": [-1, 1, 292]}}, r"\['logits'\] differ from"),
         ({"more": {"mode": "OUTPUT", "dtype": "FLOAT", "shape": [-1]}}, r"\['more'\] differ"),
     ],
 )  # fmt: skip
@@ -292,7 +292,7 @@ def test_an_engine_that_the_library_refuses_is_one_clear_error(gpu: Any, tmp_pat
     (folder / "decode.engine").write_bytes(b"\x00 not an engine")
     sign(folder, "decode.engine")
     with pytest.raises(
-        BackendError, match="decode.engine: tensorrt_rtx 1.7.1.116 refuses the graph: .*header is damaged"
+        BackendError, match=r"decode.engine: tensorrt_rtx 1.7.1.116 refuses the graph: .*header is damaged"
     ):
         open_session(Bundle(folder))
 

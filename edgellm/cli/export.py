@@ -29,21 +29,17 @@ __all__ = ["export", "export_checkpoint", "print_summary"]
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the new bundle.")
 @click.option(
     "--target", default="cpu",
-    help="What it is for: cpu (ONNX Runtime's fused kernels), onnx (standard operators only) or tensorrt (engines for "
-    "NVIDIA GPUs).",
+    help="What it is for: cpu (ONNX Runtime's fused kernels), onnx (standard operators only), cuda (ONNX Runtime's "
+    "fused kernels on NVIDIA GPUs) or tensorrt (engines for NVIDIA GPUs).",
 )  # fmt: skip
-@click.option(
-    "--dtype",
-    default=None,
-    show_default=False,
-    help="Precision of activations and of weights that are not "
-    "quantized: float32, or for tensorrt float16, bfloat16 or float32.  [default: the first of the target's]",
-)
+@click.option("--dtype", default=None, show_default=False, help="Precision of activations and of weights that are not "
+              "quantized: float32, or for cuda float16 or bfloat16, for tensorrt float16, bfloat16 or float32.  "
+              "[default: the first of the target's]")  # fmt: skip
 @click.option("--quantize", default="none", help="Weights: none (float), int8, int4 (embedding and vocabulary "
               "projection in 8 bits), w8a8 (integer products, for the fastest prompts), keep (what a GGUF file rounded "
               "is not rounded again), auto (one for each, within --max-kl and --max-size-mb), or one format for all, "
-              "BITS:BLOCK, such as 4:32:asymmetric. Of these, tensorrt has none, int8, w8a8 and int4, and fp8 (8-bit "
-              "floats).")  # fmt: skip
+              "BITS:BLOCK, such as 4:32:asymmetric. Of these, cuda has none, int8 and int4; tensorrt has none, int8, "
+              "w8a8 and int4, and fp8 (8-bit floats).")  # fmt: skip
 @click.option("--kv-cache", default="float32", help="What attention keeps keys and values in: float32, or int8, a "
               "quarter of the memory of long contexts.")  # fmt: skip
 @click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE", help="UTF-8 text like the model's work: "
@@ -93,9 +89,9 @@ def export(
 
 
 def export_checkpoint(
-    checkpoint: Path, output: Path, *, target: str, dtype: str | None = None, quantize: str, calibrate: Path | None = None,
-    max_kl: float | None = None, max_size_mb: float | None = None, prefer: str | None = None,
-    kv_cache: str = "float32", engine: EngineFlags = _NO_FLAGS, name: str = "", tell: Any,
+    checkpoint: Path, output: Path, *, target: str, dtype: str | None = None, quantize: str,
+    calibrate: Path | None = None, max_kl: float | None = None, max_size_mb: float | None = None,
+    prefer: str | None = None, kv_cache: str = "float32", engine: EngineFlags = _NO_FLAGS, name: str = "", tell: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Read, export and sum up; the keys are those of ``--json``."""
     from edgellm_exporters.atomic import check_destination

@@ -9,10 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edgellm_exporters.atomic import whole_directory
+from edgellm_exporters.engine_options import EngineOptions
 from edgellm_exporters.errors import EngineError
-from edgellm_exporters.fixed import EngineOptions
-from edgellm_exporters.tensorrt import add_engines, check_engine_options
-from edgellm_exporters.write import Progress
+from edgellm_exporters.tensorrt import Progress, add_engines, check_engine_options
 from edgellm_runtime.bundle import MANIFEST, Bundle, Manifest
 
 __all__ = ["build_engines"]

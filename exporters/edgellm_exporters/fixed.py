@@ -16,6 +16,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from edgellm_exporters.engine_options import EngineOptions
 from edgellm_exporters.errors import ExportError, LoweringError
 from edgellm_exporters.lint import lint
 from edgellm_exporters.lower import lower_to
@@ -52,32 +53,6 @@ _ROUNDOFF: Mapping[str, Mapping[str, float]] = {
     "float16": {"logits": 0.02, "kl": 1e-4, "top1": 0.98, "state": 0.01, "split": 0.02, "batch": 0.02},
     "bfloat16": {"logits": 0.1, "kl": 5e-3, "top1": 0.9, "state": 0.1, "split": 0.1, "batch": 0.1},
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """What engines are built for.
-
-    Args:
-        max_batch: the most rows.
-        max_context: the most tokens of a row; 0 for as many as the model takes.
-        chunk: tokens of a prompt in one step.
-        compute_capabilities: of the GPUs, such as ``8.6``; empty for the GPU that is here.
-        workspace_mb: the most scratch memory that building may use on the GPU; 0 for the library's choice.
-        build: whether to build engines now; otherwise ``edgellm build`` does on the device.
-    """
-
-    max_batch: int = 8
-    max_context: int = 0
-    chunk: int = 128
-    compute_capabilities: tuple[str, ...] = ()
-    workspace_mb: int = 0
-    build: bool = True
-
-    def __post_init__(self) -> None:
-        for name, least in (("max_batch", 1), ("max_context", 0), ("chunk", 2), ("workspace_mb", 0)):
-            if (value := getattr(self, name)) < least:
-                raise ExportError(f"{name} is {value}; it must be at least {least}")
 
 
 @dataclass(frozen=True)
@@ -120,7 +95,8 @@ def sizes_of(options: EngineOptions, model_context: int) -> Sizes:
     """
     if options.max_context > model_context:
         raise ExportError(
-            f"max_context is {options.max_context}, but the model's context holds {model_context} tokens; ask for no more"
+            f"max_context is {options.max_context}, but the model's context holds {model_context} tokens; ask for no "
+            "more"
         )
     context = options.max_context or model_context
     chunk = min(options.chunk, context)

@@ -9,15 +9,14 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgellm_exporters.engine_options import EngineOptions
 from edgellm_exporters.errors import EngineError
-from edgellm_exporters.fixed import EngineOptions
 from edgellm_exporters.readback import Facts, read_back
-from edgellm_exporters.write import Progress
 from edgellm_runtime.bundle import FileInfo, Manifest, sha256_of
 from edgellm_runtime.engines import LIBRARIES, EngineInfo, Range, current_compute_capability
 
@@ -41,6 +40,7 @@ RTX_API: Mapping[str, Sequence[str]] = {
     "": ("ComputeCapability",),
     "IBuilderConfig": ("num_compute_capabilities", "set_compute_capability"),
 }  # fmt: skip
+Progress = Callable[[str, float], None]  # what is being done, and how much of it (0 to 1)
 _NOTHING: Mapping[str, Any] = {}
 _LEAST_CAPABILITY = {"fp8": "8.9"}  # by method; for older GPUs the library refuses the graph when it builds
 _CAPABILITY = re.compile(r"\d{1,2}\.\d")
@@ -248,7 +248,7 @@ def _config(
 
 
 def _logger(trt: Any) -> Any:
-    class Kept(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Kept(trt.ILogger):  # type: ignore[misc]
         """Keeps what went wrong instead of printing it."""
 
         def __init__(self) -> None:
@@ -263,7 +263,7 @@ def _logger(trt: Any) -> Any:
 
 
 def _monitor(trt: Any, tell: Any) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         """Passes the progress of the outermost phase on."""
 
         def __init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgellm_runtime.engines import LIBRARIES
 from edgellm_runtime.errors import BackendError, BundleError
@@ -65,7 +65,9 @@ def open_session(bundle: Bundle, *, device: str = "auto", threads: int | None = 
         raise BackendError(f"{threads} threads; give at least 1, or none for every core")
     manifest = bundle.manifest
     backend = _backend(bundle, _chosen(bundle, device), threads)
-    sizes = {"chunk": Roles.of(manifest).longest, "capacity": manifest.capacity} if manifest.graphs else {}
+    sizes: dict[str, Any] = {}
+    if manifest.graphs:
+        sizes = {"chunk": Roles.of(manifest).longest, "capacity": manifest.capacity}
     return Session(
         backend, manifest.signature, max_context=manifest.max_context, ragged_chunks=manifest.ragged_chunks,
         vocab_size=manifest.vocab_size or None, **sizes,

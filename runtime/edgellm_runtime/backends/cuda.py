@@ -13,7 +13,7 @@ from typing import Any
 from edgellm_runtime.backends.faults import first_line
 from edgellm_runtime.errors import BackendError
 
-__all__ = ["CUDA", "check_package", "count_gpus", "not_running", "preload"]
+__all__ = ["CUDA", "check_gpu", "check_package", "count_gpus", "not_running", "preload"]
 
 CUDA = "CUDAExecutionProvider"
 _DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
@@ -81,15 +81,20 @@ def count_gpus() -> int:
     return count.value
 
 
+def check_gpu() -> None:
+    """Make sure that there is a GPU, before a library that would put the CPU in its place is asked for one.
+
+    Raises:
+        BackendError: no driver, or no GPU that this process may use.
+    """
+    if count_gpus() == 0:
+        raise BackendError(
+            f"no NVIDIA GPU that this process may use; check nvidia-smi and CUDA_VISIBLE_DEVICES, {_CPU_INSTEAD}"
+        )
+
+
 def not_running(ort: Any) -> BackendError:
-    """The error of a session that was asked for CUDA and runs on the CPU: its cause, as far as it can be found."""
-    try:
-        if count_gpus() == 0:
-            return BackendError(
-                f"no NVIDIA GPU that this process may use; check nvidia-smi and CUDA_VISIBLE_DEVICES, {_CPU_INSTEAD}"
-            )
-    except BackendError as error:
-        return error
+    """The error of a session that was asked for CUDA and runs on the CPU though there is a GPU."""
     missing = _missing_library(ort)
     return BackendError(
         f"ONNX Runtime {ort.__version__} does not start CUDA{f' ({missing})' if missing else ''}; install CUDA's "

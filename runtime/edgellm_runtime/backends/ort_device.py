@@ -23,6 +23,7 @@ from edgellm_runtime.backends.ort import check_names, library
 from edgellm_runtime.backends.ort_memory import DeviceStorage, Kernels
 from edgellm_runtime.spec import Signature
 from edgellm_runtime.state import State
+from edgellm_runtime.storage import Storage
 
 __all__ = ["OrtDeviceBackend"]
 
@@ -60,13 +61,14 @@ class OrtDeviceBackend:
         self.device, self._id, self._context = device, device_id, max_context
         if device == "cuda":
             cuda.check_package(self._ort)
+            cuda.check_gpu()
             cuda.preload(self._ort)
         self.captures, self.refusal = capture, ""  # why steps are not captured, where they should be
         self._sessions_made = 0
         self._make_session()
         self._inputs = check_names(self._session, signature)
         kernels = Kernels(self._ort, self._providers(capture=False), device, device_id)
-        self.storage = DeviceStorage(kernels)
+        self.storage: Storage = DeviceStorage(kernels)
         self._kernels, self._chooser = kernels, Chooser(kernels)
         self._graph_ids = itertools.count(1)
 

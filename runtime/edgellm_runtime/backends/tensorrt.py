@@ -19,7 +19,7 @@ from edgellm_runtime.errors import BackendError, StateError
 from edgellm_runtime.roles import Role, Roles
 from edgellm_runtime.spec import Signature
 from edgellm_runtime.state import State
-from edgellm_runtime.storage import widened
+from edgellm_runtime.storage import Storage, widened
 
 if TYPE_CHECKING:
     from edgellm_runtime.bundle import Bundle
@@ -79,7 +79,7 @@ class TensorRTBackend(HostBackend):
         capacity: int,
     ) -> None:  # fmt: skip
         self.library, self._cuda, self._roles, self._signature = library, cuda, roles, signature
-        self.storage = CudaStorage(cuda, capacity)
+        self.storage: Storage = CudaStorage(cuda, capacity)
         self.captures, self.refusal = True, ""  # why steps of single tokens are not recorded, where they should be
         self._engines = {name: library.load(file) for name, file in files.items()}
         for role in roles.all:
@@ -91,7 +91,7 @@ class TensorRTBackend(HostBackend):
         """See :meth:`edgellm_runtime.backends.Backend.run`."""
         role = self._roles.choose(tokens.shape[1])
         binding = self._binding(role, logit_positions.shape, state)
-        numbers = {
+        numbers: dict[str, Array] = {
             "tokens": role.pad(tokens), "past_lengths": state.lengths, "lengths": lengths,
             "logit_positions": logit_positions,
         }  # fmt: skip
