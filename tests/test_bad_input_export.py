@@ -184,7 +184,9 @@ def there() -> Path:
 @pytest.fixture
 def graphless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the seconds of tracing; what is tested comes after."""
-    monkeypatch.setattr(export_module, "_graph", lambda *_: (None, Plan()))
+    monkeypatch.setattr(export_module, "_planned", lambda *_: (None, Plan()))
+    monkeypatch.setattr(export_module, "lower_to", lambda *_, **__: None)
+    monkeypatch.setattr(export_module, "narrow_caches", lambda *_: None)
     monkeypatch.setattr(export_module, "write_graph", lambda *_: None)
     monkeypatch.setattr(export_module, "_session", lambda *_: None)
     monkeypatch.setattr(export_module, "take_traces", lambda *_, **__: ([], []))

@@ -20,6 +20,7 @@ from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lower import clean, lower_to
 from edgellm_exporters.passes.add_rms_norm import FuseAddRMSNorm
 from edgellm_exporters.passes.merge_linears import MergeLinears
+from edgellm_exporters.passes.split_sequence import SplitSequence
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.targets import TARGETS, find_target
 from edgellm_exporters.write import write_graph
@@ -188,3 +189,37 @@ def test_a_weight_used_twice_is_not_merged() -> None:
     nodes[1].replace_input_with(1, nodes[2].inputs[1])
     assert not any(n.op_type == "Linear" and len(n.outputs) > 1 for n in MergeLinears()(graph).model.graph)
     assert sum(n.op_type == "Linear" for n in graph.graph) == 3
+
+
+def sequence_graph(split: list[int] | int, at: list[int], axis: int = 2) -> ir.Model:
+    """Members of a sequence of parts of x, each less one."""
+    x = ir.Value(name="x", shape=ir.Shape([2, 3, 8]), type=ir.TensorType(ir.DataType.FLOAT))
+    numbers = {f"n{i}": i for i in at} | {"split": split}
+    values = {
+        name: ir.Value(
+            name=name, const_value=ir.tensor(np.array(n, dtype=np.int64)), type=ir.TensorType(ir.DataType.INT64)
+        )
+        for name, n in numbers.items()
+    }
+    parts = ir.node("SplitToSequence", [x, values["split"]], attributes={"axis": axis})
+    members = [ir.node("SequenceAt", [parts.outputs[0], values[f"n{i}"]]) for i in at]
+    ends = [ir.node("Neg", [member.outputs[0]]) for member in members]
+    return small_graph([parts, *members, *ends], x, [end.outputs[0] for end in ends], list(values.values()))
+
+
+@pytest.mark.parametrize(
+    ("split", "at", "axis"),
+    [([3, 5], [0, 1], 2), (4, [0, 1], 2), (3, [0, 1, 2], 2), ([2, 4, 2], [2, 0], -1), ([1, 2], [-1], 1)],
+)
+def test_members_of_a_sequence_become_outputs_of_a_split(split: list[int] | int, at: list[int], axis: int) -> None:
+    before, after = sequence_graph(split, at, axis), sequence_graph(split, at, axis)
+    assert SplitSequence()(after).modified
+    assert [node.op_type for node in after.graph] == ["Split", *["Neg"] * len(at)]
+    for a, b in zip(run(before, X), run(after, X), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_sequence_whose_parts_are_not_known_is_left_alone() -> None:
+    graph = sequence_graph(3, [0, 1])
+    graph.graph.inputs[0].shape = ir.Shape([2, 3, "free"])
+    assert not SplitSequence()(graph).modified

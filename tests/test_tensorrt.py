@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import engine_rows
@@ -18,6 +20,7 @@ from edgellm_exporters.build import build_engines
 from edgellm_exporters.errors import EngineError, ExportError
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_exporters.fixed import EngineOptions, write_roles
+from edgellm_exporters.lint import TRAPS
 from edgellm_exporters.parity import compare
 from edgellm_exporters.quantize.methods import ENGINE_METHODS
 from edgellm_exporters.quantize.reference import quantized_model
@@ -33,6 +36,7 @@ BOUNDS = {
     "float16": (0.9999, 0.99), "bfloat16": (0.99999, 1.0), "int8": (0.9999, 0.99), "int4": (0.9999, 0.97),
     "w8a8": (0.997, 0.85), "fp8": (0.99, 0.85),
 }  # fmt: skip
+EXAMPLES = Path(__file__).parent.parent / "examples"
 QUICK = ("mixed", "decoder", "gru alone")
 
 
@@ -76,6 +80,33 @@ def test_quantized_graphs_equal_pytorch_with_the_same_numbers(method: str, tmp_p
     rounded = quantized_model(model, plan, integer_products=False)
     assert compare(rounded, session, [window]).logits < 2e-4
     assert compare(model, session, [window]).logits > 2e-3  # the comparison would see it
+
+
+@torch.no_grad()
+def test_a_model_of_plain_pytorch_becomes_engines_too(tmp_path: Path) -> None:
+    """Not one of ours: a retention written with einsum, cumulative sums and splits."""
+    spec = importlib.util.spec_from_file_location("own_module_model", EXAMPLES / "own_module" / "model.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look it up
+    spec.loader.exec_module(module)
+    torch.manual_seed(0)
+    config = module.RetentionConfig(VOCAB, max_context=CONTEXT, width=64, num_heads=2, num_layers=2)
+    model = module.RetentionModel(config).eval()
+    engine = EngineOptions(compute_capabilities=(CAPABILITY,), chunk=16)
+    options = ExportOptions(target="tensorrt", dtype="float16", engine=engine)
+    exported = export(model, tmp_path / "b", options=options)
+    assert exported.parity.kl < 1e-5 and exported.parity.top1 == 1.0
+    assert len(exported.bundle.manifest.engines) == 2
+
+
+def test_float32_engines_are_built_where_no_fused_attention_is(tmp_path: Path) -> None:
+    engine = EngineOptions(compute_capabilities=(CAPABILITY,), chunk=16)
+    exported = export(
+        make("decoder"), tmp_path / "b", options=ExportOptions(target="tensorrt", dtype="float32", engine=engine)
+    )
+    assert exported.parity.logits < 1e-5
+    assert {spec.dtype for spec in exported.bundle.manifest.signature.state} == {"float32"}
 
 
 def test_rows_of_a_ragged_batch_get_what_each_gets_alone(tmp_path: Path) -> None:
@@ -247,6 +278,27 @@ def test_the_librarys_own_words_are_in_the_error(tmp_path: Path) -> None:
             tensorrt.find_library(), tmp_path / "g.onnx", tmp_path / "e", facts=engine_rows.Facts({}, {}, 0), time=1,
             options=EngineOptions(), capabilities=[CAPABILITY],
         )  # fmt: skip
+
+
+# --- docs/tensorrt.md -----------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parent.parent / "docs" / "tensorrt.md").read_text(encoding="utf-8")
+
+
+def _table(header: str) -> list[list[str]]:
+    lines = PAGE[PAGE.index(header) :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in (lines[0], *lines[2:])]
+
+
+def test_the_page_has_every_row_and_every_precision_that_is_built() -> None:
+    head, *rows = _table("| model |")
+    assert head == ["model", *PRECISIONS]
+    assert rows == [[family, *["built"] * len(PRECISIONS)] for family in FAMILIES]
+
+
+def test_the_page_has_the_lints_table() -> None:
+    _, *rows = _table("| form |")
+    assert rows == [[trap.name, trap.what, trap.instead] for trap in TRAPS]
 
 
 # --- names ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Every row of the lint's table: the form is refused by name, and the installed library really does what the row says."""
+"""Every row of the lint's table: the form is refused by name, and the installed library does what the row says."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def test_the_library_does_what_the_row_says(name: str, tmp_path: Path) -> None:
 def test_a_gru_with_quantized_weights_ends_the_process(tmp_path: Path) -> None:
     text, weights, _ = BAD["GRU with quantized weights"]
     onnx.save(model_of(text, weights), tmp_path / "g.onnx")
-    code = "import sys; from pathlib import Path; from test_tensorrt_lint import outcome; print(outcome(Path(sys.argv[1])))"
+    code = "import sys, pathlib, test_tensorrt_lint as t; print(t.outcome(pathlib.Path(sys.argv[1])))"
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "g.onnx"], capture_output=True, check=False, cwd=Path(__file__).parent
     )

@@ -44,7 +44,7 @@ def build(
 def _print(result: dict[str, Any]) -> None:
     for engine in result["engines"]:
         click.echo(
-            f"{engine['file']}: {engine['bytes'] / 1e6:.1f} MB, {engine['library']} {engine['library_version']}, compute "
-            f"capability {', '.join(engine['compute_capabilities'])}, {engine['precision']}"
+            f"{engine['file']}: {engine['bytes'] / 1e6:.1f} MB, {engine['library']} {engine['library_version']}, "
+            f"compute capability {', '.join(engine['compute_capabilities'])}, {engine['precision']}"
         )
     click.echo(f"{result['bundle']}: built in {result['seconds']:.1f} s")

@@ -92,9 +92,9 @@ def export(
 
 
 def export_checkpoint(
-    checkpoint: Path, output: Path, *, target: str, dtype: str | None = None, quantize: str, calibrate: Path | None = None,
-    max_kl: float | None = None, max_size_mb: float | None = None, prefer: str | None = None,
-    kv_cache: str = "float32", engine: EngineFlags = _NO_FLAGS, name: str = "", tell: Any,
+    checkpoint: Path, output: Path, *, target: str, dtype: str | None = None, quantize: str,
+    calibrate: Path | None = None, max_kl: float | None = None, max_size_mb: float | None = None,
+    prefer: str | None = None, kv_cache: str = "float32", engine: EngineFlags = _NO_FLAGS, name: str = "", tell: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Read, export and sum up; the keys are those of ``--json``."""
     from edgellm_exporters.atomic import check_destination

@@ -120,7 +120,8 @@ def sizes_of(options: EngineOptions, model_context: int) -> Sizes:
     """
     if options.max_context > model_context:
         raise ExportError(
-            f"max_context is {options.max_context}, but the model's context holds {model_context} tokens; ask for no more"
+            f"max_context is {options.max_context}, but the model's context holds {model_context} tokens; ask for no "
+            "more"
         )
     context = options.max_context or model_context
     chunk = min(options.chunk, context)

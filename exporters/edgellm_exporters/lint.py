@@ -1,7 +1,7 @@
 """Forms that TensorRT would not compute as they are written, or not build at all: one table, one pass over a graph.
 
-The silent ones are the reason for it: the parser takes such a graph, and the engine computes something else. Each row is
-held against the installed library by a test, so that a row that is no longer true is found.
+The silent ones are the reason for it: the parser takes such a graph, and the engine computes something else. Each row
+is held against the installed library by a test, so that a row that is no longer true is found.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ TRAPS: tuple[Trap, ...] = (
          "does not parse it", "a cache (batch, heads, slots, features), axis 2"),
     Trap("circular cache", ("TensorScatter",), lambda n, v: "mode" in n.attributes
          and n.attributes["mode"].as_string() != "linear", "does not parse it", "mode 'linear'"),
-    Trap("cache of 8 bits", ("TensorScatter",), _narrow_cache, "does not parse it", "a cache in the activations' dtype"),
+    Trap("cache of 8 bits", ("TensorScatter",), _narrow_cache,
+         "does not parse it", "a cache in the activations' dtype"),
     Trap("cache inside the graph", ("TensorScatter",), _inner_cache,
          "builds no engine of it", "a cache that is itself an input and an output of the graph"),
     Trap("unsigned codes", _QUANTIZING, lambda n, v: _codes_dtype(n) in (ir.DataType.UINT8, ir.DataType.UINT4,

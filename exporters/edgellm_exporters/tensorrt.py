@@ -248,7 +248,7 @@ def _config(
 
 
 def _logger(trt: Any) -> Any:
-    class Kept(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Kept(trt.ILogger):  # type: ignore[misc]
         """Keeps what went wrong instead of printing it."""
 
         def __init__(self) -> None:
@@ -263,7 +263,7 @@ def _logger(trt: Any) -> Any:
 
 
 def _monitor(trt: Any, tell: Any) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         """Passes the progress of the outermost phase on."""
 
         def __init__(self) -> None:

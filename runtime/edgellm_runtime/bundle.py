@@ -205,7 +205,7 @@ def _roles(data: dict[str, Any], files: Mapping[str, FileInfo]) -> dict[str, Any
     if set(graphs) != set(ROLES) or graphs["decode"].time != 1:
         raise ValueError(f"graphs {sorted(graphs)} instead of {sorted(ROLES)}, the latter of one token")
     capacity = _whole(data["capacity"], least=_whole(data["max_context"], least=1) + graphs["prefill"].time)
-    if absent := {info.file for info in (*graphs.values(), *engines)} - files.keys():
+    if absent := {*(graph.file for graph in graphs.values()), *(e.file for e in engines)} - files.keys():
         raise ValueError(f"{sorted(absent)} not among the files")
     return {"graphs": graphs, "capacity": capacity, "engines": engines}
 

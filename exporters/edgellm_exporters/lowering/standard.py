@@ -130,6 +130,7 @@ def attention(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
 
 
 def split_heads(context: Lowering, x: ir.Value | None, heads: int) -> ir.Value:
+    """(batch, time, heads * head_dim) to (batch, heads, time, head_dim)."""
     split = context.op("Reshape", x, context.const([0, 0, heads, -1]))  # (batch, time, heads, head_dim)
     return context.op("Transpose", split, perm=[0, 2, 1, 3])
 
@@ -239,6 +240,7 @@ def scales_of(context: Lowering, weight: ir.Value) -> ir.Value:
 
 
 def is_shared(weight: ir.Value) -> bool:
+    """Whether rows of a weight are looked up, so that it is stored by rows."""
     return any(user.op_type in ("Embedding", "Gather") for user, _ in weight.uses())
 
 

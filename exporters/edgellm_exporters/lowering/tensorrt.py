@@ -93,8 +93,8 @@ def _dequantized(context: Lowering, weight: ir.Value, quantized: QuantizedWeight
     eight = scheme.bits == 8 and scheme.block == ROW
     if not scheme.symmetric or not (four or eight):
         raise LoweringError(
-            f"{weight.name}: TensorRT has no form of {scheme} weights; it takes symmetric 4-bit weights in blocks of 16 "
-            "to 128 and 8-bit weights with one scale a row (8:row)"
+            f"{weight.name}: TensorRT has no form of {scheme} weights; it takes symmetric 4-bit weights in blocks of "
+            "16 to 128 and 8-bit weights with one scale a row (8:row)"
         )
     kind = ml_dtypes.float8_e4m3fn if scheme.floating else np.int8 if scheme.bits == 8 else ml_dtypes.int4
 
@@ -162,7 +162,8 @@ def _written_out(
 ) -> ir.Value:
     """Attention as products and a softmax; the queries of one key head become one longer query."""
     assert past.shape is not None
-    (kv_heads, slots, head_dim), (keys, values) = (int(n) for n in past.shape[1:]), cache
+    kv_heads, slots, head_dim = (size for size in past.shape[1:] if isinstance(size, int))
+    keys, values = cache
     time = context.fixed.time
     together = context.op("Reshape", q, context.const([0, kv_heads, group * time, head_dim]))
     scores = context.op("MatMul", together, context.op("Transpose", keys, perm=[0, 1, 3, 2]))

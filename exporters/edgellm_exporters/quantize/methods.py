@@ -77,8 +77,8 @@ ENGINE_METHODS: Mapping[str, Method] = {
         {"kl": 0.1, "top1": 0.75, "split": 0.2, "batch": 0.2}, smooth=True, integer_products=False, fixed_inputs=True,
     ),
     "int4": Method(
-        "4-bit weights in blocks of 64, the embedding and the projection to the vocabulary in 8", Scheme(4, 64, positive=True), _ROW,
-        {**_FOUR, "kl": 0.8}, smooth=True, integer_products=False,
+        "4-bit weights in blocks of 64, the embedding and the projection to the vocabulary in 8",
+        Scheme(4, 64, positive=True), _ROW, {**_FOUR, "kl": 0.8}, smooth=True, integer_products=False,
     ),
     "fp8": Method(
         "8-bit floats (E4M3) for weights and inputs of products, the latter with one scale each",
@@ -90,7 +90,11 @@ _FORMAT = re.compile(r"(\d+):(\d+|row)(?::(asymmetric|shifted))?")
 
 
 def find_method(name: str, methods: Mapping[str, Method] = METHODS) -> Method:
-    """The method of that name among a target's, or, for targets that take any format, one format for all weights, written BITS:BLOCK, as in ``4:32:asymmetric``.
+    """The method of that name, or one format for all weights, written BITS:BLOCK, as in ``4:32:asymmetric``.
+
+    Args:
+        name: as ``--quantize`` has it.
+        methods: those of the target; one that has methods of its own takes no other format.
 
     Raises:
         QuantizeError: there is none, or the format is impossible.

@@ -111,16 +111,18 @@ class Codes:
     def signed(self, dtype: Any) -> NDArray[Any]:
         """Codes less their zeros, (rows, columns), in a type that holds them."""
         if self.floating:
-            return self.codes.view(ml_dtypes.float8_e4m3fn).astype(dtype)
+            floats: NDArray[Any] = self.codes.view(ml_dtypes.float8_e4m3fn).astype(dtype)
+            return floats
         rows, blocks = self.scales.shape
         wide = self.codes.reshape(rows, blocks, -1).astype(np.int16) - self.zeros[:, :, None].astype(np.int16)
-        return wide.reshape(rows, -1).astype(dtype)
+        whole: NDArray[Any] = wide.reshape(rows, -1).astype(dtype)
+        return whole
 
     def dequantize(self) -> NDArray[np.float32]:
         """The float32 weight that these numbers stand for, (rows, columns)."""
         rows, blocks = self.scales.shape
-        wide = self.signed(np.float32).reshape(rows, blocks, -1)
-        wide = (wide * self.scales[:, :, None]).reshape(rows, -1)
+        codes = self.signed(np.float32).reshape(rows, blocks, -1)
+        wide: NDArray[np.float32] = (codes * self.scales[:, :, None]).reshape(rows, -1)
         if not self.columns:
             return wide
         block = wide.shape[1] // blocks

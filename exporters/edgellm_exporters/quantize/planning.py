@@ -100,7 +100,7 @@ def _input_scales(
         if name in uses.products and name not in uses.ends and largest:
             top = _TOP_FLOAT if scheme.floating else _TOP
             widest = (np.max(largest, axis=0) / done.columns.get(name, np.float32(1))).max()
-            found[name] = half_precision(np.float32(widest * _HEADROOM / top))[()]
+            found[name] = half_precision(np.array([widest * _HEADROOM / top], dtype=np.float32))[0]
     return found
 
 
