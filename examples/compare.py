@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 from comparison.sizes import PATTERNS
 from comparison.tables import draw, render
-from comparison.work import FOLDERS, Plan, base_of, compare
+from comparison.work import FOLDERS, Plan, add, base_of, compare
 
 _RESULTS = Path("docs/applications")
 _FILE = click.Path(path_type=Path)
@@ -71,21 +71,46 @@ def run(
         click.echo(results / f"{task}.json")
 
 
+@main.command("add")
+@click.argument("task", type=click.Choice(list(FOLDERS)))
+@click.argument("name")
+@click.option("--data", type=_FILE, help="Folder with train, valid and test.jsonl.  [default: data/TASK]")
+@click.option("--result", type=_FILE, required=True, help="The file of measurements that gets the row.")
+@click.option("--minutes", default=25.0, help="Of training.")
+@click.option("--limit", default=500, help="Test examples; 0 for all.")
+@click.option("--threads", default=2, help="CPU threads, in training and in what is timed.")
+@click.option("--seed", default=0, help="Of the weights and the data's order.")
+@click.option("--train-option", multiple=True, metavar="WORDS", help="For edgellm train, such as '--init M --lora 16'; "
+              "repeatable.")  # fmt: skip
+@click.option("--runs", default="runs/compare", type=_FILE, help="Folder for checkpoints and bundles.")
+def add_row(
+    task: str, name: str, data: Path | None, result: Path, minutes: float, limit: int, threads: int, seed: int,
+    train_option: tuple[str, ...], runs: Path,
+) -> None:  # fmt: skip
+    """Train any model for TASK and measure it as row NAME, such as one that begins with a pretrained checkpoint."""
+    options = [word for words in train_option for word in words.split()]
+    plan = Plan(
+        task=task, data=data or Path("data") / task, runs=runs, result=result, minutes=minutes, limit=limit,
+        threads=threads, seed=seed, options=options,
+    )  # fmt: skip
+    add(plan, name)
+    click.echo(result)
+
+
 @main.command("render")
 @click.option("--results", default=_RESULTS, type=_FILE, help="Folder with the measurements.")
 @click.option("--page", default="docs/applications.md", type=_FILE, help="Markdown with a place for each task.")
 @click.option("--picture", default="docs/applications.png", type=_FILE, help="The PNG to write.")
 def render_page(results: Path, page: Path, picture: Path) -> None:
     """Write the tables into the page, and the picture."""
-    files = [results / f"{task}.json" for task in FOLDERS]
-    found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()}
+    found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob("*.json"))}
     if not found:
         raise click.ClickException(f"{results}: nothing was measured yet; see the command run")
     try:
         page.write_text(render(page.read_text(encoding="utf-8"), found), encoding="utf-8")
     except ValueError as error:
         raise click.ClickException(f"{page}: {error}") from error
-    draw(found, picture)
+    draw({task: found[task] for task in FOLDERS if task in found}, picture)
     click.echo(f"{page}, {picture}")
 
 

@@ -12,13 +12,15 @@ import lzma
 import shutil
 import subprocess
 import sys
+import tarfile
+import urllib.parse
 import urllib.request
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CACHE", "FetchError", "from_apt_index", "from_pip", "report", "write_jsonl"]
+__all__ = ["CACHE", "FetchError", "from_apt_index", "from_apt_package", "from_pip", "report", "write_jsonl"]
 
 CACHE = Path("data/cache")
 
@@ -91,6 +93,45 @@ def from_apt_index(release: str, path: str, sha256: str, cache: Path = CACHE) ->
     return data
 
 
+def from_apt_package(package: str, version: str, sha256: str, cache: Path = CACHE) -> dict[str, bytes]:
+    """The files of a Debian package, by their path without the leading ``./``.
+
+    Args:
+        package: its name.
+        version: the one that the checksum is of; apt may bring a later one, whose signature apt has checked, and then
+            it is said that figures may differ.
+        sha256: of the package's file in that version.
+        cache: where packages are kept.
+
+    Raises:
+        FetchError: apt or dpkg is not there or knows no such package, or the file is not the expected one.
+    """
+    cache = cache.resolve()  # apt writes into the folder that it runs in
+    found = sorted(cache.glob(f"{package}_*.deb"))
+    if not found:
+        cache.mkdir(parents=True, exist_ok=True)
+        print(f"downloading {package}", file=sys.stderr)
+        _run(["apt-get", "download", "-q", package], cwd=cache)
+        found = sorted(cache.glob(f"{package}_*.deb"))
+    if not found:
+        raise FetchError(f"apt brought no {package}; run 'apt-get update', or put its .deb into {cache}")
+    if urllib.parse.unquote(found[0].name).startswith(f"{package}_{version}_"):
+        check(found[0].read_bytes(), sha256, str(found[0]))
+    else:
+        print(f"{found[0].name} is not {version}, so figures may differ from those in the documents", file=sys.stderr)
+    plain = found[0].with_suffix(".tar")
+    try:
+        with plain.open("wb") as file:
+            subprocess.run(["dpkg-deb", "--fsys-tarfile", str(found[0])], stdout=file, check=True)
+        with tarfile.open(plain) as archive:
+            members = [m for m in archive if m.isfile()]
+            return {m.name.removeprefix("./"): data.read() for m in members if (data := archive.extractfile(m))}
+    except (OSError, subprocess.CalledProcessError, tarfile.TarError) as error:
+        raise FetchError(f"{found[0]} cannot be unpacked ({error}); delete it and try again") from error
+    finally:
+        plain.unlink(missing_ok=True)
+
+
 def check(data: bytes, sha256: str, what: str) -> None:
     """Compare a checksum.
 
@@ -121,10 +162,10 @@ def _wheel(cache: Path, name: str, version: str) -> Path | None:
     return found[0] if found else None
 
 
-def _run(command: Sequence[str]) -> str:
+def _run(command: Sequence[str], cwd: Path | None = None) -> str:
     if shutil.which(command[0]) is None:
         raise FetchError(f"{command[0]} is not there; install it, or fetch the file by hand")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
     if done.returncode:
         raise FetchError(f"{' '.join(command[:6])} failed: {done.stderr.strip()[-300:]}")
     return done.stdout

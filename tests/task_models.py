@@ -32,9 +32,7 @@ def tokenizer() -> Tokenizer:
 
 def spec_of(task: str, **changes: object) -> TaskSpec:
     marks = (SEPARATOR, ANSWER)
-    pieces = [
-        piece for i, name in enumerate(_FIELDS.get(task, ())) for piece in (("field", name), ("token", marks[i]))
-    ]
+    pieces = [piece for i, name in enumerate(_FIELDS.get(task, ())) for piece in (("field", name), ("token", marks[i]))]
     values = {
         "name": task, "prompt": tuple(Segment(*piece) for piece in pieces), "max_prompt": 32, "max_new_tokens": 8,
         "labels": LABELS if task == "srl" else (), "cut": {"summarization": "text", "qa": "context"}.get(task, ""),

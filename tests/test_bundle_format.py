@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -17,6 +18,7 @@ from edgellm_exporters.quantize.methods import METHODS
 from edgellm_runtime.bundle import _KEYS, _MAX_MANIFEST_BYTES, FORMAT, Bundle
 from edgellm_runtime.graphfile import external_files
 from edgellm_runtime.spec import DTYPE_BYTES
+from edgellm_runtime.tasks.spec import TaskSpec
 from edgellm_runtime.verify import AT_LEAST
 
 PAGE = (Path(__file__).parents[1] / "docs" / "bundle-format.md").read_text(encoding="utf-8")
@@ -63,7 +65,8 @@ def test_manifest_has_the_documented_keys_of_the_documented_types(make: Any) -> 
     assert data.keys() == documented.keys() - OF_FIXED_SIZES
     assert {k for k, row in documented.items() if row[1] == "yes"} == _KEYS
     kinds = {
-        "integer ≥ 1": int, "string": str, "object": dict, "boolean": bool, "object or null": (dict, type(None)),
+        "integer ≥ 1": int, "integer ≥ 0": int, "string": str, "object": dict, "boolean": bool,
+        "object or null": (dict, type(None)),
     }  # fmt: skip
     for key, (kind, *_) in documented.items():
         if key in OF_FIXED_SIZES:
@@ -76,8 +79,12 @@ def test_tokenizer_and_target_have_the_documented_keys() -> None:
     data = manifest(attention_bundle())
     documented = PAGE[PAGE.index("`tokenizer` has these keys") :]
     assert data["tokenizer"].keys() == set(
-        re.findall(r"^\| `(\w+)` \|", documented[: documented.index("`signature`")], re.M)
+        re.findall(r"^\| `(\w+)` \|", documented[: documented.index("`task` has")], re.M)
     )
+    task = PAGE[PAGE.index("| task key | type |") :]
+    assert {"name", *re.findall(r"^\| `(\w+)` \|", task[: task.index("`signature`")], re.M)} == {
+        field.name for field in dataclasses.fields(TaskSpec)
+    }
     assert data["target"].keys() == {"name", "requires"}
     assert manifest(recurrent_bundle())["tokenizer"] is None
 

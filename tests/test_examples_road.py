@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -87,7 +88,7 @@ def test_comparison_measures_each_pattern_in_pytorch_and_as_bundles(
 ) -> None:
     found, fakes = measured(plan, monkeypatch)
     kinds = [call[0] for call in fakes.calls]
-    assert kinds == ["train", "eval", "export", "eval", "export", "eval"] * 2
+    assert kinds == ["train", *["eval", "export"] * 3, "eval"] * 2
     assert sum("--baseline" in call for call in fakes.calls) == 1
     assert found == json.loads(plan.result.read_text(encoding="utf-8"))
     assert found["baselines"] == {"copy": {"chrf": 10.0}}
@@ -111,9 +112,19 @@ def test_another_training_makes_everything_after_it_again(plan: work.Plan, monke
     found, _ = measured(plan, monkeypatch)
     found["rows"]["hybrid"]["train"]["command"] = "edgellm train with another seed"
     plan.result.write_text(json.dumps(found), encoding="utf-8")
-    assert [call[0] for call in measured(plan, monkeypatch)[1].calls] == [
-        "train", "eval", "export", "eval", "export", "eval",
-    ]  # fmt: skip
+    assert [call[0] for call in measured(plan, monkeypatch)[1].calls] == ["train", *["eval", "export"] * 3, "eval"]
+
+
+def test_a_row_of_another_model_is_added(plan: work.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes = Fakes()
+    monkeypatch.setattr(work, "Commands", lambda total: fakes)
+    plan = dataclasses.replace(plan, base=None, patterns=(), options=("--init", "model.gguf", "--lora", "8"))
+    found = work.add(plan, "fine-tuned")
+    assert list(found["rows"]) == ["fine-tuned"]
+    assert fakes.calls[0][-4:] == ["--init", "model.gguf", "--lora", "8"]
+    assert "--set" not in fakes.calls[0]
+    assert found["baselines"] == {"copy": {"chrf": 10.0}}
+    assert "| fine-tuned, 1.00 M | w8a8 |" in table(found)
 
 
 def test_tables_go_between_their_markers(plan: work.Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

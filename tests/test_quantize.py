@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from edgellm_exporters.errors import LoweringError, QuantizeError
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_exporters.lower import clean, lower_to
 from edgellm_exporters.parity import compare
+from edgellm_exporters.quantize import gptq as gptq_module
 from edgellm_exporters.quantize.calibrate import MIN_TOKENS, largest_inputs, quantize_in_turn
 from edgellm_exporters.quantize.gptq import gptq
 from edgellm_exporters.quantize.keep import smallest_holding
@@ -26,6 +28,7 @@ from edgellm_exporters.quantize.methods import METHODS
 from edgellm_exporters.quantize.plan import Codes, Plan, Scheme, pack
 from edgellm_exporters.quantize.planning import Uses, smoothed
 from edgellm_exporters.quantize.reference import quantized_model
+from edgellm_exporters.quantize.refine import refined
 from edgellm_exporters.quantize.rtn import round_to_nearest
 from edgellm_exporters.targets import TARGETS
 from edgellm_runtime import open_session
@@ -106,12 +109,36 @@ def test_gptq_changes_products_less_than_rounding(scheme: Scheme) -> None:
     assert change(chosen) < 0.7 * change(round_to_nearest(w, scheme))
 
 
-def test_gptq_with_independent_inputs_is_rounding() -> None:
+def test_gptq_with_independent_inputs_is_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """No input tells of another, so no error can be made good: naive reference for the code that propagates it."""
+    monkeypatch.setattr(gptq_module, "refined", lambda weight, codes, hessian, scheme: codes)
     w, scheme = weight(), Scheme(4, 32)
     codes, expected = gptq(w, torch.eye(128) * 10, scheme), round_to_nearest(w, scheme)
     np.testing.assert_array_equal(codes.codes, expected.codes)
     np.testing.assert_array_equal(codes.scales, expected.scales)
+
+
+@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(4, 16, symmetric=False), Scheme(2, 64)], ids=str)
+def test_refining_lowers_the_error_and_leaves_no_better_single_code(scheme: Scheme) -> None:
+    """Every code against every other value it could have, one at a time: a naive reference for the descent."""
+    torch.manual_seed(1)
+    x = torch.randn(500, 8) @ torch.randn(8, 64) + 0.5 * torch.randn(500, 64)
+    hessian, w = (x.T @ x).double(), weight()[:3, :64]
+
+    def error(codes: Codes) -> torch.Tensor:
+        e = torch.from_numpy(codes.dequantize() - w).double()
+        return ((e @ hessian) * e).sum(-1)  # (rows,)
+
+    start = round_to_nearest(w, scheme)
+    once, found = refined(w, start, hessian, scheme, 1), refined(w, start, hessian, scheme, 50)
+    assert (error(once) < error(start)).all() and (error(found) <= error(once) * 1.001).all()
+    np.testing.assert_array_equal(found.zeros, start.zeros)
+    least = error(found)
+    for column in range(64):
+        for code in range(scheme.top + 1):
+            other = dataclasses.replace(found, codes=found.codes.copy())
+            other.codes[:, column] = code
+            assert (error(other) >= least * 0.999).all()
 
 
 def test_the_range_of_inputs_is_what_layers_read() -> None:

@@ -249,10 +249,9 @@ def test_what_pytorch_says_is_found_whatever_the_bundle_proposes(family: str) ->
     right = partial(_next, model)
     half = lambda tokens: right(tokens) if len(tokens) < 12 else 0  # noqa: E731
     for propose, agreed in ((right, 1.0), (half, 0.5), (lambda _: 0, 0.0)):
-        session: Any = Parrot(propose)
-        found, _ = continuations(model, session, rows, [6, 6], whole=True)
+        found, _ = continuations(model, partial(Parrot, propose), rows, [6, 6], whole=True)
         assert [list(f.tokens) for f in found] == expected
-        partly, _ = continuations(model, session, rows, [6, 6], whole=False)
+        partly, _ = continuations(model, partial(Parrot, propose), rows, [6, 6], whole=False)
         assert [list(p.tokens) for p in partly] == [e[: len(p.tokens)] for p, e in zip(partly, expected, strict=True)]
         assert all(p.agreed == f.agreed for p, f in zip(partly, found, strict=True))
         if agreed in (0.5, 1.0):
@@ -269,7 +268,7 @@ def test_traces_of_rows_do_not_depend_on_what_is_said_after_them(family: str) ->
     model: Any = make(family)
     rows = [np.random.default_rng(n).integers(0, VOCAB, 9).tolist() for n in range(2)]
     session: Any = Parrot(partial(_next, model))
-    found, said = take_traces(model, session, rows, CONTEXT, whole=True)
+    found, said = take_traces(model, lambda: session, rows, CONTEXT, whole=True, max_context=model.config.max_context)
     assert [len(s.tokens) for s in said] == [CONTEXT - 9] * 2
     for trace, alone in zip(found, (next(traces(model, [row])) for row in rows), strict=True):
         assert trace.tokens == alone.tokens

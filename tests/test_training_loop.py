@@ -57,8 +57,8 @@ def test_best_checkpoint_loads_and_scores_what_was_reported(tmp_path: Path) -> N
     assert result.checkpoint == tmp_path / "out" / "best"
     assert checkpoint.tokenizer_json == tokenizer.to_str()
     assert checkpoint.eos_token_ids == (0,)
-    from edgellm.training.distributed import World
     from edgellm.training.batches import WindowBatches
+    from edgellm.training.distributed import World
     from edgellm.training.validation import validation_loss
 
     world = World(0, 1, torch.device("cpu"))

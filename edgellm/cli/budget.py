@@ -39,4 +39,6 @@ def budget_of(
     from edgellm_exporters.quantize.budget import Budget
 
     limit = Budget.max_kl if max_kl is None else max_kl
-    return Budget(max_kl=limit, max_size_mb=max_size_mb, prefer=prefer or Budget.prefer)
+    # who names a size has said what may be spent; what it buys is quality
+    wanted = prefer or ("quality" if max_size_mb is not None else Budget.prefer)
+    return Budget(max_kl=limit, max_size_mb=max_size_mb, prefer=wanted)

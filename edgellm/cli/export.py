@@ -54,9 +54,10 @@ __all__ = ["export", "export_checkpoint", "print_summary"]
               "The bundle is refused if it is missed.  [default: 0.02]")  # fmt: skip
 @click.option("--max-size-mb", type=float, default=None, metavar="MB", help="With --quantize auto: the most the bundle "
               "may take, in 1,000,000 bytes.")  # fmt: skip
-@click.option("--prefer", type=click.Choice(["decode", "prefill", "size"]), default=None, show_default=False,
-              help="With --quantize auto: what to make best within the limits: the time of each new token, the time "
-              "to read a prompt, or the size.  [default: decode]")  # fmt: skip
+@click.option("--prefer", type=click.Choice(["decode", "prefill", "size", "quality"]), default=None,
+              show_default=False, help="With --quantize auto: what to make best within the limits: the time of each "
+              "new token, the time to read a prompt, the size, or the quality, for which all of the size is used.  "
+              "[default: quality with --max-size-mb, else decode]")  # fmt: skip
 @building_options
 @click.option("--max-context", type=int, default=None, metavar="TOKENS", show_default=False, help="Engines: the most "
               "tokens of a row; their memory is set aside for each.  [default: the model's context]")  # fmt: skip

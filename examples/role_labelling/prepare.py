@@ -30,13 +30,24 @@ SHA256 = {
 OPTIONS = ("--python-version", "3.12", "--only-binary=:all:")
 MOST_WORDS = 50
 TIMES = frozenset(
-    "monday tuesday wednesday thursday friday saturday sunday january february march april may june july august september "
-    "october november december today tomorrow yesterday tonight now then soon later recently already always never often "
-    "sometimes usually ago before after again still yet once ever week weeks month months year years day days hour hours "
-    "minute minutes time times morning evening night afternoon weekend century decade period moment past future".split()
+    """
+    monday tuesday wednesday thursday friday saturday sunday january february march april may june july august
+    september october november december today tomorrow yesterday tonight now then soon later recently already always
+    never often sometimes usually ago before after again still yet once ever week weeks month months year years day
+    days hour hours minute minutes time times morning evening night afternoon weekend century decade period moment
+    past future
+    """.split()  # noqa: SIM905
 )
-PLACES = frozenset("in on at near inside outside under over behind above below around between among across through".split())
-OBLIQUES = frozenset("to for with of from about into against onto upon".split())
+PLACES = frozenset(
+    """
+    in on at near inside outside under over behind above below around between among across through
+    """.split()  # noqa: SIM905
+)
+OBLIQUES = frozenset(
+    """
+    to for with of from about into against onto upon
+    """.split()  # noqa: SIM905
+)
 CLAUSES = ("ccomp", "xcomp")
 
 
@@ -114,7 +125,9 @@ class Sentence:
 
     words: Mapping[int, Mapping[str, Any]]
     dependents: Mapping[int, Mapping[int, str]]  # head to dependents and their relations
-    predicates: Mapping[int, Sequence[tuple[int, tuple[int, ...], Mapping[str, Any]]]]  # arguments: head, words, ratings
+    predicates: Mapping[
+        int, Sequence[tuple[int, tuple[int, ...], Mapping[str, Any]]]
+    ]  # arguments: head, words, ratings
 
 
 def read(graph: Mapping[str, Any]) -> Sentence:
@@ -150,7 +163,9 @@ def labelled(sentence: Sentence, verb: int) -> Iterator[tuple[range, str, Mappin
     below = sentence.dependents[verb]
     relations = list(below.values())
     for head, words, ratings in sentence.predicates[verb]:
-        cases = [sentence.words[p]["form"].lower() for p, r in sentence.dependents[head].items() if r in ("case", "mark")]
+        cases = [
+            sentence.words[p]["form"].lower() for p, r in sentence.dependents[head].items() if r in ("case", "mark")
+        ]
         argument = Argument(below.get(head, ""), cases[0] if cases else "", sentence.words[head]["form"].lower(), words)
         marks = [p for p, r in sentence.dependents[head].items() if r in ("case", "mark") and p < head]
         span = contiguous((*words, *marks), head)

@@ -45,6 +45,7 @@ __all__ = ["Automatic", "Outcome", "quantize_within"]
 
 REPORT, PICTURE = "quantization.md", "quantization.png"
 _MOST = 0.5  # of all weights
+_NODE_BYTES = 400  # of a graph file, about; the first build tells
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def quantize_within(
     candidates = candidates_of(graph, uses, integer_products=budget.prefer == "prefill")
     if not candidates:
         raise QuantizeError("the model has no weight whose rows divide into blocks of 32; export it without --quantize")
-    floats = _bytes_of_floats(graph, candidates)
+    floats = _bytes_of_floats(graph, candidates) + _NODE_BYTES * len(graph.graph)
     del graph
     predictions = sensitivities(
         job.model, job.weights, candidates, done, job.calibration,  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from edgellm_exporters.parity import ParityReport
 from edgellm_exporters.quantize.budget import Budget
 from edgellm_exporters.quantize.plan import Scheme
 from edgellm_exporters.quantize.report import Attempt
-from edgellm_exporters.quantize.search import Choice, Table, search
+from edgellm_exporters.quantize.search import QUALITY, Choice, Table, search
 from edgellm_exporters.write import Progress
 
 __all__ = ["Hunt", "Job"]
@@ -74,7 +74,7 @@ class Hunt:
             attempt = self._try(number, choice, progress)
             if attempt.holds and (best is None or attempt.choice.cost < best.choice.cost):
                 best = attempt
-            if attempt.holds and attempt.report.kl >= _HALF * self.budget.max_kl:
+            if attempt.holds and (self._best_quality or attempt.report.kl >= _HALF * self.budget.max_kl):
                 break
         if best is None:
             raise QuantizeError(self._what_can_be_met())
@@ -83,6 +83,8 @@ class Hunt:
     def _choose(self, aim: float) -> Choice | None:
         """The cheapest that is expected to hold; if none is, the nearest, if that is near enough to be tried."""
         limit = self.budget.max_bytes - _LATER - self.rest
+        if self._best_quality:
+            return search(self.finest, math.inf, limit)
         found = search(self.table, aim * self.budget.max_kl / self.ratio, limit)
         if found is not None or any(a.holds for a in self.attempts):
             return found
@@ -90,6 +92,10 @@ class Hunt:
         if nearest is None or nearest.kl * self.ratio > _DOUBT * self.budget.max_kl:
             return None
         return dataclasses.replace(nearest, cost=self._cost(nearest))
+
+    @property
+    def _best_quality(self) -> bool:
+        return self.budget.prefer == QUALITY
 
     @property
     def finest(self) -> Table:

@@ -75,7 +75,9 @@ def compare(
     """
     said: Sequence[Continuation] = ()
     if greedy_prompts:
-        said, _ = continuations(model, session, greedy_prompts, [greedy_count] * len(greedy_prompts), whole=False)
+        said, _ = continuations(
+            model, lambda: session, greedy_prompts, [greedy_count] * len(greedy_prompts), whole=False
+        )
     return measure(session, traces(model, windows), len(windows), said, progress)
 
 
@@ -112,7 +114,8 @@ def measure(
         tokens=len(kl), logits=worst, kl=float(kl.mean()), kl_p99=float(np.percentile(kl, 99)),
         top1=float(np.concatenate([p.same for p in parts]).mean()), state=state,
         greedy=float(np.mean([s.agreed for s in said])) if said else 1.0,
-        perplexity=_perplexity([p.nll for p in parts]), reference_perplexity=_perplexity([p.reference_nll for p in parts]),
+        perplexity=_perplexity([p.nll for p in parts]),
+        reference_perplexity=_perplexity([p.reference_nll for p in parts]),
         first_divergence=first,
     )  # fmt: skip
 

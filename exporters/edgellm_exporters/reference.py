@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from edgellm_runtime.session import Session
 __all__ = ["Continuation", "Trace", "continuations", "take_traces", "traces"]
 
 Tokens = Sequence[int]
+Open = Callable[[], Session]  # one that is dropped after use: a session holds its own copy of the weights
 _LOGITS_BYTES = 128 << 20  # of the rows that are run together
 
 
@@ -68,27 +69,28 @@ def traces(model: LanguageModel, rows: Sequence[Tokens]) -> Iterator[Trace]:
 
 
 def take_traces(
-    model: LanguageModel, session: Session, rows: Sequence[Tokens], count: int, *, whole: bool
+    model: LanguageModel, open_session: Open, rows: Sequence[Tokens], count: int, *, whole: bool, max_context: int
 ) -> tuple[list[Trace], list[Continuation]]:
     """Run rows and find out what PyTorch says after them; one pass where all of the state is appended to.
 
     Args:
         model: the reference, in eval mode.
-        session: of the bundle.
+        open_session: gives a session of the bundle; it is dropped before PyTorch runs.
         rows: token ids.
         count: the most tokens to say after each.
         whole: as for :func:`continuations`.
+        max_context: the most tokens of a row in the bundle.
     """
     predicts = logit_width(model.config) == model.config.vocab_size  # labels are nothing to go on with
-    counts = [min(count, session.max_context - len(row)) if predicts else 0 for row in rows]
-    found, longer = continuations(model, session, rows, counts, whole=whole)
+    counts = [min(count, max_context - len(row)) if predicts else 0 for row in rows]
+    found, longer = continuations(model, open_session, rows, counts, whole=whole)
     if all(spec.update == "append" for spec in model.state_specs()):
         return [_cut(model, trace, len(row)) for trace, row in zip(longer, rows, strict=True)], found
     return list(traces(model, rows)), found
 
 
 def continuations(
-    model: LanguageModel, session: Session, rows: Sequence[Tokens], counts: Sequence[int], *, whole: bool
+    model: LanguageModel, open_session: Open, rows: Sequence[Tokens], counts: Sequence[int], *, whole: bool
 ) -> tuple[list[Continuation], list[Trace]]:
     """What PyTorch says after each row.
 
@@ -97,7 +99,7 @@ def continuations(
 
     Args:
         model: the reference, in eval mode.
-        session: of the bundle.
+        open_session: gives a session of the bundle; it is dropped before PyTorch runs.
         rows: token ids.
         counts: tokens after each.
         whole: go on from there until every continuation is complete, with another pass for each disagreement; otherwise
@@ -106,12 +108,12 @@ def continuations(
     Returns:
         The continuations, and the first pass's traces: of rows with the bundle's proposals, all but the last token.
     """
-    drafts, longer = _proposed(model, session, rows, counts)
+    drafts, longer = _proposed(model, open_session, rows, counts)
     said = [_confirmed(trace, draft) for trace, draft in zip(longer, drafts, strict=True)]
     same = [sum(a == b for a, b in zip(s, d, strict=False)) for s, d in zip(said, drafts, strict=True)]
     while whole and (unfinished := [i for i, tokens in enumerate(said) if len(tokens) < counts[i]]):
         so_far = [[*rows[i], *said[i]] for i in unfinished]
-        drafts, more = _proposed(model, session, so_far, [counts[i] - len(said[i]) for i in unfinished])
+        drafts, more = _proposed(model, open_session, so_far, [counts[i] - len(said[i]) for i in unfinished])
         for i, trace, draft in zip(unfinished, more, drafts, strict=True):
             said[i] += _confirmed(trace, draft)
     agreed = [n / count if count else 1.0 for n, count in zip(same, counts, strict=True)]
@@ -120,10 +122,12 @@ def continuations(
 
 
 def _proposed(
-    model: LanguageModel, session: Session, rows: Sequence[Tokens], counts: Sequence[int]
+    model: LanguageModel, open_session: Open, rows: Sequence[Tokens], counts: Sequence[int]
 ) -> tuple[list[list[int]], list[Trace]]:
     """The bundle's continuations, and PyTorch's traces of each row followed by all of its continuation but the last."""
+    session = open_session()
     drafts = [propose(session, row, count) for row, count in zip(rows, counts, strict=True)]
+    del session
     return drafts, list(traces(model, [[*row, *draft[:-1]] for row, draft in zip(rows, drafts, strict=True)]))
 
 

@@ -162,7 +162,11 @@ class _Holder:
 
 # What can be asked of a parameter without its numbers: properties that are no views of it, and a few methods.
 _VIEWS = {getattr(Tensor, name).__get__ for name in ("data", "T", "mT", "H", "mH", "real", "imag")}
-_FACTS = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.element_size, Tensor.__len__}
+# Nor is a parameter read to be told whether it needs gradients: what would be told is not the parameter.
+_FACTS = {
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.element_size, Tensor.__len__,
+    Tensor.requires_grad_,
+}  # fmt: skip
 
 
 def _asks_for_numbers(func: Any) -> bool:

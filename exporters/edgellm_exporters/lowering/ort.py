@@ -196,5 +196,5 @@ RULES: Mapping[str, Rule] = {
     "Embedding": embedding,
     "Linear": linear,
     "RMSNorm": rms_norm,
-    **recurrent.rules(matmul, hoist=_hoist),
+    **recurrent.rules(matmul, hoist=_hoist, folds=True),
 }

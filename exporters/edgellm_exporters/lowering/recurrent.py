@@ -1,11 +1,14 @@
 """The recurrences: ONNX's own RNN, LSTM and GRU ops for float weights, a Scan over the cell for quantized ones.
 
+Where the library computes with constants once, when it loads a graph, small 8-bit weights are widened then: a Scan
+costs more time at each token than the products of a cell whose weights lie in the processor's cache anyway.
+
 ONNX orders gates otherwise than PyTorch: LSTM i, o, f, c against i, f, g, o; GRU z, r, h against r, z, n.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,18 +17,22 @@ import onnx_ir as ir
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering.context import Array, Lowering, Rule, blank, shape_of
 from edgellm_exporters.lowering.scan import Hoist, MatMul, scan
+from edgellm_exporters.quantize.plan import Codes, QuantizedWeight
 
 __all__ = ["reorder", "rules"]
+
+SMALL = 1 << 19  # numbers in the larger weight: 2 MB when they are widened
 
 _GATES = {"RNN": (0,), "LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}  # ONNX's gate i is PyTorch's _GATES[i]
 
 
-def rules(matmul: MatMul, hoist: Hoist) -> Mapping[str, Rule]:
+def rules(matmul: MatMul, hoist: Hoist, *, folds: bool = False) -> Mapping[str, Rule]:
     """Rules for RNN, LSTM and GRU.
 
     Args:
         matmul: the target's product with a weight, quantized or not.
         hoist: prepares a weight for ``matmul`` outside the loop over tokens.
+        folds: whether the target's library computes once what depends on constants alone.
     """
 
     def rule(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
@@ -35,10 +42,12 @@ def rules(matmul: MatMul, hoist: Hoist) -> Mapping[str, Rule]:
         if lengths is None:  # the graph serves ragged batches, and padding would run into the state
             raise LoweringError(f"{node.op_type} was called without lengths; pass step.lengths to edgellm.ops")
         assert x is not None and w_ih is not None and w_hh is not None and b_ih is not None and b_hh is not None
-        if context.quantized(w_ih) is not None or context.quantized(w_hh) is not None:
+        both = (w_ih, w_hh)
+        rounded, small = (any(context.quantized(w) is not None for w in both), all(_small(context, w) for w in both))
+        if rounded and not (folds and small):
             return scan(context, node, matmul, hoist)
         order = _GATES[node.op_type]
-        weights = [_one_direction(context, w, order) for w in (w_ih, w_hh)]
+        weights = [_one_direction(context, w, order) for w in both]
         bias = _bias(context, b_ih, b_hh, order)
         direction = context.const([0])
         outputs = context.ops(
@@ -67,8 +76,37 @@ def reorder(array: Array, order: Sequence[int]) -> Array:
     return gates[list(order)].reshape(array.shape)
 
 
+def _small(context: Lowering, weight: ir.Value) -> bool:
+    """Whether a weight is float, or in 8 bits and small enough to be widened."""
+    quantized = context.quantized(weight)
+    if quantized is None:
+        return True
+    rows, columns = quantized.shape
+    return quantized.scheme.bits == 8 and not quantized.scheme.shifted and rows * columns <= SMALL
+
+
 def _one_direction(context: Lowering, weight: ir.Value, order: Sequence[int]) -> ir.Value:
+    quantized = context.quantized(weight)
+    if quantized is not None:
+        return _widened(context, weight, quantized, order)
     return context.derived(weight, "onnx", lambda w: reorder(w, order)[None], blank(weight, (1, *shape_of(weight))))
+
+
+def _widened(context: Lowering, weight: ir.Value, quantized: QuantizedWeight, order: Sequence[int]) -> ir.Value:
+    """(1, rows, columns) in float, from codes with gates in ONNX's order; DequantizeLinear would not be folded."""
+    (rows, columns), blocks, middle = quantized.shape, quantized.blocks, quantized.scheme.middle
+
+    def part(suffix: str, make: Callable[[Codes], Array], dtype: Any, *shape: int) -> ir.Value:
+        like = np.broadcast_to(np.zeros((), dtype), (rows, *shape))
+        lazy = quantized.lazy(lambda c: reorder(make(c).astype(dtype).reshape(rows, *shape), order), like)
+        return context.op("Cast", context.part(weight, suffix, lazy), to=ir.DataType.FLOAT)
+
+    wide = part("onnx.codes", lambda c: c.codes.astype(np.int16) - middle, np.int8, blocks, columns // blocks)
+    if not quantized.scheme.symmetric:
+        zeros = part("onnx.zeros", lambda c: c.zeros.astype(np.int16) - middle, np.int8, blocks, 1)
+        wide = context.op("Sub", wide, zeros)
+    wide = context.op("Mul", wide, part("onnx.scales", lambda c: c.scales, np.float16, blocks, 1))
+    return context.op("Reshape", wide, context.const([1, rows, columns]))
 
 
 def _bias(context: Lowering, b_ih: ir.Value, b_hh: ir.Value, order: Sequence[int]) -> ir.Value:

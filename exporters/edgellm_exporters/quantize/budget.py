@@ -14,7 +14,7 @@ from edgellm_exporters.quantize.plan import ROW, Scheme
 __all__ = ["AUTO", "HELD_OUT_TOKENS", "PREFERENCES", "Budget", "bounds_of", "divide"]
 
 AUTO = "auto"
-PREFERENCES = ("decode", "prefill", "size")
+PREFERENCES = ("decode", "prefill", "size", "quality")
 HELD_OUT_TOKENS, MIN_HELD_OUT = 2048, 1024
 _GOLDEN_FACTOR = 3.0  # goldens are some 90 tokens: their mean scatters about that of the held-out text by a factor of 2
 
@@ -26,7 +26,8 @@ class Budget:
     Args:
         max_kl: mean KL divergence from the float model on held-out text, nats a token.
         max_size_mb: the bundle's files together, in units of 1,000,000 bytes; None for any.
-        prefer: what to minimise within that: ``decode`` time of a token, ``prefill`` time of a prompt, or ``size``.
+        prefer: what to make best within that: ``decode`` time of a token, ``prefill`` time of a prompt, ``size``, or
+            ``quality``, which spends all of the size on the KL divergence.
 
     Raises:
         QuantizeError: a limit that is no positive number, or an unknown preference.

@@ -18,7 +18,10 @@ _PRODUCTS = (
     Scheme(8, 32), Scheme(8, 64), Scheme(8, 128), Scheme(4, 32, symmetric=False), Scheme(4, 64, symmetric=False),
     Scheme(4, 128, symmetric=False), Scheme(4, 32, symmetric=False, shifted=True),
 )  # fmt: skip
-_ENDS = (Scheme(8, 32), Scheme(8, 64), Scheme(4, 32, symmetric=False), Scheme(4, 64, symmetric=False))
+_ENDS = (
+    Scheme(8, 32), Scheme(8, 64), Scheme(4, 16, symmetric=False), Scheme(4, 32, symmetric=False),
+    Scheme(4, 64, symmetric=False),
+)  # fmt: skip
 _RECURRENT = (Scheme(8, 32), Scheme(8, 64), Scheme(4, 32, symmetric=False))
 
 # Nanoseconds measured on one kind of machine (AVX-512 with VNNI): they order formats, and promise no times elsewhere.

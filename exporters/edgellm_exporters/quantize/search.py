@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from edgellm_exporters.quantize.candidates import COSTS, Candidates
 from edgellm_exporters.quantize.plan import Scheme
 
-__all__ = ["Choice", "Table", "front", "search", "table_of"]
+__all__ = ["QUALITY", "Choice", "Table", "front", "search", "table_of"]
 
 Array = NDArray[np.float64]
 Picked = NDArray[np.int64]
+QUALITY = "quality"  # to minimise nothing but the KL divergence
 _STEPS = 60  # of bisection
 _PRICES = 1e9  # the largest price, and one over the smallest, of a scaled quantity
 _ROUNDS = 200
@@ -76,7 +77,7 @@ def table_of(
     Args:
         candidates: weights and their formats.
         predictions: KL of each format of each weight.
-        minimise: a key of :data:`edgellm_exporters.quantize.candidates.COSTS`.
+        minimise: a key of :data:`edgellm_exporters.quantize.candidates.COSTS`, or :data:`QUALITY`.
     """
     width = max(len(c.schemes) for c in candidates)
     schemes = tuple((*c.schemes, *[c.schemes[0]] * (width - len(c.schemes))) for c in candidates)
@@ -84,10 +85,9 @@ def table_of(
     def numbers(of: Callable[[Candidates, Scheme], float]) -> Array:
         return np.array([[of(c, s) for s in own] for c, own in zip(candidates, schemes, strict=True)], dtype=np.float64)
 
-    return Table(
-        tuple(c.name for c in candidates), schemes, numbers(lambda c, s: predictions[c.name][s]),
-        numbers(COSTS["size"]), numbers(COSTS[minimise]),
-    )  # fmt: skip
+    kl = numbers(lambda c, s: predictions[c.name][s])
+    cost = kl if minimise == QUALITY else numbers(COSTS[minimise])
+    return Table(tuple(c.name for c in candidates), schemes, kl, numbers(COSTS["size"]), cost)
 
 
 def search(table: Table, max_kl: float, max_bytes: float = math.inf) -> Choice | None:

@@ -88,6 +88,9 @@ def beam_search(
 ) -> list[Hypothesis]:  # fmt: skip
     """The best answer found for each prompt.
 
+    An ending counts where it is among the ``beams`` likeliest continuations of a step, or as close behind as there are
+    end tokens: to weigh every ending would favour answers that break off.
+
     Args:
         session: of the model.
         prompts: token ids, at least one each.
