@@ -37,7 +37,8 @@ __all__ = ["export", "export_checkpoint", "print_summary"]
     default=None,
     show_default=False,
     help="Precision of activations and of weights that are not "
-    "quantized: float32, or for cuda float16 or bfloat16, for tensorrt float16, bfloat16 or float32.  [default: the first of the target's]",
+    "quantized: float32, or for cuda float16 or bfloat16, for tensorrt float16, bfloat16 or float32.  [default: the "
+    "first of the target's]",
 )
 @click.option("--quantize", default="none", help="Weights: none (float), int8, int4 (embedding and vocabulary "
               "projection in 8 bits), w8a8 (integer products, for the fastest prompts), keep (what a GGUF file rounded "
