@@ -114,7 +114,8 @@ def measure(
         tokens=len(kl), logits=worst, kl=float(kl.mean()), kl_p99=float(np.percentile(kl, 99)),
         top1=float(np.concatenate([p.same for p in parts]).mean()), state=state,
         greedy=float(np.mean([s.agreed for s in said])) if said else 1.0,
-        perplexity=_perplexity([p.nll for p in parts]), reference_perplexity=_perplexity([p.reference_nll for p in parts]),
+        perplexity=_perplexity([p.nll for p in parts]),
+        reference_perplexity=_perplexity([p.reference_nll for p in parts]),
         first_divergence=first,
     )  # fmt: skip
 
