@@ -15,14 +15,15 @@ import torch
 from click.testing import CliRunner
 from families import VOCAB, make
 
+from edgellm.cli.budget import budget_of
 from edgellm.cli.export import export as command
-from edgellm_exporters.auto import Automatic
+from edgellm_exporters.auto import Automatic, none_better_than_held
 from edgellm_exporters.errors import ExportError, QuantizeError
 from edgellm_exporters.export import Exported, ExportOptions, export
 from edgellm_exporters.hunt import Hunt
 from edgellm_exporters.parity import ParityReport
 from edgellm_exporters.quantize.budget import Budget, divide
-from edgellm_exporters.quantize.candidates import candidates_of, decode_ns, prefill_ns
+from edgellm_exporters.quantize.candidates import Candidates, candidates_of, decode_ns, prefill_ns
 from edgellm_exporters.quantize.plan import ROW, Scheme
 from edgellm_exporters.quantize.planning import Uses
 from edgellm_exporters.quantize.reference import quantized_model
@@ -166,7 +167,9 @@ def test_rounding_inputs_costs_something_too() -> None:
         assert all(rounded[name][scheme] > cost for scheme, cost in costs.items()), name
 
 
-@pytest.mark.parametrize(("family", "prefer"), [("decoder", "decode"), ("mixed", "size"), ("attention", "prefill")])
+@pytest.mark.parametrize(
+    ("family", "prefer"), [("decoder", "decode"), ("mixed", "size"), ("attention", "prefill"), ("gru", "quality")]
+)
 def test_a_bundle_within_its_budget_comes_with_the_evidence(family: str, prefer: str, tmp_path: Path) -> None:
     exported = auto(make(family), tmp_path / "b", max_kl=0.01, prefer=prefer)
     manifest = exported.bundle.manifest
@@ -251,6 +254,33 @@ def test_when_every_build_misses_the_message_holds_what_was_measured(tmp_path: P
     with pytest.raises(QuantizeError, match=r"corrected by what was measured: .*; measured: KL \S+ at \d+\.\d MB"):
         hunt.run(lambda what, share: None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_quality_spends_the_size_whatever_divergence_is_allowed(tmp_path: Path) -> None:
+    numbers = dataclasses.replace(table(0, weights=60), cost=table(0, weights=60).kl)
+    numbers = dataclasses.replace(numbers, nbytes=1e4 * numbers.nbytes)
+    limit = 0.6 * numbers.nbytes.max(axis=1).sum() + 0.4 * numbers.nbytes.min(axis=1).sum()
+    budget = Budget(max_kl=1e6, max_size_mb=limit / 1e6, prefer="quality")
+    scripted = Scripted(numbers, 1.0, 1.0, 1.0)
+    best = Hunt(budget, scripted, numbers, {}, tmp_path, 0, 0).run(lambda what, share: None)
+    assert len(scripted.kl) == 1
+    spare = limit - 300_000
+    assert best.nbytes <= spare and best.choice.kl == pytest.approx(search(numbers, math.inf, spare).kl)  # type: ignore[union-attr]
+
+
+def test_no_format_is_thought_better_than_a_smaller_one_that_loses_nothing() -> None:
+    exact, larger, smaller = Scheme(4, 32, False), Scheme(8, 32), Scheme(4, 64, False)
+    weight = Candidates("w", (64, 64), (exact, larger, smaller))
+    noisy = {"w": {exact: 0.2, larger: 0.1, smaller: 0.15}}
+    assert none_better_than_held([weight], noisy, {"w": exact}) == {"w": {exact: 0.2, larger: 0.2, smaller: 0.15}}
+    assert none_better_than_held([weight], noisy, {}) == noisy
+
+
+def test_who_names_a_size_gets_the_best_quality_in_it() -> None:
+    text = Path("text.txt")
+    assert budget_of("auto", text, None, 87, None) == Budget(max_size_mb=87, prefer="quality")
+    assert budget_of("auto", text, None, None, None) == Budget(prefer="decode")
+    assert budget_of("auto", text, None, 87, "size") == Budget(max_size_mb=87, prefer="size")
 
 
 def test_calibration_and_held_out_text_share_no_token() -> None:

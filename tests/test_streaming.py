@@ -111,6 +111,24 @@ def test_hooks_see_real_weights_and_may_replace_them_until_the_module_is_left(tm
     assert not torch.allclose(found, later)
 
 
+def test_asking_a_parameter_for_gradients_asks_no_weight_that_is_read(tmp_path: Path) -> None:
+    """Weights that are kept would need gradients ever after."""
+    _, model, weights = opened("decoder", tmp_path)
+    kept = {name: weights.read(name) for name, _ in model.named_parameters()}
+
+    class Kept:
+        def read(self, name: str) -> torch.Tensor:
+            return kept[name]
+
+        def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+            return kept[name][start:stop]
+
+    with resident(model, Kept()):
+        for parameter in model.parameters():
+            parameter.requires_grad_(False).requires_grad_(True)
+    assert not any(tensor.requires_grad for tensor in kept.values())
+
+
 @torch.no_grad()
 def test_a_hook_that_puts_weights_back_late_leaves_nothing_behind(tmp_path: Path) -> None:
     _, model, weights = opened("decoder", tmp_path)

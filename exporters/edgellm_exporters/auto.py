@@ -41,7 +41,7 @@ from edgellm_runtime.backends.ort import OrtBackend
 from edgellm_runtime.bundle import GRAPH
 from edgellm_runtime.session import Session
 
-__all__ = ["Automatic", "Outcome", "quantize_within"]
+__all__ = ["Automatic", "Outcome", "none_better_than_held", "quantize_within"]
 
 REPORT, PICTURE = "quantization.md", "quantization.png"
 _MOST = 0.5  # of all weights
@@ -136,7 +136,8 @@ def quantize_within(
     check_library()
     graph = job.graph()
     uses = Uses(graph)
-    largest = {} if _was_quantized(uses, progress) else job.largest(progress)
+    held = smallest_holding(uses.tensors, uses.ends, partial(progress, "looking at weights"))
+    largest = {} if _was_quantized(uses, held) else job.largest(progress)
     done = smoothed(graph, largest)
     candidates = candidates_of(graph, uses, integer_products=budget.prefer == "prefill")
     if not candidates:
@@ -147,6 +148,7 @@ def quantize_within(
         job.model, job.weights, candidates, done, job.calibration,  # type: ignore[arg-type]
         rounds_inputs=ort.DOMAIN in job.target.domains, progress=progress,
     )  # fmt: skip
+    predictions = none_better_than_held(candidates, predictions, held)
     table = table_of(candidates, predictions, budget.prefer)
     hunt = Hunt(budget, job, table, largest, directory, floats, other_bytes)
     attempt = hunt.run(progress)
@@ -157,9 +159,24 @@ def quantize_within(
     return Outcome(attempt.choice.schemes, _record(budget, attempt))
 
 
-def _was_quantized(uses: Uses, progress: Progress) -> bool:
+def none_better_than_held(
+    candidates: Sequence[Candidates], predictions: Mapping[str, Mapping[Scheme, float]], held: Mapping[str, Scheme]
+) -> dict[str, dict[Scheme, float]]:
+    """Predictions in which no format is better than a smaller one that holds the checkpoint's own values.
+
+    Such a format loses nothing, so what an estimate from some hundred tokens tells between the two is its noise.
+    """
+    found = {name: dict(costs) for name, costs in predictions.items()}
+    for candidate in candidates:
+        own, costs = held.get(candidate.name), found[candidate.name]
+        if own in costs:
+            least, size = costs[own], own.nbytes(*candidate.shape)
+            costs |= {s: max(kl, least) for s, kl in costs.items() if s.nbytes(*candidate.shape) > size}
+    return found
+
+
+def _was_quantized(uses: Uses, held: Mapping[str, Scheme]) -> bool:
     """Whether most weights are on some 4-bit grid already: smoothing would take them off it, at a loss."""
-    held = smallest_holding(uses.tensors, uses.ends, partial(progress, "looking at weights"))
     few = sum(math.prod(uses.shapes[name]) for name, scheme in held.items() if scheme.bits < 8)
     return few > _MOST * sum(map(math.prod, uses.shapes.values()))
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from edgellm.models.protocol import LanguageModel, Step, empty_state, logit_width
+from edgellm_exporters.memory import give_back
 from edgellm_runtime.session import Session
 
 __all__ = ["Continuation", "Trace", "continuations", "take_traces", "traces"]
@@ -127,7 +128,8 @@ def _proposed(
     """The bundle's continuations, and PyTorch's traces of each row followed by all of its continuation but the last."""
     session = open_session()
     drafts = [propose(session, row, count) for row, count in zip(rows, counts, strict=True)]
-    del session
+    del session  # held by what it gave, too
+    give_back()
     return drafts, list(traces(model, [[*row, *draft[:-1]] for row, draft in zip(rows, drafts, strict=True)]))
 
 
