@@ -45,7 +45,7 @@ from edgellm_runtime.spec import Signature
 from edgellm_runtime.tasks.spec import TaskSpec
 from edgellm_runtime.verify import Verification, verify
 
-__all__ = ["ExportOptions", "Exported", "TextAssets", "export"]
+__all__ = ["ExportOptions", "Exported", "TextAssets", "decided", "export"]
 
 _DECIDED = 1e-3  # mean probability of the most likely token; a model that was trained has a hundred times as much
 _CACHE_WINDOWS = 4  # of the calibration text: ranges need less of it than codes do
@@ -189,7 +189,7 @@ def _build(
     with resident(model, weights):
         traces, said = take_traces(model, partial(_session, scratch), rows, GREEDY, whole="greedy" in bounds)
     write_goldens(traces, said, scratch)
-    bounds = _decided(bounds, traces)
+    bounds = decided(bounds, traces)
     manifest = _write_manifest(scratch, dataclasses.replace(manifest, bounds=bounds))
     bundle = Bundle(scratch)
     give_back()
@@ -255,7 +255,7 @@ def _held_by(bounds: Mapping[str, float], signature: Signature) -> Mapping[str, 
     return {name: bound for name, bound in found.items() if compared or name != "state"}
 
 
-def _decided(bounds: Mapping[str, float], traces: Sequence[Trace]) -> dict[str, float]:
+def decided(bounds: Mapping[str, float], traces: Sequence[Trace]) -> dict[str, float]:
     """Without the bound on the most likely token, where the model itself prefers none: a random one with a large
     vocabulary. The KL divergence is bounded all the same, and so are the logits of float weights.
     """
