@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from edgellm.models.protocol import empty_state
 from edgellm_exporters.capture import capture
 from edgellm_exporters.errors import LoweringError, QuantizeError
-from edgellm_exporters.export import ExportOptions, export
+from edgellm_exporters.export import ExportOptions, decided, export
 from edgellm_exporters.lower import clean, lower_to
 from edgellm_exporters.parity import compare
 from edgellm_exporters.quantize import gptq as gptq_module
@@ -30,6 +30,7 @@ from edgellm_exporters.quantize.planning import Uses, smoothed
 from edgellm_exporters.quantize.reference import quantized_model
 from edgellm_exporters.quantize.refine import refined
 from edgellm_exporters.quantize.rtn import round_to_nearest
+from edgellm_exporters.reference import Trace
 from edgellm_exporters.targets import TARGETS
 from edgellm_runtime import open_session
 
@@ -334,3 +335,11 @@ def test_nan_weights_and_blocks_that_do_not_divide_are_named() -> None:
         plan = Plan({name: scheme}, lambda name, w, scheme: round_to_nearest(w, scheme))
         with pytest.raises(QuantizeError, match=f"{name}.*{said}"):
             compute(lower_to(graph, TARGETS["onnx"], plan))
+
+
+def test_the_top_token_is_held_only_where_the_model_prefers_one() -> None:
+    flat = Trace([1, 2], torch.zeros(2, 50_000), {})
+    sure = Trace([1, 2], torch.zeros(2, 50_000).index_fill(1, torch.tensor([7]), 20.0), {})
+    bounds = {"kl": 0.6, "top1": 0.5}
+    assert decided(bounds, [sure, flat]) == bounds
+    assert decided(bounds, [flat, flat]) == {"kl": 0.6}

@@ -56,7 +56,7 @@ from edgellm_runtime.spec import Signature
 from edgellm_runtime.tasks.spec import TaskSpec
 from edgellm_runtime.verify import Verification, verify
 
-__all__ = ["ExportOptions", "Exported", "TextAssets", "export"]
+__all__ = ["ExportOptions", "Exported", "TextAssets", "decided", "export"]
 
 _DECIDED = 1e-3  # mean probability of the most likely token; a model that was trained has a hundred times as much
 _CACHE_WINDOWS = 4  # of the calibration text: ranges need less of it than codes do
@@ -216,7 +216,7 @@ def _build(
                 model, open_one, rows, GREEDY, whole="greedy" in bounds, max_context=context
             )  # fmt: skip
         write_goldens(traces, said, scratch)
-        manifest = _write_manifest(scratch, dataclasses.replace(manifest, bounds=_decided(bounds, traces)))
+        manifest = _write_manifest(scratch, dataclasses.replace(manifest, bounds=decided(bounds, traces)))
         give_back()
         parity, verification = _prove(Bundle(scratch), open_one(), traces, said, progress)
     measured = {k: getattr(parity, k) for k in ("logits", "kl", "top1", "state", "greedy")} | {"tokens": parity.tokens}
@@ -304,7 +304,7 @@ def _held_by(bounds: Mapping[str, float], signature: Signature) -> Mapping[str, 
     return {name: bound for name, bound in found.items() if compared or name != "state"}
 
 
-def _decided(bounds: Mapping[str, float], traces: Sequence[Trace]) -> dict[str, float]:
+def decided(bounds: Mapping[str, float], traces: Sequence[Trace]) -> dict[str, float]:
     """Without the bound on the most likely token, where the model itself prefers none: a random one with a large
     vocabulary. The KL divergence is bounded all the same, and so are the logits of float weights.
     """
