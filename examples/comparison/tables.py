@@ -123,7 +123,7 @@ def draw(results: Mapping[str, Result], path: Path) -> None:
         axes.set_axis_off()
     for axes, (task, result) in zip(panels, results.items(), strict=False):
         _panel(axes, task, result)
-    figure.legend(*_legend(), loc="outside lower center", ncols=6, frameon=False, labelcolor=INK)
+    figure.legend(*_legend(results), loc="outside lower center", ncols=8, frameon=False, labelcolor=INK)
     pending = path.with_name(path.name + ".tmp")
     figure.savefig(pending, format="png", facecolor="white")
     pending.replace(path)
@@ -158,9 +158,16 @@ def _panel(axes: Any, task: str, result: Result) -> None:
     axes.tick_params(colors=QUIET, which="both", length=0)
 
 
-def _legend() -> tuple[list[Any], list[str]]:
+def _legend(results: Mapping[str, Result]) -> tuple[list[Any], list[str]]:
     from matplotlib.lines import Line2D
 
+    runs = [key for key in _RUNS if any(key == used for r in results.values() for _, used, _ in _runs(r))]
+
     marks = [Line2D([], [], marker="o", linestyle="", markersize=8, color=colour) for colour in _COLOURS.values()]
-    marks += [Line2D([], [], marker=mark, linestyle="", markersize=8, color=QUIET) for mark in _MARKS.values()]
-    return marks, [*_COLOURS, *(name if name == "PyTorch" else f"bundle, {name}" for name in _RUNS.values())]
+    marks += [
+        Line2D([], [], marker=mark, linestyle="", markersize=8, color=QUIET) for mark in map(_MARKS.__getitem__, runs)
+    ]
+    return marks, [
+        *_COLOURS,
+        *(name if name == "PyTorch" else f"bundle, {name}" for name in map(_RUNS.__getitem__, runs)),
+    ]
