@@ -216,7 +216,8 @@ def test_unlisted_graph(capsys: pytest.CaptureFixture[str], bundle: Path) -> Non
     ("requires", "message"),
     [
         ({"onnxruntime": "99.1"}, "needs ONNX Runtime 99.1, here is"),
-        ({"tensorrt": "10"}, "which this runtime does not know; install a newer edgellm"),
+        ({"openvino": "10"}, "which this runtime does not know; install a newer edgellm"),
+        ({"tensorrt": "10"}, "runs with tensorrt, not with ONNX Runtime; use device 'tensorrt'"),
         ([], "which this runtime does not know"),
     ],
 )

@@ -50,7 +50,8 @@ FILE = click.Path(path_type=Path)
 @click.option("-o", "--out", required=True, type=FILE, help="Folder for the run: checkpoints, metrics, loss curve.")
 @click.option(
     "--config", type=FILE, is_eager=True, expose_value=False, callback=read_config, metavar="FILE",
-    help="TOML with these options by their long names, and model settings in [set]; the command line comes before it.",
+    help="TOML with these options by their long names, and model settings in [set]; the command line comes before it.  "
+    "[default: none]",
 )  # fmt: skip
 @click.option(
     "--task", type=click.Choice(TASKS),
@@ -113,7 +114,8 @@ FILE = click.Path(path_type=Path)
     "--class-weights", type=click.Choice(["none", "balanced"]), default="none", show_default=True,
     help="Of a task with few answers or labels: let rare ones count more.",
 )  # fmt: skip
-@click.option("--init", type=FILE, metavar="CHECKPOINT", help="Of a task: begin with this checkpoint's model.")
+@click.option("--init", type=FILE, metavar="CHECKPOINT", help="Of a task: begin with this checkpoint's model.  "
+              "[default: fresh weights]")  # fmt: skip
 @click.option("--lora", type=int, default=0, help="With --init: learn through adapters of this rank.  [default: none]")
 @click.option("--lora-alpha", type=float, default=0.0, help="How much adapters count.  [default: twice the rank]")
 @click.option(

@@ -128,6 +128,10 @@ def _check_requirements(bundle: Bundle, device: str) -> None:
         )
     if device == "tensorrt":  # an engine runs on the very version that built it, which is compared with its fingerprint
         return
+    if requires and "onnxruntime" not in requires:
+        raise BundleError(
+            f"{bundle.path}: runs with {' or '.join(requires)}, not with ONNX Runtime; use device 'tensorrt'"
+        )
     from edgellm_runtime.backends.ort import library
 
     found, needed = library().__version__, str(requires.get("onnxruntime", "0"))
