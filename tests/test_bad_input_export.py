@@ -70,6 +70,8 @@ def test_checkpoint_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_pa
         (["--target", "toaster"], "unknown target 'toaster'; there are "),
         (["--quantize", "int3"], "unknown quantization 'int3'; there are "),
         (["--dtype", "int4"], "target cpu has no dtype 'int4'; it has "),
+        (["--quantize", "2:16"], "2-bit block 16 weights: ONNX Runtime's MatMulNBits has no 2-bit kernel for such"),
+        (["--quantize", "2:256:asymmetric"], "use blocks of 32, 64, 128, or 4 bits"),
     ],
 )
 def test_unknown_option_value(

@@ -98,7 +98,7 @@ def test_damaged_graph_gives_a_value_error_or_a_set(cut: int, flip: int) -> None
 
 
 def test_deep_nesting_is_refused() -> None:
-    graph = b""
+    graph = _field(5, _field(13, _field(1, b"location") + _field(2, b"outside")))
     for _ in range(30):  # a graph's node's attribute's graph
         graph = _field(1, _field(5, _field(6, graph)))
     with pytest.raises(ValueError, match="nested too deeply"):

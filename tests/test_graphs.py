@@ -104,6 +104,13 @@ def test_the_fused_graph_has_the_nodes_of_a_hand_written_one() -> None:
     assert counts["GatherBlockQuantized"] == 1
 
 
+@pytest.mark.parametrize("method", ["int8", "int4", "w8a8", "2:32", "4:32:shifted"])
+def test_no_product_of_blocks_misses_its_kernel(method: str) -> None:
+    products = [node for node in lowered("decoder", "cpu", method).graph if node.op_type == "MatMulNBits"]
+    assert products
+    assert {node.attributes["accuracy_level"].as_int() for node in products} == {4}
+
+
 # --- passes: each on a graph of a few nodes, by its numbers ---------------------------------------------------------
 
 RULES_ONLY = TARGETS["cpu"].rules

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
+from typing import Any
 
+import onnxruntime
 import pytest
 from tiny_bundles import attention_bundle, copied, edit_manifest, recurrent_bundle
 
@@ -125,3 +128,23 @@ def test_ids_that_the_model_does_not_have_are_refused_at_once(tmp_path: Path, id
     edit_manifest(spoiled, tokenizer=tokenizer)
     with pytest.raises(BundleError, match="token id 10000 is outside the model's vocabulary"):
         load(spoiled, threads=1)
+
+
+@pytest.mark.parametrize("own", [None, "0"])
+def test_the_kernels_of_attention_are_made_without_blocks_unless_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch, own: str | None
+) -> None:
+    name, seen = "ORT_GQA_DISABLE_FLASH_ATTENTION", []
+    monkeypatch.delenv(name, raising=False)
+    if own is not None:
+        monkeypatch.setenv(name, own)
+    real = onnxruntime.InferenceSession
+
+    def made(*args: Any, **more: Any) -> Any:
+        seen.append(os.environ.get(name))
+        return real(*args, **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", made)
+    load(attention_bundle(), device="cpu")
+    assert seen == [own or "1"]
+    assert os.environ.get(name) == own  # what the program had is back

@@ -103,7 +103,9 @@ class ExportOptions:
         if (self.quantize == AUTO) != (self.budget is not None):
             raise ExportError(f"quantize {self.quantize!r} and budget {self.budget}: {AUTO!r} and a budget go together")
         if self.budget is None:
-            find_method(self.quantize, target.methods)
+            method = find_method(self.quantize, target.methods)
+            if method.layers is not None:
+                target.check_kernel(method.layers)
         elif target.methods is not METHODS:
             raise ExportError(f"target {self.target} has no {AUTO!r}; it has {', '.join(target.methods)}")
         if self.engine is not None and not target.roles:

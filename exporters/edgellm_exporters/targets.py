@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -15,6 +15,7 @@ from edgellm_exporters.passes.add_rms_norm import FuseAddRMSNorm
 from edgellm_exporters.passes.merge_linears import MergeLinears
 from edgellm_exporters.passes.split_sequence import SplitSequence
 from edgellm_exporters.quantize.methods import ENGINE_METHODS, METHODS, Method
+from edgellm_exporters.quantize.plan import Scheme
 from edgellm_runtime.spec import TensorSpec
 
 __all__ = ["TARGETS", "Target", "find_target"]
@@ -39,6 +40,7 @@ class Target:
         device: where its graphs are meant to run.
         inputs: what its graphs may take besides the inputs that all have.
         wide: by dtype, ops that have kernels in float32 only, with those of their inputs that are no floats.
+        check_kernel: refuses a format of weights that it would compute with, but far too slowly.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Target:
     device: str = "cpu"
     inputs: tuple[TensorSpec, ...] = ()
     wide: Mapping[str, Mapping[str, frozenset[int]]] = field(default_factory=dict)
+    check_kernel: Callable[[Scheme], None] = lambda scheme: None
 
 
 _RECURRENCES = dict.fromkeys(("LSTM", "GRU", "RNN"), frozenset({4}))  # the lengths of rows
@@ -69,7 +72,7 @@ TARGETS: Mapping[str, Target] = {
         Target(
             name="cpu", summary="ONNX Runtime's fused kernels on CPU", rules=ort.RULES,
             passes=(MergeLinears, FuseAddRMSNorm), domains={"": OPSET, ort.DOMAIN: 1}, dtypes=("float32",),
-            caches=("float32", "int8"), ragged_chunks=False,
+            caches=("float32", "int8"), ragged_chunks=False, check_kernel=ort.check_kernel,
         ),
         Target(
             name="tensorrt", summary="engines for NVIDIA GPUs, and the standard ONNX that they are built from",

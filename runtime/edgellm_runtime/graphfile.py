@@ -23,6 +23,7 @@ _FIELDS: dict[str, dict[int, str]] = {
     "external": {},
 }
 _MAX_DEPTH = 64
+_LOCATION = b"location"
 
 
 def external_files(model: bytes) -> set[str]:
@@ -51,9 +52,9 @@ def _walk(data: memoryview, kind: str, found: set[str], depth: int) -> None:
             continue
         if kind == "external":  # a key and a value
             key, value = (bytes(payload), value) if number == 1 else (key, bytes(payload))
-        elif number in inner:
+        elif number in inner and _LOCATION in bytes(payload):  # most nodes have no such thing: the walk is spared
             _walk(payload, inner[number], found, depth + 1)
-    if key == b"location":
+    if key == _LOCATION:
         found.add(value.decode("utf-8", "replace"))
 
 

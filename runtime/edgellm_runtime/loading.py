@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["DEVICES", "load", "open_session"]
 
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
+_CPU_CHUNK = 256  # tokens of a prompt in one step: more are no faster, and take more memory for attention's weights
 
 
 def load(
@@ -65,7 +66,7 @@ def open_session(bundle: Bundle, *, device: str = "auto", threads: int | None = 
         raise BackendError(f"{threads} threads; give at least 1, or none for every core")
     manifest = bundle.manifest
     backend = _backend(bundle, _chosen(bundle, device), threads)
-    sizes: dict[str, Any] = {}
+    sizes: dict[str, Any] = {"chunk": _CPU_CHUNK} if backend.device == "cpu" else {}
     if manifest.graphs:
         sizes = {"chunk": Roles.of(manifest).longest, "capacity": manifest.capacity}
     return Session(

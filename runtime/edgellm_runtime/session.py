@@ -96,15 +96,20 @@ class Session:
         """
         tokens = _whole_numbers(tokens)
         batch, time = self._check(tokens, state)
-        valid = np.full(batch, time, dtype=np.int32) if lengths is None else np.asarray(lengths, dtype=np.int32)
-        if valid.shape != (batch,) or (valid < 1).any() or (valid > time).any():
-            raise OptionError(f"lengths {valid.tolist()} for {batch} rows of {time} tokens; each must be 1 to {time}")
+        if lengths is None:
+            valid = np.full(batch, time, dtype=np.int32)
+        else:
+            valid = np.asarray(lengths, dtype=np.int32)
+            if valid.shape != (batch,) or (valid < 1).any() or (valid > time).any():
+                raise OptionError(
+                    f"lengths {valid.tolist()} for {batch} rows of {time} tokens; each must be 1 to {time}"
+                )
+            tokens = tokens[:, : valid.max()]  # what is padding in every row is not worth computing
+            time = tokens.shape[1]
         if (total := int((state.lengths + valid).max())) > self.max_context:
             raise ContextError(
                 f"{total} tokens do not fit into the model's context of {self.max_context}; shorten the prompt"
             )
-        tokens = tokens[:, : valid.max()]  # what is padding in every row is not worth computing
-        time = tokens.shape[1]
         state.reserve(self._capacity or int(state.lengths.max()) + time)
         if time > 1 and batch > 1 and not self._ragged_chunks and (state.lengths.any() or time > self.chunk):
             return self._rows(tokens, valid, state, logits)
@@ -153,8 +158,8 @@ class Session:
     def _run(self, tokens: Array, lengths: Array, state: State, logits: Wanted) -> Array:
         batch, time = tokens.shape
         # one row of logits costs little, and a graph with none at all is nothing to rely on
-        every = np.broadcast_to(np.arange(time), (batch, time))
-        positions = every if logits == "all" else (lengths - 1)[:, None]
+        every = logits == "all"
+        positions = np.broadcast_to(np.arange(time), (batch, time)) if every else (lengths - 1)[:, None]
         result = self._backend.run(tokens, lengths, positions, state)
         state.lengths += lengths
         return result if logits != "none" else result[:, :0]

@@ -1,7 +1,8 @@
 """Canonical ops as ONNX Runtime's fused kernels on CPU.
 
 Traps that this file knows (measured, see docs/benchmarks.md): 8-bit MatMulNBits is two orders of magnitude slower
-without ``accuracy_level=4``, and GroupQueryAttention takes several tokens over a filled cache only one row at a time.
+without ``accuracy_level=4``, 2-bit MatMulNBits is with blocks that it has no kernel for, and GroupQueryAttention takes
+several tokens over a filled cache only one row at a time.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import onnx_ir as ir
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering import recurrent, standard
 from edgellm_exporters.lowering.context import Lowering, Rule, inputs_of, shape_of
-from edgellm_exporters.quantize.plan import ROW, QuantizedWeight, pack
+from edgellm_exporters.quantize.plan import ROW, QuantizedWeight, Scheme, pack
 
-__all__ = ["DOMAIN", "RULES", "codes_of", "packed_source", "zeros_of"]
+__all__ = ["DOMAIN", "RULES", "check_kernel", "codes_of", "packed_source", "zeros_of"]
 
 DOMAIN = "com.microsoft"
 _INT8_ACTIVATIONS = 4
+_TWO_BIT_BLOCKS = (32, 64, 128)  # with others, MatMulNBits makes floats of the whole weight in every step
 _TOP, _MIDDLE = 127, 128  # of 8-bit codes of what a layer reads
 
 
@@ -63,9 +65,23 @@ def matmul(context: Lowering, x: ir.Value, weight: ir.Value, bias: ir.Value | No
     return y if bias is None else context.op("Add", y, bias)
 
 
+def check_kernel(scheme: Scheme) -> None:
+    """Make sure that products with such weights have a kernel of their own.
+
+    Raises:
+        LoweringError: they would be computed, but a hundred times slower.
+    """
+    if scheme.bits == 2 and scheme.block not in _TWO_BIT_BLOCKS:
+        raise LoweringError(
+            f"{scheme} weights: ONNX Runtime's MatMulNBits has no 2-bit kernel for such blocks and would take a "
+            f"hundred times as long a token; use blocks of {', '.join(map(str, _TWO_BIT_BLOCKS))}, or 4 bits"
+        )
+
+
 def _blockwise_product(context: Lowering, x: ir.Value, weight: ir.Value, quantized: QuantizedWeight) -> ir.Value:
     """MatMulNBits; where blocks have shifts, these are further columns that meet the sums of the input's blocks."""
     (rows, columns), scheme = quantized.shape, quantized.scheme
+    check_kernel(scheme)
     if scheme.shifted:
         x = standard.with_block_sums(context, x, columns, scheme.block)
         columns += columns // scheme.block

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from edgellm_runtime.storage import host_dtype
 __all__ = ["OrtBackend", "check_names", "library"]
 
 Array = NDArray[Any]
+_NO_BLOCKS = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 _KEPT = 4  # bindings a state: two turns of single tokens, and the chunk sizes of a prompt
 
 
@@ -40,6 +43,23 @@ def library() -> Any:
 def default_threads() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _attention_in_one_piece() -> Iterator[None]:
+    """Have kernels of attention that are made meanwhile not work block by block, unless the environment says already.
+
+    On CPU, ONNX Runtime's blocks make a token up to twice as slow and a prompt no faster (see docs/benchmarks.md), and
+    it asks nothing but the environment.
+    """
+    if _NO_BLOCKS in os.environ:
+        yield
+        return
+    os.environ[_NO_BLOCKS] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(_NO_BLOCKS, None)
 
 
 class OrtBackend(HostBackend):
@@ -75,7 +95,8 @@ class OrtBackend(HostBackend):
         self.device, self.threads = device, options.intra_op_num_threads
         self._ort, self._signature = ort, signature
         try:
-            self._session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+            with _attention_in_one_piece():
+                self._session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the library raises many kinds of its own
             raise load_fault(f"ONNX Runtime {ort.__version__}", graph, error) from error
         self._inputs = check_names(self._session, signature)
