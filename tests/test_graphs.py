@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +17,7 @@ from families import FAMILIES, VOCAB, make, planned
 
 from edgellm.models.protocol import empty_state
 from edgellm.ops.canonical import DOMAIN
+from edgellm_exporters import capture as capture_module
 from edgellm_exporters.capture import INPUTS, capture
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lower import clean, lower_to
@@ -75,6 +78,67 @@ def test_capture_keeps_canonical_ops_whole_and_dimensions_named(family: str) -> 
     kinds = {n.op_type for n in graph.graph if n.domain == DOMAIN}
     assert {"Embedding", "Linear", "RMSNorm", "TakePositions"} <= kinds
     assert not {n.op_type for n in graph.graph} & {"MatMul", "Gemm", "Identity"}
+
+
+def numbered(graph: ir.Model) -> list[tuple[object, ...]]:
+    """Each node with its attributes, what it reads and what it gives; values by the order in which they are met."""
+    clean(graph)
+    numbers: dict[ir.Value, object] = {}
+
+    def number(value: ir.Value | None) -> object:
+        if value is None:
+            return None
+        return numbers.setdefault(value, len(numbers) if value.producer() else value.name)
+
+    return [
+        (
+            node.domain, node.op_type, [number(v) for v in node.inputs],
+            {name: attribute.value for name, attribute in node.attributes.items()},
+            [(number(v), v.dtype, str(v.shape)) for v in node.outputs if node.op_type != "Sigmoid"],
+        )
+        for node in graph.graph
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_quick_translation_is_that_of_pytorchs_exporter(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.onnx, "export", None)  # it is not asked
+        quick = capture(make(family))
+    monkeypatch.setattr(capture_module, "translated", lambda *_, **__: None)
+    slow = capture(make(family))
+    assert numbered(quick) == numbered(slow)
+    for ours, theirs in ((quick.graph.inputs, slow.graph.inputs), (quick.graph.outputs, slow.graph.outputs)):
+        assert [(v.name, str(v.shape), v.dtype) for v in ours] == [(v.name, str(v.shape), v.dtype) for v in theirs]
+    assert quick.graph.initializers.keys() == slow.graph.initializers.keys()
+    assert quick.opset_imports == slow.opset_imports
+
+
+def halved(x: torch.Tensor) -> torch.Tensor:
+    return x * 0.5
+
+
+def with_whole_numbers(x: torch.Tensor) -> torch.Tensor:
+    return x + torch.ones(1, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("change", [torch.tanh, halved, with_whole_numbers])
+def test_what_the_quick_translation_does_not_know_is_left_to_pytorch(
+    change: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    export = torch.onnx.export
+
+    def counted(*args: Any, **more: Any) -> Any:
+        asked.append(True)
+        return export(*args, **more)
+
+    monkeypatch.setattr(torch.onnx, "export", counted)
+    model = make("decoder")
+    model.norm.register_forward_hook(lambda module, inputs, output: change(output))
+    graph = capture(model)
+    assert asked == [True]
+    assert graph.graph.outputs[0].dtype == ir.DataType.FLOAT
 
 
 def test_capture_leaves_the_model_as_it_was() -> None:

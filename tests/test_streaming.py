@@ -209,29 +209,6 @@ def test_capture_reads_no_weight() -> None:
     assert {n for n, _ in model.named_parameters() if "norm" in n} <= set(graph.graph.initializers)
 
 
-def test_a_graph_whose_ops_stay_whole_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And has the nodes that PyTorch's decompositions would leave."""
-    from edgellm_exporters import capture as module
-
-    def kinds() -> list[tuple[str, str]]:
-        model: Any = make("decoder")
-        return [(node.domain, node.op_type) for node in capture(model).graph]
-
-    passes: list[object] = []
-    run = torch.export.ExportedProgram.run_decompositions
-
-    def counted(program: Any, *arguments: Any, **options: Any) -> Any:
-        passes.append(program)
-        return run(program, *arguments, **options)
-
-    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", counted)
-    quick = kinds()
-    assert not passes
-    monkeypatch.setattr(module, "prepared", lambda program: program)
-    assert quick == kinds()
-    assert len(passes) == 1
-
-
 # what PyTorch says next
 
 

@@ -21,7 +21,8 @@ from edgellm.models.protocol import LanguageModel, Step, empty_state, logit_widt
 from edgellm.ops.canonical import DOMAIN
 from edgellm_exporters.errors import CaptureError
 from edgellm_exporters.streaming import LazyWeight, OwnWeights, Weights
-from edgellm_exporters.tracing import CanonicalFunctions, canonical, fake_parameters, no_collection, prepared
+from edgellm_exporters.tracing import CanonicalFunctions, canonical, fake_parameters, no_collection
+from edgellm_exporters.translate import translated
 from edgellm_runtime.spec import BATCH, CAPACITY, Signature, SpecError, StateSpec, TensorSpec
 
 __all__ = ["INPUTS", "OPSET", "capture", "check_model", "signature_of"]
@@ -91,7 +92,10 @@ def capture(model: LanguageModel, weights: Weights | None = None) -> ir.Model:
     names = [t.name for t in signature.inputs] + [s.past_name for s in signature.state]
     outputs = [t.name for t in signature.outputs] + [s.present_name for s in signature.state]
     with fake_parameters(model), no_collection():
-        captured = _translate(prepared(_trace(model, signature)), names, outputs, type(model).__name__)
+        program = _trace(model, signature)
+        captured = translated(program, names, outputs, opset=OPSET)
+        if captured is None:
+            captured = _translate(program, names, outputs, type(model).__name__)
     captured.opset_imports.setdefault(DOMAIN, 1)
     _name_weights(captured, model, weights or OwnWeights(model))
     _name_dimensions(captured, signature)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import datetime
+import gc
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -180,6 +181,7 @@ def export(
             exported = _build(model, source, scratch, name, options, text, dict(provenance or {}), progress)
     finally:
         model.train(was_training)
+        gc.unfreeze()
     bundle = Bundle(destination, checksums=False)
     return Exported(bundle, exported.parity, exported.verification, exported.parameters, exported.weight_bytes)
 

@@ -1,4 +1,4 @@
-"""What makes tracing quick and light: parameters without numbers, canonical ops straight away, no needless retracing.
+"""What makes tracing quick and light: parameters without numbers, and canonical ops straight away.
 
 Nothing here knows an architecture or a target.
 """
@@ -6,7 +6,6 @@ Nothing here knows an architecture or a target.
 from __future__ import annotations
 
 import gc
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from edgellm.ops.canonical import emit
 from edgellm_exporters.errors import CaptureError
 
-__all__ = ["CanonicalFunctions", "canonical", "fake_parameters", "no_collection", "prepared"]
+__all__ = ["CanonicalFunctions", "canonical", "fake_parameters", "no_collection"]
 
 
 @contextmanager
@@ -118,30 +117,4 @@ def canonical(program: torch.export.ExportedProgram) -> torch.export.ExportedPro
     if any(node.target in _OPS for node in program.graph.nodes):
         decomposed: torch.export.ExportedProgram = program.run_decompositions(_OPS)
         return decomposed
-    return program
-
-
-# What the ONNX exporter has a translator for and PyTorch's decompositions leave alone; none changes its input.
-_PLAIN: frozenset[Any] = frozenset({
-    operator.getitem, torch.ops.aten.sym_size.int, torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor,
-    torch.ops.aten.silu.default,
-})  # fmt: skip
-
-
-def _is_plain(target: Any) -> bool:
-    return target in _PLAIN or getattr(target, "namespace", "") == "onnx_symbolic"  # what ``emit`` leaves
-
-
-class _Prepared(torch.export.ExportedProgram):
-    """A program that decomposition would give back as it is."""
-
-    def run_decompositions(self, *_: Any, **__: Any) -> torch.export.ExportedProgram:
-        return self
-
-
-def prepared(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Spare the ONNX exporter its own decomposition, which traces the whole graph again, where it changes nothing."""
-    nodes = [node for node in program.graph.nodes if node.op not in ("placeholder", "output")]
-    if all(node.op == "call_function" and _is_plain(node.target) for node in nodes):
-        program.__class__ = _Prepared
     return program

@@ -87,21 +87,23 @@ class _Blocks:
         self._codes, self._scratch = np.empty_like(self._values), np.empty_like(self._values)
 
     def best(self) -> tuple[Array, Array]:
-        """Scales and whole zeros, (blocks,)."""
-        least: Array | None = None
-        factors = _factors(self.scheme)
-        for scale, zero in self._grids(factors):
-            if self.scheme.bits < 8:
-                scale = self._refit(scale, zero)
-            if len(factors) == 1:
-                return scale, zero
-            error = self._error(scale, zero)
-            if least is None:
-                least, scales, zeros = error, scale, zero
+        """Scales and whole zeros, (blocks,).
+
+        A candidate is judged by the error that its codes leave with the scale that fits them best, before that scale is
+        rounded: a second look at each, with codes for that scale, would take as long again for a thousandth.
+        """
+        grids = self._grids(_factors(self.scheme))
+        if self.scheme.bits == 8:
+            return grids[0]
+        most: Array | None = None
+        for scale, zero in grids:
+            fitted, explained = self._fit(scale, zero)
+            if most is None:
+                most, scales, zeros = explained, fitted, zero
                 continue
-            better = error < least
-            least = np.where(better, error, least)
-            scales, zeros = np.where(better, scale, scales), np.where(better, zero, zeros)
+            better = explained > most
+            most = np.where(better, explained, most)
+            scales, zeros = np.where(better, fitted, scales), np.where(better, zero, zeros)
         return scales, zeros
 
     def best_floating(self) -> tuple[Array, Array]:
@@ -147,8 +149,8 @@ class _Blocks:
         np.rint(codes, out=codes)
         return np.minimum(np.maximum(codes, -zero, out=codes), self.scheme.top - zero, out=codes)
 
-    def _refit(self, scale: Array, zero: Array) -> Array:
-        """The scale with the least squared error for the codes that ``scale`` gives."""
+    def _fit(self, scale: Array, zero: Array) -> tuple[Array, Array]:
+        """The scale with the least squared error for the codes that ``scale`` gives, and the squares that it explains."""
         codes = self._coded(scale, zero)
         if self._importance is None:
             size = _total(np.multiply(codes, codes, out=self._scratch))
@@ -157,13 +159,9 @@ class _Blocks:
             weighted = np.multiply(codes, self._importance, out=self._scratch)
             size = _total(np.multiply(weighted, codes, out=self._codes))
             fit = _total(np.multiply(weighted, self._values, out=self._codes))
-        fit = np.where(size > 0, fit / np.where(size > 0, size, 1), scale)
-        rounded: Array = np.copysign(half_precision(np.abs(fit)), np.where(fit == 0, scale, fit))
-        return rounded.astype(np.float32, copy=False)
-
-    def _error(self, scale: Array, zero: Array) -> Array:
-        codes = self._coded(scale, zero)
-        return self._squares(np.multiply(codes, scale, out=codes))
+        best = np.where(size > 0, fit / np.where(size > 0, size, 1), scale)
+        rounded: Array = np.copysign(half_precision(np.abs(best)), np.where(best == 0, scale, best))
+        return rounded.astype(np.float32, copy=False), np.where(size > 0, fit * best, 0)
 
     def _squares(self, wide: Array) -> Array:
         """Each block's weighted squared distance; overwrites ``wide``."""
