@@ -11,8 +11,8 @@ __all__ = ["give_back"]
 def give_back() -> None:
     """Drop unreachable objects and return the pages that nothing uses; where the C library cannot, only the former.
 
-    What is left, most of it PyTorch's own, is not looked at again until :func:`gc.unfreeze`: each look takes a quarter of
-    a second.
+    What is left, most of it PyTorch's own, is not looked at again until :func:`gc.unfreeze`: a look takes a quarter
+    of a second.
     """
     gc.collect()
     gc.freeze()

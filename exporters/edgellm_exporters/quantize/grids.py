@@ -150,7 +150,7 @@ class _Blocks:
         return np.minimum(np.maximum(codes, -zero, out=codes), self.scheme.top - zero, out=codes)
 
     def _fit(self, scale: Array, zero: Array) -> tuple[Array, Array]:
-        """The scale with the least squared error for the codes that ``scale`` gives, and the squares that it explains."""
+        """The scale that fits the codes of ``scale`` best, and how much of the weights' squares it explains."""
         codes = self._coded(scale, zero)
         if self._importance is None:
             size = _total(np.multiply(codes, codes, out=self._scratch))
