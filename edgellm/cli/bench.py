@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgellm.cli.device import device_option
 
+if TYPE_CHECKING:
+    from edgellm_runtime.profile import KernelTime
+
+    Kernels = dict[str, list[KernelTime]]
+
 __all__ = ["bench"]
+
+_PROFILED = 32  # tokens at most: each leaves hundreds of notes
 
 
 @click.command(context_settings={"show_default": True})
@@ -20,10 +28,13 @@ __all__ = ["bench"]
 @click.option("--rounds", type=int, default=5, help="Measured rounds, after one that is not.")
 @device_option
 @click.option("--seed", type=int, default=0, help="Of the random prompts.")
+@click.option("--profile", "profiled", is_flag=True, help="Also tell which kernels a prompt and a token spend their "
+              "time in, from a second, slower run (bundles for ONNX Runtime on CPU).")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def bench(
-    bundle: str, prompt_tokens: int, new_tokens: int, threads: int, rounds: int, device: str, seed: int, as_json: bool
-) -> None:
+    bundle: str, prompt_tokens: int, new_tokens: int, threads: int, rounds: int, device: str, seed: int,
+    profiled: bool, as_json: bool,
+) -> None:  # fmt: skip
     """Measure BUNDLE: loading, time to first token, decoding speed and memory.
 
     Random prompts, greedy, batch 1; figures are medians over the rounds.
@@ -34,10 +45,33 @@ def bench(
         bundle, prompt_tokens=prompt_tokens, new_tokens=new_tokens, threads=threads, rounds=rounds, device=device,
         seed=seed,
     )  # fmt: skip
+    kernels: Kernels = {}
+    if profiled:
+        from edgellm_runtime.profile import profile
+
+        kernels = profile(
+            bundle, prompt_tokens=prompt_tokens, new_tokens=min(new_tokens, _PROFILED), threads=threads, seed=seed
+        )
+        result["profile"] = {what: list(map(dataclasses.asdict, each)) for what, each in kernels.items()}
     if as_json:
         click.echo(json.dumps(result))
-    else:
-        _print_table(bundle, result)
+        return
+    _print_table(bundle, result)
+    for what, title in (("prompt", f"a prompt of {prompt_tokens}"), ("token", "a token")):
+        if what in kernels:
+            _print_kernels(title, kernels[what])
+
+
+def _print_kernels(title: str, kernels: list[KernelTime]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("kernel", "runs", "ms", "share", title=title, caption="counting makes small kernels look larger")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for kernel in kernels:
+        table.add_row(kernel.kernel, str(kernel.count), f"{kernel.ms:.3f}", f"{kernel.share:.1%}")
+    Console().print(table)
 
 
 def _print_table(bundle: str, result: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from edgellm_runtime.model import Model
     from edgellm_runtime.session import Session
 
-__all__ = ["bench"]
+__all__ = ["bench", "random_prompts"]
 
 _TYPICAL_IDS = (1000, 40000)  # past the special and single-byte tokens that real prompts seldom consist of
 
@@ -71,7 +71,7 @@ def bench(
             f"a prompt of {prompt_tokens} and {new_tokens} new tokens do not fit into the model's context of "
             f"{session.max_context}; measure fewer"
         )
-    draw = _prompts(session.vocab_size, prompt_tokens, seed)
+    draw = random_prompts(session.vocab_size, prompt_tokens, seed)
     _round(session, draw(), new_tokens)
     measured = [_round(session, draw(), new_tokens) for _ in range(rounds)]
     return {
@@ -81,7 +81,8 @@ def bench(
     }  # fmt: skip
 
 
-def _prompts(vocab_size: int, length: int, seed: int) -> Callable[[], NDArray[np.int64]]:
+def random_prompts(vocab_size: int, length: int, seed: int) -> Callable[[], NDArray[np.int64]]:
+    """Gives a prompt of random tokens (1, length) at each call, another one each time."""
     rng = np.random.Generator(np.random.PCG64(seed))
     low, high = _TYPICAL_IDS[0] if vocab_size > 2 * _TYPICAL_IDS[0] else 0, min(_TYPICAL_IDS[1], vocab_size)
     return lambda: rng.integers(low, high, (1, length))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from edgellm_runtime.model import Model
     from edgellm_runtime.session import Session
 
-__all__ = ["DEVICES", "load", "open_session"]
+__all__ = ["DEVICES", "load", "open_session", "session_of"]
 
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 _CPU_CHUNK = 256  # tokens of a prompt in one step: more are no faster, and take more memory for attention's weights
@@ -57,15 +57,19 @@ def load(
 
 def open_session(bundle: Bundle, *, device: str = "auto", threads: int | None = None) -> Session:
     """Steps of an opened bundle, without text; arguments and errors as :func:`load`."""
-    from edgellm_runtime.roles import Roles
-    from edgellm_runtime.session import Session
-
     if device not in DEVICES:
         raise BackendError(f"unknown device {device!r}; this runtime has {', '.join(DEVICES)}")
     if threads is not None and threads < 1:
         raise BackendError(f"{threads} threads; give at least 1, or none for every core")
+    return session_of(bundle, _backend(bundle, _chosen(bundle, device), threads))
+
+
+def session_of(bundle: Bundle, backend: Backend) -> Session:
+    """Steps of an opened bundle with a backend that was made for it."""
+    from edgellm_runtime.roles import Roles
+    from edgellm_runtime.session import Session
+
     manifest = bundle.manifest
-    backend = _backend(bundle, _chosen(bundle, device), threads)
     sizes: dict[str, Any] = {"chunk": _CPU_CHUNK} if backend.device == "cpu" else {}
     if manifest.graphs:
         sizes = {"chunk": Roles.of(manifest).longest, "capacity": manifest.capacity}

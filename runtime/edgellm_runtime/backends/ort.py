@@ -72,6 +72,7 @@ class OrtBackend(HostBackend):
         device: only ``cpu``.
         fusions: whether the library may put other kernels in the place of a graph's nodes. Where activations have 16
             bits, ONNX Runtime 1.32 computes wrong products of quantized weights then, and ends the process over a Scan.
+        profile: how the name of a file begins that tells what each kernel took; None for no such file.
 
     Raises:
         BackendError: the library is missing, or refuses the graph.
@@ -79,7 +80,7 @@ class OrtBackend(HostBackend):
 
     def __init__(
         self, graph: Path, signature: Signature, *, threads: int | None = None, device: str = "cpu",
-        fusions: bool = True,
+        fusions: bool = True, profile: Path | None = None,
     ) -> None:  # fmt: skip
         ort = library()
         options = ort.SessionOptions()
@@ -92,6 +93,8 @@ class OrtBackend(HostBackend):
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
             # weights are made floats once, when the graph is loaded, and not in every step
             options.add_session_config_entry("session.disable_quant_qdq", "1")
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile)
         self.device, self.threads = device, options.intra_op_num_threads
         self._ort, self._signature = ort, signature
         try:
@@ -117,6 +120,10 @@ class OrtBackend(HostBackend):
             raise step_fault("ONNX Runtime", error) from error
         state.swap()
         return binding.logits if binding.logits.dtype == np.float32 else binding.logits.astype(np.float32)
+
+    def end_profile(self) -> Path:
+        """Write what each kernel took until now, if that was asked for; the file's path."""
+        return Path(self._session.end_profiling())
 
     def _binding(self, tokens: tuple[int, ...], positions: tuple[int, ...], state: State) -> _Binding:
         # What replaces a state is written beside it, so two bindings take turns: told apart by what is read.
