@@ -148,12 +148,12 @@ def _parse(trace: Any, vocab: int) -> Golden:
 
 def _figures(session: Session, golden: Golden) -> dict[str, float]:
     state = session.new_state(1, len(golden.tokens) + len(golden.greedy))
-    logits = session.step(golden.tokens[None], state, logits="all")[0].astype(np.float64)
-    found = np.take_along_axis(logits, golden.top_ids, axis=1)
+    logits = session.step(golden.tokens[None], state, logits="all")[0].copy()  # further steps may overwrite it
+    found = np.take_along_axis(logits, golden.top_ids, axis=1).astype(np.float64)
     scale = float(np.abs(golden.top_logits).max())
     figures = {
         "logits": float(np.abs(found - golden.top_logits).max()) / scale,
-        "kl": _coarse_kl(golden, log_softmax(logits)),
+        "kl": _coarse_kl(golden, found - _logsumexp(logits)),
         "top1": float((logits.argmax(axis=1) == golden.top_ids[:, 0]).mean()),
         "state": _state_difference(golden, state),
         "split": _split(session, golden, logits),
@@ -170,9 +170,21 @@ def log_softmax(logits: Array) -> Array:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))  # type: ignore[no-any-return]
 
 
+def _logsumexp(logits: Array) -> Array:
+    """The logarithm of each row's summed exponentials, (rows, 1), in float64; a row at a time, for rows are long."""
+    found = np.empty((len(logits), 1))
+    for row, values in enumerate(logits):
+        most = np.float64(values.max())
+        found[row] = most + np.log(np.exp(values.astype(np.float64) - most).sum())
+    return found
+
+
 def _coarse_kl(golden: Golden, found: Array) -> float:
-    """KL over the sampled tokens and one bucket for all others: never more than the true one."""
-    p, q = np.exp(golden.top_logits - golden.logsumexp[:, None]), np.exp(np.take_along_axis(found, golden.top_ids, 1))
+    """KL over the sampled tokens, whose log-probabilities are found, and one bucket for all others.
+
+    It is never more than the true one.
+    """
+    p, q = np.exp(golden.top_logits - golden.logsumexp[:, None]), np.exp(found)
     p, q = (np.concatenate([x, np.maximum(1 - x.sum(1, keepdims=True), 1e-12)], axis=1) for x in (p, q))
     return float((p * (np.log(p) - np.log(np.maximum(q, 1e-300)))).sum(axis=1).mean())
 
