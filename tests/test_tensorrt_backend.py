@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import hashlib
 import json
 import shutil
 import tempfile
@@ -18,10 +19,11 @@ from tiny_bundles import attention_model, edit_manifest, recurrent_model, sign, 
 
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_exporters.fixed import EngineOptions
-from edgellm_exporters.tensorrt import profile_of
+from edgellm_exporters.tensorrt import chosen_counts, profile_of
 from edgellm_runtime import BackendError, BundleError, ContextError, StateError, load, open_session
 from edgellm_runtime.backends import cuda_memory, tensorrt, tensorrt_library
 from edgellm_runtime.bundle import Bundle
+from edgellm_runtime.choosing import choosing_graph
 from edgellm_runtime.session import Session
 from edgellm_runtime.state import State
 from edgellm_runtime.verify import verify
@@ -51,8 +53,21 @@ def made(name: str) -> Path:
             "compute_capabilities": ["8.6"], "precision": "float16", "profile": profile,
             "graph_sha256": bundle.manifest.files[graph.file].sha256,
         })  # fmt: skip
-    edit_manifest(folder, engines=engines)
-    sign(folder, "prefill.engine", "decode.engine")
+    width = bundle.manifest.width
+    choosers = []
+    for count in chosen_counts(bundle.manifest):
+        graph = choosing_graph("float32", width, count, sized=True)
+        (folder.parent / f"choose-{count}.onnx").write_bytes(graph)
+        profile = {n: r.to_json() for n, r in profile_of({"logits": (-1, 1, width)}, MAX_BATCH, 1).items()}
+        where = str(folder.parent / f"choose-{count}.onnx")
+        description = {"network": name, "role": f"choose-{count}", "graph": where, "profile": profile}
+        (folder / f"choose-{count}.engine").write_text(json.dumps(description))
+        choosers.append({
+            **engines[0], "role": "choose", "file": f"choose-{count}.engine", "count": count, "precision": "float32",
+            "profile": profile, "graph_sha256": hashlib.sha256(graph).hexdigest(),
+        })  # fmt: skip
+    edit_manifest(folder, engines=engines, choosers=choosers)
+    sign(folder, *(entry["file"] for entry in (*engines, *choosers)))
     return folder
 
 
@@ -321,7 +336,8 @@ def test_the_recorded_tensors_are_those_of_the_graphs_today() -> None:
             builder = library.Builder(logger)
             network = builder.create_network()
             parser = library.OnnxParser(network, logger)
-            assert parser.parse_from_file(str(made(name) / f"{role}.onnx"))
+            beside = made(name).parent if role.startswith("choose") else made(name)
+            assert parser.parse_from_file(str(beside / f"{role}.onnx"))
             sides = (
                 ("INPUT", [network.get_input(i) for i in range(network.num_inputs)]),
                 ("OUTPUT", [network.get_output(i) for i in range(network.num_outputs)]),
