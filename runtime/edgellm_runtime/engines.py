@@ -199,10 +199,11 @@ def choosers_here(
     """The engines that choose tokens and run here, by how many they choose.
 
     Returns:
-        Those, and if there are none why not: a bundle without them runs all the same, and its logits are fetched.
+        Those, and if there is none for the best token alone, nothing and why: several come from a sort, whose order
+        among equals is not the host's. A bundle without them runs all the same, and its logits are fetched.
     """
     found: dict[int, ChooserInfo] = {}
-    why = "the bundle has no engines that choose tokens"
+    why = "the bundle has no engine that chooses the best token; edgellm build makes it"
     for chooser in manifest.choosers:
         engine = chooser.engine
         fault = f"is for {engine.library}" if engine.library != library else _fault(
@@ -212,7 +213,7 @@ def choosers_here(
             found[chooser.count] = chooser
         else:
             why = f"{engine.file} {fault}"
-    return found, "" if found else why
+    return (found, "") if 1 in found else ({}, why)
 
 
 def _fault(engine: EngineInfo, graph_sha256: str, dtype: str, version: str, capability: str) -> str | None:

@@ -79,7 +79,7 @@ class TensorRTBackend:
         engines: role to engine.
         signature: what the engines share.
         capacity: slots of each row of the state.
-        choosers: engines that choose tokens, by how many they choose of a row.
+        choosers: engines that choose tokens, by how many they choose of a row; of a single one, or none.
 
     Raises:
         BackendError: an engine is not of this signature.
@@ -99,8 +99,7 @@ class TensorRTBackend:
             _check(engines[role.name], role, signature, capacity)
         for count, engine in choosers.items():
             check_chooser(engine, int(signature.outputs[0].shape[-1]), count, engines["decode"].profile["tokens"][2][0])
-        # the best one has an engine of its own, whose choice among equals is the host's
-        self.candidates = max(choosers) if 1 in choosers else 0
+        self.candidates = max(choosers, default=0)
         self.fetches = ""  # why logits are fetched where tokens could be chosen
         self._fresh = {id(e): e.kernels for e in (*engines.values(), *choosers.values()) if e.kernels is not None}
         weakref.finalize(self, _save, tuple(self._fresh.values()))  # shapes that came later make kernels too
