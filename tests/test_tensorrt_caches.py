@@ -295,10 +295,3 @@ def test_timings_that_are_damaged_or_switched_off_are_made_anew(folder: Path, mo
 
 def test_names_for_timings_are_in_tensorrts_documentation() -> None:
     assert documented(TIMING_API, "timing")
-
-
-def test_rtx_says_itself_that_its_timing_cache_does_nothing() -> None:
-    library = pytest.importorskip("tensorrt_rtx")
-    config = library.Builder(library.Logger(library.Logger.ERROR)).create_builder_config()
-    with pytest.warns(DeprecationWarning, match="Timing cache operations are no-ops in TensorRT-RTX"):
-        config.create_timing_cache(b"")
