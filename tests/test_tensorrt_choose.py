@@ -95,6 +95,23 @@ def test_a_step_and_its_choice_are_launched_as_one_recorded_graph(gpu: Any) -> N
     assert launched == [0, 1, 2, 2, 3, 4], "the first run of each may allocate and is not recorded"
 
 
+@pytest.mark.parametrize("chosen", [False, True])
+def test_a_step_that_fails_where_it_is_waited_for_leaves_the_state(
+    chosen: bool, gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, device = both("recurrent")
+    states = [session.new_state(1, 20) for session in (host, device)]
+    tokens = np.array([[4]])
+    for session, state in zip((host, device), states, strict=True):
+        session.step(np.array([[5, 9, 2]]), state)
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu.cuda, "cudaStreamSynchronize", lambda stream: (700,))
+        with pytest.raises(BackendError, match=r"cudaStreamSynchronize failed: .*700"):
+            device.best(tokens, states[1], 1) if chosen else device.step(tokens, states[1])
+    expected = host.step(tokens, states[0])
+    np.testing.assert_array_equal(device.step(tokens, states[1]), expected)
+
+
 def chosen(logits: np.ndarray, options: SamplingOptions) -> tuple[list[int], list[int]]:
     """What is drawn from the best that an engine chose, and from all logits."""
     _, session = both("attention")

@@ -108,7 +108,9 @@ class TensorRTBackend:
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
     ) -> Array:
         """See :meth:`edgellm_runtime.backends.Backend.run`."""
-        return self._logits(self._step(tokens, lengths, logit_positions, state, 0))
+        logits = self._logits(self._step(tokens, lengths, logit_positions, state, 0))
+        state.swap()  # only now: work on the GPU fails where it is waited for
+        return logits
 
     def best(
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State,
@@ -119,6 +121,7 @@ class TensorRTBackend:
         binding = self._step(tokens, lengths, logit_positions, state, chosen)
         assert binding.choice is not None
         ids, values = binding.choice.read()
+        state.swap()
         self._keep(binding)
         return Candidates(ids[:, :count], values[:, :count], lambda: self._logits(binding)[:, 0])
 
@@ -126,7 +129,7 @@ class TensorRTBackend:
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State,
         chosen: int,
     ) -> _Binding:  # fmt: skip
-        """Put a step on the stream; of whose logits so many tokens are chosen there, 0 for none."""
+        """Put a step on the stream; so many tokens are chosen of its logits there, 0 for none."""
         role = self._roles.choose(tokens.shape[1])
         binding = self._binding(role, logit_positions.shape, state, chosen)
         numbers: dict[str, Array] = {
@@ -136,7 +139,6 @@ class TensorRTBackend:
         for name, array in binding.inputs.items():
             self._cuda.upload(array, numbers[name])
         self._launch(role, binding)
-        state.swap()
         return binding
 
     def _logits(self, binding: _Binding) -> Array:
