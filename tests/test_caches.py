@@ -49,14 +49,15 @@ def refused(reason: str) -> CacheFile:
 # --- where ----------------------------------------------------------------------------------------------------------
 
 
-def test_caches_lie_in_the_users_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_lie_in_the_users_cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE)
-    monkeypatch.setenv("HOME", "/home/someone")
-    for xdg, expected in (("", "/home/someone/.cache"), ("/var/x", "/var/x"), ("relative", "/home/someone/.cache")):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    usual, moved = tmp_path / ".cache", tmp_path / "moved"
+    for xdg, expected in (("", usual), (str(moved), moved), ("relative", usual)):
         monkeypatch.setenv("XDG_CACHE_HOME", xdg)
-        assert cache_directory() == Path(expected, "edgellm")
-    monkeypatch.setenv(VARIABLE, "/somewhere/else")
-    assert cache_directory() == Path("/somewhere/else")
+        assert cache_directory() == expected / "edgellm"
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "elsewhere"))
+    assert cache_directory() == tmp_path / "elsewhere"
 
 
 def test_an_empty_variable_turns_caches_off(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
