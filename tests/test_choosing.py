@@ -82,20 +82,31 @@ def test_a_graph_of_other_sizes_has_another_digest() -> None:
     assert len(digests) == 6 and choosing_digest(50, 1) == choosing_digest(50, 1)
 
 
-@pytest.mark.parametrize(("vocab", "count"), [(292, 1), (292, 64), (49152, 1), (49152, 64), (MOST, MOST)])
-def test_engines_are_built_of_it(vocab: int, count: int, tmp_path: Path) -> None:
+def built(vocab: int, count: int, folder: Path) -> tuple[Any, Any]:
+    """What the parser made of the graph, and the shapes that its engine takes."""
     pytest.importorskip("tensorrt_rtx", reason="pip install 'edgellm[tensorrt]' builds engines without a GPU")
     from edgellm_exporters.engine_options import EngineOptions
     from edgellm_exporters.readback import Facts
     from edgellm_exporters.tensorrt import build_engine, find_library
 
-    graph = tmp_path / "choose.onnx"
+    graph = folder / "choose.onnx"
     graph.write_bytes(choosing_graph("float32", vocab, count, sized=True))
     facts = Facts(RESULTS, {}, 0)
     profile = build_engine(
-        find_library(), graph, tmp_path / "e", facts=facts, time=1, options=EngineOptions(max_batch=3),
+        find_library(), graph, folder / "engine", facts=facts, time=1, options=EngineOptions(max_batch=3),
         capabilities=["8.9"],
     )  # fmt: skip
+    return facts, profile
+
+
+@pytest.mark.parametrize(("vocab", "count"), [(292, 1), (292, 64), (49152, 1), (49152, 64), (MOST, MOST)])
+def test_engines_are_built_of_it(vocab: int, count: int, tmp_path: Path) -> None:
+    facts, profile = built(vocab, count, tmp_path)
     assert (profile[LOGITS].min, profile[LOGITS].max) == ((1, 1, vocab), (3, 1, vocab))
-    assert (tmp_path / "e").stat().st_size > 0
+    assert (tmp_path / "engine").stat().st_size > 0
     assert ("TOPK" in facts.seen) == (count > 1), "the best one is found by no sort, whose order among equals is free"
+
+
+def test_the_library_sorts_no_more_than_that(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=rf"K exceeds the maximum value allowed \({MOST}\)"):
+        built(MOST + 1, MOST + 1, tmp_path)
