@@ -77,7 +77,7 @@ class CacheFile:
         except FileNotFoundError:
             return None
         except OSError as error:
-            self._tell(f"{self.path} is not used ({_reason(error)}); {_REMEDY}")
+            self._tell(f"no cache is read: {_reason(error, self.path)}; {_REMEDY}")
             return None
         data = found[_HEADER:]
         if found[:_HEADER] != _MAGIC + (digest := self._digest(data)):
@@ -96,7 +96,7 @@ class CacheFile:
         try:
             _put(self.path, _MAGIC + digest + data)
         except OSError as error:
-            self._tell(f"{self.path} cannot be written ({_reason(error)}); {_REMEDY}")
+            self._tell(f"no cache is written: {_reason(error, self.path)}; {_REMEDY}")
         else:
             self._held = digest
 
@@ -123,8 +123,9 @@ def _log_once(text: str) -> None:
     logging.getLogger(__package__).warning("%s", text)
 
 
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
+def _reason(error: OSError, path: Path) -> str:
+    """What is wrong, and where; the directory stands for all of its files, so that it is said once."""
+    return f"{path.parent}: {error.strerror}" if error.strerror else str(error)
 
 
 def _believed(path: Path) -> bytes:
@@ -138,8 +139,8 @@ def _believed(path: Path) -> bytes:
     with os.fdopen(descriptor, "rb") as file:
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode):
-            raise OSError("it is no plain file")
-        _check_owner(about, "it")
+            raise OSError(f"{path} is no plain file")
+        _check_owner(about, path)
         return file.read(about.st_size) if about.st_size <= MOST_BYTES else b""
 
 
@@ -150,7 +151,7 @@ def _put(path: Path, content: bytes) -> None:
         OSError: the directory cannot be made, is not this user's alone, or is full.
     """
     if len(content) > MOST_BYTES:
-        raise OSError(f"{len(content)} bytes are too many for a cache")
+        raise OSError(f"{len(content)} bytes are too many for {path}")
     directory = path.parent
     directory.parent.mkdir(parents=True, exist_ok=True)
     directory.mkdir(mode=0o700, exist_ok=True)
@@ -170,17 +171,17 @@ def _check_directory(directory: Path) -> None:
     about = directory.stat()
     if not stat.S_ISDIR(about.st_mode):
         raise NotADirectoryError(f"{directory} is no directory")
-    _check_owner(about, "its directory")
+    _check_owner(about, directory)
 
 
-def _check_owner(about: os.stat_result, what: str) -> None:
+def _check_owner(about: os.stat_result, path: Path) -> None:
     """Refuse what another user owns or may write to."""
     if os.name != "posix":  # elsewhere a user's own directory is private, and modes say nothing
         return
     if about.st_uid != os.geteuid():
-        raise OSError(f"{what} belongs to another user")
+        raise OSError(f"{path} belongs to another user")
     if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise OSError(f"other users may write to {what}")
+        raise OSError(f"other users may write to {path}")
 
 
 def _make_room(directory: Path) -> None:
