@@ -14,6 +14,9 @@ settings.load_profile("repeatable")
 # Two test processes on two cores: libraries that each take both cores only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Tests neither believe nor change what lies in the caches of whoever runs them.
+os.environ["EDGELLM_CACHE_DIR"] = ""
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:

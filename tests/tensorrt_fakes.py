@@ -129,9 +129,45 @@ class FakeCuda:
         return (SUCCESS,)
 
 
+class FakeRuntimeCache:
+    """Which kernels TensorRT for RTX has made, as JSON."""
+
+    def __init__(self) -> None:
+        self.kernels: list[str] = []
+
+    def serialize(self) -> bytes:
+        return json.dumps(self.kernels).encode()
+
+    def deserialize(self, data: bytes) -> bool:
+        try:
+            self.kernels = json.loads(data)
+        except ValueError:
+            return False
+        return True
+
+
+class FakeRuntimeConfig:
+    cache: FakeRuntimeCache | None = None
+
+    def create_runtime_cache(self) -> FakeRuntimeCache:
+        return FakeRuntimeCache()
+
+    def set_runtime_cache(self, cache: FakeRuntimeCache) -> bool:
+        self.cache = cache
+        return True
+
+
 class FakeContext:
-    def __init__(self, engine: FakeEngine) -> None:
+    def __init__(self, engine: FakeEngine, config: FakeRuntimeConfig | None) -> None:
         self.engine, self.shapes, self.addresses = engine, dict[str, tuple[int, ...]](), dict[str, int]()
+        self.cache = FakeRuntimeCache() if config is None or config.cache is None else config.cache
+        self.finish(engine.name)
+
+    def finish(self, kernel: str) -> None:
+        """Make a kernel, unless one was made before."""
+        if kernel not in self.cache.kernels:
+            self.cache.kernels.append(kernel)
+            self.engine.module.made.append(kernel)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         least, _, most = self.engine.get_tensor_profile_shape(name, 0)
@@ -153,6 +189,7 @@ class FakeContext:
             module.log("ERROR", module.fails)
             return False
         assert set(self.addresses) == set(self.engine.tensors), "an address is missing"
+        self.finish(f"{self.engine.name} {sorted(self.shapes.items())}")
         work = functools.partial(self.engine.compute, dict(self.shapes), dict(self.addresses))
         if cuda.recording is not None:
             cuda.recording.append(work)
@@ -166,6 +203,7 @@ class FakeEngine:
 
     def __init__(self, module: FakeTensorRT, description: dict[str, Any]) -> None:
         self.module, self._profile = module, description["profile"]
+        self.name = f"{description['network']}.{description['role']}"
         self.tensors = SIDECAR["networks"][description["network"]][description["role"]] | description.get("changed", {})
         self._session = _session(description["graph"])
         self.num_io_tensors = len(self.tensors)
@@ -186,11 +224,16 @@ class FakeEngine:
         assert number == 0 and self.tensors[name]["mode"] == "INPUT"
         return [tuple(self._profile[name][kind]) for kind in ("min", "opt", "max")]
 
-    def create_execution_context(self) -> FakeContext | None:
+    def create_runtime_config(self) -> FakeRuntimeConfig:
+        if self.module.no_config:
+            raise RuntimeError(self.module.no_config)
+        return FakeRuntimeConfig()
+
+    def create_execution_context(self, config: FakeRuntimeConfig | None = None) -> FakeContext | None:
         if self.module.no_context:
             self.module.log("ERROR", self.module.no_context)
             return None
-        return FakeContext(self)
+        return FakeContext(self, config)
 
     def compute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
         """Run the graph over the memory at those addresses; outputs are written there, the cache's in place."""
@@ -221,7 +264,8 @@ class FakeTensorRT:
 
     def __init__(self, cuda: FakeCuda, version: str = "1.7.1.116") -> None:
         self.__version__, self.cuda = version, cuda
-        self.fails = self.no_context = ""
+        self.fails = self.no_context = self.no_config = ""
+        self.made: list[str] = []  # kernels
         self.loggers: list[Any] = []
         module = self
 

@@ -16,6 +16,8 @@ from tiny_bundles import CONTEXT, attention_bundle, recurrent_bundle
 from edgellm_exporters.capture import INPUTS
 from edgellm_exporters.quantize.methods import METHODS
 from edgellm_runtime.bundle import _KEYS, _MAX_MANIFEST_BYTES, FORMAT, Bundle
+from edgellm_runtime.choosing import MOST, RESULTS
+from edgellm_runtime.engines import ChooserInfo
 from edgellm_runtime.graphfile import external_files
 from edgellm_runtime.spec import DTYPE_BYTES
 from edgellm_runtime.tasks.spec import TaskSpec
@@ -44,19 +46,24 @@ def manifest(bundle: Path) -> dict[str, Any]:
     return data
 
 
-OF_FIXED_SIZES = {"graphs", "capacity", "engines"}
+OF_FIXED_SIZES = {"graphs", "capacity", "engines", "choosers"}
 
 
 def test_graphs_and_engines_have_the_documented_keys() -> None:
     from test_engines_here import engine
     from test_engines_here import manifest as of_graphs
 
-    written = of_graphs(engine("prefill"), engine("decode")).to_json()
+    chooser = ChooserInfo(1, engine("choose"))
+    written = of_graphs(engine("prefill"), engine("decode"), choosers=(chooser,)).to_json()
     assert written.keys() >= OF_FIXED_SIZES
     assert {key for graph in written["graphs"].values() for key in graph} == {"file", "time"}
     section = PAGE[PAGE.index("An entry of `engines` has these keys") :]
     documented = set(re.findall(r"^\| `(\w+)` \|", section[: section.index("## ")], re.M))
     assert all(row.keys() == documented for row in written["engines"])
+    assert written["choosers"][0].keys() == documented | {"count"}
+    results = table("| output | shape | dtype |")
+    assert {name: row[1] for name, row in results.items()} == RESULTS
+    assert f"at most {MOST}" in PAGE
 
 
 @BOTH

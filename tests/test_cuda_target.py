@@ -25,8 +25,8 @@ from edgellm_exporters.lowering.widen import widen
 from edgellm_exporters.parity import compare
 from edgellm_exporters.quantize.reference import quantized_model
 from edgellm_exporters.targets import TARGETS
-from edgellm_runtime import BackendError, load, open_session
-from edgellm_runtime.backends import choose, ort_memory
+from edgellm_runtime import BackendError, choosing, load, open_session
+from edgellm_runtime.backends import ort_memory
 from edgellm_runtime.backends.choose import Chooser
 from edgellm_runtime.backends.ort_memory import Kernels
 from edgellm_runtime.bundle import Bundle
@@ -235,7 +235,7 @@ def test_what_moves_states_and_chooses_tokens_has_cuda_kernels(dtype: str, monke
 
     real = ort_memory.graph_bytes
     monkeypatch.setattr(ort_memory, "graph_bytes", noting)
-    monkeypatch.setattr(choose, "graph_bytes", noting)
+    monkeypatch.setattr(choosing, "graph_bytes", noting)
     kernels = Kernels(onnxruntime, ["CPUExecutionProvider"], "cpu")
     a, b, long, one = (kernels.empty(shape, dtype) for shape in ((2, 3), (2, 3), (2, 5), (1, 3)))
     kernels.zeros(a)

@@ -29,6 +29,7 @@ from edgellm_exporters.quantize.reference import quantized_model
 from edgellm_exporters.targets import find_target
 from edgellm_runtime import open_session
 from edgellm_runtime.bundle import Bundle
+from edgellm_runtime.engines import choosers_here
 
 pytest.importorskip("tensorrt_rtx", reason="pip install 'edgellm[tensorrt]' builds engines without a GPU")
 
@@ -141,6 +142,7 @@ def test_a_bundle_holds_graphs_engines_and_their_fingerprints(bundle: Path) -> N
     manifest = opened.manifest
     assert sorted(manifest.files) == sorted([
         "prefill.onnx", "decode.onnx", "model.onnx.data", "prefill.engine", "decode.engine", "goldens.json",
+        "choose-1.engine", "choose-64.engine",
     ])  # fmt: skip
     assert (manifest.max_context, manifest.capacity, manifest.graphs["prefill"].time) == (48, 64, 16)
     assert {spec.dtype for spec in manifest.signature.state} == {"float16"}
@@ -153,6 +155,11 @@ def test_a_bundle_holds_graphs_engines_and_their_fingerprints(bundle: Path) -> N
     assert (prefill.profile["logit_positions"].min, prefill.profile["logit_positions"].max) == ((1, 1), (3, 16))
     assert decode.profile["tokens"].max == (3, 1) and "logit_positions" not in decode.profile
     assert decode.profile["past.layers.0.k"].max == (3, 2, 64, 32)
+    assert [(c.count, c.engine.profile["logits"].max) for c in manifest.choosers] == [
+        (count, (3, 1, VOCAB)) for count in (1, 64)
+    ]
+    here = {"library": library.name, "version": library.version, "compute_capability": CAPABILITY}
+    assert choosers_here(manifest, **here) == ({c.count: c for c in manifest.choosers}, "")
     weights = sum(p.numel() for p in make("decoder").parameters())
     assert manifest.files["model.onnx.data"].bytes < 2.3 * weights  # 16 bits each, for both graphs together
 
@@ -175,7 +182,8 @@ def test_build_replaces_the_engines_and_nothing_else(bundle: Path, capsys: pytes
     after = Bundle(bundle).manifest
     assert [e["compute_capabilities"] for e in said["engines"]] == [["12.0"], ["12.0"]]
     assert {e.profile["tokens"].max[0] for e in after.engines} == {3}  # what it was exported with
-    engines = {"prefill.engine", "decode.engine"}
+    engines = after.engine_files
+    assert engines == before.engine_files and len(said["choosers"]) == len(after.choosers) == 2
     assert {n: f for n, f in after.files.items() if n not in engines} == {
         n: f for n, f in before.files.items() if n not in engines
     }

@@ -26,6 +26,9 @@ def build(
 
     For bundles of --target tensorrt, whose engines are bound to one version of the library and one kind of GPU. Needs
     TensorRT or TensorRT for RTX, and no PyTorch. The bundle is replaced when its engines are finished.
+
+    What TensorRT times while it builds is kept for the next build in ~/.cache/edgellm, or in the directory that the
+    variable EDGELLM_CACHE_DIR names; set to nothing, it turns caches off.
     """
     flags = EngineFlags(max_batch=max_batch, compute_capability=compute_capability, workspace_mb=workspace_mb)
     start = time.perf_counter()
@@ -33,8 +36,12 @@ def build(
 
     with stages() as tell:
         manifest = build_engines(bundle, lambda most: flags.options(max_batch=most), tell)
-    engines = [engine.to_json() | {"bytes": manifest.files[engine.file].bytes} for engine in manifest.engines]
-    result = {"bundle": str(bundle), "engines": engines, "seconds": round(time.perf_counter() - start, 2)}
+    engines, choosers = (
+        [entry | {"bytes": manifest.files[entry["file"]].bytes} for entry in (info.to_json() for info in infos)]
+        for infos in (manifest.engines, manifest.choosers)
+    )
+    seconds = round(time.perf_counter() - start, 2)
+    result = {"bundle": str(bundle), "engines": engines, "choosers": choosers, "seconds": seconds}
     if as_json:
         click.echo(json.dumps(result))
     else:
@@ -42,7 +49,7 @@ def build(
 
 
 def _print(result: dict[str, Any]) -> None:
-    for engine in result["engines"]:
+    for engine in (*result["engines"], *result["choosers"]):
         click.echo(
             f"{engine['file']}: {engine['bytes'] / 1e6:.1f} MB, {engine['library']} {engine['library_version']}, "
             f"compute capability {', '.join(engine['compute_capabilities'])}, {engine['precision']}"

@@ -49,9 +49,8 @@ def build_engines(
     )
     wanted = options(most) or EngineOptions(max_batch=most)
     check_engine_options(wanted, bundle.manifest.quantization)
-    engines = {engine.file for engine in bundle.manifest.engines}
     with whole_directory(path) as scratch:
-        for name in bundle.manifest.files.keys() - engines:
+        for name in bundle.manifest.files.keys() - bundle.manifest.engine_files:
             _same_file(path / name, scratch / name)
         manifest = add_engines(scratch, bundle.manifest, wanted, progress)
         (scratch / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")

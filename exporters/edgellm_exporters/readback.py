@@ -12,6 +12,8 @@ from typing import Any
 
 from edgellm_exporters.errors import EngineError
 from edgellm_runtime.bundle import Manifest
+from edgellm_runtime.choosing import RESULTS
+from edgellm_runtime.engines import CHOOSE
 
 __all__ = ["Facts", "read_back"]
 
@@ -37,7 +39,8 @@ class Facts:
     @classmethod
     def of(cls, manifest: Manifest, role: str) -> Facts:
         """Those of a bundle's graph."""
-        del role  # all graphs share the signature
+        if role == CHOOSE:
+            return cls(RESULTS, {}, 0)
         state = manifest.signature.state
         outputs = {t.name: t.dtype for t in manifest.signature.outputs} | {s.present_name: s.dtype for s in state}
         return cls(

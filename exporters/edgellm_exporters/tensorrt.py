@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,21 @@ from typing import Any
 from edgellm_exporters.engine_options import EngineOptions
 from edgellm_exporters.errors import EngineError
 from edgellm_exporters.readback import Facts, read_back
+from edgellm_exporters.timing import TimingCache
 from edgellm_runtime.bundle import FileInfo, Manifest, sha256_of
-from edgellm_runtime.engines import LIBRARIES, EngineInfo, Range, current_compute_capability
+from edgellm_runtime.choosing import choosing_graph
+from edgellm_runtime.engines import CHOOSE, LIBRARIES, ChooserInfo, EngineInfo, Range, current_compute_capability
 
-__all__ = ["API", "Library", "add_engines", "build_engine", "check_engine_options", "find_library", "profile_of"]
+__all__ = [
+    "API",
+    "Library",
+    "add_engines",
+    "build_engine",
+    "check_engine_options",
+    "chosen_counts",
+    "find_library",
+    "profile_of",
+]
 
 # Every name of the libraries that is used here and in the runtime's backend for building; held against the installed
 # library by a test, and against NVIDIA's documentation in tests/data/tensorrt_api.json.
@@ -42,6 +54,7 @@ RTX_API: Mapping[str, Sequence[str]] = {
 }  # fmt: skip
 Progress = Callable[[str, float], None]  # what is being done, and how much of it (0 to 1)
 _NOTHING: Mapping[str, Any] = {}
+_CANDIDATES = 64  # as many as the CUDA target chooses on the GPU
 _LEAST_CAPABILITY = {"fp8": "8.9"}  # by method; for older GPUs the library refuses the graph when it builds
 _CAPABILITY = re.compile(r"\d{1,2}\.\d")
 
@@ -167,22 +180,41 @@ def add_engines(directory: Path, manifest: Manifest, options: EngineOptions, pro
     checked = check_engine_options(dataclasses.replace(options, build=True), manifest.quantization)
     assert checked is not None
     library, capabilities = checked
-    engines, files = [], dict(manifest.files)
-    for old in manifest.engines:
-        files.pop(old.file, None)
-        (directory / old.file).unlink(missing_ok=True)
-    for role, graph in manifest.graphs.items():
-        target = directory / f"{role}.engine"
+    files = {name: info for name, info in manifest.files.items() if name not in manifest.engine_files}
+    for old in manifest.engine_files:
+        (directory / old).unlink(missing_ok=True)
+
+    def built(role: str, name: str, graph: Path, time: int, dtype: str) -> EngineInfo:
+        target = directory / f"{name}.engine"
         profile = build_engine(
-            library, directory / graph.file, target, facts=Facts.of(manifest, role), time=graph.time, options=options,
-            capabilities=capabilities, tell=lambda share, role=role: progress(f"building the {role} engine", share),
+            library, graph, target, facts=Facts.of(manifest, role), time=time, options=options,
+            capabilities=capabilities, tell=lambda share: progress(f"building the {name} engine", share),
         )  # fmt: skip
         files[target.name] = FileInfo(target.stat().st_size, sha256_of(target))
-        engines.append(EngineInfo(
-            role, target.name, library.name, library.version, capabilities, manifest.dtype, profile,
-            manifest.files[graph.file].sha256,
-        ))  # fmt: skip
-    return dataclasses.replace(manifest, engines=tuple(engines), files=dict(sorted(files.items())))
+        return EngineInfo(
+            role, target.name, library.name, library.version, capabilities, dtype, profile, sha256_of(graph)
+        )  # fmt: skip
+
+    engines = [
+        built(role, role, directory / graph.file, graph.time, manifest.dtype)
+        for role, graph in manifest.graphs.items()
+    ]  # fmt: skip
+    choosers = []
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        for count in chosen_counts(manifest):
+            graph = Path(scratch) / f"{CHOOSE}-{count}.onnx"
+            graph.write_bytes(choosing_graph("float32", manifest.width, count, sized=True))
+            choosers.append(ChooserInfo(count, built(CHOOSE, graph.stem, graph, 1, "float32")))
+    return dataclasses.replace(
+        manifest, engines=tuple(engines), choosers=tuple(choosers), files=dict(sorted(files.items()))
+    )  # fmt: skip
+
+
+def chosen_counts(manifest: Manifest) -> tuple[int, ...]:
+    """How many tokens of a row there are engines to choose: the best, and as many as the usual top-k needs."""
+    if manifest.vocab_size not in (0, manifest.width):
+        return ()  # logits are over labels, of which nothing is drawn
+    return tuple(sorted({1, min(_CANDIDATES, manifest.width)}))
 
 
 def build_engine(
@@ -221,10 +253,12 @@ def build_engine(
     profile = profile_of(shapes, options.max_batch, time)
     config = _config(trt, builder, profile, options, capabilities, library)
     config.progress_monitor = _monitor(trt, tell)
+    timing = TimingCache(library.name, library.version, capabilities, config)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise EngineError(f"{graph.name}: {library.name} {library.version} cannot build an engine of it: "
                           f"{_short('; '.join(logger.said)) or 'it gives no reason'}")  # fmt: skip
+    timing.keep()
     destination.write_bytes(memoryview(engine))
     return profile
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edgellm_runtime.engines import ROLES, EngineInfo, GraphInfo
+from edgellm_runtime.engines import ROLES, ChooserInfo, EngineInfo, GraphInfo
 from edgellm_runtime.errors import BundleError
 from edgellm_runtime.graphfile import external_files
 from edgellm_runtime.spec import Signature, SpecError
@@ -81,6 +81,7 @@ class Manifest:
         graphs: role to graph, where there is one for prompts and one for single tokens; empty: ``model.onnx`` for all.
         capacity: slots that each row of the state must have, for such graphs; None: the caller's choice.
         engines: built from those graphs.
+        choosers: engines that choose tokens from the logits of one position.
     """
 
     name: str
@@ -100,11 +101,22 @@ class Manifest:
     graphs: Mapping[str, GraphInfo] = field(default_factory=dict)
     capacity: int | None = None
     engines: tuple[EngineInfo, ...] = ()
+    choosers: tuple[ChooserInfo, ...] = ()
 
     @property
     def graph_files(self) -> tuple[str, ...]:
         """The names of the graphs."""
         return tuple(graph.file for graph in self.graphs.values()) or (GRAPH,)
+
+    @property
+    def width(self) -> int:
+        """Over how many tokens or labels the logits are."""
+        return int(self.signature.outputs[0].shape[-1])
+
+    @property
+    def engine_files(self) -> frozenset[str]:
+        """The names of the engines, of either kind."""
+        return frozenset(e.file for e in (*self.engines, *(chooser.engine for chooser in self.choosers)))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -133,6 +145,7 @@ class Manifest:
             "graphs": {role: graph.to_json() for role, graph in self.graphs.items()},
             "capacity": self.capacity,
             "engines": [engine.to_json() for engine in self.engines],
+            **({"choosers": [chooser.to_json() for chooser in self.choosers]} if self.choosers else {}),
         }
 
     @classmethod
@@ -190,24 +203,26 @@ class Manifest:
             provenance=_a(dict, data.get("provenance", {})),
             bounds={k: _number(v) for k, v in _a(dict, data.get("bounds", {})).items()},
             measured={k: _number(v) for k, v in _a(dict, data.get("measured", {})).items()},
-            task=task, vocab_size=_whole(data.get("vocab_size", 0)), **_roles(data, files),
+            task=task, vocab_size=_whole(data.get("vocab_size", 0)), **_roles(data, files, width),
         )  # fmt: skip
 
 
-def _roles(data: dict[str, Any], files: Mapping[str, FileInfo]) -> dict[str, Any]:
+def _roles(data: dict[str, Any], files: Mapping[str, FileInfo], width: int) -> dict[str, Any]:
     """Graphs, capacity and engines, which go together."""
     graphs = {role: GraphInfo.from_json(graph) for role, graph in _a(dict, data.get("graphs", {})).items()}
     engines = tuple(EngineInfo.from_json(engine) for engine in _a(list, data.get("engines", [])))
+    choosers = tuple(ChooserInfo.from_json(entry, width) for entry in _a(list, data.get("choosers", [])))
     if not graphs:
-        if engines or data.get("capacity") is not None:
+        if engines or choosers or data.get("capacity") is not None:
             raise ValueError("engines or a capacity without graphs")
         return {}
     if set(graphs) != set(ROLES) or graphs["decode"].time != 1:
         raise ValueError(f"graphs {sorted(graphs)} instead of {sorted(ROLES)}, the latter of one token")
     capacity = _whole(data["capacity"], least=_whole(data["max_context"], least=1) + graphs["prefill"].time)
-    if absent := {*(graph.file for graph in graphs.values()), *(e.file for e in engines)} - files.keys():
+    built = (*engines, *(chooser.engine for chooser in choosers))
+    if absent := {*(graph.file for graph in graphs.values()), *(e.file for e in built)} - files.keys():
         raise ValueError(f"{sorted(absent)} not among the files")
-    return {"graphs": graphs, "capacity": capacity, "engines": engines}
+    return {"graphs": graphs, "capacity": capacity, "engines": engines, "choosers": choosers}
 
 
 def _whole(value: Any, least: int = 0) -> int:
@@ -300,8 +315,7 @@ class Bundle:
         if checksums:
             for name in graphs:  # before they are asked which files are weights
                 self._check_sum(name)
-        engines = {engine.file for engine in self.manifest.engines}
-        weights = set().union(*(self._weights(name) for name in graphs)) - {*graphs, *engines}
+        weights = set().union(*(self._weights(name) for name in graphs)) - {*graphs, *self.manifest.engine_files}
         if not checksums:
             return []
         for name in self.manifest.files.keys() - weights - set(graphs):

@@ -11,15 +11,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from edgellm_runtime.choosing import MOST, choosing_digest
 from edgellm_runtime.errors import BundleError
 
 if TYPE_CHECKING:
-    from edgellm_runtime.bundle import Bundle
+    from edgellm_runtime.bundle import Bundle, Manifest
 
-__all__ = ["LIBRARIES", "ROLES", "EngineInfo", "GraphInfo", "Range", "check_engine", "current_compute_capability"]
+__all__ = [
+    "CHOOSE",
+    "LIBRARIES",
+    "ROLES",
+    "ChooserInfo",
+    "EngineInfo",
+    "GraphInfo",
+    "Range",
+    "check_engine",
+    "choosers_here",
+    "current_compute_capability",
+]
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
-ROLES = ("prefill", "decode")
+ROLES, CHOOSE = ("prefill", "decode"), "choose"
 _CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
 _MOST = 2**31
 
@@ -70,7 +82,7 @@ class EngineInfo:
     """One engine and its fingerprint.
 
     Args:
-        role: which graph it was built from.
+        role: which graph it was built from; :data:`CHOOSE` for one that chooses tokens.
         file: its name in the bundle.
         library: one of :data:`LIBRARIES`.
         library_version: the library's whole version.
@@ -98,14 +110,14 @@ class EngineInfo:
         }  # fmt: skip
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> EngineInfo:
-        """Read what a manifest says.
+    def from_json(cls, data: Mapping[str, Any], roles: Sequence[str] = ROLES) -> EngineInfo:
+        """Read what a manifest says of an engine of one of some roles.
 
         Raises:
             ValueError: a role, library or capability that there is none of, or a range that is none.
         """
         role, library = _text(data["role"]), _text(data["library"])
-        if role not in ROLES or library not in LIBRARIES:
+        if role not in roles or library not in LIBRARIES:
             raise ValueError(f"an engine of role {role!r} for library {library!r}")
         capabilities = tuple(_text(c) for c in _list(data["compute_capabilities"]))
         if not capabilities or not all(_CAPABILITY.fullmatch(c) for c in capabilities):
@@ -114,6 +126,38 @@ class EngineInfo:
         texts = (_text(data[key]) for key in ("library_version", "precision", "graph_sha256"))
         version, precision, digest = texts
         return cls(role, _text(data["file"]), library, version, capabilities, precision, profile, digest)
+
+
+@dataclass(frozen=True)
+class ChooserInfo:
+    """An engine that chooses the best tokens of each row where the logits are.
+
+    Args:
+        count: how many of a row.
+        engine: its fingerprint.
+    """
+
+    count: int
+    engine: EngineInfo
+
+    def to_json(self) -> dict[str, Any]:
+        return {"count": self.count, **self.engine.to_json()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], width: int) -> ChooserInfo:
+        """Read what a manifest says.
+
+        Args:
+            data: of one entry.
+            width: of the logits.
+
+        Raises:
+            ValueError: more tokens than there are, and what :meth:`EngineInfo.from_json` refuses.
+        """
+        count = _size(data["count"])
+        if count > min(width, MOST):
+            raise ValueError(f"a choice of {count} of {width} logits")
+        return cls(count, EngineInfo.from_json(data, (CHOOSE,)))
 
 
 def check_engine(
@@ -142,18 +186,41 @@ def check_engine(
         others = sorted({engine.library for engine in of_role})
         had = f"only one for {' and '.join(others)}" if others else "none"
         raise BundleError(f"{bundle.path}: needs a {role} engine for {library}, but holds {had}; {remedy}")
-    faults = [_fault(engine, bundle, version, compute_capability) for engine in engines]
+    digest = manifest.files[manifest.graphs[role].file].sha256
+    faults = [_fault(engine, digest, manifest.dtype, version, compute_capability) for engine in engines]
     if None in faults:
         return engines[faults.index(None)]
     raise BundleError(f"{bundle.path}: {engines[0].file} {faults[0]}; {remedy}")
 
 
-def _fault(engine: EngineInfo, bundle: Bundle, version: str, capability: str) -> str | None:
-    manifest = bundle.manifest
-    if engine.graph_sha256 != manifest.files[manifest.graphs[engine.role].file].sha256:
+def choosers_here(
+    manifest: Manifest, *, library: str, version: str, compute_capability: str
+) -> tuple[dict[int, ChooserInfo], str]:
+    """The engines that choose tokens and run here, by how many they choose.
+
+    Returns:
+        Those, and if there is none for the best token alone, nothing and why: several come from a sort, whose order
+        among equals is not the host's. A bundle without them runs all the same, and its logits are fetched.
+    """
+    found: dict[int, ChooserInfo] = {}
+    why = "the bundle has no engine that chooses the best token; edgellm build makes it"
+    for chooser in manifest.choosers:
+        engine = chooser.engine
+        fault = f"is for {engine.library}" if engine.library != library else _fault(
+            engine, choosing_digest(manifest.width, chooser.count), "float32", version, compute_capability
+        )  # fmt: skip
+        if fault is None:
+            found[chooser.count] = chooser
+        else:
+            why = f"{engine.file} {fault}"
+    return (found, "") if 1 in found else ({}, why)
+
+
+def _fault(engine: EngineInfo, graph_sha256: str, dtype: str, version: str, capability: str) -> str | None:
+    if engine.graph_sha256 != graph_sha256:
         return "was built from another graph than the one beside it"
-    if engine.precision != manifest.dtype:
-        return f"computes in {engine.precision}, the bundle in {manifest.dtype}"
+    if engine.precision != dtype:
+        return f"computes in {engine.precision}, the bundle in {dtype}"
     if engine.library_version != version:
         return f"was built by {engine.library} {engine.library_version}, here is {version}"
     if capability not in engine.compute_capabilities:

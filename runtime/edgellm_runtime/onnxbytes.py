@@ -1,7 +1,7 @@
 """Small ONNX graphs as bytes, for work that must be done where a tensor is: copies, zeros, choosing a token.
 
 The runtime does not have the onnx package, and needs of it no more than a handful of nodes. Shapes are left open, so
-that one graph serves every size.
+that one graph serves every size, unless they are given.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["ELEMENT_TYPES", "Node", "graph_bytes"]
+__all__ = ["ELEMENT_TYPES", "Node", "Shape", "graph_bytes"]
+
+Shape = Sequence[int | str]  # a text names a size that is free
+NO_SHAPES: Mapping[str, Shape] = {}
 
 # Of onnx.proto3: the numbers that TensorProto.DataType gives to our dtypes.
 ELEMENT_TYPES: Mapping[str, int] = {
@@ -39,7 +42,7 @@ class Node:
 
 def graph_bytes(
     nodes: Sequence[Node], inputs: Mapping[str, str], outputs: Mapping[str, str],
-    constants: Mapping[str, Sequence[int]] | None = None,
+    constants: Mapping[str, Sequence[int]] | None = None, shapes: Mapping[str, Shape] = NO_SHAPES,
 ) -> bytes:  # fmt: skip
     """A serialized ``ModelProto``.
 
@@ -48,11 +51,12 @@ def graph_bytes(
         inputs: name to dtype.
         outputs: name to dtype.
         constants: name to whole numbers, (n,) int64.
+        shapes: of those inputs and outputs that are not left open.
     """
     graph = b"".join(_message(1, _node(node)) for node in nodes) + _text(2, "edgellm")
     graph += b"".join(_message(5, _integers(name, values)) for name, values in (constants or {}).items())
-    graph += b"".join(_message(11, _value(name, dtype)) for name, dtype in inputs.items())
-    graph += b"".join(_message(12, _value(name, dtype)) for name, dtype in outputs.items())
+    graph += b"".join(_message(11, _value(name, dtype, shapes.get(name))) for name, dtype in inputs.items())
+    graph += b"".join(_message(12, _value(name, dtype, shapes.get(name))) for name, dtype in outputs.items())
     return _number(1, _IR_VERSION) + _message(7, graph) + _message(8, _text(1, "") + _number(2, _OPSET))
 
 
@@ -72,8 +76,11 @@ def _integers(name: str, values: Sequence[int]) -> bytes:
     return _number(1, len(values)) + _number(2, ELEMENT_TYPES["int64"]) + _message(7, data) + _text(8, name)
 
 
-def _value(name: str, dtype: str) -> bytes:
+def _value(name: str, dtype: str, shape: Shape | None) -> bytes:
     tensor = _number(1, ELEMENT_TYPES[dtype])
+    if shape is not None:
+        sizes = (_text(2, size) if isinstance(size, str) else _number(1, size) for size in shape)
+        tensor += _message(2, b"".join(_message(1, size) for size in sizes))
     return _text(1, name) + _message(2, _message(1, tensor))
 
 

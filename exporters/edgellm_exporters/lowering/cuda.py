@@ -16,7 +16,8 @@ import onnx_ir as ir
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering import ort, recurrent, standard
 from edgellm_exporters.lowering.context import Lowering, Rule, inputs_of
-from edgellm_exporters.quantize.plan import ROW
+from edgellm_exporters.lowering.linears import fused_matmul, linear_rule
+from edgellm_exporters.quantize.plan import ROW, QuantizedWeight
 from edgellm_runtime.spec import TensorSpec
 
 __all__ = ["RULES", "TOTAL_LENGTH"]
@@ -40,29 +41,18 @@ def attention(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
     )  # fmt: skip
 
 
-def linear(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
-    """MatMulNBits for a quantized weight, MatMul for a float one."""
-    x, weight, bias = inputs_of(node, 3)
-    assert x is not None and weight is not None
-    return [matmul(context, x, weight, bias)]
-
-
-def matmul(context: Lowering, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
-    """X W^T + b."""
-    quantized = context.quantized(weight)
-    if quantized is None:
-        return standard.matmul(context, x, weight, bias)
+def _product(context: Lowering, x: ir.Value, weight: ir.Value, quantized: QuantizedWeight) -> ir.Value:
+    """MatMulNBits."""
     (rows, columns), scheme = quantized.shape, quantized.scheme
     if scheme.block == ROW or scheme.bits not in (4, 8) or scheme.shifted:
         raise LoweringError(
             f"{weight.name}: ONNX Runtime multiplies no {scheme} weights on CUDA; use 4 or 8 bits in blocks"
         )
     codes = ort.codes_of(context, weight, (rows, quantized.blocks, scheme.block * scheme.bits // 8), "codes")
-    y = context.op(
+    return context.op(
         "MatMulNBits", x, codes, scales_of(context, weight), ort.zeros_of(context, weight), domain=ort.DOMAIN, N=rows,
         K=columns, bits=scheme.bits, block_size=scheme.block,
     )  # fmt: skip
-    return y if bias is None else context.op("Add", y, bias)
 
 
 def embedding(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
@@ -102,10 +92,11 @@ def _hoist(context: Lowering, weight: ir.Value) -> None:
         scales_of(context, weight)
 
 
+_matmul = fused_matmul(_product)
 RULES: Mapping[str, Rule] = {
     **ort.RULES,
     "Attention": attention,
     "Embedding": embedding,
-    "Linear": linear,
-    **recurrent.rules(matmul, hoist=_hoist),
+    "Linear": linear_rule(_matmul),
+    **recurrent.rules(_matmul, hoist=_hoist),
 }

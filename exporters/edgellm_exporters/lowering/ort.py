@@ -15,6 +15,7 @@ import onnx_ir as ir
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering import recurrent, standard
 from edgellm_exporters.lowering.context import Lowering, Rule, inputs_of, shape_of
+from edgellm_exporters.lowering.linears import fused_matmul, linear_rule
 from edgellm_exporters.quantize.plan import ROW, QuantizedWeight, Scheme, pack
 
 __all__ = ["DOMAIN", "RULES", "check_kernel", "codes_of", "packed_source", "zeros_of"]
@@ -46,23 +47,10 @@ def embedding(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
     return [rows]
 
 
-def linear(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
-    """MatMulNBits for a quantized weight, MatMul for a float one."""
-    x, weight, bias = inputs_of(node, 3)
-    assert x is not None and weight is not None
-    return [matmul(context, x, weight, bias)]
-
-
-def matmul(context: Lowering, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
-    """X W^T + b."""
-    quantized = context.quantized(weight)
-    if quantized is None:
-        return standard.matmul(context, x, weight, bias)
+def _product(context: Lowering, x: ir.Value, weight: ir.Value, quantized: QuantizedWeight) -> ir.Value:
     if quantized.scheme.block == ROW:
-        y = _integer_product(context, x, weight)
-    else:
-        y = _blockwise_product(context, x, weight, quantized)
-    return y if bias is None else context.op("Add", y, bias)
+        return _integer_product(context, x, weight)
+    return _blockwise_product(context, x, weight, quantized)
 
 
 def check_kernel(scheme: Scheme) -> None:
@@ -205,12 +193,13 @@ def _hoist(context: Lowering, weight: ir.Value) -> None:
         standard.scales_of(context, weight)
 
 
+_matmul = fused_matmul(_product)
 RULES: Mapping[str, Rule] = {
     **standard.RULES,
     "AddRMSNorm": add_rms_norm,
     "Attention": attention,
     "Embedding": embedding,
-    "Linear": linear,
+    "Linear": linear_rule(_matmul),
     "RMSNorm": rms_norm,
-    **recurrent.rules(matmul, hoist=_hoist, folds=True),
+    **recurrent.rules(_matmul, hoist=_hoist, folds=True),
 }

@@ -16,6 +16,7 @@ from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering import standard
 from edgellm_exporters.lowering.context import Array, Lowering, Rule, blank, inputs_of, shape_of
 from edgellm_exporters.lowering.form import DECODE, PREFILL
+from edgellm_exporters.lowering.linears import linear_rule
 from edgellm_exporters.lowering.scan import CELLS
 from edgellm_exporters.lowering.tensorrt_recurrent import rules
 from edgellm_exporters.quantize.plan import ROW, Codes, QuantizedWeight
@@ -32,13 +33,6 @@ def embedding(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
     assert weight is not None
     _tied(context, weight)  # asked while the lookup is still there to be seen
     return [context.op("Gather", _rows(context, weight), indices)]
-
-
-def linear(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
-    """X W^T + b."""
-    x, weight, bias = inputs_of(node, 3)
-    assert x is not None and weight is not None
-    return [matmul(context, x, weight, bias)]
 
 
 def matmul(context: Lowering, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
@@ -211,7 +205,7 @@ RULES: Mapping[str, Rule] = {
     **standard.RULES,
     "Attention": attention,
     "Embedding": embedding,
-    "Linear": linear,
+    "Linear": linear_rule(matmul),
     "TakePositions": take_positions,
     **rules(matmul, hoist=_columns),
 }

@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 
 from edgellm_runtime.backends.base import Candidates
 from edgellm_runtime.backends.ort_memory import Kernels
-from edgellm_runtime.onnxbytes import ELEMENT_TYPES, Node, graph_bytes
+from edgellm_runtime.choosing import choosing_graph
 
 __all__ = ["Chooser"]
 
-_LAST = {"keepdims": 1}
 _INPUTS = {"float": "float32"}
 
 
@@ -45,34 +44,9 @@ class Chooser:
         dtype = logits.data_type()[len("tensor(") : -1]
         dtype, vocab = _INPUTS.get(dtype, dtype), int(logits.shape()[-1])
         key = ("best", dtype, str(vocab), str(count))
-        graph = None if self._kernels.knows(key) else _graph(dtype, vocab, count)
+        graph = None if self._kernels.knows(key) else choosing_graph(dtype, vocab, count)
         outputs = dict.fromkeys(("ids", "values", "sum"))
         ids, values, total = self._kernels.run(key, graph, {"logits": logits}, outputs)
         values = values[:, 0].copy()
         values[np.isnan(total[:, 0, 0])] = np.nan  # a NaN anywhere shows in the sum, and hides from a maximum
         return Candidates(ids[:, 0], values, everything)
-
-
-def _graph(dtype: str, vocab: int, count: int) -> bytes:
-    nodes = [
-        Node("Cast", ["logits"], ["x"], {"to": ELEMENT_TYPES["float32"]}),
-        Node("ReduceSum", ["x", "last"], ["sum"], _LAST),
-    ]
-    constants = {"last": [-1]}
-    if count == 1:
-        constants |= {"zero": [0], "one": [1], "vocab": [vocab]}
-        nodes += [
-            Node("ReduceMax", ["x", "last"], ["values"], _LAST),
-            Node("Equal", ["x", "values"], ["equal"]),
-            Node("Squeeze", ["zero"], ["start"]),
-            Node("Squeeze", ["vocab"], ["limit"]),
-            Node("Squeeze", ["one"], ["delta"]),
-            Node("Range", ["start", "limit", "delta"], ["iota"]),
-            Node("Where", ["equal", "iota", "vocab"], ["named"]),
-            Node("ReduceMin", ["named", "last"], ["ids"], _LAST),
-        ]
-    else:
-        constants |= {"k": [count]}
-        nodes.append(Node("TopK", ["x", "k"], ["values", "ids"], {"axis": -1, "largest": 1, "sorted": 1}))
-    outputs = {"ids": "int64", "values": "float32", "sum": "float32"}
-    return graph_bytes(nodes, {"logits": dtype}, outputs, constants)

@@ -1,20 +1,24 @@
 """TensorRT engines: one for prompts, one for single tokens, over one state in the GPU's memory.
 
-What crosses the bus in a step is tokens and lengths there, and the asked-for logits back. A step of single tokens is
-recorded once for each set of buffers and then launched as one.
+What crosses the bus in a step is tokens and lengths there, and back the chosen tokens, or the logits where they are
+asked for. A step of single tokens is recorded once for each set of buffers and then launched as one.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_runtime.backends.base import HostBackend
+from edgellm_runtime.backends.base import Candidates
 from edgellm_runtime.backends.cuda_memory import Captured, Cuda, CudaStorage, DeviceArray, bindings
+from edgellm_runtime.backends.tensorrt_choose import Choice, check_chooser
+from edgellm_runtime.backends.tensorrt_kernels import KernelCache
 from edgellm_runtime.backends.tensorrt_library import Engine, Library, find_library
+from edgellm_runtime.caches import CacheFile
 from edgellm_runtime.errors import BackendError, StateError
 from edgellm_runtime.roles import Role, Roles
 from edgellm_runtime.spec import Signature
@@ -27,7 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["TensorRTBackend", "open_engines"]
 
 Array = NDArray[Any]
-_KEPT = 6  # bindings a set of buffers: two turns of single tokens, and prompts with logits of some counts
+NO_CHOOSERS: Mapping[int, Engine] = {}
+_KEPT = 8  # bindings a set of buffers: two turns of single tokens, chosen or not, and prompts with some logits
 
 
 def open_engines(bundle: Bundle, *, device_id: int = 0) -> TensorRTBackend:
@@ -41,56 +46,92 @@ def open_engines(bundle: Bundle, *, device_id: int = 0) -> TensorRTBackend:
         BackendError: no library, no bindings, no driver, no GPU, or not enough memory.
         BundleError: no engine for this library and this GPU; the text says how to build it here.
     """
-    from edgellm_runtime.engines import check_engine
+    from edgellm_runtime.engines import check_engine, choosers_here
 
     manifest = bundle.manifest
     library = find_library([engine.library for engine in manifest.engines])
     cuda = Cuda(bindings(), device_id)
-    roles, files = Roles.of(manifest), dict[str, Path]()
-    for role in roles.all:
-        info = check_engine(
-            bundle, role.name, library=library.name, version=library.version,
-            compute_capability=cuda.compute_capability,
-        )  # fmt: skip
-        files[role.name] = bundle.file(info.file)
+    here = {"library": library.name, "version": library.version, "compute_capability": cuda.compute_capability}
+    roles = Roles.of(manifest)
+    files = {role.name: check_engine(bundle, role.name, **here).file for role in roles.all}
+    choosers, fetches = choosers_here(manifest, **here)
+
+    def loaded(name: str) -> Engine:
+        cache = CacheFile("kernels", *here.values(), manifest.files[name].sha256)
+        return library.load(bundle.file(name), cache)
+
     assert manifest.capacity is not None
-    return TensorRTBackend(library, cuda, roles, files, manifest.signature, capacity=manifest.capacity)
+    backend = TensorRTBackend(
+        library, cuda, roles, {name: loaded(file) for name, file in files.items()}, manifest.signature,
+        capacity=manifest.capacity, choosers={n: loaded(found.engine.file) for n, found in choosers.items()},
+    )  # fmt: skip
+    backend.fetches = fetches
+    return backend
 
 
-class TensorRTBackend(HostBackend):
+class TensorRTBackend:
     """Follows :class:`edgellm_runtime.backends.Backend`.
 
     Args:
         library: that runs the engines.
         cuda: the GPU.
         roles: of the bundle.
-        files: role to engine.
+        engines: role to engine.
         signature: what the engines share.
         capacity: slots of each row of the state.
+        choosers: engines that choose tokens, by how many they choose of a row; of a single one, or none.
 
     Raises:
-        BackendError: an engine does not load, or is not of this signature.
+        BackendError: an engine is not of this signature.
     """
 
     device = "tensorrt"
 
     def __init__(
-        self, library: Library, cuda: Cuda, roles: Roles, files: dict[str, Path], signature: Signature, *,
-        capacity: int,
+        self, library: Library, cuda: Cuda, roles: Roles, engines: Mapping[str, Engine], signature: Signature, *,
+        capacity: int, choosers: Mapping[int, Engine] = NO_CHOOSERS,
     ) -> None:  # fmt: skip
         self.library, self._cuda, self._roles, self._signature = library, cuda, roles, signature
         self.storage: Storage = CudaStorage(cuda, capacity)
         self.captures, self.refusal = True, ""  # why steps of single tokens are not recorded, where they should be
-        self._engines = {name: library.load(file) for name, file in files.items()}
+        self._engines, self._choosers = engines, choosers
         for role in roles.all:
-            _check(self._engines[role.name], role, signature, capacity, files[role.name])
+            _check(engines[role.name], role, signature, capacity)
+        for count, engine in choosers.items():
+            check_chooser(engine, int(signature.outputs[0].shape[-1]), count, engines["decode"].profile["tokens"][2][0])
+        self.candidates = max(choosers, default=0)
+        self.fetches = ""  # why logits are fetched where tokens could be chosen
+        self._fresh = {id(e): e.kernels for e in (*engines.values(), *choosers.values()) if e.kernels is not None}
+        weakref.finalize(self, _save, tuple(self._fresh.values()))  # shapes that came later make kernels too
 
     def run(
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
     ) -> Array:
         """See :meth:`edgellm_runtime.backends.Backend.run`."""
+        logits = self._logits(self._step(tokens, lengths, logit_positions, state, 0))
+        state.swap()  # only now: work on the GPU fails where it is waited for
+        return logits
+
+    def best(
+        self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State,
+        count: int,
+    ) -> Candidates:  # fmt: skip
+        """See :meth:`edgellm_runtime.backends.Backend.best`."""
+        chosen = min(n for n in self._choosers if n >= count)
+        binding = self._step(tokens, lengths, logit_positions, state, chosen)
+        assert binding.choice is not None
+        ids, values = binding.choice.read()
+        state.swap()
+        self._keep(binding)
+        return Candidates(ids[:, :count], values[:, :count], lambda: self._logits(binding)[:, 0])
+
+    def _step(
+        self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State,
+        chosen: int,
+    ) -> _Binding:  # fmt: skip
+        """Put a step on the stream; so many tokens are chosen of its logits there, 0 for none."""
         role = self._roles.choose(tokens.shape[1])
-        binding = self._binding(role, logit_positions.shape, state)
+        binding = self._binding(role, logit_positions.shape, state, chosen)
         numbers: dict[str, Array] = {
             "tokens": role.pad(tokens), "past_lengths": state.lengths, "lengths": lengths,
             "logit_positions": logit_positions,
@@ -98,9 +139,18 @@ class TensorRTBackend(HostBackend):
         for name, array in binding.inputs.items():
             self._cuda.upload(array, numbers[name])
         self._launch(role, binding)
+        return binding
+
+    def _logits(self, binding: _Binding) -> Array:
         logits = widened(self._cuda.download(binding.logits), binding.logits.dtype).astype(np.float32, copy=False)
-        state.swap()
+        self._keep(binding)
         return logits
+
+    def _keep(self, binding: _Binding) -> None:
+        """Save what the library made of engines that have just run for the first time."""
+        for engine in binding.engines:
+            if (kernels := self._fresh.pop(id(engine), None)) is not None:
+                kernels.save()
 
     def _launch(self, role: Role, binding: _Binding) -> None:
         if binding.captured is not None:
@@ -109,27 +159,29 @@ class TensorRTBackend(HostBackend):
         binding.place()
         if role.time > 1 or not self.captures or not binding.warm:
             # the first run may still allocate, which cannot be recorded
-            binding.engine.enqueue(self._cuda.stream)
+            binding.enqueue(self._cuda.stream)
             binding.warm = True
             return
         try:
-            binding.captured = self._cuda.capture(lambda: binding.engine.enqueue(self._cuda.stream))
+            binding.captured = self._cuda.capture(lambda: binding.enqueue(self._cuda.stream))
         except BackendError as error:
             self.captures, self.refusal = False, str(error)
-            binding.engine.enqueue(self._cuda.stream)
+            binding.enqueue(self._cuda.stream)
             return
         binding.captured.launch()
 
-    def _binding(self, role: Role, positions: tuple[int, ...], state: State) -> _Binding:
+    def _binding(self, role: Role, positions: tuple[int, ...], state: State, chosen: int) -> _Binding:
         engine = self._engines[role.name]
         turn = next((state.tensors[name].pointer for name in state.spares), 0)
-        key = (id(self), role.name, turn, positions)
+        key = (id(self), role.name, turn, positions, chosen)
         found: _Binding | None = state.attachments.get(key)
         if found is None:
             self._check_shape(engine, role, positions)
             while len(state.attachments) >= _KEPT:
                 state.attachments.pop(next(iter(state.attachments)))
             found = state.attachments[key] = _Binding(self._cuda, engine, self._signature, role, positions, state)
+            if chosen:
+                found.choice = Choice(self._cuda, self._choosers[chosen], chosen, found.logits)
         return found
 
     def _check_shape(self, engine: Engine, role: Role, positions: tuple[int, ...]) -> None:
@@ -159,6 +211,7 @@ class _Binding:
         }  # fmt: skip
         self.engine, self.warm = engine, False
         self.captured: Captured | None = None
+        self.choice: Choice | None = None  # where tokens are chosen from the logits of its step
         self.inputs = {
             spec.name: cuda.empty(shapes[spec.name], spec.dtype)
             for spec in signature.inputs
@@ -174,13 +227,30 @@ class _Binding:
             # a cache is written in place, which is what the graph's TensorScatter means
             self._places[spec.present_name] = past if spec.update == "append" else state.spares[spec.name]
 
+    @property
+    def engines(self) -> Sequence[Engine]:
+        """What a step runs, in order."""
+        return (self.engine,) if self.choice is None else (self.engine, self.choice.engine)
+
     def place(self) -> None:
-        """Tell the engine's context; it is shared by all bindings."""
+        """Tell the engines' contexts; they are shared by all bindings."""
         for name, array in self._places.items():
             self.engine.bind(name, array.pointer, array.shape)
+        if self.choice is not None:
+            self.choice.place()
+
+    def enqueue(self, stream: Any) -> None:
+        """Put one step on a stream."""
+        for engine in self.engines:
+            engine.enqueue(stream)
 
 
-def _check(engine: Engine, role: Role, signature: Signature, capacity: int, file: Path) -> None:
+def _save(kernels: Sequence[KernelCache]) -> None:
+    for made in kernels:
+        made.save()
+
+
+def _check(engine: Engine, role: Role, signature: Signature, capacity: int) -> None:
     """Compare an engine's tensors with the signature, so that no address is given for something else."""
     wanted = {t.name: t.dtype for t in (*signature.inputs, *signature.outputs)}
     wanted |= {name: s.dtype for s in signature.state for name in (s.past_name, s.present_name)}
@@ -189,11 +259,11 @@ def _check(engine: Engine, role: Role, signature: Signature, capacity: int, file
     wrong = [name for name, dtype in engine.dtypes.items() if wanted.get(name) != dtype]
     if wrong or not engine.inputs <= known or engine.outputs != outputs:
         odd = sorted({*wrong, *(engine.inputs - known), *(engine.outputs ^ outputs)})
-        raise BackendError(f"{file}: {odd[:3]} differ from the manifest's signature; build the engine again")
+        raise BackendError(f"{engine.file}: {odd[:3]} differ from the manifest's signature; build the engine again")
     time = engine.shapes["tokens"][1]
     slots = {engine.shapes[s.past_name][s.capacity_axis] for s in signature.state if s.capacity_axis is not None}
     if time != role.time or not slots <= {capacity}:
         raise BackendError(
-            f"{file}: takes {time} tokens and {sorted(slots)} slots, the manifest says {role.time} and {capacity}; "
-            "build the engine again"
+            f"{engine.file}: takes {time} tokens and {sorted(slots)} slots, the manifest says {role.time} and "
+            f"{capacity}; build the engine again"
         )

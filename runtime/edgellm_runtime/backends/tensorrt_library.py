@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from edgellm_runtime.backends.faults import is_out_of_memory, load_fault
+from edgellm_runtime.backends.tensorrt_kernels import KernelCache
+from edgellm_runtime.caches import CacheFile
 from edgellm_runtime.errors import BackendError
 
 __all__ = ["API", "DTYPES", "Engine", "Library", "find_library", "imported"]
@@ -82,21 +84,29 @@ class Library:
         self._logger = _recorder(module, self.said)
         self._runtime: Any = None
 
-    def load(self, file: Path) -> Engine:
+    def load(self, file: Path, cache: CacheFile | None = None) -> Engine:
         """An engine from its file, whose fingerprint was compared before.
+
+        Args:
+            file: the engine.
+            cache: of what TensorRT for RTX makes of it on this GPU; TensorRT's has made all when it is built.
 
         Raises:
             BackendError: the library refuses it, or the GPU has no memory for it.
         """
+        kernels: KernelCache | None = None
         try:
             self._runtime = self._runtime or self.module.Runtime(self._logger)
             found = self._runtime.deserialize_cuda_engine(file.read_bytes())
-            context = found.create_execution_context() if found is not None else None
+            if found is not None and cache is not None and self.name == "tensorrt_rtx":
+                kernels = KernelCache(found, cache)
+            with_cache = () if kernels is None or kernels.config is None else (kernels.config,)
+            context = found.create_execution_context(*with_cache) if found is not None else None
         except Exception as error:
             raise load_fault(f"{self.name} {self.version}", file, error) from error
         if context is None:
             raise load_fault(f"{self.name} {self.version}", file, RuntimeError(self.last_words()))
-        return Engine(self, found, context)
+        return Engine(self, file, found, context, kernels)
 
     def last_words(self) -> str:
         """The last error that it logged; it reports failures by giving nothing back."""
@@ -121,12 +131,17 @@ class Engine:
 
     Args:
         library: that loaded it.
+        file: it was loaded from.
         engine: the library's.
         context: the library's.
+        kernels: what the library makes of it while it runs; None: nothing that could be kept.
     """
 
-    def __init__(self, library: Library, engine: Any, context: Any) -> None:
-        self._library, self._engine, self._context = library, engine, context
+    def __init__(
+        self, library: Library, file: Path, engine: Any, context: Any, kernels: KernelCache | None = None
+    ) -> None:
+        self.file = file
+        self._library, self._engine, self._context, self.kernels = library, engine, context, kernels
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         self.inputs = frozenset(n for n in names if engine.get_tensor_mode(n).name == "INPUT")
         self.outputs = frozenset(names) - self.inputs

@@ -1,0 +1,1 @@
+"""The parts of scripts/gpu_check.py: what is run, how it is measured, and what is written of it."""
