@@ -23,10 +23,10 @@ def hybrid(*pattern: str, rotary: bool = True, tie: bool = False, mlp_width: int
     return lambda: Hybrid(config)
 
 
-def decoder(*, kv_heads: int, tie: bool, bias: bool) -> Callable[[], nn.Module]:
+def decoder(*, kv_heads: int, tie: bool, bias: bool, qk_norm: bool = False) -> Callable[[], nn.Module]:
     config = DecoderConfig(
         vocab_size=VOCAB, width=96, num_layers=2, num_heads=4, num_kv_heads=kv_heads, head_dim=32, mlp_width=160,
-        max_context=CONTEXT, tie_embeddings=tie, attention_bias=bias,
+        max_context=CONTEXT, tie_embeddings=tie, attention_bias=bias, qk_norm=qk_norm,
     )  # fmt: skip
     return lambda: Decoder(config)
 
@@ -42,6 +42,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "mixed": hybrid("lstm", "attention", "gru", "attention", "rnn_tanh", tie=True, mlp_width=128),
     "decoder": decoder(kv_heads=2, tie=True, bias=False),
     "decoder untied with biases": decoder(kv_heads=4, tie=False, bias=True),
+    "decoder with q/k norm": decoder(kv_heads=2, tie=True, bias=False, qk_norm=True),
 }
 
 

@@ -17,7 +17,10 @@ from edgellm_exporters.quantize.cache import cache_scales
 from edgellm_exporters.samples import golden_rows
 from edgellm_runtime import open_session
 
-WITH_ATTENTION = ["attention", "attention without positions", "mixed", "decoder", "decoder untied with biases"]
+WITH_ATTENTION = [
+    "attention", "attention without positions", "mixed", "decoder", "decoder untied with biases",
+    "decoder with q/k norm",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["none", "int8"])

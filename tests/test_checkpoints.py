@@ -64,6 +64,13 @@ def test_round_trip(tmp_path, architecture):
     assert all(p.requires_grad and p.is_leaf and p.device.type == "cpu" for p in loaded.model.parameters())
 
 
+def test_a_configuration_without_a_key_that_came_later_is_read(saved):
+    config = json.loads((saved / "edgellm.json").read_text())
+    assert config["config"].pop("qk_norm") is False
+    (saved / "edgellm.json").write_text(json.dumps(config))
+    assert torch.equal(logits(load_checkpoint(saved).model), logits(tiny()))
+
+
 def test_nothing_optional_is_needed(tmp_path):
     save(tmp_path / "m", tiny(), tokenizer_json=None)
     loaded = load_checkpoint(tmp_path / "m")

@@ -121,6 +121,8 @@ def test_rows_read_alone_are_those_of_the_whole(tmp_path, kind, monkeypatch):
         ("llama", {"attention_bias": True}),
         ("qwen2", {"attention_bias": True}),
         ("qwen2", {"attention_bias": True, "tie_embeddings": True}),
+        ("qwen3", {"qk_norm": True}),
+        ("qwen3", {"qk_norm": True, "head_dim": 32, "tie_embeddings": True}),
     ],
 )
 def test_shapes_and_architectures(tmp_path, architecture, options):
@@ -203,8 +205,18 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path, tensors, message):
         load_checkpoint(path)
 
 
+def test_norms_of_queries_and_keys_must_be_where_they_are_used_and_nowhere_else(tmp_path):
+    with pytest.raises(CheckpointError, match=r"attn_k_norm.weight of shape .* is missing"):
+        load_checkpoint(
+            write(tmp_path / "a.gguf", tiny(qk_norm=True), architecture="qwen3",
+                  tensors={"blk.1.attn_k_norm.weight": None})
+        )  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"attn_\w_norm.weight.* have no place"):
+        load_checkpoint(write(tmp_path / "b.gguf", tiny(qk_norm=True)))
+
+
 def test_an_unknown_architecture_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="unknown architecture 'mamba'; edgellm loads llama, qwen2"):
+    with pytest.raises(CheckpointError, match="unknown architecture 'mamba'; edgellm loads llama, qwen2, qwen3"):
         load_checkpoint(write(tmp_path / "m.gguf", tiny(), architecture="mamba"))
 
 

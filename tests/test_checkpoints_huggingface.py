@@ -81,6 +81,8 @@ def transformers_model(kind: str, **options):
         ("Mistral", {"sliding_window": 64}),
         ("Qwen2", {}),
         ("Qwen2", {"tie_word_embeddings": True, "sliding_window": 8, "use_sliding_window": False}),
+        ("Qwen3", {}),
+        ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True, "sliding_window": 8, "num_key_value_heads": 1}),
     ],
 )
 def test_logits_equal_transformers(tmp_path, kind, options, dtype):
@@ -126,6 +128,10 @@ def test_shards_equal_transformers(tmp_path, shard_size):
         ({"sliding_window": "32"}, "sliding_window is '32'"),
         ({"model_type": "mistral", "max_position_embeddings": 8192}, "sliding_window is 4096"),
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}, "sliding_window is 8"),
+        ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 8}, "sliding_window is 8"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias is True"),
+        ({"model_type": "qwen3"}, r"q_proj.weight has shape \(32, 32\), its configuration says \(512, 32\)"),
+        ({"model_type": "qwen3", "head_dim": 8}, "self_attn.q_norm.weight .*is missing"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is 'sliding_attention'"),
         ({"layer_types": 3}, "malformed"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is set"),

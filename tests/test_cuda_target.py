@@ -181,7 +181,7 @@ def without_kernel(op: str, domain: str, dtype: str) -> str | None:
 @pytest.mark.parametrize("method", ["none", "int4"])
 def test_every_node_has_a_cuda_kernel(dtype: str, method: str) -> None:
     missing = set()
-    for family in ("mixed", "decoder untied with biases"):  # every op that any of them has
+    for family in ("mixed", "decoder untied with biases", "decoder with q/k norm"):  # every op that any of them has
         for graph in graphs(lowered(family, dtype, method)):
             for node in graph:
                 first = node.inputs[node.op_type == "Where"]  # that op's first input is the condition
@@ -207,7 +207,10 @@ def copies_to_host(model: ir.Model) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize(("family", "method"), [("attention", "none"), ("decoder", "int8"), ("decoder", "int4")])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("attention", "none"), ("decoder", "int8"), ("decoder", "int4"), ("decoder with q/k norm", "none")],
+)
 def test_attention_alone_copies_nothing_to_the_host_and_has_no_loop(family: str, method: str) -> None:
     """So ONNX Runtime can capture its steps: it refuses graphs with loops and with copies."""
     model = lowered(family, "float16", method)

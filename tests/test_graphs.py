@@ -168,6 +168,66 @@ def test_the_fused_graph_has_the_nodes_of_a_hand_written_one() -> None:
     assert counts["GatherBlockQuantized"] == 1
 
 
+def test_only_attention_with_norms_carries_them() -> None:
+    def nodes(family: str) -> list[ir.Node]:
+        return [node for node in capture(make(family)).graph if node.op_type == "Attention"]
+
+    for i, node in enumerate(nodes("decoder with q/k norm")):
+        gains = [f"layers.{i}.attention.{name}_norm.weight" for name in "qk"]
+        assert [value.name for value in node.inputs[9:] if value is not None] == gains
+        assert node.attributes["epsilon"].as_float() == pytest.approx(1e-5)
+    for node in nodes("decoder"):
+        assert len(node.inputs) == 9
+        assert "epsilon" not in node.attributes
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_norms_before_the_kernel_have_the_form_that_onnxruntime_takes_into_it(target: str) -> None:
+    """What its GroupQueryAttentionPreNormFusion asks for, where it has a kernel with norms inside."""
+    graph = lowered("decoder with q/k norm", target)
+    attentions = [node for node in graph.graph if node.op_type == "GroupQueryAttention"]
+    assert len(attentions) == 2
+    for node in attentions:
+        assert node.attributes["do_rotary"].as_int() == 1
+        gains = []
+        for value, features in zip(node.inputs[:2], (128, 64), strict=True):
+            assert value is not None
+            outer = value.producer()
+            norm = outer.inputs[0].producer()
+            inner = norm.inputs[0].producer()
+            kinds = [n.op_type for n in (outer, norm, inner, inner.inputs[0].producer())]
+            assert kinds == ["Reshape", "SimplifiedLayerNormalization", "Reshape", "Split"]
+            sizes = [list(n.inputs[1].const_value.numpy()) for n in (outer, inner)]
+            assert sizes == [[0, 0, features], [0, 0, features // 32, 32]]
+            assert norm.attributes["axis"].as_int() == -1
+            assert all(len(list(n.outputs[0].uses())) == 1 for n in (outer, norm, inner))
+            gains.append(norm.inputs[1])
+        assert [gain.is_initializer() and tuple(gain.shape) for gain in gains] == [(32,), (32,)]
+    others = [node for node in graph.graph if node.op_type == "SimplifiedLayerNormalization"]
+    assert len(others) == 2 * len(attentions) + 1
+
+
+def test_the_kernel_on_cpu_takes_no_norms_of_its_own() -> None:
+    """The reason for the nodes before it; when this fails they can go."""
+    import onnxruntime as ort
+
+    graph, plan = planned(make("decoder with q/k norm"), "cpu", "none")
+    model = lower_to(graph, find_target("cpu"), plan)
+    for node in [n for n in model.graph if n.op_type == "GroupQueryAttention"]:
+        norms = [node.inputs[i].producer().inputs[0].producer() for i in range(2)]
+        for i, norm in enumerate(norms):
+            node.replace_input_with(i, norm.inputs[0].producer().inputs[0])
+        node.resize_inputs(16)
+        for i, norm in enumerate(norms):
+            node.replace_input_with(14 + i, norm.inputs[1])
+    clean(model)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, ["CPUExecutionProvider"])
+    with pytest.raises(Exception, match="q_norm_weight / k_norm_weight inputs are not supported"):
+        session.run(["logits"], feeds(make("decoder with q/k norm"), 1, 6))
+
+
 @pytest.mark.parametrize("method", ["int8", "int4", "w8a8", "2:32", "4:32:shifted"])
 def test_no_product_of_blocks_misses_its_kernel(method: str) -> None:
     products = [node for node in lowered("decoder", "cpu", method).graph if node.op_type == "MatMulNBits"]

@@ -52,6 +52,55 @@ def test_a_ragged_row_keeps_the_state_of_its_last_valid_token(name: str, gates: 
             torch.testing.assert_close(a[row : row + 1], b, rtol=1e-12, atol=1e-12)
 
 
+def normed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **norms: torch.Tensor) -> torch.Tensor:
+    """Four heads of 8 features over two of keys and values, turned by position, five tokens a row."""
+    half, none = torch.arange(4, dtype=q.dtype), torch.zeros(2, dtype=torch.int32)
+    angles = torch.arange(5, dtype=q.dtype)[:, None] * 100 ** (-half / 4)
+    y, _, _ = attention(
+        q, k, v, None, None, none, none + 5, angles.cos(), angles.sin(), num_heads=4, num_kv_heads=2, scale=8**-0.5,
+        norm_eps=0.1, **norms,
+    )  # fmt: skip
+    return y
+
+
+def heads_and_gains(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 5, heads * 8, dtype=dtype) for heads in (4, 2, 2))
+    return q, k, v, torch.randn(8, dtype=dtype), torch.randn(8, dtype=dtype)
+
+
+def test_norms_of_queries_and_keys_are_of_each_head_before_its_rotation() -> None:
+    """Against x / sqrt(mean(x^2) + eps) * gain written out, one head at a time."""
+    q, k, v, q_gain, k_gain = heads_and_gains()
+
+    def normed(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        return torch.cat([h / (h.square().mean(-1, keepdim=True) + 0.1).sqrt() * gain for h in x.split(8, -1)], -1)
+
+    found = normed_attention(q, k, v, q_norm=q_gain, k_norm=k_gain)
+    torch.testing.assert_close(found, normed_attention(normed(q, q_gain), normed(k, k_gain), v))
+    assert (found - normed_attention(q, k, v)).abs().max() > 0.1
+
+
+def test_norms_of_queries_and_keys_are_learned() -> None:
+    inputs = [x.requires_grad_() for x in heads_and_gains()]
+    assert torch.autograd.gradcheck(lambda q, k, v, a, b: normed_attention(q, k, v, q_norm=a, k_norm=b), inputs)
+
+
+def test_norms_in_training_at_16_bits_give_16_bits_and_are_computed_in_32() -> None:
+    *narrow, q_gain, k_gain = heads_and_gains(torch.float32)
+    q, k, v = (x.bfloat16() for x in narrow)
+    found = normed_attention(q, k, v, q_norm=q_gain, k_norm=k_gain)
+    expected = normed_attention(q.float(), k.float(), v.float(), q_norm=q_gain, k_norm=k_gain)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).abs().max() < 0.03
+
+
+def test_one_norm_without_the_other_is_refused() -> None:
+    q, k, v, gain, _ = heads_and_gains()
+    with pytest.raises(ValueError, match="pass both or neither"):
+        normed_attention(q, k, v, q_norm=gain)
+
+
 def test_attention_is_softmax_of_scaled_scores_times_values() -> None:
     """Against softmax(QK^T / sqrt(d_k)) V written out, one head and one row at a time."""
     torch.manual_seed(0)

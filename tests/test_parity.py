@@ -72,7 +72,7 @@ def test_the_standard_graph_equals_pytorch_with_the_same_numbers(
     assert report.top1 == 1.0
 
 
-@pytest.mark.parametrize("family", ["decoder", "decoder untied with biases", "attention"])
+@pytest.mark.parametrize("family", ["decoder", "decoder untied with biases", "decoder with q/k norm", "attention"])
 @torch.no_grad()
 def test_integer_products_equal_pytorch_with_the_same_rounding(family: str, tmp_path: Path) -> None:
     """Inputs rounded by rows, on smoothed weights: all that ``w8a8`` rounds in the layers is in the reference."""

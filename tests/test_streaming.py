@@ -26,7 +26,7 @@ from edgellm_exporters.export import Exported, ExportOptions, export
 from edgellm_exporters.reference import continuations, take_traces, traces
 from edgellm_exporters.streaming import LazyWeight, OwnWeights, resident, row_blocks
 
-FAMILIES = ("decoder", "decoder untied with biases", "lstm", "mixed")
+FAMILIES = ("decoder", "decoder untied with biases", "decoder with q/k norm", "lstm", "mixed")
 
 
 @pytest.fixture(autouse=True)

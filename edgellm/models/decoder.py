@@ -1,4 +1,5 @@
-"""The Llama-style transformer decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+"""The Llama-style transformer decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU; optionally norms of
+each head's query and key.
 
 Llama: Touvron et al. 2023, arXiv:2302.13971. Foreign names of configuration and tensors are translated here, once.
 """
@@ -40,6 +41,7 @@ class DecoderConfig:
         norm_eps: added to the mean square in the norms.
         tie_embeddings: whether the vocabulary projection is the embedding.
         attention_bias: whether the query, key and value projections have a bias.
+        qk_norm: whether each head's query and key pass an RMS norm before their rotation.
     """
 
     vocab_size: int
@@ -54,6 +56,7 @@ class DecoderConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     attention_bias: bool = False
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -97,7 +100,10 @@ class Layer(nn.Module):
         super().__init__()
         c = config
         self.attention_norm = nn.RMSNorm(c.width, eps=c.norm_eps)
-        self.attention = SelfAttention(c.width, c.num_heads, c.num_kv_heads, c.head_dim, bias=c.attention_bias)
+        self.attention = SelfAttention(
+            c.width, c.num_heads, c.num_kv_heads, c.head_dim, bias=c.attention_bias,
+            qk_norm=c.qk_norm, norm_eps=c.norm_eps,
+        )  # fmt: skip
         self.mlp_norm = nn.RMSNorm(c.width, eps=c.norm_eps)
         self.mlp = GatedMLP(c.width, c.mlp_width)
 
@@ -153,6 +159,8 @@ _FOREIGN_PARTS = {  # ours: (Hugging Face, GGUF)
     "attention.k_proj": ("self_attn.k_proj", "attn_k"),
     "attention.v_proj": ("self_attn.v_proj", "attn_v"),
     "attention.o_proj": ("self_attn.o_proj", "attn_output"),
+    "attention.q_norm": ("self_attn.q_norm", "attn_q_norm"),
+    "attention.k_norm": ("self_attn.k_norm", "attn_k_norm"),
     "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
     "mlp.gate_proj": ("mlp.gate_proj", "ffn_gate"),
     "mlp.up_proj": ("mlp.up_proj", "ffn_up"),
@@ -230,7 +238,7 @@ def _hf_check_window(data: Mapping[str, Any], max_context: int) -> None:
     kind, window = data["model_type"], data.get("sliding_window")
     if kind == "mistral" and "sliding_window" not in data:
         window = 4096  # what transformers takes when the file does not say
-    if kind == "qwen2" and not data.get("use_sliding_window", False):
+    if kind in ("qwen2", "qwen3") and not data.get("use_sliding_window", False):
         window = None
     if window is not None and not (type(window) is int and window >= max_context):
         raise _refuse("sliding_window", window)
@@ -242,8 +250,8 @@ def _config_from_hf(data: Mapping[str, Any]) -> DecoderConfig:
     for key, neutral in _HF_NEUTRAL.items():
         if key in data and data[key] not in neutral:
             raise _refuse(key, data[key])
-    is_qwen = data["model_type"] == "qwen2"
-    if data.get("attention_bias", False) and not is_qwen:
+    kind = data["model_type"]
+    if data.get("attention_bias", False) and kind != "qwen2":  # which has no such key
         raise _refuse("attention_bias", data["attention_bias"])  # it puts a bias on the output projection too
     width, heads = _whole(data, "hidden_size"), _whole(data, "num_attention_heads")
     max_context = _whole(data, "max_position_embeddings", limit=MAX_CONTEXT)
@@ -253,14 +261,15 @@ def _config_from_hf(data: Mapping[str, Any]) -> DecoderConfig:
         width=width,
         num_layers=_whole(data, "num_hidden_layers", limit=MAX_LAYERS),
         num_heads=heads,
-        num_kv_heads=_whole(data, "num_key_value_heads", heads if data["model_type"] == "llama" else None),
-        head_dim=_whole(data, "head_dim", width // heads),
+        num_kv_heads=_whole(data, "num_key_value_heads", heads if kind == "llama" else None),
+        head_dim=_whole(data, "head_dim", 128 if kind == "qwen3" else width // heads),
         mlp_width=_whole(data, "intermediate_size"),
         max_context=max_context,
         rope_theta=_hf_rope_theta(data),
         norm_eps=_positive(data, "rms_norm_eps", 1e-6),
         tie_embeddings=bool(data.get("tie_word_embeddings", False)),
-        attention_bias=is_qwen,
+        attention_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3",
     )
 
 
@@ -298,6 +307,7 @@ def _config_from_gguf(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[in
         norm_eps=_positive(values, "attention.layer_norm_rms_epsilon"),
         tie_embeddings="output.weight" not in shapes,
         attention_bias="blk.0.attn_q.bias" in shapes,
+        qk_norm=metadata["general.architecture"] == "qwen3",
     )
 
 
@@ -330,8 +340,8 @@ ARCHITECTURE = Architecture(
     config=DecoderConfig,
     build=Decoder,
     presets=PRESETS,
-    hf_model_types=("llama", "mistral", "qwen2"),
-    gguf_architectures=("llama", "qwen2"),
+    hf_model_types=("llama", "mistral", "qwen2", "qwen3"),
+    gguf_architectures=("llama", "qwen2", "qwen3"),
     config_from_hf=_config_from_hf,
     config_from_gguf=_config_from_gguf,
     hf_name=_hf_name,

@@ -1,7 +1,8 @@
 """Causal self-attention over a key/value cache, with rotary positions and grouped queries.
 
 softmax(QK^T / sqrt(d_k)) V, Vaswani et al. 2017, arXiv:1706.03762; rotary positions, Su et al. 2021, arXiv:2104.09864;
-grouped queries, Ainslie et al. 2023, arXiv:2305.13245.
+grouped queries, Ainslie et al. 2023, arXiv:2305.13245; norms of each head's query and key, Dehghani et al. 2023,
+arXiv:2302.05442.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ __all__ = ["attention", "rotary"]
 def attention(
     q: Tensor, k: Tensor, v: Tensor, past_k: Tensor | None, past_v: Tensor | None, past_lengths: Tensor,
     lengths: Tensor, cos: Tensor | None, sin: Tensor | None, *, num_heads: int, num_kv_heads: int, scale: float,
+    q_norm: Tensor | None = None, k_norm: Tensor | None = None, norm_eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Attend from each new token to itself and everything before it in its row.
 
     Args:
-        q: (batch, time, num_heads * head_dim), before rotation.
-        k: (batch, time, num_kv_heads * head_dim), before rotation.
+        q: (batch, time, num_heads * head_dim), before norm and rotation.
+        k: (batch, time, num_kv_heads * head_dim), before norm and rotation.
         v: (batch, time, num_kv_heads * head_dim).
         past_k: (batch, num_kv_heads, capacity, head_dim), or None: nothing came before and nothing is kept.
         past_v: as ``past_k``. Every row needs ``past_lengths + time <= capacity``.
@@ -34,20 +36,32 @@ def attention(
         num_heads: query heads.
         num_kv_heads: key and value heads; divides ``num_heads``.
         scale: factor on the scores, 1 / sqrt(head_dim) in the usual form.
+        q_norm: (head_dim,), gains of an RMS norm of each head's query before its rotation, or None for no norm.
+        k_norm: as ``q_norm``, of each head's key; both are given or neither.
+        norm_eps: added to the mean square in these norms.
 
     Returns:
         The attended values (batch, time, num_heads * head_dim), and the cache with the new tokens written in.
+
+    Raises:
+        ValueError: one norm without the other; or captured without a cache.
     """
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("q_norm and k_norm belong together: pass both or neither")
     if capturing():
         if past_k is None or past_v is None:
             raise ValueError("attention captured without a cache: pass the state that state_specs() declares")
+        normed = q_norm is not None
         y, present_k, present_v = emit(
             "Attention",
-            [q, k, v, past_k, past_v, past_lengths, lengths, cos, sin],
+            [q, k, v, past_k, past_v, past_lengths, lengths, cos, sin, *([q_norm, k_norm] if normed else [])],
             [(q.dtype, q.shape), (past_k.dtype, past_k.shape), (past_v.dtype, past_v.shape)],
-            {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "scale": scale},
+            {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "scale": scale}
+            | ({"epsilon": norm_eps} if normed else {}),
         )
         return y, present_k, present_v
+    if q_norm is not None and k_norm is not None:
+        q, k = _normed(q, q_norm, norm_eps), _normed(k, k_norm, norm_eps)
     return _reference(q, k, v, past_k, past_v, past_lengths, cos, sin, num_heads, num_kv_heads, scale)
 
 
@@ -64,6 +78,12 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
     c, s = cos[positions].unsqueeze(1).to(x.dtype), sin[positions].unsqueeze(1).to(x.dtype)  # (batch, 1, time, half)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * c - second * s, second * c + first * s], dim=-1)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """An RMS norm of each head of x (batch, time, heads * head_dim), computed as precisely as its weight is."""
+    heads = x.view(*x.shape[:-1], -1, weight.shape[0]).to(weight.dtype)  # (batch, time, heads, head_dim)
+    return F.rms_norm(heads, weight.shape, weight, eps).to(x.dtype).flatten(-2)
 
 
 def _reference(

@@ -1,4 +1,4 @@
-"""Self-attention with its projections, cache and optional rotary positions."""
+"""Self-attention with its projections, cache, and optional norms of queries and keys and rotary positions."""
 
 from __future__ import annotations
 
@@ -21,15 +21,23 @@ class SelfAttention(nn.Module):
         num_kv_heads: key and value heads; divides ``num_heads``.
         head_dim: features of one head.
         bias: whether the query, key and value projections have a bias.
+        qk_norm: whether each head's query and key pass an RMS norm before their rotation.
+        norm_eps: added to the mean square in these norms.
     """
 
-    def __init__(self, width: int, num_heads: int, num_kv_heads: int, head_dim: int, *, bias: bool) -> None:
+    def __init__(
+        self, width: int, num_heads: int, num_kv_heads: int, head_dim: int, *, bias: bool,
+        qk_norm: bool = False, norm_eps: float = 1e-6,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.q_proj = nn.Linear(width, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(width, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(width, num_kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * head_dim, width, bias=False)
+        self.norm_eps = norm_eps
+        self.q_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
+        self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
 
     def state_specs(self, prefix: str, dtype: str) -> list[StateSpec]:
         """Its keys and values, named ``prefix.k`` and ``prefix.v``."""
@@ -45,6 +53,8 @@ class SelfAttention(nn.Module):
             state.get(f"{prefix}.k"), state.get(f"{prefix}.v"), step.past_lengths, step.lengths,
             None if rotary is None else rotary.cos, None if rotary is None else rotary.sin,
             num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, scale=self.head_dim**-0.5,
+            q_norm=None if self.q_norm is None else self.q_norm.weight,
+            k_norm=None if self.k_norm is None else self.k_norm.weight, norm_eps=self.norm_eps,
         )  # fmt: skip
         present: dict[str, Tensor] = {} if k is None or v is None else {f"{prefix}.k": k, f"{prefix}.v": v}
         out: Tensor = self.o_proj(y)

@@ -27,15 +27,12 @@ TOTAL_LENGTH = TensorSpec("total_length", (), "int32")
 
 def attention(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
     """GroupQueryAttention with the rotation inside and the cache written in place."""
-    q, k, v, past_k, past_v, past_lengths, lengths, cos, sin = inputs_of(node, 9)
-    packed = ort.packed_source(q, k, v)
-    if packed is not None:
-        q, k, v = packed, None, None
+    _, _, _, past_k, past_v, past_lengths, lengths, cos, sin = inputs_of(node, 9)
     total = context.once("total", lambda: context.op("Add", past_lengths, lengths))  # (batch,)
     last = context.once("last", lambda: context.op("Sub", total, context.const(1, np.int32)))
     return context.ops(
-        3, "GroupQueryAttention", q, k, v, past_k, past_v, last, context.new_input(TOTAL_LENGTH), cos, sin,
-        domain=ort.DOMAIN, num_heads=node.attributes["num_heads"].as_int(),
+        3, "GroupQueryAttention", *ort.queries_keys_values(context, node), past_k, past_v, last,
+        context.new_input(TOTAL_LENGTH), cos, sin, domain=ort.DOMAIN, num_heads=node.attributes["num_heads"].as_int(),
         kv_num_heads=node.attributes["num_kv_heads"].as_int(), scale=node.attributes["scale"].as_float(),
         do_rotary=int(cos is not None),
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 Traps that this file knows (measured, see docs/benchmarks.md): 8-bit MatMulNBits is two orders of magnitude slower
 without ``accuracy_level=4``, 2-bit MatMulNBits is with blocks that it has no kernel for, and GroupQueryAttention takes
-several tokens over a filled cache only one row at a time.
+several tokens over a filled cache only one row at a time, and no norms of queries and keys, though its schema has them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edgellm_exporters.lowering.context import Lowering, Rule, inputs_of, shape_
 from edgellm_exporters.lowering.linears import fused_matmul, linear_rule
 from edgellm_exporters.quantize.plan import ROW, QuantizedWeight, Scheme, pack
 
-__all__ = ["DOMAIN", "RULES", "check_kernel", "codes_of", "packed_source", "zeros_of"]
+__all__ = ["DOMAIN", "RULES", "check_kernel", "codes_of", "queries_keys_values", "zeros_of"]
 
 DOMAIN = "com.microsoft"
 _INT8_ACTIVATIONS = 4
@@ -127,19 +127,17 @@ def add_rms_norm(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
 
 def attention(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
     """GroupQueryAttention with the rotation inside and the cache written in place."""
-    q, k, v, past_k, past_v, past_lengths, lengths, cos, sin = inputs_of(node, 9)
-    packed = packed_source(q, k, v)
-    if packed is not None:
-        q, k, v = packed, None, None
+    _, _, _, past_k, past_v, past_lengths, lengths, cos, sin = inputs_of(node, 9)
     total = context.once("total", lambda: context.op("Add", past_lengths, lengths))  # (batch,)
     last = context.once("last", lambda: context.op("Sub", total, context.const(1, np.int32)))
     longest = context.once("longest", lambda: context.op("ReduceMax", total, keepdims=0))
     scales = _cache_scales(context, past_k, past_v)
     narrow = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8} if scales else {}
     return context.ops(
-        3, "GroupQueryAttention", q, k, v, past_k, past_v, last, longest, cos, sin, *scales, domain=DOMAIN,
-        num_heads=node.attributes["num_heads"].as_int(), kv_num_heads=node.attributes["num_kv_heads"].as_int(),
-        scale=node.attributes["scale"].as_float(), do_rotary=int(cos is not None), **narrow,
+        3, "GroupQueryAttention", *queries_keys_values(context, node), past_k, past_v, last, longest, cos, sin, *scales,
+        domain=DOMAIN, num_heads=node.attributes["num_heads"].as_int(),
+        kv_num_heads=node.attributes["num_kv_heads"].as_int(), scale=node.attributes["scale"].as_float(),
+        do_rotary=int(cos is not None), **narrow,
     )  # fmt: skip
 
 
@@ -151,7 +149,30 @@ def _cache_scales(context: Lowering, *past: ir.Value | None) -> list[ir.Value | 
     return [None, None, None, *(context.const(scale, np.float32) for scale in found)]
 
 
-def packed_source(*parts: ir.Value | None) -> ir.Value | None:
+def queries_keys_values(context: Lowering, node: ir.Node) -> Sequence[ir.Value | None]:
+    """The first three inputs of the kernel: what was split, whole; with norms, each part on its own."""
+    q, k, v, *_, q_norm, k_norm = inputs_of(node, 11)
+    if q_norm is None or k_norm is None:
+        packed = _packed_source(q, k, v)
+        return [q, k, v] if packed is None else [packed, None, None]
+    heads = (node.attributes[name].as_int() for name in ("num_heads", "num_kv_heads"))
+    epsilon = node.attributes["epsilon"].as_float()
+    parts = zip((q, k), (q_norm, k_norm), heads, strict=True)
+    return [*(_normed(context, x, weight, count, epsilon) for x, weight, count in parts), v]
+
+
+def _normed(context: Lowering, x: ir.Value | None, weight: ir.Value, heads: int, epsilon: float) -> ir.Value:
+    """SimplifiedLayerNormalization of each head of x (batch, time, heads * head_dim).
+
+    ONNX Runtime finds these very nodes and puts them into its attention, where its kernel there has norms inside.
+    """
+    (head_dim,) = shape_of(weight)
+    apart = context.op("Reshape", x, context.const([0, 0, heads, head_dim]))
+    normed = context.op("SimplifiedLayerNormalization", apart, weight, axis=-1, epsilon=epsilon)
+    return context.op("Reshape", normed, context.const([0, 0, heads * head_dim]))
+
+
+def _packed_source(*parts: ir.Value | None) -> ir.Value | None:
     """The tensor that was split into just these parts, in this order, or None."""
     producers = {id(part.producer()) for part in parts if part is not None}
     node = parts[0].producer() if parts[0] is not None else None

@@ -18,6 +18,7 @@ __all__ = [
     "RULES",
     "is_shared",
     "matmul",
+    "norm_heads",
     "row_scales_of",
     "scales_of",
     "signed_columns",
@@ -114,10 +115,11 @@ def take_positions(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
 
 def attention(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
     """Write the new keys and values into the cache, then attend under an explicit mask."""
-    q, k, v, past_k, past_v, _, _, cos, sin = inputs_of(node, 9)
+    q, k, v, past_k, past_v, _, _, cos, sin, q_norm, k_norm = inputs_of(node, 11)
     heads = node.attributes["num_heads"].as_int()
     kv_heads = node.attributes["num_kv_heads"].as_int()
     q, k, v = (split_heads(context, x, n) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
+    q, k = (norm_heads(context, node, x, weight) for x, weight in ((q, q_norm), (k, k_norm)))
     if cos is not None and sin is not None:
         q, k = (_rotate(context, x, cos, sin) for x in (q, k))
     present = [_write(context, past, new) for past, new in ((past_k, k), (past_v, v))]
@@ -133,6 +135,13 @@ def split_heads(context: Lowering, x: ir.Value | None, heads: int) -> ir.Value:
     """(batch, time, heads * head_dim) to (batch, heads, time, head_dim)."""
     split = context.op("Reshape", x, context.const([0, 0, heads, -1]))  # (batch, time, heads, head_dim)
     return context.op("Transpose", split, perm=[0, 2, 1, 3])
+
+
+def norm_heads(context: Lowering, node: ir.Node, x: ir.Value, weight: ir.Value | None) -> ir.Value:
+    """RMSNormalization of each head of x (batch, heads, time, head_dim) of an Attention; x itself without a weight."""
+    if weight is None:
+        return x
+    return context.op("RMSNormalization", x, weight, axis=-1, epsilon=node.attributes["epsilon"].as_float())
 
 
 def _positions(context: Lowering) -> ir.Value:

@@ -124,10 +124,11 @@ def take_positions(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
 
 def attention(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
     """Write the new keys and values into the cache in place, then attend to all its slots under a mask of addends."""
-    q, k, v, past_k, past_v, past_lengths, _, cos, sin = inputs_of(node, 9)
+    q, k, v, past_k, past_v, past_lengths, _, cos, sin, q_norm, k_norm = inputs_of(node, 11)
     heads = node.attributes["num_heads"].as_int()
     kv_heads = node.attributes["num_kv_heads"].as_int()
     q, k, v = (standard.split_heads(context, x, n) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
+    q, k = (standard.norm_heads(context, node, x, weight) for x, weight in ((q, q_norm), (k, k_norm)))
     if cos is not None and sin is not None:
         q, k = (_rotate(context, x, cos, sin) for x in (q, k))
     start = context.once("start", lambda: context.op("Cast", past_lengths, to=ir.DataType.INT64))  # (batch,)
