@@ -251,7 +251,7 @@ def _config_from_hf(data: Mapping[str, Any]) -> DecoderConfig:
         if key in data and data[key] not in neutral:
             raise _refuse(key, data[key])
     kind = data["model_type"]
-    if data.get("attention_bias", False) and kind != "qwen2":  # which has no such key
+    if data.get("attention_bias", False) and kind != "qwen2":  # to which the key means nothing
         raise _refuse("attention_bias", data["attention_bias"])  # it puts a bias on the output projection too
     width, heads = _whole(data, "hidden_size"), _whole(data, "num_attention_heads")
     max_context = _whole(data, "max_position_embeddings", limit=MAX_CONTEXT)
@@ -262,7 +262,7 @@ def _config_from_hf(data: Mapping[str, Any]) -> DecoderConfig:
         num_layers=_whole(data, "num_hidden_layers", limit=MAX_LAYERS),
         num_heads=heads,
         num_kv_heads=_whole(data, "num_key_value_heads", heads if kind == "llama" else None),
-        head_dim=_whole(data, "head_dim", 128 if kind == "qwen3" else width // heads),
+        head_dim=_whole(data, "head_dim", 128 if kind == "qwen3" else width // heads),  # transformers' defaults
         mlp_width=_whole(data, "intermediate_size"),
         max_context=max_context,
         rope_theta=_hf_rope_theta(data),
