@@ -32,7 +32,7 @@ demo: .venv-demo/.installed  ## train, export, verify, run and time a small mode
 venv: .venv/.installed  ## the environment for developers, in .venv
 
 test: .venv/.installed  ## every test but those on the real checkpoint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not real and not table' $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not real' $(TEST_ARGS)
 
 test-tensorrt: .venv/.installed  ## engines of every model family in every precision; no GPU is needed
 	$(BIN)/python -m pytest tests/test_tensorrt.py tests/test_tensorrt_lint.py $(TEST_ARGS)

@@ -40,18 +40,10 @@ BOUNDS = {
     "w8a8": (0.997, 0.85), "fp8": (0.99, 0.85),
 }  # fmt: skip
 EXAMPLES = Path(__file__).parent.parent / "examples"
-QUICK = ("mixed", "decoder", "gru alone")
 
 
-def _rows() -> list[object]:
-    return [
-        pytest.param(f, p, marks=() if p == "float16" or f in QUICK else pytest.mark.table)
-        for f in FAMILIES
-        for p in PRECISIONS
-    ]
-
-
-@pytest.mark.parametrize(("family", "precision"), _rows())
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_engines_are_built_of_graphs_that_compute_what_pytorch_computes(
     family: str, precision: str, tmp_path: Path
 ) -> None:
