@@ -99,12 +99,9 @@ def _rounded_rows(context: Lowering, x: ir.Value, columns: int) -> tuple[ir.Valu
     lowest = context.op("Neg", context.op("ReduceMin", x, axis, keepdims=1))
     # a row of zeros becomes 0 / 0: whatever codes that has, its product is multiplied by 0
     scales = context.op("Mul", context.op("Max", highest, lowest), context.const(1 / _TOP, np.float32))
-    flat, each = context.op("Reshape", x, context.const([-1, columns])), context.op("Reshape", scales, axis)
-    rows = x if x.shape is None else tuple(map(str, x.shape[:-1]))  # what has the same rows shares what follows
-    shape = context.once(("shape", rows, columns), lambda: context.op("Shape", x))
-    middles = context.once(("middles", rows), lambda: _middles(context, each))
-    codes = context.op("QuantizeLinear", flat, each, middles, axis=0)
-    return context.op("Reshape", codes, shape), scales
+    rows = x if x.shape is None else tuple(map(str, x.shape[:-1]))  # what has the same rows shares their middles
+    middles = context.once(("middles", rows), lambda: _middles(context, scales))
+    return context.op("QuantizeLinear", x, scales, middles, axis=-1, block_size=columns), scales
 
 
 def _middles(context: Lowering, like: ir.Value) -> ir.Value:
