@@ -94,6 +94,7 @@ def numbered(graph: ir.Model) -> list[tuple[object, ...]]:
         (
             node.domain, node.op_type, [number(v) for v in node.inputs],
             {name: attribute.value for name, attribute in node.attributes.items()},
+            # PyTorch's exporter tells no shape of a Sigmoid within SiLU
             [(number(v), v.dtype, str(v.shape)) for v in node.outputs if node.op_type != "Sigmoid"],
         )
         for node in graph.graph

@@ -9,6 +9,7 @@ import pytest
 from tiny_bundles import attention_bundle, copied, edit_manifest, recurrent_bundle
 
 from edgellm.cli import run
+from edgellm_runtime import bench
 from edgellm_runtime.errors import BackendError, ContextError, OptionError
 from edgellm_runtime.profile import _runs, _summary, profile
 
@@ -58,7 +59,7 @@ def test_the_command_prints_both_tables_and_json_holds_them(capsys: pytest.Captu
     assert "profile" not in json.loads(capsys.readouterr().out)
 
 
-def test_what_cannot_be_profiled_is_told(tmp_path: Path) -> None:
+def test_what_cannot_be_profiled_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = copied(attention_bundle(), tmp_path / "bundle")
     with pytest.raises(OptionError, match="new_tokens is 0"):
         profile(bundle, new_tokens=0)
@@ -67,3 +68,5 @@ def test_what_cannot_be_profiled_is_told(tmp_path: Path) -> None:
     edit_manifest(bundle, target={"name": "cuda", "requires": {}})
     with pytest.raises(BackendError, match=r"target cuda, and only ONNX Runtime on CPU tells .* profile a bundle for"):
         profile(bundle)
+    monkeypatch.setattr(bench, "bench", None)  # nothing is measured before it is told
+    assert run(["bench", str(bundle), "--profile"]) == 1

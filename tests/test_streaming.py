@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -23,8 +24,10 @@ from edgellm_exporters import streaming
 from edgellm_exporters.capture import capture
 from edgellm_exporters.errors import CaptureError
 from edgellm_exporters.export import Exported, ExportOptions, export
+from edgellm_exporters.parity import compare
 from edgellm_exporters.reference import continuations, take_traces, traces
 from edgellm_exporters.streaming import LazyWeight, OwnWeights, resident, row_blocks
+from edgellm_runtime import open_session
 
 FAMILIES = ("decoder", "decoder untied with biases", "decoder with q/k norm", "lstm", "mixed")
 
@@ -158,7 +161,7 @@ def test_a_pass_that_fails_leaves_no_weights_behind(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_weights_that_a_parent_reads_are_there_too() -> None:
-    from test_bad_input_export import Sound
+    from test_bad_input_models import Sound
 
     model = Sound().eval()
     weights = OwnWeights(model)
@@ -207,6 +210,15 @@ def test_capture_reads_no_weight() -> None:
     model: Any = make("mixed").to("meta")
     graph = capture(model, Nothing())
     assert {n for n, _ in model.named_parameters() if "norm" in n} <= set(graph.graph.initializers)
+
+
+def test_the_garbage_collector_is_left_as_it_was(tmp_path: Path) -> None:
+    before = gc.get_freeze_count()
+    model: Any = make("decoder")
+    exported = export(model, tmp_path / "bundle")
+    assert gc.get_freeze_count() == before
+    compare(model, open_session(exported.bundle), [[1, 2, 3]], greedy_prompts=[[1, 2]], greedy_count=2)
+    assert gc.get_freeze_count() == before
 
 
 # what PyTorch says next

@@ -40,15 +40,16 @@ def bench(
     Random prompts, greedy, batch 1; figures are medians over the rounds.
     """
     from edgellm_runtime.bench import bench as measure
+    from edgellm_runtime.profile import check_target, profile
 
+    if profiled:
+        check_target(bundle)
     result = measure(
         bundle, prompt_tokens=prompt_tokens, new_tokens=new_tokens, threads=threads, rounds=rounds, device=device,
         seed=seed,
     )  # fmt: skip
     kernels: Kernels = {}
     if profiled:
-        from edgellm_runtime.profile import profile
-
         kernels = profile(
             bundle, prompt_tokens=prompt_tokens, new_tokens=min(new_tokens, _PROFILED), threads=threads, seed=seed
         )

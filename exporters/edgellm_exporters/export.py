@@ -277,6 +277,7 @@ def _planned(
     """The graph before lowering, and which of its weights to quantize how."""
     captured = prepare(capture(model, weights), target)
     give_back()
+    gc.freeze()  # until the export ends: each further look at PyTorch's own objects takes a quarter of a second
     assert isinstance(model, nn.Module)
     with resident(model, weights):
         method = find_method(options.quantize, target.methods)

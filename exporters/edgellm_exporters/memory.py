@@ -9,13 +9,8 @@ __all__ = ["give_back"]
 
 
 def give_back() -> None:
-    """Drop unreachable objects and return the pages that nothing uses; where the C library cannot, only the former.
-
-    What is left, most of it PyTorch's own, is not looked at again until :func:`gc.unfreeze`: a look takes a quarter
-    of a second.
-    """
+    """Drop unreachable objects and return the pages that nothing uses; where the C library cannot, only the former."""
     gc.collect()
-    gc.freeze()
     try:
         trim = ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):  # not glibc

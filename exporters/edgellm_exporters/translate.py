@@ -19,7 +19,7 @@ from edgellm.ops.canonical import DOMAIN
 
 __all__ = ["translated"]
 
-Form = Callable[["_Translation", torch.fx.Node], ir.Value | None]
+_Form = Callable[["_Translation", torch.fx.Node], ir.Value | None]
 _IR_VERSION = 10
 _EMITTED = "onnx_symbolic::_symbolic_multi_out"  # what edgellm.ops.canonical.emit leaves
 _SOURCES = {"i": "attr_ints", "f": "attr_floats", "s": "attr_strs"}  # by the first letter of an attribute's type
@@ -135,7 +135,7 @@ def _attributes(encoded: Mapping[str, Any]) -> Iterator[ir.Attr]:
         yield ir.convenience.convert_attribute(key, found if len(kind) > 1 else found[0])
 
 
-def _elementwise(kind: str) -> Form:
+def _elementwise(kind: str) -> _Form:
     def form(made: _Translation, node: torch.fx.Node) -> ir.Value | None:
         operands = made.tensors(node)
         return None if operands is None else made.op(kind, operands, node, node.name)
@@ -156,7 +156,7 @@ def _dropout(made: _Translation, node: torch.fx.Node) -> ir.Value | None:
     return None if training else made.values.get(x)
 
 
-_FORMS: Mapping[Any, Form] = {
+_FORMS: Mapping[Any, _Form] = {
     torch.ops.aten.add.Tensor: _elementwise("Add"),
     torch.ops.aten.mul.Tensor: _elementwise("Mul"),
     torch.ops.aten.silu.default: _silu,

@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 from edgellm_runtime.errors import OptionError
 from edgellm_runtime.session import Session
 
-__all__ = ["Distances", "Evaluation", "distances", "evaluate", "negative_log_likelihood", "piece_length", "windows_of"]
+__all__ = [
+    "Distances",
+    "Evaluation",
+    "distances",
+    "evaluate",
+    "logsumexp",
+    "negative_log_likelihood",
+    "piece_length",
+    "windows_of",
+]
 
 Array = NDArray[Any]
 _PIECE_LOGITS = 1 << 23  # float32 logits of one step: 32 MB
@@ -120,6 +129,19 @@ def negative_log_likelihood(logits: Array, targets: Array) -> Array:
         _, total, highest = _exponentials(logits[rows])
         chosen = np.take_along_axis(logits[rows], targets[rows, None], axis=1)[:, 0]
         result[rows] = np.log(total) - (chosen - highest)
+    return result
+
+
+def logsumexp(logits: Array) -> Array:
+    """The logarithm of each row's summed exponentials, (rows,), in float64.
+
+    Args:
+        logits: (rows, vocab).
+    """
+    result = np.empty(len(logits))
+    for rows in _blocks(logits):
+        _, total, highest = _exponentials(logits[rows])
+        result[rows] = np.log(total) + highest
     return result
 
 

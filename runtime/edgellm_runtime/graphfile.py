@@ -6,6 +6,7 @@ path from the model to each tensor's ``external_data``. It interprets nothing el
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 __all__ = ["external_files"]
@@ -23,7 +24,7 @@ _FIELDS: dict[str, dict[int, str]] = {
     "external": {},
 }
 _MAX_DEPTH = 64
-_LOCATION = b"location"
+_LOCATION = re.compile(b"location")
 
 
 def external_files(model: bytes) -> set[str]:
@@ -52,9 +53,9 @@ def _walk(data: memoryview, kind: str, found: set[str], depth: int) -> None:
             continue
         if kind == "external":  # a key and a value
             key, value = (bytes(payload), value) if number == 1 else (key, bytes(payload))
-        elif number in inner and _LOCATION in bytes(payload):  # most nodes have no such thing: the walk is spared
+        elif number in inner and _LOCATION.search(payload):  # most nodes have no such thing: the walk is spared
             _walk(payload, inner[number], found, depth + 1)
-    if key == _LOCATION:
+    if key == _LOCATION.pattern:
         found.add(value.decode("utf-8", "replace"))
 
 

@@ -16,7 +16,7 @@ from edgellm_runtime.bench import random_prompts
 from edgellm_runtime.errors import BackendError, ContextError
 from edgellm_runtime.sampling import check_integer
 
-__all__ = ["KernelTime", "profile"]
+__all__ = ["KernelTime", "check_target", "profile"]
 
 _ON_CPU = ("cpu", "onnx")  # targets
 
@@ -67,13 +67,9 @@ def profile(
 
     check_integer("prompt_tokens", prompt_tokens, 1)
     check_integer("new_tokens", new_tokens, 1)
+    check_target(path)
     bundle = Bundle(path)
     manifest = bundle.manifest
-    if manifest.target["name"] not in _ON_CPU:
-        raise BackendError(
-            f"{path}: was exported for target {manifest.target['name']}, and only ONNX Runtime on CPU tells what each "
-            "kernel takes; profile a bundle for target cpu, or use NVIDIA's Nsight Systems on this one"
-        )
     if prompt_tokens + new_tokens > manifest.max_context:
         raise ContextError(
             f"a prompt of {prompt_tokens} and {new_tokens} new tokens do not fit into the model's context of "
@@ -92,6 +88,22 @@ def profile(
     measured = runs[len(runs) // 2 :]
     steps = len(measured) - new_tokens  # of the prompt, which may take several
     return {"prompt": _summary(measured[:steps], 1), "token": _summary(measured[steps:], new_tokens)}
+
+
+def check_target(path: str | Path) -> None:
+    """Make sure that a bundle can be profiled, before any work.
+
+    Raises:
+        BackendError: it is for a target that does not run on ONNX Runtime's CPU kernels.
+    """
+    from edgellm_runtime.bundle import Bundle
+
+    target = Bundle(path, checksums=False).manifest.target["name"]
+    if target not in _ON_CPU:
+        raise BackendError(
+            f"{path}: was exported for target {target}, and only ONNX Runtime on CPU tells what each kernel takes; "
+            "profile a bundle for target cpu, or use NVIDIA's Nsight Systems on this one"
+        )
 
 
 def _runs(events: Sequence[Any]) -> list[list[tuple[str, float]]]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.errors import BundleError
+from edgellm_runtime.evaluate import logsumexp
 from edgellm_runtime.session import Session
 from edgellm_runtime.state import State
 
@@ -153,7 +154,7 @@ def _figures(session: Session, golden: Golden) -> dict[str, float]:
     scale = float(np.abs(golden.top_logits).max())
     figures = {
         "logits": float(np.abs(found - golden.top_logits).max()) / scale,
-        "kl": _coarse_kl(golden, found - _logsumexp(logits)),
+        "kl": _coarse_kl(golden, found - logsumexp(logits)[:, None]),
         "top1": float((logits.argmax(axis=1) == golden.top_ids[:, 0]).mean()),
         "state": _state_difference(golden, state),
         "split": _split(session, golden, logits),
@@ -168,15 +169,6 @@ def log_softmax(logits: Array) -> Array:
     """Log-probabilities over the last axis, in float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))  # type: ignore[no-any-return]
-
-
-def _logsumexp(logits: Array) -> Array:
-    """The logarithm of each row's summed exponentials, (rows, 1), in float64; a row at a time, for rows are long."""
-    found = np.empty((len(logits), 1))
-    for row, values in enumerate(logits):
-        most = np.float64(values.max())
-        found[row] = most + np.log(np.exp(values.astype(np.float64) - most).sum())
-    return found
 
 
 def _coarse_kl(golden: Golden, found: Array) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ __all__ = ["OrtBackend", "check_names", "library"]
 
 Array = NDArray[Any]
 _NO_BLOCKS = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+_MAKING = threading.Lock()  # of sessions, while the environment is changed for them
 _KEPT = 4  # bindings a state: two turns of single tokens, and the chunk sizes of a prompt
 
 
@@ -50,16 +52,17 @@ def _attention_in_one_piece() -> Iterator[None]:
     """Have kernels of attention that are made meanwhile not work block by block, unless the environment says already.
 
     On CPU, ONNX Runtime's blocks make a token up to twice as slow and a prompt no faster (see docs/benchmarks.md), and
-    it asks nothing but the environment.
+    it asks nothing but the environment. Bundles that are loaded at once take turns, or one would change it for another.
     """
-    if _NO_BLOCKS in os.environ:
-        yield
-        return
-    os.environ[_NO_BLOCKS] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(_NO_BLOCKS, None)
+    with _MAKING:
+        ours = _NO_BLOCKS not in os.environ
+        if ours:
+            os.environ[_NO_BLOCKS] = "1"
+        try:
+            yield
+        finally:
+            if ours:
+                os.environ.pop(_NO_BLOCKS, None)
 
 
 class OrtBackend(HostBackend):
