@@ -142,6 +142,20 @@ def test_what_the_quick_translation_does_not_know_is_left_to_pytorch(
     assert graph.graph.outputs[0].dtype == ir.DataType.FLOAT
 
 
+@pytest.mark.parametrize("where", [torch.export, torch.onnx])
+def test_an_interrupt_that_pytorch_turns_into_an_error_is_an_interrupt(
+    where: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        kind = TypeError if where is torch.export else torch.onnx.OnnxExporterError
+        raise kind("an argument failed to unpack") from TypeError('error "KeyboardInterrupt: <EMPTY MESSAGE>" in C++')
+
+    monkeypatch.setattr(capture_module, "translated", lambda *_, **__: None)
+    monkeypatch.setattr(where, "export", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        capture(make("decoder"))
+
+
 def test_capture_leaves_the_model_as_it_was() -> None:
     model = make("mixed").train()
     before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -138,9 +138,18 @@ def _trace(model: LanguageModel, signature: Signature) -> torch.export.ExportedP
     except CaptureError:
         raise
     except Exception as error:  # torch.export raises many kinds; each means: not one graph
+        _let_interrupt_through(error)
         raise CaptureError(f"{type(model).__name__} cannot be traced as one graph: {_reason(model, error)}") from error
     finally:
         model.train(was_training)
+
+
+def _let_interrupt_through(error: BaseException | None) -> None:
+    """Ctrl-C that falls into PyTorch's C++ comes out as an error of another kind, with its name in the text."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt) or "KeyboardInterrupt" in str(error):
+            raise KeyboardInterrupt from error
+        error = error.__cause__ or error.__context__
 
 
 _SIZES, _VALUES = ("specialized it to be a constant", "Constraints violated"), ("data-dependent", "unbacked")
@@ -176,6 +185,7 @@ def _translate(
                 input_names=inputs, output_names=outputs,
             )  # fmt: skip
     except torch.onnx.OnnxExporterError as error:
+        _let_interrupt_through(error)
         unknown = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", str(error))
         what = f"ONNX has no form of {unknown[1]}" if unknown else " ".join(str(error.__cause__ or error).split())[:400]
         raise CaptureError(f"{name} cannot be written as ONNX: {what}; use other operators in its forward") from error
