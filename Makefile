@@ -35,7 +35,7 @@ test: .venv/.installed  ## every test but those on the real checkpoint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not real' $(TEST_ARGS)
 
 test-tensorrt: .venv/.installed  ## engines of every model family in every precision; no GPU is needed
-	$(BIN)/python -m pytest tests/test_tensorrt.py tests/test_tensorrt_lint.py $(TEST_ARGS)
+	$(BIN)/python -m pytest tests/engines/test_tensorrt.py tests/engines/test_tensorrt_lint.py $(TEST_ARGS)
 
 test-real: .venv/.installed-reference  ## the tests on the real checkpoint, against transformers
 	$(BIN)/python -m pytest -m real $(TEST_ARGS)
@@ -48,14 +48,14 @@ check: .venv/.installed  ## format, lint, types, import directions, contents of 
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m wheel tests/test_guards.py
+	$(BIN)/python -m pytest -m wheel tests/project/test_guards.py
 
 format: .venv/.installed  ## format and repair what ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 docs: .venv/.installed  ## write docs/cli.md anew from the commands' help
-	$(BIN)/python -m edgellm.cli.reference docs/cli.md
+	$(BIN)/python -m edgellm.cli.help_document docs/cli.md
 
 bench: .venv-demo/.installed  ## time the bundles that the demo made, or BUNDLES='a b'
 	@test -n '$(strip $(BUNDLES))' || { echo "no bundles in runs/demo; run 'make demo' first, or give BUNDLES=..." >&2; exit 1; }

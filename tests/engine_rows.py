@@ -12,16 +12,16 @@ import torch
 from families import CONTEXT, VOCAB, make, planned
 from torch import nn
 
-from edgellm_exporters.capture import signature_of
-from edgellm_exporters.engine_options import EngineOptions
-from edgellm_exporters.fixed import sizes_of, write_roles
-from edgellm_exporters.parity import ParityReport, compare
-from edgellm_exporters.quantize.reference import quantized_model
-from edgellm_exporters.readback import Facts
-from edgellm_exporters.targets import find_target
-from edgellm_exporters.tensorrt import build_engine, find_library
+from edgellm_exporters.engines.fixed_sizes import sizes_of, write_roles
+from edgellm_exporters.engines.options import EngineOptions
+from edgellm_exporters.engines.parser_check import Facts
+from edgellm_exporters.engines.tensorrt import build_engine, find_library
+from edgellm_exporters.graph.capture import signature_of
+from edgellm_exporters.graph.targets import find_target
+from edgellm_exporters.proof.parity import ParityReport, compare
+from edgellm_exporters.quantize.quantized_model import quantized_model
+from edgellm_runtime.backends.graph_roles import Roles
 from edgellm_runtime.backends.ort_roles import OrtRolesBackend
-from edgellm_runtime.roles import Roles
 from edgellm_runtime.session import Session
 from edgellm_runtime.spec import Signature
 

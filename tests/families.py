@@ -48,7 +48,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 
 def cpu_targets() -> list[str]:
     """Targets whose bundles are made for this machine, in float32."""
-    from edgellm_exporters.targets import TARGETS
+    from edgellm_exporters.graph.targets import TARGETS
 
     return [name for name, target in TARGETS.items() if target.device == "cpu"]
 
@@ -68,12 +68,12 @@ def make(family: str, seed: int = 0) -> nn.Module:
 
 def planned(model: nn.Module, target: str, method: str, calibration: Sequence[Sequence[int]] = ()) -> tuple[Any, Any]:
     """The graph before lowering, and the plan, that an export of this model without text makes."""
-    from edgellm_exporters.capture import capture
-    from edgellm_exporters.lower import prepare
+    from edgellm_exporters.graph.capture import capture
+    from edgellm_exporters.graph.lower import prepare
+    from edgellm_exporters.graph.targets import find_target
+    from edgellm_exporters.proof.samples import golden_rows
     from edgellm_exporters.quantize.methods import find_method
     from edgellm_exporters.quantize.planning import make_plan
-    from edgellm_exporters.samples import golden_rows
-    from edgellm_exporters.targets import find_target
 
     graph = prepare(capture(model), find_target(target))
     return graph, make_plan(

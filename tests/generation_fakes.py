@@ -14,7 +14,7 @@ from edgellm_runtime.errors import ContextError
 from edgellm_runtime.model import Model
 from edgellm_runtime.spec import StateSpec
 from edgellm_runtime.state import State
-from edgellm_runtime.tokenizer import Tokenizer
+from edgellm_runtime.text.tokenizer import Tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"

@@ -14,9 +14,9 @@ import edgellm_runtime
 from edgellm.models.hybrid import Hybrid, HybridConfig
 from edgellm.training.tokenizer import train_tokenizer
 from edgellm_exporters.export import ExportOptions, TextAssets, export
-from edgellm_exporters.torch_backend import torch_session
+from edgellm_exporters.proof.torch_backend import torch_session
+from edgellm_runtime.task_spec import ANSWER, PREDICATE, SEPARATOR, Segment, TaskSpec
 from edgellm_runtime.tasks.runner import TaskRunner
-from edgellm_runtime.tasks.spec import ANSWER, PREDICATE, SEPARATOR, Segment, TaskSpec
 
 PATTERNS = {"recurrent": ("lstm", "gru"), "attention": ("attention", "attention"), "hybrid": ("lstm", "attention")}
 LABELS = ("O", "B-A0", "I-A0", "B-A1", "I-A1")

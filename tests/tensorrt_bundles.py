@@ -14,13 +14,13 @@ import pytest
 from tensorrt_fakes import SIDECAR, FakeCuda, FakeTensorRT
 from tiny_bundles import attention_model, edit_manifest, recurrent_model, sign, text_assets
 
+from edgellm_exporters.engines.fixed_sizes import EngineOptions
+from edgellm_exporters.engines.tensorrt import chosen_counts, profile_of
 from edgellm_exporters.export import ExportOptions, export
-from edgellm_exporters.fixed import EngineOptions
-from edgellm_exporters.tensorrt import chosen_counts, profile_of
 from edgellm_runtime import open_session
 from edgellm_runtime.backends import tensorrt, tensorrt_library
 from edgellm_runtime.bundle import Bundle
-from edgellm_runtime.choosing import choosing_graph
+from edgellm_runtime.graphs.token_choice import choosing_graph
 from edgellm_runtime.session import Session
 
 MODELS = {"attention": (attention_model, text_assets), "recurrent": (recurrent_model, lambda: None)}

@@ -19,7 +19,7 @@ from torch import nn
 from edgellm.models.decoder import Decoder, DecoderConfig
 from edgellm.models.hybrid import Hybrid, HybridConfig
 from edgellm_exporters.export import ExportOptions, TextAssets, export
-from edgellm_exporters.targets import TARGETS
+from edgellm_exporters.graph.targets import TARGETS
 from edgellm_runtime.backends.ort_device import OrtDeviceBackend
 from edgellm_runtime.bundle import GRAPH, Bundle
 from edgellm_runtime.session import Session

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from edgellm.checkpoints.weights import CheckpointWeights
-from edgellm_runtime.tasks.spec import TaskSpec
+from edgellm_runtime.task_spec import TaskSpec
 
 __all__ = ["Checkpoint"]
 

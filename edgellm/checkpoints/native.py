@@ -1,7 +1,7 @@
 """edgellm's own checkpoint: a directory with edgellm.json, model.safetensors and the tokenizer's files.
 
 ``edgellm.json`` holds ``format`` (1), ``architecture``, ``config``, ``bos_token_id``, ``eos_token_ids``, ``add_bos``,
-``task`` (null or a :class:`edgellm_runtime.tasks.spec.TaskSpec`) and ``written_by``. Others may put files of their own
+``task`` (null or a :class:`edgellm_runtime.task_spec.TaskSpec`) and ``written_by``. Others may put files of their own
 beside these. A directory is written whole or not at all.
 """
 
@@ -27,7 +27,7 @@ from edgellm.checkpoints.weights import Layout
 from edgellm.errors import CheckpointError, ConfigError
 from edgellm.models import registry
 from edgellm_runtime.spec import SpecError
-from edgellm_runtime.tasks.spec import TaskSpec
+from edgellm_runtime.task_spec import TaskSpec
 
 __all__ = ["FORMAT", "MANIFEST", "checkpoint_directory", "open_native", "save_checkpoint"]
 

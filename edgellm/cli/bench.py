@@ -11,7 +11,7 @@ import click
 from edgellm.cli.device import device_option
 
 if TYPE_CHECKING:
-    from edgellm_runtime.profile import KernelTime
+    from edgellm_runtime.checks.profile import KernelTime
 
     Kernels = dict[str, list[KernelTime]]
 
@@ -39,8 +39,8 @@ def bench(
 
     Random prompts, greedy, batch 1; figures are medians over the rounds.
     """
-    from edgellm_runtime.bench import bench as measure
-    from edgellm_runtime.profile import check_target, profile
+    from edgellm_runtime.checks.bench import bench as measure
+    from edgellm_runtime.checks.profile import check_target, profile
 
     if profiled:
         check_target(bundle)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from edgellm_exporters.quantize.budget import Budget
+    from edgellm_exporters.auto.budget import Budget
 
 __all__ = ["budget_of"]
 
@@ -36,7 +36,7 @@ def budget_of(
             "--quantize auto chooses and verifies on real text; add --calibrate FILE, UTF-8 text like the model's "
             "work, some 30 kB or more"
         )
-    from edgellm_exporters.quantize.budget import Budget
+    from edgellm_exporters.auto.budget import Budget
 
     limit = Budget.max_kl if max_kl is None else max_kl
     # who names a size has said what may be spent; what it buys is quality

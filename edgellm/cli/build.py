@@ -32,7 +32,7 @@ def build(
     """
     flags = EngineFlags(max_batch=max_batch, compute_capability=compute_capability, workspace_mb=workspace_mb)
     start = time.perf_counter()
-    from edgellm_exporters.build import build_engines
+    from edgellm_exporters.engines.rebuild import build_engines
 
     with stages() as tell:
         manifest = build_engines(bundle, lambda most: flags.options(max_batch=most), tell)

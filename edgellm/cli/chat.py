@@ -12,8 +12,8 @@ import click
 from edgellm.cli.device import device_option
 
 if TYPE_CHECKING:
-    from edgellm_runtime.conversation import Conversation
-    from edgellm_runtime.generate import OptionKeywords
+    from edgellm_runtime.generation.conversation import Conversation
+    from edgellm_runtime.generation.generate import OptionKeywords
 
 __all__ = ["chat"]
 
@@ -46,7 +46,7 @@ def chat(
     Each line of standard input is a message, so a script can be piped in.
     """
     from edgellm_runtime import load
-    from edgellm_runtime.generate import GenerationOptions
+    from edgellm_runtime.generation.generate import GenerationOptions
 
     options: OptionKeywords = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from edgellm_exporters.engine_options import EngineOptions
+    from edgellm_exporters.engines.options import EngineOptions
 
 __all__ = ["EngineFlags", "building_options"]
 
@@ -47,7 +47,7 @@ class EngineFlags:
         Raises:
             ExportError: an impossible size.
         """
-        from edgellm_exporters.engine_options import EngineOptions
+        from edgellm_exporters.engines.options import EngineOptions
 
         capabilities = (
             tuple(part.strip() for part in self.compute_capability.split(",")) if self.compute_capability else ()

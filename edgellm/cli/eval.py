@@ -92,8 +92,8 @@ def evaluate_bundle(
 ) -> dict[str, Any]:  # fmt: skip
     """The figures; the keys are those of ``--json``."""
     from edgellm_runtime import OptionError, load
-    from edgellm_runtime.evaluate import evaluate as run
-    from edgellm_runtime.evaluate import windows_of
+    from edgellm_runtime.checks.evaluate import evaluate as run
+    from edgellm_runtime.checks.evaluate import windows_of
 
     try:
         text = file.read_text(encoding="utf-8")
@@ -109,7 +109,7 @@ def evaluate_bundle(
         return {"perplexity": found.perplexity, "tokens": found.tokens}
     tell("reading the checkpoint", 0.0)
     from edgellm.checkpoints import load_checkpoint
-    from edgellm_exporters.parity import compare
+    from edgellm_exporters.proof.parity import compare
 
     reference: Any = load_checkpoint(against).model
     report = compare(reference, model.session, windows, progress=lambda share: tell("comparing", share))

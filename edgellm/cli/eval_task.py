@@ -40,7 +40,7 @@ def evaluate_model(
     from edgellm.tasks.evaluate import evaluate_baselines, evaluate_task
     from edgellm.tasks.examples import read_examples
     from edgellm_runtime import OptionError
-    from edgellm_runtime.tasks.spec import FIELDS
+    from edgellm_runtime.task_spec import FIELDS
 
     if task not in FIELDS:
         raise OptionError(f"unknown task {task!r}; known: {', '.join(FIELDS)}")
@@ -91,10 +91,10 @@ def _checkpoint(path: Path, device: str, threads: int | None) -> tuple[Any, Any,
     import torch
 
     from edgellm.checkpoints import load_checkpoint
-    from edgellm_exporters.torch_backend import torch_session
+    from edgellm_exporters.proof.torch_backend import torch_session
     from edgellm_runtime import OptionError
     from edgellm_runtime.bundle import TokenizerInfo
-    from edgellm_runtime.tokenizer import Tokenizer
+    from edgellm_runtime.text.tokenizer import Tokenizer
 
     if device not in ("auto", "cpu"):
         raise OptionError(f"device {device!r} for a checkpoint; it runs on the cpu here")

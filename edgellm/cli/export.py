@@ -96,7 +96,7 @@ def export_checkpoint(
     """Read, export and sum up; the keys are those of ``--json``."""
     from edgellm_exporters.atomic import check_destination
     from edgellm_exporters.export import ExportOptions
-    from edgellm_exporters.targets import find_target
+    from edgellm_exporters.graph.targets import find_target
 
     start = time.perf_counter()
     budget = budget_of(quantize, calibrate, max_kl, max_size_mb, prefer)
@@ -128,9 +128,9 @@ def _windows(file: Path, loaded: Checkpoint, *, divided: bool) -> tuple[list[lis
     """Windows of the calibration text, as tokens; if divided, some to calibrate with and others to judge on."""
     from tokenizers import Tokenizer
 
+    from edgellm_exporters.auto.budget import divide
     from edgellm_exporters.errors import QuantizeError
-    from edgellm_exporters.quantize.budget import divide
-    from edgellm_runtime.evaluate import windows_of
+    from edgellm_runtime.checks.evaluate import windows_of
 
     if loaded.tokenizer_json is None:
         raise QuantizeError(f"{file}: the checkpoint has no tokenizer to read it with; leave --calibrate out")
@@ -162,7 +162,7 @@ def text_of(loaded: Checkpoint) -> Any:
 
 
 def _summary(exported: Exported, target: str, dtype: str, quantize: str) -> dict[str, Any]:
-    from edgellm_runtime.memory import peak_rss_mb
+    from edgellm_runtime.checks.memory import peak_rss_mb
 
     parity, said = exported.parity, exported.bundle.manifest.quantization
     return {

@@ -11,7 +11,7 @@ import click
 from edgellm.cli.device import device_option
 
 if TYPE_CHECKING:
-    from edgellm_runtime.generate import Generation, OptionKeywords
+    from edgellm_runtime.generation.generate import Generation, OptionKeywords
     from edgellm_runtime.model import Model
 
 __all__ = ["generate"]

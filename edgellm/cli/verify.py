@@ -13,8 +13,8 @@ from edgellm.cli.progress import stages
 
 if TYPE_CHECKING:
     from edgellm_runtime.bundle import Bundle
+    from edgellm_runtime.checks.verify import Check
     from edgellm_runtime.session import Session
-    from edgellm_runtime.verify import Check
 
 __all__ = ["verify", "verify_bundle"]
 
@@ -49,7 +49,7 @@ def verify_bundle(
     """Every check of a bundle, and those against a checkpoint if one is given."""
     from edgellm_runtime import open_session
     from edgellm_runtime.bundle import Bundle
-    from edgellm_runtime.verify import verify as run
+    from edgellm_runtime.checks.verify import verify as run
 
     tell("checking files", 0.0)
     bundle = Bundle(path)
@@ -62,8 +62,8 @@ def _against(bundle: Bundle, session: Session, checkpoint: Path, tell: Any) -> l
     from dataclasses import replace
 
     from edgellm.checkpoints import load_checkpoint
-    from edgellm_exporters.parity import compare
-    from edgellm_runtime.verify import read_goldens
+    from edgellm_exporters.proof.parity import compare
+    from edgellm_runtime.checks.verify import read_goldens
 
     tell("reading the checkpoint", 0.0)
     model: Any = load_checkpoint(checkpoint).model
@@ -78,7 +78,7 @@ def _print(bundle: Path, checks: list[Check]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from edgellm_runtime.verify import AT_LEAST
+    from edgellm_runtime.checks.verify import AT_LEAST
 
     table = Table("", "check", "found", "bound", "what", title=escape(str(bundle)))
     for c in checks:

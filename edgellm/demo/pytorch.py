@@ -18,7 +18,7 @@ from torch import Tensor
 
 from edgellm.checkpoints import load_checkpoint
 from edgellm.models.protocol import LanguageModel, Step, empty_state
-from edgellm_runtime.memory import peak_rss_mb
+from edgellm_runtime.checks.memory import peak_rss_mb
 
 __all__ = ["measure"]
 

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from edgellm.tasks.examples import Example
 from edgellm.tasks.specs import target_of
 from edgellm_runtime.errors import ContextError
+from edgellm_runtime.task_spec import FIELDS, TaskSpec
 from edgellm_runtime.tasks.prompt import Encode, TokenId, encode_prompt, encode_words
-from edgellm_runtime.tasks.spec import FIELDS, TaskSpec
 
 __all__ = ["Encoded", "EncodedExamples", "class_weights_of", "encode_examples"]
 

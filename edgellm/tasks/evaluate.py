@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from edgellm.tasks.metrics import bits_per_byte, primary, score
+from edgellm_runtime.checks.evaluate import evaluate, windows_of
+from edgellm_runtime.checks.memory import peak_rss_mb
 from edgellm_runtime.errors import ContextError, OptionError
-from edgellm_runtime.evaluate import evaluate, windows_of
-from edgellm_runtime.memory import peak_rss_mb
 
 __all__ = ["Prediction", "TaskReport", "evaluate_baselines", "evaluate_task"]
 

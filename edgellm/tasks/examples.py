@@ -27,7 +27,7 @@ def read_examples(path: Path, task: str, limit: int = 0) -> list[Example]:
 
     Args:
         path: JSON Lines, in UTF-8.
-        task: a name of :data:`edgellm_runtime.tasks.spec.FIELDS`.
+        task: a name of :data:`edgellm_runtime.task_spec.FIELDS`.
         limit: the most to read; 0 for all.
 
     Raises:

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from edgellm.tasks.examples import Example
+from edgellm_runtime.task_spec import ANSWER, FIELDS, SEPARATOR, Segment, TaskSpec
 from edgellm_runtime.tasks.prompt import TokenId
 from edgellm_runtime.tasks.scripts import scripts_of
-from edgellm_runtime.tasks.spec import ANSWER, FIELDS, SEPARATOR, Segment, TaskSpec
 
 __all__ = ["CUT", "NO_ANSWER", "make_spec", "target_of", "texts_of"]
 
@@ -32,7 +32,7 @@ def make_spec(
     """What a model that is trained on these examples will say of itself.
 
     Args:
-        task: a name of :data:`edgellm_runtime.tasks.spec.FIELDS`.
+        task: a name of :data:`edgellm_runtime.task_spec.FIELDS`.
         examples: the training part.
         token_id: of the model's tokenizer, whose special tokens the prompt is made of.
         max_prompt: the most tokens of a prompt.

@@ -21,7 +21,7 @@ from edgellm.training.progress import StepReport
 from edgellm.training.tokenizer import train_tokenizer
 from edgellm.training.tokens import prepare_tokens
 from edgellm.training.trainer import TrainResult, holds_run, train
-from edgellm_runtime.tasks.spec import TaskSpec
+from edgellm_runtime.task_spec import TaskSpec
 
 __all__ = ["RunConfig", "train_from_text"]
 
@@ -40,7 +40,7 @@ class RunConfig:
         architecture: a name in the registry.
         model: the model's configuration, as its ``to_json`` gives it; ``vocab_size`` is the most the tokenizer gets.
         options: how to train.
-        task: a name of :data:`edgellm_runtime.tasks.spec.FIELDS`; empty: a language model on plain text.
+        task: a name of :data:`edgellm_runtime.task_spec.FIELDS`; empty: a language model on plain text.
         init: a checkpoint to begin with, whose model and tokenizer are kept; None: fresh weights.
         lora: rank of adapters to learn through; 0: all weights learn.
         lora_alpha: how much adapters count; 0: twice the rank.

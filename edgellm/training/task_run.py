@@ -25,7 +25,7 @@ from edgellm.training.progress import StepReport
 from edgellm.training.run import DATA, TOKENIZER, RunConfig
 from edgellm.training.tokenizer import end_of_text_id, train_tokenizer
 from edgellm.training.trainer import TrainResult, holds_run, train
-from edgellm_runtime.tasks.spec import ANSWER, PREDICATE, SEPARATOR, TaskSpec
+from edgellm_runtime.task_spec import ANSWER, PREDICATE, SEPARATOR, TaskSpec
 
 __all__ = ["train_task"]
 

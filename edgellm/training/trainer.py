@@ -35,7 +35,7 @@ from edgellm.training.tokenizer import end_of_text_id
 from edgellm.training.tokens import TokenData
 from edgellm.training.update import Updater
 from edgellm.training.validation import validation_loss
-from edgellm_runtime.tasks.spec import TaskSpec
+from edgellm_runtime.task_spec import TaskSpec
 
 __all__ = ["TrainResult", "holds_run", "train"]
 

@@ -21,10 +21,9 @@ from torch import nn
 
 from edgellm.models.protocol import LanguageModel, logit_width
 from edgellm_exporters.atomic import check_destination, whole_directory
-from edgellm_exporters.auto import Automatic, quantize_within
-from edgellm_exporters.capture import capture, check_model, signature_of
-from edgellm_exporters.errors import ExportError, ParityError
-from edgellm_exporters.fixed import (
+from edgellm_exporters.auto.automatic import Automatic, quantize_within
+from edgellm_exporters.auto.budget import AUTO, Budget, bounds_of
+from edgellm_exporters.engines.fixed_sizes import (
     EngineOptions,
     check_types,
     loosened,
@@ -34,28 +33,29 @@ from edgellm_exporters.fixed import (
     twins,
     write_roles,
 )
-from edgellm_exporters.goldens import GREEDY, write_goldens
-from edgellm_exporters.lower import lower_to, prepare
-from edgellm_exporters.memory import give_back
-from edgellm_exporters.parity import ParityReport, measure
-from edgellm_exporters.quantize.budget import AUTO, Budget, bounds_of
+from edgellm_exporters.engines.tensorrt import add_engines, check_engine_options
+from edgellm_exporters.errors import ExportError, ParityError
+from edgellm_exporters.graph.capture import capture, check_model, signature_of
+from edgellm_exporters.graph.lower import lower_to, prepare
+from edgellm_exporters.graph.targets import Target, find_target
+from edgellm_exporters.graph.write import GRAPH_FILE, WEIGHTS_FILE, Progress, write_graph
+from edgellm_exporters.proof.goldens import GREEDY, write_goldens
+from edgellm_exporters.proof.parity import ParityReport, measure
+from edgellm_exporters.proof.samples import golden_rows
+from edgellm_exporters.proof.traces import Continuation, Trace, take_traces
 from edgellm_exporters.quantize.cache import cache_scales, cached_states, narrow_caches
 from edgellm_exporters.quantize.methods import METHODS, find_method
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.quantize.planning import make_plan
-from edgellm_exporters.reference import Continuation, Trace, take_traces
-from edgellm_exporters.samples import golden_rows
-from edgellm_exporters.streaming import OwnWeights, Weights, resident
-from edgellm_exporters.targets import Target, find_target
-from edgellm_exporters.tensorrt import add_engines, check_engine_options
-from edgellm_exporters.write import GRAPH_FILE, WEIGHTS_FILE, Progress, write_graph
+from edgellm_exporters.weights.memory import give_back
+from edgellm_exporters.weights.streaming import OwnWeights, Weights, resident
 from edgellm_runtime.backends.ort import library
 from edgellm_runtime.bundle import MANIFEST, Bundle, FileInfo, Manifest, TokenizerInfo, sha256_of
+from edgellm_runtime.checks.verify import Verification, verify
 from edgellm_runtime.loading import open_session
 from edgellm_runtime.session import Session
 from edgellm_runtime.spec import Signature
-from edgellm_runtime.tasks.spec import TaskSpec
-from edgellm_runtime.verify import Verification, verify
+from edgellm_runtime.task_spec import TaskSpec
 
 __all__ = ["ExportOptions", "Exported", "TextAssets", "decided", "export"]
 
@@ -68,7 +68,7 @@ class ExportOptions:
     """What to make.
 
     Args:
-        target: a name in :data:`edgellm_exporters.targets.TARGETS`.
+        target: a name in :data:`edgellm_exporters.graph.targets.TARGETS`.
         dtype: of activations and unquantized weights.
         quantize: what :func:`edgellm_exporters.quantize.methods.find_method` knows.
         name: what the bundle calls itself; the destination's name if empty.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgellm_runtime.engines import LIBRARIES
+from edgellm_runtime.bundle.engine_info import LIBRARIES
 from edgellm_runtime.errors import BackendError, BundleError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def load(
     """
     from edgellm_runtime.bundle import Bundle
     from edgellm_runtime.model import Model
-    from edgellm_runtime.tokenizer import Tokenizer, check_info
+    from edgellm_runtime.text.tokenizer import Tokenizer, check_info
 
     with Bundle.while_checking(path, checksums=checksums) as bundle:
         session = open_session(bundle, device=device, threads=threads)
@@ -66,7 +66,7 @@ def open_session(bundle: Bundle, *, device: str = "auto", threads: int | None = 
 
 def session_of(bundle: Bundle, backend: Backend) -> Session:
     """Steps of an opened bundle with a backend that was made for it."""
-    from edgellm_runtime.roles import Roles
+    from edgellm_runtime.backends.graph_roles import Roles
     from edgellm_runtime.session import Session
 
     manifest = bundle.manifest
@@ -114,8 +114,8 @@ def _backend(bundle: Bundle, device: str, threads: int | None) -> Backend:
 
         return OrtDeviceBackend(bundle.file(GRAPH), manifest.signature, max_context=manifest.max_context)
     if manifest.graphs:
+        from edgellm_runtime.backends.graph_roles import Roles
         from edgellm_runtime.backends.ort_roles import OrtRolesBackend
-        from edgellm_runtime.roles import Roles
 
         return OrtRolesBackend(bundle.path, Roles.of(manifest), manifest.signature, threads=threads)
     from edgellm_runtime.backends.ort import OrtBackend

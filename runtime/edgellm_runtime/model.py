@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_runtime.chat import ChatTemplate, Message
-from edgellm_runtime.conversation import Conversation
 from edgellm_runtime.errors import BundleError, OptionError
-from edgellm_runtime.generate import Generation, GenerationOptions, OptionKeywords, Run, Stream
+from edgellm_runtime.generation.conversation import Conversation
+from edgellm_runtime.generation.generate import Generation, GenerationOptions, OptionKeywords, Run, Stream
 from edgellm_runtime.session import Session
-from edgellm_runtime.tokenizer import Tokenizer, check_tokens
+from edgellm_runtime.text.chat import ChatTemplate, Message
+from edgellm_runtime.text.tokenizer import Tokenizer, check_tokens
 
 if TYPE_CHECKING:
     from edgellm_runtime.bundle import Bundle

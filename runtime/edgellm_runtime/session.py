@@ -11,7 +11,7 @@ from edgellm_runtime.backends import Backend, Candidates
 from edgellm_runtime.errors import ContextError, OptionError, StateError
 from edgellm_runtime.spec import Signature
 from edgellm_runtime.state import State
-from edgellm_runtime.storage import Storage
+from edgellm_runtime.state.storage import Storage
 
 __all__ = ["Session"]
 

@@ -167,8 +167,8 @@ class Check:
         """Prompt and single tokens of a session, greedy."""
         import numpy as np
 
-        from edgellm_runtime.generate import next_tokens
-        from edgellm_runtime.sampling import Sampler, SamplingOptions
+        from edgellm_runtime.generation.generate import next_tokens
+        from edgellm_runtime.generation.sampling import Sampler, SamplingOptions
 
         sampler = Sampler(SamplingOptions(), rows=batch, vocab_size=session.vocab_size)
         prompt = np.random.default_rng(0).integers(0, session.vocab_size, (batch, self.prompt))

@@ -47,13 +47,13 @@ class Lowered:
     def __init__(self, model: Any, dtype: str, method: str, folder: Path) -> None:
         import dataclasses
 
-        from edgellm_exporters.capture import capture, signature_of
-        from edgellm_exporters.lower import lower_to, prepare
+        from edgellm_exporters.graph.capture import capture, signature_of
+        from edgellm_exporters.graph.lower import lower_to, prepare
+        from edgellm_exporters.graph.targets import find_target
+        from edgellm_exporters.graph.write import write_graph
+        from edgellm_exporters.proof.samples import golden_rows
         from edgellm_exporters.quantize.methods import find_method
         from edgellm_exporters.quantize.planning import make_plan
-        from edgellm_exporters.samples import golden_rows
-        from edgellm_exporters.targets import find_target
-        from edgellm_exporters.write import write_graph
 
         target, config = find_target("cuda"), model.config
         graph = prepare(capture(model), target)
@@ -126,7 +126,7 @@ def parity_of(model: Any, lowered: Lowered, dtype: str, method: str, device: str
     import torch
 
     from edgellm.models.protocol import Step, empty_state
-    from edgellm_exporters.quantize.reference import quantized_model
+    from edgellm_exporters.quantize.quantized_model import quantized_model
 
     reference = model if method == "none" else quantized_model(model, lowered.plan, integer_products=False)
     length = min(256, model.config.max_context)

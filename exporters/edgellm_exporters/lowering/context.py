@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgellm.ops.canonical import DOMAIN
 from edgellm_exporters.errors import LoweringError
-from edgellm_exporters.lowering.form import Form
+from edgellm_exporters.lowering.fixed_form import Form
 from edgellm_exporters.quantize.plan import Plan, QuantizedWeight
 from edgellm_runtime.spec import TensorSpec
 

@@ -1,7 +1,7 @@
 """Canonical ops in the standard ONNX that TensorRT's parser takes without plugins, in graphs of fixed sizes.
 
 Every form was chosen because an engine of it builds and ONNX Runtime computes the same file; docs/tensorrt.md lists the
-forms that do not. What the parser would take and compute otherwise is refused by :mod:`edgellm_exporters.lint`.
+forms that do not. What the parser would take and compute otherwise is refused by :mod:`edgellm_exporters.engines.lint`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import onnx_ir as ir
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering import standard
 from edgellm_exporters.lowering.context import Array, Lowering, Rule, blank, inputs_of, shape_of
-from edgellm_exporters.lowering.form import DECODE, PREFILL
+from edgellm_exporters.lowering.fixed_form import DECODE, PREFILL
 from edgellm_exporters.lowering.linears import linear_rule
 from edgellm_exporters.lowering.scan import CELLS
 from edgellm_exporters.lowering.tensorrt_recurrent import rules

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering.context import Lowering, Rule
-from edgellm_exporters.lowering.form import DECODE
+from edgellm_exporters.lowering.fixed_form import DECODE
 from edgellm_exporters.lowering.scan import CELLS, Hoist, MatMul, scan
 
 __all__ = ["rules"]

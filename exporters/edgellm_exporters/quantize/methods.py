@@ -21,7 +21,7 @@ class Method:
         layers: the format of weights between the embedding and the logits, or None for floats. Weights whose rows do
             not divide into its blocks get the largest smaller block that does, unless ``exact``.
         ends: that of the embedding and of the projection to the vocabulary.
-        bounds: what a bundle must hold to, against the float model; see :mod:`edgellm_runtime.verify`.
+        bounds: what a bundle must hold to, against the float model; see :mod:`edgellm_runtime.checks.verify`.
         smooth: whether to smooth the layers' inputs first.
         keep: whether each weight gets the smallest format that holds the checkpoint's own values, instead.
         exact: whether the blocks are just those that are named.

@@ -15,7 +15,7 @@ from edgellm.ops.canonical import DOMAIN
 from edgellm_exporters.passes.merge_linears import parts_of
 from edgellm_exporters.quantize.calibrate import check_windows, largest_inputs, quantize_in_turn
 from edgellm_exporters.quantize.grids import half_precision
-from edgellm_exporters.quantize.keep import smallest_holding
+from edgellm_exporters.quantize.lossless import smallest_holding
 from edgellm_exporters.quantize.methods import Method, fitted
 from edgellm_exporters.quantize.plan import ROW, Codes, Plan, Scheme, joined
 from edgellm_exporters.quantize.rtn import round_to_nearest

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_runtime.state import State
-from edgellm_runtime.storage import HOST, Storage
+from edgellm_runtime.state.storage import HOST, Storage
 
 __all__ = ["Backend", "Candidates", "HostBackend"]
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edgellm_runtime.backends.pool import BufferPool
 from edgellm_runtime.errors import BackendError, StateError
 from edgellm_runtime.spec import DTYPE_BYTES, StateSpec
-from edgellm_runtime.storage import Buffers, host_dtype, too_large
+from edgellm_runtime.state.storage import Buffers, host_dtype, too_large
 
 __all__ = ["Captured", "Cuda", "CudaStorage", "DeviceArray", "bindings"]
 
@@ -196,7 +196,7 @@ class Cuda:
 
 
 class CudaStorage:
-    """Follows :class:`edgellm_runtime.storage.Storage`, for states of one fixed capacity.
+    """Follows :class:`edgellm_runtime.state.storage.Storage`, for states of one fixed capacity.
 
     Args:
         cuda: the GPU.
@@ -220,7 +220,7 @@ class CudaStorage:
         return self._capacity
 
     def acquire(self, specs: Sequence[StateSpec], batch: int, capacity: int) -> Buffers:
-        """See :meth:`edgellm_runtime.storage.Storage.acquire`."""
+        """See :meth:`edgellm_runtime.state.storage.Storage.acquire`."""
         assert capacity == self._capacity, (capacity, self._capacity)
         buffers, fresh = self._pool.get(specs, batch, capacity)
         for spec in specs:
@@ -233,7 +233,7 @@ class CudaStorage:
         raise AssertionError("a state of fixed capacity was asked to grow")
 
     def taken(self, specs: Sequence[StateSpec], old: Buffers, rows: Sequence[int], capacity: int) -> Buffers:
-        """See :meth:`edgellm_runtime.storage.Storage.taken`."""
+        """See :meth:`edgellm_runtime.state.storage.Storage.taken`."""
         new, _ = self._pool.get(specs, len(rows), capacity)
         for spec in specs:
             for to, row in enumerate(rows):
@@ -241,7 +241,7 @@ class CudaStorage:
         return new
 
     def put(self, spec: StateSpec, target: Any, row: int, source: Any, capacities: tuple[int, int]) -> None:
-        """See :meth:`edgellm_runtime.storage.Storage.put`."""
+        """See :meth:`edgellm_runtime.state.storage.Storage.put`."""
         self._row(spec, target, row, source, 0)
 
     def _row(self, spec: StateSpec, target: DeviceArray, to: int, source: DeviceArray, row: int) -> None:
@@ -249,15 +249,15 @@ class CudaStorage:
         self._cuda.move(target.pointer + to * nbytes, source.pointer + row * nbytes, nbytes)
 
     def clear(self, tensor: Any) -> None:
-        """See :meth:`edgellm_runtime.storage.Storage.clear`."""
+        """See :meth:`edgellm_runtime.state.storage.Storage.clear`."""
         self._cuda.zero(tensor)
 
     def read(self, spec: StateSpec, tensor: Any) -> Array:
-        """See :meth:`edgellm_runtime.storage.Storage.read`; a copy."""
+        """See :meth:`edgellm_runtime.state.storage.Storage.read`; a copy."""
         return self._cuda.download(tensor)
 
     def write(self, spec: StateSpec, tensor: Any, array: Array) -> None:
-        """See :meth:`edgellm_runtime.storage.Storage.write`."""
+        """See :meth:`edgellm_runtime.state.storage.Storage.write`."""
         if array.shape != tensor.shape:
             full = np.zeros(tensor.shape, dtype=array.dtype)
             full[tuple(slice(0, n) for n in array.shape)] = array

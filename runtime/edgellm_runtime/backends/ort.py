@@ -17,7 +17,7 @@ from edgellm_runtime.backends.faults import load_fault, step_fault
 from edgellm_runtime.errors import BackendError
 from edgellm_runtime.spec import Signature
 from edgellm_runtime.state import State
-from edgellm_runtime.storage import host_dtype
+from edgellm_runtime.state.storage import host_dtype
 
 __all__ = ["OrtBackend", "check_names", "library"]
 

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from edgellm_runtime.backends import cuda
 from edgellm_runtime.backends.base import Candidates
-from edgellm_runtime.backends.choose import Chooser
 from edgellm_runtime.backends.faults import first_line, load_fault, step_fault
 from edgellm_runtime.backends.ort import check_names, library
+from edgellm_runtime.backends.ort_choice import Chooser
 from edgellm_runtime.backends.ort_memory import DeviceStorage, Kernels
 from edgellm_runtime.spec import Signature
 from edgellm_runtime.state import State
-from edgellm_runtime.storage import Storage
+from edgellm_runtime.state.storage import Storage
 
 __all__ = ["OrtDeviceBackend"]
 

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from edgellm_runtime.backends.faults import first_line, step_fault
 from edgellm_runtime.backends.pool import BufferPool
-from edgellm_runtime.onnxbytes import ELEMENT_TYPES, Node, graph_bytes
+from edgellm_runtime.graphs.writer import ELEMENT_TYPES, Node, graph_bytes
 from edgellm_runtime.spec import StateSpec
-from edgellm_runtime.storage import GROWTH, Buffers, host_dtype, too_large, widened
+from edgellm_runtime.state.storage import GROWTH, Buffers, host_dtype, too_large, widened
 
 __all__ = ["DeviceStorage", "Kernels"]
 
@@ -150,7 +150,7 @@ class Kernels:
 
 
 class DeviceStorage:
-    """Follows :class:`edgellm_runtime.storage.Storage`, with ONNX Runtime's values as tensors.
+    """Follows :class:`edgellm_runtime.state.storage.Storage`, with ONNX Runtime's values as tensors.
 
     Buffers whose state is gone are kept for the next one of their size: what was captured for their addresses stays
     good, and nothing is allocated for it.
@@ -163,11 +163,11 @@ class DeviceStorage:
         self._kernels, self._pool = kernels, BufferPool(self._make)
 
     def rounded(self, slots: int) -> int:
-        """See :meth:`edgellm_runtime.storage.Storage.rounded`."""
+        """See :meth:`edgellm_runtime.state.storage.Storage.rounded`."""
         return -(-slots // GROWTH) * GROWTH
 
     def acquire(self, specs: Sequence[StateSpec], batch: int, capacity: int) -> Buffers:
-        """See :meth:`edgellm_runtime.storage.Storage.acquire`."""
+        """See :meth:`edgellm_runtime.state.storage.Storage.acquire`."""
         buffers, fresh = self._pool.get(specs, batch, capacity)
         for spec in specs:  # of a used cache, slots that no token has filled are not looked at
             if fresh or spec.update == "replace":
@@ -175,7 +175,7 @@ class DeviceStorage:
         return buffers
 
     def grown(self, specs: Sequence[StateSpec], old: Buffers, batch: int, capacity: int) -> Buffers:
-        """See :meth:`edgellm_runtime.storage.Storage.grown`."""
+        """See :meth:`edgellm_runtime.state.storage.Storage.grown`."""
         new, _ = self._pool.get(specs, batch, capacity)
         for spec in specs:
             source, out, axis = old.tensors[spec.name], new.tensors[spec.name], spec.capacity_axis
@@ -186,14 +186,14 @@ class DeviceStorage:
         return new
 
     def taken(self, specs: Sequence[StateSpec], old: Buffers, rows: Sequence[int], capacity: int) -> Buffers:
-        """See :meth:`edgellm_runtime.storage.Storage.taken`."""
+        """See :meth:`edgellm_runtime.state.storage.Storage.taken`."""
         new, _ = self._pool.get(specs, len(rows), capacity)
         for spec in specs:
             self._kernels.rows(old.tensors[spec.name], rows, new.tensors[spec.name])
         return new
 
     def put(self, spec: StateSpec, target: Any, row: int, source: Any, capacities: tuple[int, int]) -> None:
-        """See :meth:`edgellm_runtime.storage.Storage.put`."""
+        """See :meth:`edgellm_runtime.state.storage.Storage.put`."""
         axis = spec.capacity_axis
         if axis is not None and capacities[0] != capacities[1]:
             fitting = self._kernels.empty(spec.resolve(1, capacities[0]), spec.dtype)
@@ -202,18 +202,18 @@ class DeviceStorage:
         self._kernels.put(target, row, source)
 
     def clear(self, tensor: Any) -> None:
-        """See :meth:`edgellm_runtime.storage.Storage.clear`."""
+        """See :meth:`edgellm_runtime.state.storage.Storage.clear`."""
         self._kernels.zeros(tensor)
 
     def read(self, spec: StateSpec, tensor: Any) -> Array:
-        """See :meth:`edgellm_runtime.storage.Storage.read`; a copy."""
+        """See :meth:`edgellm_runtime.state.storage.Storage.read`; a copy."""
         found = self._kernels.host(tensor)
         if spec.dtype != "bfloat16":
             return found
         return (found.view(np.uint32) >> 16).astype(np.uint16)
 
     def write(self, spec: StateSpec, tensor: Any, array: Array) -> None:
-        """See :meth:`edgellm_runtime.storage.Storage.write`."""
+        """See :meth:`edgellm_runtime.state.storage.Storage.write`."""
         shape = tuple(tensor.shape())
         assert array.dtype == host_dtype(spec.dtype), "the library copies bytes and does not look at their dtype"
         if array.shape != shape:

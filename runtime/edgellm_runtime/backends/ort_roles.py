@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_runtime.backends.base import HostBackend
+from edgellm_runtime.backends.graph_roles import Roles
 from edgellm_runtime.backends.ort import OrtBackend
 from edgellm_runtime.errors import BackendError
-from edgellm_runtime.roles import Roles
 from edgellm_runtime.spec import Signature
 from edgellm_runtime.state import State
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from edgellm_runtime.spec import StateSpec
-from edgellm_runtime.storage import Buffers
+from edgellm_runtime.state.storage import Buffers
 
 __all__ = ["BufferPool"]
 

@@ -14,16 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_runtime.backends.base import Candidates
+from edgellm_runtime.backends.caches import CacheFile
 from edgellm_runtime.backends.cuda_memory import Captured, Cuda, CudaStorage, DeviceArray, bindings
-from edgellm_runtime.backends.tensorrt_choose import Choice, check_chooser
+from edgellm_runtime.backends.graph_roles import Role, Roles
+from edgellm_runtime.backends.tensorrt_choice import Choice, check_chooser
 from edgellm_runtime.backends.tensorrt_kernels import KernelCache
 from edgellm_runtime.backends.tensorrt_library import Engine, Library, find_library
-from edgellm_runtime.caches import CacheFile
 from edgellm_runtime.errors import BackendError, StateError
-from edgellm_runtime.roles import Role, Roles
 from edgellm_runtime.spec import Signature
 from edgellm_runtime.state import State
-from edgellm_runtime.storage import Storage, widened
+from edgellm_runtime.state.storage import Storage, widened
 
 if TYPE_CHECKING:
     from edgellm_runtime.bundle import Bundle
@@ -46,7 +46,7 @@ def open_engines(bundle: Bundle, *, device_id: int = 0) -> TensorRTBackend:
         BackendError: no library, no bindings, no driver, no GPU, or not enough memory.
         BundleError: no engine for this library and this GPU; the text says how to build it here.
     """
-    from edgellm_runtime.engines import check_engine, choosers_here
+    from edgellm_runtime.backends.engine_fit import check_engine, choosers_here
 
     manifest = bundle.manifest
     library = find_library([engine.library for engine in manifest.engines])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgellm_runtime.caches import CacheFile
+from edgellm_runtime.backends.caches import CacheFile
 
 __all__ = ["RTX_API", "KernelCache"]
 

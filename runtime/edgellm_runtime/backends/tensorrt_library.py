@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgellm_runtime.backends.caches import CacheFile
 from edgellm_runtime.backends.faults import is_out_of_memory, load_fault
 from edgellm_runtime.backends.tensorrt_kernels import KernelCache
-from edgellm_runtime.caches import CacheFile
 from edgellm_runtime.errors import BackendError
 
 __all__ = ["API", "DTYPES", "Engine", "Library", "find_library", "imported"]

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from edgellm_runtime.errors import ContextError, OptionError
 from edgellm_runtime.session import Session
+from edgellm_runtime.softmax import log_softmax
 from edgellm_runtime.state import State
-from edgellm_runtime.verify import log_softmax
 
 __all__ = ["Hypothesis", "beam_search", "read_prompts"]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from edgellm_runtime.errors import ContextError, OptionError
-from edgellm_runtime.tasks.spec import PREDICATE, SEPARATOR, TaskSpec
+from edgellm_runtime.task_spec import PREDICATE, SEPARATOR, TaskSpec
 
 __all__ = ["Encode", "Prompt", "TokenId", "WordPrompt", "encode_prompt", "encode_words"]
 

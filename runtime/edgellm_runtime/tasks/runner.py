@@ -11,13 +11,13 @@ import numpy as np
 
 from edgellm_runtime.errors import OptionError
 from edgellm_runtime.session import Session
+from edgellm_runtime.softmax import log_softmax
+from edgellm_runtime.task_spec import TaskSpec
 from edgellm_runtime.tasks.beam import Hypothesis, beam_search, read_prompts
 from edgellm_runtime.tasks.prompt import Prompt, encode_prompt, encode_words
 from edgellm_runtime.tasks.scripts import check_scripts
-from edgellm_runtime.tasks.spec import TaskSpec
 from edgellm_runtime.tasks.viterbi import viterbi
-from edgellm_runtime.tokenizer import Tokenizer
-from edgellm_runtime.verify import log_softmax
+from edgellm_runtime.text.tokenizer import Tokenizer
 
 __all__ = ["Answer", "Roles", "Span", "TaskRunner"]
 

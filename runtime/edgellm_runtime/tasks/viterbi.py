@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_runtime.verify import log_softmax
+from edgellm_runtime.softmax import log_softmax
 
 __all__ = ["may_follow", "viterbi"]
 

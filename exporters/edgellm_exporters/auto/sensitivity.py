@@ -1,0 +1,192 @@
+"""What each format of each weight is expected to cost: predicted KL divergence, additive over weights."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from edgellm_exporters.auto.fisher import Gathered, gather
+from edgellm_exporters.auto.formats import Candidates
+from edgellm_exporters.auto.trials import tried
+from edgellm_exporters.passes.merge_linears import parts_of
+from edgellm_exporters.quantize.plan import Scheme
+from edgellm_exporters.quantize.quantized_model import round_rows
+from edgellm_exporters.quantize.rtn import round_to_nearest
+from edgellm_exporters.quantize.smooth import Smoothing
+from edgellm_exporters.weights.streaming import Weights, resident
+
+__all__ = ["GPTQ_FACTOR", "predicted", "sensitivities"]
+
+# Of what rounding to nearest would cost: estimates, which verification replaces. The input of the projection to the
+# vocabulary is a norm's output whose directions are few, which is where GPTQ gains most.
+GPTQ_FACTOR, _GPTQ_FACTOR_HEAD = 0.6, 0.35
+_TOKENS, _WINDOW = 1024, 256
+_READING = threading.Lock()  # files have one position
+_ROWS = 8192  # of a weight at a time: a vocabulary's error is as large as the table itself
+Progress = Callable[[str, float], None]
+Predictions = dict[str, dict[Scheme, float]]
+Array = NDArray[np.float32]
+
+
+def sensitivities(
+    model: nn.Module, weights: Weights, candidates: Sequence[Candidates], smoothing: Smoothing,
+    windows: Sequence[Sequence[int]], *, rounds_inputs: bool, progress: Progress = lambda what, share: None,
+) -> Predictions:  # fmt: skip
+    """Nats a token that each format of each weight adds to the KL divergence from the float model.
+
+    Linear layers and embeddings by the Fisher information, from one pass forward and backward over about 1,000 tokens;
+    what other weights cost is measured, with one of them rounded at a time. The float model is in memory meanwhile.
+
+    Args:
+        model: in eval mode; may be on the meta device.
+        weights: where its parameters are read from.
+        candidates: weights and their formats.
+        smoothing: what has been done to the graph's weights.
+        windows: rows of token ids.
+        rounds_inputs: whether the target's kernels round what they multiply with to 8 bits.
+        progress: told what is done, and how much of it.
+    """
+    few, weights = _cut(windows), _Kept(weights)
+    with resident(model, weights):
+        seen = gather(model, few, lambda share: progress("measuring gradients", share))
+    aliases = _first_names(model)
+    sources = [_Source(c, weights, smoothing, seen, aliases) for c in candidates]
+    found: Predictions = {}
+    with ThreadPoolExecutor(_threads()) as pool:
+        done = pool.map(lambda s: s.costs(rounds_inputs), [s for s in sources if s.known])
+        for number, (source, costs) in enumerate(zip([s for s in sources if s.known], done, strict=True)):
+            found[source.name] = costs
+            progress("measuring sensitivities", (number + 1) / len(sources))
+    unknown = [c for s, c in zip(sources, candidates, strict=True) if not s.known]
+    if unknown:
+        found |= tried(model, weights, unknown, few[0], lambda share: progress("trying other weights", share))
+    return {c.name: found[c.name] for c in candidates}
+
+
+def predicted(predictions: Predictions, schemes: Mapping[str, Scheme]) -> float:
+    """The KL divergence of an assignment, as far as the estimate goes."""
+    return sum(predictions[name][scheme] for name, scheme in schemes.items())
+
+
+class _Kept:
+    """Weights read once, for :class:`~edgellm_exporters.weights.streaming.Weights`; autograd keeps them anyway."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights, self._held = weights, dict[str, Tensor]()
+
+    def read(self, name: str) -> Tensor:
+        """One parameter."""
+        with _READING:
+            if name not in self._held:
+                self._held[name] = self._weights.read(name)
+            return self._held[name]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of one parameter."""
+        return self.read(name)[start:stop]
+
+
+def _cut(windows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Short windows from the beginning of each: attention's share of memory grows with their square."""
+    most = max(1, _TOKENS // min(_WINDOW, len(windows[0])))
+    spread = windows[:: max(1, len(windows) // most)][:most]
+    return [list(window[:_WINDOW]) for window in spread]
+
+
+def _threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Each of the model's names for a parameter, to the first of them."""
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(parameter), name)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is known of one weight."""
+
+    candidates: Candidates
+    weights: Weights
+    smoothing: Smoothing
+    seen: Gathered
+    aliases: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        return self.candidates.name
+
+    @property
+    def _parts(self) -> list[str]:
+        return [self.aliases.get(part, part) for part in parts_of(self.name)]
+
+    @property
+    def known(self) -> bool:
+        """Whether gradients were gathered for all of it."""
+        products = all(part in self.seen.products for part in self._parts)
+        return products or (len(self._parts) == 1 and self._parts[0] in self.seen.lookups)
+
+    def costs(self, rounds_inputs: bool) -> dict[Scheme, float]:
+        """Predicted KL of each format."""
+        weight = np.concatenate([self.weights.read(part).float().numpy() for part in self._parts])
+        weight = np.asarray(self.smoothing.scaled(self.name, weight), dtype=np.float32)
+        product = self._product()
+        rounded = _input_costs(weight, *product, self.candidates.schemes) if product and rounds_inputs else {}
+        found = {}
+        for scheme in self.candidates.schemes:
+            direct, looked_up = self._weight_costs(weight, scheme, product)
+            gptq = scheme.bits < 8 and not scheme.shifted
+            factor = _GPTQ_FACTOR_HEAD if self.candidates.role == "head" else GPTQ_FACTOR
+            total = (factor if gptq else 1.0) * direct + looked_up + rounded.get(scheme.block, 0.0)
+            found[scheme] = total / (2 * self.seen.tokens)
+        return found
+
+    def _product(self) -> tuple[Tensor, Tensor] | None:
+        """Inputs and output gradients as smoothed, or None for what is only looked up in."""
+        pairs = [self.seen.products[part] for part in self._parts if part in self.seen.products]
+        if not pairs:
+            return None
+        x, gradient = pairs[0][0].float(), torch.cat([g for _, g in pairs], dim=1).float()
+        columns, rows = self.smoothing.columns.get(self.name), self.smoothing.rows.get(self.name)
+        x = x if columns is None else x / torch.from_numpy(np.asarray(columns, dtype=np.float32))
+        return x, gradient if rows is None else gradient / torch.from_numpy(np.asarray(rows, dtype=np.float32))
+
+    def _weight_costs(
+        self, weight: Array, scheme: Scheme, product: tuple[Tensor, Tensor] | None
+    ) -> tuple[float, float]:
+        """Sums over tokens of the squared effect of the weight's error: in products, and in lookups."""
+        lookup = self.seen.lookups.get(self._parts[0])
+        effect = torch.zeros(len(product[0])) if product else torch.zeros(0)
+        looked_up = torch.zeros(len(lookup[0])) if lookup else torch.zeros(0)
+        for start in range(0, len(weight), _ROWS):
+            part = weight[start : start + _ROWS]
+            error = torch.from_numpy(round_to_nearest(part, scheme).dequantize() - part)
+            if product is not None:
+                effect += ((product[1][:, start : start + len(part)] @ error) * product[0]).sum(-1)
+            if lookup is not None:
+                here = ((lookup[0] >= start) & (lookup[0] < start + len(part))).nonzero()[:, 0]
+                looked_up[here] = (lookup[1][here].float() * error[lookup[0][here] - start]).sum(-1)
+        return float(effect.square().sum()), float(looked_up.square().sum())
+
+
+def _input_costs(weight: Array, x: Tensor, gradient: Tensor, schemes: Sequence[Scheme]) -> dict[int, float]:
+    """Sums over tokens of the squared effect of rounding a product's inputs, by the size of the blocks."""
+    back = gradient @ torch.from_numpy(weight)
+    found = {}
+    for block in {scheme.block for scheme in schemes}:
+        blocks = x.reshape(len(x), -1, block or x.shape[1])
+        error = round_rows(blocks).reshape(x.shape) - x
+        found[block] = float((back * error).sum(-1).square().sum())
+    return found

@@ -1,0 +1,269 @@
+"""From a PyTorch module to a graph of canonical ops, guided by nothing but the state that the module declares.
+
+The graph has four inputs besides the state (see :data:`INPUTS`), so that one trace serves prefill, decode, evaluation
+and ragged batches. Nothing here knows an architecture or a target.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from edgellm.models.protocol import LanguageModel, Step, empty_state, logit_width
+from edgellm.ops.canonical import DOMAIN
+from edgellm_exporters.errors import CaptureError
+from edgellm_exporters.graph.tracing import CanonicalFunctions, canonical, fake_parameters, no_collection
+from edgellm_exporters.graph.translate import translated
+from edgellm_exporters.weights.streaming import LazyWeight, OwnWeights, Weights
+from edgellm_runtime.spec import BATCH, CAPACITY, Signature, SpecError, StateSpec, TensorSpec
+
+__all__ = ["INPUTS", "OPSET", "capture", "check_model", "signature_of"]
+
+OPSET = 23
+INPUTS = (
+    TensorSpec("tokens", (BATCH, "time"), "int64"),
+    TensorSpec("past_lengths", (BATCH,), "int32"),
+    TensorSpec("lengths", (BATCH,), "int32"),
+    TensorSpec("logit_positions", (BATCH, "count"), "int64"),
+)
+# Sizes of the example: torch.export bakes 0 and 1 in, and equal sizes would hide a dimension that was mixed up.
+_EXAMPLE = {BATCH: 2, "time": 5, "count": 3, CAPACITY: 11}
+
+
+def check_model(model: LanguageModel) -> None:
+    """Make sure that a model can be asked for what an export needs, before any work.
+
+    Raises:
+        CaptureError: it does not follow :class:`edgellm.models.protocol.LanguageModel`, or a weight is not finite.
+            Weights that are not in memory are checked when they are read.
+    """
+    if not isinstance(model, nn.Module) or not isinstance(model, LanguageModel):
+        raise CaptureError(
+            f"{type(model).__name__} is not an nn.Module with config, state_specs() and forward(tokens, state, step); "
+            "see docs/embedding.md, 'A model of your own'"
+        )
+    signature_of(model)
+    for name, weight in model.named_parameters():
+        if weight.numel() and not weight.is_meta and not bool(torch.stack(weight.detach().aminmax()).isfinite().all()):
+            raise CaptureError(f"{name} holds NaN or infinite weights; train the model again, or load sound weights")
+
+
+def signature_of(model: LanguageModel) -> Signature:
+    """What the captured graph takes, gives and carries.
+
+    Raises:
+        CaptureError: the model's configuration or state specs describe no graph.
+    """
+    dtype = next((str(p.dtype).removeprefix("torch.") for _, p in model.named_parameters()), "float32")
+    try:
+        logits = TensorSpec("logits", (BATCH, "count", logit_width(model.config)), dtype)
+        return Signature(INPUTS, (logits,), tuple(model.state_specs()))
+    except (SpecError, AttributeError) as error:
+        raise CaptureError(
+            f"{type(model).__name__} declares what no graph can have: {error}; correct its config or state_specs()"
+        ) from error
+
+
+def capture(model: LanguageModel, weights: Weights | None = None) -> ir.Model:
+    """Trace a model once, without a look at its weights.
+
+    Args:
+        model: follows :class:`edgellm.models.protocol.LanguageModel`; in eval mode, on any device.
+        weights: where the parameters are read from; None for the model's own.
+
+    Returns:
+        A graph of canonical ops (domain ``edgellm``) and plain ONNX ops, its inputs and outputs named by the signature;
+        its weights are read when they are asked for.
+
+    Raises:
+        CaptureError: the module's forward depends on sizes or values that a graph cannot follow, or changes the state.
+    """
+    check_model(model)
+    signature = signature_of(model)
+    assert isinstance(model, nn.Module)
+    names = [t.name for t in signature.inputs] + [s.past_name for s in signature.state]
+    outputs = [t.name for t in signature.outputs] + [s.present_name for s in signature.state]
+    with fake_parameters(model), no_collection():
+        program = _trace(model, signature)
+        captured = translated(program, names, outputs, opset=OPSET)
+        if captured is None:
+            captured = _translate(program, names, outputs, type(model).__name__)
+    captured.opset_imports.setdefault(DOMAIN, 1)
+    _name_weights(captured, model, weights or OwnWeights(model))
+    _name_dimensions(captured, signature)
+    return captured
+
+
+class _OneGraph(nn.Module):
+    """The model with its state as a flat list, in the order of its specs."""
+
+    def __init__(self, model: nn.Module, specs: Sequence[StateSpec]) -> None:
+        super().__init__()
+        self.model, self.specs = model, specs
+
+    def forward(
+        self, tokens: Tensor, past_lengths: Tensor, lengths: Tensor, logit_positions: Tensor, state: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        past = {spec.name: tensor for spec, tensor in zip(self.specs, state, strict=True)}
+        with CanonicalFunctions():
+            result = self.model(tokens, past, Step(past_lengths, lengths, logit_positions))
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise CaptureError(f"the model's forward gave a {type(result).__name__}; it must give (logits, state)")
+        logits, present = result
+        if missing := [spec.name for spec in self.specs if spec.name not in present]:
+            raise CaptureError(f"the model's forward gave no new state for {missing}, which state_specs() declares")
+        if undeclared := sorted(present.keys() - past.keys()):
+            raise CaptureError(f"the model's forward gave a state {undeclared} that state_specs() does not declare")
+        return logits, [present[spec.name] for spec in self.specs]
+
+
+def _trace(model: LanguageModel, signature: Signature) -> torch.export.ExportedProgram:
+    assert isinstance(model, nn.Module)
+    was_training = model.training
+    wrapped = _OneGraph(model, signature.state).eval()
+    try:
+        with _quiet():
+            program = torch.export.export(
+                wrapped, _example(model, signature), dynamic_shapes=_dynamic_shapes(signature), strict=False
+            )
+            return canonical(program)
+    except CaptureError:
+        raise
+    except Exception as error:  # torch.export raises many kinds; each means: not one graph
+        _let_interrupt_through(error)
+        raise CaptureError(f"{type(model).__name__} cannot be traced as one graph: {_reason(model, error)}") from error
+    finally:
+        model.train(was_training)
+
+
+def _let_interrupt_through(error: BaseException | None) -> None:
+    """Ctrl-C that falls into PyTorch's C++ comes out as an error of another kind, with its name in the text."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt) or "KeyboardInterrupt" in str(error):
+            raise KeyboardInterrupt from error
+        error = error.__cause__ or error.__context__
+
+
+_SIZES, _VALUES = ("specialized it to be a constant", "Constraints violated"), ("data-dependent", "unbacked")
+
+
+def _reason(model: nn.Module, error: Exception) -> str:
+    """What to change in the model; PyTorch's own words follow, for they name the line or the dimension."""
+    said = " ".join(str(error).split())
+    if any(sign in said for sign in _VALUES):
+        advice = "the forward branches on a tensor's value; compute both sides and choose with torch.where"
+        return f"{advice} ({said[:300]})"
+    if not any(sign in said for sign in _SIZES):
+        return said[:400]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            kind = type(module).__name__
+            op = {"LSTM": "lstm", "GRU": "gru"}.get(kind.removesuffix("Cell"), "elman")
+            return (
+                f"{name} is an nn.{kind}, which PyTorch unrolls over the example's tokens; call edgellm.ops.{op} with "
+                "its weights as RecurrentWeights and step.lengths instead"
+            )
+    advice = "the forward fixes a size that must stay free; loop over no tokens, take sizes from x.shape without int()"
+    return f"{advice} ({said[:300]})"
+
+
+def _translate(
+    program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], name: str
+) -> ir.Model:
+    try:
+        with _quiet():
+            exported = torch.onnx.export(
+                program, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
+                input_names=inputs, output_names=outputs,
+            )  # fmt: skip
+    except torch.onnx.OnnxExporterError as error:
+        _let_interrupt_through(error)
+        unknown = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", str(error))
+        what = f"ONNX has no form of {unknown[1]}" if unknown else " ".join(str(error.__cause__ or error).split())[:400]
+        raise CaptureError(f"{name} cannot be written as ONNX: {what}; use other operators in its forward") from error
+    assert exported is not None
+    return exported.model
+
+
+def _example(model: LanguageModel, signature: Signature) -> tuple[Any, ...]:
+    size = _EXAMPLE
+    lengths = torch.tensor([size["time"], size["time"] - 1], dtype=torch.int32)
+    return (
+        torch.zeros(size[BATCH], size["time"], dtype=torch.int64),
+        torch.zeros(size[BATCH], dtype=torch.int32),
+        lengths,
+        torch.zeros(size[BATCH], size["count"], dtype=torch.int64),
+        list(empty_state(model, size[BATCH], size[CAPACITY]).values()),
+    )
+
+
+def _dynamic_shapes(signature: Signature) -> tuple[Any, ...]:
+    dims = {name: torch.export.Dim(name) for name in _EXAMPLE}
+
+    def dynamic(shape: Sequence[int | str]) -> dict[int, Any]:
+        return {axis: dims[dim] for axis, dim in enumerate(shape) if isinstance(dim, str)}
+
+    return (*(dynamic(t.shape) for t in signature.inputs), [dynamic(s.shape) for s in signature.state])
+
+
+def _name_weights(captured: ir.Model, model: nn.Module, weights: Weights) -> None:
+    """Call weights what the model calls them, for tracing saw it inside a wrapper, and say where they are."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for value in list(captured.graph.initializers.values()):
+        if value.name and value.name.startswith("model."):
+            value.name = value.name.removeprefix("model.")
+        if value.name in parameters:
+            assert value.const_value is not None
+            value.const_value = LazyWeight(weights, value.name, parameters[value.name].shape, value.const_value.dtype)
+
+
+def _name_dimensions(captured: ir.Model, signature: Signature) -> None:
+    shapes = {t.name: t.shape for t in (*signature.inputs, *signature.outputs)}
+    shapes |= {name: s.shape for s in signature.state for name in (s.past_name, s.present_name)}
+    known: dict[str, str] = {}  # the tracer's symbols, which the inputs tell apart, to ours
+    for value in (*captured.graph.inputs, *captured.graph.outputs):
+        assert value.name is not None and value.shape is not None
+        wanted = shapes[value.name]
+        found = [
+            known.get(str(dim.value), dim.value) if isinstance(dim, ir.SymbolicDim) else dim for dim in value.shape
+        ]
+        if value.is_graph_input():
+            known |= {str(f): dim for f, dim in zip(found, wanted, strict=True) if isinstance(dim, str)}
+        else:
+            _check_shape(value.name, found, wanted, frozenset(known.values()))
+        value.shape = ir.Shape(wanted)
+
+
+def _check_shape(name: str, found: Sequence[Any], wanted: Sequence[int | str], symbols: frozenset[str]) -> None:
+    # a symbol of neither side is an expression that the tracer did not simplify: nothing to judge by
+    fits = len(found) == len(wanted) and all(
+        f == w or not (isinstance(f, int) or f in symbols) for f, w in zip(found, wanted, strict=True)
+    )
+    if not fits:
+        shape = "(" + ", ".join(map(str, found)) + ")"
+        raise CaptureError(
+            f"{name}: the forward gives shape {shape}, but must give ({', '.join(map(str, wanted))}), whatever the "
+            "sizes of its inputs are"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back PyTorch's chatter about torchvision, deprecations and what an error will say anyway."""
+    log = logging.getLogger("torch")  # whose level those of its parts that matter here follow
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)

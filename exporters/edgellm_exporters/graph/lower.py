@@ -1,0 +1,79 @@
+"""From a captured graph to a target's: passes, lowering, cleaning."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from edgellm_exporters.graph.targets import Target
+from edgellm_exporters.lowering.context import lower
+from edgellm_exporters.lowering.fixed_form import DECODE, Form
+from edgellm_exporters.lowering.in_float32 import widen
+from edgellm_exporters.lowering.precision import narrow
+from edgellm_exporters.quantize.plan import Plan
+from edgellm_runtime.spec import CAPACITY
+
+__all__ = ["clean", "lower_to", "prepare"]
+
+
+def prepare(captured: ir.Model, target: Target) -> ir.Model:
+    """Clean a captured graph and put it through a target's passes, in place: plans are made for what comes out."""
+    clean(captured)
+    for make in target.passes:
+        make()(captured)
+    return captured
+
+
+def clean(captured: ir.Model) -> None:
+    """Take away what tracing leaves behind: identities, unused nodes, notes about Python code. In place."""
+    ir.passes.Sequential(
+        common.IdentityEliminationPass(), common.RemoveUnusedNodesPass(), common.ClearMetadataAndDocStringPass()
+    )(captured)
+
+
+def lower_to(
+    captured: ir.Model, target: Target, plan: Plan, form: Form | None = None, *, dtype: str = "float32",
+    rounded: str = "",
+) -> ir.Model:  # fmt: skip
+    """Make a target's graph; the captured one is changed in place.
+
+    Args:
+        captured: a cleaned canonical graph.
+        target: what to make it for.
+        plan: which weights to quantize, and how; names are those after the target's passes.
+        form: the sizes and the precision of a graph of fixed sizes.
+        dtype: of activations, state and weights that are not quantized; a form's own counts instead.
+        rounded: a narrower dtype that weights are rounded to first, as :class:`Form` has it.
+    """
+    if form is not None:
+        dtype, rounded = form.dtype, form.rounded
+        _fix_sizes(captured, form)
+    lower(captured, target.rules, plan, form, rounded or dtype)
+    ir.passes.Sequential(
+        common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(), common.TopologicalSortPass(),
+        common.NameFixPass(),
+    )(captured)  # fmt: skip
+    if form is not None or dtype != "float32" or rounded:
+        narrow(captured, dtype, rounded)
+    widen(captured, target.wide.get(dtype, {}), dtype)
+    common.NameFixPass()(captured)
+    if form is not None:
+        _drop_unused_inputs(captured)
+    captured.opset_imports.clear()
+    captured.opset_imports.update(target.domains)
+    captured.producer_name, captured.producer_version = "edgellm", ""
+    return captured
+
+
+def _fix_sizes(captured: ir.Model, form: Form) -> None:
+    sizes = {"time": form.time, CAPACITY: form.capacity, **({"count": 1} if form.role == DECODE else {})}
+    for value in (*captured.graph.inputs, *captured.graph.outputs):
+        assert value.shape is not None
+        value.shape = ir.Shape([sizes.get(str(dim), dim) if not isinstance(dim, int) else dim for dim in value.shape])
+
+
+def _drop_unused_inputs(model: ir.Model) -> None:
+    inputs = model.graph.inputs
+    for value in list(inputs):
+        if not value.uses() and not value.is_graph_output():
+            inputs.remove(value)

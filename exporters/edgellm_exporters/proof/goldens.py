@@ -1,0 +1,49 @@
+"""Goldens: what PyTorch computes for a few rows of tokens, sampled small enough to travel in the bundle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from edgellm_exporters.proof.traces import Continuation, Trace
+from edgellm_runtime.checks.verify import GOLDENS
+
+__all__ = ["GREEDY", "write_goldens"]
+
+GREEDY = 16  # tokens that PyTorch says after a row
+_TOP, _STATE_SAMPLES = 8, 16
+
+
+def write_goldens(traces: Sequence[Trace], said: Sequence[Continuation], directory: Path) -> None:
+    """Write samples of what PyTorch computed.
+
+    Args:
+        traces: of rows of at least two tokens.
+        said: what PyTorch says after each.
+        directory: of the bundle.
+    """
+    sampled = [_sampled(trace, after) for trace, after in zip(traces, said, strict=True)]
+    (directory / GOLDENS).write_text(json.dumps({"format": 1, "traces": sampled}))
+
+
+def _sampled(trace: Trace, after: Continuation) -> dict[str, Any]:
+    tops = [row.double().topk(min(_TOP, len(row))) for row in trace.logits]  # row by row: a vocabulary is long
+    generator = np.random.default_rng(0)
+    samples = {}
+    for name, tensor in trace.state.items():
+        flat = tensor.reshape(-1).double()
+        index = np.sort(generator.choice(len(flat), size=min(_STATE_SAMPLES, len(flat)), replace=False))
+        samples[name] = {"index": index.tolist(), "values": flat[torch.from_numpy(index)].tolist()}
+    return {
+        "tokens": trace.tokens,
+        "top_ids": [top.indices.tolist() for top in tops],
+        "top_logits": [top.values.tolist() for top in tops],
+        "logsumexp": [float(row.double().logsumexp(-1)) for row in trace.logits],
+        "greedy": list(after.tokens),
+        "state": samples,
+    }

@@ -1,0 +1,165 @@
+"""Does the bundle compute what PyTorch computes? Teacher-forced over real text, state, and greedy tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgellm.models.protocol import LanguageModel
+from edgellm_exporters.proof.traces import Continuation, Trace, continuations, traces
+from edgellm_runtime.checks.evaluate import distances, piece_length
+from edgellm_runtime.checks.verify import Check, held
+from edgellm_runtime.session import Session
+from edgellm_runtime.state import State
+
+__all__ = ["ParityReport", "compare", "measure"]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """What :func:`compare` found.
+
+    Args:
+        tokens: positions compared.
+        logits: largest difference of a logit, relative to the largest logit of its window.
+        kl: mean KL divergence from PyTorch's distribution to the bundle's, nats a token.
+        kl_p99: its 99th percentile.
+        top1: share of positions where both have the same most likely token.
+        state: largest relative difference of a carried tensor after the first window, in norm.
+        greedy: share of greedy continuations up to their first difference; 1 when none were asked for.
+        perplexity: the bundle's over the text.
+        reference_perplexity: PyTorch's.
+        first_divergence: window and position where the most likely tokens first differ, or None.
+    """
+
+    tokens: int
+    logits: float
+    kl: float
+    kl_p99: float
+    top1: float
+    state: float
+    greedy: float
+    perplexity: float
+    reference_perplexity: float
+    first_divergence: tuple[int, int] | None
+
+    def checks(self, bounds: dict[str, float]) -> list[Check]:
+        """Its figures held to those bounds that it has a figure for."""
+        return [held(name, getattr(self, name), bound) for name, bound in bounds.items() if hasattr(self, name)]
+
+
+def compare(
+    model: LanguageModel, session: Session, windows: Sequence[Sequence[int]], *,
+    greedy_prompts: Sequence[Sequence[int]] = (), greedy_count: int = 16,
+    progress: Callable[[float], None] = lambda _: None,
+) -> ParityReport:  # fmt: skip
+    """Run both over the same tokens.
+
+    Args:
+        model: the reference, in eval mode.
+        session: of the bundle.
+        windows: rows of token ids, each read from an empty state.
+        greedy_prompts: rows to continue greedily with both.
+        greedy_count: tokens of each continuation.
+        progress: told the share that is done.
+
+    Returns:
+        The differences.
+    """
+    said: Sequence[Continuation] = ()
+    if greedy_prompts:
+        said, _ = continuations(
+            model, lambda: session, greedy_prompts, [greedy_count] * len(greedy_prompts), whole=False
+        )
+    return measure(session, traces(model, windows), len(windows), said, progress)
+
+
+@torch.no_grad()
+def measure(
+    session: Session, references: Iterable[Trace], count: int, said: Sequence[Continuation],
+    progress: Callable[[float], None] = lambda _: None,
+) -> ParityReport:  # fmt: skip
+    """Hold a bundle to what PyTorch has computed already.
+
+    Args:
+        session: of the bundle.
+        references: of rows of tokens, at least one.
+        count: how many they are.
+        said: what PyTorch says after some rows.
+        progress: told the share that is done.
+    """
+    parts: list[_Part] = []
+    worst, state, first = 0.0, 0.0, None
+    for number, reference in enumerate(references):
+        own = session.new_state(1, len(reference.tokens))
+        row = list(_parts(session, own, reference))
+        difference = np.max([p.difference for p in row]) / np.max([p.largest for p in row])
+        worst = float(np.maximum(worst, difference))  # numpy's, unlike Python's, lets no NaN pass unseen
+        same = np.concatenate([p.same for p in row])
+        if first is None and not same.all():
+            first = (number, int(np.argmin(same)))
+        parts += row
+        if number == 0:
+            state = _state(reference, own)
+        progress((number + 1) / count)
+    kl = np.concatenate([p.kl for p in parts])
+    return ParityReport(
+        tokens=len(kl), logits=worst, kl=float(kl.mean()), kl_p99=float(np.percentile(kl, 99)),
+        top1=float(np.concatenate([p.same for p in parts]).mean()), state=state,
+        greedy=float(np.mean([s.agreed for s in said])) if said else 1.0,
+        perplexity=_perplexity([p.nll for p in parts]),
+        reference_perplexity=_perplexity([p.reference_nll for p in parts]),
+        first_divergence=first,
+    )  # fmt: skip
+
+
+def _perplexity(nats: Sequence[Array]) -> float:
+    """NaN where no token was predicted, as by a model that labels."""
+    found = np.concatenate(nats)
+    return float(np.exp(found.mean())) if len(found) else float("nan")
+
+
+class _Part(NamedTuple):
+    """The figures of some neighbouring positions, one each."""
+
+    difference: float  # the largest of a logit
+    largest: float  # PyTorch's largest logit
+    kl: Array
+    same: Array
+    nll: Array  # one fewer at a row's end
+    reference_nll: Array
+
+
+_PIECE = 128  # positions that the bundle reads at a time
+
+
+def _parts(session: Session, state: State, reference: Trace) -> Iterator[_Part]:
+    """Both sides' figures over one row, which the bundle reads into its state."""
+    row = np.asarray(reference.tokens, dtype=np.int64)
+    length = min(_PIECE, piece_length(session))
+    for start in range(0, len(row), length):
+        ours = session.step(row[None, start : start + length], state, logits="all")[0]
+        theirs = reference.logits[start : start + len(ours)].float().numpy()
+        targets = row[start + 1 : start + 1 + len(ours)] if session.predicts_tokens else row[:0]
+        found = distances(theirs, ours, targets)
+        difference, largest = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
+        yield _Part(difference, largest, found.kl, found.same, found.nll, found.reference_nll)
+
+
+def _state(reference: Trace, own: State) -> float:
+    worst = 0.0
+    for spec in own.specs:
+        if spec.dtype == "int8":  # codes of a cache: what they lose shows in the logits
+            continue
+        found, axis = own.read(spec.name)[0], spec.capacity_axis
+        found = found if axis is None else found.take(range(len(reference.tokens)), axis=axis - 1)
+        expected = reference.state[spec.name].double().numpy()
+        worst = float(np.maximum(worst, np.linalg.norm(found - expected) / (np.linalg.norm(expected) + 1e-12)))
+    return worst

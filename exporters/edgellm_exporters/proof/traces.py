@@ -1,0 +1,159 @@
+"""What PyTorch computes for some rows of tokens, in few passes over its weights: they may have to be read each time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgellm.models.protocol import LanguageModel, Step, empty_state, logit_width
+from edgellm_exporters.weights.memory import give_back
+from edgellm_runtime.session import Session
+
+__all__ = ["Continuation", "Trace", "continuations", "take_traces", "traces"]
+
+Tokens = Sequence[int]
+Open = Callable[[], Session]  # one that is dropped after use: a session holds its own copy of the weights
+_LOGITS_BYTES = 128 << 20  # of the rows that are run together
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What PyTorch says after a row, the most likely token each time.
+
+    Args:
+        tokens: as far as they are known.
+        agreed: the share of the tokens asked for that the bundle says too, up to the first where it does not.
+    """
+
+    tokens: tuple[int, ...]
+    agreed: float
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What PyTorch computes for one row, read from an empty state.
+
+    Args:
+        tokens: the row.
+        logits: (time, vocab), after each token.
+        state: after the last token, by the specs' names: (...) of this row, its slots in use.
+    """
+
+    tokens: list[int]
+    logits: Tensor
+    state: Mapping[str, Tensor]
+
+
+@torch.no_grad()
+def traces(model: LanguageModel, rows: Sequence[Tokens]) -> Iterator[Trace]:
+    """Run rows from empty states; neighbours of equal length together, as many as memory allows.
+
+    Args:
+        model: the reference, in eval mode.
+        rows: token ids, at least one each.
+    """
+    start = 0
+    while start < len(rows):
+        length = len(rows[start])
+        most = max(1, _LOGITS_BYTES // (4 * length * model.config.vocab_size))
+        same = list(itertools.takewhile(lambda row: len(row) == length, rows[start : start + most]))  # noqa: B023
+        tokens = torch.tensor([list(row) for row in same])  # (batch, time)
+        logits, state = model(tokens, empty_state(model, len(tokens), length), Step.whole(tokens))
+        for i, row in enumerate(same):
+            yield Trace(list(row), logits[i], {spec.name: state[spec.name][i] for spec in model.state_specs()})
+        start += len(same)
+
+
+def take_traces(
+    model: LanguageModel, open_session: Open, rows: Sequence[Tokens], count: int, *, whole: bool, max_context: int
+) -> tuple[list[Trace], list[Continuation]]:
+    """Run rows and find out what PyTorch says after them; one pass where all of the state is appended to.
+
+    Args:
+        model: the reference, in eval mode.
+        open_session: gives a session of the bundle; it is dropped before PyTorch runs.
+        rows: token ids.
+        count: the most tokens to say after each.
+        whole: as for :func:`continuations`.
+        max_context: the most tokens of a row in the bundle.
+    """
+    predicts = logit_width(model.config) == model.config.vocab_size  # labels are nothing to go on with
+    counts = [min(count, max_context - len(row)) if predicts else 0 for row in rows]
+    found, longer = continuations(model, open_session, rows, counts, whole=whole)
+    if all(spec.update == "append" for spec in model.state_specs()):
+        return [_cut(model, trace, len(row)) for trace, row in zip(longer, rows, strict=True)], found
+    return list(traces(model, rows)), found
+
+
+def continuations(
+    model: LanguageModel, open_session: Open, rows: Sequence[Tokens], counts: Sequence[int], *, whole: bool
+) -> tuple[list[Continuation], list[Trace]]:
+    """What PyTorch says after each row.
+
+    The bundle proposes, and one pass of PyTorch over a row with its proposal tells how far PyTorch agrees; after that
+    many tokens comes the one that PyTorch says instead.
+
+    Args:
+        model: the reference, in eval mode.
+        open_session: gives a session of the bundle; it is dropped before PyTorch runs.
+        rows: token ids.
+        counts: tokens after each.
+        whole: go on from there until every continuation is complete, with another pass for each disagreement; otherwise
+            a continuation ends with the first token that the bundle does not say.
+
+    Returns:
+        The continuations, and the first pass's traces: of rows with the bundle's proposals, all but the last token.
+    """
+    drafts, longer = _proposed(model, open_session, rows, counts)
+    said = [_confirmed(trace, draft) for trace, draft in zip(longer, drafts, strict=True)]
+    same = [sum(a == b for a, b in zip(s, d, strict=False)) for s, d in zip(said, drafts, strict=True)]
+    while whole and (unfinished := [i for i, tokens in enumerate(said) if len(tokens) < counts[i]]):
+        so_far = [[*rows[i], *said[i]] for i in unfinished]
+        drafts, more = _proposed(model, open_session, so_far, [counts[i] - len(said[i]) for i in unfinished])
+        for i, trace, draft in zip(unfinished, more, drafts, strict=True):
+            said[i] += _confirmed(trace, draft)
+    agreed = [n / count if count else 1.0 for n, count in zip(same, counts, strict=True)]
+    found = [Continuation(tuple(s), share) for s, share in zip(said, agreed, strict=True)]
+    return found, longer
+
+
+def _proposed(
+    model: LanguageModel, open_session: Open, rows: Sequence[Tokens], counts: Sequence[int]
+) -> tuple[list[list[int]], list[Trace]]:
+    """The bundle's continuations, and PyTorch's traces of each row followed by all of its continuation but the last."""
+    session = open_session()
+    drafts = [propose(session, row, count) for row, count in zip(rows, counts, strict=True)]
+    del session  # held by what it gave, too
+    give_back()
+    return drafts, list(traces(model, [[*row, *draft[:-1]] for row, draft in zip(rows, drafts, strict=True)]))
+
+
+def propose(session: Session, prompt: Tokens, count: int) -> list[int]:
+    """What a bundle says after a prompt, the most likely token each time."""
+    state = session.new_state(1, len(prompt) + count)
+    tokens, said = np.asarray([list(prompt)]), list[int]()
+    for _ in range(count):
+        said.append(int(session.step(tokens, state)[0, -1].argmax()))
+        tokens = np.asarray([[said[-1]]])
+    return said
+
+
+def _confirmed(trace: Trace, draft: Sequence[int]) -> list[int]:
+    """PyTorch's words up to the first that is not the draft's, from a trace of the row with the draft but its last."""
+    if not draft:
+        return []
+    own: list[int] = trace.logits[-len(draft) :].argmax(dim=-1).tolist()
+    agreed = next((i for i, (a, b) in enumerate(zip(own, draft, strict=True)) if a != b), len(own) - 1)
+    return own[: agreed + 1]
+
+
+def _cut(model: LanguageModel, trace: Trace, length: int) -> Trace:
+    """The trace of a row's first tokens: nothing that was computed for them depends on later ones."""
+    axes = {spec.name: spec.capacity_axis for spec in model.state_specs()}
+    state = {n: t if axes[n] is None else t.narrow(axes[n] - 1, 0, length) for n, t in trace.state.items()}  # type: ignore[operator]
+    return Trace(trace.tokens[:length], trace.logits[:length], state)

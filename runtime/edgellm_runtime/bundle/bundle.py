@@ -1,0 +1,154 @@
+"""A bundle on disk: what its manifest says, and files that are what the manifest says they are.
+
+A bundle is untrusted input. Paths stay inside its directory, sizes and checksums are compared before a parser sees a
+byte, and the graph may read no file but those listed. Weights are numbers and no parser's food: their checksums may be
+compared while a session is made of them, but before it is used. The format is described in docs/bundle-format.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from edgellm_runtime.bundle.manifest import MANIFEST, FileInfo, Manifest
+from edgellm_runtime.errors import BundleError
+from edgellm_runtime.graphs.external_files import external_files
+
+__all__ = ["Bundle", "sha256_of"]
+
+_MAX_MANIFEST_BYTES = 4 << 20
+
+
+class Bundle:
+    """A checked bundle directory.
+
+    Args:
+        path: the directory.
+        checksums: whether to read every file and compare its sha256. Sizes are compared in any case.
+
+    Raises:
+        BundleError: it is missing, damaged, foreign or newer.
+    """
+
+    def __init__(self, path: str | Path, *, checksums: bool = True) -> None:
+        for name in self._open(path, checksums):
+            self._check_sum(name)
+
+    @classmethod
+    @contextmanager
+    def while_checking(cls, path: str | Path, *, checksums: bool = True) -> Iterator[Bundle]:
+        """A bundle whose weights are compared with their checksums in a thread, while the block runs.
+
+        Everything else has been compared before. The block may prepare what reads the weights, but what it made may be
+        used only after it: the block's end raises where a checksum differs, whatever else went wrong over such weights.
+
+        Args:
+            path: the directory.
+            checksums: as for the class.
+
+        Raises:
+            BundleError: as for the class.
+        """
+        bundle = cls.__new__(cls)
+        weights, faults = bundle._open(path, checksums), list[Exception]()
+
+        def check() -> None:
+            try:
+                for name in weights:
+                    bundle._check_sum(name)
+            except Exception as error:
+                faults.append(error)
+
+        thread = threading.Thread(target=check, name="edgellm-checksums", daemon=True)
+        thread.start()
+        try:
+            yield bundle
+        finally:
+            thread.join()
+            if faults:
+                raise faults[0]
+
+    def _open(self, path: str | Path, checksums: bool) -> list[str]:
+        """Check all that can be had at once; the names of the files whose checksums are still to be compared."""
+        self.path = Path(path)
+        self.manifest = Manifest.from_json(_read_manifest(self.path), self.path / MANIFEST)
+        graphs = self.manifest.graph_files
+        if absent := [name for name in graphs if name not in self.manifest.files]:
+            raise BundleError(f"{self.path / MANIFEST}: lists no {absent[0]}; export the model again")
+        for name, info in self.manifest.files.items():
+            self._check_size(name, info)
+        if checksums:
+            for name in graphs:  # before they are asked which files are weights
+                self._check_sum(name)
+        weights = set().union(*(self._weights(name) for name in graphs)) - {*graphs, *self.manifest.engine_files}
+        if not checksums:
+            return []
+        for name in self.manifest.files.keys() - weights - set(graphs):
+            self._check_sum(name)
+        return sorted(weights)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its files, the manifest left out."""
+        return sum(f.bytes for f in self.manifest.files.values())
+
+    def file(self, name: str) -> Path:
+        """A listed file's path.
+
+        Raises:
+            BundleError: the manifest lists no such file.
+        """
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.path}: has no {name}; export the model again with it")
+        return self.path / name
+
+    def _check_size(self, name: str, info: FileInfo) -> None:
+        file = self.path / name
+        if file.is_symlink() or not file.is_file():
+            raise BundleError(f"{file}: missing or not a plain file; copy the bundle again")
+        if (found := file.stat().st_size) != info.bytes:
+            raise BundleError(f"{file}: {found} bytes instead of {info.bytes}; copy the bundle again")
+
+    def _check_sum(self, name: str) -> None:
+        file, expected = self.path / name, self.manifest.files[name].sha256
+        if (digest := sha256_of(file)) != expected:
+            raise BundleError(
+                f"{file}: checksum {digest[:12]}… instead of {expected[:12]}…; the file was changed, copy it again"
+            )
+
+    def _weights(self, name: str) -> set[str]:
+        """The files that a graph reads, every one of them listed."""
+        graph = self.file(name)
+        try:
+            wanted = external_files(graph.read_bytes())
+        except ValueError as error:
+            raise BundleError(f"{graph}: not an ONNX graph ({error}); export the model again") from error
+        if foreign := wanted - self.manifest.files.keys():
+            raise BundleError(f"{graph}: reads {sorted(foreign)}, which the manifest does not list; refusing to follow")
+        return wanted
+
+
+def sha256_of(file: Path) -> str:
+    """A file's sha256 in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_manifest(path: Path) -> Any:
+    file = path / MANIFEST
+    if not path.is_dir():
+        problem = "is not a directory" if path.exists() else "does not exist"
+        raise BundleError(f"{path}: {problem}; a bundle is the directory that 'edgellm export' wrote")
+    if not file.is_file():
+        raise BundleError(f"{path}: has no {MANIFEST}; a bundle is the directory that 'edgellm export' wrote")
+    if file.stat().st_size > _MAX_MANIFEST_BYTES:
+        raise BundleError(f"{file}: {file.stat().st_size} bytes are too many for a manifest; export the model again")
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{file}: not JSON ({error}); copy the bundle again") from error

@@ -1,0 +1,244 @@
+"""What a bundle says of itself: the manifest, every key of it checked. The format is in docs/bundle-format.md."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from edgellm_runtime.bundle.engine_info import ROLES, ChooserInfo, EngineInfo, GraphInfo
+from edgellm_runtime.errors import BundleError
+from edgellm_runtime.spec import Signature, SpecError
+from edgellm_runtime.task_spec import TaskSpec
+
+__all__ = ["FORMAT", "GRAPH", "MANIFEST", "FileInfo", "Manifest", "TokenizerInfo"]
+
+FORMAT = 1
+MANIFEST, GRAPH = "manifest.json", "model.onnx"
+_MAX_NAME = 255
+_T = TypeVar("_T")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_KEYS = {"format", "name", "target", "signature", "max_context", "ragged_chunks", "dtype", "files"}
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """What a file must be."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What the runtime must know besides ``tokenizer.json``."""
+
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    add_bos: bool = False
+    has_chat_template: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "bos_token_id": self.bos_token_id, "eos_token_ids": list(self.eos_token_ids), "add_bos": self.add_bos,
+            "has_chat_template": self.has_chat_template,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle says of itself.
+
+    Args:
+        name: for people.
+        target: ``name``, and what the device needs: ``requires``, library to least version.
+        signature: the graph's inputs, outputs and state.
+        max_context: the most tokens that a row may hold.
+        ragged_chunks: see :class:`edgellm_runtime.session.Session`.
+        dtype: of activations and unquantized weights.
+        files: every file but the manifest.
+        tokenizer: None for a model of token ids only.
+        quantization: ``method`` and figures, for people; ``{"method": "none"}`` when there is none.
+        provenance: where it came from, for people.
+        bounds: what ``verify`` holds the bundle to; see :mod:`edgellm_runtime.checks.verify`.
+        measured: what the exporter measured against PyTorch, for people.
+        task: what the model was trained to do; None: to go on with a text.
+        vocab_size: how many tokens there are; 0: as many as logits, which only a model that labels tokens differs from.
+        graphs: role to graph, where there is one for prompts and one for single tokens; empty: ``model.onnx`` for all.
+        capacity: slots that each row of the state must have, for such graphs; None: the caller's choice.
+        engines: built from those graphs.
+        choosers: engines that choose tokens from the logits of one position.
+    """
+
+    name: str
+    target: Mapping[str, Any]
+    signature: Signature
+    max_context: int
+    ragged_chunks: bool
+    dtype: str
+    files: Mapping[str, FileInfo]
+    tokenizer: TokenizerInfo | None = None
+    quantization: Mapping[str, Any] = field(default_factory=lambda: {"method": "none"})
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    bounds: Mapping[str, float] = field(default_factory=dict)
+    measured: Mapping[str, float] = field(default_factory=dict)
+    task: TaskSpec | None = None
+    vocab_size: int = 0
+    graphs: Mapping[str, GraphInfo] = field(default_factory=dict)
+    capacity: int | None = None
+    engines: tuple[EngineInfo, ...] = ()
+    choosers: tuple[ChooserInfo, ...] = ()
+
+    @property
+    def graph_files(self) -> tuple[str, ...]:
+        """The names of the graphs."""
+        return tuple(graph.file for graph in self.graphs.values()) or (GRAPH,)
+
+    @property
+    def width(self) -> int:
+        """Over how many tokens or labels the logits are."""
+        return int(self.signature.outputs[0].shape[-1])
+
+    @property
+    def engine_files(self) -> frozenset[str]:
+        """The names of the engines, of either kind."""
+        return frozenset(e.file for e in (*self.engines, *(chooser.engine for chooser in self.choosers)))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "target": dict(self.target),
+            "dtype": self.dtype,
+            "quantization": dict(self.quantization),
+            "max_context": self.max_context,
+            "ragged_chunks": self.ragged_chunks,
+            "tokenizer": None if self.tokenizer is None else self.tokenizer.to_json(),
+            "provenance": dict(self.provenance),
+            "bounds": dict(self.bounds),
+            "measured": dict(self.measured),
+            "task": None if self.task is None else self.task.to_json(),
+            "vocab_size": self.vocab_size,
+            **self._roles_json(),
+            "files": {name: {"bytes": f.bytes, "sha256": f.sha256} for name, f in self.files.items()},
+            "signature": self.signature.to_json(),
+        }
+
+    def _roles_json(self) -> dict[str, Any]:
+        if not self.graphs:
+            return {}
+        return {
+            "graphs": {role: graph.to_json() for role, graph in self.graphs.items()},
+            "capacity": self.capacity,
+            "engines": [engine.to_json() for engine in self.engines],
+            **({"choosers": [chooser.to_json() for chooser in self.choosers]} if self.choosers else {}),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any, source: Path) -> Manifest:
+        """Check and read a manifest.
+
+        Args:
+            data: the parsed JSON, of which nothing is believed yet.
+            source: the file, for messages.
+
+        Raises:
+            BundleError: a newer format, a missing key, a value of the wrong kind.
+        """
+        if not isinstance(data, dict) or type(data.get("format")) is not int or data["format"] < 1:
+            raise BundleError(f"{source}: not an edgellm manifest; export the model again")
+        if data["format"] > FORMAT:
+            raise BundleError(
+                f"{source}: format {data['format']}, this runtime reads up to {FORMAT}; install a newer edgellm"
+            )
+        if missing := _KEYS - data.keys():
+            raise BundleError(f"{source}: {sorted(missing)} missing; export the model again")
+        try:
+            return cls._parse(data)
+        except (SpecError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise BundleError(f"{source}: damaged ({error}); export the model again") from error
+
+    @classmethod
+    def _parse(cls, data: dict[str, Any]) -> Manifest:
+        _check_texts(data)
+        files = {name: FileInfo(_whole(f["bytes"]), _a(str, f["sha256"])) for name, f in data["files"].items()}
+        for name in files:
+            if not _FILE_NAME.fullmatch(name) or name == MANIFEST or len(name) > _MAX_NAME:
+                raise ValueError(f"file name {name!r} is not a plain name inside the bundle")
+        tokenizer = data.get("tokenizer")
+        if tokenizer is not None:
+            bos = tokenizer.get("bos_token_id")
+            tokenizer = TokenizerInfo(
+                None if bos is None else _whole(bos), tuple(_whole(t) for t in tokenizer["eos_token_ids"]),
+                _a(bool, tokenizer["add_bos"]), _a(bool, tokenizer["has_chat_template"]),
+            )  # fmt: skip
+        signature = Signature.from_json(data["signature"])
+        if len(signature.outputs) != 1 or type(signature.outputs[0].shape[-1]) is not int:
+            raise ValueError("the signature must have one output, logits over a vocabulary of known size")
+        task = None if data.get("task") is None else TaskSpec.from_json(data["task"])
+        width = signature.outputs[0].shape[-1]
+        if task is not None and task.labels and len(task.labels) != width:
+            raise ValueError(f"{len(task.labels)} labels for logits over {width}")
+        target = _a(dict, data["target"])
+        _a(str, target["name"])
+        return cls(
+            name=_a(str, data["name"]), target=target, signature=signature,
+            max_context=_whole(data["max_context"], least=1), ragged_chunks=_a(bool, data["ragged_chunks"]),
+            dtype=_a(str, data["dtype"]), files=files, tokenizer=tokenizer,
+            quantization=_a(dict, data.get("quantization", {"method": "none"})),
+            provenance=_a(dict, data.get("provenance", {})),
+            bounds={k: _number(v) for k, v in _a(dict, data.get("bounds", {})).items()},
+            measured={k: _number(v) for k, v in _a(dict, data.get("measured", {})).items()},
+            task=task, vocab_size=_whole(data.get("vocab_size", 0)), **_roles(data, files, width),
+        )  # fmt: skip
+
+
+def _roles(data: dict[str, Any], files: Mapping[str, FileInfo], width: int) -> dict[str, Any]:
+    """Graphs, capacity and engines, which go together."""
+    graphs = {role: GraphInfo.from_json(graph) for role, graph in _a(dict, data.get("graphs", {})).items()}
+    engines = tuple(EngineInfo.from_json(engine) for engine in _a(list, data.get("engines", [])))
+    choosers = tuple(ChooserInfo.from_json(entry, width) for entry in _a(list, data.get("choosers", [])))
+    if not graphs:
+        if engines or choosers or data.get("capacity") is not None:
+            raise ValueError("engines or a capacity without graphs")
+        return {}
+    if set(graphs) != set(ROLES) or graphs["decode"].time != 1:
+        raise ValueError(f"graphs {sorted(graphs)} instead of {sorted(ROLES)}, the latter of one token")
+    capacity = _whole(data["capacity"], least=_whole(data["max_context"], least=1) + graphs["prefill"].time)
+    built = (*engines, *(chooser.engine for chooser in choosers))
+    if absent := {*(graph.file for graph in graphs.values()), *(e.file for e in built)} - files.keys():
+        raise ValueError(f"{sorted(absent)} not among the files")
+    return {"graphs": graphs, "capacity": capacity, "engines": engines, "choosers": choosers}
+
+
+def _whole(value: Any, least: int = 0) -> int:
+    if type(value) is not int or not least <= value < 2**62:
+        raise ValueError(f"{value!r} is not a whole number from {least}")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is not a finite number")
+    return value  # type: ignore[no-any-return]
+
+
+def _a(kind: type[_T], value: Any) -> _T:
+    if type(value) is not kind:
+        raise ValueError(f"{value!r} is not a {kind.__name__}")
+    return value
+
+
+def _check_texts(value: Any) -> None:
+    """Refuse texts that a terminal would obey or that cannot be encoded; some are printed as they are."""
+    if isinstance(value, str) and any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" for c in value):
+        raise ValueError(f"{value!r} holds control characters")
+    if isinstance(value, dict):
+        _check_texts([*value.keys(), *value.values()])
+    elif isinstance(value, list):
+        for item in value:
+            _check_texts(item)

@@ -1,0 +1,231 @@
+"""A bundle proves itself on the device, with no PyTorch: goldens that the exporter took from PyTorch are run again.
+
+Each check yields a figure and is held to the manifest's bound of that name. Nothing is skipped silently: a bound
+without a figure fails.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellm_runtime.bundle import Bundle
+from edgellm_runtime.checks.evaluate import logsumexp
+from edgellm_runtime.errors import BundleError
+from edgellm_runtime.session import Session
+from edgellm_runtime.state import State
+
+__all__ = ["AT_LEAST", "GOLDENS", "Check", "Golden", "Verification", "held", "read_goldens", "verify"]
+
+GOLDENS = "goldens.json"
+Array = NDArray[Any]
+AT_LEAST = frozenset({"top1", "greedy"})  # figures that must not fall below their bound; all others must not exceed it
+_WHAT = {
+    "files": "every file is the one that was exported",
+    "logits": "logits against PyTorch's, largest difference relative to the largest logit",
+    "kl": "mean KL divergence from PyTorch's distribution, nats a token",
+    "top1": "tokens whose most likely successor is PyTorch's",
+    "state": "carried state after the last token, relative difference from PyTorch's",
+    "split": "token by token against all at once, largest relative difference of logits",
+    "batch": "rows of a ragged batch against each row alone, largest relative difference of logits",
+    "greedy": "greedy continuations equal to PyTorch's, share of tokens",
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure and whether it holds."""
+
+    name: str
+    ok: bool
+    value: float
+    bound: float
+    what: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The outcome of :func:`verify`."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check holds."""
+        return all(check.ok for check in self.checks)
+
+
+@dataclass(frozen=True)
+class Golden:
+    """What PyTorch computed for one row of tokens; every array is a sample, the largest logits first."""
+
+    tokens: Array  # (time,)
+    top_ids: Array  # (time, k)
+    top_logits: Array  # (time, k)
+    logsumexp: Array  # (time,)
+    greedy: Array  # (new,): what PyTorch says next
+    state: Mapping[str, tuple[Array, Array]]  # flat indices into the row's state (slots in use), and the values there
+
+
+def held(name: str, value: float, bound: float) -> Check:
+    """A figure held to its bound."""
+    ok = value >= bound if name in AT_LEAST else value <= bound
+    return Check(name, bool(ok), value, bound, _WHAT.get(name, name))
+
+
+def verify(bundle: Bundle, session: Session, progress: Callable[[str], None] = lambda _: None) -> Verification:
+    """Run every check that the manifest has a bound for.
+
+    Args:
+        bundle: opened with checksums.
+        session: of that bundle.
+        progress: told what is being checked.
+
+    Raises:
+        BundleError: the bundle has no goldens, or no bounds.
+    """
+    goldens, bounds = read_goldens(bundle), bundle.manifest.bounds
+    if not bounds:
+        raise BundleError(f"{bundle.path}: states no bounds to verify; export the model again")
+    figures: dict[str, list[float]] = {}
+    for number, golden in enumerate(goldens):
+        progress(f"golden {number + 1} of {len(goldens)}")
+        for name, value in _figures(session, golden).items():
+            figures.setdefault(name, []).append(value)
+    progress("ragged batch")
+    figures["batch"] = [_batch(session, goldens)]
+    checks = [held("files", 0.0, 0.0)]
+    for name, bound in bounds.items():
+        values = figures.get(name, [float("nan")])
+        # numpy's, unlike Python's, let no NaN pass unseen
+        value = float((np.min if name in AT_LEAST else np.mean if name == "kl" else np.max)(values))
+        checks.append(held(name, value, bound))
+    return Verification(tuple(checks))
+
+
+def read_goldens(bundle: Bundle) -> list[Golden]:
+    """The goldens of a bundle, checked against its signature.
+
+    Raises:
+        BundleError: there are none, or they do not fit the signature.
+    """
+    file = bundle.file(GOLDENS)
+    vocab = int(bundle.manifest.signature.outputs[0].shape[-1])
+    try:
+        goldens = [_parse(trace, vocab) for trace in json.loads(file.read_bytes())["traces"]]
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise BundleError(f"{file}: not goldens of this model ({error}); export the model again") from error
+    if not goldens:
+        raise BundleError(f"{file}: holds no trace; export the model again")
+    return goldens
+
+
+def _parse(trace: Any, vocab: int) -> Golden:
+    def array(value: Any, dtype: type, dims: int) -> Array:
+        made: Array = np.asarray(value, dtype=dtype)
+        if made.ndim != dims or not np.isfinite(made).all():
+            raise ValueError(f"an array of {made.ndim} axes instead of {dims}, or not finite")
+        return made
+
+    tokens, ids = array(trace["tokens"], np.int64, 1), array(trace["top_ids"], np.int64, 2)
+    logits, sums = array(trace["top_logits"], np.float64, 2), array(trace["logsumexp"], np.float64, 1)
+    if not (len(tokens) == len(ids) == len(logits) == len(sums) > 1) or ids.shape != logits.shape:
+        raise ValueError("arrays of unequal length")
+    if ids.min() < 0 or ids.max() >= vocab:
+        raise ValueError(f"token ids outside the vocabulary of {vocab}")
+    state = {
+        str(name): (array(s["index"], np.int64, 1), array(s["values"], np.float64, 1))
+        for name, s in trace["state"].items()
+    }
+    if any(len(index) != len(values) for index, values in state.values()):
+        raise ValueError("state samples of unequal length")
+    return Golden(tokens, ids, logits, sums, array(trace["greedy"], np.int64, 1), state)
+
+
+def _figures(session: Session, golden: Golden) -> dict[str, float]:
+    state = session.new_state(1, len(golden.tokens) + len(golden.greedy))
+    logits = session.step(golden.tokens[None], state, logits="all")[0].copy()  # further steps may overwrite it
+    found = np.take_along_axis(logits, golden.top_ids, axis=1).astype(np.float64)
+    scale = float(np.abs(golden.top_logits).max())
+    figures = {
+        "logits": float(np.abs(found - golden.top_logits).max()) / scale,
+        "kl": _coarse_kl(golden, found - logsumexp(logits)[:, None]),
+        "top1": float((logits.argmax(axis=1) == golden.top_ids[:, 0]).mean()),
+        "state": _state_difference(golden, state),
+        "split": _split(session, golden, logits),
+    }
+    if len(golden.greedy):
+        said = _greedy(session, state, logits[-1], len(golden.greedy))
+        figures["greedy"] = float((said == golden.greedy).mean())
+    return figures
+
+
+def _coarse_kl(golden: Golden, found: Array) -> float:
+    """KL over the sampled tokens, whose log-probabilities are found, and one bucket for all others.
+
+    It is never more than the true one.
+    """
+    p, q = np.exp(golden.top_logits - golden.logsumexp[:, None]), np.exp(found)
+    p, q = (np.concatenate([x, np.maximum(1 - x.sum(1, keepdims=True), 1e-12)], axis=1) for x in (p, q))
+    return float((p * (np.log(p) - np.log(np.maximum(q, 1e-300)))).sum(axis=1).mean())
+
+
+def _state_difference(golden: Golden, state: State) -> float:
+    """Of the carried tensors; a cache in 8 bits holds codes, and what they lose shows in the logits."""
+    worst, specs = 0.0, [spec for spec in state.specs if spec.dtype != "int8"]
+    if not specs:
+        return float("nan")
+    for spec in specs:
+        if spec.name not in golden.state:
+            return float("nan")
+        index, expected = golden.state[spec.name]
+        row, axis = state.read(spec.name)[0], spec.capacity_axis
+        used = row if axis is None else row.take(range(len(golden.tokens)), axis=axis - 1)
+        if not len(index) or index.min() < 0 or index.max() >= used.size:
+            return float("nan")
+        difference = np.linalg.norm(used.reshape(-1)[index] - expected)
+        worst = float(np.maximum(worst, difference / (np.linalg.norm(expected) + 1e-12)))
+    return worst
+
+
+def _split(session: Session, golden: Golden, whole: Array) -> float:
+    """Two chunks of unequal length, then one token at a time."""
+    state, worst = session.new_state(1, len(golden.tokens)), 0.0
+    cuts = sorted(
+        {0, len(golden.tokens) // 3, len(golden.tokens) // 2, *range(len(golden.tokens) // 2, len(golden.tokens))}
+    )
+    for start, end in zip(cuts, [*cuts[1:], len(golden.tokens)], strict=True):
+        part = session.step(golden.tokens[None, start:end], state, logits="all")[0]
+        worst = float(np.maximum(worst, np.abs(part - whole[start:end]).max()))
+    return worst / float(np.abs(whole).max())
+
+
+def _batch(session: Session, goldens: Sequence[Golden]) -> float:
+    """The goldens cut to unequal lengths as one batch, then one more token each."""
+    rows = [g.tokens[: max(2, len(g.tokens) - 3 * i)] for i, g in enumerate([*goldens, goldens[0]])]
+    lengths = np.array([len(r) - 1 for r in rows], dtype=np.int32)
+    padded = np.zeros((len(rows), lengths.max()), dtype=np.int64)
+    for i, row in enumerate(rows):
+        padded[i, : lengths[i]] = row[:-1]
+    together = session.new_state(len(rows), int(lengths.max()) + 1)
+    first = session.step(padded, together, lengths=lengths).copy()
+    second = session.step(np.array([[row[-1]] for row in rows]), together).copy()
+    worst = 0.0
+    for i, row in enumerate(rows):
+        alone = session.new_state(1, len(row))
+        for tokens, found in ((row[:-1], first[i]), (row[-1:], second[i])):
+            expected = session.step(tokens[None], alone)[0]
+            worst = float(np.maximum(worst, np.abs(found - expected).max() / np.abs(expected).max()))
+    return worst
+
+
+def _greedy(session: Session, state: State, logits: Array, count: int) -> Array:
+    tokens = [int(logits.argmax())]
+    while len(tokens) < count:
+        tokens.append(int(session.step(np.array([[tokens[-1]]]), state)[0, -1].argmax()))
+    return np.array(tokens)

@@ -1,0 +1,135 @@
+"""A conversation that reads only what is new: the state stays between turns.
+
+Each turn renders the whole conversation and compares it, token by token, with what the state holds. What agrees is not
+read again; where they part, the state is rewound to that point, or, if it is a recurrence's, begun anew. The state has
+therefore always read exactly the rendered tokens. Kernels may round a token that was read alone otherwise than one in a
+prompt (quantized ones do), so where two tokens are nearly tied, a fresh reading may choose the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Unpack
+
+from edgellm_runtime.errors import StateError
+from edgellm_runtime.generation.generate import Chunk, Generation, GenerationOptions, OptionKeywords, Run
+from edgellm_runtime.session import Session
+from edgellm_runtime.state import State
+from edgellm_runtime.text.chat import ChatTemplate
+from edgellm_runtime.text.tokenizer import Tokenizer
+
+__all__ = ["Conversation"]
+
+
+class Conversation:
+    """Turns between a user and the model. Made by ``Model.conversation``.
+
+    Args:
+        session: steps the model.
+        tokenizer: the bundle's.
+        template: renders the messages.
+        system: the system message, or None.
+    """
+
+    def __init__(self, session: Session, tokenizer: Tokenizer, template: ChatTemplate, system: str | None) -> None:
+        self._session, self._tokenizer, self._template = session, tokenizer, template
+        self._state: State | None = None
+        self._held: list[int] = []  # the tokens that the state has read
+        self.system = system
+        self.messages: list[dict[str, str]] = []
+        self.last: Generation | None = None
+        self.reused_tokens = 0
+        self.reset()
+
+    def reset(self, *, system: str | None = None) -> None:
+        """Forget every turn.
+
+        Args:
+            system: a new system message; None keeps the one there is.
+        """
+        self.system = self.system if system is None else system
+        self.messages = [{"role": "system", "content": self.system}] if self.system is not None else []
+        self._state, self._held = None, []
+        self.last, self.reused_tokens = None, 0
+
+    @property
+    def held_tokens(self) -> int:
+        """How many tokens the state holds."""
+        return len(self._held)
+
+    @property
+    def state_bytes(self) -> int:
+        """How much memory the state takes."""
+        return self._state.nbytes if self._state is not None else 0
+
+    def say(self, text: str, **options: Unpack[OptionKeywords]) -> Generation:
+        """The model's answer to a user's message.
+
+        Args:
+            text: the message.
+            **options: those of :class:`GenerationOptions`.
+
+        Raises:
+            ContextError: the conversation no longer fits into the context; the message is not kept.
+        """
+        for _ in self.stream(text, **options):
+            pass
+        assert self.last is not None
+        return self.last
+
+    def stream(self, text: str, **options: Unpack[OptionKeywords]) -> Generator[Chunk, None, None]:
+        """The same, chunk by chunk; what was said before the stream is left is kept as the answer.
+
+        Args:
+            text: the message.
+            **options: those of :class:`GenerationOptions`.
+
+        Raises:
+            ContextError: the conversation no longer fits into the context; the message is not kept.
+        """
+        checked = GenerationOptions(**options)
+        turn = [*self.messages, {"role": "user", "content": text}]
+        prompt = self._template.encode(turn)
+        return self._answer(turn, prompt, checked)
+
+    def _answer(
+        self, turn: list[dict[str, str]], prompt: list[int], options: GenerationOptions
+    ) -> Generator[Chunk, None, None]:
+        state = self._resume(prompt, options)
+        run = Run(self._session, self._tokenizer, [prompt], options, state=state)
+        said: list[str] = []
+        tokens = list(prompt)
+        clean = False
+        try:
+            for _, chunk in run.chunks():
+                said.append(chunk.text)
+                tokens += chunk.token_ids
+                yield chunk
+            self.last = run.result()
+            clean = True
+        except GeneratorExit:  # the reader left between two steps
+            clean = True
+            raise
+        finally:
+            if clean:
+                self._state, self._held = state, tokens[: int(state.lengths[0])]
+            else:  # an error or an interrupt within a step: nobody knows what the state has read
+                self._state, self._held = None, []
+            if said:
+                self.messages = [*turn, {"role": "assistant", "content": "".join(said)}]
+
+    def _resume(self, prompt: list[int], options: GenerationOptions) -> State:
+        """A state that holds a proper prefix of the prompt, as long as can be."""
+        pairs = zip(self._held, prompt[:-1], strict=False)  # the last token must be read, for its logits
+        common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self._held), len(prompt) - 1))
+        needed = len(prompt) + options.max_new_tokens
+        if self._state is not None:
+            try:
+                self._state.rewind(common)
+                self._state.reserve(min(needed, self._session.max_context))
+                self._held, self.reused_tokens = self._held[:common], common
+                return self._state
+            except StateError:  # a recurrence
+                pass
+        self._state, self._held, self.reused_tokens = None, [], 0
+        return self._session.new_state(1, needed)

@@ -1,0 +1,173 @@
+"""Text to token ids and back, from a bundle's ``tokenizer.json``. The file is untrusted.
+
+Text from people is not a program: unless asked, the names of special tokens inside it (``<|im_end|>``) are encoded as
+the characters they are, so that a prompt cannot close its own turn or open another role's.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgellm_runtime.errors import BundleError, OptionError
+from edgellm_runtime.text.decoding import Pieces, StreamDecoder
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Library
+
+    from edgellm_runtime.bundle import TokenizerInfo
+
+__all__ = ["Tokenizer", "check_info", "check_tokens"]
+
+
+class Tokenizer:
+    """A bundle's tokenizer.
+
+    Args:
+        path: the ``tokenizer.json``.
+        info: the manifest's entry for it.
+        vocab_size: how many ids the model knows.
+
+    Raises:
+        BundleError: the file cannot be read as a tokenizer, or names tokens that the model does not have.
+    """
+
+    def __init__(self, path: Path, info: TokenizerInfo, *, vocab_size: int) -> None:
+        self._path = path
+        self._library = _read(path)
+        self._vocab_size = vocab_size
+        self._lock = threading.Lock()  # the library's special-token switch is a property of the object, not of a call
+        self.bos_token_id = info.bos_token_id
+        self.eos_token_id = info.eos_token_ids[0] if info.eos_token_ids else None  # the one that a template writes
+        self.eos_token_ids = frozenset(info.eos_token_ids)
+        self.add_bos = info.add_bos and info.bos_token_id is not None
+        check_info(path, info, vocab_size)
+        added = self._library.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, t in added.items() if t.special)
+        self._pieces = self._guard(lambda: Pieces(self._library, self.special_ids))
+
+    def encode(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: any text; lone surrogates are refused.
+            bos: begin with the bos token, if the model has one.
+            special: read the names of special tokens in the text as those tokens. Never for text from outside.
+
+        Raises:
+            OptionError: the text holds half a surrogate pair, which no encoding can carry.
+            BundleError: the tokenizer gives an id that the model does not have.
+        """
+        ids: list[int] = self._encode(text, special=special).ids
+        if ids and max(ids) >= self._vocab_size:
+            raise _foreign(self._path, max(ids), self._vocab_size)
+        return [self.bos_token_id, *ids] if bos and self.bos_token_id is not None else ids
+
+    def special_spans(self, text: str) -> list[tuple[int, int, int]]:
+        """Where a text names special tokens: (start, end, id) in characters, in order."""
+        found = self._encode(text, special=True)
+        return [(a, b, i) for i, (a, b) in zip(found.ids, found.offsets, strict=True) if i in self.special_ids]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of tokens; special tokens have none.
+
+        Raises:
+            OptionError: an id that the model does not have.
+        """
+        stream = self.stream()
+        return "".join([stream.push(t) for t in self.check(tokens)]) + stream.finish()
+
+    def stream(self) -> StreamDecoder:
+        """A decoder for tokens that come one by one."""
+        return StreamDecoder(self._pieces)
+
+    def check(self, tokens: Iterable[int]) -> list[int]:
+        """The tokens as a list of ints, every one of them known to the model.
+
+        Raises:
+            OptionError: an id outside the vocabulary.
+        """
+        return check_tokens(tokens, self._vocab_size)
+
+    def token_id(self, name: str) -> int | None:
+        """The id of a special token, such as ``<|im_end|>``; None if there is none of that name."""
+        found: int | None = self._library.token_to_id(name)
+        return found if found in self.special_ids else None
+
+    def token_text(self, token: int | None) -> str | None:
+        """How the tokenizer's file writes a token, such as ``<|im_end|>``."""
+        return None if token is None else self._library.id_to_token(token)
+
+    def _encode(self, text: str, *, special: bool) -> Any:
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise OptionError(f"the text holds half a surrogate pair at character {e.start}; decode it properly") from e
+
+        def run() -> Any:
+            with self._lock:
+                self._library.encode_special_tokens = not special
+                return self._library.encode(text, add_special_tokens=False)
+
+        return self._guard(run)
+
+    def _guard(self, run: Any) -> Any:
+        try:
+            return run()
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as e:  # the library's panics are no Exceptions
+            raise BundleError(f"{self._path}: the tokenizer failed ({e}); export the model again") from e
+
+
+def check_info(path: Path, info: TokenizerInfo, vocab_size: int) -> None:
+    """See that the model has the tokens that a manifest names.
+
+    Args:
+        path: the ``tokenizer.json``, for the message.
+        info: the manifest's entry for it.
+        vocab_size: how many ids the model knows.
+
+    Raises:
+        BundleError: an id outside the vocabulary.
+    """
+    for token in (*([] if info.bos_token_id is None else [info.bos_token_id]), *info.eos_token_ids):
+        if not 0 <= token < vocab_size:
+            raise _foreign(path, token, vocab_size)
+
+
+def _foreign(path: Path, token: int, vocab_size: int) -> BundleError:
+    return BundleError(
+        f"{path}: token id {token} is outside the model's vocabulary of {vocab_size}; "
+        "export the model with its own tokenizer"
+    )
+
+
+def check_tokens(tokens: Iterable[int], vocab_size: int) -> list[int]:
+    """The tokens as a list of ints below ``vocab_size``.
+
+    Raises:
+        OptionError: an id outside the vocabulary, or no integer.
+    """
+    ids: Sequence[Any] = list(tokens)
+    for token in ids:
+        if isinstance(token, bool) or not hasattr(token, "__index__") or not 0 <= token < vocab_size:
+            raise OptionError(f"token id {token!r} is outside the model's vocabulary; use 0 to {vocab_size - 1}")
+    return [int(token) for token in ids]
+
+
+def _read(path: Path) -> Library:
+    from tokenizers import Tokenizer as Library
+
+    try:
+        library = Library.from_file(str(path))
+        # a file may ask for these too, and would silently shorten or lengthen every prompt
+        library.no_truncation()
+        library.no_padding()
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as e:  # the library's panics are no Exceptions
+        raise BundleError(f"{path}: not a tokenizer ({e}); export the model again") from e
+    return library

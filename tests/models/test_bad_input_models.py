@@ -1,0 +1,213 @@
+"""Models that are not what an export needs: the sentence says what to change in them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from refusals import only
+from torch import Tensor, nn
+
+from edgellm.models.protocol import State, Step
+from edgellm.ops import RecurrentWeights, lstm, take_positions
+from edgellm_exporters.errors import CaptureError, LoweringError
+from edgellm_exporters.export import export
+from edgellm_exporters.graph.capture import capture
+from edgellm_runtime import BackendError, StateSpec
+
+
+@dataclass(frozen=True)
+class Config:
+    vocab_size: int = 61
+    max_context: int = 32
+
+
+class Sound(nn.Module):
+    """A recurrence that can be exported; the others below spoil one thing in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = Config()
+        self.embedding = nn.Embedding(61, 32)
+        self.cell = nn.LSTM(32, 32, batch_first=True)
+        self.head = nn.Linear(32, 61)
+
+    def state_specs(self) -> list[StateSpec]:
+        return [StateSpec(name, ("batch", 32), "float32", "replace") for name in ("h", "c")]
+
+    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        y, h, c = lstm(x, state["h"], state["c"], self.weights(), step.lengths)
+        return y, {"h": h, "c": c}
+
+    def weights(self) -> RecurrentWeights:
+        c = self.cell
+        return RecurrentWeights(c.weight_ih_l0, c.weight_hh_l0, c.bias_ih_l0, c.bias_hh_l0)
+
+    def forward(self, tokens: Tensor, state: State | None = None, step: Step | None = None) -> Any:
+        step = step or Step.whole(tokens)
+        zeros = torch.zeros(tokens.shape[0], 32)
+        y, present = self.run(self.embedding(tokens), state or {"h": zeros, "c": zeros}, step)
+        return self.head(take_positions(y, step.logit_positions)), present
+
+
+class TorchLSTM(Sound):
+    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        y, (h, c) = self.cell(x, (state["h"][None], state["c"][None]))
+        return y, {"h": h[0], "c": c[0]}
+
+
+class TorchGRUCell(Sound):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(32, 32)  # type: ignore[assignment]
+
+    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        h, outputs = state["h"], []
+        for t in range(x.shape[1]):
+            h = self.cell(x[:, t], h)
+            outputs.append(h)
+        return torch.stack(outputs, 1), {"h": h, "c": state["c"]}
+
+
+class Dropped(Sound):
+    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        y, present = super().run(x, state, step)
+        return y, {"h": present["h"]}
+
+
+class Undeclared(Sound):
+    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        y, present = super().run(x, state, step)
+        return y, {**present, "cache": y}
+
+
+class Misshaped(Sound):
+    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        y, present = super().run(x, state, step)
+        return y, {**present, "h": y}
+
+
+class Sized(Sound):
+    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        for _ in range(x.shape[1]):
+            x = x.roll(1, dims=1) * 0.5
+        return super().run(x, state, step)
+
+
+class Branching(Sound):
+    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        return super().run(x + 1 if x.sum() > 0 else x, state, step)
+
+
+class NoLengths(Sound):
+    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        y, h, c = lstm(x, state["h"], state["c"], self.weights(), None)
+        return y, {"h": h, "c": c}
+
+
+class Untranslatable(Sound):
+    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        return super().run(torch.special.bessel_j0(x), state, step)
+
+
+class LogitsOnly(Sound):
+    def forward(self, tokens: Tensor, state: State | None = None, step: Step | None = None) -> Any:
+        return super().forward(tokens, state, step)[0]
+
+
+class EveryPosition(Sound):
+    def forward(self, tokens: Tensor, state: State | None = None, step: Step | None = None) -> Any:
+        step = step or Step.whole(tokens)
+        y, present = self.run(self.embedding(tokens), state or {}, step)
+        return self.head(y), present
+
+
+class TwiceNamed(Sound):
+    def state_specs(self) -> list[StateSpec]:
+        return [*super().state_specs(), *super().state_specs()]
+
+
+class NoVocabulary(Sound):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = object()  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (TorchLSTM, "cell is an nn.LSTM, which PyTorch unrolls over the example's tokens; call edgellm.ops.lstm with"),
+        (TorchGRUCell, "cell is an nn.GRUCell, which .* call edgellm.ops.gru with its weights as RecurrentWeights"),
+        (Dropped, r"the model's forward gave no new state for \['c'\], which state_specs\(\) declares"),
+        (Undeclared, r"the model's forward gave a state \['cache'\] that state_specs\(\) does not declare"),
+        (Misshaped, r"present.h: the forward gives shape \(batch, time, 32\), but must give \(batch, 32\)"),
+        (Branching, "the forward branches on a tensor's value; compute both sides and choose with torch.where"),
+        (Untranslatable, "ONNX has no form of prims.bessel_j0; use other operators in its forward"),
+        (LogitsOnly, r"the model's forward gave a \w*Tensor; it must give \(logits, state\)"),
+        (EveryPosition, r"logits: the forward gives shape \(batch, time, 61\), but must give \(batch, count, 61\)"),
+        (TwiceNamed, "declares what no graph can have: names in a signature must be unique"),
+        (NoVocabulary, "vocab_size"),
+        (lambda: nn.Linear(1, 1), r"Linear is not an nn.Module with config, state_specs\(\) and forward"),
+        (lambda: "a string", "str is not an nn.Module"),
+    ],
+)
+def test_model_that_cannot_be_one_graph(model: Any, message: str) -> None:
+    with pytest.raises(CaptureError, match=message):
+        capture(model())
+
+
+def test_forward_that_loops_over_tokens() -> None:
+    class Loop(Sized):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(128, 32))
+            self.b = nn.Parameter(torch.zeros(128))
+            del self.cell
+
+        def weights(self) -> RecurrentWeights:
+            return RecurrentWeights(self.w, self.w, self.b, self.b)
+
+    with pytest.raises(CaptureError, match="the forward fixes a size that must stay free; loop over no tokens"):
+        capture(Loop())
+
+
+def test_recurrence_that_would_read_padding(tmp_path: Path) -> None:
+    with pytest.raises(LoweringError, match=r"LSTM was called without lengths; pass step.lengths to edgellm.ops"):
+        export(NoLengths(), tmp_path / "out")
+    only(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_own_model_with_weights_that_are_not_numbers(tmp_path: Path, value: float) -> None:
+    model = Sound()
+    with torch.no_grad():
+        model.head.weight[3, 3] = value
+    with pytest.raises(CaptureError, match=r"head.weight holds NaN or infinite weights"):
+        export(model, tmp_path / "out")
+    only(tmp_path)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(1, 1), "a string", None])
+def test_what_is_no_model(tmp_path: Path, model: Any) -> None:
+    with pytest.raises(CaptureError, match=r"see docs/embedding.md"):
+        export(model, tmp_path / "out")
+    only(tmp_path)
+
+
+def test_failed_export_leaves_the_model_in_training_mode(tmp_path: Path) -> None:
+    model = Dropped().train()
+    with pytest.raises(CaptureError):
+        export(model, tmp_path / "out")
+    assert model.training
+    assert model.cell.training
+
+
+def test_missing_onnxruntime_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BackendError, match="ONNX Runtime is not installed"):
+        export(Sound(), tmp_path / "out")
+    only(tmp_path)
