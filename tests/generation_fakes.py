@@ -91,10 +91,10 @@ class FakeBundle:
 
 def fake_model(
     folder: Path, *, template: str | None = TEMPLATE, bos: int | None = None, eos: tuple[int, ...] = (2,),
-    max_context: int = 64, recurrent: bool = True, with_tokenizer: bool = True,
+    max_context: int = 64, recurrent: bool = True, with_tokenizer: bool = True, library: Library | None = None,
 ) -> Model:  # fmt: skip
     info = TokenizerInfo(bos, eos, bos is not None, template is not None)
-    library = byte_level()
+    library = library or byte_level()
     library.save(str(folder / "tokenizer.json"))
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)

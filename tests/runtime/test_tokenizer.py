@@ -6,8 +6,8 @@ import pytest
 from generation_fakes import byte_level
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizer_kinds import metaspace, sentencepiece, suffixed, word_level, word_piece
 from tokenizers import Tokenizer as Library
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from edgellm_runtime.bundle import TokenizerInfo
 from edgellm_runtime.errors import BundleError, OptionError
@@ -21,20 +21,6 @@ quick = settings(deadline=None, max_examples=150, suppress_health_check=[HealthC
 def load(library: Library, path, *, vocab_size: int | None = None, info: TokenizerInfo = INFO) -> Tokenizer:
     library.save(str(path))
     return Tokenizer(path, info, vocab_size=vocab_size or library.get_vocab_size())
-
-
-def sentencepiece(strip: bool) -> Library:
-    """Llama 2's form: marks for spaces, bytes for what the vocabulary lacks."""
-    words = ["▁", "▁the", "▁a", "e", "t", "h", "▁h", "▁▁", "é", "日", "<", "0", "x"]
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{b:02X}>": 3 + b for b in range(256)}
-    vocab |= {w: 259 + i for i, w in enumerate(words)}
-    library = Library(models.BPE(vocab, [("▁", "h"), ("▁", "▁")], byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    library.add_special_tokens(["<unk>", "<s>", "</s>"])
-    prepend = [normalizers.Prepend("▁")] if strip else []
-    library.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    library.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if strip else steps)
-    return library
 
 
 @pytest.fixture(scope="module")
@@ -90,32 +76,6 @@ def test_the_cost_of_a_token_does_not_grow(tokenizers, monkeypatch):
     tokenizer = tokenizers["byte-level"]
     monkeypatch.setattr(type(tokenizer._pieces), "window", lambda *_: pytest.fail("decoded again"))
     assert len("".join(stream(tokenizer, tokenizer.encode("the world ") * 2000))) == 20000
-
-
-def word_piece() -> Library:
-    library = Library(models.WordPiece({"[UNK]": 0, "hello": 1, "world": 2, "##s": 3, ",": 4}, unk_token="[UNK]"))
-    library.pre_tokenizer, library.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
-    return library
-
-
-def word_level() -> Library:
-    library = Library(models.WordLevel({"<unk>": 0, "hello": 1, "world": 2, "there": 3}, unk_token="<unk>"))
-    library.pre_tokenizer = pre_tokenizers.Whitespace()
-    return library
-
-
-def suffixed() -> Library:
-    library = Library(models.BPE(end_of_word_suffix="</w>"))
-    library.pre_tokenizer, library.decoder = pre_tokenizers.Whitespace(), decoders.BPEDecoder()
-    trainer = trainers.BpeTrainer(vocab_size=60, end_of_word_suffix="</w>", show_progress=False)
-    library.train_from_iterator(["hello world there"] * 3, trainer)
-    return library
-
-
-def metaspace() -> Library:
-    library = Library(models.Unigram([("<unk>", 0.0), ("▁hello", -1.0), ("▁", -2.0), ("world", -1.5), ("s", -3.0)], 0))
-    library.pre_tokenizer, library.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    return library
 
 
 @pytest.mark.parametrize("make", [word_piece, word_level, suffixed, metaspace])

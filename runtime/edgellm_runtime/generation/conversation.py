@@ -8,6 +8,8 @@ prompt (quantized ones do), so where two tokens are nearly tied, a fresh reading
 
 from __future__ import annotations
 
+import inspect
+import weakref
 from collections.abc import Generator
 from typing import Unpack
 
@@ -24,6 +26,9 @@ __all__ = ["Conversation"]
 class Conversation:
     """Turns between a user and the model. Made by ``Model.conversation``.
 
+    A stream that is left before its end, or that another turn closes, leaves its turn in the conversation with what was
+    said until then; a turn of which nothing was said leaves nothing.
+
     Args:
         session: steps the model.
         tokenizer: the bundle's.
@@ -35,22 +40,30 @@ class Conversation:
         self._session, self._tokenizer, self._template = session, tokenizer, template
         self._state: State | None = None
         self._held: list[int] = []  # the tokens that the state has read
+        self._messages: list[dict[str, str]] = []
+        # the only stream that may write; weakly, so that one that its reader drops ends there and then
+        self._open: weakref.ref[Generator[Chunk, None, None]] | None = None
         self.system = system
-        self.messages: list[dict[str, str]] = []
         self.last: Generation | None = None
         self.reused_tokens = 0
         self.reset()
 
     def reset(self, *, system: str | None = None) -> None:
-        """Forget every turn.
+        """Forget every turn, an open stream's too.
 
         Args:
             system: a new system message; None keeps the one there is.
         """
+        self._close()
         self.system = self.system if system is None else system
-        self.messages = [{"role": "system", "content": self.system}] if self.system is not None else []
+        self._messages = [{"role": "system", "content": self.system}] if self.system is not None else []
         self._state, self._held = None, []
         self.last, self.reused_tokens = None, 0
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """What was said so far, as ``{"role": ..., "content": ...}``; an open stream's turn is not among it yet."""
+        return [dict(message) for message in self._messages]
 
     @property
     def held_tokens(self) -> int:
@@ -80,17 +93,32 @@ class Conversation:
     def stream(self, text: str, **options: Unpack[OptionKeywords]) -> Generator[Chunk, None, None]:
         """The same, chunk by chunk; what was said before the stream is left is kept as the answer.
 
+        A stream of this conversation that is still open is closed, and goes on no more.
+
         Args:
             text: the message.
             **options: those of :class:`GenerationOptions`.
 
         Raises:
             ContextError: the conversation no longer fits into the context; the message is not kept.
+            StateError: called from within a step of the open stream.
         """
         checked = GenerationOptions(**options)
-        turn = [*self.messages, {"role": "user", "content": text}]
+        self._close()
+        turn = [*self._messages, {"role": "user", "content": text}]
         prompt = self._template.encode(turn)
-        return self._answer(turn, prompt, checked)
+        stream = self._answer(turn, prompt, checked)
+        self._open = weakref.ref(stream)
+        return stream
+
+    def _close(self) -> None:
+        """End the open stream, which writes down its turn; what is closed never runs again."""
+        stream = self._open() if self._open is not None else None
+        if stream is not None and inspect.getgeneratorstate(stream) == inspect.GEN_RUNNING:
+            raise StateError("the conversation is within a step of an answer; begin another turn after it")
+        if stream is not None:
+            stream.close()
+        self._open = None
 
     def _answer(
         self, turn: list[dict[str, str]], prompt: list[int], options: GenerationOptions
@@ -116,7 +144,7 @@ class Conversation:
             else:  # an error or an interrupt within a step: nobody knows what the state has read
                 self._state, self._held = None, []
             if said:
-                self.messages = [*turn, {"role": "assistant", "content": "".join(said)}]
+                self._messages = [*turn, {"role": "assistant", "content": "".join(said)}]
 
     def _resume(self, prompt: list[int], options: GenerationOptions) -> State:
         """A state that holds a proper prefix of the prompt, as long as can be."""

@@ -92,7 +92,7 @@ class Generation:
     """A whole answer.
 
     Args:
-        text: without the end token and without the stop string.
+        text: what the answer adds to the prompt's text; without the end token and without the stop string.
         tokens: every token the model chose, the end token and a stop string's included.
         prompt_tokens: how many tokens the prompt has.
         finish_reason: ``eos``, ``stop`` or ``length``; ``length`` too when the context is full.
@@ -172,7 +172,7 @@ class _Row:
         self.decode_s = 0.0
         self._limit = min(options.max_new_tokens, room)
         self.room = len(prompt) + self._limit  # tokens the state will hold at most
-        self._decoder = tokenizer.stream() if tokenizer else None
+        self._decoder = tokenizer.stream(after=prompt) if tokenizer else None
         self._eos = frozenset[int]() if options.ignore_eos or not tokenizer else tokenizer.eos_token_ids
         self._stops = StopMatcher(options.stop)
         if self._limit == 0:

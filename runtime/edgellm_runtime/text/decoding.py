@@ -19,6 +19,7 @@ __all__ = ["Pieces", "StreamDecoder"]
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _WINDOW = 6  # tokens that a windowed decoder decodes again; its rules look at neighbours only
+_LONGEST_CHARACTER = 4  # bytes of UTF-8
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -50,7 +51,8 @@ class Pieces:
         self._library = library
         self._hidden = hidden
         self._known: dict[int, bytes] = {}
-        self._first: Callable[[bytes], bytes] | None = None  # what happens to the start of the text
+        self._first: Callable[[str], bytes] | None = None  # the rule of the text's first token, if it is another
+        self.strip = 0  # how many spaces the text loses at its start
         self._rule = self._read(_decoders(library))
 
     @property
@@ -62,19 +64,49 @@ class Pieces:
         """The bytes of one token; none for a hidden or unknown one."""
         known = self._known.get(token)
         if known is None:
-            text = None if token in self._hidden else self._library.id_to_token(token)
+            text = self._text(token)
             assert self._rule is not None
             known = self._known[token] = b"" if text is None else self._rule(text)
         return known
 
-    def start(self, piece: bytes) -> bytes:
-        """The same for the first token that contributes anything, which may lose a leading space."""
-        return self._first(piece) if self._first else piece
+    def start(self, token: int, spaces: int) -> tuple[bytes, int]:
+        """The bytes of a token at the text's start, where a decoder may drop spaces.
+
+        Args:
+            token: one that contributes something.
+            spaces: how many may still be dropped.
+
+        Returns:
+            The bytes, and how many spaces of the next token may be dropped.
+        """
+        text = self._text(token)
+        if self._first is not None and text is not None:
+            return self._first(text), 0
+        piece = self.of(token)
+        dropped = min(spaces, len(piece) - len(piece.lstrip(b" ")))
+        return piece[dropped:], spaces - dropped if dropped == len(piece) else 0
+
+    def visible(self, token: int) -> bool:
+        """Whether a token is there and has a text."""
+        return self._text(token) is not None
+
+    def tail(self, tokens: Sequence[int]) -> Sequence[int]:
+        """The last tokens of a text, as many as what follows can depend on."""
+        enough = _LONGEST_CHARACTER + self.strip if self.local else 2 * _WINDOW
+        held = 0
+        for start in range(len(tokens) - 1, -1, -1):
+            held += len(self.of(tokens[start])) if self.local else self.visible(tokens[start])
+            if held >= enough:
+                return tokens[start:]
+        return tokens
 
     def window(self, tokens: Sequence[int]) -> str:
-        """The library's own decoding of a few tokens."""
-        text: str = self._library.decode([t for t in tokens if t not in self._hidden], skip_special_tokens=False)
+        """The library's own decoding of a few visible tokens."""
+        text: str = self._library.decode(tokens, skip_special_tokens=False)
         return text
+
+    def _text(self, token: int) -> str | None:
+        return None if token in self._hidden else self._library.id_to_token(token)
 
     def _read(self, decoders: list[dict[str, Any]]) -> Callable[[str], bytes] | None:
         kinds = [d["type"] for d in decoders]
@@ -83,7 +115,7 @@ class Pieces:
         if kinds == ["Metaspace"]:
             mark = str(decoders[0]["replacement"])
             if decoders[0].get("prepend_scheme", "always") != "never":
-                self._first = lambda piece: piece.lstrip(b" ")
+                self._first = lambda token: token.replace(mark, "").encode()
             return lambda token: token.replace(mark, " ").encode()
         return self._read_sentencepiece(kinds, decoders)
 
@@ -99,8 +131,7 @@ class Pieces:
             last = decoders[-1]
             if last["stop"] or last["content"] != " ":
                 return None
-            limit = int(last["start"])
-            self._first = lambda piece: piece[min(limit, len(piece) - len(piece.lstrip(b" "))) :]
+            self.strip = int(last["start"])
 
         def rule(token: str) -> bytes:
             byte = _BYTE_TOKEN.fullmatch(token)
@@ -130,17 +161,27 @@ def _decoders(library: Library) -> list[dict[str, Any]]:
 class StreamDecoder:
     """Turns tokens into text as they come.
 
-    The texts that :meth:`push` and :meth:`finish` give, joined, are exactly ``Tokenizer.decode`` of all the tokens.
-    A character whose bytes have not all come is held back; U+FFFD appears only for bytes that can no longer become
-    a character. The cost of a token does not grow with the text.
+    The texts that :meth:`push` and :meth:`finish` give, joined, are exactly what the tokens add to the text before
+    them: ``Tokenizer.decode`` of all, less that of what came before. A decoder that drops the first space of a text
+    therefore leaves that of an answer, which goes on with its prompt. A character whose bytes have not all come is held
+    back, even one that the text before has begun; U+FFFD appears only for bytes that can no longer become a character.
+    The cost of a token does not grow with the text.
+
+    Args:
+        pieces: of the tokenizer.
+        after: the tokens of the text before; none at the start of one.
     """
 
-    def __init__(self, pieces: Pieces) -> None:
+    def __init__(self, pieces: Pieces, after: Sequence[int] = ()) -> None:
         self._pieces = pieces
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._started = False
         self._context: list[int] = []
         self._held: list[int] = []
+        before = pieces.tail(after)
+        self._started = len(before) < len(after)  # what is left out has a text
+        self._spaces = pieces.strip
+        for token in before:
+            self.push(token)
 
     def push(self, token: int) -> str:
         """The text that this token completes; often empty."""
@@ -148,7 +189,8 @@ class StreamDecoder:
             return self._push_windowed(token)
         piece = self._pieces.of(token)
         if piece and not self._started:
-            piece, self._started = self._pieces.start(piece), True
+            piece, self._spaces = self._pieces.start(token, self._spaces)
+            self._started = self._spaces == 0
         return self._utf8.decode(piece)
 
     def finish(self) -> str:
@@ -157,6 +199,8 @@ class StreamDecoder:
         return text + self._utf8.decode(b"", final=True)
 
     def _push_windowed(self, token: int) -> str:
+        if not self._pieces.visible(token):
+            return ""
         self._held.append(token)
         if len(self._held) < _WINDOW and self._pieces.window(self._context + self._held).endswith("\ufffd"):
             return ""

@@ -70,18 +70,26 @@ class Tokenizer:
         found = self._encode(text, special=True)
         return [(a, b, i) for i, (a, b) in zip(found.ids, found.offsets, strict=True) if i in self.special_ids]
 
-    def decode(self, tokens: Iterable[int]) -> str:
+    def decode(self, tokens: Iterable[int], *, after: Iterable[int] = ()) -> str:
         """The text of tokens; special tokens have none.
+
+        Args:
+            tokens: ids.
+            after: the tokens before them, when they go on with a text: theirs is then what they add to it.
 
         Raises:
             OptionError: an id that the model does not have.
         """
-        stream = self.stream()
+        stream = self.stream(after=self.check(after))
         return "".join([stream.push(t) for t in self.check(tokens)]) + stream.finish()
 
-    def stream(self) -> StreamDecoder:
-        """A decoder for tokens that come one by one."""
-        return StreamDecoder(self._pieces)
+    def stream(self, *, after: Sequence[int] = ()) -> StreamDecoder:
+        """A decoder for tokens that come one by one.
+
+        Args:
+            after: the tokens of the text that they go on with.
+        """
+        return StreamDecoder(self._pieces, after)
 
     def check(self, tokens: Iterable[int]) -> list[int]:
         """The tokens as a list of ints, every one of them known to the model.
