@@ -1,6 +1,7 @@
 """The command line: ``edgellm COMMAND``. Each command's module loads when it is called, heavy libraries inside it.
 
-Only here do errors become exit codes: 1 for a fault that was explained, 2 for wrong usage, 130 for Ctrl-C.
+Only here do errors become exit codes: 1 for a fault that was explained, 2 for wrong usage, 130 for Ctrl-C
+and for SIGTERM.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import signal
 import sys
 
 import click
@@ -57,9 +59,18 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line and exit with its status."""
+    _end_like_ctrl_c()
     status = run(sys.argv[1:])
     gc.freeze()  # what is left goes with the process: looking through it takes a second after an export
     sys.exit(status)
+
+
+def _end_like_ctrl_c() -> None:
+    """Let a request to end undo what is half done, as Ctrl-C does; by default it leaves scratch folders behind."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores one of them
+            signal.signal(number, signal.default_int_handler)
 
 
 def run(arguments: list[str]) -> int:

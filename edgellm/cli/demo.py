@@ -148,7 +148,7 @@ def _bundle(
     output = folder / "bundles" / f"cpu-{weights}"
     exported = commands.edgellm(
         f"Export {model} with {weights} weights", "export", checkpoint, "-o", output, "--target", "cpu", "--quantize",
-        quantize, "--name", f"{model}-{weights}".lower(),
+        quantize, "--name", f"{model}-{weights}".lower(), "--force",
     )  # fmt: skip
     verified = commands.edgellm(
         f"Verify {model} {weights}, with no PyTorch", "verify", output, "--threads", plan.threads, may_fail=True
@@ -192,13 +192,21 @@ def _show(text: str) -> None:
 
 
 def _prepare(out: Path) -> None:
-    """Make the folder; an earlier demo's files in it go."""
-    if out.exists() and not (out / RECORD).is_file() and (not out.is_dir() or any(out.iterdir())):
+    """Make the folder; an earlier demo's run in it goes, and its bundles are replaced one by one."""
+    if out.exists() and not _is_demo(out) and (not out.is_dir() or any(out.iterdir())):
         raise click.UsageError(f"{out} is there and is not an earlier demo's folder; choose another --out")
-    for name in ("tiny", "smollm2"):
-        shutil.rmtree(out / name, ignore_errors=True)
+    if (out / "tiny" / "run" / "run.json").is_file():
+        shutil.rmtree(out / "tiny" / "run", ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     (out / RECORD).write_text("{}\n", encoding="utf-8")
+
+
+def _is_demo(out: Path) -> bool:
+    try:
+        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return record == {} or (isinstance(record, dict) and {"workload", "bundles", "checks"} <= record.keys())
 
 
 def _print_next(plan: Plan, result: dict[str, Any]) -> None:

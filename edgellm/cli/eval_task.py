@@ -14,6 +14,7 @@ import click
 __all__ = ["evaluate_model", "open_runner", "print_report"]
 
 _SHOWN = 3  # examples in the summary
+_PREDICTION = {"prediction", "confidence", "refused"}  # keys of each line of a file of predictions
 _WIDTH = 100  # characters of each line of theirs
 
 
@@ -44,6 +45,8 @@ def evaluate_model(
 
     if task not in FIELDS:
         raise OptionError(f"unknown task {task!r}; known: {', '.join(FIELDS)}")
+    if predictions is not None:
+        _check_replaceable(predictions)
     examples = read_examples(data, task, limit or 0)
     tell("reading the model", 0.0)
     runner, kind = open_runner(path, task, device=device, threads=threads)
@@ -115,9 +118,29 @@ def _checkpoint(path: Path, device: str, threads: int | None) -> tuple[Any, Any,
         return session, Tokenizer(file, info, vocab_size=session.vocab_size), loaded.task
 
 
+def _check_replaceable(path: Path) -> None:
+    """Refuse to write predictions over anything but earlier ones, such as the examples themselves."""
+    from edgellm_runtime import OptionError
+
+    if not path.is_file():  # a pipe, or nothing yet
+        return
+    try:
+        ours = all(json.loads(line).keys() == _PREDICTION for line in path.read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError, AttributeError, RecursionError):
+        ours = False
+    if not ours:
+        raise OptionError(f"{path}: holds something else than predictions; name another file with --predictions")
+
+
 def _write(path: Path, predictions: Sequence[Any]) -> None:
     lines = ({"prediction": p.value, "confidence": p.confidence, "refused": p.refused} for p in predictions)
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    pending = path.with_name(f"{path.name}.tmp")
+    pending.write_text(text, encoding="utf-8")
+    pending.replace(path)
 
 
 def _shown(task: str, examples: Sequence[Mapping[str, Any]], predictions: Sequence[Any]) -> list[dict[str, str]]:

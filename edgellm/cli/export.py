@@ -61,12 +61,14 @@ __all__ = ["export", "export_checkpoint", "print_summary"]
 @click.option(
     "--name", default="", help="What the bundle calls itself.  [default: the output's name]", show_default=False
 )
+@click.option("--force", is_flag=True, help="Replace the bundle that is at the output. Files of others, there or "
+              "beside a bundle, are never replaced.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def export(
     checkpoint: Path, output: Path, target: str, dtype: str | None, quantize: str, kv_cache: str,
     calibrate: Path | None, max_kl: float | None, max_size_mb: float | None, prefer: str | None, max_batch: int | None,
     compute_capability: str, workspace_mb: int | None, max_context: int | None, no_engine: bool, name: str,
-    as_json: bool,
+    force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Turn CHECKPOINT into a bundle that runs without PyTorch, and prove that it computes the same.
 
@@ -80,7 +82,8 @@ def export(
     with stages() as tell:
         result = export_checkpoint(
             checkpoint, output, target=target, dtype=dtype, quantize=quantize, calibrate=calibrate, max_kl=max_kl,
-            max_size_mb=max_size_mb, prefer=prefer, kv_cache=kv_cache, engine=engine, name=name, tell=tell,
+            max_size_mb=max_size_mb, prefer=prefer, kv_cache=kv_cache, engine=engine, name=name, force=force,
+            tell=tell,
         )  # fmt: skip
     if as_json:
         click.echo(json.dumps(result))
@@ -91,7 +94,8 @@ def export(
 def export_checkpoint(
     checkpoint: Path, output: Path, *, target: str, dtype: str | None = None, quantize: str,
     calibrate: Path | None = None, max_kl: float | None = None, max_size_mb: float | None = None,
-    prefer: str | None = None, kv_cache: str = "float32", engine: EngineFlags = _NO_FLAGS, name: str = "", tell: Any,
+    prefer: str | None = None, kv_cache: str = "float32", engine: EngineFlags = _NO_FLAGS, name: str = "",
+    force: bool = False, tell: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Read, export and sum up; the keys are those of ``--json``."""
     from edgellm_exporters.atomic import check_destination
@@ -105,7 +109,7 @@ def export_checkpoint(
         target=target, dtype=dtype, quantize=quantize, kv_cache=kv_cache, name=name, budget=budget,
         engine=engine.options(),
     )  # fmt: skip
-    check_destination(output)
+    check_destination(output, force=force)
     tell("importing PyTorch", 0.0)
     from edgellm.checkpoints import open_checkpoint
     from edgellm_exporters.export import export as run
@@ -119,7 +123,7 @@ def export_checkpoint(
     provenance = {"source": loaded.source, "architecture": loaded.architecture}
     exported = run(
         loaded.model, output, weights=loaded.weights, options=options, text=text_of(loaded),  # type: ignore[arg-type]
-        provenance=provenance, progress=tell,
+        provenance=provenance, force=force, progress=tell,
     )  # fmt: skip
     return _summary(exported, options.target, dtype, quantize) | {"seconds": round(time.perf_counter() - start, 2)}
 

@@ -19,13 +19,14 @@ from edgellm.training.distributed import open_world
 from edgellm.training.options import TrainOptions
 from edgellm.training.progress import StepReport
 from edgellm.training.tokenizer import train_tokenizer
-from edgellm.training.tokens import prepare_tokens
-from edgellm.training.trainer import TrainResult, holds_run, train
+from edgellm.training.tokens import HEADER, PARTS, prepare_tokens
+from edgellm.training.trainer import BEST, LAST, PLOT, TrainResult, holds_run, train
 from edgellm_runtime.task_spec import TaskSpec
 
-__all__ = ["RunConfig", "train_from_text"]
+__all__ = ["RunConfig", "check_folder", "train_from_text"]
 
 RECORD, DATA, TOKENIZER = "run.json", "data", "tokenizer.json"
+WRITTEN = (RECORD, LAST, BEST, PLOT, *(f"{DATA}/{name}" for name in (TOKENIZER, HEADER, *(f"{p}.bin" for p in PARTS))))
 FORMAT = 1
 
 
@@ -147,9 +148,26 @@ def train_from_text(
         )  # fmt: skip
 
 
-def _prepare(config: RunConfig, corpus: Corpus, out: Path, resume: bool, say: Callable[[str], None]) -> None:
-    if not resume and holds_run(out):
+def check_folder(out: Path) -> None:
+    """Refuse to begin a run where one is, or where it would write over files that are no run's.
+
+    Raises:
+        TrainingError: it would.
+    """
+    if holds_run(out):
         raise TrainingError(f"{out} already holds a run; resume it with --resume, or choose another folder")
+    if taken := [name for name in WRITTEN if (out / name).exists()]:
+        try:
+            RunConfig.load(out)  # of a run that ended before its first step
+        except TrainingError:
+            raise TrainingError(
+                f"{out} holds {taken[0]}, which no run wrote and a run would write over; choose another folder"
+            ) from None
+
+
+def _prepare(config: RunConfig, corpus: Corpus, out: Path, resume: bool, say: Callable[[str], None]) -> None:
+    if not resume:
+        check_folder(out)
     if resume:  # only what may change is recorded, so that a mistaken resume spoils nothing
         before = RunConfig.load(out)
         config.options.check_resumes(before.options)

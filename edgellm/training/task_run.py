@@ -22,9 +22,9 @@ from edgellm.training.distributed import open_world
 from edgellm.training.example_batches import ExampleBatches
 from edgellm.training.lora import adapt
 from edgellm.training.progress import StepReport
-from edgellm.training.run import DATA, TOKENIZER, RunConfig
+from edgellm.training.run import DATA, TOKENIZER, RunConfig, check_folder
 from edgellm.training.tokenizer import end_of_text_id, train_tokenizer
-from edgellm.training.trainer import TrainResult, holds_run, train
+from edgellm.training.trainer import TrainResult, train
 from edgellm_runtime.task_spec import ANSWER, PREDICATE, SEPARATOR, TaskSpec
 
 __all__ = ["train_task"]
@@ -94,8 +94,8 @@ def _read(config: RunConfig) -> tuple[list[Example], list[Example]]:
 
 def _record(config: RunConfig, training: Sequence[Example], out: Path, resume: bool) -> None:
     """Write the run's record and its tokenizer."""
-    if not resume and holds_run(out):
-        raise TrainingError(f"{out} already holds a run; resume it with --resume, or choose another folder")
+    if not resume:
+        check_folder(out)
     if resume:  # only what may change is recorded, so that a mistaken resume spoils nothing
         before = RunConfig.load(out)
         config.options.check_resumes(before.options)

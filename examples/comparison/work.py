@@ -172,8 +172,7 @@ def _trained(commands: Commands, say: str, words: Sequence[Any]) -> dict[str, An
 
 
 def _exported(commands: Commands, title: str, words: Sequence[Any]) -> dict[str, Any]:
-    shutil.rmtree(words[3], ignore_errors=True)  # an export does not write over an older bundle
-    found = commands.edgellm(f"{title}: export", *words)
+    found = commands.edgellm(f"{title}: export", *words, "--force")  # over the bundle of an older command
     return {key: found[key] for key in ("bytes", "bits_per_weight", "parity", "seconds", "peak_rss_mb")}
 
 

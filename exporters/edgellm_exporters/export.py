@@ -144,18 +144,19 @@ class Exported:
 def export(
     model: LanguageModel, destination: str | Path, *, weights: Weights | None = None,
     options: ExportOptions | None = None, text: TextAssets | None = None, provenance: Mapping[str, Any] | None = None,
-    progress: Progress = lambda what, share: None,
+    force: bool = False, progress: Progress = lambda what, share: None,
 ) -> Exported:  # fmt: skip
     """Make a bundle that computes what the model computes, and prove it before it appears.
 
     Args:
         model: follows :class:`edgellm.models.protocol.LanguageModel`.
-        destination: the bundle's directory; a bundle that is there is replaced when the new one is finished.
+        destination: the bundle's directory: nothing yet, an empty one or, with ``force``, a bundle.
         weights: where the parameters of a model on the meta device are read from, one by one, so that memory does not
             grow with the model; None for a model that holds them.
         options: what to make.
         text: tokenizer and chat template; None for a model of token ids only.
         provenance: where the model came from, for the manifest.
+        force: replace a bundle that is there when the new one is finished; other files are never replaced.
         progress: told what is being done and how much of it.
 
     Returns:
@@ -166,7 +167,7 @@ def export(
             (:class:`ParityError`). No bundle is left behind.
     """
     options, destination = options or ExportOptions(), Path(destination)
-    check_destination(destination)
+    check_destination(destination, force=force)
     check_model(model)
     library()  # the proof at the end needs it, so its absence is told now
     if find_target(options.target).roles:
@@ -175,7 +176,7 @@ def export(
     was_training = model.training
     model.eval()
     try:
-        with whole_directory(destination) as scratch:
+        with whole_directory(destination, force=force) as scratch:
             name = options.name or destination.name
             source = weights or OwnWeights(model)
             exported = _build(model, source, scratch, name, options, text, dict(provenance or {}), progress)

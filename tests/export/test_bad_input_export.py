@@ -143,7 +143,7 @@ def test_destination_that_holds_other_files(capsys: pytest.CaptureFixture[str], 
     (checkpoint.parent / "out").mkdir()
     (checkpoint.parent / "out" / "thesis.tex").write_text("years of work")
     message = refused(capsys, checkpoint)
-    assert "out: holds files that are not a bundle; choose an empty or new directory" in message
+    assert "out: holds thesis.tex and is no bundle; choose an empty or new directory" in message
     assert (checkpoint.parent / "out" / "thesis.tex").read_text() == "years of work"
 
 
@@ -189,7 +189,7 @@ def test_failed_export_leaves_the_bundle_that_was_there(
 ) -> None:
     out = copied(there, checkpoint.parent).rename(checkpoint.parent / "out")
     monkeypatch.setattr(export_module, "write_graph", full)
-    assert "No space left on device" in refused(capsys, checkpoint)
+    assert "No space left on device" in refused(capsys, checkpoint, "--force")
     assert Bundle(out).manifest == Bundle(there).manifest
 
 
@@ -229,8 +229,9 @@ def command(checkpoint: Path, before: str = "", **how: Any) -> subprocess.Popen[
     """``edgellm export`` as a program of its own."""
     code = textwrap.dedent(before) + textwrap.dedent(f"""
         import sys
-        from edgellm.cli import run
-        sys.exit(run(["export", {str(checkpoint)!r}, "-o", {str(checkpoint.parent / "out")!r}]))
+        from edgellm.cli import main
+        sys.argv[1:] = ["export", {str(checkpoint)!r}, "-o", {str(checkpoint.parent / "out")!r}]
+        main()
     """)
     return subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how
@@ -238,7 +239,8 @@ def command(checkpoint: Path, before: str = "", **how: Any) -> subprocess.Popen[
 
 
 @POSIX
-def test_ctrl_c_leaves_nothing(checkpoint: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_in_the_middle_of_an_export_leaves_nothing(checkpoint: Path, number: signal.Signals) -> None:
     with command(checkpoint) as process:
         assert process.stderr is not None
         for line in process.stderr:
@@ -246,7 +248,7 @@ def test_ctrl_c_leaves_nothing(checkpoint: Path) -> None:
                 break
         time.sleep(0.3)
         for _ in range(5):  # Python drops an interrupt that falls into a finalizer; people press the keys again
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             try:
                 output, errors = process.communicate(timeout=1.5)
                 break

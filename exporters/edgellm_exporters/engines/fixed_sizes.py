@@ -7,7 +7,6 @@ same graphs in float32, with every weight rounded to bfloat16 first.
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from edgellm_exporters.atomic import scratch_directory
 from edgellm_exporters.engines.lint import lint
 from edgellm_exporters.engines.options import EngineOptions
 from edgellm_exporters.errors import ExportError, LoweringError
@@ -117,8 +117,8 @@ def twins(beside: Path, dtype: str) -> Iterator[Path | None]:
     if dtype not in _WITHOUT_KERNELS:
         yield None
         return
-    with tempfile.TemporaryDirectory(prefix=".twin.", dir=beside.parent) as directory:
-        yield Path(directory)
+    with scratch_directory(beside.with_name("twin")) as directory:
+        yield directory
 
 
 def write_roles(

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from edgellm_exporters.atomic import whole_directory
+from edgellm_exporters.atomic import check_destination, whole_directory
 from edgellm_exporters.engines.options import EngineOptions
 from edgellm_exporters.engines.tensorrt import Progress, add_engines, check_engine_options
 from edgellm_exporters.errors import EngineError
@@ -35,10 +35,11 @@ def build_engines(
     Raises:
         BundleError: it is no sound bundle.
         EngineError: it is for another target, or no engine can be built here.
-        ExportError: the disk is full, or a directory may not be written.
+        ExportError: the disk is full, a directory may not be written, or it holds files beside the bundle.
     """
     progress("checking files", 0.0)
     bundle = Bundle(path)
+    check_destination(path, force=True)  # nothing is beside the bundle that would be lost
     if not bundle.manifest.graphs:
         raise EngineError(
             f"{path}: is for target {bundle.manifest.target['name']}, which has no engines; export the model with "
@@ -49,7 +50,7 @@ def build_engines(
     )
     wanted = options(most) or EngineOptions(max_batch=most)
     check_engine_options(wanted, bundle.manifest.quantization)
-    with whole_directory(path) as scratch:
+    with whole_directory(path, force=True) as scratch:
         for name in bundle.manifest.files.keys() - bundle.manifest.engine_files:
             _same_file(path / name, scratch / name)
         manifest = add_engines(scratch, bundle.manifest, wanted, progress)
