@@ -3,7 +3,7 @@
 RuntimeFault
 ├── BundleError      a bundle that is missing, damaged, foreign or newer than this runtime
 ├── BackendError     no execution library, or a device that is not there
-├── StateError       a state used with another model, or beyond what it can do (rewinding a recurrence)
+├── StateError       a state used with another model, or beyond what it can do (rewinding what is overwritten)
 ├── ContextError     more tokens than the model's context holds
 └── OptionError      a generation option outside its range (also a ValueError)
 """

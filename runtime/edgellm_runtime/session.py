@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_runtime.backends import Backend, Candidates
+from edgellm_runtime.backends import Backend, Candidates, check_updates
 from edgellm_runtime.errors import ContextError, OptionError, StateError
 from edgellm_runtime.spec import Signature
 from edgellm_runtime.state import State
@@ -32,12 +32,16 @@ class Session:
         chunk: the most tokens of a row in one step.
         vocab_size: how many tokens there are; None: as many as logits.
         capacity: slots that each row of a state has, for graphs of fixed sizes; None: as many as are needed.
+
+    Raises:
+        BackendError: the backend cannot keep one of the model's states.
     """
 
     def __init__(
         self, backend: Backend, signature: Signature, *, max_context: int, ragged_chunks: bool, chunk: int = _CHUNK,
         vocab_size: int | None = None, capacity: int | None = None,
     ) -> None:  # fmt: skip
+        check_updates(backend, signature)
         self._backend, self.signature = backend, signature
         self.max_context, self._ragged_chunks, self.chunk = max_context, ragged_chunks, chunk
         self._capacity = capacity

@@ -9,14 +9,25 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-__all__ = ["BATCH", "CAPACITY", "DTYPE_BYTES", "Signature", "SpecError", "StateSpec", "TensorSpec", "Update"]
+__all__ = [
+    "BATCH",
+    "CAPACITY",
+    "DTYPE_BYTES",
+    "UPDATES",
+    "Signature",
+    "SpecError",
+    "StateSpec",
+    "TensorSpec",
+    "Update",
+]
 
 BATCH = "batch"
 CAPACITY = "capacity"
 Dim = int | str
-Update = Literal["append", "replace"]
+Update = Literal["append", "ring", "replace", "static"]
+UPDATES: tuple[str, ...] = get_args(Update)
 DTYPE_BYTES: Mapping[str, int] = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1,
 }  # fmt: skip
@@ -64,25 +75,46 @@ class StateSpec:
         name: dotted name, unique in the model, such as ``layers.0.k``. The graph's names derive from it.
         shape: ints and the symbols ``batch`` (first) and ``capacity`` (the axis that tokens fill).
         dtype: numpy's name for the element type.
-        update: ``append`` grows along the capacity axis, one slot a token (keys and values);
+        update: how a step changes it.
+
+            ``append`` grows along the capacity axis, one slot a token (keys and values).
+            ``ring`` has a fixed number of slots along ``axis``; token ``i`` of a row is in slot ``i % slots`` until
+            token ``i + slots`` takes its place (keys and values of a sliding window).
             ``replace`` is wholly new after each step (a recurrence's h and c).
+            ``static`` is made by a row's first step and handed through unchanged by all later ones (keys and values
+            of cross-attention). It may depend on the row's first token alone, for a step may hold no more.
+        axis: of a ring, the one that its slots are along.
+        window: of a ring, how many tokens a token sees of it, itself among them; at most the slots.
     """
 
     name: str
     shape: tuple[Dim, ...]
     dtype: str
     update: Update
+    axis: int | None = None
+    window: int | None = None
 
     def __post_init__(self) -> None:
         _check(self.name, self.shape, self.dtype)
-        if self.update not in ("append", "replace"):
-            raise SpecError(f"{self.name}: update {self.update!r} is neither 'append' nor 'replace'")
+        if self.update not in UPDATES:
+            raise SpecError(f"{self.name}: update {self.update!r} is none of {', '.join(UPDATES)}")
         if not self.shape or self.shape[0] != BATCH:
             raise SpecError(f"{self.name}: shape {self.shape} must begin with {BATCH!r}")
         symbols = [d for d in self.shape[1:] if isinstance(d, str)]
         expected = [CAPACITY] if self.update == "append" else []
         if symbols != expected:
             raise SpecError(f"{self.name}: {self.update} state of shape {self.shape} must have symbols {expected}")
+        self._check_ring()
+
+    def _check_ring(self) -> None:
+        if self.update != "ring":
+            if self.axis is not None or self.window is not None:
+                raise SpecError(f"{self.name}: only a ring has an axis and a window, not a state of {self.update!r}")
+            return
+        if type(self.axis) is not int or not 0 < self.axis < len(self.shape):
+            raise SpecError(f"{self.name}: axis {self.axis!r} is none of a ring of shape {self.shape} but {BATCH!r}")
+        if type(self.window) is not int or not 0 < self.window <= self._slots:
+            raise SpecError(f"{self.name}: window {self.window!r} is not from 1 to the ring's {self._slots} slots")
 
     @property
     def past_name(self) -> str:
@@ -96,8 +128,43 @@ class StateSpec:
 
     @property
     def capacity_axis(self) -> int | None:
-        """Which axis tokens fill, or None for a state that is replaced."""
+        """Which axis grows with the tokens, or None for a state of fixed size."""
         return self.shape.index(CAPACITY) if self.update == "append" else None
+
+    @property
+    def in_place(self) -> bool:
+        """Whether a step may write it where it reads it; otherwise past and present are different memory."""
+        return self.update == "append"
+
+    @property
+    def _slots(self) -> int:
+        """Of a ring."""
+        assert self.axis is not None
+        return int(self.shape[self.axis])
+
+    def earliest(self, written: int) -> int:
+        """The fewest tokens, above none, that a row can be rewound to by what this state still holds.
+
+        Args:
+            written: the most tokens that the row has held since it was empty.
+        """
+        if self.update == "replace":
+            return written
+        if self.update != "ring" or self.window is None:
+            return 0
+        before = self.window - 1  # tokens that a new one sees beside itself
+        return written - self._slots + before if before and written > self._slots else 0
+
+    def used(self, tokens: int) -> tuple[slice, ...]:
+        """Where the slots in use are in a tensor of this state.
+
+        Args:
+            tokens: of the row that holds the most.
+        """
+        axis = self.axis if self.update == "ring" else self.capacity_axis
+        if axis is None:
+            return ()
+        return (*[slice(None)] * axis, slice(0, min(tokens, self._slots) if self.update == "ring" else tokens))
 
     def resolve(self, batch: int, capacity: int) -> tuple[int, ...]:
         """The concrete shape for so many rows and slots."""
@@ -109,11 +176,13 @@ class StateSpec:
         return math.prod(self.resolve(batch, capacity)) * DTYPE_BYTES[self.dtype]
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype, "update": self.update}
+        own = {"name": self.name, "shape": list(self.shape), "dtype": self.dtype, "update": self.update}
+        return own | ({"axis": self.axis, "window": self.window} if self.update == "ring" else {})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> StateSpec:
-        return cls(data["name"], tuple(data["shape"]), data["dtype"], data["update"])
+        shape, ring = tuple(data["shape"]), (data.get("axis"), data.get("window"))
+        return cls(data["name"], shape, data["dtype"], data["update"], *ring)
 
 
 @dataclass(frozen=True, slots=True)

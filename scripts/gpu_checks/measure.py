@@ -186,7 +186,7 @@ class Check:
         ttft, each = timed(start, step, prompt, prompt[:, :1], self.new, 1 if self.quick else 3, lambda: None)
         specs = lowered.signature.state
         token = sum(s.nbytes(1, 1) for s in specs if s.update == "append")
-        fixed = sum(s.nbytes(1, 1) for s in specs if s.update == "replace")
+        fixed = sum(s.nbytes(1, 1) for s in specs if s.update != "append")
         moved = decode_bytes(lowered.weight_bytes, token, fixed, batch, self.prompt + self.new // 2)
         self.row(
             name, runner, precision, batch, ttft, each, roofline_share(moved, each, self.result["copy_gb_s"]), memory

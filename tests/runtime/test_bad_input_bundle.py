@@ -281,7 +281,8 @@ def test_every_command_refuses_alike(capsys: pytest.CaptureFixture[str], bundle:
 
 VALUES = st.one_of(
     st.none(), st.booleans(), st.integers(-5, 5), st.integers(), st.just(10**400), st.floats(), st.text(max_size=5),
-    st.sampled_from(["batch", "capacity", "float64", "bfloat16", "replace", "append", "time", "²", "model.onnx"]),
+    st.sampled_from(["batch", "capacity", "float64", "bfloat16", "replace", "append", "ring", "static", "time", "²"]),
+    st.just("model.onnx"),
     st.lists(st.integers(0, 3), max_size=2), st.just({}), st.just([[[], 1]]),
 )  # fmt: skip
 

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from state_fakes import APPENDED, REPLACED, STATIC, ExactBackend, exact_session, ring
 from tiny_bundles import CONTEXT, attention_bundle, device_session, recurrent_bundle
 
-from edgellm_runtime import ContextError, OptionError, StateError, StateSpec, open_session
+from edgellm_runtime import BackendError, ContextError, OptionError, StateError, StateSpec, open_session
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.session import Session
 from edgellm_runtime.state import State
@@ -27,11 +28,22 @@ BUNDLES: dict[str, Callable[[], Path]] = {
     "recurrent": recurrent_bundle,
 }
 BUNDLES |= {f"{name}, state on a device": bundle for name, bundle in BUNDLES.items() if "," not in name}
-ATTENTION = [name for name in BUNDLES if not name.startswith("recurrent")]
+EXACT: dict[str, tuple[StateSpec, ...]] = {
+    "a ring of its window": (ring(8, 8),),
+    "a ring with room": (ring(16, 5),),
+    "a ring of one token": (ring(1, 1),),
+    "rings beside a cache": (APPENDED, ring(8, 3, "a"), ring(12, 12, "b")),
+    "static": (STATIC, APPENDED),
+    "static alone": (STATIC,),
+    "all updates": (APPENDED, ring(8, 8), REPLACED, STATIC),
+}
+SESSIONS = [*BUNDLES, *EXACT]
 
 
 @cache
 def session_of(name: str) -> Session:
+    if name in EXACT:
+        return exact_session(*EXACT[name], max_context=CONTEXT)
     bundle = Bundle(BUNDLES[name]())
     return device_session(bundle) if name.endswith("on a device") else open_session(bundle, threads=1)
 
@@ -47,6 +59,28 @@ class Rows:
     def __init__(self, session: Session, rows: int) -> None:
         self.session, self.state = session, session.new_state(rows)
         self.read: list[list[int]] = [[] for _ in range(rows)]
+        self.held: list[dict[str, dict[int, int]]] = [{} for _ in range(rows)]  # which token each slot of a ring holds
+
+    def write(self, row: int, tokens: list[int]) -> None:
+        """What a step does to a row."""
+        for spec in self.session.signature.state:
+            if spec.update == "ring":
+                slots = spec.resolve(1, 1)[spec.axis or 0]
+                for position in range(len(self.read[row]), len(self.read[row]) + len(tokens)):
+                    self.held[row].setdefault(spec.name, {})[position % slots] = position
+        self.read[row] = self.read[row] + tokens
+
+    def holds(self, row: int, length: int) -> bool:
+        """Whether the states still have what a row was when it had that length."""
+        for spec in self.session.signature.state:
+            if spec.update == "replace" and 0 < length < len(self.read[row]):
+                return False
+            if spec.update == "ring" and length:
+                slots, held = spec.resolve(1, 1)[spec.axis or 0], self.held[row].get(spec.name, {})
+                visible = range(max(0, length + 1 - (spec.window or 0)), length)  # beside the next token itself
+                if any(held.get(position % slots) != position for position in visible):
+                    return False
+        return True
 
     def step(self, data: st.DataObject) -> None:
         room = CONTEXT - max(map(len, self.read))
@@ -62,12 +96,13 @@ class Rows:
         )  # fmt: skip
         logits = self.session.step(tokens, self.state, lengths=np.array(lengths)).copy()
         for i, n in enumerate(lengths):
-            self.read[i] = self.read[i] + tokens[i, :n].tolist()
+            self.write(i, tokens[i, :n].tolist())
             close(logits[i, 0], read(self.session, self.read[i]))
 
     def take(self, data: st.DataObject) -> None:
         rows = data.draw(st.lists(st.integers(0, len(self.read) - 1), min_size=1, max_size=3))
         self.state, self.read = self.state.take(rows), [self.read[row] for row in rows]
+        self.held = [{name: dict(slots) for name, slots in self.held[row].items()} for row in rows]
 
     def fork(self, data: st.DataObject) -> None:
         """Go on with the copy; what it does must not show in the original, nor the other way round."""
@@ -78,18 +113,28 @@ class Rows:
         self.state = other
 
     def rewind(self, data: st.DataObject) -> None:
-        lengths = [data.draw(st.integers(0, len(row))) for row in self.read]
-        if self.state.spares and any(lengths) and lengths != [len(row) for row in self.read]:
-            with pytest.raises(StateError, match="cannot be rewound"):
+        near = [st.integers(max(0, len(row) - 12), len(row)) for row in self.read]
+        lengths = [
+            data.draw(st.one_of(st.just(0), st.integers(0, len(r)), n)) for r, n in zip(self.read, near, strict=True)
+        ]
+        before = self.state.lengths.tolist()
+        for row, earliest in enumerate(self.state.earliest.tolist()):
+            assert [self.holds(row, n) for n in range(1, len(self.read[row]) + 1)] == [
+                n >= earliest for n in range(1, len(self.read[row]) + 1)
+            ]
+        if not all(self.holds(row, n) for row, n in enumerate(lengths)):
+            with pytest.raises(StateError, match=r"cannot be rewound.* fork\(\)"):
                 self.state.rewind(lengths)
+            assert self.state.lengths.tolist() == before
             return
         self.state.rewind(lengths)
         self.read = [row[:n] for row, n in zip(self.read, lengths, strict=True)]
+        self.held = [held if n else {} for held, n in zip(self.held, lengths, strict=True)]
 
     def put(self, data: st.DataObject) -> None:
         row, source = (data.draw(st.integers(0, len(self.read) - 1)) for _ in range(2))
         self.state.put(row, self.state.take([source]))
-        self.read[row] = self.read[source]
+        self.read[row], self.held[row] = self.read[source], {n: dict(s) for n, s in self.held[source].items()}
 
     def save_and_load(self, data: st.DataObject) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +146,7 @@ def close(found: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * float(np.abs(expected).max()))
 
 
-@pytest.mark.parametrize("name", BUNDLES)
+@pytest.mark.parametrize("name", SESSIONS)
 def test_any_life_of_a_state_gives_the_logits_of_reading_at_once(name: str) -> None:
     session = session_of(name)
 
@@ -119,7 +164,7 @@ def test_any_life_of_a_state_gives_the_logits_of_reading_at_once(name: str) -> N
     check()
 
 
-@pytest.mark.parametrize("name", BUNDLES)
+@pytest.mark.parametrize("name", SESSIONS)
 def test_long_prompt_in_many_chunks_equals_one(name: str) -> None:
     session = session_of(name)
     row = np.random.default_rng(3).integers(0, session.vocab_size, CONTEXT)
@@ -135,7 +180,7 @@ def test_long_prompt_in_many_chunks_equals_one(name: str) -> None:
         session.chunk = before
 
 
-@pytest.mark.parametrize("name", BUNDLES)
+@pytest.mark.parametrize("name", SESSIONS)
 def test_full_context_is_refused_and_changes_nothing(name: str) -> None:
     session = session_of(name)
     state = session.new_state()
@@ -178,6 +223,50 @@ def test_impossible_rewind_is_an_error(lengths: int | list[int]) -> None:
     with pytest.raises(StateError, match="cannot rewind"):
         state.rewind(lengths)
     assert state.lengths.tolist() == [3]
+
+
+def test_an_overwritten_ring_says_how_far_it_goes_back_and_what_to_do() -> None:
+    session = exact_session(ring(8, 5, "window.k"), max_context=CONTEXT)
+    state = session.new_state(2)
+    session.step(np.ones((2, 20), dtype=np.int64), state, lengths=np.array([20, 8]))
+    assert state.earliest.tolist() == [20 - 8 + 5 - 1, 0]
+    with pytest.raises(
+        StateError,
+        match=r"row 0 of 20 tokens cannot be rewound to 15: window.k, a ring, has overwritten .* goes back to 16; "
+        r"rewind to 0 and read the row again, or fork\(\)",
+    ):
+        state.rewind([15, 8])
+    assert state.lengths.tolist() == [20, 8]
+    state.rewind([16, 1])
+    state.rewind([0, 1])
+    assert state.earliest.tolist() == [0, 0]
+
+
+def test_a_state_that_a_backend_cannot_keep_is_refused_by_name() -> None:
+    class Plain(ExactBackend):
+        updates = ("append", "replace")
+
+    exact_session(APPENDED, REPLACED, max_context=8, backend=Plain)
+    with pytest.raises(
+        BackendError, match=r"cpu keeps no state of update 'ring', which last is; .*test_bundle_state.py"
+    ):
+        exact_session(APPENDED, ring(4, 4), max_context=8, backend=Plain)
+    with pytest.raises(BackendError, match=r"no state of update 'static', which first is"):
+        exact_session(STATIC, max_context=8, backend=Plain)
+
+
+@pytest.mark.parametrize("written", [np.array([2], np.int32), np.array([9, 9], np.int32), np.array([9]), None])
+def test_a_saved_ring_without_what_it_was_written_with_is_an_error(written: np.ndarray | None, tmp_path: Path) -> None:
+    session = exact_session(ring(4, 3), max_context=CONTEXT)
+    state = session.new_state()
+    session.step(np.ones((1, 9), dtype=np.int64), state)
+    state.save(tmp_path / "s")
+    with np.load(tmp_path / "s") as data:
+        arrays = {name: data[name] for name in data.files if name != "__written__"}
+    with (tmp_path / "s").open("wb") as file:
+        np.savez(file, **arrays, **({} if written is None else {"__written__": written}))
+    with pytest.raises(StateError, match="read the prompt again"):
+        State.load(tmp_path / "s", session.signature.state)
 
 
 @pytest.mark.parametrize("rows", [[], [1], [-1]])

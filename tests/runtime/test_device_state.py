@@ -27,6 +27,8 @@ def specs_of(dtype: str) -> tuple[StateSpec, ...]:
         StateSpec("keys", ("batch", 2, "capacity", 3), dtype, "append"),
         StateSpec("flat", ("batch", "capacity"), dtype, "append"),
         StateSpec("hidden", ("batch", 5), dtype, "replace"),
+        StateSpec("window", ("batch", 2, 48, 3), dtype, "ring", axis=2, window=40),
+        StateSpec("memory", ("batch", 3, 2), dtype, "static"),
     )
 
 
@@ -48,7 +50,7 @@ class Pair:
             shape = spec.resolve(self.both[0].batch, int(lengths.max()))
             new = narrowed((self.rng.normal(size=shape) * 50).astype(np.float32), spec.dtype)
             for state in self.both:
-                place = state.spares if spec.update == "replace" else state.tensors
+                place = state.tensors if spec.in_place else state.spares
                 state.storage.write(spec, place[spec.name], new)
         for state in self.both:
             state.swap()
@@ -99,8 +101,7 @@ class Pair:
         assert device.nbytes == sum(value.tensor_size_in_bytes() for value in values)
         used = int(host.lengths.max())
         for spec in self.specs:
-            axis = spec.capacity_axis
-            slots = () if axis is None else (slice(None),) * axis + (slice(0, used),)
+            slots = spec.used(used)
             np.testing.assert_array_equal(host.read(spec.name)[slots], device.read(spec.name)[slots])
 
 

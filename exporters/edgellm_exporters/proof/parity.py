@@ -158,8 +158,7 @@ def _state(reference: Trace, own: State) -> float:
     for spec in own.specs:
         if spec.dtype == "int8":  # codes of a cache: what they lose shows in the logits
             continue
-        found, axis = own.read(spec.name)[0], spec.capacity_axis
-        found = found if axis is None else found.take(range(len(reference.tokens)), axis=axis - 1)
+        found = own.read(spec.name)[spec.used(len(reference.tokens))][0]
         expected = reference.state[spec.name].double().numpy()
         worst = float(np.maximum(worst, np.linalg.norm(found - expected) / (np.linalg.norm(expected) + 1e-12)))
     return worst

@@ -65,7 +65,8 @@ def traces(model: LanguageModel, rows: Sequence[Tokens]) -> Iterator[Trace]:
         tokens = torch.tensor([list(row) for row in same])  # (batch, time)
         logits, state = model(tokens, empty_state(model, len(tokens), length), Step.whole(tokens))
         for i, row in enumerate(same):
-            yield Trace(list(row), logits[i], {spec.name: state[spec.name][i] for spec in model.state_specs()})
+            used = {spec.name: state[spec.name][spec.used(length)][i] for spec in model.state_specs()}
+            yield Trace(list(row), logits[i], used)
         start += len(same)
 
 

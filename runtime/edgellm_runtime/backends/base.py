@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgellm_runtime.errors import BackendError
+from edgellm_runtime.spec import UPDATES, Signature
 from edgellm_runtime.state import State
 from edgellm_runtime.state.storage import HOST, Storage
 
-__all__ = ["Backend", "Candidates", "HostBackend"]
+__all__ = ["Backend", "Candidates", "HostBackend", "check_updates"]
 
 Array = NDArray[Any]
 
@@ -37,6 +39,7 @@ class Backend(Protocol):
 
     device: str
     storage: Storage  # where its states live
+    updates: Collection[str]  # of states, those that it can keep
     candidates: int  # how many tokens of a row it can choose by itself; 0: it hands out logits only
 
     def run(
@@ -78,6 +81,7 @@ class HostBackend:
     """What a backend that computes in this process's memory shares with others of its kind."""
 
     storage: Storage = HOST
+    updates: Collection[str] = UPDATES
     candidates = 0
 
     def best(
@@ -86,3 +90,17 @@ class HostBackend:
     ) -> Candidates:  # fmt: skip
         """Never asked for: logits are where the sampler is."""
         raise AssertionError("a backend with candidates = 0 was asked for candidates")
+
+
+def check_updates(backend: Backend, signature: Signature) -> None:
+    """Make sure that a backend can keep every state of a model.
+
+    Raises:
+        BackendError: it cannot; the text names the state and the file that would have to learn it.
+    """
+    for spec in signature.state:
+        if spec.update not in backend.updates:
+            raise BackendError(
+                f"device {backend.device} keeps no state of update {spec.update!r}, which {spec.name} is; load the "
+                f"bundle on another device, or teach it to {type(backend).__module__.replace('.', '/')}.py"
+            )

@@ -129,7 +129,7 @@ class OrtBackend(HostBackend):
         return Path(self._session.end_profiling())
 
     def _binding(self, tokens: tuple[int, ...], positions: tuple[int, ...], state: State) -> _Binding:
-        # What replaces a state is written beside it, so two bindings take turns: told apart by what is read.
+        # What is not written in place is written beside it, so two bindings take turns: told apart by what is read.
         turn = next((id(state.tensors[name]) for name in state.spares), 0)
         key = (id(self), turn, tokens, positions)
         found: _Binding | None = state.attachments.get(key)
@@ -170,7 +170,7 @@ class _Binding:
                 self.io.bind_ortvalue_input(name, value(getattr(self, name)))
         for spec in signature.state:
             past = value(state.tensors[spec.name])
-            present = past if spec.update == "append" else value(state.spares[spec.name])
+            present = past if spec.in_place else value(state.spares[spec.name])
             if spec.past_name in inputs:
                 self.io.bind_ortvalue_input(spec.past_name, past)
             self.io.bind_ortvalue_output(spec.present_name, present)

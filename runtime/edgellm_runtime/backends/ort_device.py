@@ -8,7 +8,7 @@ tested where there is no GPU; capture is then only noted.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from edgellm_runtime.backends.faults import first_line, load_fault, step_fault
 from edgellm_runtime.backends.ort import check_names, library
 from edgellm_runtime.backends.ort_choice import Chooser
 from edgellm_runtime.backends.ort_memory import DeviceStorage, Kernels
-from edgellm_runtime.spec import Signature
+from edgellm_runtime.spec import UPDATES, Signature
 from edgellm_runtime.state import State
 from edgellm_runtime.state.storage import Storage
 
@@ -51,6 +51,7 @@ class OrtDeviceBackend:
     """
 
     candidates = 64
+    updates: Collection[str] = UPDATES
 
     def __init__(
         self, graph: Path, signature: Signature, *, max_context: int, device: str = "cuda", device_id: int = 0,
@@ -149,7 +150,7 @@ class OrtDeviceBackend:
         return binding
 
     def _binding(self, tokens: tuple[int, ...], positions: tuple[int, ...], state: State) -> _Binding:
-        # What replaces a state is written beside it, so two bindings take turns: told apart by what is read.
+        # What is not written in place is written beside it, so two bindings take turns: told apart by what is read.
         turn = next((state.tensors[name].data_ptr() for name in state.spares), 0)
         key = (id(self), self._sessions_made, turn, tokens, positions)
         found: _Binding | None = state.attachments.get(key)
@@ -203,7 +204,7 @@ class _Binding:
             past = state.tensors[spec.name]
             if spec.past_name in inputs:
                 self.io.bind_ortvalue_input(spec.past_name, past)
-            present = past if spec.update == "append" else state.spares[spec.name]
+            present = past if spec.in_place else state.spares[spec.name]
             self.io.bind_ortvalue_output(spec.present_name, present)
         (logits,) = signature.outputs
         self.logits = empty((*positions, int(logits.shape[-1])), logits.dtype)

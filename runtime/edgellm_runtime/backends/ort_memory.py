@@ -169,7 +169,7 @@ class DeviceStorage:
     def acquire(self, specs: Sequence[StateSpec], batch: int, capacity: int) -> Buffers:
         """See :meth:`edgellm_runtime.state.storage.Storage.acquire`."""
         buffers, fresh = self._pool.get(specs, batch, capacity)
-        for spec in specs:  # of a used cache, slots that no token has filled are not looked at
+        for spec in specs:  # slots that no token has filled, and what is static before it is made, are not looked at
             if fresh or spec.update == "replace":
                 self._kernels.zeros(buffers.tensors[spec.name])
         return buffers

@@ -46,7 +46,7 @@ class BufferPool:
 
     def _new(self, specs: Sequence[StateSpec], batch: int, capacity: int) -> tuple[dict[str, Any], ...]:
         tensors = {spec.name: self._make(spec, batch, capacity) for spec in specs}
-        spares = {spec.name: self._make(spec, batch, capacity) for spec in specs if spec.update == "replace"}
+        spares = {spec.name: self._make(spec, batch, capacity) for spec in specs if not spec.in_place}
         return tensors, spares, {}
 
 

@@ -7,7 +7,7 @@ asked for. A step of single tokens is recorded once for each set of buffers and 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from edgellm_runtime.backends.tensorrt_choice import Choice, check_chooser
 from edgellm_runtime.backends.tensorrt_kernels import KernelCache
 from edgellm_runtime.backends.tensorrt_library import Engine, Library, find_library
 from edgellm_runtime.errors import BackendError, StateError
-from edgellm_runtime.spec import Signature
+from edgellm_runtime.spec import UPDATES, Signature
 from edgellm_runtime.state import State
 from edgellm_runtime.state.storage import Storage, widened
 
@@ -86,6 +86,7 @@ class TensorRTBackend:
     """
 
     device = "tensorrt"
+    updates: Collection[str] = UPDATES
 
     def __init__(
         self, library: Library, cuda: Cuda, roles: Roles, engines: Mapping[str, Engine], signature: Signature, *,
@@ -225,7 +226,7 @@ class _Binding:
             if spec.past_name in engine.inputs:
                 self._places[spec.past_name] = past
             # a cache is written in place, which is what the graph's TensorScatter means
-            self._places[spec.present_name] = past if spec.update == "append" else state.spares[spec.name]
+            self._places[spec.present_name] = past if spec.in_place else state.spares[spec.name]
 
     @property
     def engines(self) -> Sequence[Engine]:

@@ -184,8 +184,7 @@ def _state_difference(golden: Golden, state: State) -> float:
         if spec.name not in golden.state:
             return float("nan")
         index, expected = golden.state[spec.name]
-        row, axis = state.read(spec.name)[0], spec.capacity_axis
-        used = row if axis is None else row.take(range(len(golden.tokens)), axis=axis - 1)
+        used = state.read(spec.name)[spec.used(len(golden.tokens))][0]
         if not len(index) or index.min() < 0 or index.max() >= used.size:
             return float("nan")
         difference = np.linalg.norm(used.reshape(-1)[index] - expected)

@@ -1,7 +1,7 @@
 """A conversation that reads only what is new: the state stays between turns.
 
 Each turn renders the whole conversation and compares it, token by token, with what the state holds. What agrees is not
-read again; where they part, the state is rewound to that point, or, if it is a recurrence's, begun anew. The state has
+read again; where they part, the state is rewound to that point, or, if it cannot be, begun anew. The state has
 therefore always read exactly the rendered tokens. Kernels may round a token that was read alone otherwise than one in a
 prompt (quantized ones do), so where two tokens are nearly tied, a fresh reading may choose the other.
 """
@@ -157,7 +157,7 @@ class Conversation:
                 self._state.reserve(min(needed, self._session.max_context))
                 self._held, self.reused_tokens = self._held[:common], common
                 return self._state
-            except StateError:  # a recurrence
+            except StateError:  # a recurrence, or a ring that no longer holds that point
                 pass
         self._state, self._held, self.reused_tokens = None, [], 0
         return self._session.new_state(1, needed)

@@ -5,6 +5,7 @@ Where its tensors live is its storage's business; see :mod:`edgellm_runtime.stat
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,14 +38,16 @@ class State:
         if batch < 1 or capacity < 1:
             raise StateError(f"a state needs at least one row and one slot, not {batch} and {capacity}")
         buffers = storage.acquire(tuple(specs), batch, capacity)
-        self._set(tuple(specs), batch, capacity, storage, buffers, np.zeros(batch, dtype=np.int32))
+        empty = np.zeros(batch, dtype=np.int32)
+        self._set(tuple(specs), batch, capacity, storage, buffers, empty, empty)
 
     def _set(
         self, specs: tuple[StateSpec, ...], batch: int, capacity: int, storage: Storage, buffers: Buffers,
-        lengths: NDArray[np.int32],
+        lengths: NDArray[np.int32], written: NDArray[np.int32],
     ) -> None:  # fmt: skip
         self.specs, self.batch, self.capacity = specs, batch, capacity
-        self.storage, self.buffers, self.lengths = storage, buffers, lengths
+        self.storage, self.buffers, self.lengths = storage, buffers, lengths.copy()
+        self._written = written.copy()  # what rows held before they were last rewound
 
     @property
     def tensors(self) -> dict[str, Any]:
@@ -53,7 +56,7 @@ class State:
 
     @property
     def spares(self) -> dict[str, Any]:
-        """Where a step writes what replaces a state; the two change places after it."""
+        """Where a step writes what is not written in place; the two change places after it."""
         return self.buffers.spares
 
     @property
@@ -66,6 +69,17 @@ class State:
         """Bytes that all its tensors take."""
         each = {spec.name: spec.nbytes(self.batch, self.capacity) for spec in self.specs}
         return sum(each.values()) + sum(each[name] for name in self.spares)
+
+    @property
+    def written(self) -> NDArray[np.int32]:
+        """The most tokens that each row has held since it was empty, (batch,): what its rings were written with."""
+        return np.maximum(self._written, self.lengths)
+
+    @property
+    def earliest(self) -> NDArray[np.int32]:
+        """The fewest tokens, above none, that each row can be rewound to, (batch,); it can always be made empty."""
+        rows = [max((s.earliest(n) for s in self.specs), default=0) for n in self.written.tolist()]
+        return np.array(rows, dtype=np.int32)
 
     def read(self, name: str) -> Array:
         """One tensor's numbers, in this process's memory; bfloat16 as float32."""
@@ -100,7 +114,8 @@ class State:
             raise StateError(f"rows {list(rows)} of a state of {self.batch} rows; name rows from 0 to {self.batch - 1}")
         index, copy = list(rows), State.__new__(State)
         buffers = self.storage.taken(self.specs, self.buffers, index, self.capacity)
-        copy._set(self.specs, len(index), self.capacity, self.storage, buffers, self.lengths[index].copy())
+        kept = self.lengths[index], self._written[index]
+        copy._set(self.specs, len(index), self.capacity, self.storage, buffers, *kept)
         return copy
 
     def put(self, row: int, other: State) -> None:
@@ -109,16 +124,23 @@ class State:
         for spec in self.specs:
             capacities = self.capacity, other.capacity
             self.storage.put(spec, self.tensors[spec.name], row, other.tensors[spec.name], capacities)
-        self.lengths[row] = other.lengths[0]
+        self.lengths[row], self._written[row] = other.lengths[0], other.written[0]
 
     def rewind(self, lengths: Sequence[int] | int) -> None:
         """Forget the last tokens of each row.
+
+        A row can always be made empty, or kept as it is. Between these it depends on the model's states: what is
+        appended to, and what is static, lets every token be taken back; a recurrence none. A ring lets every token be
+        taken back while none has been overwritten. Once it is full, it has lost the oldest: so many of the last tokens
+        can be taken back as it has slots beyond its window, and one more, counted from the longest that the row has
+        been since it was empty. :attr:`earliest` says it in numbers.
 
         Args:
             lengths: how many tokens to keep in each row.
 
         Raises:
-            StateError: the model has a recurrence, which cannot be run backwards, or a row holds fewer tokens.
+            StateError: a state no longer holds what a row was at that length, or a row holds fewer tokens. Nothing is
+                changed then.
         """
         wanted = np.asarray(lengths, dtype=np.int32)
         if wanted.shape not in ((), (self.batch,)):
@@ -130,19 +152,43 @@ class State:
             return
         if (wanted < 0).any() or (wanted > self.lengths).any():
             raise StateError(f"cannot rewind rows of {self.lengths.tolist()} tokens to {wanted.tolist()}")
-        if self.spares and wanted.any():
-            raise StateError("a recurrent state cannot be rewound; fork() it before the tokens you may take back")
-        for name in self.spares:  # nothing is kept: a recurrence starts anew
-            self.storage.clear(self.tensors[name])
+        written = self.written
+        for row in np.flatnonzero((wanted != self.lengths) & (wanted > 0)):
+            self._check_rewind(int(row), int(wanted[row]), int(written[row]))
+        self._clear_replaced(wanted == 0)
+        self._written = np.where(wanted == 0, 0, written).astype(np.int32)
         self.lengths = wanted.copy()
+
+    def _check_rewind(self, row: int, wanted: int, written: int) -> None:
+        spec = max(self.specs, key=lambda s: s.earliest(written))
+        if wanted >= spec.earliest(written):
+            return
+        if spec.update == "replace":
+            raise StateError("a recurrent state cannot be rewound; fork() it before the tokens you may take back")
+        raise StateError(
+            f"row {row} of {self.lengths[row]} tokens cannot be rewound to {wanted}: {spec.name}, a ring, has "
+            f"overwritten what it held then, and goes back to {spec.earliest(written)}; rewind to 0 and read the row "
+            "again, or fork() the state before the tokens you may take back"
+        )
+
+    def _clear_replaced(self, rows: NDArray[np.bool_]) -> None:
+        """Let recurrences of some rows start anew; what else they carry is not looked at in an empty row."""
+        replaced = [spec for spec in self.specs if spec.update == "replace"]
+        if rows.all():
+            for spec in replaced:
+                self.storage.clear(self.tensors[spec.name])
+        elif replaced and rows.any():
+            blank = self.storage.acquire(replaced, 1, self.capacity)
+            for row, spec in itertools.product(np.flatnonzero(rows).tolist(), replaced):
+                capacities = self.capacity, self.capacity
+                self.storage.put(spec, self.tensors[spec.name], row, blank.tensors[spec.name], capacities)
 
     def save(self, path: str | Path) -> None:
         """Write it to a file, only the slots in use."""
         used = max(int(self.lengths.max()), 1)
-        arrays = {}
-        for spec in self.specs:
-            a, axis = self.storage.read(spec, self.tensors[spec.name]), spec.capacity_axis
-            arrays[spec.name] = a if axis is None else a[(slice(None),) * axis + (slice(0, used),)]
+        arrays = {s.name: self.storage.read(s, self.tensors[s.name])[s.used(used)] for s in self.specs}
+        if _has_ring(self.specs):
+            arrays["__written__"] = self.written
         header = json.dumps({"format": _FORMAT, "specs": [s.to_json() for s in self.specs]})
         with Path(path).open("wb") as file:  # given a name, numpy would append .npz to it
             np.savez(file, allow_pickle=False, __header__=np.array(header), __lengths__=self.lengths, **arrays)
@@ -168,17 +214,30 @@ class State:
                 if header["format"] != _FORMAT or header["specs"] != [s.to_json() for s in specs]:
                     raise StateError(f"{path}: the state of another model; read the prompt again with this one")
                 lengths, arrays = data["__lengths__"], {spec.name: data[spec.name] for spec in specs}
+                written = data["__written__"] if _has_ring(specs) else lengths
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise StateError(f"{path}: not a saved state ({error}); read the prompt again") from error
         if lengths.dtype != np.int32 or lengths.ndim != 1 or not len(lengths) or lengths.min() < 0:
             raise StateError(f"{path}: its lengths are damaged; read the prompt again")
+        if written.dtype != np.int32 or written.shape != lengths.shape or (written < lengths).any():
+            raise StateError(f"{path}: what its rings were written with is damaged; read the prompt again")
         used = max(int(lengths.max()), 1)
         for spec in specs:
-            found, expected = arrays[spec.name], spec.resolve(len(lengths), used)
+            found, expected = arrays[spec.name], _shape_of_used(spec, len(lengths), used)
             if found.shape != expected or found.dtype != host_dtype(spec.dtype):
                 raise StateError(f"{path}: {spec.name} is {found.dtype} {found.shape}, not {spec.dtype} {expected}")
         state = cls(specs, len(lengths), storage.rounded(used), storage)
-        state.lengths = lengths
+        state.lengths, state._written = lengths, written
         for spec in specs:
             storage.write(spec, state.tensors[spec.name], arrays[spec.name])
         return state
+
+
+def _has_ring(specs: Sequence[StateSpec]) -> bool:
+    return any(spec.update == "ring" for spec in specs)
+
+
+def _shape_of_used(spec: StateSpec, batch: int, tokens: int) -> tuple[int, ...]:
+    """That of a tensor's slots in use."""
+    shape, axis = spec.resolve(batch, tokens), spec.axis
+    return shape if axis is None else (*shape[:axis], min(tokens, shape[axis]), *shape[axis + 1 :])

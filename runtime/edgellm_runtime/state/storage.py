@@ -27,7 +27,7 @@ class Buffers:
 
     Args:
         tensors: what a step reads, by state name.
-        spares: what it writes in place of a state that is replaced; the two change places after the step.
+        spares: where it writes what it does not write in place; the two change places after the step.
         attachments: what a backend keeps for these very buffers, such as bindings; it goes when they go.
     """
 
@@ -124,7 +124,7 @@ class HostStorage:
     def acquire(self, specs: Sequence[StateSpec], batch: int, capacity: int) -> Buffers:
         """See :meth:`Storage.acquire`."""
         tensors = {s.name: _zeros(s, batch, capacity) for s in specs}
-        return Buffers(tensors, {s.name: np.zeros_like(tensors[s.name]) for s in specs if s.update == "replace"})
+        return Buffers(tensors, {s.name: np.zeros_like(tensors[s.name]) for s in specs if not s.in_place})
 
     def grown(self, specs: Sequence[StateSpec], old: Buffers, batch: int, capacity: int) -> Buffers:
         """See :meth:`Storage.grown`."""
