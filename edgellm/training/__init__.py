@@ -6,7 +6,8 @@ from edgellm.training.evaluation import unigram_entropy
 from edgellm.training.options import TrainOptions
 from edgellm.training.progress import Reporter, StepReport
 from edgellm.training.range_test import LearningRates, find_learning_rate
-from edgellm.training.run import RunConfig, train_from_text
+from edgellm.training.run import train_from_text
+from edgellm.training.run_config import RunConfig
 from edgellm.training.settings import parse_settings
 from edgellm.training.tokenizer import END_OF_TEXT, train_tokenizer
 from edgellm.training.tokens import TokenData, prepare_tokens

@@ -15,7 +15,8 @@ from typing import Any
 
 from edgellm.errors import TrainingError
 from edgellm.training.metrics import read_metrics
-from edgellm.training.run import RunConfig, train_from_text
+from edgellm.training.run import train_from_text
+from edgellm.training.run_config import RunConfig
 from edgellm.training.trainer import METRICS
 
 __all__ = ["PLOT", "LearningRates", "find_learning_rate"]

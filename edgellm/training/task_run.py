@@ -22,7 +22,8 @@ from edgellm.training.distributed import open_world
 from edgellm.training.example_batches import ExampleBatches
 from edgellm.training.lora import adapt
 from edgellm.training.progress import StepReport
-from edgellm.training.run import DATA, TOKENIZER, RunConfig, check_folder
+from edgellm.training.run_config import DATA, TOKENIZER, RunConfig
+from edgellm.training.run_folder import check_folder
 from edgellm.training.tokenizer import end_of_text_id, train_tokenizer
 from edgellm.training.trainer import TrainResult, train
 from edgellm_runtime.task_spec import ANSWER, PREDICATE, SEPARATOR, TaskSpec

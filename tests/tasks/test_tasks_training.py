@@ -28,7 +28,7 @@ from edgellm.training.example_batches import ExampleBatches
 from edgellm.training.lora import ADAPTERS, AdaptedLinear, adapt, load_adapters, merged
 from edgellm.training.loss import batch_loss
 from edgellm.training.options import TrainOptions
-from edgellm.training.run import RunConfig
+from edgellm.training.run_config import RunConfig
 
 PAIRS = [{"source": f"the cat saw {i} birds", "target": f"{i} birds saw the cat"} for i in range(24)]
 SMALL = (

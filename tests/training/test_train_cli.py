@@ -18,7 +18,7 @@ from edgellm.cli.train import RECIPES, train
 from edgellm.errors import ConfigError, ModelError, TrainingError
 from edgellm.models import registry
 from edgellm.training import Reporter, StepReport, TrainOptions
-from edgellm.training.run import RunConfig
+from edgellm.training.run_config import RunConfig
 
 SMALL = (
     "--set", "width=16", "--set", "pattern=gru,attention", "--set", "num_heads=2", "--set", "num_kv_heads=2",
