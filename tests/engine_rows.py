@@ -20,7 +20,7 @@ from edgellm_exporters.graph.capture import signature_of
 from edgellm_exporters.graph.targets import find_target
 from edgellm_exporters.proof.parity import ParityReport, compare
 from edgellm_exporters.quantize.quantized_model import quantized_model
-from edgellm_runtime.backends.graph_roles import Roles
+from edgellm_runtime.backends.graph_roles import GraphRoles
 from edgellm_runtime.backends.ort_roles import OrtRolesBackend
 from edgellm_runtime.session import Session
 from edgellm_runtime.spec import Signature
@@ -77,7 +77,7 @@ def _rounded(model: nn.Module) -> nn.Module:
 def session_of(model: Any, directory: Path, dtype: str) -> Session:
     signature = signature_of(model)
     state = tuple(type(s)(s.name, s.shape, dtype, s.update) for s in signature.state)
-    signature, roles = Signature(signature.inputs, signature.outputs, state), Roles(SIZES.graphs)
+    signature, roles = Signature(signature.inputs, signature.outputs, state), GraphRoles(SIZES.graphs)
     return Session(
         OrtRolesBackend(directory, roles, signature, threads=1), signature, max_context=CONTEXT, ragged_chunks=True,
         chunk=roles.longest, capacity=SIZES.capacity,

@@ -14,7 +14,7 @@ import pytest
 from tensorrt_fakes import SIDECAR, FakeCuda, FakeTensorRT
 from tiny_bundles import attention_model, edit_manifest, recurrent_model, sign, text_assets
 
-from edgellm_exporters.engines.fixed_sizes import EngineOptions
+from edgellm_exporters.engines.options import EngineOptions
 from edgellm_exporters.engines.tensorrt import chosen_counts, profile_of
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_runtime import open_session

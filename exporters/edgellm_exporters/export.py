@@ -8,8 +8,8 @@ import datetime
 import gc
 import json
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,112 +22,38 @@ from torch import nn
 from edgellm.models.protocol import LanguageModel, logit_width
 from edgellm_exporters.atomic import check_destination, whole_directory
 from edgellm_exporters.auto.automatic import Automatic, quantize_within
-from edgellm_exporters.auto.budget import AUTO, Budget, bounds_of
-from edgellm_exporters.engines.fixed_sizes import (
-    EngineOptions,
-    check_types,
-    loosened,
-    proof_session,
-    proved_on,
-    sizes_of,
-    twins,
-    write_roles,
-)
-from edgellm_exporters.engines.tensorrt import add_engines, check_engine_options
+from edgellm_exporters.auto.budget import AUTO, bounds_of
+from edgellm_exporters.engines.options import EngineOptions
+from edgellm_exporters.engines.tensorrt import check_engine_options
 from edgellm_exporters.errors import ExportError, ParityError
 from edgellm_exporters.graph.capture import capture, check_model, signature_of
-from edgellm_exporters.graph.lower import lower_to, prepare
+from edgellm_exporters.graph.lower import prepare
 from edgellm_exporters.graph.targets import Target, find_target
-from edgellm_exporters.graph.write import GRAPH_FILE, WEIGHTS_FILE, Progress, write_graph
+from edgellm_exporters.graph.write import WEIGHTS_FILE, Progress
+from edgellm_exporters.graph_sets import graph_set
+from edgellm_exporters.options import ExportOptions, TextAssets
 from edgellm_exporters.proof.goldens import GREEDY, write_goldens
 from edgellm_exporters.proof.parity import ParityReport, measure
 from edgellm_exporters.proof.samples import golden_rows
+from edgellm_exporters.proof.stand_in import bounds_in, proved_on, stand_in, stand_in_session
 from edgellm_exporters.proof.traces import Continuation, Trace, take_traces
-from edgellm_exporters.quantize.cache import cache_scales, cached_states, narrow_caches
-from edgellm_exporters.quantize.methods import METHODS, find_method
+from edgellm_exporters.quantize.cache import cache_scales, cached_states
+from edgellm_exporters.quantize.methods import find_method
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.quantize.planning import make_plan
 from edgellm_exporters.weights.memory import give_back
 from edgellm_exporters.weights.streaming import OwnWeights, Weights, resident
 from edgellm_runtime.backends.ort import library
-from edgellm_runtime.bundle import MANIFEST, Bundle, FileInfo, Manifest, TokenizerInfo, sha256_of
+from edgellm_runtime.bundle import MANIFEST, Bundle, FileInfo, Manifest, sha256_of
 from edgellm_runtime.checks.verify import Verification, verify
 from edgellm_runtime.loading import open_session
 from edgellm_runtime.session import Session
 from edgellm_runtime.spec import Signature
-from edgellm_runtime.task_spec import TaskSpec
 
-__all__ = ["ExportOptions", "Exported", "TextAssets", "decided", "export"]
+__all__ = ["ExportOptions", "Exported", "TextAssets", "bounds_with_a_favourite", "export"]
 
-_DECIDED = 1e-3  # mean probability of the most likely token; a model that was trained has a hundred times as much
+_FAVOURITE = 1e-3  # mean probability of the most likely token; a model that was trained has a hundred times as much
 _CACHE_WINDOWS = 4  # of the calibration text: ranges need less of it than codes do
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportOptions:
-    """What to make.
-
-    Args:
-        target: a name in :data:`edgellm_exporters.graph.targets.TARGETS`.
-        dtype: of activations and unquantized weights.
-        quantize: what :func:`edgellm_exporters.quantize.methods.find_method` knows.
-        name: what the bundle calls itself; the destination's name if empty.
-        calibration: windows of token ids, each up to the model's context; with them, weights of fewer than 8 bits are
-            quantized with GPTQ.
-        bounds: overrides for what the bundle must hold to.
-        budget: what a bundle of ``quantize="auto"`` must keep to.
-        held_out: windows of token ids that such a bundle is judged on; none of them is in ``calibration``.
-        kv_cache: what attention keeps keys and values in: ``float32``, or ``int8`` with one scale for each feature of
-            each head.
-        engine: what engines are built for, by a target that has them; None for what :class:`EngineOptions` says.
-    """
-
-    target: str = "cpu"
-    dtype: str = "float32"
-    quantize: str = "none"
-    name: str = ""
-    calibration: Sequence[Sequence[int]] = ()
-    bounds: Mapping[str, float] = field(default_factory=dict)
-    budget: Budget | None = None
-    held_out: Sequence[Sequence[int]] = ()
-    kv_cache: str = "float32"
-    engine: EngineOptions | None = None
-
-    def __post_init__(self) -> None:
-        target = find_target(self.target)
-        if self.kv_cache not in target.caches:
-            raise ExportError(
-                f"target {self.target} keeps keys and values in {' or '.join(target.caches)}, not {self.kv_cache!r}"
-            )
-        if self.dtype not in target.dtypes:
-            raise ExportError(f"target {self.target} has no dtype {self.dtype!r}; it has {', '.join(target.dtypes)}")
-        if (self.quantize == AUTO) != (self.budget is not None):
-            raise ExportError(f"quantize {self.quantize!r} and budget {self.budget}: {AUTO!r} and a budget go together")
-        if self.budget is None:
-            method = find_method(self.quantize, target.methods)
-            if method.layers is not None:
-                target.check_kernel(method.layers)
-        elif target.methods is not METHODS:
-            raise ExportError(f"target {self.target} has no {AUTO!r}; it has {', '.join(target.methods)}")
-        if self.engine is not None and not target.roles:
-            raise ExportError(f"target {self.target} has no engines; leave their options out, or use --target tensorrt")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextAssets:
-    """What turns text into tokens and back, and what the model was trained to do with it; copied into the bundle."""
-
-    tokenizer_json: str
-    chat_template: str | None = None
-    bos_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
-    add_bos: bool = False
-    task: TaskSpec | None = None
-
-    @property
-    def info(self) -> TokenizerInfo:
-        """What the manifest says of it."""
-        return TokenizerInfo(self.bos_token_id, self.eos_token_ids, self.add_bos, self.chat_template is not None)
 
 
 @dataclass(frozen=True)
@@ -192,43 +118,44 @@ def _build(
     provenance: Mapping[str, Any], progress: Progress,
 ) -> Exported:  # fmt: skip
     target = find_target(options.target)
-    sizes = sizes_of(options.engine or EngineOptions(), model.config.max_context) if target.roles else None
-    context = sizes.max_context if sizes else model.config.max_context
+    made = graph_set(target, options.dtype, options.engine, model.config.max_context)
     progress("capturing", 0.0)
-    rows = golden_rows(text.tokenizer_json if text else None, model.config.vocab_size, context)
+    rows = golden_rows(text.tokenizer_json if text else None, model.config.vocab_size, made.context)
     _write_text(scratch, text)
-    with twins(scratch, options.dtype) as twin:
-        quantization, own_bounds = _write_weights(model, weights, target, options, rows, scratch, twin, progress)
+    with stand_in(scratch, options.dtype) as standing_in:
+        write = partial(made.write, directory=scratch, stand_in=standing_in, progress=progress)
+        quantization, own_bounds = _write_weights(model, weights, target, options, rows, scratch, write, progress)
         signature = _signature(model, quantization, options.dtype, target)
-        bounds = {**loosened(_held_by(own_bounds, signature), options.dtype), **options.bounds}
+        bounds = {**bounds_in(_held_by(own_bounds, signature), options.dtype), **options.bounds}
         if logit_width(model.config) != model.config.vocab_size:
             bounds.pop("greedy", None)  # labels are nothing to go on with
         manifest = Manifest(
             name=name, target={"name": target.name, "requires": dict(target.requires)},
-            signature=signature, max_context=context, ragged_chunks=target.ragged_chunks,
+            signature=signature, max_context=made.context, ragged_chunks=target.ragged_chunks,
             dtype=options.dtype, files={}, tokenizer=text.info if text else None,
             quantization=quantization, bounds=bounds,
             provenance={**provenance, **_environment(), "proved_on": proved_on(options.dtype)},
             task=text.task if text else None, vocab_size=model.config.vocab_size,
-            graphs=sizes.graphs if sizes else {}, capacity=sizes.capacity if sizes else None,
+            graphs=made.graphs, capacity=made.capacity,
         )  # fmt: skip
         manifest = _write_manifest(scratch, manifest)
-        open_one = partial(_session, scratch) if twin is None else partial(proof_session, twin, manifest)
+        open_one = partial(_session, scratch)
+        if standing_in is not None:
+            open_one = partial(stand_in_session, standing_in, manifest)
         give_back()
         progress("running PyTorch", 0.0)
         with resident(model, weights):
             traces, said = take_traces(
-                model, open_one, rows, GREEDY, whole="greedy" in bounds, max_context=context
+                model, open_one, rows, GREEDY, whole="greedy" in bounds, max_context=made.context
             )  # fmt: skip
         write_goldens(traces, said, scratch)
-        manifest = _write_manifest(scratch, dataclasses.replace(manifest, bounds=decided(bounds, traces)))
+        bounds = bounds_with_a_favourite(bounds, traces)
+        manifest = _write_manifest(scratch, dataclasses.replace(manifest, bounds=bounds))
         give_back()
         parity, verification = _prove(Bundle(scratch), open_one(), traces, said, progress)
     measured = {k: getattr(parity, k) for k in ("logits", "kl", "top1", "state", "greedy")} | {"tokens": parity.tokens}
     manifest = _write_manifest(scratch, dataclasses.replace(manifest, measured=measured))
-    if target.roles and (options.engine or EngineOptions()).build:
-        manifest = add_engines(scratch, manifest, options.engine or EngineOptions(), progress)
-        _write_manifest(scratch, manifest)
+    manifest = _write_manifest(scratch, made.finish(scratch, manifest, progress))
     weight_bytes = sum(manifest.files[n].bytes for n in (*manifest.graph_files, WEIGHTS_FILE))
     return Exported(Bundle(scratch, checksums=False), parity, verification, _count(model), weight_bytes)
 
@@ -239,28 +166,13 @@ def _count(model: LanguageModel) -> int:
 
 def _write_weights(
     model: LanguageModel, weights: Weights, target: Target, options: ExportOptions, rows: Sequence[Sequence[int]],
-    scratch: Path, twin: Path | None, progress: Progress,
+    scratch: Path, write: Callable[[ir.Model, Plan], None], progress: Progress,
 ) -> tuple[dict[str, Any], Mapping[str, float]]:  # fmt: skip
     """The graph with its weights into ``scratch``; what the manifest says of them, and what they must hold to."""
-    method = None if options.budget is not None else find_method(options.quantize, target.methods)
-    if method is not None and target.roles:
+    if options.budget is None:
         graph, plan = _planned(model, weights, target, options, rows, progress)
-        sizes = sizes_of(options.engine or EngineOptions(), model.config.max_context)
-        write_roles(graph, target, plan, sizes.forms(options.dtype), scratch, progress)
-        if twin is not None:
-            write_roles(graph, target, plan, sizes.forms("float32", options.dtype), twin, progress)
-        return _quantization(options, plan), method.bounds
-    if method is not None:
-        graph, plan = _planned(model, weights, target, options, rows, progress)
-        if twin is not None:
-            write_graph(lower_to(graph.clone(), target, plan, rounded=options.dtype), twin, progress)
-        lowered = lower_to(graph, target, plan, dtype=options.dtype)
-        narrow_caches(lowered, plan.cache)
-        write_graph(lowered, scratch, progress)
-        if twin is not None:
-            check_types(scratch / GRAPH_FILE)
-        return _quantization(options, plan), method.bounds
-    assert options.budget is not None
+        write(graph, plan)
+        return _quantization(options, plan), find_method(options.quantize, target.methods).bounds
     job = Automatic(
         model=model, weights=weights, target=target, calibration=options.calibration, held_out=options.held_out
     )
@@ -310,12 +222,12 @@ def _held_by(bounds: Mapping[str, float], signature: Signature) -> Mapping[str, 
     return {name: bound for name, bound in found.items() if compared or name != "state"}
 
 
-def decided(bounds: Mapping[str, float], traces: Sequence[Trace]) -> dict[str, float]:
+def bounds_with_a_favourite(bounds: Mapping[str, float], traces: Sequence[Trace]) -> dict[str, float]:
     """Without the bound on the most likely token, where the model itself prefers none: a random one with a large
     vocabulary. The KL divergence is bounded all the same, and so are the logits of float weights.
     """
     tops = [float(t.logits.float().log_softmax(-1).amax(-1).exp().mean()) for t in traces]
-    return {n: b for n, b in bounds.items() if n != "top1" or not tops or np.mean(tops) >= _DECIDED}
+    return {n: b for n, b in bounds.items() if n != "top1" or not tops or np.mean(tops) >= _FAVOURITE}
 
 
 def _session(scratch: Path) -> Session:

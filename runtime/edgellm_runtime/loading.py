@@ -66,13 +66,13 @@ def open_session(bundle: Bundle, *, device: str = "auto", threads: int | None = 
 
 def session_of(bundle: Bundle, backend: Backend) -> Session:
     """Steps of an opened bundle with a backend that was made for it."""
-    from edgellm_runtime.backends.graph_roles import Roles
+    from edgellm_runtime.backends.graph_roles import GraphRoles
     from edgellm_runtime.session import Session
 
     manifest = bundle.manifest
     sizes: dict[str, Any] = {"chunk": _CPU_CHUNK} if backend.device == "cpu" else {}
     if manifest.graphs:
-        sizes = {"chunk": Roles.of(manifest).longest, "capacity": manifest.capacity}
+        sizes = {"chunk": GraphRoles.of(manifest).longest, "capacity": manifest.capacity}
     return Session(
         backend, manifest.signature, max_context=manifest.max_context, ragged_chunks=manifest.ragged_chunks,
         vocab_size=manifest.vocab_size or None, **sizes,
@@ -114,10 +114,10 @@ def _backend(bundle: Bundle, device: str, threads: int | None) -> Backend:
 
         return OrtDeviceBackend(bundle.file(GRAPH), manifest.signature, max_context=manifest.max_context)
     if manifest.graphs:
-        from edgellm_runtime.backends.graph_roles import Roles
+        from edgellm_runtime.backends.graph_roles import GraphRoles
         from edgellm_runtime.backends.ort_roles import OrtRolesBackend
 
-        return OrtRolesBackend(bundle.path, Roles.of(manifest), manifest.signature, threads=threads)
+        return OrtRolesBackend(bundle.path, GraphRoles.of(manifest), manifest.signature, threads=threads)
     from edgellm_runtime.backends.ort import OrtBackend
 
     fusions = manifest.dtype == "float32"

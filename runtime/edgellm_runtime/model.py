@@ -18,7 +18,7 @@ from edgellm_runtime.text.tokenizer import Tokenizer, check_tokens
 
 if TYPE_CHECKING:
     from edgellm_runtime.bundle import Bundle
-    from edgellm_runtime.tasks.runner import Answer, Roles, TaskRunner
+    from edgellm_runtime.tasks.runner import Answer, RoleLabels, TaskRunner
 
 __all__ = ["Model"]
 
@@ -200,7 +200,7 @@ class Model:
         found: Answer | list[Answer] = self.task.summarize(text, **options)
         return found
 
-    def label_roles(self, sentence: str | Sequence[str], predicate: int | str) -> Roles:
+    def label_roles(self, sentence: str | Sequence[str], predicate: int | str) -> RoleLabels:
         """Label who does what; see :meth:`edgellm_runtime.tasks.runner.TaskRunner.label_roles`."""
         return self.task.label_roles(sentence, predicate)
 

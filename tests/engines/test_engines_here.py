@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from edgellm_runtime.backends.engine_fit import check_engine
-from edgellm_runtime.backends.graph_roles import Roles
+from edgellm_runtime.backends.graph_roles import GraphRoles
 from edgellm_runtime.bundle import FileInfo, Manifest
 from edgellm_runtime.bundle.engine_info import EngineInfo, GraphInfo, Range
 from edgellm_runtime.errors import BackendError, BundleError
@@ -147,7 +147,7 @@ def test_a_manifest_with_graphs_or_engines_that_cannot_be_is_refused(change: Cal
 
 
 def test_single_tokens_go_to_decode_and_others_are_padded_for_prefill() -> None:
-    roles = Roles.of(manifest())
+    roles = GraphRoles.of(manifest())
     assert [roles.choose(time).name for time in (1, 2, 15, 16)] == ["decode", "prefill", "prefill", "prefill"]
     tokens = np.arange(6).reshape(2, 3) + 1
     padded = roles.choose(3).pad(tokens)
@@ -160,4 +160,4 @@ def test_single_tokens_go_to_decode_and_others_are_padded_for_prefill() -> None:
 
 def test_a_step_that_is_too_long_for_every_graph_is_refused() -> None:
     with pytest.raises(BackendError, match="a step of 17 tokens, but the longest graph takes 16"):
-        Roles.of(manifest()).choose(17)
+        GraphRoles.of(manifest()).choose(17)

@@ -194,7 +194,7 @@ def test_building_needs_neither_pytorch_nor_onnx(bundle: Path) -> None:
 
 def test_a_build_that_fails_leaves_the_bundle_as_it_was(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (bundle / "manifest.json").read_bytes()
-    monkeypatch.setattr(tensorrt, "read_back", lambda *_: (_ for _ in ()).throw(EngineError("read back otherwise")))
+    monkeypatch.setattr(tensorrt, "check_parsed", lambda *_: (_ for _ in ()).throw(EngineError("read back otherwise")))
     with pytest.raises(EngineError, match="read back otherwise"):
         build_engines(bundle, lambda most: EngineOptions(compute_capabilities=(CAPABILITY,)))
     assert (bundle / "manifest.json").read_bytes() == before

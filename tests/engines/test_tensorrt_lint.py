@@ -219,6 +219,6 @@ def test_a_gru_with_quantized_weights_ends_the_process(tmp_path: Path) -> None:
         [sys.executable, "-c", code, tmp_path / "g.onnx"],
         capture_output=True,
         check=False,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parent,
     )
     assert done.returncode < 0 and not done.stdout

@@ -24,6 +24,7 @@ from torch import Tensor
 from edgellm.checkpoints import save_checkpoint
 from edgellm.cli import run
 from edgellm_exporters import export as export_module
+from edgellm_exporters import graph_sets
 from edgellm_exporters.errors import CaptureError, ExportError
 from edgellm_exporters.export import ExportOptions
 from edgellm_exporters.quantize.plan import Plan
@@ -177,9 +178,9 @@ def there() -> Path:
 def graphless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the seconds of tracing; what is tested comes after."""
     monkeypatch.setattr(export_module, "_planned", lambda *_: (None, Plan()))
-    monkeypatch.setattr(export_module, "lower_to", lambda *_, **__: None)
-    monkeypatch.setattr(export_module, "narrow_caches", lambda *_: None)
-    monkeypatch.setattr(export_module, "write_graph", lambda *_: None)
+    monkeypatch.setattr(graph_sets, "lower_to", lambda *_, **__: None)
+    monkeypatch.setattr(graph_sets, "narrow_caches", lambda *_: None)
+    monkeypatch.setattr(graph_sets, "write_graph", lambda *_: None)
     monkeypatch.setattr(export_module, "_session", lambda *_: None)
     monkeypatch.setattr(export_module, "take_traces", lambda *_, **__: ([], []))
 
@@ -188,7 +189,7 @@ def test_failed_export_leaves_the_bundle_that_was_there(
     there: Path, graphless: None, capsys: pytest.CaptureFixture[str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = copied(there, checkpoint.parent).rename(checkpoint.parent / "out")
-    monkeypatch.setattr(export_module, "write_graph", full)
+    monkeypatch.setattr(graph_sets, "write_graph", full)
     assert "No space left on device" in refused(capsys, checkpoint, "--force")
     assert Bundle(out).manifest == Bundle(there).manifest
 
@@ -205,7 +206,7 @@ def full(*_: object) -> None:
 def test_full_disk(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    monkeypatch.setattr(export_module, step, full)
+    monkeypatch.setattr(graph_sets if step == "write_graph" else export_module, step, full)
     message = refused(capsys, checkpoint)
     out = checkpoint.parent / "out"
     assert message == f"{out}: cannot be written (No space left on device); free some space or choose another place"
@@ -219,7 +220,7 @@ def test_interrupt_at_any_step_leaves_nothing(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export_module, step, interrupt)
+    monkeypatch.setattr(graph_sets if step == "write_graph" else export_module, step, interrupt)
     assert run(["export", str(checkpoint), "-o", str(checkpoint.parent / "out")]) == 130
     assert capsys.readouterr().err.endswith("Error: interrupted\n")
     only(checkpoint.parent, "checkpoint")

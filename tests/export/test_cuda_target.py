@@ -17,13 +17,13 @@ import torch
 from families import CONTEXT, FAMILIES, VOCAB, make, planned
 from tiny_bundles import attention_bundle, device_session
 
-from edgellm_exporters.engines.fixed_sizes import check_types
 from edgellm_exporters.errors import ExportError, LoweringError, QuantizeError
 from edgellm_exporters.export import Exported, ExportOptions, export
 from edgellm_exporters.graph.lower import lower_to
 from edgellm_exporters.graph.targets import TARGETS
-from edgellm_exporters.lowering.in_float32 import widen
+from edgellm_exporters.lowering.in_float32 import compute_in_float32
 from edgellm_exporters.proof.parity import compare
+from edgellm_exporters.proof.stand_in import check_types
 from edgellm_exporters.quantize.quantized_model import quantized_model
 from edgellm_runtime import BackendError, load, open_session
 from edgellm_runtime.backends import ort_memory
@@ -284,7 +284,7 @@ def test_widening_changes_no_number() -> None:
         return session.run(None, {"x": np.array([1.5, -2.0, 0.1], np.float16)})[0]
 
     before = run()
-    widen(model, {"Add": frozenset()}, "float16")
+    compute_in_float32(model, {"Add": frozenset()}, "float16")
     assert [node.op_type for node in model.graph] == ["Cast", "Cast", "Add", "Cast", "Neg"]
     np.testing.assert_array_equal(run(), before)
 

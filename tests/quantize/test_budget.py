@@ -19,8 +19,8 @@ from edgellm.cli.budget import budget_of
 from edgellm.cli.export import export as command
 from edgellm_exporters.auto.automatic import Automatic, none_better_than_held
 from edgellm_exporters.auto.budget import Budget, divide
-from edgellm_exporters.auto.formats import Candidates, candidates_of, decode_ns, prefill_ns
-from edgellm_exporters.auto.measured_search import Hunt
+from edgellm_exporters.auto.formats import FormatChoices, candidates_of, decode_ns, prefill_ns
+from edgellm_exporters.auto.measured_search import MeasuredSearch
 from edgellm_exporters.auto.search import Table, front, search
 from edgellm_exporters.auto.sensitivity import GPTQ_FACTOR, predicted, sensitivities
 from edgellm_exporters.errors import ExportError, QuantizeError
@@ -225,11 +225,11 @@ class Scripted:
         return ParityReport(1024, 0, self.kl[-1], 0, 1, 0, 1, 2, 2, None)
 
 
-def hunted(path: Path, max_kl: float, *ratios: float) -> tuple[Scripted, Hunt]:
+def hunted(path: Path, max_kl: float, *ratios: float) -> tuple[Scripted, MeasuredSearch]:
     numbers = table(0, weights=60)
     numbers = dataclasses.replace(numbers, nbytes=1e4 * numbers.nbytes)
     scripted = Scripted(numbers, *ratios)
-    return scripted, Hunt(Budget(max_kl=max_kl), scripted, numbers, {}, path, 0, 0)
+    return scripted, MeasuredSearch(Budget(max_kl=max_kl), scripted, numbers, {}, path, 0, 0)
 
 
 def test_a_build_that_misses_makes_the_next_more_careful(tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_quality_spends_the_size_whatever_divergence_is_allowed(tmp_path: Path) 
     limit = 0.6 * numbers.nbytes.max(axis=1).sum() + 0.4 * numbers.nbytes.min(axis=1).sum()
     budget = Budget(max_kl=1e6, max_size_mb=limit / 1e6, prefer="quality")
     scripted = Scripted(numbers, 1.0, 1.0, 1.0)
-    best = Hunt(budget, scripted, numbers, {}, tmp_path, 0, 0).run(lambda what, share: None)
+    best = MeasuredSearch(budget, scripted, numbers, {}, tmp_path, 0, 0).run(lambda what, share: None)
     assert len(scripted.kl) == 1
     spare = limit - 300_000
     assert best.nbytes <= spare and best.choice.kl == pytest.approx(search(numbers, math.inf, spare).kl)  # type: ignore[union-attr]
@@ -270,7 +270,7 @@ def test_quality_spends_the_size_whatever_divergence_is_allowed(tmp_path: Path) 
 
 def test_no_format_is_thought_better_than_a_smaller_one_that_loses_nothing() -> None:
     exact, larger, smaller = Scheme(4, 32, False), Scheme(8, 32), Scheme(4, 64, False)
-    weight = Candidates("w", (64, 64), (exact, larger, smaller))
+    weight = FormatChoices("w", (64, 64), (exact, larger, smaller))
     noisy = {"w": {exact: 0.2, larger: 0.1, smaller: 0.15}}
     assert none_better_than_held([weight], noisy, {"w": exact}) == {"w": {exact: 0.2, larger: 0.2, smaller: 0.15}}
     assert none_better_than_held([weight], noisy, {}) == noisy

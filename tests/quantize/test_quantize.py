@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from edgellm.models.protocol import empty_state
 from edgellm_exporters.errors import LoweringError, QuantizeError
-from edgellm_exporters.export import ExportOptions, decided, export
+from edgellm_exporters.export import ExportOptions, bounds_with_a_favourite, export
 from edgellm_exporters.graph.capture import capture
 from edgellm_exporters.graph.lower import clean, lower_to
 from edgellm_exporters.graph.targets import TARGETS
@@ -341,5 +341,5 @@ def test_the_top_token_is_held_only_where_the_model_prefers_one() -> None:
     flat = Trace([1, 2], torch.zeros(2, 50_000), {})
     sure = Trace([1, 2], torch.zeros(2, 50_000).index_fill(1, torch.tensor([7]), 20.0), {})
     bounds = {"kl": 0.6, "top1": 0.5}
-    assert decided(bounds, [sure, flat]) == bounds
-    assert decided(bounds, [flat, flat]) == {"kl": 0.6}
+    assert bounds_with_a_favourite(bounds, [sure, flat]) == bounds
+    assert bounds_with_a_favourite(bounds, [flat, flat]) == {"kl": 0.6}

@@ -19,9 +19,9 @@ from torch import nn
 
 from edgellm.models.protocol import LanguageModel
 from edgellm_exporters.auto.budget import Budget
-from edgellm_exporters.auto.formats import Candidates, candidates_of
+from edgellm_exporters.auto.formats import FormatChoices, candidates_of
 from edgellm_exporters.auto.front_picture import check_library, draw_front
-from edgellm_exporters.auto.measured_search import Hunt
+from edgellm_exporters.auto.measured_search import MeasuredSearch
 from edgellm_exporters.auto.report import Attempt, Evidence, write_table
 from edgellm_exporters.auto.search import table_of
 from edgellm_exporters.auto.sensitivity import sensitivities
@@ -150,9 +150,9 @@ def quantize_within(
     )  # fmt: skip
     predictions = none_better_than_held(candidates, predictions, held)
     table = table_of(candidates, predictions, budget.prefer)
-    hunt = Hunt(budget, job, table, largest, directory, floats, other_bytes)
-    attempt = hunt.run(progress)
-    evidence = Evidence(budget, candidates, predictions, tuple(hunt.attempts), attempt, hunt.rest)
+    measured = MeasuredSearch(budget, job, table, largest, directory, floats, other_bytes)
+    attempt = measured.run(progress)
+    evidence = Evidence(budget, candidates, predictions, tuple(measured.attempts), attempt, measured.rest)
     (directory / REPORT).write_text(write_table(evidence), encoding="utf-8")
     progress("drawing the front", 0.0)
     draw_front(evidence, directory / PICTURE)
@@ -160,7 +160,7 @@ def quantize_within(
 
 
 def none_better_than_held(
-    candidates: Sequence[Candidates], predictions: Mapping[str, Mapping[Scheme, float]], held: Mapping[str, Scheme]
+    candidates: Sequence[FormatChoices], predictions: Mapping[str, Mapping[Scheme, float]], held: Mapping[str, Scheme]
 ) -> dict[str, dict[Scheme, float]]:
     """Predictions in which no format is better than a smaller one that holds the checkpoint's own values.
 
@@ -181,7 +181,7 @@ def _was_quantized(uses: Uses, held: Mapping[str, Scheme]) -> bool:
     return few > _MOST * sum(map(math.prod, uses.shapes.values()))
 
 
-def _bytes_of_floats(graph: ir.Model, candidates: Sequence[Candidates]) -> int:
+def _bytes_of_floats(graph: ir.Model, candidates: Sequence[FormatChoices]) -> int:
     """Of what is left as it is; the parts of merged weights are still there, but nothing reads them."""
     names = {c.name for c in candidates}
     values = [v for v in graph.graph.initializers.values() if v.name not in names and v.uses()]

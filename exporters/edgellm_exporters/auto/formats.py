@@ -11,7 +11,7 @@ from edgellm.ops.canonical import DOMAIN
 from edgellm_exporters.quantize.plan import ROW, Scheme
 from edgellm_exporters.quantize.planning import Uses
 
-__all__ = ["COSTS", "PROMPT", "Candidates", "candidates_of", "decode_ns", "prefill_ns"]
+__all__ = ["COSTS", "PROMPT", "FormatChoices", "candidates_of", "decode_ns", "prefill_ns"]
 
 PROMPT = 128  # tokens that prefill costs are told for
 _PRODUCTS = (
@@ -32,7 +32,7 @@ _PREFILL_LARGE_BLOCKS, _PREFILL_ROW = 0.0030, 0.0012
 
 
 @dataclass(frozen=True)
-class Candidates:
+class FormatChoices:
     """One weight, and what it may become.
 
     Args:
@@ -49,7 +49,7 @@ class Candidates:
     role: str = "product"
 
 
-def candidates_of(graph: ir.Model, uses: Uses, *, integer_products: bool) -> list[Candidates]:
+def candidates_of(graph: ir.Model, uses: Uses, *, integer_products: bool) -> list[FormatChoices]:
     """The formats of each matrix; those whose rows divide into no block are left out, and stay floats.
 
     Args:
@@ -60,7 +60,7 @@ def candidates_of(graph: ir.Model, uses: Uses, *, integer_products: bool) -> lis
     linear = {
         str(n.inputs[1].name) for n in graph.graph if n.domain == DOMAIN and n.op_type == "Linear" and n.inputs[1]
     }
-    found: list[Candidates] = []
+    found: list[FormatChoices] = []
     for name, shape in uses.shapes.items():
         schemes: tuple[Scheme, ...]
         if name in uses.ends:
@@ -72,11 +72,11 @@ def candidates_of(graph: ir.Model, uses: Uses, *, integer_products: bool) -> lis
             schemes, role = _RECURRENT, "loop"
         fitting = tuple(s for s in schemes if s.block == ROW or shape[1] % s.block == 0)
         if fitting:
-            found.append(Candidates(name, shape, fitting, role))
+            found.append(FormatChoices(name, shape, fitting, role))
     return found
 
 
-def decode_ns(weight: Candidates, scheme: Scheme) -> float:
+def decode_ns(weight: FormatChoices, scheme: Scheme) -> float:
     """Time of a product with one token, modelled, nanoseconds."""
     if weight.role == "table":
         return 0.0
@@ -87,7 +87,7 @@ def decode_ns(weight: Candidates, scheme: Scheme) -> float:
     return (each + _EACH_BLOCK * rows * (columns // scheme.block)) * (_SHIFTED if scheme.shifted else 1.0)
 
 
-def prefill_ns(weight: Candidates, scheme: Scheme) -> float:
+def prefill_ns(weight: FormatChoices, scheme: Scheme) -> float:
     """Time of the products with a prompt of :data:`PROMPT` tokens, modelled, nanoseconds."""
     if weight.role in ("head", "table"):
         return decode_ns(weight, scheme)
@@ -97,11 +97,11 @@ def prefill_ns(weight: Candidates, scheme: Scheme) -> float:
     return PROMPT * weight.shape[0] * weight.shape[1] * each * (_SHIFTED if scheme.shifted else 1.0)
 
 
-def _nbytes(weight: Candidates, scheme: Scheme) -> float:
+def _nbytes(weight: FormatChoices, scheme: Scheme) -> float:
     return float(scheme.nbytes(*weight.shape))
 
 
-COSTS: dict[str, Callable[[Candidates, Scheme], float]] = {
+COSTS: dict[str, Callable[[FormatChoices, Scheme], float]] = {
     "decode": decode_ns,
     "prefill": prefill_ns,
     "size": _nbytes,

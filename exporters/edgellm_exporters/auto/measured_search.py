@@ -17,7 +17,7 @@ from edgellm_exporters.graph.write import Progress
 from edgellm_exporters.proof.parity import ParityReport
 from edgellm_exporters.quantize.plan import Scheme
 
-__all__ = ["Hunt", "Job"]
+__all__ = ["Job", "MeasuredSearch"]
 
 _AIMS = (0.8, 0.9, 0.8)  # share of the budget that each build is to use, by the prediction as far as it is corrected
 _HALF = 0.5  # of the budget: a bundle that uses less is worth another try
@@ -39,7 +39,7 @@ class Job(Protocol):
         ...
 
 
-class Hunt:
+class MeasuredSearch:
     """Up to three builds, each aimed with what the ones before it measured.
 
     Args:

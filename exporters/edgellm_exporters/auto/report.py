@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgellm_exporters.auto.budget import Budget
-from edgellm_exporters.auto.formats import PROMPT, Candidates, decode_ns, prefill_ns
+from edgellm_exporters.auto.formats import PROMPT, FormatChoices, decode_ns, prefill_ns
 from edgellm_exporters.auto.search import Choice
 from edgellm_exporters.proof.parity import ParityReport
 from edgellm_exporters.quantize.plan import Scheme
@@ -50,7 +50,7 @@ class Evidence:
     """
 
     budget: Budget
-    candidates: Sequence[Candidates]
+    candidates: Sequence[FormatChoices]
     predictions: Mapping[str, Mapping[Scheme, float]]
     attempts: Sequence[Attempt]
     chosen: Attempt
@@ -62,12 +62,12 @@ class Evidence:
         return self.chosen.report.kl / max(self.chosen.choice.kl, 1e-12)
 
 
-def decode_ms(candidates: Sequence[Candidates], schemes: Mapping[str, Scheme]) -> float:
+def decode_ms(candidates: Sequence[FormatChoices], schemes: Mapping[str, Scheme]) -> float:
     """Modelled time of all products with one token, milliseconds."""
     return sum(decode_ns(c, schemes[c.name]) for c in candidates) / 1e6
 
 
-def prefill_ms(candidates: Sequence[Candidates], schemes: Mapping[str, Scheme]) -> float:
+def prefill_ms(candidates: Sequence[FormatChoices], schemes: Mapping[str, Scheme]) -> float:
     """Modelled time of all products with a prompt, milliseconds."""
     return sum(prefill_ns(c, schemes[c.name]) for c in candidates) / 1e6
 

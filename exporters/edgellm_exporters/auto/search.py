@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_exporters.auto.formats import COSTS, Candidates
+from edgellm_exporters.auto.formats import COSTS, FormatChoices
 from edgellm_exporters.quantize.plan import Scheme
 
 __all__ = ["QUALITY", "Choice", "Table", "front", "search", "table_of"]
@@ -70,7 +70,7 @@ class Table:
 
 
 def table_of(
-    candidates: Sequence[Candidates], predictions: Mapping[str, Mapping[Scheme, float]], minimise: str
+    candidates: Sequence[FormatChoices], predictions: Mapping[str, Mapping[Scheme, float]], minimise: str
 ) -> Table:  # fmt: skip
     """The numbers to search in.
 
@@ -82,7 +82,7 @@ def table_of(
     width = max(len(c.schemes) for c in candidates)
     schemes = tuple((*c.schemes, *[c.schemes[0]] * (width - len(c.schemes))) for c in candidates)
 
-    def numbers(of: Callable[[Candidates, Scheme], float]) -> Array:
+    def numbers(of: Callable[[FormatChoices, Scheme], float]) -> Array:
         return np.array([[of(c, s) for s in own] for c, own in zip(candidates, schemes, strict=True)], dtype=np.float64)
 
     kl = numbers(lambda c, s: predictions[c.name][s])

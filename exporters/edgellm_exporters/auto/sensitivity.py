@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgellm_exporters.auto.fisher import Gathered, gather
-from edgellm_exporters.auto.formats import Candidates
+from edgellm_exporters.auto.formats import FormatChoices
 from edgellm_exporters.auto.trials import tried
 from edgellm_exporters.passes.merge_linears import parts_of
 from edgellm_exporters.quantize.plan import Scheme
@@ -37,7 +37,7 @@ Array = NDArray[np.float32]
 
 
 def sensitivities(
-    model: nn.Module, weights: Weights, candidates: Sequence[Candidates], smoothing: Smoothing,
+    model: nn.Module, weights: Weights, candidates: Sequence[FormatChoices], smoothing: Smoothing,
     windows: Sequence[Sequence[int]], *, rounds_inputs: bool, progress: Progress = lambda what, share: None,
 ) -> Predictions:  # fmt: skip
     """Nats a token that each format of each weight adds to the KL divergence from the float model.
@@ -118,7 +118,7 @@ def _first_names(model: nn.Module) -> dict[str, str]:
 class _Source:
     """What is known of one weight."""
 
-    candidates: Candidates
+    candidates: FormatChoices
     weights: Weights
     smoothing: Smoothing
     seen: Gathered

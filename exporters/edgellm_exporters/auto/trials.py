@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgellm_exporters.auto.formats import Candidates
+from edgellm_exporters.auto.formats import FormatChoices
 from edgellm_exporters.quantize.plan import Scheme
 from edgellm_exporters.quantize.rtn import round_to_nearest
 from edgellm_exporters.weights.streaming import Weights, resident
@@ -19,7 +19,7 @@ __all__ = ["tried"]
 
 @torch.no_grad()
 def tried(
-    model: nn.Module, weights: Weights, candidates: Sequence[Candidates], window: Sequence[int],
+    model: nn.Module, weights: Weights, candidates: Sequence[FormatChoices], window: Sequence[int],
     progress: Callable[[float], None],
 ) -> dict[str, dict[Scheme, float]]:  # fmt: skip
     """Nats a token that each format of each weight costs, with one weight rounded at a time.

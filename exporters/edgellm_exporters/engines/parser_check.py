@@ -15,7 +15,7 @@ from edgellm_runtime.bundle import Manifest
 from edgellm_runtime.bundle.engine_info import CHOOSE
 from edgellm_runtime.graphs.token_choice import RESULTS
 
-__all__ = ["Facts", "read_back"]
+__all__ = ["Facts", "check_parsed"]
 
 _NAMES = {"HALF": "float16", "BF16": "bfloat16", "FLOAT": "float32", "INT64": "int64", "INT32": "int32"}
 
@@ -28,7 +28,7 @@ class Facts:
         outputs: name to dtype, all of them.
         states: name of each input that carries state to its dtype.
         caches: how many of the outputs are caches that are written in place.
-        seen: filled by :func:`read_back` with the number of layers of each kind.
+        seen: filled by :func:`check_parsed` with the number of layers of each kind.
     """
 
     outputs: Mapping[str, str]
@@ -48,7 +48,7 @@ class Facts:
         )  # fmt: skip
 
 
-def read_back(trt: Any, network: Any, facts: Facts, name: str) -> None:
+def check_parsed(trt: Any, network: Any, facts: Facts, name: str) -> None:
     """Compare a parsed network with what its graph says, and let its attentions be written out where no kernel fits.
 
     Args:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgellm_exporters.engines.options import EngineOptions
-from edgellm_exporters.engines.parser_check import Facts, read_back
+from edgellm_exporters.engines.parser_check import Facts, check_parsed
 from edgellm_exporters.engines.timing_cache import TimingCache
 from edgellm_exporters.errors import EngineError
 from edgellm_runtime.backends.engine_fit import current_compute_capability
@@ -26,7 +26,7 @@ from edgellm_runtime.graphs.token_choice import choosing_graph
 
 __all__ = [
     "API",
-    "Library",
+    "BuilderLibrary",
     "add_engines",
     "build_engine",
     "check_engine_options",
@@ -61,7 +61,7 @@ _CAPABILITY = re.compile(r"\d{1,2}\.\d")
 
 
 @dataclass(frozen=True)
-class Library:
+class BuilderLibrary:
     """An installed library.
 
     Args:
@@ -86,7 +86,7 @@ class Library:
         return tuple(f"{n[:-1]}.{n[-1]}" for n in sorted(names, key=int))
 
 
-def find_library() -> Library:
+def find_library() -> BuilderLibrary:
     """TensorRT if it is installed, else TensorRT for RTX.
 
     Raises:
@@ -94,7 +94,7 @@ def find_library() -> Library:
     """
     for name in LIBRARIES:
         try:
-            return Library(name, importlib.import_module(name))
+            return BuilderLibrary(name, importlib.import_module(name))
         except ImportError:
             continue
     raise EngineError(
@@ -105,7 +105,7 @@ def find_library() -> Library:
 
 def check_engine_options(
     options: EngineOptions, quantization: Mapping[str, Any] = _NOTHING
-) -> tuple[Library, tuple[str, ...]] | None:
+) -> tuple[BuilderLibrary, tuple[str, ...]] | None:
     """The library and the compute capabilities to build for, before any work; None if nothing is to be built.
 
     Args:
@@ -219,7 +219,7 @@ def chosen_counts(manifest: Manifest) -> tuple[int, ...]:
 
 
 def build_engine(
-    library: Library, graph: Path, destination: Path, *, facts: Facts, time: int, options: EngineOptions,
+    library: BuilderLibrary, graph: Path, destination: Path, *, facts: Facts, time: int, options: EngineOptions,
     capabilities: Sequence[str], tell: Any = lambda share: None,
 ) -> dict[str, Range]:  # fmt: skip
     """Build one engine and write it.
@@ -250,7 +250,7 @@ def build_engine(
         said = "; ".join(f"{e.node_operator()} {e.node_name()}: {e.desc()}" for e in errors) or "; ".join(logger.said)
         raise EngineError(f"{graph.name}: {library.name} {library.version} cannot parse it: {_short(said)}")
     shapes = {network.get_input(i).name: tuple(network.get_input(i).shape) for i in range(network.num_inputs)}
-    read_back(trt, network, facts, graph.name)
+    check_parsed(trt, network, facts, graph.name)
     profile = profile_of(shapes, options.max_batch, time)
     config = _config(trt, builder, profile, options, capabilities, library)
     config.progress_monitor = _monitor(trt, tell)
@@ -266,7 +266,7 @@ def build_engine(
 
 def _config(
     trt: Any, builder: Any, profile: Mapping[str, Range], options: EngineOptions, capabilities: Sequence[str],
-    library: Library,
+    library: BuilderLibrary,
 ) -> Any:  # fmt: skip
     config = builder.create_builder_config()
     shapes = builder.create_optimization_profile()

@@ -8,7 +8,7 @@ import onnx_ir.passes.common as common
 from edgellm_exporters.graph.targets import Target
 from edgellm_exporters.lowering.context import lower
 from edgellm_exporters.lowering.fixed_form import DECODE, Form
-from edgellm_exporters.lowering.in_float32 import widen
+from edgellm_exporters.lowering.in_float32 import compute_in_float32
 from edgellm_exporters.lowering.precision import narrow
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_runtime.spec import CAPACITY
@@ -55,7 +55,7 @@ def lower_to(
     )(captured)  # fmt: skip
     if form is not None or dtype != "float32" or rounded:
         narrow(captured, dtype, rounded)
-    widen(captured, target.wide.get(dtype, {}), dtype)
+    compute_in_float32(captured, target.wide.get(dtype, {}), dtype)
     common.NameFixPass()(captured)
     if form is not None:
         _drop_unused_inputs(captured)

@@ -8,10 +8,10 @@ import onnx_ir as ir
 
 from edgellm_exporters.lowering.precision import FLOATS
 
-__all__ = ["widen"]
+__all__ = ["compute_in_float32"]
 
 
-def widen(model: ir.Model, ops: Mapping[str, Set[int]], dtype: str) -> None:
+def compute_in_float32(model: ir.Model, ops: Mapping[str, Set[int]], dtype: str) -> None:
     """Put casts around every node of these ops, so that it reads and gives float32. In place.
 
     Before: a graph narrowed to ``dtype``. After: the same values around the nodes, in the same dtype; their weights are

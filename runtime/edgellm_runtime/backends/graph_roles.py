@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from edgellm_runtime.bundle.engine_info import GraphInfo
 from edgellm_runtime.errors import BackendError
 
-__all__ = ["Role", "Roles"]
+__all__ = ["GraphRole", "GraphRoles"]
 
 
 @dataclass(frozen=True)
-class Role:
+class GraphRole:
     """One graph of fixed time.
 
     Args:
@@ -43,7 +43,7 @@ class Role:
         return padded
 
 
-class Roles:
+class GraphRoles:
     """The graphs of one bundle.
 
     Args:
@@ -52,11 +52,11 @@ class Roles:
 
     def __init__(self, graphs: Mapping[str, GraphInfo]) -> None:
         self.all = tuple(
-            sorted((Role(name, info.file, info.time) for name, info in graphs.items()), key=lambda role: role.time)
+            sorted((GraphRole(name, info.file, info.time) for name, info in graphs.items()), key=lambda role: role.time)
         )
 
     @classmethod
-    def of(cls, manifest: Any) -> Roles:
+    def of(cls, manifest: Any) -> GraphRoles:
         """Those of a :class:`edgellm_runtime.bundle.Manifest`."""
         return cls(manifest.graphs)
 
@@ -65,7 +65,7 @@ class Roles:
         """The most tokens of a row in one step."""
         return self.all[-1].time
 
-    def choose(self, time: int) -> Role:
+    def choose(self, time: int) -> GraphRole:
         """The graph with the least padding for a step of so many tokens.
 
         Raises:

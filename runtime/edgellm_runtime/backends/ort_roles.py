@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_runtime.backends.base import HostBackend
-from edgellm_runtime.backends.graph_roles import Roles
+from edgellm_runtime.backends.graph_roles import GraphRoles
 from edgellm_runtime.backends.ort import OrtBackend
 from edgellm_runtime.errors import BackendError
 from edgellm_runtime.spec import Signature
@@ -31,7 +31,7 @@ class OrtRolesBackend(HostBackend):
         BackendError: the library is missing, or refuses a graph.
     """
 
-    def __init__(self, directory: Path, roles: Roles, signature: Signature, *, threads: int | None = None) -> None:
+    def __init__(self, directory: Path, roles: GraphRoles, signature: Signature, *, threads: int | None = None) -> None:
         narrow = sorted({spec.dtype for spec in signature.state} & {"bfloat16"})
         if narrow:
             raise BackendError(f"{directory}: ONNX Runtime has no {narrow[0]} kernels on CPU; use device='tensorrt'")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edgellm_runtime.backends.base import Candidates
 from edgellm_runtime.backends.caches import CacheFile
 from edgellm_runtime.backends.cuda_memory import Captured, Cuda, CudaStorage, DeviceArray, bindings
-from edgellm_runtime.backends.graph_roles import Role, Roles
+from edgellm_runtime.backends.graph_roles import GraphRole, GraphRoles
 from edgellm_runtime.backends.tensorrt_choice import Choice, check_chooser
 from edgellm_runtime.backends.tensorrt_kernels import KernelCache
 from edgellm_runtime.backends.tensorrt_library import Engine, Library, find_library
@@ -52,7 +52,7 @@ def open_engines(bundle: Bundle, *, device_id: int = 0) -> TensorRTBackend:
     library = find_library([engine.library for engine in manifest.engines])
     cuda = Cuda(bindings(), device_id)
     here = {"library": library.name, "version": library.version, "compute_capability": cuda.compute_capability}
-    roles = Roles.of(manifest)
+    roles = GraphRoles.of(manifest)
     files = {role.name: check_engine(bundle, role.name, **here).file for role in roles.all}
     choosers, fetches = choosers_here(manifest, **here)
 
@@ -89,7 +89,7 @@ class TensorRTBackend:
     updates: Collection[str] = UPDATES
 
     def __init__(
-        self, library: Library, cuda: Cuda, roles: Roles, engines: Mapping[str, Engine], signature: Signature, *,
+        self, library: Library, cuda: Cuda, roles: GraphRoles, engines: Mapping[str, Engine], signature: Signature, *,
         capacity: int, choosers: Mapping[int, Engine] = NO_CHOOSERS,
     ) -> None:  # fmt: skip
         self.library, self._cuda, self._roles, self._signature = library, cuda, roles, signature
@@ -153,7 +153,7 @@ class TensorRTBackend:
             if (kernels := self._fresh.pop(id(engine), None)) is not None:
                 kernels.save()
 
-    def _launch(self, role: Role, binding: _Binding) -> None:
+    def _launch(self, role: GraphRole, binding: _Binding) -> None:
         if binding.captured is not None:
             binding.captured.launch()
             return
@@ -171,7 +171,7 @@ class TensorRTBackend:
             return
         binding.captured.launch()
 
-    def _binding(self, role: Role, positions: tuple[int, ...], state: State, chosen: int) -> _Binding:
+    def _binding(self, role: GraphRole, positions: tuple[int, ...], state: State, chosen: int) -> _Binding:
         engine = self._engines[role.name]
         turn = next((state.tensors[name].pointer for name in state.spares), 0)
         key = (id(self), role.name, turn, positions, chosen)
@@ -185,7 +185,7 @@ class TensorRTBackend:
                 found.choice = Choice(self._cuda, self._choosers[chosen], chosen, found.logits)
         return found
 
-    def _check_shape(self, engine: Engine, role: Role, positions: tuple[int, ...]) -> None:
+    def _check_shape(self, engine: Engine, role: GraphRole, positions: tuple[int, ...]) -> None:
         batch, count = positions
         most = engine.profile["tokens"][2][0]
         if not engine.fits("tokens", (batch, role.time)):
@@ -204,7 +204,13 @@ class _Binding:
     """Addresses for one role over one set of buffers."""
 
     def __init__(
-        self, cuda: Cuda, engine: Engine, signature: Signature, role: Role, positions: tuple[int, ...], state: State
+        self,
+        cuda: Cuda,
+        engine: Engine,
+        signature: Signature,
+        role: GraphRole,
+        positions: tuple[int, ...],
+        state: State,
     ) -> None:
         batch = positions[0]
         shapes = {
@@ -251,7 +257,7 @@ def _save(kernels: Sequence[KernelCache]) -> None:
         made.save()
 
 
-def _check(engine: Engine, role: Role, signature: Signature, capacity: int) -> None:
+def _check(engine: Engine, role: GraphRole, signature: Signature, capacity: int) -> None:
     """Compare an engine's tensors with the signature, so that no address is given for something else."""
     wanted = {t.name: t.dtype for t in (*signature.inputs, *signature.outputs)}
     wanted |= {name: s.dtype for s in signature.state for name in (s.past_name, s.present_name)}

@@ -19,7 +19,7 @@ from edgellm_runtime.tasks.scripts import check_scripts
 from edgellm_runtime.tasks.viterbi import viterbi
 from edgellm_runtime.text.tokenizer import Tokenizer
 
-__all__ = ["Answer", "Roles", "Span", "TaskRunner"]
+__all__ = ["Answer", "RoleLabels", "Span", "TaskRunner"]
 
 _WORDS = re.compile(r"\w+(?:['\u2019-]\w+)*|[^\w\s]")
 
@@ -55,7 +55,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Roles:
+class RoleLabels:
     """A sentence's roles for one predicate.
 
     Args:
@@ -164,7 +164,7 @@ class TaskRunner:
         fields = [{"text": t, "length": str(wanted)} for t in _many(text)]
         return _as_given(text, self._answers(fields, "text", beams, 1.0, None, check_script=check_script))
 
-    def label_roles(self, sentence: str | Sequence[str], predicate: int | str) -> Roles:
+    def label_roles(self, sentence: str | Sequence[str], predicate: int | str) -> RoleLabels:
         """Find who does what to whom: the roles of a sentence's words for one predicate.
 
         Args:
@@ -177,7 +177,7 @@ class TaskRunner:
         """
         return self.label_roles_batch([(sentence, predicate)])[0]
 
-    def label_roles_batch(self, items: Sequence[tuple[str | Sequence[str], int | str]]) -> list[Roles]:
+    def label_roles_batch(self, items: Sequence[tuple[str | Sequence[str], int | str]]) -> list[RoleLabels]:
         """The same for many pairs of a sentence and a predicate, in one batch."""
         self._check("srl")
         if not items:
@@ -199,9 +199,9 @@ class TaskRunner:
             for i, (words, p, e) in enumerate(zip(sentences, predicates, encoded, strict=True))
         ]
 
-    def _roles(self, words: Sequence[str], predicate: int, logits: Any) -> Roles:
+    def _roles(self, words: Sequence[str], predicate: int, logits: Any) -> RoleLabels:
         labels, confidence = viterbi(logits, self.spec.labels)
-        return Roles(tuple(words), predicate, tuple(labels), spans_of(words, labels), confidence)
+        return RoleLabels(tuple(words), predicate, tuple(labels), spans_of(words, labels), confidence)
 
     def _check(self, task: str) -> None:
         if self.spec.name != task:
