@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from edgellm_runtime.bundle.manifest import MANIFEST, FileInfo, Manifest
+from edgellm_runtime.bundle.weight_files import weight_files
 from edgellm_runtime.errors import BundleError
-from edgellm_runtime.graphs.external_files import external_files
 
 __all__ = ["Bundle", "sha256_of"]
 
@@ -85,7 +85,7 @@ class Bundle:
         if checksums:
             for name in graphs:  # before they are asked which files are weights
                 self._check_sum(name)
-        weights = set().union(*(self._weights(name) for name in graphs)) - {*graphs, *self.manifest.engine_files}
+        weights = weight_files(self.path, self.manifest)
         if not checksums:
             return []
         for name in self.manifest.files.keys() - weights - set(graphs):
@@ -120,17 +120,6 @@ class Bundle:
             raise BundleError(
                 f"{file}: checksum {digest[:12]}… instead of {expected[:12]}…; the file was changed, copy it again"
             )
-
-    def _weights(self, name: str) -> set[str]:
-        """The files that a graph reads, every one of them listed."""
-        graph = self.file(name)
-        try:
-            wanted = external_files(graph.read_bytes())
-        except ValueError as error:
-            raise BundleError(f"{graph}: not an ONNX graph ({error}); export the model again") from error
-        if foreign := wanted - self.manifest.files.keys():
-            raise BundleError(f"{graph}: reads {sorted(foreign)}, which the manifest does not list; refusing to follow")
-        return wanted
 
 
 def sha256_of(file: Path) -> str:

@@ -42,7 +42,10 @@ class GraphInfo:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> GraphInfo:
-        return cls(_text(data["file"]), _size(data["time"]))
+        file = _text(data["file"])
+        if not file.endswith(".onnx"):  # ONNX Runtime takes others for formats of its own, which nobody checks
+            raise ValueError(f"graph {file!r} is not named as one")
+        return cls(file, _size(data["time"]))
 
 
 @dataclass(frozen=True)

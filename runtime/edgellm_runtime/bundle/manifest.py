@@ -15,10 +15,11 @@ from edgellm_runtime.errors import BundleError
 from edgellm_runtime.spec import Signature, SpecError
 from edgellm_runtime.task_spec import TaskSpec
 
-__all__ = ["FORMAT", "GRAPH", "MANIFEST", "FileInfo", "Manifest", "TokenizerInfo"]
+__all__ = ["FORMAT", "GRAPH", "MANIFEST", "TEXT_FILES", "FileInfo", "Manifest", "TokenizerInfo"]
 
 FORMAT = 1
 MANIFEST, GRAPH = "manifest.json", "model.onnx"
+TEXT_FILES = ("tokenizer.json", "chat_template.jinja", "goldens.json")
 _MAX_NAME = 255
 _T = TypeVar("_T")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -104,6 +105,11 @@ class Manifest:
         return int(self.signature.outputs[0].shape[-1])
 
     @property
+    def known_files(self) -> frozenset[str]:
+        """The names of files that are something else than weights."""
+        return frozenset((*self.graph_files, *self.engine_files, *TEXT_FILES))
+
+    @property
     def engine_files(self) -> frozenset[str]:
         """The names of the engines, of either kind."""
         return frozenset(e.file for e in (*self.engines, *(chooser.engine for chooser in self.choosers)))
@@ -167,8 +173,10 @@ class Manifest:
         _check_texts(data)
         files = {name: FileInfo(_whole(f["bytes"]), _a(str, f["sha256"])) for name, f in data["files"].items()}
         for name in files:
-            if not _FILE_NAME.fullmatch(name) or name == MANIFEST or len(name) > _MAX_NAME:
+            if not _FILE_NAME.fullmatch(name) or name.lower() == MANIFEST or len(name) > _MAX_NAME:
                 raise ValueError(f"file name {name!r} is not a plain name inside the bundle")
+        if len({name.lower() for name in files}) < len(files):  # one file on some disks
+            raise ValueError("two files' names differ in capital letters only")
         tokenizer = data.get("tokenizer")
         if tokenizer is not None:
             bos = tokenizer.get("bos_token_id")

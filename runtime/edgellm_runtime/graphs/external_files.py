@@ -1,30 +1,39 @@
-"""Which files an ONNX graph reads, found without the onnx package.
-
-Walks the protocol buffer's wire format (field number and type, then a value or a length and that many bytes) along the
-path from the model to each tensor's ``external_data``. It interprets nothing else.
-"""
+"""Which files an ONNX graph reads, and where in them, found without the onnx package."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+import math
+from dataclasses import dataclass
 
-__all__ = ["external_files"]
+from edgellm_runtime.graphs.onnx_file import read_model, tensors_of
+from edgellm_runtime.graphs.wire import Message
 
-# Field numbers of onnx.proto. A message is walked into through these fields; each leads to a kind of message.
-_FIELDS: dict[str, dict[int, str]] = {
-    "model": {7: "graph", 20: "training", 25: "function"},
-    "training": {1: "graph", 2: "graph"},
-    "function": {7: "node", 11: "attribute"},
-    "graph": {1: "node", 5: "tensor", 15: "sparse"},
-    "sparse": {1: "tensor", 2: "tensor"},
-    "node": {5: "attribute"},
-    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
-    "tensor": {13: "external"},
-    "external": {},
-}
-_MAX_DEPTH = 64
-_LOCATION = re.compile(b"location")
+__all__ = ["ELEMENT_BITS", "StoredTensor", "external_files", "stored_tensors"]
+
+# Of onnx.proto's TensorProto.DataType, those whose elements have a size: bits of each.
+ELEMENT_BITS = {
+    1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128, 16: 16,
+    17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8, 25: 2, 26: 2,
+}  # fmt: skip
+_EXTERNAL, _KEYS = 1, {"location", "offset", "length"}
+_MOST = 1 << 62
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor whose numbers are in a file beside the graph.
+
+    Args:
+        name: its own.
+        file: the ``location``, as it is written.
+        offset: its first byte there.
+        nbytes: how many it has.
+    """
+
+    name: str
+    file: str
+    offset: int
+    nbytes: int
 
 
 def external_files(model: bytes) -> set[str]:
@@ -34,69 +43,45 @@ def external_files(model: bytes) -> set[str]:
         model: a serialized ONNX model.
 
     Raises:
-        ValueError: it is not a protocol buffer of that shape.
+        ValueError: it is none, or has more than one reading.
     """
-    found: set[str] = set()
-    if not model:
-        raise ValueError("the file is empty")
-    _walk(memoryview(model), "model", found, 0)
-    return found
+    return {tensor.file for tensor in stored_tensors(read_model(model))}
 
 
-def _walk(data: memoryview, kind: str, found: set[str], depth: int) -> None:
-    if depth > _MAX_DEPTH:
-        raise ValueError("graphs are nested too deeply")
-    key = value = b""
-    inner = _FIELDS[kind]
-    for number, payload in _fields(data):
-        if payload is None:
-            continue
-        if kind == "external":  # a key and a value
-            key, value = (bytes(payload), value) if number == 1 else (key, bytes(payload))
-        elif number in inner and _LOCATION.search(payload):  # most nodes have no such thing: the walk is spared
-            _walk(payload, inner[number], found, depth + 1)
-    if key == _LOCATION.pattern:
-        found.add(value.decode("utf-8", "replace"))
+def stored_tensors(model: Message) -> list[StoredTensor]:
+    """Every tensor that is in a file, wherever it is in the model.
+
+    Args:
+        model: from :func:`~edgellm_runtime.graphs.onnx_file.read_model`.
+
+    Raises:
+        ValueError: a tensor that does not say clearly where it is, or how large.
+    """
+    return [_stored(t) for t in tensors_of(model) if t.get("external_data") or t.get("data_location", 0)]
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | None]]:
-    """Each field's number, and its bytes if it has a length."""
-    position, end = 0, len(data)
-    while position < end:
-        tag, position = _varint(data, position)
-        number, wire = tag >> 3, tag & 7
-        if wire == 2:
-            length = data[position] if position < end else 0x80
-            if length < 0x80:  # one byte, as nearly always: no call is made for it
-                position += 1
-            else:
-                length, position = _varint(data, position)
-            if position + length > end:
-                raise ValueError("a field is longer than the file")
-            yield number, data[position : position + length]
-            position += length
-        elif wire == 0:
-            _, position = _varint(data, position)
-            yield number, None
-        elif wire in (1, 5):
-            position += 8 if wire == 1 else 4
-            yield number, None
-        else:
-            raise ValueError(f"wire type {wire} at byte {position}")
-    if position != end:
-        raise ValueError("the last field is cut off")
+def _stored(tensor: Message) -> StoredTensor:
+    name = tensor.get("name", b"").decode("utf-8", "backslashreplace")
+    if tensor.get("data_location", 0) != _EXTERNAL:
+        raise ValueError(f"tensor {name!r} is said to be both in the graph and in a file")
+    entries = [(e.get("key", b"").decode("latin1"), e.get("value", b"")) for e in tensor.get("external_data", ())]
+    told = dict(entries)
+    if len(told) != len(entries) or not told.keys() <= _KEYS or "location" not in told:
+        raise ValueError(f"tensor {name!r} names its file with {[key for key, _ in entries]}")
+    nbytes = _nbytes(name, tensor)
+    if "length" in told and _whole(told["length"]) != nbytes:
+        raise ValueError(f"tensor {name!r} has {nbytes} bytes, and {told['length']!r} in its file")
+    return StoredTensor(name, told["location"].decode(), _whole(told.get("offset", b"0")), nbytes)
 
 
-def _varint(data: memoryview, position: int) -> tuple[int, int]:
-    if position < len(data) and (result := data[position]) < 0x80:  # nearly always
-        return result, position + 1
-    result = 0
-    for shift in range(0, 70, 7):
-        if position >= len(data):
-            raise ValueError("the file is cut off")
-        byte = data[position]
-        position += 1
-        result |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return result, position
-    raise ValueError("a number is too long")
+def _nbytes(name: str, tensor: Message) -> int:
+    bits, dims = ELEMENT_BITS.get(tensor.get("data_type", 0)), tensor.get("dims", [])
+    if bits is None or any(size < 0 for size in dims) or math.prod(dims) >= _MOST:
+        raise ValueError(f"tensor {name!r} of element type {tensor.get('data_type', 0)} has sizes {dims[:8]}")
+    return (math.prod(dims) * bits + 7) // 8
+
+
+def _whole(digits: bytes) -> int:
+    if not digits.isdigit() or len(digits) > 18:
+        raise ValueError(f"{digits[:20]!r} is no place in a file")
+    return int(digits)

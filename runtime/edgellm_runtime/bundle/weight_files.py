@@ -1,0 +1,61 @@
+"""What a bundle's graphs read, held against what its manifest lists, before another parser sees a graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgellm_runtime.bundle.manifest import Manifest
+from edgellm_runtime.errors import BundleError
+from edgellm_runtime.graphs.external_files import StoredTensor, stored_tensors
+from edgellm_runtime.graphs.onnx_file import MAX_GRAPH_BYTES, read_model
+
+__all__ = ["weight_files"]
+
+_SPARE_BYTES = 1 << 16  # of a file of weights, after the last tensor: what aligns or fills a page
+_MOST_SHARED = 4  # times that the graphs' tensors may take what the files have: graphs of one bundle share weights
+
+
+def weight_files(path: Path, manifest: Manifest) -> set[str]:
+    """The files that hold the weights of a bundle's graphs, every one listed, as large as the graphs say, nothing else.
+
+    Args:
+        path: the bundle's directory.
+        manifest: its own; the files have the sizes that it states.
+
+    Raises:
+        BundleError: a graph is none, or reads what it may not, or a file is larger than the weights in it.
+    """
+    read: dict[str, list[StoredTensor]] = {}
+    for name in manifest.graph_files:
+        for tensor in _tensors(path / name, manifest):
+            read.setdefault(tensor.file, []).append(tensor)
+    for name, tensors in read.items():
+        size, end = manifest.files[name].bytes, max(t.offset + t.nbytes for t in tensors)
+        if size > end + _SPARE_BYTES:
+            raise BundleError(
+                f"{path / name}: {size} bytes, of which the graph reads the first {end}; export the model again"
+            )
+        if (wanted := sum(t.nbytes for t in tensors)) > _MOST_SHARED * size + _SPARE_BYTES:
+            raise BundleError(f"{path / name}: {size} bytes are read as {wanted}; export the model again")
+    return set(read)
+
+
+def _tensors(graph: Path, manifest: Manifest) -> list[StoredTensor]:
+    """The tensors of one graph that are in files."""
+    try:
+        with graph.open("rb") as file:
+            tensors = stored_tensors(read_model(file.read(MAX_GRAPH_BYTES + 1)))
+    except ValueError as error:
+        raise BundleError(f"{graph}: not an ONNX graph ({error}); export the model again") from error
+    wanted = {tensor.file for tensor in tensors}
+    if foreign := wanted - manifest.files.keys():
+        raise BundleError(f"{graph}: reads {sorted(foreign)}, which the manifest does not list; refusing to follow")
+    if other := wanted & manifest.known_files:
+        raise BundleError(f"{graph}: reads {sorted(other)} as weights, which are none; export the model again")
+    for tensor in tensors:
+        if (size := manifest.files[tensor.file].bytes) < tensor.offset + tensor.nbytes:
+            raise BundleError(
+                f"{graph}: reads {tensor.name!r} up to byte {tensor.offset + tensor.nbytes} of {tensor.file}, which "
+                f"has {size}; copy the bundle again"
+            )
+    return tensors
