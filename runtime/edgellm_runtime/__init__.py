@@ -8,6 +8,7 @@ Importing this package is cheap: ONNX Runtime, tokenizers and jinja2 load with t
 """
 
 from edgellm_runtime.errors import BackendError, BundleError, ContextError, OptionError, RuntimeFault, StateError
+from edgellm_runtime.generation.processors import LogitsProcessor
 from edgellm_runtime.loading import load, open_session
 from edgellm_runtime.spec import Signature, StateSpec, TensorSpec
 
@@ -15,6 +16,7 @@ __all__ = [
     "BackendError",
     "BundleError",
     "ContextError",
+    "LogitsProcessor",
     "OptionError",
     "RuntimeFault",
     "Signature",

@@ -29,7 +29,8 @@ class Model:
     """A language model on this device. Made by :func:`edgellm_runtime.load`.
 
     Every generating method takes the keywords of :class:`GenerationOptions`: ``max_new_tokens=256, stop=(),
-    temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=None, ignore_eos=False``.
+    temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=None, ignore_eos=False,
+    logits_processors=()``.
 
     Args:
         session: steps the model.

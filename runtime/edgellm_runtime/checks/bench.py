@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgellm_runtime.arguments import check_integer
 from edgellm_runtime.checks.memory import peak_rss_mb
 from edgellm_runtime.errors import ContextError
 from edgellm_runtime.generation.generate import next_tokens
-from edgellm_runtime.generation.sampling import Sampler, SamplingOptions, check_integer
+from edgellm_runtime.generation.sampling import Sampler, SamplingOptions
 
 if TYPE_CHECKING:
     from edgellm_runtime.model import Model

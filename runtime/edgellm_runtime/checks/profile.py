@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from edgellm_runtime.arguments import check_integer
 from edgellm_runtime.checks.bench import random_prompts
 from edgellm_runtime.errors import BackendError, ContextError
-from edgellm_runtime.generation.sampling import check_integer
 
 __all__ = ["KernelTime", "check_target", "profile"]
 

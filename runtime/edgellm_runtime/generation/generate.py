@@ -13,8 +13,10 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from edgellm_runtime.arguments import check_flag, check_integer, check_list, shown
 from edgellm_runtime.errors import ContextError, OptionError
-from edgellm_runtime.generation.sampling import Sampler, SamplingOptions, check_integer
+from edgellm_runtime.generation.processors import LogitsProcessor
+from edgellm_runtime.generation.sampling import Sampler, SamplingOptions
 from edgellm_runtime.session import Session
 from edgellm_runtime.state import State
 from edgellm_runtime.text.tokenizer import Tokenizer
@@ -39,6 +41,7 @@ class OptionKeywords(TypedDict, total=False):
     min_p: float
     repetition_penalty: float
     seed: int | None
+    logits_processors: Sequence[LogitsProcessor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +63,20 @@ class GenerationOptions(SamplingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_integer("max_new_tokens", self.max_new_tokens, 0)
-        texts = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        for text in texts:
-            if not isinstance(text, str) or not text:
-                raise OptionError(f"stop holds {text!r}; each stop must be a text of at least one character")
-        object.__setattr__(self, "stop", texts)
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop
+        checked = {
+            "max_new_tokens": check_integer("max_new_tokens", self.max_new_tokens, 0),
+            "stop": tuple(check_list("stop", stops, "texts", _check_stop)),
+            "ignore_eos": check_flag("ignore_eos", self.ignore_eos),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+
+def _check_stop(_: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise OptionError(f"stop holds {shown(value)}; each stop must be a text of at least one character")
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)

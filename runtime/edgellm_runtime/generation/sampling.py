@@ -1,21 +1,22 @@
 """Choosing the next token from logits: greedy, or a draw from the filtered distribution.
 
-The filters apply in the field's usual order: repetition penalty, temperature, top-k, top-p, min-p, and the draw is
-from what is left, renormalised. NumPy only; it knows nothing of text, states or sessions.
+First the chain of processors changes the logits: the caller's in their order, then the repetition penalty. The filters
+follow in the field's usual order: temperature, top-k, top-p, min-p. The draw is from what is left, renormalised. NumPy
+only; it knows nothing of text, states or sessions.
 """
 
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgellm_runtime.arguments import check_integer, check_list, check_number, shown
 from edgellm_runtime.errors import BackendError, OptionError
+from edgellm_runtime.generation.processors import LogitsProcessor, RepetitionPenalty, apply_processors
 
 __all__ = ["Sampler", "SamplingOptions"]
 
@@ -23,28 +24,6 @@ _Weighted = tuple[NDArray[np.int64], NDArray[np.float32]]
 _GROUP = 64  # weights summed together before a draw looks inside
 _STRIPES = 16  # a vocabulary is compared with itself in so many stripes to find a bound for its k-th greatest
 _FIRST_GUESS = 256  # tokens that top-p sorts before it looks at more
-
-
-def check_integer(name: str, value: Any, low: int) -> None:
-    """Raise OptionError unless ``value`` is an integer (not a bool) of at least ``low``."""
-    try:
-        good = not isinstance(value, (bool, np.bool_)) and operator.index(value) >= low
-    except TypeError:
-        good = False
-    if not good:
-        raise OptionError(f"{name} is {value!r}; it must be an integer of at least {low}")
-
-
-def _check_number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    # written so that NaN fails, and infinity too, since every upper bound is finite
-    inside = (low < number if open_low else low <= number) and number <= high
-    if isinstance(value, (bool, str)) or not inside:
-        bounds = f"{'above' if open_low else 'at least'} {low:g} and at most {high:g}"
-        raise OptionError(f"{name} is {value!r}; it must be a number {bounds}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +39,8 @@ class SamplingOptions:
         repetition_penalty: divides positive and multiplies negative logits of every token that the row already holds,
             prompt included; 1 does nothing. Keskar et al. 2019, arXiv:1909.05858.
         seed: makes draws repeatable, or None for fresh entropy.
+        logits_processors: change the model's own logits, in this order, before all of the above; see
+            :class:`~edgellm_runtime.generation.processors.LogitsProcessor`.
 
     Raises:
         OptionError: a value is outside its range.
@@ -71,15 +52,50 @@ class SamplingOptions:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    logits_processors: Sequence[LogitsProcessor] = ()
 
     def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, 0, 1e6)
-        check_integer("top_k", self.top_k, 0)
-        _check_number("top_p", self.top_p, 0, 1, open_low=True)
-        _check_number("min_p", self.min_p, 0, 1)
-        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100)
-        if self.seed is not None:
-            check_integer("seed", self.seed, 0)
+        checked = {
+            "temperature": check_number("temperature", self.temperature, 0, 1e6),
+            "top_k": check_integer("top_k", self.top_k, 0),
+            "top_p": check_number("top_p", self.top_p, 0, 1, open_low=True),
+            "min_p": check_number("min_p", self.min_p, 0, 1),
+            "repetition_penalty": check_number("repetition_penalty", self.repetition_penalty, 0.01, 100),
+            "seed": None if self.seed is None else check_integer("seed", self.seed, 0),
+            "logits_processors": tuple(
+                check_list("logits_processors", self.logits_processors, "functions", _check_function)
+            ),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+
+def _check_function(name: str, value: object) -> LogitsProcessor:
+    if not callable(value):
+        raise OptionError(f"{name} is {shown(value)}; it must be a function of a row's tokens and logits")
+    return value
+
+
+class _Held:
+    """The tokens of a row, in an array that grows."""
+
+    def __init__(self) -> None:
+        self._array = np.empty(256, dtype=np.int64)
+        self._length = 0
+
+    def add(self, tokens: Sequence[int] | NDArray[np.int64]) -> None:
+        """Note more tokens."""
+        end = self._length + len(tokens)
+        if end > len(self._array):
+            self._array = np.concatenate([self._array, np.empty(end, dtype=np.int64)])
+        self._array[self._length : end] = tokens
+        self._length = end
+
+    def view(self) -> NDArray[np.int64]:
+        """All of them; not to be written."""
+        found = self._array[: self._length]
+        found.flags.writeable = False
+        return found
 
 
 class Sampler:
@@ -98,15 +114,16 @@ class Sampler:
     def __init__(self, options: SamplingOptions, *, rows: int, vocab_size: int) -> None:
         self.options = options
         self._greedy = options.temperature == 0
-        self._penalised = options.repetition_penalty != 1
+        penalty = [RepetitionPenalty(options.repetition_penalty)] if options.repetition_penalty != 1 else []
+        self._chain: tuple[LogitsProcessor, ...] = (*options.logits_processors, *penalty)
         self._draws = [] if self._greedy else [np.random.Generator(np.random.PCG64(options.seed)) for _ in range(rows)]
         self._all = np.arange(0 if self._greedy else vocab_size)
-        self._seen = np.zeros((rows if self._penalised else 0, vocab_size), dtype=bool)
+        self._held = [_Held() for _ in range(rows)] if self._chain else []
 
-    def observe(self, row: int, tokens: Iterable[int]) -> None:
-        """Tell the repetition penalty which tokens a row holds; chosen tokens are noted without being told."""
-        if self._penalised:
-            self._seen[row, np.fromiter(tokens, dtype=np.int64)] = True
+    def observe(self, row: int, tokens: Sequence[int]) -> None:
+        """Tell the processors which tokens a row holds; chosen tokens are noted without being told."""
+        if self._chain:
+            self._held[row].add(tokens)
 
     def __call__(self, logits: NDArray[np.float32], rows: Sequence[int] | None = None) -> NDArray[np.int64]:
         """Choose a token for each row.
@@ -120,8 +137,9 @@ class Sampler:
 
         Raises:
             BackendError: a row's best logit is NaN or infinite.
+            OptionError: a logits processor returned no logits, or left no token.
         """
-        if self._greedy and not self._penalised:
+        if self._greedy and not self._chain:
             best: NDArray[np.int64] = logits.argmax(axis=-1)
             for row, token in enumerate(best):
                 _check_best(logits[row, token])
@@ -131,8 +149,11 @@ class Sampler:
 
     @property
     def deciding(self) -> int | None:
-        """How many of the most likely tokens settle a choice, with one more to tell ties; None: all of them."""
-        if self._penalised:
+        """How many of the most likely tokens settle a choice, with one more to tell ties; None: all of them.
+
+        Processors may raise any token, so they are given all.
+        """
+        if self._chain:
             return None
         if self._greedy or self.options.top_k == 1:
             return 1
@@ -177,7 +198,7 @@ class Sampler:
 
         Args:
             logits: (vocab,).
-            row: whose repetition penalty applies.
+            row: whose tokens the processors are given.
 
         Returns:
             Token ids in rising order, and their probabilities, which sum to 1.
@@ -187,8 +208,8 @@ class Sampler:
 
     def _choose(self, row: int, logits: NDArray[np.float32]) -> int:
         token = self._drawn(row, *self._weights(row, logits))
-        if self._penalised:
-            self._seen[row, token] = True
+        if self._chain:
+            self._held[row].add([token])
         return token
 
     def _drawn(self, row: int, ids: NDArray[np.int64], weights: NDArray[np.float32]) -> int:
@@ -197,8 +218,8 @@ class Sampler:
     def _weights(self, row: int, logits: NDArray[np.float32]) -> _Weighted:
         """The tokens that survive the filters and their unnormalised probabilities, the best being 1; ids rise."""
         o = self.options
-        if self._penalised:
-            logits = _penalise(logits, np.flatnonzero(self._seen[row]), o.repetition_penalty)
+        if self._chain:
+            logits = apply_processors(self._chain, self._held[row].view(), logits)
         best = int(logits.argmax())
         _check_best(logits[best])
         if self._greedy or o.top_k == 1:
@@ -225,13 +246,6 @@ class Sampler:
 def _check_best(value: np.float32) -> None:
     if not math.isfinite(value):
         raise BackendError(f"the model's best logit is {value}; verify the bundle on this device, then export it again")
-
-
-def _penalise(logits: NDArray[np.float32], seen: NDArray[np.int64], penalty: float) -> NDArray[np.float32]:
-    logits = logits.copy()
-    values = logits[seen]
-    logits[seen] = np.where(values > 0, values / penalty, values * penalty)
-    return logits
 
 
 def _top_k(values: NDArray[np.float32], k: int) -> NDArray[np.int64]:

@@ -1,0 +1,128 @@
+"""What callers pass in, checked: one function for each kind of argument, used at the whole public surface.
+
+Each gives the value back, as the plain type that it stands for, or raises an OptionError that names the argument, what
+came and what it must be. Nothing is guessed: a text of digits is no number, bytes are no list of token ids, 1.9 is no
+whole number and "no" is no flag.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from edgellm_runtime.errors import OptionError
+
+__all__ = [
+    "check_choice", "check_flag", "check_instance", "check_integer", "check_list", "check_number", "check_path",
+    "check_text", "is_sequence", "shown",
+]  # fmt: skip
+
+_T = TypeVar("_T")
+_SHOWN = 100  # characters of a value in a message
+
+
+def shown(value: Any) -> str:
+    """A value for a message: its repr, shortened."""
+    try:
+        if isinstance(value, int) and value.bit_length() > _SHOWN * 3:  # Python refuses to write very long ones
+            return f"an integer of {value.bit_length()} bits"
+        text = repr(value)
+    except Exception:  # a repr of the caller's may do anything
+        return f"a {type(value).__name__}"
+    text = " ".join(text.split()) if "\n" in text else text
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+
+
+def check_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """A whole number (not a bool, not 2.0) of at least ``low`` and at most ``high``."""
+    try:
+        number = None if type(value).__name__ in ("bool", "bool_") else operator.index(value)
+    except Exception:  # NumPy, PyTorch and others refuse in ways of their own
+        number = None
+    if number is None or number < low or (high is not None and number > high):
+        bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise OptionError(f"{name} is {shown(value)}; it must be an integer {bounds}")
+    return number
+
+
+def check_number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> float:
+    """A finite number from ``low`` (itself left out if ``open_low``) to ``high``."""
+    try:
+        number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        number = math.nan
+    # written so that NaN fails, and infinity too, since every upper bound is finite
+    if not ((low < number if open_low else low <= number) and number <= high):
+        bounds = f"{'above' if open_low else 'at least'} {low:g} and at most {high:g}"
+        raise OptionError(f"{name} is {shown(value)}; it must be a number {bounds}")
+    return number
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """True or False; neither 0 nor "no"."""
+    if type(value).__name__ not in ("bool", "bool_"):
+        raise OptionError(f"{name} is {shown(value)}; it must be True or False")
+    return bool(value)
+
+
+def check_text(name: str, value: Any) -> str:
+    """A text."""
+    if not isinstance(value, str):
+        raise OptionError(f"{name} is {shown(value)}; it must be a text")
+    return value
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
+    """One of a few words."""
+    if not isinstance(value, str) or value not in choices:
+        raise OptionError(f"{name} is {shown(value)}; it must be one of {', '.join(choices)}")
+    return value
+
+
+def check_list(name: str, value: Any, what: str, check: Callable[[str, Any], _T]) -> list[_T]:
+    """A list or another sequence; neither a text nor bytes, whose members would be taken for the things meant.
+
+    Args:
+        name: of the argument.
+        value: what came.
+        what: its members are, in the plural, for the message.
+        check: of one member, given a name such as ``stop[1]`` and the member.
+    """
+    if not is_sequence(value):
+        raise OptionError(f"{name} is {shown(value)}; it must be a list of {what}")
+    return [check(f"{name}[{i}]", item) for i, item in enumerate(value)]
+
+
+def is_sequence(value: Any) -> bool:
+    """Whether a value has members in an order: lists, tuples, arrays of an axis; no texts, bytes, mappings, sets."""
+    if isinstance(value, (str, bytes, bytearray, memoryview, Mapping)):
+        return False
+    return isinstance(value, Sequence) or (hasattr(value, "__array__") and getattr(value, "ndim", 0) > 0)
+
+
+def check_path(name: str, value: Any) -> Path:
+    """A path of the file system."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise OptionError(f"{name} is {shown(value)}; it must be the path of a file or a folder")
+    return Path(value)
+
+
+def check_instance(name: str, value: Any, kind: type[_T], remedy: str) -> _T:
+    """An object of one of this package's own classes.
+
+    Args:
+        name: of the argument.
+        value: what came.
+        kind: of which it must be.
+        remedy: where one comes from.
+    """
+    if not isinstance(value, kind):
+        raise OptionError(f"{name} is {shown(value)}; it must be a {kind.__name__}: {remedy}")
+    return value
