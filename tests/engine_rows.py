@@ -50,7 +50,7 @@ class Row:
 def graphs(family: str, precision: str, directory: Path) -> tuple[nn.Module, Any, Session]:
     """The family's graphs in a directory, the model that they must equal, and their session.
 
-    Those in bfloat16, which ONNX Runtime's CPU kernels do not know, are followed by their twin, which is run instead.
+    Those in bfloat16, which ONNX Runtime's CPU kernels do not know, are followed by their stand-in in float32, which is run instead.
     """
     method, dtype = ("none", precision) if "float" in precision else (precision, "float16")
     model, target = make(family), find_target("tensorrt")
@@ -59,7 +59,7 @@ def graphs(family: str, precision: str, directory: Path) -> tuple[nn.Module, Any
     reference = model if method == "none" else quantized_model(model, plan, integer_products=False)
     run = directory
     if dtype == "bfloat16":
-        run, reference = directory / "twin", _rounded(model)
+        run, reference = directory / "stand-in", _rounded(model)
         run.mkdir()
         write_roles(graph, target, plan, SIZES.forms("float32", dtype), run, lambda what, share: None)
         dtype = "float32"
