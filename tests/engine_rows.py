@@ -50,7 +50,7 @@ class Row:
 def graphs(family: str, precision: str, directory: Path) -> tuple[nn.Module, Any, Session]:
     """The family's graphs in a directory, the model that they must equal, and their session.
 
-    Those in bfloat16, which ONNX Runtime's CPU kernels do not know, are followed by their stand-in in float32, which is run instead.
+    Those in bfloat16, which ONNX Runtime's CPU kernels lack, are followed by their stand-in in float32, which is run.
     """
     method, dtype = ("none", precision) if "float" in precision else (precision, "float16")
     model, target = make(family), find_target("tensorrt")
