@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def _rounded(model: nn.Module) -> nn.Module:
 
 def session_of(model: Any, directory: Path, dtype: str) -> Session:
     signature = signature_of(model)
-    state = tuple(type(s)(s.name, s.shape, dtype, s.update) for s in signature.state)
+    state = tuple(dataclasses.replace(s, dtype=dtype) for s in signature.state)
     signature, roles = Signature(signature.inputs, signature.outputs, state), GraphRoles(SIZES.graphs)
     return Session(
         OrtRolesBackend(directory, roles, signature, threads=1), signature, max_context=CONTEXT, ragged_chunks=True,

@@ -15,10 +15,12 @@ from edgellm.models.hybrid import Hybrid, HybridConfig
 VOCAB, CONTEXT = 101, 64
 
 
-def hybrid(*pattern: str, rotary: bool = True, tie: bool = False, mlp_width: int = 0) -> Callable[[], nn.Module]:
+def hybrid(
+    *pattern: str, rotary: bool = True, tie: bool = False, mlp_width: int = 0, window: int = 9
+) -> Callable[[], nn.Module]:
     config = HybridConfig(
         vocab_size=VOCAB, width=64, pattern=pattern, num_heads=4, num_kv_heads=2, recurrent_width=96,
-        mlp_width=mlp_width, max_context=CONTEXT, rotary=rotary, tie_embeddings=tie,
+        mlp_width=mlp_width, max_context=CONTEXT, rotary=rotary, tie_embeddings=tie, window=window,
     )  # fmt: skip
     return lambda: Hybrid(config)
 
@@ -40,6 +42,8 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "attention": hybrid("attention", "attention", mlp_width=128),
     "attention without positions": hybrid("attention", "lstm", rotary=False),
     "mixed": hybrid("lstm", "attention", "gru", "attention", "rnn_tanh", tie=True, mlp_width=128),
+    "local": hybrid("local", "local", mlp_width=128),
+    "local and mixed": hybrid("local", "gru", "attention", "local", rotary=False, tie=True, window=11),
     "decoder": decoder(kv_heads=2, tie=True, bias=False),
     "decoder untied with biases": decoder(kv_heads=4, tie=False, bias=True),
     "decoder with q/k norm": decoder(kv_heads=2, tie=True, bias=False, qk_norm=True),

@@ -18,6 +18,7 @@ from torch import nn
 
 from edgellm.models.decoder import Decoder, DecoderConfig
 from edgellm.models.hybrid import Hybrid, HybridConfig
+from edgellm_exporters.engines.options import EngineOptions
 from edgellm_exporters.export import ExportOptions, TextAssets, export
 from edgellm_exporters.graph.targets import TARGETS
 from edgellm_runtime.backends.ort_device import OrtDeviceBackend
@@ -51,6 +52,21 @@ def recurrent_model() -> nn.Module:
     return Hybrid(config).eval()
 
 
+def window_model() -> nn.Module:
+    torch.manual_seed(2)
+    config = HybridConfig(
+        vocab_size=byte_level().get_vocab_size(), width=32, pattern=("local", "attention", "local"), num_heads=2,
+        num_kv_heads=1, max_context=CONTEXT, window=12,
+    )  # fmt: skip
+    return Hybrid(config).eval()
+
+
+@functools.cache
+def window_bundle(target: str = "cpu", dtype: str = "") -> Path:
+    """Two layers that see twelve tokens, and one that sees all; has a tokenizer and a chat template."""
+    return _make(window_model, target, text_assets(), dtype)
+
+
 @functools.cache
 def attention_bundle(target: str = "cpu") -> Path:
     """Has a tokenizer and a chat template."""
@@ -75,10 +91,11 @@ def device_session(bundle: Bundle, **options: Any) -> Session:
     )  # fmt: skip
 
 
-def _make(model: Callable[[], Any], target: str, text: TextAssets | None) -> Path:
+def _make(model: Callable[[], Any], target: str, text: TextAssets | None, dtype: str = "") -> Path:
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    options = ExportOptions(target=target, dtype=TARGETS[target].dtypes[0])
+    engine = EngineOptions(build=False) if TARGETS[target].roles else None
+    options = ExportOptions(target=target, dtype=dtype or TARGETS[target].dtypes[0], engine=engine)
     return export(model(), folder / "bundle", options=options, text=text).bundle.path
 
 

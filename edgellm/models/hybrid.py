@@ -1,7 +1,8 @@
 """The recurrent + self-attention language model.
 
-Embedding -> N blocks, each a norm and one mixer (Elman RNN, LSTM, GRU or causal self-attention) with a residual, and
-optionally a norm and a gated MLP with a residual -> norm -> projection to the vocabulary.
+Embedding -> N blocks, each a norm and one mixer (Elman RNN, LSTM, GRU, causal self-attention, or self-attention over a
+sliding window) with a residual, and optionally a norm and a gated MLP with a residual -> norm -> projection to the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from edgellm_runtime.spec import StateSpec
 
 __all__ = ["ARCHITECTURE", "PRESETS", "Hybrid", "HybridConfig"]
 
-MIXERS = (*KINDS, "attention")
+ATTENTIONS = ("attention", "local")
+MIXERS = (*KINDS, *ATTENTIONS)
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class HybridConfig:
     Args:
         vocab_size: tokens.
         width: features between blocks.
-        pattern: one mixer a block, first to last; each of rnn_tanh, rnn_relu, lstm, gru, attention.
+        pattern: one mixer a block, first to last; each of rnn_tanh, rnn_relu, lstm, gru, attention, local.
         num_heads: attention heads; divides ``width``.
         num_kv_heads: key and value heads; divides ``num_heads``.
         recurrent_width: hidden features of each recurrence, projected back to ``width``.
@@ -44,6 +46,7 @@ class HybridConfig:
         dropout: probability in training, after the embedding and after each mixer and MLP.
         tie_embeddings: whether the vocabulary projection is the embedding.
         norm_eps: added to the mean square in the norms.
+        window: how many tokens a token sees in a block of local attention, itself among them.
         num_labels: when not 0, the model gives each token logits over so many labels in place of the vocabulary.
     """
 
@@ -60,11 +63,12 @@ class HybridConfig:
     dropout: float = 0.0
     tie_embeddings: bool = False
     norm_eps: float = 1e-5
+    window: int = 256
     num_labels: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", tuple(self.pattern))
-        for name in ("vocab_size", "width", "num_heads", "num_kv_heads", "recurrent_width", "max_context"):
+        for name in ("vocab_size", "width", "num_heads", "num_kv_heads", "recurrent_width", "max_context", "window"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a positive whole number")
@@ -123,10 +127,13 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.mixer: SelfAttention | RecurrentMixer = (
-            SelfAttention(config.width, config.num_heads, config.num_kv_heads, config.head_dim, bias=False)
-            if mixer == "attention"
+            SelfAttention(
+                config.width, config.num_heads, config.num_kv_heads, config.head_dim, bias=False,
+                window=config.window if mixer == "local" else 0,
+            )
+            if mixer in ATTENTIONS
             else RecurrentMixer(mixer, config.width, config.recurrent_width)
-        )
+        )  # fmt: skip
         self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps) if config.mlp_width else None
         self.mlp = GatedMLP(config.width, config.mlp_width) if config.mlp_width else None
         self.dropout = nn.Dropout(config.dropout)
@@ -156,7 +163,7 @@ class Hybrid(nn.Module):
         self.blocks = nn.ModuleList(Block(config, mixer) for mixer in config.pattern)
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, logit_width(config), bias=False)
-        has_attention = "attention" in config.pattern
+        has_attention = any(mixer in ATTENTIONS for mixer in config.pattern)
         self.rotary = (
             RotaryTable(config.head_dim, config.max_context, config.rope_theta)
             if config.rotary and has_attention

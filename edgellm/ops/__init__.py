@@ -3,5 +3,6 @@
 from edgellm.ops.attention import attention
 from edgellm.ops.positions import take_positions
 from edgellm.ops.recurrence import RecurrentWeights, elman, gru, lstm
+from edgellm.ops.window import window_attention
 
-__all__ = ["RecurrentWeights", "attention", "elman", "gru", "lstm", "take_positions"]
+__all__ = ["RecurrentWeights", "attention", "elman", "gru", "lstm", "take_positions", "window_attention"]

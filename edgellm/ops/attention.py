@@ -13,7 +13,7 @@ from torch import Tensor
 
 from edgellm.ops.canonical import capturing, emit
 
-__all__ = ["attention", "rotary"]
+__all__ = ["attention", "merge_heads", "normed_heads", "rotary", "split_heads"]
 
 
 def attention(
@@ -61,7 +61,7 @@ def attention(
         )
         return y, present_k, present_v
     if q_norm is not None and k_norm is not None:
-        q, k = _normed(q, q_norm, norm_eps), _normed(k, k_norm, norm_eps)
+        q, k = normed_heads(q, q_norm, norm_eps), normed_heads(k, k_norm, norm_eps)
     return _reference(q, k, v, past_k, past_v, past_lengths, cos, sin, num_heads, num_kv_heads, scale)
 
 
@@ -80,7 +80,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
     return torch.cat([first * c - second * s, second * c + first * s], dim=-1)
 
 
-def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def normed_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """An RMS norm of each head of x (batch, time, heads * head_dim), computed as precisely as its weight is."""
     heads = x.view(*x.shape[:-1], -1, weight.shape[0]).to(weight.dtype)  # (batch, time, heads, head_dim)
     return F.rms_norm(heads, weight.shape, weight, eps).to(x.dtype).flatten(-2)
@@ -90,16 +90,14 @@ def _reference(
     q: Tensor, k: Tensor, v: Tensor, past_k: Tensor | None, past_v: Tensor | None, past_lengths: Tensor,
     cos: Tensor | None, sin: Tensor | None, num_heads: int, num_kv_heads: int, scale: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    batch, time, _ = q.shape
-    q = q.view(batch, time, num_heads, -1).transpose(1, 2)  # (batch, heads, time, head_dim)
-    k = k.view(batch, time, num_kv_heads, -1).transpose(1, 2)
-    v = v.view(batch, time, num_kv_heads, -1).transpose(1, 2)
+    time = q.shape[1]
+    q, k, v = split_heads(q, num_heads), split_heads(k, num_kv_heads), split_heads(v, num_kv_heads)
     positions = past_lengths.long()[:, None] + torch.arange(time, device=q.device)  # (batch, time)
     if cos is not None and sin is not None:
         q, k = rotary(q, cos, sin, positions), rotary(k, cos, sin, positions)
     if past_k is None or past_v is None:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=num_heads != num_kv_heads)
-        return _merge(y), None, None
+        return merge_heads(y), None, None
     slots = positions[:, None, :, None].expand_as(k)
     present_k, present_v = past_k.scatter(2, slots, k), past_v.scatter(2, slots, v)
     total = int(positions.max()) + 1
@@ -108,9 +106,15 @@ def _reference(
         q, present_k[:, :, :total], present_v[:, :, :total], attn_mask=visible, scale=scale,
         enable_gqa=num_heads != num_kv_heads,
     )  # fmt: skip
-    return _merge(y), present_k, present_v
+    return merge_heads(y), present_k, present_v
 
 
-def _merge(y: Tensor) -> Tensor:
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(batch, time, heads * head_dim) to (batch, heads, time, head_dim)."""
+    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
+
+
+def merge_heads(y: Tensor) -> Tensor:
+    """The inverse of :func:`split_heads`."""
     batch, heads, time, head_dim = y.shape
     return y.transpose(1, 2).reshape(batch, time, heads * head_dim)

@@ -57,7 +57,8 @@ def test_engines_are_built_of_graphs_that_compute_what_pytorch_computes(
         assert layers.get("KV_CACHE_UPDATE", 0) == kinds.count("append")
         loops = role == "prefill" and "replace" in kinds
         assert bool(layers.get("RECURRENCE")) == loops
-        assert layers.get("ATTENTION_INPUT", 0) == (0 if loops else kinds.count("append") // 2)
+        attentions = kinds.count("append") // 2 + kinds.count("ring") // 2
+        assert layers.get("ATTENTION_INPUT", 0) == (0 if loops else attentions)
         assert bool(layers.get("DEQUANTIZE")) == (precision in ENGINE_METHODS)
 
 

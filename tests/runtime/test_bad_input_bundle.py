@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from refusals import refusal
-from tiny_bundles import attention_bundle, copied, edit_manifest, recurrent_bundle, sign
+from tiny_bundles import attention_bundle, copied, edit_manifest, recurrent_bundle, sign, window_bundle
 
 from edgellm.cli import run
 from edgellm_runtime import BackendError, BundleError, RuntimeFault, load, open_session
@@ -306,7 +306,7 @@ def mutate(data: st.DataObject, value: Any) -> Any:
     return data.draw(VALUES)
 
 
-@pytest.mark.parametrize("make", [recurrent_bundle, attention_bundle])
+@pytest.mark.parametrize("make", [recurrent_bundle, attention_bundle, window_bundle])
 def test_no_mutation_of_the_manifest_raises_anything_else(make: Any, tmp_path: Path) -> None:
     bundle = copied(make(), tmp_path)
     original = json.loads((bundle / "manifest.json").read_text())

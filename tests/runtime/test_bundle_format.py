@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx
 import pytest
-from tiny_bundles import CONTEXT, attention_bundle, recurrent_bundle
+from tiny_bundles import CONTEXT, attention_bundle, recurrent_bundle, window_bundle
 
 from edgellm_exporters.graph.capture import INPUTS
 from edgellm_exporters.quantize.methods import METHODS
@@ -26,7 +26,7 @@ from edgellm_runtime.spec import DTYPE_BYTES
 from edgellm_runtime.task_spec import TaskSpec
 
 PAGE = (Path(__file__).parents[2] / "docs" / "bundle-format.md").read_text(encoding="utf-8")
-BOTH = pytest.mark.parametrize("make", [attention_bundle, recurrent_bundle])
+BOTH = pytest.mark.parametrize("make", [attention_bundle, recurrent_bundle, window_bundle])
 
 
 def table(header: str) -> dict[str, list[str]]:

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from state_fakes import APPENDED, REPLACED, STATIC, ExactBackend, exact_session, ring
-from tiny_bundles import CONTEXT, attention_bundle, device_session, recurrent_bundle
+from tiny_bundles import CONTEXT, attention_bundle, device_session, recurrent_bundle, window_bundle
 
-from edgellm_runtime import BackendError, ContextError, OptionError, StateError, StateSpec, open_session
+from edgellm_runtime import BackendError, ContextError, OptionError, StateError, StateSpec, load, open_session
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.session import Session
 from edgellm_runtime.state import State
@@ -26,6 +26,9 @@ BUNDLES: dict[str, Callable[[], Path]] = {
     "attention": attention_bundle,
     "attention, standard operators": lambda: attention_bundle("onnx"),
     "recurrent": recurrent_bundle,
+    "window": window_bundle,
+    "window, standard operators": lambda: window_bundle("onnx"),
+    "window, graphs of fixed sizes": lambda: window_bundle("tensorrt", "float32"),
 }
 BUNDLES |= {f"{name}, state on a device": bundle for name, bundle in BUNDLES.items() if "," not in name}
 EXACT: dict[str, tuple[StateSpec, ...]] = {
@@ -45,7 +48,7 @@ def session_of(name: str) -> Session:
     if name in EXACT:
         return exact_session(*EXACT[name], max_context=CONTEXT)
     bundle = Bundle(BUNDLES[name]())
-    return device_session(bundle) if name.endswith("on a device") else open_session(bundle, threads=1)
+    return device_session(bundle) if name.endswith("on a device") else open_session(bundle, device="cpu", threads=1)
 
 
 def read(session: Session, row: list[int]) -> np.ndarray:
@@ -240,6 +243,20 @@ def test_an_overwritten_ring_says_how_far_it_goes_back_and_what_to_do() -> None:
     state.rewind([16, 1])
     state.rewind([0, 1])
     assert state.earliest.tolist() == [0, 0]
+
+
+def test_a_conversation_over_a_window_answers_as_a_fresh_one_and_reads_again_what_the_ring_has_lost() -> None:
+    model = load(window_bundle(), device="cpu", threads=1)
+    conversation = model.conversation()
+    for said in ("Hello", "And then?", "Why?"):
+        answer = conversation.say(said, max_new_tokens=3, ignore_eos=True)
+        fresh = model.chat(conversation.messages[:-1], max_new_tokens=3, ignore_eos=True)
+        assert answer.tokens == fresh.tokens
+    assert conversation.reused_tokens > 12, "what goes on from the state is not read again, though the ring is full"
+    conversation.messages[0] = {"role": "user", "content": "Good bye"}
+    answer = conversation.say("What?", max_new_tokens=3, ignore_eos=True)
+    assert conversation.reused_tokens == 0
+    assert answer.tokens == model.chat(conversation.messages[:-1], max_new_tokens=3, ignore_eos=True).tokens
 
 
 def test_a_state_that_a_backend_cannot_keep_is_refused_by_name() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from edgellm.models.layers.rotary import RotaryTable
 from edgellm.models.protocol import State, Step
-from edgellm.ops import attention
+from edgellm.ops import attention, window_attention
 from edgellm_runtime.spec import BATCH, CAPACITY, StateSpec
 
 __all__ = ["SelfAttention"]
@@ -23,13 +25,15 @@ class SelfAttention(nn.Module):
         bias: whether the query, key and value projections have a bias.
         qk_norm: whether each head's query and key pass an RMS norm before their rotation.
         norm_eps: added to the mean square in these norms.
+        window: how many tokens a token sees, itself among them; 0 for every one before it.
     """
 
     def __init__(
         self, width: int, num_heads: int, num_kv_heads: int, head_dim: int, *, bias: bool,
-        qk_norm: bool = False, norm_eps: float = 1e-6,
+        qk_norm: bool = False, norm_eps: float = 1e-6, window: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
+        self.window = window
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.q_proj = nn.Linear(width, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(width, num_kv_heads * head_dim, bias=bias)
@@ -40,15 +44,20 @@ class SelfAttention(nn.Module):
         self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
 
     def state_specs(self, prefix: str, dtype: str) -> list[StateSpec]:
-        """Its keys and values, named ``prefix.k`` and ``prefix.v``."""
+        """Its keys and values, named ``prefix.k`` and ``prefix.v``; of a window, in rings of as many slots."""
+        names = [f"{prefix}.{name}" for name in ("k", "v")]
+        if self.window:
+            ring = (BATCH, self.num_kv_heads, self.window, self.head_dim)
+            return [StateSpec(name, ring, dtype, "ring", axis=2, window=self.window) for name in names]
         shape = (BATCH, self.num_kv_heads, CAPACITY, self.head_dim)
-        return [StateSpec(f"{prefix}.{name}", shape, dtype, "append") for name in ("k", "v")]
+        return [StateSpec(name, shape, dtype, "append") for name in names]
 
     def forward(
         self, x: Tensor, state: State, prefix: str, step: Step, rotary: RotaryTable | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Attend over the state and x (batch, time, width); gives the same shape and its part of the new state."""
-        y, k, v = attention(
+        attend = partial(window_attention, window=self.window) if self.window else attention
+        y, k, v = attend(
             self.q_proj(x), self.k_proj(x), self.v_proj(x),
             state.get(f"{prefix}.k"), state.get(f"{prefix}.v"), step.past_lengths, step.lengths,
             None if rotary is None else rotary.cos, None if rotary is None else rotary.sin,

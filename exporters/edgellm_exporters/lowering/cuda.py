@@ -17,6 +17,7 @@ from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering import ort, recurrent, standard
 from edgellm_exporters.lowering.context import Lowering, Rule, inputs_of
 from edgellm_exporters.lowering.linears import fused_matmul, linear_rule
+from edgellm_exporters.lowering.window import by_products, window_rule
 from edgellm_exporters.quantize.plan import ROW, QuantizedWeight
 from edgellm_runtime.spec import TensorSpec
 
@@ -95,5 +96,6 @@ RULES: Mapping[str, Rule] = {
     "Attention": attention,
     "Embedding": embedding,
     "Linear": linear_rule(_matmul),
+    "WindowAttention": window_rule(standard.steps, by_products),
     **recurrent.rules(_matmul, hoist=_hoist),
 }

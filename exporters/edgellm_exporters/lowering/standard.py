@@ -12,6 +12,7 @@ import onnx_ir as ir
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering import recurrent
 from edgellm_exporters.lowering.context import Lowering, Rule, blank, inputs_of, shape_of
+from edgellm_exporters.lowering.window import by_attention, window_rule
 from edgellm_exporters.quantize.plan import ROW, QuantizedWeight
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "scales_of",
     "signed_columns",
     "split_heads",
+    "steps",
     "with_block_sums",
 ]
 
@@ -144,14 +146,22 @@ def norm_heads(context: Lowering, node: ir.Node, x: ir.Value, weight: ir.Value |
     return context.op("RMSNormalization", x, weight, axis=-1, epsilon=node.attributes["epsilon"].as_float())
 
 
+def steps(context: Lowering) -> ir.Value:
+    """0, 1, ... to the time of a step, (time,)."""
+
+    def make() -> ir.Value:
+        time = context.op("Shape", context.input("tokens"), start=1, end=2)
+        return context.op("Range", context.const(0), context.op("Squeeze", time, context.const([0])), context.const(1))
+
+    return context.once("steps", make)
+
+
 def _positions(context: Lowering) -> ir.Value:
     """Each new token's position in its row, (batch, time)."""
 
     def make() -> ir.Value:
         past = context.op("Cast", context.input("past_lengths"), to=ir.DataType.INT64)
-        time = context.op("Shape", context.input("tokens"), start=1, end=2)
-        steps = context.op("Range", context.const(0), context.op("Squeeze", time, context.const([0])), context.const(1))
-        return context.op("Add", context.op("Unsqueeze", past, context.const([1])), steps)
+        return context.op("Add", context.op("Unsqueeze", past, context.const([1])), steps(context))
 
     return context.once("positions", make)
 
@@ -259,5 +269,6 @@ RULES: Mapping[str, Rule] = {
     "Linear": linear,
     "RMSNorm": rms_norm,
     "TakePositions": take_positions,
+    "WindowAttention": window_rule(steps, by_attention),
     **recurrent.rules(matmul, hoist=_columns),
 }

@@ -19,6 +19,7 @@ from edgellm_exporters.lowering.fixed_form import DECODE, PREFILL
 from edgellm_exporters.lowering.linears import linear_rule
 from edgellm_exporters.lowering.scan import CELLS
 from edgellm_exporters.lowering.tensorrt_recurrent import rules
+from edgellm_exporters.lowering.window import Heads, by_masked_attention, by_products, window_rule
 from edgellm_exporters.quantize.plan import ROW, Codes, QuantizedWeight
 
 __all__ = ["OPSET", "RULES", "matmul"]
@@ -171,13 +172,22 @@ def _written_out(
     return context.op("Reshape", y, context.const([0, kv_heads * group, time, head_dim]))
 
 
+def _attend(
+    context: Lowering, q: ir.Value, keys: ir.Value, values: ir.Value, visible: ir.Value, form: Heads
+) -> ir.Value:
+    return (by_products if _loops(context) else by_masked_attention)(context, q, keys, values, visible, form)
+
+
+def _steps(context: Lowering) -> ir.Value:
+    return context.const(np.arange(context.fixed.time))
+
+
 def _positions(context: Lowering) -> ir.Value:
     """Each new token's position in its row, (batch, time)."""
 
     def make() -> ir.Value:
         past = context.op("Cast", context.input("past_lengths"), to=ir.DataType.INT64)
-        steps = context.const(np.arange(context.fixed.time)[None])
-        return context.op("Add", context.op("Unsqueeze", past, context.const([1])), steps)
+        return context.op("Add", context.op("Unsqueeze", past, context.const([1])), _steps(context))
 
     return context.once("positions", make)
 
@@ -208,5 +218,6 @@ RULES: Mapping[str, Rule] = {
     "Embedding": embedding,
     "Linear": linear_rule(matmul),
     "TakePositions": take_positions,
+    "WindowAttention": window_rule(_steps, _attend),
     **rules(matmul, hoist=_columns),
 }
