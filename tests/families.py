@@ -48,6 +48,8 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "decoder untied with biases": decoder(kv_heads=4, tie=False, bias=True),
     "decoder with q/k norm": decoder(kv_heads=2, tie=True, bias=False, qk_norm=True),
 }
+# Families whose layers are plain PyTorch rather than canonical ops: their graphs hold what PyTorch's operators become.
+PLAIN: frozenset[str] = frozenset()
 
 
 def cpu_targets() -> list[str]:

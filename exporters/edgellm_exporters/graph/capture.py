@@ -7,7 +7,6 @@ and ragged batches. Nothing here knows an architecture or a target.
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -94,8 +93,6 @@ def capture(model: LanguageModel, weights: Weights | None = None) -> ir.Model:
     with fake_parameters(model), no_collection():
         program = _trace(model, signature)
         captured = translated(program, names, outputs, opset=OPSET)
-        if captured is None:
-            captured = _translate(program, names, outputs, type(model).__name__)
     captured.opset_imports.setdefault(DOMAIN, 1)
     _name_weights(captured, model, weights or OwnWeights(model))
     _name_dimensions(captured, signature)
@@ -173,24 +170,6 @@ def _reason(model: nn.Module, error: Exception) -> str:
             )
     advice = "the forward fixes a size that must stay free; loop over no tokens, take sizes from x.shape without int()"
     return f"{advice} ({said[:300]})"
-
-
-def _translate(
-    program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], name: str
-) -> ir.Model:
-    try:
-        with _quiet():
-            exported = torch.onnx.export(
-                program, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
-                input_names=inputs, output_names=outputs,
-            )  # fmt: skip
-    except torch.onnx.OnnxExporterError as error:
-        _let_interrupt_through(error)
-        unknown = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", str(error))
-        what = f"ONNX has no form of {unknown[1]}" if unknown else " ".join(str(error.__cause__ or error).split())[:400]
-        raise CaptureError(f"{name} cannot be written as ONNX: {what}; use other operators in its forward") from error
-    assert exported is not None
-    return exported.model
 
 
 def _example(model: LanguageModel, signature: Signature) -> tuple[Any, ...]:

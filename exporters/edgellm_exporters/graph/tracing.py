@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from edgellm.ops.canonical import emit
 from edgellm_exporters.errors import CaptureError
+from edgellm_exporters.graph.decompose import writes
 
 __all__ = ["CanonicalFunctions", "canonical", "fake_parameters", "no_collection"]
 
@@ -113,8 +114,11 @@ class CanonicalFunctions(TorchFunctionMode):
 
 
 def canonical(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Make canonical what came from within PyTorch's own functions; nothing, as a rule, and then this costs nothing."""
-    if any(node.target in _OPS for node in program.graph.nodes):
+    """Make canonical what came from within PyTorch's own functions, and give each written tensor a new value.
+
+    There is nothing of either kind, as a rule, and then this costs nothing.
+    """
+    if any(node.target in _OPS or writes(node) for node in program.graph.nodes):
         decomposed: torch.export.ExportedProgram = program.run_decompositions(_OPS)
         return decomposed
     return program
