@@ -34,10 +34,10 @@ def machine_of(device: str) -> dict[str, str]:
     """What it ran on, with versions."""
     import platform
 
-    import onnxruntime
     import torch
 
     import edgellm
+    from edgellm_runtime.backends.ort import library
 
     gpu, driver = "none", "none"
     if device == "cuda":
@@ -47,7 +47,7 @@ def machine_of(device: str) -> dict[str, str]:
             check=False,
         )  # fmt: skip
         driver = asked.stdout.strip().splitlines()[0] if asked.stdout.strip() else "unknown"
-    return {"gpu": gpu, "driver": driver, "torch": torch.__version__, "onnxruntime": onnxruntime.__version__,
+    return {"gpu": gpu, "driver": driver, "torch": torch.__version__, "onnxruntime": library().__version__,
             "edgellm": edgellm.__version__, "python": platform.python_version()}  # fmt: skip
 
 

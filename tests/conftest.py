@@ -17,6 +17,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests neither believe nor change what lies in the caches of whoever runs them.
 os.environ["EDGELLM_CACHE_DIR"] = ""
 
+# Some tests import ONNX Runtime by themselves.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgellm.cli.device import device_option
+from edgellm.cli.threads import threads_option
 
 if TYPE_CHECKING:
     from edgellm_runtime.checks.profile import KernelTime
@@ -24,7 +26,7 @@ _PROFILED = 32  # tokens at most: each leaves hundreds of notes
 @click.argument("bundle", type=click.Path())
 @click.option("--prompt-tokens", type=int, default=128, envvar="PROMPT_TOKENS", show_envvar=True, help="Prompt length.")
 @click.option("--new-tokens", type=int, default=128, envvar="NEW_TOKENS", show_envvar=True, help="Steps after it.")
-@click.option("--threads", type=int, default=2, envvar="THREADS", show_envvar=True, help="CPU threads.")
+@functools.partial(threads_option, envvar="THREADS")  # beside PROMPT_TOKENS and NEW_TOKENS, a workload
 @click.option("--rounds", type=int, default=5, help="Measured rounds, after one that is not.")
 @device_option
 @click.option("--seed", type=int, default=0, help="Of the random prompts.")
@@ -32,7 +34,7 @@ _PROFILED = 32  # tokens at most: each leaves hundreds of notes
               "time in, from a second, slower run (bundles for ONNX Runtime on CPU).")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def bench(
-    bundle: str, prompt_tokens: int, new_tokens: int, threads: int, rounds: int, device: str, seed: int,
+    bundle: str, prompt_tokens: int, new_tokens: int, threads: int | None, rounds: int, device: str, seed: int,
     profiled: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure BUNDLE: loading, time to first token, decoding speed and memory.

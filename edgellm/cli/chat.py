@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgellm.cli.device import device_option
+from edgellm.cli.threads import threads_option
 
 if TYPE_CHECKING:
     from edgellm_runtime.generation.conversation import Conversation
@@ -35,7 +36,7 @@ _HELP = """\
 @click.option("--min-p", type=float, default=0.0, help="Keep tokens this fraction as probable as the best.")
 @click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 discourages tokens already there.")
 @click.option("--seed", type=int, default=None, help="Makes sampling repeatable.  [default: random]")
-@click.option("--threads", type=int, default=None, help="CPU threads.  [default: the runtime's choice]")
+@threads_option
 @device_option
 def chat(
     bundle: str, system: str | None, max_new_tokens: int, temperature: float, top_k: int, top_p: float, min_p: float,

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgellm.cli.threads import threads_option
+from edgellm_runtime.threads import available_cores, thread_count
+
 if TYPE_CHECKING:
     from edgellm.demo.commands import Commands
 
@@ -60,8 +63,7 @@ class Plan:
 )
 @click.option("--quick", is_flag=True, help="Train for a few steps and measure once; only shows that everything works.")
 @click.option("--skip-real", is_flag=True, help="Leave out the real checkpoint.")
-@click.option("--threads", type=click.IntRange(min=1), default=None, show_default=False,
-              help="CPU threads.  [default: the cores that this process may use, at most 4]")  # fmt: skip
+@threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def demo(out: Path, quick: bool, skip_real: bool, threads: int | None, as_json: bool) -> int:
     """Train a small model, export it in two precisions, verify, run and time it; then do the same for a real one.
@@ -74,7 +76,7 @@ def demo(out: Path, quick: bool, skip_real: bool, threads: int | None, as_json: 
     from edgellm.demo.sources import find_real_checkpoint, find_text
 
     real = None if skip_real else find_real_checkpoint()
-    plan = Plan(out, _relative(find_text()), real, quick, threads or min(4, _cores()))
+    plan = Plan(out, _relative(find_text()), real, quick, thread_count())
     _prepare(out)
     result = _run(plan)
     (out / RECORD).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -102,8 +104,8 @@ def _run(plan: Plan) -> dict[str, Any]:
         checks.append(_check(what, not b["failed_checks"]))
     return {
         "ok": all(c["ok"] for c in checks), "seconds": round(time.perf_counter() - start, 1), "quick": plan.quick,
-        "workload": plan.workload, "cores": _cores(), "load_average": round(os.getloadavg()[0], 2), "bundles": bundles,
-        "checks": checks,
+        "workload": plan.workload, "cores": available_cores(),
+        "load_average": round(os.getloadavg()[0], 2), "bundles": bundles, "checks": checks,
     }  # fmt: skip
 
 
@@ -222,7 +224,3 @@ def _relative(path: Path) -> Path:
     """As a person in this directory would write it."""
     absolute = path.absolute()
     return absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else path
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -11,6 +11,7 @@ import click
 
 from edgellm.cli.device import device_option
 from edgellm.cli.progress import stages
+from edgellm.cli.threads import threads_option
 
 __all__ = ["evaluate", "evaluate_bundle"]
 
@@ -36,7 +37,7 @@ _MARGIN = 64  # tokens before a cut that the cut may have changed
 @click.option("--predictions", type=click.Path(path_type=Path), metavar="FILE", help="With --task: write each answer "
               "there, JSON Lines.")  # fmt: skip
 @device_option
-@click.option("--threads", type=int, default=None, help="CPU threads.  [default: every core]", show_default=False)
+@threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 @click.pass_context
 def evaluate(
@@ -108,6 +109,9 @@ def evaluate_bundle(
         found = run(model.session, windows, lambda share: tell("predicting", share))
         return {"perplexity": found.perplexity, "tokens": found.tokens}
     tell("reading the checkpoint", 0.0)
+    from edgellm.torch_threads import limit_torch_threads
+
+    limit_torch_threads()
     from edgellm.checkpoints import load_checkpoint
     from edgellm_exporters.proof.parity import compare
 

@@ -91,8 +91,9 @@ def open_runner(path: Path, task: str, *, device: str = "auto", threads: int | N
 
 def _checkpoint(path: Path, device: str, threads: int | None) -> tuple[Any, Any, Any]:
     """Session, tokenizer and task of a checkpoint that PyTorch runs."""
-    import torch
+    from edgellm.torch_threads import let_torch_wait, limit_torch_threads
 
+    let_torch_wait()
     from edgellm.checkpoints import load_checkpoint
     from edgellm_exporters.proof.torch_backend import torch_session
     from edgellm_runtime import OptionError
@@ -101,8 +102,7 @@ def _checkpoint(path: Path, device: str, threads: int | None) -> tuple[Any, Any,
 
     if device not in ("auto", "cpu"):
         raise OptionError(f"device {device!r} for a checkpoint; it runs on the cpu here")
-    if threads is not None:
-        torch.set_num_threads(threads)
+    limit_torch_threads(threads)
     loaded = load_checkpoint(path)
     model: Any = loaded.model  # torch_session checks what it follows
     session = torch_session(model)

@@ -13,6 +13,7 @@ import click
 from edgellm.cli.budget import budget_of
 from edgellm.cli.engine import EngineFlags, building_options
 from edgellm.cli.progress import stages
+from edgellm.cli.threads import threads_option
 
 if TYPE_CHECKING:
     from edgellm.checkpoints import Checkpoint
@@ -63,12 +64,13 @@ __all__ = ["export", "export_checkpoint", "print_summary"]
 )
 @click.option("--force", is_flag=True, help="Replace the bundle that is at the output. Files of others, there or "
               "beside a bundle, are never replaced.")  # fmt: skip
+@threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def export(
     checkpoint: Path, output: Path, target: str, dtype: str | None, quantize: str, kv_cache: str,
     calibrate: Path | None, max_kl: float | None, max_size_mb: float | None, prefer: str | None, max_batch: int | None,
     compute_capability: str, workspace_mb: int | None, max_context: int | None, no_engine: bool, name: str,
-    force: bool, as_json: bool,
+    force: bool, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Turn CHECKPOINT into a bundle that runs without PyTorch, and prove that it computes the same.
 
@@ -98,6 +100,9 @@ def export_checkpoint(
     force: bool = False, tell: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Read, export and sum up; the keys are those of ``--json``."""
+    from edgellm.torch_threads import let_torch_wait, limit_torch_threads
+
+    let_torch_wait()
     from edgellm_exporters.atomic import check_destination
     from edgellm_exporters.export import ExportOptions
     from edgellm_exporters.graph.targets import find_target
@@ -111,6 +116,7 @@ def export_checkpoint(
     )  # fmt: skip
     check_destination(output, force=force)
     tell("importing PyTorch", 0.0)
+    limit_torch_threads()
     from edgellm.checkpoints import open_checkpoint
     from edgellm_exporters.export import export as run
 

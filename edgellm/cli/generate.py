@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgellm.cli.device import device_option
+from edgellm.cli.threads import threads_option
 
 if TYPE_CHECKING:
     from edgellm_runtime.generation.generate import Generation, OptionKeywords
@@ -32,7 +33,7 @@ __all__ = ["generate"]
 @click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 discourages tokens already there.")
 @click.option("--seed", type=int, default=None, help="Makes sampling repeatable.  [default: random]")
 @click.option("--stop", multiple=True, help="End the answer before this text; may be given several times.")
-@click.option("--threads", type=int, default=None, help="CPU threads.  [default: the runtime's choice]")
+@threads_option
 @device_option
 @click.option("--ignore-eos", is_flag=True, help="Go on past end tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")

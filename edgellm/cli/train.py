@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgellm.cli.config_file import read_config
+from edgellm.cli.threads import threads_option
 
 if TYPE_CHECKING:
     from edgellm.training import RunConfig, TrainResult
@@ -134,7 +135,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--eval-every", type=int, help=f"Updates between validations. {_varies('eval_every')}")
 @click.option("--save-every", type=int, help=f"Updates between checkpoints. {_varies('save_every')}")
-@click.option("--threads", type=int, help="CPU threads. [default: PyTorch's choice]")
+@threads_option
 @click.option(
     "--resume",
     is_flag=True,
@@ -160,6 +161,9 @@ def train(
     """
     from rich.console import Console
 
+    from edgellm.torch_threads import limit_torch_threads
+
+    limit_torch_threads(parameters["threads"])
     from edgellm.training import Reporter, RunConfig, train_from_text
 
     given = {

@@ -10,6 +10,7 @@ import click
 
 from edgellm.cli.device import device_option
 from edgellm.cli.progress import stages
+from edgellm.cli.threads import threads_option
 
 if TYPE_CHECKING:
     from edgellm_runtime.bundle import Bundle
@@ -24,7 +25,7 @@ __all__ = ["verify", "verify_bundle"]
 @click.option("--against", type=click.Path(path_type=Path), metavar="CHECKPOINT",
               help="Also compare with this checkpoint in PyTorch, if it is installed.")  # fmt: skip
 @device_option
-@click.option("--threads", type=int, default=None, help="CPU threads.  [default: every core]", show_default=False)
+@threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def verify(bundle: Path, against: Path | None, device: str, threads: int | None, as_json: bool) -> int:
     """Check BUNDLE on this device; the exit status is 0 only if every check holds.
@@ -61,6 +62,9 @@ def verify_bundle(
 def _against(bundle: Bundle, session: Session, checkpoint: Path, tell: Any) -> list[Check]:
     from dataclasses import replace
 
+    from edgellm.torch_threads import limit_torch_threads
+
+    limit_torch_threads()
     from edgellm.checkpoints import load_checkpoint
     from edgellm_exporters.proof.parity import compare
     from edgellm_runtime.checks.verify import read_goldens

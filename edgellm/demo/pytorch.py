@@ -19,6 +19,7 @@ from torch import Tensor
 from edgellm.checkpoints import load_checkpoint
 from edgellm.models.protocol import LanguageModel, Step, empty_state
 from edgellm_runtime.checks.memory import peak_rss_mb
+from edgellm_runtime.threads import thread_count
 
 __all__ = ["measure"]
 
@@ -77,11 +78,11 @@ def _step(model: LanguageModel, tokens: Tensor, state: Any, past: int) -> tuple[
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--prompt-tokens", type=int, default=128, help="Prompt length.")
 @click.option("--new-tokens", type=int, default=128, help="Steps after it.")
-@click.option("--threads", type=int, default=2, help="CPU threads.")
+@click.option("--threads", type=int, default=None, help="CPU threads.")
 @click.option("--rounds", type=int, default=5, help="Measured rounds, after one that is not.")
-def main(checkpoint: Path, prompt_tokens: int, new_tokens: int, threads: int, rounds: int) -> None:
+def main(checkpoint: Path, prompt_tokens: int, new_tokens: int, threads: int | None, rounds: int) -> None:
     """Measure CHECKPOINT in PyTorch and print one JSON object."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(thread_count(threads))
     start = time.perf_counter()
     model: Any = load_checkpoint(checkpoint).model
     load_s = round(time.perf_counter() - start, 3)

@@ -42,7 +42,7 @@ class TrainOptions:
         eval_batches: how many updates' worth of windows validation takes, at most.
         save_every: updates between two checkpoints.
         keep_best: also keep the checkpoint with the lowest validation loss.
-        threads: CPU threads of this process; None leaves PyTorch's number.
+        threads: CPU threads of this process; None for those that :func:`limit_torch_threads` says.
         minutes: a budget of time spent on updates; the schedule then follows the clock where that is ahead of the
             steps, and the run ends with the budget, so it cannot be repeated exactly. 0: none.
         patience: validations in a row without a lower loss after which the run ends; 0: it never does for that.

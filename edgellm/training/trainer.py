@@ -21,6 +21,7 @@ from torch import nn
 from edgellm.checkpoints import checkpoint_directory, save_checkpoint
 from edgellm.errors import TrainingError
 from edgellm.models.protocol import LanguageModel
+from edgellm.torch_threads import limit_torch_threads
 from edgellm.training.batches import Batches, WindowBatches
 from edgellm.training.distributed import World, open_world
 from edgellm.training.interrupt import Interrupt
@@ -115,8 +116,7 @@ def train(
         TrainingError: data or options that do not fit, a run that is already there, or a loss that is not finite.
         CheckpointError: a checkpoint that cannot be resumed.
     """
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    limit_torch_threads(options.threads)
     with open_world(options.device) as world:
         source = WindowBatches(data) if isinstance(data, TokenData) else data
         world.first(lambda: _check(model, source, options, out_dir, resume))

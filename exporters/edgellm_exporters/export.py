@@ -277,7 +277,6 @@ def _quantization(options: ExportOptions, plan: Plan) -> dict[str, Any]:
 
 def _environment() -> dict[str, str]:
     import onnx
-    import onnxruntime
 
     import edgellm
 
@@ -285,7 +284,7 @@ def _environment() -> dict[str, str]:
         "edgellm": edgellm.__version__,
         "torch": torch.__version__,
         "onnx": onnx.__version__,
-        "onnxruntime": onnxruntime.__version__,
+        "onnxruntime": library().__version__,
         "numpy": np.__version__,
         "machine": platform.machine(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

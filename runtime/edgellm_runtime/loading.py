@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgellm_runtime.bundle.engine_info import LIBRARIES
 from edgellm_runtime.errors import BackendError, BundleError
+from edgellm_runtime.threads import thread_count
 
 if TYPE_CHECKING:
     from edgellm_runtime.backends import Backend
@@ -29,7 +30,8 @@ def load(
         path: the bundle's directory.
         device: ``cpu``, ``cuda`` or ``tensorrt``; ``auto`` is the one that the bundle was exported for. Where that is
             not there, an error says what it takes; no other device steps in. ``model.device`` says which one runs.
-        threads: CPU threads for one step; None for every core that this process may use.
+        threads: CPU threads for one step; None for what ``EDGELLM_THREADS`` says, else for every core that this process
+            may use: the smaller of its affinity and its control groups' CPU quota.
         checksums: whether to read and compare every file's checksum first; leave it on for bundles from elsewhere.
 
     Returns:
@@ -44,6 +46,7 @@ def load(
     from edgellm_runtime.model import Model
     from edgellm_runtime.text.tokenizer import Tokenizer, check_info
 
+    threads = thread_count(threads)
     with Bundle.while_checking(path, checksums=checksums) as bundle:
         session = open_session(bundle, device=device, threads=threads)
     info = bundle.manifest.tokenizer
@@ -59,8 +62,7 @@ def open_session(bundle: Bundle, *, device: str = "auto", threads: int | None = 
     """Steps of an opened bundle, without text; arguments and errors as :func:`load`."""
     if device not in DEVICES:
         raise BackendError(f"unknown device {device!r}; this runtime has {', '.join(DEVICES)}")
-    if threads is not None and threads < 1:
-        raise BackendError(f"{threads} threads; give at least 1, or none for every core")
+    threads = thread_count(threads)
     return session_of(bundle, _backend(bundle, _chosen(bundle, device), threads))
 
 

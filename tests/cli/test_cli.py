@@ -20,6 +20,7 @@ from edgellm.demo.commands import Commands
 from edgellm.errors import CheckpointError, ConfigError, TrainingError
 from edgellm_exporters.errors import ExportError
 from edgellm_runtime.errors import BundleError
+from edgellm_runtime.threads import thread_count
 
 REPOSITORY = Path(__file__).parents[2]
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "transformers", "tokenizers", "safetensors", "gguf",
@@ -208,3 +209,40 @@ def test_demo_goes_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert bundle["peak_rss_mb"] < bundle["pytorch"]["peak_rss_mb"]
         assert (Path(bundle["bundle"]) / "manifest.json").is_file()
     assert [f"[{i}/9]" in printed.err for i in range(1, 10)] == [True] * 9
+
+
+COMPUTE = ("demo", "train", "export", "verify", "generate", "chat", "bench", "eval")
+
+
+def test_every_command_that_computes_has_the_same_option_for_threads() -> None:
+    options = {}
+    with click.Context(cli, info_name="edgellm") as context:
+        for name in COMMANDS:
+            command = cli.get_command(context, name)
+            assert command is not None
+            for parameter in command.params:
+                if isinstance(parameter, click.Option) and parameter.name == "threads":
+                    options[name] = (parameter.help, parameter.default)
+    assert tuple(options) == COMPUTE
+    assert len(set(options.values())) == 1
+
+
+@pytest.mark.parametrize("name", COMPUTE)
+@pytest.mark.parametrize("threads", ["0", "100000"])
+def test_impossible_number_of_threads_is_refused_before_any_work(
+    name: str, threads: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = {"train": ["t.txt", "-o", str(tmp_path / "o")], "export": ["x", "-o", str(tmp_path / "o")], "demo": []}
+    arguments["generate"] = ["x", "prompt"]
+    assert run([name, *arguments.get(name, ["x"]), "--threads", threads]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"Error: threads is {threads}; it must be an integer from 1 to ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_threads_of_a_command_hold_for_all_that_it_starts_and_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("edgellm.cli.verify.verify_bundle", lambda *_, **__: seen.append(thread_count()) or [])
+    assert run(["verify", "x", "--threads", "7", "--json"]) == 0
+    assert run(["verify", "x", "--json"]) == 0
+    assert seen == [7, thread_count()]

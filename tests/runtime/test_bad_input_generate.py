@@ -52,7 +52,7 @@ def test_empty_prompt(capsys: pytest.CaptureFixture[str]) -> None:
         ("--seed", "-1", "seed is -1; it must be an integer of at least 0"),
         ("--max-new-tokens", "-1", "max_new_tokens is -1; it must be an integer of at least 0"),
         ("--stop", "", "stop holds ''; each stop must be a text of at least one character"),
-        ("--threads", "0", "0 threads; give at least 1"),
+        ("--threads", "0", "threads is 0; it must be an integer from 1 to"),
         ("--device", "warp", "unknown device 'warp'"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from edgellm_exporters.quantize.quantized_model import round_rows
 from edgellm_exporters.quantize.rtn import round_to_nearest
 from edgellm_exporters.quantize.smooth import Smoothing
 from edgellm_exporters.weights.streaming import Weights, resident
+from edgellm_runtime.threads import thread_count
 
 __all__ = ["GPTQ_FACTOR", "predicted", "sensitivities"]
 
@@ -60,7 +60,7 @@ def sensitivities(
     aliases = _first_names(model)
     sources = [_Source(c, weights, smoothing, seen, aliases) for c in candidates]
     found: Predictions = {}
-    with ThreadPoolExecutor(_threads()) as pool:
+    with ThreadPoolExecutor(thread_count()) as pool:
         done = pool.map(lambda s: s.costs(rounds_inputs), [s for s in sources if s.known])
         for number, (source, costs) in enumerate(zip([s for s in sources if s.known], done, strict=True)):
             found[source.name] = costs
@@ -99,10 +99,6 @@ def _cut(windows: Sequence[Sequence[int]]) -> list[list[int]]:
     most = max(1, _TOKENS // min(_WINDOW, len(windows[0])))
     spread = windows[:: max(1, len(windows) // most)][:most]
     return [list(window[:_WINDOW]) for window in spread]
-
-
-def _threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:

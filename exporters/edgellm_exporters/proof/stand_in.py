@@ -16,7 +16,7 @@ from edgellm_exporters.atomic import scratch_directory
 from edgellm_exporters.errors import LoweringError
 from edgellm_runtime.backends import Backend
 from edgellm_runtime.backends.graph_roles import GraphRoles
-from edgellm_runtime.backends.ort import OrtBackend
+from edgellm_runtime.backends.ort import OrtBackend, library
 from edgellm_runtime.backends.ort_roles import OrtRolesBackend
 from edgellm_runtime.bundle import GRAPH, Manifest
 from edgellm_runtime.checks.verify import AT_LEAST
@@ -63,10 +63,8 @@ def check_types(graph: Path) -> None:
     Raises:
         LoweringError: they are not.
     """
-    import onnxruntime
-
     try:
-        onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+        library().InferenceSession(str(graph), providers=["CPUExecutionProvider"])
     except Exception as error:
         if "NOT_IMPLEMENTED" not in str(error):
             raise LoweringError(f"the lowered graph is not sound: {str(error).strip()[:300]}") from error

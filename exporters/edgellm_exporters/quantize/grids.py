@@ -6,7 +6,6 @@ weights at a time, which stay in a core's cache through all candidates.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -15,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_exporters.quantize.plan import Scheme
+from edgellm_runtime.threads import thread_count
 
-__all__ = ["PIECE", "best_grid", "floating_grid", "half_precision", "in_threads", "threads"]
+__all__ = ["PIECE", "best_grid", "floating_grid", "half_precision", "in_threads"]
 
 Array = NDArray[np.float32]
 T = TypeVar("T")
@@ -27,16 +27,11 @@ _EXACT = 1e-9
 _LANES, _LONGEST = 8, 128
 
 
-def threads() -> int:
-    """How many threads are worth having here."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def in_threads(work: Callable[[T], R], pieces: Sequence[T]) -> list[R]:
     """What ``work`` gives for each piece; numpy works without the interpreter's lock."""
     if len(pieces) < 2:
         return [work(piece) for piece in pieces]
-    with ThreadPoolExecutor(threads()) as pool:
+    with ThreadPoolExecutor(thread_count()) as pool:
         return list(pool.map(work, pieces))
 
 

@@ -18,21 +18,25 @@ from edgellm_runtime.errors import BackendError
 from edgellm_runtime.spec import Signature
 from edgellm_runtime.state import State
 from edgellm_runtime.state.storage import host_dtype
+from edgellm_runtime.threads import thread_count
 
 __all__ = ["OrtBackend", "check_names", "library"]
 
 Array = NDArray[Any]
+NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
 _NO_BLOCKS = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 _MAKING = threading.Lock()  # of sessions, while the environment is changed for them
 _KEPT = 4  # bindings a state: two turns of single tokens, and the chunk sizes of a prompt
 
 
 def library() -> Any:
-    """The onnxruntime package.
+    """The onnxruntime package, imported here and nowhere else, with its telemetry off unless the user set otherwise.
 
     Raises:
         BackendError: it is not installed.
     """
+    # It would write a device id into the user's cache and look for a telemetry host; after its import it is too late.
+    os.environ.setdefault(NO_TELEMETRY, "1")
     try:
         import onnxruntime
     except ImportError as error:
@@ -40,11 +44,6 @@ def library() -> Any:
             "ONNX Runtime is not installed; pip install 'edgellm[cpu]' (or 'edgellm[gpu]' for CUDA, never both)"
         ) from error
     return onnxruntime
-
-
-def default_threads() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
@@ -71,7 +70,7 @@ class OrtBackend(HostBackend):
     Args:
         graph: the ``model.onnx`` to run, already checked.
         signature: its inputs, outputs and state.
-        threads: for one step; None for every core that this process may use.
+        threads: for one step; None for what :func:`edgellm_runtime.threads.thread_count` says.
         device: only ``cpu``.
         fusions: whether the library may put other kernels in the place of a graph's nodes. Where activations have 16
             bits, ONNX Runtime 1.32 computes wrong products of quantized weights then, and ends the process over a Scan.
@@ -87,7 +86,7 @@ class OrtBackend(HostBackend):
     ) -> None:  # fmt: skip
         ort = library()
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or default_threads()
+        options.intra_op_num_threads = thread_count(threads)
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         # A plan of one block of memory for each shape of step, kept for good: it costs megabytes and saves no time.

@@ -25,7 +25,7 @@ class OrtRolesBackend(HostBackend):
         directory: where the graphs are, already checked.
         roles: the graphs.
         signature: what they share.
-        threads: for one step; None for every core that this process may use.
+        threads: for one step; None for what :func:`edgellm_runtime.threads.thread_count` says.
 
     Raises:
         BackendError: the library is missing, or refuses a graph.

@@ -21,6 +21,7 @@ from edgellm_runtime.checks.memory import peak_rss_mb
 from edgellm_runtime.errors import ContextError
 from edgellm_runtime.generation.generate import next_tokens
 from edgellm_runtime.generation.sampling import Sampler, SamplingOptions
+from edgellm_runtime.threads import thread_count
 
 if TYPE_CHECKING:
     from edgellm_runtime.model import Model
@@ -32,7 +33,7 @@ _TYPICAL_IDS = (1000, 40000)  # past the special and single-byte tokens that rea
 
 
 def bench(
-    model_or_path: Model | str | Path, *, prompt_tokens: int = 128, new_tokens: int = 128, threads: int | None = 2,
+    model_or_path: Model | str | Path, *, prompt_tokens: int = 128, new_tokens: int = 128, threads: int | None = None,
     rounds: int = 5, device: str = "auto", seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a bundle.
@@ -41,7 +42,8 @@ def bench(
         model_or_path: a bundle's path, whose loading is measured too, or a loaded model.
         prompt_tokens: length of the prompt.
         new_tokens: steps after the first token.
-        threads: for loading; a loaded model keeps its own and ``threads`` is None in the result.
+        threads: for loading, as :func:`edgellm_runtime.load` takes them; a loaded model keeps its own, and ``threads``
+            is None in the result.
         rounds: measured rounds, after one that is not.
         device: for loading.
         seed: of the random prompts.
@@ -61,6 +63,7 @@ def bench(
     if isinstance(model_or_path, (str, Path)):
         from edgellm_runtime import load
 
+        threads = thread_count(threads)
         start = time.perf_counter()
         model = load(model_or_path, device=device, threads=threads)
         load_s = round(time.perf_counter() - start, 3)

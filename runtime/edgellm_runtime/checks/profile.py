@@ -39,7 +39,7 @@ class KernelTime:
 
 
 def profile(
-    path: str | Path, *, prompt_tokens: int = 128, new_tokens: int = 32, threads: int | None = 2, seed: int = 0
+    path: str | Path, *, prompt_tokens: int = 128, new_tokens: int = 32, threads: int | None = None, seed: int = 0
 ) -> dict[str, list[KernelTime]]:
     """Run one prompt and some tokens with ONNX Runtime's profiler, after an unmeasured round.
 
@@ -50,7 +50,7 @@ def profile(
         path: a bundle for target cpu or onnx.
         prompt_tokens: length of the prompt.
         new_tokens: steps after it.
-        threads: for one step; None for every core that this process may use.
+        threads: for one step; None for what :func:`edgellm_runtime.threads.thread_count` says.
         seed: of the random prompts.
 
     Returns:
