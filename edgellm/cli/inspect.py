@@ -10,6 +10,8 @@ import click
 
 __all__ = ["inspect"]
 
+_MAX_SHOWN = 2000  # characters of a row: a table lays out every word of it
+
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
@@ -52,5 +54,9 @@ def _print(bundle: Any) -> None:
             for name, info in manifest.files.items()
         ),
     ):
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(_shortened(text)) for text in row))
     Console().print(table)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}… (in full with --json)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["DEVICES", "load", "open_session", "session_of"]
 
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
+_VERSION = re.compile(r"[0-9]{1,5}(\.[0-9]{1,9}){0,3}")
 _CPU_CHUNK = 256  # tokens of a prompt in one step: more are no faster, and take more memory for attention's weights
 
 
@@ -133,6 +135,8 @@ def _check_requirements(bundle: Bundle, device: str) -> None:
         raise BundleError(
             f"{bundle.path}: needs {requires!r}, which this runtime does not know; install a newer edgellm"
         )
+    if wrong := [v for v in requires.values() if not isinstance(v, str) or not _VERSION.fullmatch(v)]:
+        raise BundleError(f"{bundle.path}: needs version {str(wrong[0])[:40]!r}, which is none; export the model again")
     if device == "tensorrt":  # an engine runs on the very version that built it, which is compared with its fingerprint
         return
     if requires and "onnxruntime" not in requires:

@@ -131,6 +131,8 @@ def test_tables_are_those_of_onnx() -> None:
         "function": onnx.FunctionProto, "graph": onnx.GraphProto, "value": onnx.ValueInfoProto,
         "node": onnx.NodeProto, "attribute": onnx.AttributeProto, "sparse": onnx.SparseTensorProto,
         "tensor": onnx.TensorProto, "entry": onnx.StringStringEntryProto,
+        "type": onnx.TypeProto, "tensor_type": onnx.TypeProto.Tensor, "shape": onnx.TensorShapeProto,
+        "dim": onnx.TensorShapeProto.Dimension,
     }  # fmt: skip
     names = {proto.DESCRIPTOR.full_name: kind for kind, proto in kinds.items()}
     scalars = {1: "double", 2: "float", 3: "int", 4: "uint64", 5: "int32", 9: "bytes", 12: "bytes", 14: "int32"}

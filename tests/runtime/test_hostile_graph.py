@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+import onnx.numpy_helper
 import pytest
 from onnx import TensorProto, helper
 from test_external_files import LOCATION, field, number
@@ -117,3 +119,129 @@ def test_tensor_hidden_in_a_branch_of_a_function_is_found(bundle: Path) -> None:
     graph.functions.add(name="f", domain="d").node.append(node)
     put(bundle, graph)
     assert "reads ['/etc/passwd'], which the manifest does not list" in refusal_of(bundle)
+
+
+def with_node(bundle: Path, kind: str, inputs: list[str], domain: str = "", **attributes: Any) -> onnx.ModelProto:
+    """The bundle's graph with one more operator, of which nothing comes."""
+    graph = graph_of(bundle)
+    graph.graph.node.append(helper.make_node(kind, inputs, ["unused"], domain=domain, **attributes))
+    return graph
+
+
+def test_gathernd_with_impossible_batch_dims_is_refused_and_ends_no_process(bundle: Path) -> None:
+    """ONNX Runtime 1.32 ends the process over it, at load."""
+    put(bundle, with_node(bundle, "GatherND", ["tokens", "logit_positions"], batch_dims=-(2**31)))
+    assert "operator GatherND has batch_dims=-2147483648, outside what it may have" in refusal_of(bundle)
+
+
+@pytest.mark.parametrize(
+    ("kind", "domain", "named"),
+    [
+        ("Loop", "", "Loop"), ("If", "", "If"), ("StringNormalizer", "", "StringNormalizer"), ("Foo", "", "Foo"),
+        ("RandomNormal", "", "RandomNormal"), ("FusedConv", "com.microsoft", "com.microsoft::FusedConv"),
+        ("PyOp", "ai.onnx.contrib", "ai.onnx.contrib::PyOp"), ("Add", "com.microsoft", "com.microsoft::Add"),
+    ],
+)  # fmt: skip
+def test_operator_outside_the_list_is_refused_by_name(bundle: Path, kind: str, domain: str, named: str) -> None:
+    put(bundle, with_node(bundle, kind, ["tokens"], domain))
+    assert f"operator {named} is none that a graph for target cpu may have" in refusal_of(bundle)
+
+
+def test_kernels_of_one_target_are_refused_in_anothers_graph(bundle: Path) -> None:
+    edit_manifest(bundle, target={"name": "onnx", "requires": {"onnxruntime": "1.30"}})
+    assert (
+        "com.microsoft::SkipSimplifiedLayerNormalization is none that a graph for target onnx may have"
+        in refusal_of(bundle)
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "attributes", "wrong"),
+    [
+        ("Cast", {"to": 99}, "to=99"), ("Cast", {"to": 1}, "'w' holds no numbers"),
+        ("Softmax", {"axis": 99}, "axis=99"),
+        ("Softmax", {"axis": "x"}, "axis='x'"), ("Softmax", {"axes": 1.5}, "axes=1.5"),
+        ("Transpose", {"perm": [0] * 65}, "'perm' of 65 values"), ("Add", {"axis": 0}, "attribute 'axis'"),
+        ("Gelu", {"approximate": "x" * 999}, "approximate='xxx"), ("Attention", {"scale": float("nan")}, "scale=nan"),
+        ("LSTM", {"hidden_size": 0}, "hidden_size=0"), ("Conv", {"strides": [0]}, "strides=[0]"),
+    ],
+)  # fmt: skip
+def test_attribute_outside_its_range_is_refused_by_name(
+    bundle: Path, kind: str, attributes: dict[str, Any], wrong: str
+) -> None:
+    graph = with_node(bundle, kind, ["tokens"], **attributes)
+    if "numbers" in wrong:
+        graph.graph.initializer.append(
+            TensorProto(name="w", data_type=TensorProto.STRING, dims=[1], string_data=[b"x"])
+        )
+        graph.graph.node.pop()
+    put(bundle, graph)
+    assert wrong in refusal_of(bundle)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [("ConstantOfShape", [1 << 30]), ("Expand", [1 << 15, 1 << 15]), ("Tile", [1 << 40, 1])]
+)
+@pytest.mark.parametrize("place", ["initializer", "ints", "value"])
+def test_tensor_of_gigabytes_whose_size_stands_in_the_graph_is_refused(
+    bundle: Path, kind: str, sizes: list[int], place: str
+) -> None:
+    graph = with_node(bundle, kind, ["sizes"] if kind == "ConstantOfShape" else ["tokens", "sizes"])
+    tensor = onnx.numpy_helper.from_array(np.array(sizes), "sizes")
+    if place == "initializer":
+        graph.graph.initializer.append(tensor)
+    else:
+        value = {"value_ints": sizes} if place == "ints" else {"value": tensor}
+        graph.graph.node.append(helper.make_node("Constant", [], ["sizes"], **value))
+    put(bundle, graph)
+    assert f"operator {kind} makes a tensor of sizes {sizes}; memory holds none" in refusal_of(bundle)
+
+
+def test_range_that_counts_for_hours_is_refused(bundle: Path) -> None:
+    graph = with_node(bundle, "Range", ["a", "b", "c"])
+    for name, value in (("a", 0), ("b", 10**12), ("c", 1)):
+        graph.graph.initializer.append(onnx.numpy_helper.from_array(np.array(value), name))
+    put(bundle, graph)
+    assert "operator Range counts from 0 to 1000000000000 by 1" in refusal_of(bundle)
+
+
+def test_scan_within_a_scan_is_refused(bundle: Path) -> None:
+    inner = helper.make_graph([], "inner", [], [])
+    scan = helper.make_node("Scan", ["x"], ["y"], body=inner, num_scan_inputs=1)
+    put(bundle, with_node(bundle, "Scan", ["tokens"], body=helper.make_graph([scan], "b", [], []), num_scan_inputs=1))
+    assert "operator Scan within Scan: loops are not nested" in refusal_of(bundle)
+
+
+def test_numbers_by_the_million_belong_beside_the_graph(bundle: Path) -> None:
+    graph = graph_of(bundle)
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((1 << 20) + 1, np.int8), "many"))
+    put(bundle, graph)
+    assert "tensor 'many' of 1048577 numbers is inside the graph" in refusal_of(bundle)
+
+
+def test_sparse_tensors_functions_and_training_are_refused(bundle: Path) -> None:
+    original = graph_of(bundle)
+    for change, named in (
+        (lambda m: m.functions.add(name="f"), "it has functions"),
+        (lambda m: m.training_info.add(), "it has training_info"),
+        (lambda m: m.graph.sparse_initializer.add(), "it has sparse_initializer"),
+    ):
+        graph = onnx.ModelProto.FromString(original.SerializeToString())
+        change(graph)
+        put(bundle, graph)
+        assert named in refusal_of(bundle)
+
+
+def test_every_graph_of_the_tiny_bundles_loads_on_every_target() -> None:
+    for make in (attention_bundle, recurrent_bundle):
+        for target in ("onnx", "cpu"):
+            assert load(make(target), threads=1).session.width
+
+
+def test_lists_are_of_the_exporters_targets() -> None:
+    from edgellm_exporters.graph.targets import TARGETS as EXPORTED
+    from edgellm_runtime.graphs.operators import TARGETS
+
+    assert TARGETS.keys() == EXPORTED.keys()
+    for name, target in EXPORTED.items():
+        assert {domain for domain, _ in TARGETS[name]} <= set(target.domains)

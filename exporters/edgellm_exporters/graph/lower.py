@@ -5,12 +5,14 @@ from __future__ import annotations
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.graph.targets import Target
 from edgellm_exporters.lowering.context import lower
 from edgellm_exporters.lowering.fixed_form import DECODE, Form
 from edgellm_exporters.lowering.in_float32 import compute_in_float32
 from edgellm_exporters.lowering.precision import narrow
 from edgellm_exporters.quantize.plan import Plan
+from edgellm_runtime.graphs.operators import allowed
 from edgellm_runtime.spec import CAPACITY
 
 __all__ = ["clean", "lower_to", "prepare"]
@@ -62,7 +64,18 @@ def lower_to(
     captured.opset_imports.clear()
     captured.opset_imports.update(target.domains)
     captured.producer_name, captured.producer_version = "edgellm", ""
+    _check_operators(captured, target)
     return captured
+
+
+def _check_operators(lowered: ir.Model, target: Target) -> None:
+    """Refuse what the runtime would refuse to load, while the model's author is there to read it."""
+    for node in lowered.graph.all_nodes():
+        if allowed(target.name, node.domain, node.op_type) is None:
+            raise LoweringError(
+                f"the model's forward became the operator {node.op_type}, which bundles for target {target.name} do "
+                "not have; write it with plain tensor arithmetic"
+            )
 
 
 def _fix_sizes(captured: ir.Model, form: Form) -> None:

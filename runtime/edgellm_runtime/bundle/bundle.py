@@ -8,20 +8,18 @@ compared while a session is made of them, but before it is used. The format is d
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from edgellm_runtime.bundle.limits import MAX_MANIFEST_BYTES, limit_of, read_json
 from edgellm_runtime.bundle.manifest import MANIFEST, FileInfo, Manifest
 from edgellm_runtime.bundle.weight_files import weight_files
 from edgellm_runtime.errors import BundleError
 
 __all__ = ["Bundle", "sha256_of"]
-
-_MAX_MANIFEST_BYTES = 4 << 20
 
 
 class Bundle:
@@ -80,12 +78,15 @@ class Bundle:
         graphs = self.manifest.graph_files
         if absent := [name for name in graphs if name not in self.manifest.files]:
             raise BundleError(f"{self.path / MANIFEST}: lists no {absent[0]}; export the model again")
+        parsed = self.manifest.known_files - self.manifest.engine_files
         for name, info in self.manifest.files.items():
-            self._check_size(name, info)
+            self._check_size(name, info, limit_of(name) if name in parsed else None)
         if checksums:
             for name in graphs:  # before they are asked which files are weights
                 self._check_sum(name)
         weights = weight_files(self.path, self.manifest)
+        for name in self.manifest.files.keys() - weights - self.manifest.known_files:
+            self._check_size(name, self.manifest.files[name], limit_of(name))
         if not checksums:
             return []
         for name in self.manifest.files.keys() - weights - set(graphs):
@@ -107,12 +108,14 @@ class Bundle:
             raise BundleError(f"{self.path}: has no {name}; export the model again with it")
         return self.path / name
 
-    def _check_size(self, name: str, info: FileInfo) -> None:
+    def _check_size(self, name: str, info: FileInfo, most: int | None) -> None:
         file = self.path / name
         if file.is_symlink() or not file.is_file():
             raise BundleError(f"{file}: missing or not a plain file; copy the bundle again")
         if (found := file.stat().st_size) != info.bytes:
             raise BundleError(f"{file}: {found} bytes instead of {info.bytes}; copy the bundle again")
+        if most is not None and found > most:
+            raise BundleError(f"{file}: {found} bytes, of at most {most} for such a file; export the model again")
 
     def _check_sum(self, name: str) -> None:
         file, expected = self.path / name, self.manifest.files[name].sha256
@@ -135,9 +138,9 @@ def _read_manifest(path: Path) -> Any:
         raise BundleError(f"{path}: {problem}; a bundle is the directory that 'edgellm export' wrote")
     if not file.is_file():
         raise BundleError(f"{path}: has no {MANIFEST}; a bundle is the directory that 'edgellm export' wrote")
-    if file.stat().st_size > _MAX_MANIFEST_BYTES:
+    if file.stat().st_size > MAX_MANIFEST_BYTES:
         raise BundleError(f"{file}: {file.stat().st_size} bytes are too many for a manifest; export the model again")
     try:
-        return json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
+        return read_json(file, MAX_MANIFEST_BYTES)
+    except ValueError as error:
         raise BundleError(f"{file}: not JSON ({error}); copy the bundle again") from error

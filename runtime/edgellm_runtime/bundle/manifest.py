@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edgellm_runtime.bundle.engine_info import ROLES, ChooserInfo, EngineInfo, GraphInfo
+from edgellm_runtime.bundle.limits import MAX_WIDTH
 from edgellm_runtime.errors import BundleError
 from edgellm_runtime.spec import Signature, SpecError
 from edgellm_runtime.task_spec import TaskSpec
@@ -187,6 +188,8 @@ class Manifest:
         signature = Signature.from_json(data["signature"])
         if len(signature.outputs) != 1 or type(signature.outputs[0].shape[-1]) is not int:
             raise ValueError("the signature must have one output, logits over a vocabulary of known size")
+        if signature.outputs[0].shape[-1] > MAX_WIDTH:
+            raise ValueError(f"logits over {signature.outputs[0].shape[-1]}, of at most {MAX_WIDTH}")
         task = None if data.get("task") is None else TaskSpec.from_json(data["task"])
         width = signature.outputs[0].shape[-1]
         if task is not None and task.labels and len(task.labels) != width:

@@ -7,6 +7,7 @@ from pathlib import Path
 from edgellm_runtime.bundle.manifest import Manifest
 from edgellm_runtime.errors import BundleError
 from edgellm_runtime.graphs.external_files import StoredTensor, stored_tensors
+from edgellm_runtime.graphs.graph_rules import check_interface, check_rules
 from edgellm_runtime.graphs.onnx_file import MAX_GRAPH_BYTES, read_model
 
 __all__ = ["weight_files"]
@@ -44,7 +45,8 @@ def _tensors(graph: Path, manifest: Manifest) -> list[StoredTensor]:
     """The tensors of one graph that are in files."""
     try:
         with graph.open("rb") as file:
-            tensors = stored_tensors(read_model(file.read(MAX_GRAPH_BYTES + 1)))
+            model = read_model(file.read(MAX_GRAPH_BYTES + 1))
+            tensors = stored_tensors(model)
     except ValueError as error:
         raise BundleError(f"{graph}: not an ONNX graph ({error}); export the model again") from error
     wanted = {tensor.file for tensor in tensors}
@@ -58,4 +60,9 @@ def _tensors(graph: Path, manifest: Manifest) -> list[StoredTensor]:
                 f"{graph}: reads {tensor.name!r} up to byte {tensor.offset + tensor.nbytes} of {tensor.file}, which "
                 f"has {size}; copy the bundle again"
             )
+    try:
+        check_rules(model, str(manifest.target["name"]))
+        check_interface(model, manifest.signature)
+    except ValueError as error:
+        raise BundleError(f"{graph}: not a graph for this runtime ({error}); export the model again") from error
     return tensors

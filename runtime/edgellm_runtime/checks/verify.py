@@ -6,7 +6,6 @@ without a figure fails.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_runtime.bundle import Bundle
+from edgellm_runtime.bundle.limits import limit_of, read_json
 from edgellm_runtime.checks.evaluate import logsumexp
 from edgellm_runtime.errors import BundleError
 from edgellm_runtime.session import Session
@@ -23,6 +23,8 @@ from edgellm_runtime.state import State
 __all__ = ["AT_LEAST", "GOLDENS", "Check", "Golden", "Verification", "held", "read_goldens", "verify"]
 
 GOLDENS = "goldens.json"
+_MAX_TRACES = 256
+_MAX_TOKENS = 1 << 12  # of a golden; an export writes fewer than 100
 Array = NDArray[Any]
 AT_LEAST = frozenset({"top1", "greedy"})  # figures that must not fall below their bound; all others must not exceed it
 _WHAT = {
@@ -117,8 +119,11 @@ def read_goldens(bundle: Bundle) -> list[Golden]:
     file = bundle.file(GOLDENS)
     vocab = int(bundle.manifest.signature.outputs[0].shape[-1])
     try:
-        goldens = [_parse(trace, vocab) for trace in json.loads(file.read_bytes())["traces"]]
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        traces = read_json(file, limit_of(GOLDENS))["traces"]
+        if len(traces) > _MAX_TRACES:
+            raise ValueError(f"{len(traces)} rows, of at most {_MAX_TRACES}")
+        goldens = [_parse(trace, vocab) for trace in traces]
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise BundleError(f"{file}: not goldens of this model ({error}); export the model again") from error
     if not goldens:
         raise BundleError(f"{file}: holds no trace; export the model again")
@@ -134,8 +139,12 @@ def _parse(trace: Any, vocab: int) -> Golden:
 
     tokens, ids = array(trace["tokens"], np.int64, 1), array(trace["top_ids"], np.int64, 2)
     logits, sums = array(trace["top_logits"], np.float64, 2), array(trace["logsumexp"], np.float64, 1)
+    if (length := max(len(tokens), len(trace["greedy"]))) > _MAX_TOKENS:
+        raise ValueError(f"a row of {length} tokens, of at most {_MAX_TOKENS}")
     if not (len(tokens) == len(ids) == len(logits) == len(sums) > 1) or ids.shape != logits.shape:
         raise ValueError("arrays of unequal length")
+    if not logits.any():
+        raise ValueError("all logits are 0")
     if ids.min() < 0 or ids.max() >= vocab:
         raise ValueError(f"token ids outside the vocabulary of {vocab}")
     state = {
@@ -201,7 +210,7 @@ def _split(session: Session, golden: Golden, whole: Array) -> float:
     for start, end in zip(cuts, [*cuts[1:], len(golden.tokens)], strict=True):
         part = session.step(golden.tokens[None, start:end], state, logits="all")[0]
         worst = float(np.maximum(worst, np.abs(part - whole[start:end]).max()))
-    return worst / float(np.abs(whole).max())
+    return _relative(worst, whole)
 
 
 def _batch(session: Session, goldens: Sequence[Golden]) -> float:
@@ -219,8 +228,14 @@ def _batch(session: Session, goldens: Sequence[Golden]) -> float:
         alone = session.new_state(1, len(row))
         for tokens, found in ((row[:-1], first[i]), (row[-1:], second[i])):
             expected = session.step(tokens[None], alone)[0]
-            worst = float(np.maximum(worst, np.abs(found - expected).max() / np.abs(expected).max()))
+            worst = float(np.maximum(worst, _relative(np.abs(found - expected).max(), expected)))
     return worst
+
+
+def _relative(difference: Any, logits: Array) -> float:
+    """A difference over the largest logit; NaN, which no bound holds, where all are 0."""
+    largest = float(np.abs(logits).max())
+    return float(difference) / largest if largest else float("nan")
 
 
 def _greedy(session: Session, state: State, logits: Array, count: int) -> Array:

@@ -37,7 +37,14 @@ FIELDS = {
         12: "output *value", 13: "value_info *opaque", 14: "quantization_annotation *opaque",
         15: "sparse_initializer *sparse", 16: "metadata_props *opaque",
     },
-    "value": {1: "name bytes", 2: "type opaque", 3: "doc_string bytes", 4: "metadata_props *opaque"},
+    "value": {1: "name bytes", 2: "type type", 3: "doc_string bytes", 4: "metadata_props *opaque"},
+    "type": {
+        1: "tensor_type tensor_type", 4: "sequence_type opaque", 5: "map_type opaque", 6: "denotation bytes",
+        7: "opaque_type opaque", 8: "sparse_tensor_type opaque", 9: "optional_type opaque",
+    },
+    "tensor_type": {1: "elem_type int32", 2: "shape shape"},
+    "shape": {1: "dim *dim"},
+    "dim": {1: "dim_value int", 2: "dim_param bytes", 3: "denotation bytes"},
     "node": {
         1: "input *bytes", 2: "output *bytes", 3: "name bytes", 4: "op_type bytes", 5: "attribute *attribute",
         6: "doc_string bytes", 7: "domain bytes", 8: "overload bytes", 9: "metadata_props *opaque",

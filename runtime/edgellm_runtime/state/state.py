@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 
 from edgellm_runtime.errors import StateError
 from edgellm_runtime.spec import StateSpec
+from edgellm_runtime.state.saved_arrays import read_arrays
 from edgellm_runtime.state.storage import HOST, Buffers, Storage, host_dtype, widened
 
 __all__ = ["State"]
 
 Array = NDArray[Any]
 _FORMAT = 1
+_MOST = 1 << 30  # tokens of a row: more would overflow the graph's whole numbers
 
 
 class State:
@@ -205,19 +207,22 @@ class State:
         Raises:
             StateError: not such a file, or of another model.
         """
-        import zipfile  # a tenth of this package's time to import, for what few programs do
-        import zlib
-
         try:
-            with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as data:
-                header = json.loads(str(data["__header__"]))
-                if header["format"] != _FORMAT or header["specs"] != [s.to_json() for s in specs]:
-                    raise StateError(f"{path}: the state of another model; read the prompt again with this one")
-                lengths, arrays = data["__lengths__"], {spec.name: data[spec.name] for spec in specs}
-                written = data["__written__"] if _has_ring(specs) else lengths
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise StateError(f"{path}: not a saved state ({error}); read the prompt again") from error
-        if lengths.dtype != np.int32 or lengths.ndim != 1 or not len(lengths) or lengths.min() < 0:
+            data = read_arrays(Path(path))
+            header = json.loads(str(data["__header__"]))
+            known = header["format"] == _FORMAT and header["specs"] == [s.to_json() for s in specs]
+            lengths, arrays = data["__lengths__"], {spec.name: data[spec.name] for spec in specs if known}
+            written = data["__written__"] if known and _has_ring(specs) else lengths
+        except Exception as error:  # NumPy and the reader of archives have many kinds
+            raise StateError(f"{path}: not a saved state ({_first_line(error)}); read the prompt again") from error
+        if not known:
+            raise StateError(f"{path}: the state of another model; read the prompt again with this one")
+        if (
+            lengths.dtype != np.int32
+            or lengths.ndim != 1
+            or not len(lengths)
+            or not (0 <= lengths.min() <= lengths.max() <= _MOST)
+        ):
             raise StateError(f"{path}: its lengths are damaged; read the prompt again")
         if written.dtype != np.int32 or written.shape != lengths.shape or (written < lengths).any():
             raise StateError(f"{path}: what its rings were written with is damaged; read the prompt again")
@@ -231,6 +236,10 @@ class State:
         for spec in specs:
             storage.write(spec, state.tensors[spec.name], arrays[spec.name])
         return state
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _has_ring(specs: Sequence[StateSpec]) -> bool:

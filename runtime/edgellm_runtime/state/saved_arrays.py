@@ -1,0 +1,51 @@
+"""The arrays of a saved state's file, none of them larger than the bytes that it has there. The file is untrusted."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["read_arrays"]
+
+_MAX_HEADER = 10_000  # bytes of what NumPy writes before an array
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """What ``numpy.savez`` wrote: name to array.
+
+    An archive may unpack to a thousand times its size, and an array may say that it has more elements than there are
+    bytes: neither is written by :meth:`edgellm_runtime.state.State.save`, and both are refused before memory is taken.
+
+    Raises:
+        Exception: of any kind that NumPy or the reader of archives has; ValueError for what is refused here.
+    """
+    import zipfile  # a tenth of this package's time to import, for what few programs do
+
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        members, left = archive.infolist(), path.stat().st_size
+        for member in members:
+            left -= member.file_size
+            if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 or left < 0:
+                raise ValueError(f"{member.filename!r} unpacks to more than it takes")
+            with archive.open(member) as data:
+                _check_size(data, member.file_size)
+        if len({member.filename for member in members}) < len(members):
+            raise ValueError("two arrays have one name")
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+
+
+def _check_size(data: Any, size: int) -> None:
+    """Refuse an array that would take more or less memory than it has bytes."""
+    version = np.lib.format.read_magic(data)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if read is None:
+        raise ValueError(f"an array of version {version}")
+    shape, _, dtype = read(data, max_header_size=_MAX_HEADER)
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != size - data.tell():
+        raise ValueError(f"an array of {dtype} {shape} in {size - data.tell()} bytes")
