@@ -16,8 +16,8 @@ from tiny_bundles import CONTEXT, attention_bundle, recurrent_bundle, window_bun
 from edgellm_exporters.graph.capture import INPUTS
 from edgellm_exporters.quantize.methods import METHODS
 from edgellm_runtime.bundle import FORMAT, Bundle
-from edgellm_runtime.bundle.bundle import _MAX_MANIFEST_BYTES
 from edgellm_runtime.bundle.engine_info import ChooserInfo
+from edgellm_runtime.bundle.limits import MAX_MANIFEST_BYTES
 from edgellm_runtime.bundle.manifest import _KEYS
 from edgellm_runtime.checks.verify import AT_LEAST
 from edgellm_runtime.graphs.external_files import external_files
@@ -129,7 +129,7 @@ def test_files_are_those_documented_and_listed(make: Any) -> None:
     for name, info in data["files"].items():
         content = (bundle / name).read_bytes()
         assert info == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    assert _MAX_MANIFEST_BYTES == 4 << 20
+    assert MAX_MANIFEST_BYTES == 1 << 20
 
 
 @BOTH
