@@ -31,10 +31,11 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     },
 }  # fmt: skip
 MODEL_PARAMETERS = (
-    "architecture", "preset", "settings", "vocab_size", "validation", "validation_fraction", "task", "init", "lora",
-    "lora_alpha",
+    "architecture", "preset", "settings", "vocab_size", "validation", "validation_fraction", "task", "init",
+    "tokenizer", "lora", "lora_alpha",
 )  # fmt: skip
 TASKS = ("generation", "translation", "qa", "summarization", "srl")
+TUNING_LR = {"adapters": 2e-4, "weights": 2e-5}  # the usual ones; a preset's would undo what was learned
 UNBOUNDED = 1_000_000  # steps of a run that ends by the clock
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 
@@ -93,7 +94,12 @@ FILE = click.Path(path_type=Path)
 @click.option("--steps", type=int, help=f"Updates in all. {_varies('steps')}")
 @click.option("--batch-size", type=int, help=f"Windows in one forward pass. {_varies('batch_size')}")
 @click.option("--context", type=int, help=f"Tokens in a window. {_varies('context')}")
-@click.option("--lr", type=float, help=f"The highest learning rate. {_varies('lr')}")
+@click.option(
+    "--lr",
+    type=float,
+    help=f"The highest learning rate. With --init {TUNING_LR['weights']:.0e}, or {TUNING_LR['adapters']:.0e} with "
+    f"--lora, unless given. {_varies('lr')}",
+)
 @click.option("--warmup", type=int, help=f"Updates over which the rate rises. {_varies('warmup')}")
 @click.option(
     "--minutes", type=float, default=0.0,
@@ -115,9 +121,16 @@ FILE = click.Path(path_type=Path)
     "--class-weights", type=click.Choice(["none", "balanced"]), default="none", show_default=True,
     help="Of a task with few answers or labels: let rare ones count more.",
 )  # fmt: skip
-@click.option("--init", type=FILE, metavar="CHECKPOINT", help="Of a task: begin with this checkpoint's model.  "
-              "[default: fresh weights]")  # fmt: skip
-@click.option("--lora", type=int, default=0, help="With --init: learn through adapters of this rank.  [default: none]")
+@click.option("--init", type=FILE, metavar="CHECKPOINT", help="Fine-tune this checkpoint's model, with its tokenizer "
+              "and chat template.  [default: fresh weights]")  # fmt: skip
+@click.option("--tokenizer", type=FILE, metavar="FILE", help="A tokenizer.json for fresh weights.  "
+              "[default: one is trained on TEXT]")  # fmt: skip
+@click.option(
+    "--lora",
+    type=int,
+    default=0,
+    help="With --init: learn through low-rank adapters of this rank, also written in PEFT's layout.  [default: none]",
+)
 @click.option("--lora-alpha", type=float, default=0.0, help="How much adapters count.  [default: twice the rank]")
 @click.option(
     "--find-lr", is_flag=True, default=False,
@@ -206,14 +219,16 @@ def _fresh(texts: tuple[Path, ...], parameters: Mapping[str, Any], given: set[st
     if parameters["minutes"] and parameters["steps"] is None:
         parameters = {**parameters, "steps": UNBOUNDED}
     recipe = {n: v for n, v in RECIPES.get(preset, RECIPES["tiny"]).items() if n not in given}
+    if parameters["init"] is not None and "lr" not in given:
+        recipe["lr"] = TUNING_LR["adapters" if parameters["lora"] else "weights"]
     chosen = {n: v for n, v in parameters.items() if n in names and v is not None}
     if "warmup" not in given and (steps := chosen.get("steps", recipe.get("steps"))):
         recipe["warmup"] = min(recipe["warmup"], max(1, steps // 10))  # a short run must still get to its peak
     return RunConfig(
         texts=texts, validation_texts=parameters["validation"], validation_fraction=parameters["validation_fraction"],
         architecture=architecture.name, model=model.to_json(), options=TrainOptions(**{**recipe, **chosen}),
-        task=parameters["task"] or "", init=parameters["init"], lora=parameters["lora"],
-        lora_alpha=parameters["lora_alpha"],
+        task=parameters["task"] or "", init=parameters["init"], tokenizer=parameters["tokenizer"],
+        lora=parameters["lora"], lora_alpha=parameters["lora_alpha"],
     )  # fmt: skip
 
 

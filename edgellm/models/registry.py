@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from edgellm.errors import CheckpointError, ConfigError
 
-__all__ = ["MODULES", "Architecture", "find", "find_foreign"]
+__all__ = ["MODULES", "Architecture", "find", "find_foreign", "names"]
 
 MODULES = ("edgellm.models.hybrid", "edgellm.models.decoder")
 _SHORT = {path.rsplit(".", 1)[1]: path for path in MODULES}
@@ -51,6 +51,11 @@ class Architecture:
     hf_name: Callable[[str], str] | None = None
     gguf_name: Callable[[str], str] | None = None
     gguf_tensor: Callable[[Any, Mapping[str, Any], str, Tensor], Tensor] | None = None
+
+
+def names() -> tuple[str, ...]:
+    """Of all architectures; none is imported."""
+    return tuple(_SHORT)
 
 
 def find(name: str) -> Architecture:

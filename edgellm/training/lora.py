@@ -1,23 +1,20 @@
 """Low-rank adapters: a frozen model learns through two thin matrices beside each of its linear layers.
 
-y = W x + (alpha / rank) B A x, Hu et al. 2021, arXiv:2106.09685. Checkpoints hold the merged weights.
+y = W x + (alpha / rank) B A x, Hu et al. 2021, arXiv:2106.09685. Checkpoints hold the merged weights; the
+adapters themselves are a folder beside them, see :mod:`edgellm.training.adapter_files`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from edgellm.errors import CheckpointError, TrainingError
+from edgellm.errors import TrainingError
 
-__all__ = ["ADAPTERS", "AdaptedLinear", "adapt", "adapters_of", "is_adapted", "load_adapters", "merged"]
-
-ADAPTERS = "adapters.safetensors"
+__all__ = ["AdaptedLinear", "adapt", "adapted_layers", "is_adapted", "merged"]
 
 
 class AdaptedLinear(nn.Module):
@@ -75,47 +72,25 @@ def adapt(model: nn.Module, rank: int, alpha: float) -> None:
 
 def is_adapted(model: nn.Module) -> bool:
     """Whether a model learns through adapters."""
-    return any(isinstance(m, AdaptedLinear) for m in model.modules())
+    return bool(adapted_layers(model))
 
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[nn.Module]:
     """The model as a plain one of its architecture, for as long as the context lasts."""
-    adapted = [(n, m) for n, m in model.named_modules() if isinstance(m, AdaptedLinear)]
-    for name, layer in adapted:
+    adapted = adapted_layers(model)
+    for name, layer in adapted.items():
         _put(model, name, layer.merged())
     try:
         yield model
     finally:
-        for name, layer in adapted:
+        for name, layer in adapted.items():
             _put(model, name, layer)
 
 
-def adapters_of(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' matrices by name; empty for a model without."""
-    return {
-        f"{name}.{kind}": getattr(m, kind)
-        for name, m in model.named_modules() if isinstance(m, AdaptedLinear)
-        for kind in ("down", "up")
-    }  # fmt: skip
-
-
-def load_adapters(model: nn.Module, directory: Path) -> None:
-    """Read them back into a model that was adapted alike.
-
-    Raises:
-        CheckpointError: they are missing or do not fit.
-    """
-    path, trained = directory / ADAPTERS, adapters_of(model)
-    try:
-        stored = load_file(path)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); start the run again in another folder") from None
-    if stored.keys() != trained.keys() or any(stored[n].shape != trained[n].shape for n in stored):
-        raise CheckpointError(f"{path} does not fit the model; resume with the rank that it began with")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(stored[name])
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """The layers that learn through adapters, by their name in the model without them."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

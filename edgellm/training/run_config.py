@@ -30,6 +30,7 @@ class RunConfig:
         options: how to train.
         task: a name of :data:`edgellm_runtime.task_spec.FIELDS`; empty: a language model on plain text.
         init: a checkpoint to begin with, whose model and tokenizer are kept; None: fresh weights.
+        tokenizer: a ``tokenizer.json`` for fresh weights; None: one is trained on ``texts``.
         lora: rank of adapters to learn through; 0: all weights learn.
         lora_alpha: how much adapters count; 0: twice the rank.
     """
@@ -42,6 +43,7 @@ class RunConfig:
     options: TrainOptions
     task: str = ""
     init: Path | None = None
+    tokenizer: Path | None = None
     lora: int = 0
     lora_alpha: float = 0.0
 
@@ -57,6 +59,7 @@ class RunConfig:
             "options": self.options.to_json(),
             "task": self.task,
             "init": None if self.init is None else str(self.init.absolute()),
+            "tokenizer": None if self.tokenizer is None else str(self.tokenizer.absolute()),
             "lora": self.lora,
             "lora_alpha": self.lora_alpha,
         }
@@ -85,6 +88,7 @@ class RunConfig:
                 model=record["model"],
                 options=TrainOptions.from_json(record["options"]),
                 task=record.get("task", ""), init=Path(record["init"]) if record.get("init") else None,
+                tokenizer=Path(record["tokenizer"]) if record.get("tokenizer") else None,
                 lora=record.get("lora", 0), lora_alpha=record.get("lora_alpha", 0.0),
             )  # fmt: skip
         except FileNotFoundError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from edgellm.errors import TrainingError
@@ -9,7 +10,7 @@ from edgellm.training.run_config import DATA, RECORD, TOKENIZER, RunConfig
 from edgellm.training.tokens import HEADER, PARTS
 from edgellm.training.trainer import BEST, LAST, PLOT, holds_run
 
-__all__ = ["WRITTEN", "check_folder"]
+__all__ = ["WRITTEN", "check_folder", "record_run"]
 
 WRITTEN = (RECORD, LAST, BEST, PLOT, *(f"{DATA}/{name}" for name in (TOKENIZER, HEADER, *(f"{p}.bin" for p in PARTS))))
 
@@ -29,3 +30,18 @@ def check_folder(out: Path) -> None:
             raise TrainingError(
                 f"{out} holds {taken[0]}, which no run wrote and a run would write over; choose another folder"
             ) from None
+
+
+def record_run(config: RunConfig, out: Path, *, resume: bool) -> None:
+    """Write what a run is made from into its folder; of one that is resumed, only what may change.
+
+    Raises:
+        TrainingError: a run that cannot begin there, or be resumed so.
+    """
+    if not resume:
+        check_folder(out)
+        config.save(out)
+        return
+    before = RunConfig.load(out)  # a mistaken resume spoils nothing
+    config.options.check_resumes(before.options)
+    dataclasses.replace(before, options=config.options).save(out)

@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from edgellm.errors import TrainingError
 
-__all__ = ["END_OF_TEXT", "MIN_VOCABULARY", "end_of_text_id", "tokenizer_digest", "train_tokenizer"]
+__all__ = [
+    "END_OF_TEXT",
+    "MIN_VOCABULARY",
+    "end_of_text_id",
+    "read_tokenizer_file",
+    "tokenizer_digest",
+    "train_tokenizer",
+]
 
 END_OF_TEXT = "<|endoftext|>"  # parts documents; written in a text, it parts that text into two
+# What others call it, the usual ones first; a chat's end of turn is none.
+ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
 MIN_VOCABULARY = 257  # every byte and END_OF_TEXT
 
 
@@ -55,16 +65,35 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, special: Sequence[str
     return tokenizer
 
 
+def read_tokenizer_file(path: Path) -> Tokenizer:
+    """A tokenizer that somebody else trained, without truncation and padding of its own.
+
+    Raises:
+        TrainingError: it cannot be read, or has no token that ends a text.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TrainingError(f"{path} cannot be read ({error.strerror}); name a tokenizer.json") from None
+    except Exception as error:  # tokenizers raises plain Exception
+        raise TrainingError(f"{path} is not a tokenizer ({error}); name a tokenizer.json") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    end_of_text_id(tokenizer)
+    return tokenizer
+
+
 def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """The token that ends a document.
+    """The token that ends a document: ours, or one of the usual names among the special tokens.
 
     Raises:
         TrainingError: the tokenizer has none.
     """
-    token: int | None = tokenizer.token_to_id(END_OF_TEXT)
+    special = {t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special}
+    token: int | None = tokenizer.token_to_id(next((name for name in ENDS if name in special), END_OF_TEXT))
     if token is None:
         raise TrainingError(
-            f"the tokenizer has no {END_OF_TEXT} token; add it as a special token, to part documents with"
+            f"the tokenizer has no special token that ends a text ({', '.join(ENDS)}); add one, to part documents with"
         )
     return token
 

@@ -67,13 +67,16 @@ class TokenData:
                 )
 
 
-def prepare_tokens(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> TokenData:
+def prepare_tokens(
+    corpus: Corpus, tokenizer: Tokenizer, directory: Path, *, end: int | None = None
+) -> TokenData:  # fmt: skip
     """Encode a corpus into a directory, or reuse what is there when files, split and tokenizer are the same.
 
     Args:
         corpus: the text.
         tokenizer: has an end-of-text token.
         directory: made if needed; holds nothing else.
+        end: the token that ends a document; None: the tokenizer's end-of-text token.
 
     Raises:
         TrainingError: text that cannot be read.
@@ -85,6 +88,7 @@ def prepare_tokens(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> Tok
         "validation_fraction": corpus.validation_fraction,
         "tokenizer_sha256": tokenizer_digest(tokenizer),
         "vocab_size": tokenizer.get_vocab_size(),
+        "end": end_of_text_id(tokenizer) if end is None else end,
     }
     header = _read_header(directory)
     if header is None or any(header.get(key) != value for key, value in source.items()):
@@ -133,14 +137,13 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, directory: Path, source: dict[s
     directory.mkdir(parents=True, exist_ok=True)
     (directory / HEADER).unlink(missing_ok=True)  # from here on the files that are there have nobody to vouch for them
     dtype = np.dtype("<u2" if source["vocab_size"] <= 1 << 16 else "<u4")
-    end = end_of_text_id(tokenizer)
     temporary = {name: directory / f"{name}.bin.tmp" for name in PARTS}
     with temporary["train"].open("wb") as train, temporary["validation"].open("wb") as validation:
         parts = [_Part(train, dtype), _Part(validation, dtype)]
         for batch in _batched(corpus.pieces(), BATCH_PIECES):
             encodings = tokenizer.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
             for piece, encoding in zip(batch, encodings, strict=True):
-                parts[piece.validation].add(encoding.ids + ([end] if piece.ends_document else []))
+                parts[piece.validation].add(encoding.ids + ([source["end"]] if piece.ends_document else []))
     for name in PARTS:
         temporary[name].replace(directory / f"{name}.bin")
     named = dict(zip(PARTS, parts, strict=True))

@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 
 from edgellm.checkpoints import checkpoint_directory, save_checkpoint
 from edgellm.errors import TrainingError
+from edgellm.models import registry
 from edgellm.models.protocol import LanguageModel
 from edgellm.torch_threads import limit_torch_threads
+from edgellm.training.adapter_files import Adapters, load_adapters
 from edgellm.training.batches import Batches, WindowBatches
 from edgellm.training.distributed import World, open_world
 from edgellm.training.interrupt import Interrupt
-from edgellm.training.lora import ADAPTERS, adapters_of, is_adapted, load_adapters, merged
+from edgellm.training.lora import is_adapted, merged
 from edgellm.training.metrics import MetricsLog, read_metrics
 from edgellm.training.optimization import budget_spent, learning_rate
 from edgellm.training.options import TrainOptions
@@ -167,7 +168,7 @@ class _Run:
         state = load_trainer_state(last, self.world.device)
         state.check(self.options, self.data.fingerprint, last)
         if is_adapted(self.model):
-            load_adapters(self.model, last)
+            load_adapters(self.model, last, self._foreign)
         else:
             load_weights(self.model, last / "model.safetensors")
         self.updater.optimizer.load_state_dict(dict(state.optimizer))
@@ -271,16 +272,22 @@ class _Run:
             recent=list(self.recent), val_loss=self.val_loss, best_loss=self.best_loss, seconds=self.seconds,
             stale=self.stale,
         )  # fmt: skip
-        adapted = is_adapted(self.model)
+        adapters = Adapters.of(self.model, self._foreign)
 
         def extra(directory: Path) -> None:
-            state.save(directory)
-            if adapted:  # taken from the layers, which the merged model has not
-                save_file(adapters, directory / ADAPTERS)
+            if name == LAST:
+                state.save(directory)
+            if adapters is not None:
+                adapters.save(directory)
 
-        adapters = adapters_of(self.model)
         with merged(self.model) as whole:
-            save_checkpoint(self.out / name, whole, **self.about, extra=extra if name == LAST else None)
+            save_checkpoint(self.out / name, whole, **self.about, extra=extra)
+
+    @property
+    def _foreign(self) -> Callable[[str], str] | None:
+        """What others call the weights of the architecture, if it is one of ours that others have too."""
+        name = self.about["architecture"]
+        return registry.find(name).hf_name if name in registry.names() else None
 
     def _result(self, interrupted: bool) -> TrainResult:
         best = self.options.keep_best and math.isfinite(self.best_loss)

@@ -22,10 +22,11 @@ from edgellm.cli.train import train as command
 from edgellm.errors import CheckpointError, TrainingError
 from edgellm.tasks.encode import Encoded, class_weights_of, encode_examples
 from edgellm.tasks.examples import read_examples
+from edgellm.training.adapter_files import ADAPTER, load_adapters
 from edgellm.training.batches import Batch
 from edgellm.training.distributed import World
 from edgellm.training.example_batches import ExampleBatches
-from edgellm.training.lora import ADAPTERS, AdaptedLinear, adapt, load_adapters, merged
+from edgellm.training.lora import AdaptedLinear, adapt, merged
 from edgellm.training.loss import batch_loss
 from edgellm.training.options import TrainOptions
 from edgellm.training.run_config import RunConfig
@@ -181,7 +182,7 @@ def test_adapters_begin_as_nothing_and_merge_into_what_they_compute(tmp_path: Pa
         torch.testing.assert_close(plain(tokens)[0], adapted, rtol=1e-4, atol=1e-4)
     assert any(isinstance(m, AdaptedLinear) for m in model.modules())
     with pytest.raises(CheckpointError, match="cannot be read"):
-        load_adapters(model, tmp_path)
+        load_adapters(model, tmp_path, None)
     with pytest.raises(TrainingError, match="rank is 0"):
         adapt(make(), 0, 1.0)
 
@@ -196,7 +197,7 @@ def test_a_checkpoint_is_tuned_with_adapters_and_resumed(tmp_path: Path, capsys:
     )  # fmt: skip
     capsys.readouterr()
     assert call(data, "-o", tmp_path / "tuned", *how, "--steps", 4) == 0
-    assert (tmp_path / "tuned" / "last" / ADAPTERS).exists()
+    assert (tmp_path / "tuned" / "last" / ADAPTER / "adapter_model.safetensors").exists()
     assert call("-o", tmp_path / "tuned", "--resume", "--steps", 6, "--json") == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["steps"] == 6
@@ -204,7 +205,7 @@ def test_a_checkpoint_is_tuned_with_adapters_and_resumed(tmp_path: Path, capsys:
     assert tuned.task is not None and tuned.task.name == "translation"
     names = {n: not torch.equal(p, dict(tuned.model.named_parameters())[n]) for n, p in begun.model.named_parameters()}  # type: ignore[union-attr]
     assert any(names.values()) and not names["embedding.weight"]
-    (tmp_path / "tuned" / "last" / ADAPTERS).unlink()
+    (tmp_path / "tuned" / "last" / ADAPTER / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
         call("-o", tmp_path / "tuned", "--resume", "--steps", 8, "--json")
     roles = jsonl(tmp_path / "roles.jsonl", [GOOD_ROLES] * 20)

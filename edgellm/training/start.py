@@ -1,0 +1,120 @@
+"""What a run begins with besides its data: a model, fresh or a checkpoint's, and the tokenizer that goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from torch import nn
+
+from edgellm.checkpoints import load_checkpoint
+from edgellm.errors import TrainingError
+from edgellm.models import registry
+from edgellm.training.lora import adapt
+from edgellm.training.run_config import DATA, TOKENIZER, RunConfig
+from edgellm.training.tokenizer import end_of_text_id, read_tokenizer_file, train_tokenizer
+
+__all__ = ["Start", "prepare_tokenizer", "start_of"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with.
+
+    Args:
+        build: the model; takes fields of its configuration that the data decides.
+        architecture: its name in the registry.
+        tokenizer: its tokenizer.
+        end: the token that ends a text.
+        text: what checkpoints say of the tokenizer: keywords of :func:`edgellm.checkpoints.save_checkpoint`.
+        source: the checkpoint, or None for fresh weights.
+    """
+
+    build: Callable[..., nn.Module]
+    architecture: str
+    tokenizer: Tokenizer
+    end: int
+    text: dict[str, Any] = field(default_factory=dict)
+    source: Path | None = None
+
+
+def prepare_tokenizer(
+    config: RunConfig, out: Path, texts: Callable[[], Iterable[str]], special: tuple[str, ...] = (), *,
+    resume: bool = False,
+) -> None:  # fmt: skip
+    """Put the tokenizer of fresh weights into a run's folder; a checkpoint brings its own.
+
+    Args:
+        config: the run; its ``tokenizer`` is taken if it names one.
+        out: the run's folder.
+        texts: to train one on.
+        special: names of its further special tokens.
+        resume: whether one that is there is kept.
+
+    Raises:
+        TrainingError: no text, or a file that is no tokenizer.
+    """
+    path = out / DATA / TOKENIZER
+    if config.init is not None or (resume and path.exists()):
+        return
+    if config.tokenizer is not None:
+        tokenizer = read_tokenizer_file(config.tokenizer)
+    else:
+        tokenizer = train_tokenizer(texts(), config.model["vocab_size"], special)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pending = path.with_name(f"{TOKENIZER}.tmp")
+    pending.write_text(tokenizer.to_str(), encoding="utf-8")
+    pending.replace(path)
+
+
+def start_of(config: RunConfig, out: Path) -> Start:
+    """What a run begins with, adapters not yet put in; see :func:`Start`.
+
+    Raises:
+        TrainingError: a checkpoint without a tokenizer or an end token.
+        CheckpointError: one that cannot be read.
+        ConfigError: an impossible model.
+    """
+    found = _fresh(config, out) if config.init is None else _from_checkpoint(config.init)
+    if not config.lora:
+        return found
+
+    def build(**fields: Any) -> nn.Module:
+        model = found.build(**fields)
+        adapt(model, config.lora, config.lora_alpha or 2.0 * config.lora)
+        return model
+
+    return Start(build, found.architecture, found.tokenizer, found.end, found.text, found.source)
+
+
+def _fresh(config: RunConfig, out: Path) -> Start:
+    tokenizer = Tokenizer.from_file(str(out / DATA / TOKENIZER))
+    architecture = registry.find(config.architecture)
+    size = {"vocab_size": tokenizer.get_vocab_size()}
+
+    def build(**fields: Any) -> nn.Module:
+        return architecture.build(architecture.config.from_json({**config.model, **size, **fields}))
+
+    end = end_of_text_id(tokenizer)
+    return Start(build, config.architecture, tokenizer, end, {"eos_token_ids": (end,)})
+
+
+def _from_checkpoint(path: Path) -> Start:
+    loaded = load_checkpoint(path)
+    if loaded.tokenizer_json is None or not loaded.eos_token_ids:
+        raise TrainingError(f"{path} has no tokenizer, or none with an end token; begin with another checkpoint")
+    text = {
+        "eos_token_ids": loaded.eos_token_ids, "bos_token_id": loaded.bos_token_id, "add_bos": loaded.add_bos,
+        "chat_template": loaded.chat_template,
+    }  # fmt: skip
+
+    def build(**fields: Any) -> nn.Module:
+        if fields:
+            raise TrainingError(f"{path} predicts tokens and cannot be taught labels; train srl from fresh weights")
+        return loaded.model.float()
+
+    tokenizer = Tokenizer.from_str(loaded.tokenizer_json)
+    return Start(build, loaded.architecture, tokenizer, loaded.eos_token_ids[0], text, path)
