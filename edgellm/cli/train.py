@@ -168,6 +168,10 @@ def train(
     TEXT is plain UTF-8 (.txt and anything else), or JSON Lines (.jsonl) with {"text": ...} on each line. Start it with
     torchrun to train in several processes.
 
+    With --init, a checkpoint is fine-tuned: on plain text, or on chats, JSON Lines of {"messages": [{"role": "user",
+    "content": ...}, {"role": "assistant", "content": ...}]}, written by the checkpoint's own chat template; only the
+    assistant's words are learned.
+
     With --task, TEXT is JSON Lines of examples: {"source", "target"} for translation; {"context", "question", "answer"}
     for qa, where an empty answer means that the context does not say; {"text", "summary"} for summarization;
     {"words", "predicate", "labels"} for srl (semantic role labelling).

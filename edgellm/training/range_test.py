@@ -6,7 +6,9 @@ Smith 2017, arXiv:1506.01186.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,12 +21,15 @@ from edgellm.training.run import train_from_text
 from edgellm.training.run_config import RunConfig
 from edgellm.training.trainer import METRICS
 
-__all__ = ["PLOT", "LearningRates", "find_learning_rate"]
+__all__ = ["PLOT", "LearningRates", "find_learning_rate", "suggestion"]
 
 PLOT = "lr-range.png"
 _STEPS, _LOWEST, _HIGHEST = 100, 1e-5, 1.0
 _SMOOTHING = 0.9  # of the losses' running mean
 _DIVERGED = 2.0  # times the lowest loss
+_FEWEST = 10  # steps that tell anything
+_REST = 0.1  # of the fall: with no more of it left, it is as good as over
+_NOISE = 4.0  # a fall is more than so many times what the loss wanders from one step to the next
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class LearningRates:
         rates: tried, rising.
         losses: smoothed, up to where they diverge.
         steepest: the rate at which the loss fell fastest.
-        suggested: a third of the rate with the lowest loss, or ``steepest`` if that is higher.
+        suggested: a third of the rate at which nine tenths of the fall are done, or ``steepest`` if that is higher.
         plot: the picture.
     """
 
@@ -73,17 +78,36 @@ def find_learning_rate(config: RunConfig, out: Path, *, say: Callable[[str], Non
                 raise  # before the first step; a loss that is not finite only ends the test
         lines = read_metrics(folder / METRICS)
     rates, losses = _smoothed([(line["lr"], line["loss"]) for line in lines])
-    if len(losses) < 10:
-        raise TrainingError(f"only {len(losses)} steps were finite; check the data, or lower the range")
-    lowest = min(range(len(losses)), key=losses.__getitem__)
-    slopes = [losses[i] - losses[i - 3] for i in range(3, lowest + 1)]
-    if not slopes:
-        raise TrainingError("the loss never falls, whatever the learning rate; check the data")
-    steepest = rates[3 + min(range(len(slopes)), key=slopes.__getitem__)]
-    found = LearningRates(rates, losses, steepest, max(steepest, rates[lowest] / 3), out / PLOT)
+    steepest, suggested = suggestion(rates, losses)
+    found = LearningRates(rates, losses, steepest, suggested, out / PLOT)
     out.mkdir(parents=True, exist_ok=True)
     _draw(found)
     return found
+
+
+def suggestion(rates: Sequence[float], losses: Sequence[float]) -> tuple[float, float]:
+    """The rate at which the loss falls fastest, and the one to train with.
+
+    Where rates are too high the loss need not diverge: it may wander on a plateau, whose lowest point is chance. So not
+    the lowest point counts but where the fall is as good as over.
+
+    Args:
+        rates: tried, rising.
+        losses: smoothed.
+
+    Raises:
+        TrainingError: too few points, or a loss that never falls.
+    """
+    if len(losses) < _FEWEST:
+        raise TrainingError(f"only {len(losses)} steps were finite; check the data, or lower the range")
+    start, lowest = statistics.median(losses[: _FEWEST // 2]), min(losses)
+    wander = statistics.median(abs(b - a) for a, b in itertools.pairwise(losses))  # from step to step
+    if start - lowest <= _NOISE * wander:
+        raise TrainingError("the loss never falls, whatever the learning rate; check the data")
+    over = next(i for i, loss in enumerate(losses) if loss <= lowest + _REST * (start - lowest))
+    slopes = [losses[i] - losses[max(0, i - 3)] for i in range(over + 1)]
+    steepest = rates[min(range(len(slopes)), key=slopes.__getitem__)]
+    return steepest, max(steepest, rates[over] / 3)
 
 
 def _smoothed(points: Sequence[tuple[float, float | None]]) -> tuple[list[float], list[float]]:

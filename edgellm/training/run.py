@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from edgellm.tasks.chats import holds_chats
+from edgellm.training.chat_run import train_chats
 from edgellm.training.progress import StepReport
 from edgellm.training.run_config import RunConfig
 from edgellm.training.task_run import train_task
@@ -18,7 +20,7 @@ def train_from_text(
     config: RunConfig, out: Path, *, resume: bool = False, say: Callable[[str], None] | None = None,
     on_progress: Callable[[StepReport], None] | None = None,
 ) -> TrainResult:  # fmt: skip
-    """Train on text, or on the examples of a task, from files to checkpoints.
+    """Train on text, on chats, or on the examples of a task, from files to checkpoints.
 
     Args:
         config: the run.
@@ -31,5 +33,10 @@ def train_from_text(
         TrainingError: text or options that cannot be used, or a run that is already there.
         ConfigError: an impossible model.
     """
-    kind = train_text if config.task in ("", "generation") else train_task
-    return kind(config, out, resume=resume, say=say, on_progress=on_progress)
+    return _kind(config)(config, out, resume=resume, say=say, on_progress=on_progress)
+
+
+def _kind(config: RunConfig) -> Callable[..., TrainResult]:
+    if config.task not in ("", "generation"):
+        return train_task
+    return train_chats if holds_chats(config.texts) else train_text
