@@ -101,9 +101,7 @@ def _checked(line: bytes, place: str) -> Chat:
     for index, message in enumerate(messages):
         texts = isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
         if not texts or set(message) != {"role", "content"}:
-            raise TrainingError(
-                f"{place}: message {index} is not a role and a content, both texts; a line is {_WANTED}"
-            )
+            raise TrainingError(f"{place}: message {index} is not a role and a content in words; a line is {_WANTED}")
     if not any(message["role"] == "assistant" for message in messages):
         raise TrainingError(f"{place}: nobody speaks as the assistant, so there is nothing to learn; add its answer")
     return messages

@@ -21,14 +21,14 @@ from edgellm.training.run import train_from_text
 from edgellm.training.run_config import RunConfig
 from edgellm.training.trainer import METRICS
 
-__all__ = ["PLOT", "LearningRates", "find_learning_rate", "suggestion"]
+__all__ = ["PLOT", "LearningRates", "find_learning_rate", "smoothed", "suggestion"]
 
 PLOT = "lr-range.png"
 _STEPS, _LOWEST, _HIGHEST = 100, 1e-5, 1.0
-_SMOOTHING = 0.9  # of the losses' running mean
+_REACH = 4  # neighbours on each side that a loss is smoothed with
 _DIVERGED = 2.0  # times the lowest loss
 _FEWEST = 10  # steps that tell anything
-_REST = 0.1  # of the fall: with no more of it left, it is as good as over
+_REST = 0.2  # of the fall: with no more of it left, it is as good as over
 _NOISE = 4.0  # a fall is more than so many times what the loss wanders from one step to the next
 
 
@@ -40,7 +40,7 @@ class LearningRates:
         rates: tried, rising.
         losses: smoothed, up to where they diverge.
         steepest: the rate at which the loss fell fastest.
-        suggested: a third of the rate at which nine tenths of the fall are done, or ``steepest`` if that is higher.
+        suggested: the rate at which four fifths of the fall are done.
         plot: the picture.
     """
 
@@ -77,7 +77,7 @@ def find_learning_rate(config: RunConfig, out: Path, *, say: Callable[[str], Non
             if not (folder / METRICS).exists():
                 raise  # before the first step; a loss that is not finite only ends the test
         lines = read_metrics(folder / METRICS)
-    rates, losses = _smoothed([(line["lr"], line["loss"]) for line in lines])
+    rates, losses = smoothed([(line["lr"], line["loss"]) for line in lines])
     steepest, suggested = suggestion(rates, losses)
     found = LearningRates(rates, losses, steepest, suggested, out / PLOT)
     out.mkdir(parents=True, exist_ok=True)
@@ -107,19 +107,18 @@ def suggestion(rates: Sequence[float], losses: Sequence[float]) -> tuple[float, 
     over = next(i for i, loss in enumerate(losses) if loss <= lowest + _REST * (start - lowest))
     slopes = [losses[i] - losses[max(0, i - 3)] for i in range(over + 1)]
     steepest = rates[min(range(len(slopes)), key=slopes.__getitem__)]
-    return steepest, max(steepest, rates[over] / 3)
+    return steepest, rates[over]
 
 
-def _smoothed(points: Sequence[tuple[float, float | None]]) -> tuple[list[float], list[float]]:
-    """Running means without their bias to the beginning, up to where the loss has diverged."""
+def smoothed(points: Sequence[tuple[float, float | None]]) -> tuple[list[float], list[float]]:
+    """The rates, and the mean of each loss and its neighbours on both sides, up to where the loss has diverged."""
+    finite = list(itertools.takewhile(lambda point: point[1] is not None and math.isfinite(point[1]), points))
+    raw = [float(loss) for _, loss in finite if loss is not None]
     rates: list[float] = []
     losses: list[float] = []
-    mean = 0.0
-    for i, (rate, loss) in enumerate(points, start=1):
-        if loss is None or not math.isfinite(loss):
-            break
-        mean = _SMOOTHING * mean + (1 - _SMOOTHING) * loss
-        value = mean / (1 - _SMOOTHING**i)
+    for i, (rate, _) in enumerate(finite):
+        reach = min(_REACH, i, len(raw) - 1 - i)  # as far on one side as on the other: a mean that lags misleads
+        value = statistics.fmean(raw[i - reach : i + reach + 1])
         if losses and value > _DIVERGED * min(losses):
             break
         rates.append(rate)
