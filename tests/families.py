@@ -7,6 +7,7 @@ from typing import Any
 
 import onnxruntime
 import torch
+from memory_model import MemoryConfig, MemoryModel
 from torch import nn
 
 from edgellm.models.decoder import Decoder, DecoderConfig
@@ -44,6 +45,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "mixed": hybrid("lstm", "attention", "gru", "attention", "rnn_tanh", tie=True, mlp_width=128),
     "local": hybrid("local", "local", mlp_width=128),
     "local and mixed": hybrid("local", "gru", "attention", "local", rotary=False, tie=True, window=11),
+    "memory": lambda: MemoryModel(MemoryConfig(VOCAB, CONTEXT)),
     "decoder": decoder(kv_heads=2, tie=True, bias=False),
     "decoder untied with biases": decoder(kv_heads=4, tie=False, bias=True),
     "decoder with q/k norm": decoder(kv_heads=2, tie=True, bias=False, qk_norm=True),

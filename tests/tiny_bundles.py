@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from generation_fakes import TEMPLATE, byte_level
+from memory_model import MemoryConfig, MemoryModel
 from torch import nn
 
 from edgellm.models.decoder import Decoder, DecoderConfig
@@ -65,6 +66,19 @@ def window_model() -> nn.Module:
 def window_bundle(target: str = "cpu", dtype: str = "") -> Path:
     """Two layers that see twelve tokens, and one that sees all; has a tokenizer and a chat template."""
     return _make(window_model, target, text_assets(), dtype)
+
+
+def memory_model() -> nn.Module:
+    torch.manual_seed(3)
+    model = MemoryModel(MemoryConfig(61, CONTEXT, width=32, heads=2))
+    nn.init.normal_(model.write.weight, std=0.5)  # so that what is remembered shows
+    return model.eval()
+
+
+@functools.cache
+def memory_bundle(target: str = "cpu", dtype: str = "") -> Path:
+    """A memory that a row's first token writes, beside a cache; token ids only."""
+    return _make(memory_model, target, None, dtype)
 
 
 @functools.cache

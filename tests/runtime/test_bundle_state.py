@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from state_fakes import APPENDED, REPLACED, STATIC, ExactBackend, exact_session, ring
-from tiny_bundles import CONTEXT, attention_bundle, device_session, recurrent_bundle, window_bundle
+from tiny_bundles import CONTEXT, attention_bundle, device_session, memory_bundle, recurrent_bundle, window_bundle
 
 from edgellm_runtime import BackendError, ContextError, OptionError, StateError, StateSpec, load, open_session
 from edgellm_runtime.bundle import Bundle
@@ -29,6 +29,8 @@ BUNDLES: dict[str, Callable[[], Path]] = {
     "window": window_bundle,
     "window, standard operators": lambda: window_bundle("onnx"),
     "window, graphs of fixed sizes": lambda: window_bundle("tensorrt", "float32"),
+    "memory": memory_bundle,
+    "memory, graphs of fixed sizes": lambda: memory_bundle("tensorrt", "float32"),
 }
 BUNDLES |= {f"{name}, state on a device": bundle for name, bundle in BUNDLES.items() if "," not in name}
 EXACT: dict[str, tuple[StateSpec, ...]] = {
@@ -257,6 +259,24 @@ def test_a_conversation_over_a_window_answers_as_a_fresh_one_and_reads_again_wha
     answer = conversation.say("What?", max_new_tokens=3, ignore_eos=True)
     assert conversation.reused_tokens == 0
     assert answer.tokens == model.chat(conversation.messages[:-1], max_new_tokens=3, ignore_eos=True).tokens
+
+
+def test_a_static_state_is_what_the_first_token_made_of_it_however_long_the_row() -> None:
+    session = session_of("memory")
+    one, other = session.new_state(2), session.new_state(1)
+    session.step(np.array([[5], [9]]), one)
+    made = {name: one.read(name).copy() for name in ("memory.k", "memory.v")}
+    assert all(np.abs(rows[0] - rows[1]).max() > 0.1 for rows in made.values())
+    session.step(np.array([[5, *[7] * 30]]), other)
+    for state in (one.take([0]), other):
+        session.step(np.full((1, 20), 8), state)
+        state.rewind(3 if state.lengths[0] > 25 else 1)
+        for name, rows in made.items():
+            np.testing.assert_allclose(state.read(name)[0], rows[0], atol=1e-6)
+    one.rewind([0, 1])
+    session.step(np.array([[9], [1]]), one)
+    for name, rows in made.items():
+        np.testing.assert_allclose(one.read(name), rows[[1, 1]], atol=1e-6)
 
 
 def test_a_state_that_a_backend_cannot_keep_is_refused_by_name() -> None:
