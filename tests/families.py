@@ -51,7 +51,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "decoder with q/k norm": decoder(kv_heads=2, tie=True, bias=False, qk_norm=True),
 }
 # Families whose layers are plain PyTorch rather than canonical ops: their graphs hold what PyTorch's operators become.
-PLAIN: frozenset[str] = frozenset()
+PLAIN = frozenset({"memory"})
 
 
 def cpu_targets() -> list[str]:
