@@ -26,10 +26,11 @@ def hybrid(
     return lambda: Hybrid(config)
 
 
-def decoder(*, kv_heads: int, tie: bool, bias: bool, qk_norm: bool = False) -> Callable[[], nn.Module]:
+def decoder(*, kv_heads: int, tie: bool, bias: bool, qk_norm: bool = False, **options: Any) -> Callable[[], nn.Module]:
     config = DecoderConfig(
         vocab_size=VOCAB, width=96, num_layers=2, num_heads=4, num_kv_heads=kv_heads, head_dim=32, mlp_width=160,
-        max_context=CONTEXT, tie_embeddings=tie, attention_bias=bias, qk_norm=qk_norm,
+        max_context=CONTEXT, tie_embeddings=tie, attention_bias=bias, qk_norm=qk_norm, output_bias=bias, mlp_bias=bias,
+        **options,
     )  # fmt: skip
     return lambda: Decoder(config)
 
@@ -47,7 +48,15 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "local and mixed": hybrid("local", "gru", "attention", "local", rotary=False, tie=True, window=11),
     "memory": lambda: MemoryModel(MemoryConfig(VOCAB, CONTEXT)),
     "decoder": decoder(kv_heads=2, tie=True, bias=False),
-    "decoder untied with biases": decoder(kv_heads=4, tie=False, bias=True),
+    "decoder untied with biases": decoder(
+        kv_heads=4,
+        tie=False,
+        bias=True,
+        activation="gelu_tanh",
+        attention_scale=0.1,
+        rope_amplitude=1.1,
+        rope_factors=[1.0 + i / 4 for i in range(16)],
+    ),
     "decoder with q/k norm": decoder(kv_heads=2, tie=True, bias=False, qk_norm=True),
 }
 # Families whose layers are plain PyTorch rather than canonical ops: their graphs hold what PyTorch's operators become.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -28,6 +29,9 @@ class Checkpoint:
         source: where it came from, in a few words for people.
         weights: reads the parameters, or None: the model holds them.
         task: what it was trained to do, or None: to go on with a text.
+        special_tokens: the tokenizer's own names of its special tokens, such as ``{"pad_token": "<pad>"}``; chat
+            templates write them.
+        notes: what whoever exports it should know, a sentence each.
     """
 
     architecture: str
@@ -40,3 +44,5 @@ class Checkpoint:
     source: str
     weights: CheckpointWeights | None = None
     task: TaskSpec | None = None
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()

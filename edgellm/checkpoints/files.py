@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from edgellm.errors import CheckpointError
 
-__all__ = ["read_json", "read_text", "read_tokenizer", "token_ids", "tokenizer_errors"]
+__all__ = ["plain_tokenizer", "read_json", "read_text", "read_tokenizer", "token_ids", "tokenizer_errors"]
 
 
 def read_text(path: Path) -> str:
@@ -47,6 +47,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_tokenizer(path: Path) -> str | None:
     """The text of a ``tokenizer.json`` that the tokenizers library accepts, or None where there is none.
 
+    What the file says of truncation and padding is left out; see :func:`plain_tokenizer`.
+
     Raises:
         CheckpointError: the library does not accept it.
     """
@@ -54,8 +56,22 @@ def read_tokenizer(path: Path) -> str | None:
         return None
     text = read_text(path)
     with tokenizer_errors(f"{path} is not a tokenizer", "copy the checkpoint again"):
-        Tokenizer.from_str(text)
-    return text
+        tokenizer = Tokenizer.from_str(text)
+        if tokenizer.truncation is None and tokenizer.padding is None:
+            return text  # byte for byte as it is
+        plain: str = plain_tokenizer(tokenizer).to_str()
+    return plain
+
+
+def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer without truncation or padding of its own, which would silently shorten or lengthen every text.
+
+    Args:
+        tokenizer: changed in place.
+    """
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 @contextmanager

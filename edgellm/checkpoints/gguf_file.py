@@ -21,7 +21,7 @@ from torch import Tensor
 from edgellm.checkpoints.assemble import assemble
 from edgellm.checkpoints.checkpoint import Checkpoint
 from edgellm.checkpoints.files import token_ids
-from edgellm.checkpoints.gguf_tokenizer import adds_bos, build_tokenizer
+from edgellm.checkpoints.gguf_tokenizer import adds_bos, build_tokenizer, special_tokens
 from edgellm.checkpoints.weights import Layout
 from edgellm.errors import CheckpointError, ModelError
 from edgellm.models.registry import Architecture, find_foreign
@@ -190,13 +190,13 @@ def open_gguf(path: Path, *, dtype: torch.dtype) -> Checkpoint:
     source = GGUFSource(path)
     metadata = source.metadata
     architecture, config = _translate(source, path)
-    assert architecture.gguf_name is not None
-    convert = architecture.gguf_tensor
+    assert architecture.gguf is not None
+    convert = architecture.gguf.tensor
 
     def tensor(name: str, stored: Tensor) -> Tensor:
         return stored if convert is None else convert(config, metadata, name, stored)
 
-    layout = Layout(name=architecture.gguf_name, tensor=tensor)
+    layout = Layout(name=architecture.gguf.names, tensor=tensor)
     model, weights = assemble(architecture, config, source, layout, dtype=dtype, path=path)
     bos = token_ids(metadata, "tokenizer.ggml.bos_token_id", path)
     ends = [token_ids(metadata, f"tokenizer.ggml.{kind}_token_id", path) for kind in ("eos", "eot", "eom")]
@@ -211,14 +211,15 @@ def open_gguf(path: Path, *, dtype: torch.dtype) -> Checkpoint:
         add_bos=bool(bos) and adds_bos(metadata),
         source=f"GGUF {source.quantization}, {metadata['general.architecture']}",
         weights=weights,
+        special_tokens=special_tokens(metadata),
     )
 
 
 def _translate(source: GGUFSource, path: Path) -> tuple[Architecture, Any]:
     try:
         architecture = find_foreign("gguf", source.metadata.get("general.architecture", ""))
-        assert architecture.config_from_gguf is not None
-        return architecture, architecture.config_from_gguf(source.metadata, source.shapes)
+        assert architecture.gguf is not None
+        return architecture, architecture.config(**architecture.gguf.read(source.metadata, source.shapes))
     except ModelError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (TypeError, AttributeError, ValueError, LookupError) as error:

@@ -16,7 +16,7 @@ from tokenizers.models import BPE
 from edgellm.checkpoints.files import tokenizer_errors
 from edgellm.errors import CheckpointError
 
-__all__ = ["adds_bos", "build_tokenizer"]
+__all__ = ["adds_bos", "build_tokenizer", "special_tokens"]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
 SPACE = "\u2581"  # sentencepiece's visible space
@@ -103,6 +103,14 @@ def adds_bos(metadata: Mapping[str, Any]) -> bool:
         return True
     splitting = SPLITTINGS.get(metadata.get("tokenizer.ggml.pre", "default"))
     return splitting is not None and splitting.adds_bos
+
+
+def special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The names of the special tokens, by what transformers calls each."""
+    tokens = metadata.get("tokenizer.ggml.tokens") or ()
+    kinds = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "separator": "sep", "mask": "mask"}
+    ids = {f"{ours}_token": metadata.get(f"tokenizer.ggml.{theirs}_token_id") for theirs, ours in kinds.items()}
+    return {name: tokens[i] for name, i in ids.items() if type(i) is int and 0 <= i < len(tokens)}
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], _types: Sequence[int]) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json, safetensors, tokenizer.json and the files that say how to use them."""
+"""Hugging Face folders: config.json, weights and the files beside them that change what they mean."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
+from torch import Tensor
 
 from edgellm.checkpoints.assemble import assemble
 from edgellm.checkpoints.checkpoint import Checkpoint
-from edgellm.checkpoints.files import read_json, read_text, read_tokenizer, token_ids
+from edgellm.checkpoints.files import read_json
+from edgellm.checkpoints.huggingface_text import read_text_files
 from edgellm.checkpoints.safetensors_source import SafetensorsSource
 from edgellm.checkpoints.weights import Layout
 from edgellm.errors import CheckpointError, ModelError
@@ -19,78 +20,64 @@ from edgellm.models.registry import Architecture, find_foreign
 
 __all__ = ["open_huggingface"]
 
+_ADAPTER = "adapter_config.json"
+
 
 def open_huggingface(path: Path, *, dtype: torch.dtype) -> Checkpoint:
     """Read a Hugging Face folder; arguments and errors as :func:`open_checkpoint`."""
     config = read_json(path / "config.json")
-    architecture, ours = _translate(config, path / "config.json")
-    source = SafetensorsSource.in_directory(path)
-    assert architecture.hf_name is not None
-    layout = Layout(name=architecture.hf_name, ignored=lambda name: name.endswith(".rotary_emb.inv_freq"))
-    model, weights = assemble(architecture, ours, source, layout, dtype=dtype, path=path)
-    settings = _read_optional(path / "tokenizer_config.json")
-    tokenizer_json = read_tokenizer(path / "tokenizer.json")
-    tokenizer = None if tokenizer_json is None else Tokenizer.from_str(tokenizer_json)
-    generation = _read_optional(path / "generation_config.json")
-    bos = _special(path, generation, config, settings, tokenizer, "bos")
+    architecture, ours, unknown = _translate(config, path / "config.json")
+    stored = SafetensorsSource.in_directory(path)
+    notes = [f"config.json has keys edgellm does not know: {', '.join(sorted(unknown))}"] if unknown else []
+    if (path / _ADAPTER).exists():
+        raise CheckpointError(f"{path / _ADAPTER}: an adapter changes these weights; merge it into them first")
+    layout = _layout(architecture, ours, config)
+    model, weights = assemble(architecture, ours, stored, layout, dtype=dtype, path=path)
+    text = read_text_files(path, config)
     return Checkpoint(
         architecture=architecture.name,
         model=model,
-        tokenizer_json=tokenizer_json,
-        chat_template=_chat_template(path, settings),
-        bos_token_id=bos[0] if bos else None,
-        eos_token_ids=_special(path, generation, config, settings, tokenizer, "eos"),
-        add_bos=bool(bos) and _adds_bos(settings, tokenizer, bos[0]),
-        source=f"Hugging Face {source.dtype}, {config['model_type']}",
+        tokenizer_json=text.tokenizer_json,
+        chat_template=text.chat_template,
+        bos_token_id=text.bos_token_id,
+        eos_token_ids=text.eos_token_ids,
+        add_bos=text.add_bos,
+        source=f"Hugging Face {stored.dtype}, {config['model_type']}",
         weights=weights,
+        special_tokens=text.special_tokens,
+        notes=(*notes, *text.notes),
     )
 
 
-def _translate(config: Mapping[str, Any], path: Path) -> tuple[Architecture, Any]:
+def _layout(architecture: Architecture, ours: Any, config: Mapping[str, Any]) -> Layout:
+    reader = architecture.huggingface
+    assert reader is not None
+    convert = reader.tensor
+
+    def tensor(name: str, stored: Tensor) -> Tensor:
+        return stored if convert is None else convert(ours, config, name, stored)
+
+    return Layout(
+        name=reader.names,
+        tensor=tensor,
+        ignored=lambda name: name.endswith(".rotary_emb.inv_freq"),  # of old files; computed here
+    )
+
+
+def _translate(config: Mapping[str, Any], path: Path) -> tuple[Architecture, Any, list[str]]:
     if config.get("quantization_config") is not None:
         raise CheckpointError(f"{path}: quantization_config is set; use the model with its original float weights")
+    if config.get("auto_map"):
+        raise CheckpointError(
+            f"{path}: auto_map says that code of the checkpoint's own computes the model, which edgellm does not run; "
+            "remove the key if the code does what the model_type says"
+        )
     try:
-        architecture = find_foreign("hf", config.get("model_type", ""))
-        assert architecture.config_from_hf is not None
-        return architecture, architecture.config_from_hf(config)
+        architecture = find_foreign("huggingface", config.get("model_type", ""))
+        assert architecture.huggingface is not None
+        fields, unknown = architecture.huggingface.read(config)
+        return architecture, architecture.config(**fields), unknown
     except ModelError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (TypeError, AttributeError, ValueError, LookupError) as error:
         raise CheckpointError(f"{path}: it is malformed ({error}); copy the checkpoint again") from error
-
-
-def _read_optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
-
-
-def _special(
-    path: Path, generation: Mapping[str, Any], config: Mapping[str, Any], settings: Mapping[str, Any],
-    tokenizer: Tokenizer | None, kind: str,
-) -> tuple[int, ...]:  # fmt: skip
-    """The ids of the token ``kind``: from generation_config.json, else config.json, else the tokenizer's settings."""
-    key = f"{kind}_token_id"
-    ids = token_ids(generation, key, path / "generation_config.json") or token_ids(config, key, path / "config.json")
-    if ids or tokenizer is None:
-        return ids
-    token = settings.get(f"{kind}_token")
-    content = token.get("content") if isinstance(token, dict) else token
-    found = tokenizer.token_to_id(content) if isinstance(content, str) else None
-    return () if found is None else (found,)
-
-
-def _adds_bos(settings: Mapping[str, Any], tokenizer: Tokenizer | None, bos: int) -> bool:
-    wanted = settings.get("add_bos_token")
-    if wanted is not None or tokenizer is None:
-        return bool(wanted)
-    return bool(tokenizer.encode("a").ids[:1] == [bos])  # its own post-processor puts it there
-
-
-def _chat_template(path: Path, settings: Mapping[str, Any]) -> str | None:
-    file = path / "chat_template.jinja"
-    if file.exists():
-        return read_text(file)
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several, each with a name
-        named = {t["name"]: t["template"] for t in template if isinstance(t, dict) and {"name", "template"} <= t.keys()}
-        template = named.get("default")
-    return template if isinstance(template, str) else None

@@ -1,8 +1,9 @@
 """edgellm's own checkpoint: a directory with edgellm.json, model.safetensors and the tokenizer's files.
 
 ``edgellm.json`` holds ``format`` (1), ``architecture``, ``config``, ``bos_token_id``, ``eos_token_ids``, ``add_bos``,
-``task`` (null or a :class:`edgellm_runtime.task_spec.TaskSpec`) and ``written_by``. Others may put files of their own
-beside these. A directory is written whole or not at all.
+``special_tokens`` (the tokenizer's names, may be absent), ``task`` (null or a
+:class:`edgellm_runtime.task_spec.TaskSpec`) and ``written_by``. Others may put files of their own beside these. A
+directory is written whole or not at all.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def checkpoint_directory(path: Path) -> Path:
 def save_checkpoint(
     directory: Path, model: Any, *, architecture: str, tokenizer_json: str | None, chat_template: str | None = None,
     bos_token_id: int | None = None, eos_token_ids: Sequence[int] = (), add_bos: bool = False,
-    task: TaskSpec | None = None, extra: Callable[[Path], None] | None = None,
+    special_tokens: Mapping[str, str] | None = None, task: TaskSpec | None = None,
+    extra: Callable[[Path], None] | None = None,
 ) -> None:  # fmt: skip
     """Write a checkpoint, replacing the one that is there; until it is complete, the old one stays.
 
@@ -59,6 +61,7 @@ def save_checkpoint(
         bos_token_id: as in :class:`Checkpoint`.
         eos_token_ids: as in :class:`Checkpoint`.
         add_bos: as in :class:`Checkpoint`.
+        special_tokens: as in :class:`Checkpoint`.
         task: what the model was trained to do, or None.
         extra: writes further files into the directory it is given, before the checkpoint appears.
 
@@ -75,6 +78,7 @@ def save_checkpoint(
         "bos_token_id": bos_token_id,
         "eos_token_ids": list(eos_token_ids),
         "add_bos": add_bos,
+        "special_tokens": dict(special_tokens or {}),
         "task": None if task is None else task.to_json(),
         "written_by": f"edgellm {__version__}",
     }
@@ -89,6 +93,7 @@ def save_checkpoint(
         stored = model.state_dict()
         tensors = {names[0]: stored[names[0]].contiguous() for names in shared_names(model)}
         save_file(tensors, partial / SINGLE, metadata={"format": "pt"})
+        (partial / SINGLE).chmod((partial / MANIFEST).stat().st_mode)  # safetensors leaves the umask aside
         if extra is not None:
             extra(partial)
         _publish(partial, directory)
@@ -128,7 +133,14 @@ def open_native(path: Path, *, dtype: torch.dtype) -> Checkpoint:
         source=f"edgellm {source.dtype}, {architecture.name}",
         weights=weights,
         task=task,
+        special_tokens=_texts(data.get("special_tokens", {}), manifest),
     )
+
+
+def _texts(value: Any, manifest: Path) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise CheckpointError(f"{manifest}: special_tokens is {value!r}; it must be names and texts")
+    return value
 
 
 def _previous(directory: Path) -> Path:

@@ -14,6 +14,7 @@ from edgellm.cli.budget import budget_of
 from edgellm.cli.engine import EngineFlags, building_options
 from edgellm.cli.progress import stages
 from edgellm.cli.threads import threads_option
+from edgellm.models.registry import foreign_names
 
 if TYPE_CHECKING:
     from edgellm.checkpoints import Checkpoint
@@ -25,7 +26,15 @@ _NO_FLAGS = EngineFlags()
 __all__ = ["export", "export_checkpoint", "print_summary"]
 
 
-@click.command(context_settings={"show_default": True})
+_HELP = f"""Turn CHECKPOINT into a bundle that runs without PyTorch, and prove that it computes the same.
+
+CHECKPOINT is a folder that 'edgellm train' wrote, a Hugging Face folder ({", ".join(foreign_names("huggingface"))}), or
+a .gguf file ({", ".join(foreign_names("gguf"))}). The bundle appears only when it is complete and equal to PyTorch
+within the stated bounds.
+"""
+
+
+@click.command(context_settings={"show_default": True}, help=_HELP)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the new bundle.")
 @click.option(
@@ -72,11 +81,7 @@ def export(
     compute_capability: str, workspace_mb: int | None, max_context: int | None, no_engine: bool, name: str,
     force: bool, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Turn CHECKPOINT into a bundle that runs without PyTorch, and prove that it computes the same.
-
-    CHECKPOINT is a folder that 'edgellm train' wrote, a Hugging Face folder, or a .gguf file. The bundle appears only
-    when it is complete and equal to PyTorch within the stated bounds.
-    """
+    """See :data:`_HELP`."""
     engine = EngineFlags(
         max_batch=max_batch, max_context=max_context, compute_capability=compute_capability, workspace_mb=workspace_mb,
         no_engine=no_engine,
@@ -131,7 +136,8 @@ def export_checkpoint(
         loaded.model, output, weights=loaded.weights, options=options, text=text_of(loaded),  # type: ignore[arg-type]
         provenance=provenance, force=force, progress=tell,
     )  # fmt: skip
-    return _summary(exported, options.target, dtype, quantize) | {"seconds": round(time.perf_counter() - start, 2)}
+    summary = _summary(exported, loaded, options.target, dtype, quantize)
+    return summary | {"seconds": round(time.perf_counter() - start, 2)}
 
 
 def _windows(file: Path, loaded: Checkpoint, *, divided: bool) -> tuple[list[list[int]], list[list[int]]]:
@@ -168,10 +174,11 @@ def text_of(loaded: Checkpoint) -> Any:
     return TextAssets(
         tokenizer_json=loaded.tokenizer_json, chat_template=loaded.chat_template, bos_token_id=loaded.bos_token_id,
         eos_token_ids=loaded.eos_token_ids, add_bos=loaded.add_bos, task=loaded.task,
+        special_tokens=loaded.special_tokens,
     )  # fmt: skip
 
 
-def _summary(exported: Exported, target: str, dtype: str, quantize: str) -> dict[str, Any]:
+def _summary(exported: Exported, loaded: Checkpoint, target: str, dtype: str, quantize: str) -> dict[str, Any]:
     from edgellm_runtime.checks.memory import peak_rss_mb
 
     parity, said = exported.parity, exported.bundle.manifest.quantization
@@ -192,6 +199,7 @@ def _summary(exported: Exported, target: str, dtype: str, quantize: str) -> dict
             for c in exported.verification.checks
         ],
         "peak_rss_mb": peak_rss_mb(),
+        "notes": list(loaded.notes),
         **{key: said[key] for key in ("budget", "predicted_kl", "held_out") if key in said},
     }  # fmt: skip
 
@@ -226,4 +234,6 @@ def print_summary(result: dict[str, Any]) -> None:
     ):
         table.add_row(*row)
     Console().print(table)
+    for note in result["notes"]:
+        click.echo(f"Note: {note}.")
     click.echo(f'Next: edgellm generate {result["bundle"]} "Once upon a time"')

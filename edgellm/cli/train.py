@@ -14,6 +14,7 @@ import click
 
 from edgellm.cli.config_file import read_config
 from edgellm.cli.threads import threads_option
+from edgellm.models import registry
 
 if TYPE_CHECKING:
     from edgellm.training import RunConfig, TrainResult
@@ -61,13 +62,17 @@ FILE = click.Path(path_type=Path)
 )  # fmt: skip
 @click.option(
     "--architecture",
-    default="hybrid",
+    default=next(iter(registry.ENTRIES)),
     show_default=True,
     metavar="NAME",
-    help="Which model: hybrid (recurrence and attention) or decoder (transformer).",
+    help=f"Which model: {registry.describe()}.",
 )
 @click.option(
-    "--preset", default="tiny", show_default=True, metavar="NAME", help="Its named configuration, tiny or reference."
+    "--preset",
+    default="tiny",
+    show_default=True,
+    metavar="NAME",
+    help=f"Its named configuration: {' or '.join(registry.preset_names())}.",
 )
 @click.option(
     "--set",
@@ -208,7 +213,6 @@ def train(
 
 def _fresh(texts: tuple[Path, ...], parameters: Mapping[str, Any], given: set[str]) -> RunConfig:
     from edgellm.errors import ConfigError
-    from edgellm.models import registry
     from edgellm.training import RunConfig, TrainOptions, parse_settings
 
     architecture, preset = registry.find(parameters["architecture"]), parameters["preset"]

@@ -1,21 +1,47 @@
 """The Llama-style transformer decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU; optionally norms of
 each head's query and key.
 
-Llama: Touvron et al. 2023, arXiv:2302.13971. Foreign names of configuration and tensors are translated here, once.
+Llama: Touvron et al. 2023, arXiv:2302.13971. What other people's checkpoints of such models say stands below the model.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from edgellm.errors import CheckpointError, ConfigError
+from edgellm.errors import ConfigError
+from edgellm.models.foreign import (
+    GGUF,
+    GGUF_PARTS,
+    HUGGING_FACE_PARTS,
+    MAX_CONTEXT,
+    MAX_LAYERS,
+    METADATA,
+    Fields,
+    HuggingFace,
+    Key,
+    Names,
+    Values,
+    Variant,
+    flag,
+    full_attention,
+    has,
+    hidden_act,
+    lacks,
+    no_window,
+    positive,
+    refuse,
+    rotary,
+    rows_of,
+    whole,
+)
 from edgellm.models.layers import GatedMLP, RotaryTable, SelfAttention
+from edgellm.models.layers.mlp import ACTIVATIONS
 from edgellm.models.protocol import State, Step
 from edgellm.models.registry import Architecture
 from edgellm.ops import take_positions
@@ -42,6 +68,12 @@ class DecoderConfig:
         tie_embeddings: whether the vocabulary projection is the embedding.
         attention_bias: whether the query, key and value projections have a bias.
         qk_norm: whether each head's query and key pass an RMS norm before their rotation.
+        output_bias: whether attention's output projection has a bias.
+        mlp_bias: whether the MLP's projections have a bias.
+        activation: of the MLP's gate; one of :data:`edgellm.models.layers.mlp.ACTIVATIONS`.
+        attention_scale: factor on attention's scores; None: 1 / sqrt(head_dim).
+        rope_factors: (head_dim / 2,), each rotary frequency is divided by its own; empty: by none.
+        rope_amplitude: factor on the rotary cosines and sines.
     """
 
     vocab_size: int
@@ -57,8 +89,15 @@ class DecoderConfig:
     tie_embeddings: bool = True
     attention_bias: bool = False
     qk_norm: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    activation: str = "silu"
+    attention_scale: float | None = None
+    rope_factors: Sequence[float] = ()
+    rope_amplitude: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rope_factors", tuple(self.rope_factors))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type == "int" and (type(value) is not int or value < 1):
@@ -68,9 +107,20 @@ class DecoderConfig:
                 f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}, and head_dim "
                 f"{self.head_dim} even"
             )
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(f"activation is {self.activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
+        if self.rope_factors and len(self.rope_factors) != self.head_dim // 2:
+            raise ConfigError(
+                f"rope_factors has {len(self.rope_factors)} numbers; head_dim {self.head_dim} has {self.head_dim // 2} "
+                "frequencies"
+            )
+        numbers = {"attention_scale": self.attention_scale or 1.0, "rope_amplitude": self.rope_amplitude}
+        for name, number in (*numbers.items(), *(("rope_factors", factor) for factor in self.rope_factors)):
+            if type(number) not in (int, float) or not 0 < number < math.inf:
+                raise ConfigError(f"{name} has {number!r}; it must be a positive number")
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"rope_factors": list(self.rope_factors)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> DecoderConfig:
@@ -102,10 +152,10 @@ class Layer(nn.Module):
         self.attention_norm = nn.RMSNorm(c.width, eps=c.norm_eps)
         self.attention = SelfAttention(
             c.width, c.num_heads, c.num_kv_heads, c.head_dim, bias=c.attention_bias,
-            qk_norm=c.qk_norm, norm_eps=c.norm_eps,
+            output_bias=c.output_bias, scale=c.attention_scale, qk_norm=c.qk_norm, norm_eps=c.norm_eps,
         )  # fmt: skip
         self.mlp_norm = nn.RMSNorm(c.width, eps=c.norm_eps)
-        self.mlp = GatedMLP(c.width, c.mlp_width)
+        self.mlp = GatedMLP(c.width, c.mlp_width, bias=c.mlp_bias, activation=c.activation)
 
     def forward(
         self, x: Tensor, state: State, prefix: str, step: Step, rotary: RotaryTable
@@ -126,7 +176,10 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
-        self.rotary = RotaryTable(config.head_dim, config.max_context, config.rope_theta)
+        self.rotary = RotaryTable(
+            config.head_dim, config.max_context, config.rope_theta, factors=config.rope_factors,
+            amplitude=config.rope_amplitude,
+        )  # fmt: skip
         nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -150,184 +203,67 @@ class Decoder(nn.Module):
         return self.head(take_positions(self.norm(x), step.logit_positions)), present
 
 
-_FOREIGN_PARTS = {  # ours: (Hugging Face, GGUF)
-    "embedding": ("model.embed_tokens", "token_embd"),
-    "norm": ("model.norm", "output_norm"),
-    "head": ("lm_head", "output"),
-    "attention_norm": ("input_layernorm", "attn_norm"),
-    "attention.q_proj": ("self_attn.q_proj", "attn_q"),
-    "attention.k_proj": ("self_attn.k_proj", "attn_k"),
-    "attention.v_proj": ("self_attn.v_proj", "attn_v"),
-    "attention.o_proj": ("self_attn.o_proj", "attn_output"),
-    "attention.q_norm": ("self_attn.q_norm", "attn_q_norm"),
-    "attention.k_norm": ("self_attn.k_norm", "attn_k_norm"),
-    "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
-    "mlp.gate_proj": ("mlp.gate_proj", "ffn_gate"),
-    "mlp.up_proj": ("mlp.up_proj", "ffn_up"),
-    "mlp.down_proj": ("mlp.down_proj", "ffn_down"),
-}
-
-# What a foreign configuration may say without changing what is computed here; any other value is refused by name.
-_HF_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "mlp_bias": (False,),
-    "rope_interleaved": (False,),
-    "partial_rotary_factor": (1,),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "clip_qkv": (None,),
-    "qk_layernorm": (False,),
-    "use_qk_norm": (False,),
-    "num_local_experts": (None, 0, 1),
-}
-_GGUF_READ = frozenset({
-    "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "attention.head_count",
-    "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
-    "rope.dimension_count", "rope.freq_base", "tensor_data_layout",
-})  # fmt: skip
-_GGUF_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "rope.scaling.type": ("none",),
-    "rope.scaling.factor": (0, 1),
-    "rope.scale_linear": (0, 1),
-    "expert_count": (0,),
-    "expert_used_count": (0,),
-    "attention.causal": (True,),
-    "use_parallel_residual": (False,),
-}
+def _same_heads(fields: Fields) -> int:
+    return int(fields["num_heads"])
 
 
-# Far above any real model: a damaged file must give an error, not hours of building layers or gigabytes of angles.
-MAX_LAYERS, MAX_CONTEXT = 1024, 2**21
+def _divided(fields: Fields) -> int:
+    return int(fields["width"] // fields["num_heads"])
 
 
-def _refuse(key: str, value: Any) -> CheckpointError:
-    return CheckpointError(f"{key} is {value!r}, which the decoder model cannot represent; use another checkpoint")
+def _every_bias(name: str, values: Values, fields: Fields) -> None:
+    """Of this type the key means all four projections."""
+    flag("attention_bias", default=False)(name, values, fields)
+    fields["output_bias"] = fields["attention_bias"]
 
 
-def _whole(data: Mapping[str, Any], key: str, default: int | None = None, *, limit: int = 2**31) -> int:
-    value = data.get(key)
-    if value is None and default is not None:
-        return default
-    if type(value) is not int or not 1 <= value <= limit:
-        raise CheckpointError(f"{key} is {value!r}; it must be a positive whole number of at most {limit}")
-    return value
+def _qwen(**keys: Key) -> dict[str, Key]:
+    window = no_window(used=lambda values: bool(values.get("use_sliding_window", False)))
+    return {"use_sliding_window": METADATA, "sliding_window": window, "max_window_layers": METADATA, **keys}
 
 
-def _positive(data: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    value: Any = data.get(key)
-    if value is None and default is not None:
-        return default
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise CheckpointError(f"{key} is {value!r}; it must be a positive number")
-    return float(value)
+HUGGING_FACE = HuggingFace(
+    types={
+        "llama": Variant(
+            keys={
+                "num_key_value_heads": whole("num_kv_heads", default=_same_heads),
+                "attention_bias": _every_bias,
+                "mlp_bias": flag("mlp_bias", default=False),
+                "is_llama_config": METADATA,
+            }
+        ),
+        "mistral": Variant(keys={"sliding_window": no_window(default=4096)}),  # transformers' default
+        "qwen2": Variant(keys=_qwen(attention_bias=METADATA), fields={"attention_bias": True}),
+        "qwen3": Variant(
+            keys=_qwen(head_dim=whole("head_dim", default=128), attention_bias=_every_bias), fields={"qk_norm": True}
+        ),
+    },
+    keys={
+        "vocab_size": whole("vocab_size"),
+        "hidden_size": whole("width"),
+        "num_hidden_layers": whole("num_layers", limit=MAX_LAYERS),
+        "num_attention_heads": whole("num_heads"),
+        "num_key_value_heads": whole("num_kv_heads"),
+        "head_dim": whole("head_dim", default=_divided),
+        "intermediate_size": whole("mlp_width"),
+        "max_position_embeddings": whole("max_context", limit=MAX_CONTEXT),
+        "sliding_window": no_window(),
+        "layer_types": full_attention,
+        **rotary(),
+        "rms_norm_eps": positive("norm_eps", default=1e-6),
+        "tie_word_embeddings": flag("tie_embeddings", default=False),
+        "hidden_act": hidden_act(),
+    },
+    names=Names(HUGGING_FACE_PARTS, layers="model.layers"),
+)
 
 
-def _hf_rope_theta(data: Mapping[str, Any]) -> float:
-    scaling = data.get("rope_scaling") or {}  # before transformers 5; "rope_parameters" since
-    rope = data.get("rope_parameters") or {}
-    for name, found in (("rope_scaling", scaling), ("rope_parameters", rope)):
-        if not isinstance(found, Mapping) or any(isinstance(value, Mapping) for value in found.values()):
-            raise _refuse(name, found)
-        kind = found.get("rope_type", found.get("type", "default"))
-        if kind not in ("default", None) or found.get("partial_rotary_factor", 1) != 1:
-            raise _refuse(name, dict(found))
-    return _positive({"rope_theta": rope.get("rope_theta", data.get("rope_theta"))}, "rope_theta", 10000.0)
+def _gguf_head_dim(name: str, values: Values, fields: Fields) -> None:
+    if values.get(name, fields["head_dim"]) != fields["head_dim"]:
+        raise refuse(name, values[name])
 
 
-def _hf_check_window(data: Mapping[str, Any], max_context: int) -> None:
-    kind, window = data["model_type"], data.get("sliding_window")
-    if kind == "mistral" and "sliding_window" not in data:
-        window = 4096  # what transformers takes when the file does not say
-    if kind in ("qwen2", "qwen3") and not data.get("use_sliding_window", False):
-        window = None
-    if window is not None and not (type(window) is int and window >= max_context):
-        raise _refuse("sliding_window", window)
-    if other := [t for t in data.get("layer_types") or () if t != "full_attention"]:
-        raise _refuse("layer_types", other[0])
-
-
-def _config_from_hf(data: Mapping[str, Any]) -> DecoderConfig:
-    for key, neutral in _HF_NEUTRAL.items():
-        if key in data and data[key] not in neutral:
-            raise _refuse(key, data[key])
-    kind = data["model_type"]
-    if data.get("attention_bias", False) and kind != "qwen2":  # to which the key means nothing
-        raise _refuse("attention_bias", data["attention_bias"])  # it puts a bias on the output projection too
-    width, heads = _whole(data, "hidden_size"), _whole(data, "num_attention_heads")
-    max_context = _whole(data, "max_position_embeddings", limit=MAX_CONTEXT)
-    _hf_check_window(data, max_context)
-    return DecoderConfig(
-        vocab_size=_whole(data, "vocab_size"),
-        width=width,
-        num_layers=_whole(data, "num_hidden_layers", limit=MAX_LAYERS),
-        num_heads=heads,
-        num_kv_heads=_whole(data, "num_key_value_heads", heads if kind == "llama" else None),
-        head_dim=_whole(data, "head_dim", 128 if kind == "qwen3" else width // heads),  # transformers' defaults
-        mlp_width=_whole(data, "intermediate_size"),
-        max_context=max_context,
-        rope_theta=_hf_rope_theta(data),
-        norm_eps=_positive(data, "rms_norm_eps", 1e-6),
-        tie_embeddings=bool(data.get("tie_word_embeddings", False)),
-        attention_bias=kind == "qwen2",
-        qk_norm=kind == "qwen3",
-    )
-
-
-def _gguf_check(values: Mapping[str, Any], head_dim: int) -> None:
-    for key, value in values.items():
-        if key in _GGUF_READ or value in _GGUF_NEUTRAL.get(key, ()):
-            continue
-        if key.startswith("rope.scaling.") and values.get("rope.scaling.type") == "none":
-            continue
-        raise _refuse(key, value)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if values.get(key, head_dim) != head_dim:
-            raise _refuse(key, values[key])
-
-
-def _config_from_gguf(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DecoderConfig:
-    prefix = f"{metadata['general.architecture']}."
-    values = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    width, heads = _whole(values, "embedding_length"), _whole(values, "attention.head_count")
-    head_dim = _whole(values, "attention.key_length", width // heads)
-    _gguf_check(values, head_dim)
-    embedding = shapes.get("token_embd.weight")
-    if embedding is None:
-        raise CheckpointError("tensor token_embd.weight is missing; convert the model again")
-    return DecoderConfig(
-        vocab_size=embedding[0],
-        width=width,
-        num_layers=_whole(values, "block_count", limit=MAX_LAYERS),
-        num_heads=heads,
-        num_kv_heads=_whole(values, "attention.head_count_kv", heads),
-        head_dim=head_dim,
-        mlp_width=_whole(values, "feed_forward_length"),
-        max_context=_whole(values, "context_length", limit=MAX_CONTEXT),
-        rope_theta=_positive(values, "rope.freq_base", 10000.0),
-        norm_eps=_positive(values, "attention.layer_norm_rms_epsilon"),
-        tie_embeddings="output.weight" not in shapes,
-        attention_bias="blk.0.attn_q.bias" in shapes,
-        qk_norm=metadata["general.architecture"] == "qwen3",
-    )
-
-
-def _foreign_name(name: str, which: int, layers: str) -> str:
-    part, suffix = name.rsplit(".", 1)
-    if part.startswith("layers."):
-        _, index, part = part.split(".", 2)
-        return f"{layers}.{index}.{_FOREIGN_PARTS[part][which]}.{suffix}"
-    return f"{_FOREIGN_PARTS[part][which]}.{suffix}"
-
-
-def _hf_name(name: str) -> str:
-    return _foreign_name(name, 0, "model.layers")
-
-
-def _gguf_name(name: str) -> str:
-    return _foreign_name(name, 1, "blk")
-
-
-def _gguf_tensor(config: DecoderConfig, metadata: Mapping[str, Any], name: str, tensor: Tensor) -> Tensor:
+def _gguf_tensor(config: DecoderConfig, metadata: Values, name: str, tensor: Tensor) -> Tensor:
     """Rows of q and k from neighbouring pairs, as llama.cpp rotates this one architecture, to the two halves."""
     if metadata["general.architecture"] != "llama" or (".q_proj." not in name and ".k_proj." not in name):
         return tensor
@@ -335,16 +271,32 @@ def _gguf_tensor(config: DecoderConfig, metadata: Mapping[str, Any], name: str, 
     return pairs.transpose(1, 2).reshape(tensor.shape)
 
 
+GGUF_FILES = GGUF(
+    types={"llama": Variant(), "qwen2": Variant(), "qwen3": Variant(fields={"qk_norm": True})},
+    keys={
+        "block_count": whole("num_layers", limit=MAX_LAYERS),
+        "context_length": whole("max_context", limit=MAX_CONTEXT),
+        "embedding_length": whole("width"),
+        "feed_forward_length": whole("mlp_width"),
+        "attention.head_count": whole("num_heads"),
+        "attention.head_count_kv": whole("num_kv_heads", default=_same_heads),
+        "attention.key_length": whole("head_dim", default=_divided),
+        "attention.value_length": _gguf_head_dim,
+        "rope.dimension_count": _gguf_head_dim,
+        "rope.freq_base": positive("rope_theta", default=10000.0),
+        "attention.layer_norm_rms_epsilon": positive("norm_eps"),
+    },
+    names=Names(GGUF_PARTS, layers="blk"),
+    tensors={
+        "vocab_size": rows_of("token_embd.weight"),
+        "tie_embeddings": lacks("output.weight"),
+        "attention_bias": has("blk.0.attn_q.bias"),
+        "output_bias": has("blk.0.attn_output.bias"),
+        "mlp_bias": has("blk.0.ffn_gate.bias"),
+    },
+    tensor=_gguf_tensor,
+)
+
 ARCHITECTURE = Architecture(
-    name="decoder",
-    config=DecoderConfig,
-    build=Decoder,
-    presets=PRESETS,
-    hf_model_types=("llama", "mistral", "qwen2", "qwen3"),
-    gguf_architectures=("llama", "qwen2", "qwen3"),
-    config_from_hf=_config_from_hf,
-    config_from_gguf=_config_from_gguf,
-    hf_name=_hf_name,
-    gguf_name=_gguf_name,
-    gguf_tensor=_gguf_tensor,
+    name="decoder", config=DecoderConfig, build=Decoder, presets=PRESETS, huggingface=HUGGING_FACE, gguf=GGUF_FILES
 )

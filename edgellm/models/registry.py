@@ -1,7 +1,7 @@
-"""Which architectures there are: a name and the module that defines it, imported when asked for.
+"""Which architectures there are, and what is known of each before its module, and PyTorch, is imported.
 
-An architecture's module offers ``ARCHITECTURE``, an :class:`Architecture`. To add one: write that module and name it
-in :data:`MODULES`.
+An architecture's module offers ``ARCHITECTURE``, an :class:`Architecture`. To add one: write that module and enter it
+in :data:`ENTRIES`; a test holds the entry to what the module says.
 """
 
 from __future__ import annotations
@@ -9,16 +9,45 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgellm.errors import CheckpointError, ConfigError
+from edgellm.models.foreign import GGUF, HuggingFace
 
-__all__ = ["MODULES", "Architecture", "find", "find_foreign", "names"]
+if TYPE_CHECKING:
+    from torch import nn
 
-MODULES = ("edgellm.models.hybrid", "edgellm.models.decoder")
-_SHORT = {path.rsplit(".", 1)[1]: path for path in MODULES}
+__all__ = ["ENTRIES", "Architecture", "Entry", "describe", "find", "find_foreign", "foreign_names", "preset_names"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What help texts, documents and readers ask of an architecture without importing it.
+
+    Args:
+        module: where its ``ARCHITECTURE`` is.
+        about: what it is, in two or three words.
+        presets: the names of its named configurations.
+        huggingface: ``model_type`` values of the Hugging Face folders that it loads.
+        gguf: ``general.architecture`` values of the GGUF files that it loads.
+    """
+
+    module: str
+    about: str
+    presets: tuple[str, ...] = ()
+    huggingface: tuple[str, ...] = ()
+    gguf: tuple[str, ...] = ()
+
+
+ENTRIES: Mapping[str, Entry] = {
+    "hybrid": Entry(
+        module="edgellm.models.hybrid", about="recurrence and attention", presets=("reference", "tiny"),
+    ),
+    "decoder": Entry(
+        module="edgellm.models.decoder", about="transformer", presets=("tiny",),
+        huggingface=("llama", "mistral", "qwen2", "qwen3"), gguf=("llama", "qwen2", "qwen3"),
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,36 +55,20 @@ class Architecture:
     """One architecture, as its module declares it.
 
     Args:
-        name: what checkpoints call it.
+        name: what checkpoints call it, as in :data:`ENTRIES`.
         config: its configuration class, with ``to_json`` and ``from_json``.
         build: makes the model with fresh weights.
         presets: named configurations.
-        hf_model_types: ``model_type`` values of Hugging Face folders that it loads.
-        gguf_architectures: ``general.architecture`` values of GGUF files that it loads.
-        config_from_hf: translates a ``config.json``.
-        config_from_gguf: translates GGUF metadata and the shapes of the file's tensors.
-        hf_name: our parameter name to the Hugging Face tensor name.
-        gguf_name: our parameter name to the GGUF tensor name.
-        gguf_tensor: from configuration, GGUF metadata, our parameter name and the tensor as stored, the tensor in our
-            layout; None where GGUF stores every tensor as we do.
+        huggingface: how it reads Hugging Face folders, or None.
+        gguf: how it reads GGUF files, or None.
     """
 
     name: str
     config: Any
     build: Callable[[Any], nn.Module]
     presets: Mapping[str, Any]
-    hf_model_types: tuple[str, ...] = ()
-    gguf_architectures: tuple[str, ...] = ()
-    config_from_hf: Callable[[Mapping[str, Any]], Any] | None = None
-    config_from_gguf: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], Any] | None = None
-    hf_name: Callable[[str], str] | None = None
-    gguf_name: Callable[[str], str] | None = None
-    gguf_tensor: Callable[[Any, Mapping[str, Any], str, Tensor], Tensor] | None = None
-
-
-def names() -> tuple[str, ...]:
-    """Of all architectures; none is imported."""
-    return tuple(_SHORT)
+    huggingface: HuggingFace | None = None
+    gguf: GGUF | None = None
 
 
 def find(name: str) -> Architecture:
@@ -64,27 +77,39 @@ def find(name: str) -> Architecture:
     Raises:
         ConfigError: there is none.
     """
-    if name not in _SHORT:
-        raise ConfigError(f"unknown architecture {name!r}; known: {', '.join(_SHORT)}")
-    architecture: Architecture = importlib.import_module(_SHORT[name]).ARCHITECTURE
+    if name not in ENTRIES:
+        raise ConfigError(f"unknown architecture {name!r}; known: {', '.join(ENTRIES)}")
+    architecture: Architecture = importlib.import_module(ENTRIES[name].module).ARCHITECTURE
     return architecture
 
 
-def find_foreign(kind: str, name: str) -> Architecture:
+def find_foreign(kind: Literal["huggingface", "gguf"], name: str) -> Architecture:
     """The architecture that loads a foreign checkpoint.
 
     Args:
-        kind: ``hf`` or ``gguf``.
+        kind: of checkpoint.
         name: what the checkpoint calls its architecture.
 
     Raises:
         CheckpointError: none does.
     """
-    known: list[str] = []
-    for short in _SHORT:
-        architecture = find(short)
-        names = architecture.hf_model_types if kind == "hf" else architecture.gguf_architectures
-        if name in names:
-            return architecture
-        known += names
-    raise CheckpointError(f"unknown architecture {name!r}; edgellm loads {', '.join(sorted(known))}")
+    for ours, entry in ENTRIES.items():
+        if name in getattr(entry, kind):
+            return find(ours)
+    raise CheckpointError(f"unknown architecture {name!r}; edgellm loads {', '.join(foreign_names(kind))}")
+
+
+def foreign_names(kind: Literal["huggingface", "gguf"]) -> list[str]:
+    """Every foreign architecture that some of ours loads, sorted."""
+    return sorted({name for entry in ENTRIES.values() for name in getattr(entry, kind)})
+
+
+def describe() -> str:
+    """The architectures in one phrase, such as ``this (a transformer) or that (an RNN)``."""
+    *most, last = [f"{name} ({entry.about})" for name, entry in ENTRIES.items()]
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def preset_names() -> list[str]:
+    """The names of all presets, sorted."""
+    return sorted({name for entry in ENTRIES.values() for name in entry.presets})

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from edgellm.checkpoints.files import plain_tokenizer
 from edgellm.errors import TrainingError
 from edgellm.training.corpus import Corpus, Piece
 from edgellm.training.tokenizer import end_of_text_id, tokenizer_digest
@@ -74,13 +75,14 @@ def prepare_tokens(
 
     Args:
         corpus: the text.
-        tokenizer: has an end-of-text token.
+        tokenizer: has an end-of-text token; its own truncation and padding are taken from it.
         directory: made if needed; holds nothing else.
         end: the token that ends a document; None: the tokenizer's end-of-text token.
 
     Raises:
         TrainingError: text that cannot be read.
     """
+    plain_tokenizer(tokenizer)
     source = {
         "format": FORMAT,
         "files": corpus.fingerprint(),

@@ -287,7 +287,8 @@ class _Run:
     def _foreign(self) -> Callable[[str], str] | None:
         """What others call the weights of the architecture, if it is one of ours that others have too."""
         name = self.about["architecture"]
-        return registry.find(name).hf_name if name in registry.names() else None
+        reader = registry.find(name).huggingface if name in registry.ENTRIES else None
+        return None if reader is None else reader.names
 
     def _result(self, interrupted: bool) -> TrainResult:
         best = self.options.keep_best and math.isfinite(self.best_loss)

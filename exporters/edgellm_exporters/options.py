@@ -76,8 +76,11 @@ class TextAssets:
     eos_token_ids: tuple[int, ...] = ()
     add_bos: bool = False
     task: TaskSpec | None = None
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def info(self) -> TokenizerInfo:
         """What the manifest says of it."""
-        return TokenizerInfo(self.bos_token_id, self.eos_token_ids, self.add_bos, self.chat_template is not None)
+        return TokenizerInfo(
+            self.bos_token_id, self.eos_token_ids, self.add_bos, self.chat_template is not None, self.special_tokens
+        )

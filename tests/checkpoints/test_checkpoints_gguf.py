@@ -67,7 +67,7 @@ def write(
     for key, value in values.items():
         if value is not None:
             adders.get(type(value), writer.add_array)(f"{architecture}.{key}", value)
-    stored = {ARCHITECTURE.gguf_name(name): array for name, array in quantized(model, kind).items()}
+    stored = {ARCHITECTURE.gguf.names(name): array for name, array in quantized(model, kind).items()}
     for name, heads in (("attn_q", c.num_heads), ("attn_k", c.num_kv_heads)):
         for key in stored if architecture == "llama" else ():
             if f".{name}." in key:
@@ -119,6 +119,7 @@ def test_rows_read_alone_are_those_of_the_whole(tmp_path, kind, monkeypatch):
         ("llama", {"num_kv_heads": 4}),
         ("llama", {"head_dim": 32, "num_kv_heads": 1}),
         ("llama", {"attention_bias": True}),
+        ("llama", {"output_bias": True, "mlp_bias": True}),
         ("qwen2", {"attention_bias": True}),
         ("qwen2", {"attention_bias": True, "tie_embeddings": True}),
         ("qwen3", {"qk_norm": True}),
@@ -193,7 +194,7 @@ def test_what_cannot_be_represented_is_refused(tmp_path, changes, message):
     ("tensors", "message"),
     [
         ({"rope_freqs.weight": np.ones(8, np.float32)}, "tensors rope_freqs.weight have no place"),
-        ({"blk.0.attn_output.bias": np.ones(64, np.float32)}, "tensors blk.0.attn_output.bias have no place"),
+        ({"blk.1.attn_output.bias": np.ones(64, np.float32)}, "tensors blk.1.attn_output.bias have no place"),
         ({"token_embd.weight": None}, "token_embd.weight is missing"),
         ({"output_norm.weight": None}, "output_norm.weight of shape .* is missing"),
         ({"output_norm.weight": np.full(64, np.nan, np.float32)}, "output_norm.weight is not finite"),

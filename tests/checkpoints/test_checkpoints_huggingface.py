@@ -51,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
             tie_embeddings=False,
         )
     )
-    tensors = {ARCHITECTURE.hf_name(name): tensor for name, tensor in model.state_dict().items()}
+    tensors = {ARCHITECTURE.huggingface.names(name): tensor for name, tensor in model.state_dict().items()}
     save_file(tensors, tmp_path / "model.safetensors")
     write_json(tmp_path / "config.json", CONFIG)
     return tmp_path
@@ -69,6 +69,13 @@ def transformers_model(kind: str, **options):
     return model.eval()
 
 
+def rope(kind: str, **numbers) -> dict:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **numbers}}
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("kind", "options"),
@@ -77,11 +84,22 @@ def transformers_model(kind: str, **options):
         ("Llama", {"tie_word_embeddings": True}),
         ("Llama", {"head_dim": 16, "num_key_value_heads": 1}),
         ("Llama", {"num_key_value_heads": None}),
+        ("Llama", {"attention_bias": True, "mlp_bias": True}),
+        ("Llama", {"hidden_act": "gelu"}),
+        ("Llama", {"hidden_act": "gelu_pytorch_tanh"}),
+        ("Llama", {"hidden_act": "relu"}),
+        ("Llama", rope("linear", factor=2.0)),
+        ("Llama", rope("llama3", **LLAMA3)),
+        ("Llama", rope("llama3", **LLAMA3) | {"head_dim": 32}),
+        ("Llama", rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+        ("Llama", rope("yarn", factor=4.0, attention_factor=0.7, beta_fast=8.0, beta_slow=2.0, truncate=False)),
+        ("Llama", rope("yarn", factor=4.0, mscale=1.0, mscale_all_dim=0.5, original_max_position_embeddings=16)),
         ("Mistral", {"sliding_window": None}),
         ("Mistral", {"sliding_window": 64}),
         ("Qwen2", {}),
         ("Qwen2", {"tie_word_embeddings": True, "sliding_window": 8, "use_sliding_window": False}),
         ("Qwen3", {}),
+        ("Qwen3", {"attention_bias": True}),
         ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True, "sliding_window": 8, "num_key_value_heads": 1}),
     ],
 )
@@ -111,15 +129,30 @@ def test_shards_equal_transformers(tmp_path, shard_size):
     [
         ({"model_type": "mamba"}, "config.json: unknown architecture 'mamba'"),
         ({"model_type": ...}, "unknown architecture ''"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"mlp_bias": True}, "mlp_bias is True"),
-        ({"attention_bias": True}, "attention_bias is True"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling is .*llama3"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is .*linear"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
+        ({"mlp_bias": True}, "layers.0.mlp.gate_proj.bias .*is missing"),
+        ({"attention_bias": True}, "layers.0.self_attn.q_proj.bias .*is missing"),
+        ({"attention_bias": "yes"}, "attention_bias is 'yes'; it must be true or false"),
+        ({"model_type": "mistral", "mlp_bias": True}, "mlp_bias is True"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, "rope_parameters is .*yarn"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.low_freq_factor is None"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is None"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "other": 1}}, "rope_scaling is .*other"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling is .*dynamic"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 1.0}},
+            "high_freq_factor 1.0, not above",
+        ),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_parameters is .*longrope"),
+        ({"is_causal": False}, "is_causal is False"),
+        ({"is_causal": None}, "is_causal is None"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}, "auto_map says that code of the checkpoint's own"),
+        ({"per_layer_config": {"0": {"num_key_value_heads": 1}}}, "per_layer_config is"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder is True"),
+        ({"logit_scale": 0.5}, "logit_scale is 0.5"),
+        ({"embedding_multiplier": 12.0}, "embedding_multiplier is 12.0"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters is"),
-        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rope_parameters is"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "factor is 0.5"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
@@ -129,7 +162,6 @@ def test_shards_equal_transformers(tmp_path, shard_size):
         ({"model_type": "mistral", "max_position_embeddings": 8192}, "sliding_window is 4096"),
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}, "sliding_window is 8"),
         ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 8}, "sliding_window is 8"),
-        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias is True"),
         ({"model_type": "qwen3"}, r"q_proj.weight has shape \(32, 32\), its configuration says \(512, 32\)"),
         ({"model_type": "qwen3", "head_dim": 8}, "self_attn.q_norm.weight .*is missing"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is 'sliding_attention'"),
@@ -142,6 +174,7 @@ def test_shards_equal_transformers(tmp_path, shard_size):
         ({"model_type": "mistral", "num_key_value_heads": ...}, "num_key_value_heads is None"),
         ({"head_dim": 7}, "head_dim 7"),
         ({"rope_theta": -1}, "rope_theta is -1"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"eos_token_id": [2, "x"]}, "eos_token_id is"),
@@ -165,6 +198,15 @@ def test_what_cannot_be_represented_is_refused(folder, changes, message):
         {"rope_scaling": None, "sliding_window": None},
         {"rope_scaling": {"rope_type": "default"}},
         {"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 500}},
+        {"rope_theta": ..., "rope_scaling": {"rope_type": "default", "rope_theta": 500}},
+        {
+            "rope_theta": 9.0,
+            "rope_scaling": {"type": "default", "rope_theta": 500},
+            "rope_parameters": {"rope_theta": 7},
+        },
+        {"rope_theta": 9.0, "rope_scaling": {}, "rope_parameters": {"rope_theta": 500}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 1.0}},
+        {"is_causal": True, "auto_map": {}, "use_cache": False, "torch_dtype": "bfloat16"},
         {"head_dim": None, "num_key_value_heads": 2},
         {"sliding_window": 64, "layer_types": ["full_attention", "full_attention"]},
     ],
@@ -250,14 +292,86 @@ def put_tokenizer(folder: Path, *, adds_bos: bool) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-@pytest.mark.parametrize(
-    ("in_tokenizer", "setting", "expected"),
-    [(False, ..., False), (True, ..., True), (True, False, False), (False, True, True), (True, None, True)],
-)
-def test_add_bos_is_what_the_tokenizer_does_unless_it_is_set(folder, in_tokenizer, setting, expected):
+@pytest.mark.parametrize("setting", [..., True, False, None])
+@pytest.mark.parametrize("in_tokenizer", [False, True])
+def test_the_post_processor_decides_whether_texts_begin_with_bos(folder, in_tokenizer, setting):
+    transformers = pytest.importorskip("transformers")
     put_tokenizer(folder, adds_bos=in_tokenizer)
-    edit(folder / "tokenizer_config.json", add_bos_token=setting)
-    assert load_checkpoint(folder).add_bos is expected
+    edit(folder / "tokenizer_config.json", add_bos_token=setting, bos_token="<s>", eos_token="</s>")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)("a").input_ids
+    assert load_checkpoint(folder).add_bos is (theirs == [1, 0]) is in_tokenizer
+
+
+def test_the_token_that_a_text_begins_with_is_the_post_processors(folder):
+    put_tokenizer(folder, adds_bos=True)
+    edit(folder / "config.json", bos_token_id=3)
+    loaded = load_checkpoint(folder)
+    assert (loaded.bos_token_id, loaded.add_bos) == (1, True)
+
+
+def test_two_tokens_before_each_text_are_refused(folder):
+    put_tokenizer(folder, adds_bos=False)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> <end> $A", special_tokens=[("<s>", 1), ("<end>", 3)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match="begins texts with <s> <end>; edgellm can put one token there"):
+        load_checkpoint(folder)
+
+
+def test_truncation_and_padding_of_the_tokenizers_own_are_left_out(folder):
+    put_tokenizer(folder, adds_bos=True)
+    plain = load_checkpoint(folder).tokenizer_json
+    assert plain == (folder / "tokenizer.json").read_text()
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(16)
+    tokenizer.enable_padding(length=4096)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    found = Tokenizer.from_str(load_checkpoint(folder).tokenizer_json)
+    assert (found.truncation, found.padding) == (None, None)
+    assert found.encode("a" * 50, add_special_tokens=False).ids == [0] * 50
+    assert found.to_str() == Tokenizer.from_str(plain).to_str()
+
+
+def test_every_key_is_read_neutral_refused_or_told_of(folder):
+    assert load_checkpoint(folder).notes == ()
+    edit(folder / "config.json", colour="red", transformers_version="5", aardvark=None)
+    assert load_checkpoint(folder).notes == ("config.json has keys edgellm does not know: aardvark, colour",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("Llama", {}), ("Mistral", {}), ("Qwen2", {}), ("Qwen3", {"head_dim": 8})]
+)
+def test_no_key_that_transformers_itself_writes_is_unknown(tmp_path, kind, options):
+    transformers_model(kind, **options).save_pretrained(tmp_path)
+    assert load_checkpoint(tmp_path).notes == ()
+
+
+def test_what_generation_config_asks_for_and_a_bundle_does_not_do_is_told(folder):
+    edit(folder / "generation_config.json", temperature=0.6, repetition_penalty=1.05, num_beams=1, suppress_tokens=[3])
+    (note,) = load_checkpoint(folder).notes
+    assert note.startswith("generation_config.json asks for repetition_penalty 1.05, suppress_tokens [3]")
+
+
+def test_special_tokens_are_those_of_the_tokenizers_own_files(folder):
+    put_tokenizer(folder, adds_bos=False)
+    edit(folder / "special_tokens_map.json", bos_token="<old>", pad_token={"content": "<pad>"}, unk_token="<unk>")
+    edit(
+        folder / "tokenizer_config.json",
+        bos_token={"content": "<s>"},
+        eos_token="<end>",
+        unk_token=None,
+        model_max_length=3,
+    )
+    names = {"bos_token": "<s>", "eos_token": "<end>", "pad_token": "<pad>"}
+    assert load_checkpoint(folder).special_tokens == names
+
+
+def test_an_adapter_beside_the_weights_is_not_overlooked(folder):
+    edit(folder / "adapter_config.json", peft_type="LORA")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
+        load_checkpoint(folder)
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_the_model_in_contributing_is_one_and_exports(tmp_path: Path, monkeypatc
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "echo", module)  # dataclasses look their module up
     spec.loader.exec_module(module)
-    monkeypatch.setitem(registry._SHORT, "echo", "echo")
+    monkeypatch.setitem(registry.ENTRIES, "echo", registry.Entry(module="echo", about="GRU", presets=("tiny",)))
     architecture = registry.find("echo")
     torch.manual_seed(0)
     model = architecture.build(architecture.config(vocab_size=50, width=32, max_context=64)).eval()
@@ -128,9 +128,8 @@ def test_files_that_the_code_refers_to_exist() -> None:
 def test_tables_name_everything_there_is() -> None:
     text = README.read_text(encoding="utf-8")
     names = {*TARGETS, *METHODS, *(dtype for target in TARGETS.values() for dtype in target.dtypes)}
-    for path in registry.MODULES:
-        architecture = registry.find(path.rsplit(".", 1)[1])
-        names |= {architecture.name, *architecture.hf_model_types, *architecture.gguf_architectures}
+    for name, entry in registry.ENTRIES.items():
+        names |= {name, *entry.huggingface, *entry.gguf}
     rows = "\n".join(line for line in text.splitlines() if line.startswith("|"))
     assert not sorted(name for name in names if f"`{name}`" not in rows)
 

@@ -101,8 +101,8 @@ def names_in(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def test_exporters_and_runtime_name_no_architecture() -> None:
-    ours = {path.rsplit(".", 1)[1] for path in registry.MODULES}
-    foreign = {n for name in ours for a in [registry.find(name)] for n in (*a.hf_model_types, *a.gguf_architectures)}
+    ours = set(registry.ENTRIES)
+    foreign = {name for entry in registry.ENTRIES.values() for name in (*entry.huggingface, *entry.gguf)}
     assert {"hybrid", "decoder"} <= ours
     assert "llama" in foreign
     word = re.compile(rf"(?<![a-z])({'|'.join(sorted(ours | foreign | FAMILIES))})(?![a-z])", re.IGNORECASE)

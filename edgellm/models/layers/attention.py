@@ -23,6 +23,8 @@ class SelfAttention(nn.Module):
         num_kv_heads: key and value heads; divides ``num_heads``.
         head_dim: features of one head.
         bias: whether the query, key and value projections have a bias.
+        output_bias: whether the output projection has one.
+        scale: factor on the scores; None: 1 / sqrt(head_dim).
         qk_norm: whether each head's query and key pass an RMS norm before their rotation.
         norm_eps: added to the mean square in these norms.
         window: how many tokens a token sees, itself among them; 0 for every one before it.
@@ -30,15 +32,17 @@ class SelfAttention(nn.Module):
 
     def __init__(
         self, width: int, num_heads: int, num_kv_heads: int, head_dim: int, *, bias: bool,
-        qk_norm: bool = False, norm_eps: float = 1e-6, window: int = 0,
+        output_bias: bool = False, scale: float | None = None, qk_norm: bool = False, norm_eps: float = 1e-6,
+        window: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.window = window
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.scale = head_dim**-0.5 if scale is None else scale
         self.q_proj = nn.Linear(width, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(width, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(width, num_kv_heads * head_dim, bias=bias)
-        self.o_proj = nn.Linear(num_heads * head_dim, width, bias=False)
+        self.o_proj = nn.Linear(num_heads * head_dim, width, bias=output_bias)
         self.norm_eps = norm_eps
         self.q_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
@@ -61,7 +65,7 @@ class SelfAttention(nn.Module):
             self.q_proj(x), self.k_proj(x), self.v_proj(x),
             state.get(f"{prefix}.k"), state.get(f"{prefix}.v"), step.past_lengths, step.lengths,
             None if rotary is None else rotary.cos, None if rotary is None else rotary.sin,
-            num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, scale=self.head_dim**-0.5,
+            num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, scale=self.scale,
             q_norm=None if self.q_norm is None else self.q_norm.weight,
             k_norm=None if self.k_norm is None else self.k_norm.weight, norm_eps=self.norm_eps,
         )  # fmt: skip

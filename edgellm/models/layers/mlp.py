@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["GatedMLP"]
+from edgellm.errors import ConfigError
+
+__all__ = ["ACTIVATIONS", "GatedMLP"]
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)), Shazeer 2020, arXiv:2002.05202.
+    """down(activation(gate(x)) * up(x)), SwiGLU with ``silu``, Shazeer 2020, arXiv:2002.05202.
 
     Args:
         width: features of its input and output.
         hidden: features between.
+        bias: whether the three projections have a bias.
+        activation: one of :data:`ACTIVATIONS`.
+
+    Raises:
+        ConfigError: an unknown activation.
     """
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, *, bias: bool = False, activation: str = "silu") -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, hidden, bias=False)
-        self.up_proj = nn.Linear(width, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, width, bias=False)
+        if activation not in ACTIVATIONS:
+            raise ConfigError(f"activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
+        self.activation = ACTIVATIONS[activation]
+        self.gate_proj = nn.Linear(width, hidden, bias=bias)
+        self.up_proj = nn.Linear(width, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, time, width) to the same shape."""
-        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        y: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
         return y

@@ -28,6 +28,8 @@ def golden_rows(tokenizer_json: str | None, vocab_size: int, max_context: int) -
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_str(tokenizer_json)
+        tokenizer.no_truncation()  # a file may ask for these too
+        tokenizer.no_padding()
         rows = [tokenizer.encode(text, add_special_tokens=False).ids for text in _TEXTS]
         shortest = min(length, *map(len, rows))
         if shortest > 1 and max(map(max, rows)) < vocab_size:

@@ -37,17 +37,26 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """What the runtime must know besides ``tokenizer.json``."""
+    """What the runtime must know besides ``tokenizer.json``.
+
+    Args:
+        bos_token_id: the token that begins a text, or None.
+        eos_token_ids: the tokens that end one; the first is the usual one.
+        add_bos: whether plain text begins with ``bos_token_id``.
+        has_chat_template: whether there is a ``chat_template.jinja``.
+        special_tokens: the tokenizer's own names of its special tokens, such as ``{"pad_token": "<pad>"}``.
+    """
 
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     add_bos: bool = False
     has_chat_template: bool = False
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "bos_token_id": self.bos_token_id, "eos_token_ids": list(self.eos_token_ids), "add_bos": self.add_bos,
-            "has_chat_template": self.has_chat_template,
+            "has_chat_template": self.has_chat_template, "special_tokens": dict(self.special_tokens),
         }  # fmt: skip
 
 
@@ -184,6 +193,7 @@ class Manifest:
             tokenizer = TokenizerInfo(
                 None if bos is None else _whole(bos), tuple(_whole(t) for t in tokenizer["eos_token_ids"]),
                 _a(bool, tokenizer["add_bos"]), _a(bool, tokenizer["has_chat_template"]),
+                {name: _a(str, text) for name, text in _a(dict, tokenizer.get("special_tokens", {})).items()},
             )  # fmt: skip
         signature = Signature.from_json(data["signature"])
         if len(signature.outputs) != 1 or type(signature.outputs[0].shape[-1]) is not int:

@@ -1,0 +1,57 @@
+"""What families say of other people's checkpoints: names, keys and layouts, as tables that every family shares.
+
+A family declares a :class:`HuggingFace`, a :class:`GGUF` or both in its :class:`~edgellm.models.registry.Architecture`.
+Nothing here names an architecture, reads a file or needs PyTorch.
+"""
+
+from edgellm.models.foreign.gguf import GGUF, has, lacks, rows_of
+from edgellm.models.foreign.huggingface import HuggingFace
+from edgellm.models.foreign.keys import (
+    MAX_CONTEXT,
+    MAX_LAYERS,
+    METADATA,
+    Fields,
+    Key,
+    Values,
+    Variant,
+    choice,
+    flag,
+    neutral,
+    positive,
+    read_keys,
+    refuse,
+    whole,
+)
+from edgellm.models.foreign.names import Names
+from edgellm.models.foreign.rope import rotary
+from edgellm.models.foreign.usual import GGUF_PARTS, HUGGING_FACE_PARTS, hidden_act
+from edgellm.models.foreign.windows import full_attention, no_window
+
+__all__ = [
+    "GGUF",
+    "GGUF_PARTS",
+    "HUGGING_FACE_PARTS",
+    "MAX_CONTEXT",
+    "MAX_LAYERS",
+    "METADATA",
+    "Fields",
+    "HuggingFace",
+    "Key",
+    "Names",
+    "Values",
+    "Variant",
+    "choice",
+    "flag",
+    "full_attention",
+    "has",
+    "hidden_act",
+    "lacks",
+    "neutral",
+    "no_window",
+    "positive",
+    "read_keys",
+    "refuse",
+    "rotary",
+    "rows_of",
+    "whole",
+]

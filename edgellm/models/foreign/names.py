@@ -1,0 +1,36 @@
+"""What foreign files call a model's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["Names"]
+
+
+@dataclass(frozen=True)
+class Names:
+    """From our parameter names to those of a file; ``names("layers.3.mlp.up_proj.weight")``.
+
+    Args:
+        parts: our name of each module, without its layer, and the file's.
+        layers: what the file puts before a layer's number.
+        ours: what we put there.
+    """
+
+    parts: Mapping[str, str]
+    layers: str
+    ours: str = "layers"
+
+    def __call__(self, name: str) -> str:
+        """The file's name of one of our parameters."""
+        part, dot, suffix = name.rpartition(".")
+        prefix = ""
+        if part.startswith(f"{self.ours}."):
+            _, index, part = part.removeprefix(self.ours).split(".", 2)
+            prefix = f"{self.layers}.{index}."
+        if name in self.parts:  # a parameter that belongs to no module of its own
+            return self.parts[name]
+        if f"{part}.{suffix}" in self.parts:
+            return prefix + self.parts[f"{part}.{suffix}"]
+        return f"{prefix}{self.parts[part]}{dot}{suffix}"
