@@ -2,37 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from edgellm.checkpoints.assemble import assemble
+from edgellm.checkpoints.assemble import assemble, shared_names
 from edgellm.checkpoints.checkpoint import Checkpoint
 from edgellm.checkpoints.files import read_json
+from edgellm.checkpoints.find_weights import find_weights
 from edgellm.checkpoints.huggingface_text import read_text_files
-from edgellm.checkpoints.safetensors_source import SafetensorsSource
-from edgellm.checkpoints.weights import Layout
+from edgellm.checkpoints.lora_source import ADAPTER_CONFIG, with_adapter
+from edgellm.checkpoints.weights import Layout, TensorSource
 from edgellm.errors import CheckpointError, ModelError
 from edgellm.models.registry import Architecture, find_foreign
 
 __all__ = ["open_huggingface"]
-
-_ADAPTER = "adapter_config.json"
 
 
 def open_huggingface(path: Path, *, dtype: torch.dtype) -> Checkpoint:
     """Read a Hugging Face folder; arguments and errors as :func:`open_checkpoint`."""
     config = read_json(path / "config.json")
     architecture, ours, unknown = _translate(config, path / "config.json")
-    stored = SafetensorsSource.in_directory(path)
+    stored = find_weights(path)
+    source: TensorSource = stored
     notes = [f"config.json has keys edgellm does not know: {', '.join(sorted(unknown))}"] if unknown else []
-    if (path / _ADAPTER).exists():
-        raise CheckpointError(f"{path / _ADAPTER}: an adapter changes these weights; merge it into them first")
+    changed: frozenset[str] = frozenset()
+    if (path / ADAPTER_CONFIG).exists():
+        source = with_adapter(stored, path)
+        changed = source.changed
+        notes.append(f"the adapter beside the weights was merged into {len(changed)} tensors")
     layout = _layout(architecture, ours, config)
-    model, weights = assemble(architecture, ours, stored, layout, dtype=dtype, path=path)
+    model, weights = assemble(architecture, ours, source, layout, dtype=dtype, path=path)
+    _check_tied(model, layout, changed, path / ADAPTER_CONFIG)
     text = read_text_files(path, config)
     return Checkpoint(
         architecture=architecture.name,
@@ -62,6 +66,13 @@ def _layout(architecture: Architecture, ours: Any, config: Mapping[str, Any]) ->
         tensor=tensor,
         ignored=lambda name: name.endswith(".rotary_emb.inv_freq"),  # of old files; computed here
     )
+
+
+def _check_tied(model: nn.Module, layout: Layout, changed: Collection[str], path: Path) -> None:
+    """PEFT changes one module; here, what is tied would change with it."""
+    for names in shared_names(model):
+        if len(names) > 1 and (both := [found for name in names if (found := layout.name(name)) in changed]):
+            raise CheckpointError(f"{path}: it changes {both[0]}, which is tied to another tensor; untie them first")
 
 
 def _translate(config: Mapping[str, Any], path: Path) -> tuple[Architecture, Any, list[str]]:

@@ -10,6 +10,7 @@ import torch
 from edgellm.checkpoints.assemble import fill
 from edgellm.checkpoints.checkpoint import Checkpoint
 from edgellm.checkpoints.gguf_file import open_gguf
+from edgellm.checkpoints.hints import hint
 from edgellm.checkpoints.huggingface import open_huggingface
 from edgellm.checkpoints.native import MANIFEST, checkpoint_directory, open_native
 from edgellm.errors import CheckpointError
@@ -57,7 +58,9 @@ def open_checkpoint(path: Path, *, dtype: torch.dtype = torch.float32) -> Checkp
             return open_native(path, dtype=dtype)
         if (path / "config.json").exists():
             return open_huggingface(path, dtype=dtype)
-        raise CheckpointError(f"{path} holds no checkpoint; expected {EXPECTED}")
+        raise CheckpointError(f"{path} holds no checkpoint; {hint(path) or f'expected {EXPECTED}'}")
     if path.is_file() and path.suffix == ".gguf":
         return open_gguf(path, dtype=dtype)
-    raise CheckpointError(f"{path} {'is no checkpoint' if path.exists() else 'does not exist'}; expected {EXPECTED}")
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; expected {EXPECTED}")
+    raise CheckpointError(f"{path} is no checkpoint; {hint(path) or f'expected {EXPECTED}'}")

@@ -23,7 +23,8 @@ from edgellm import __version__
 from edgellm.checkpoints.assemble import assemble, shared_names
 from edgellm.checkpoints.checkpoint import Checkpoint
 from edgellm.checkpoints.files import read_json, read_text, read_tokenizer, token_ids
-from edgellm.checkpoints.safetensors_source import SINGLE, SafetensorsSource
+from edgellm.checkpoints.find_weights import find_weights
+from edgellm.checkpoints.safetensors_source import SINGLE
 from edgellm.checkpoints.weights import Layout
 from edgellm.errors import CheckpointError, ConfigError
 from edgellm.models import registry
@@ -118,7 +119,7 @@ def open_native(path: Path, *, dtype: torch.dtype) -> Checkpoint:
         raise CheckpointError(f"{manifest} has no {error}; copy the checkpoint again") from error
     except (ConfigError, SpecError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{manifest}: {error}") from error
-    source = SafetensorsSource.in_directory(path)
+    source = find_weights(path)
     model, weights = assemble(architecture, config, source, Layout(), dtype=dtype, path=path)
     bos = token_ids(data, "bos_token_id", manifest)
     template = path / TEMPLATE

@@ -19,7 +19,6 @@ from edgellm.errors import CheckpointError
 
 __all__ = ["SafetensorsSource"]
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
@@ -48,19 +47,25 @@ class SafetensorsSource:
         self.dtype = sizes.most_common(1)[0][0] if sizes else "empty"
 
     @classmethod
-    def in_directory(cls, directory: Path) -> SafetensorsSource:
-        """``model.safetensors``, or what its index lists, or the only safetensors file there.
+    def in_directory(cls, directory: Path, stem: str = "model") -> SafetensorsSource:
+        """``model.safetensors``, or what its index lists, or the only safetensors file there but an adapter.
+
+        Args:
+            directory: where.
+            stem: in place of ``model``; of any other, the only file does not do.
 
         Raises:
             CheckpointError: there is none, or it is damaged.
         """
-        if not (directory / SINGLE).exists() and (directory / INDEX).exists():
-            return cls(_indexed(directory))
-        found = [directory / SINGLE] if (directory / SINGLE).exists() else sorted(directory.glob("*.safetensors"))
+        single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
+        if not single.exists() and index.exists():
+            return cls(_indexed(index))
+        others = sorted(p for p in directory.glob("*.safetensors") if not p.name.startswith("adapter"))
+        found = [single] if single.exists() else others if stem == "model" else []
         if len(found) != 1:
             raise CheckpointError(
-                f"{directory} has {len(found)} safetensors files and no {INDEX}; it needs {SINGLE}, or several with "
-                "the index"
+                f"{directory} has {len(found)} safetensors files and no {index.name}; it needs {single.name}, or "
+                "several with the index"
             )
         return cls(dict.fromkeys(_open(found[0]).keys(), found[0]))
 
@@ -95,11 +100,11 @@ def _open(path: Path) -> Any:
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}); copy it again") from error
 
 
-def _indexed(directory: Path) -> dict[str, Path]:
-    where = read_json(directory / INDEX).get("weight_map")
+def _indexed(index: Path) -> dict[str, Path]:
+    where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where:
-        raise CheckpointError(f"{directory / INDEX} has no weight_map; copy the checkpoint again")
+        raise CheckpointError(f"{index} has no weight_map; copy the checkpoint again")
     for name, file in where.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{directory / INDEX}: {name} is in {file!r}, which is not a file beside the index")
-    return {name: directory / file for name, file in where.items()}
+            raise CheckpointError(f"{index}: {name} is in {file!r}, which is not a file beside the index")
+    return {name: index.parent / file for name, file in where.items()}

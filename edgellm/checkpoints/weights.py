@@ -14,6 +14,8 @@ from edgellm.errors import CheckpointError
 
 __all__ = ["CheckpointWeights", "Layout", "TensorSource"]
 
+_NAMED = 3  # of the tensors with a fault; the others are counted
+
 
 class TensorSource(Protocol):
     """Named tensors in a file or several."""
@@ -80,26 +82,35 @@ class CheckpointWeights:
         self._source, self._layout, self._dtype, self._path = source, layout, dtype, path
         self._shapes = shapes
         found = source.shapes
-        _check_no_others(found, {layout.name(name) for group in groups for name in group}, layout, path)
         self._stored: dict[str, list[str]] = {}
         for group in groups:
             stored = [name for name in group if layout.name(name) in found]
-            self._check_shapes(group[0], stored, found)
             self._stored |= dict.fromkeys(group, stored)
+        faults = [
+            *self._missing(groups),
+            *self._misshaped(groups, found),
+            *_superfluous(found, {layout.name(name) for group in groups for name in group}, layout),
+        ]
+        if faults:
+            raise CheckpointError(f"{path}: {'; '.join(faults)}")
         self._sound: set[str] = set()  # stored names that were read whole and found to be finite
 
-    def _check_shapes(self, name: str, stored: Sequence[str], found: Mapping[str, tuple[int, ...]]) -> None:
-        shape, path, layout = self._shapes[name], self._path, self._layout
-        if not stored:
-            raise CheckpointError(
-                f"{path}: tensor {layout.name(name)} of shape {shape} is missing; the checkpoint is incomplete"
-            )
-        for other in stored:
-            if (there := found[layout.name(other)]) != shape:
-                raise CheckpointError(
-                    f"{path}: tensor {layout.name(other)} has shape {there}, its configuration says {shape}; the two "
-                    "do not belong together"
-                )
+    def _missing(self, groups: Sequence[Sequence[str]]) -> list[str]:
+        absent = [
+            f"tensor {self._layout.name(group[0])} of shape {self._shapes[group[0]]}"
+            for group in groups
+            if not self._stored[group[0]]
+        ]
+        return [f"{_some(absent)} {_are(absent)} missing, so the checkpoint is incomplete"] if absent else []
+
+    def _misshaped(self, groups: Sequence[Sequence[str]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
+        wrong = [
+            f"tensor {stored} has shape {found[stored]}, its configuration says {self._shapes[group[0]]}"
+            for group in groups
+            for stored in map(self._layout.name, self._stored[group[0]])
+            if found[stored] != self._shapes[group[0]]
+        ]
+        return [f"{_some(wrong)}, so the two do not belong together"] if wrong else []
 
     def read(self, name: str) -> Tensor:
         """One tensor, in our layout.
@@ -164,11 +175,16 @@ class CheckpointWeights:
             )
 
 
-def _check_no_others(found: Collection[str], expected: Collection[str], layout: Layout, path: Path) -> None:
+def _superfluous(found: Collection[str], expected: Collection[str], layout: Layout) -> list[str]:
     others = sorted(name for name in found if name not in expected and not layout.ignored(name))
-    if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        raise CheckpointError(
-            f"{path}: tensors {', '.join(others[:3])}{more} have no place in the model that its configuration "
-            "describes; use a checkpoint of that model"
-        )
+    where = "no place in the model that its configuration describes; use a checkpoint of that model"
+    return [f"tensors {_some(others)} have {where}"] if others else []
+
+
+def _some(things: Sequence[str]) -> str:
+    more = f" and {len(things) - _NAMED} more" if len(things) > _NAMED else ""
+    return f"{', '.join(things[:_NAMED])}{more}"
+
+
+def _are(things: Sequence[str]) -> str:
+    return "is" if len(things) == 1 else "are"

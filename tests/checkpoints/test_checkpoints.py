@@ -275,8 +275,8 @@ def test_missing_weights_are_refused(saved):
 
 
 def test_what_is_no_checkpoint_is_refused_with_what_is(tmp_path):
-    (tmp_path / "file.bin").write_bytes(b"x")
+    (tmp_path / "file.txt").write_bytes(b"x")
     (tmp_path / "empty").mkdir()
-    for name, message in {"absent": "does not exist", "file.bin": "is no checkpoint", "empty": "no checkpoint"}.items():
+    for name, message in {"absent": "does not exist", "file.txt": "is no checkpoint", "empty": "no checkpoint"}.items():
         with pytest.raises(CheckpointError, match=f"{message}.*a .gguf file"):
             load_checkpoint(tmp_path / name)

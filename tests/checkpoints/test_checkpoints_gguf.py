@@ -178,7 +178,7 @@ def test_what_changes_nothing_is_accepted(tmp_path, changes):
         ({"context_length": 2**31}, "context_length is 2147483648"),
         ({"attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon is None"),
         ({"rope.freq_base": float("inf")}, "rope.freq_base is inf"),
-        ({"block_count": 3}, "blk.2.* is missing"),
+        ({"block_count": 3}, "blk.2.* are missing"),
         ({"block_count": 1}, "tensors blk.1.* have no place"),
         ({"feed_forward_length": 64}, r"ffn_gate.weight has shape \(96, 64\), its configuration says \(64, 64\)"),
     ],
