@@ -8,6 +8,7 @@ Kernels check their attributes less well than their inputs, so each attribute ha
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,17 @@ class Word:
 
 
 @dataclass(frozen=True)
+class Letters:
+    """A text of some characters only, and not a long one."""
+
+    characters: frozenset[str]
+    most: int = 256
+
+    def holds(self, value: Any) -> bool:
+        return isinstance(value, bytes) and len(value) <= self.most and set(value.decode("latin1")) <= self.characters
+
+
+@dataclass(frozen=True)
 class Tensor:
     """A tensor; what it may be is checked with all others."""
 
@@ -67,7 +79,7 @@ def _words(text: str) -> Word:
     return Word(frozenset(text.split()))
 
 
-Range = Whole | Real | Word | Tensor
+Range = Whole | Real | Word | Letters | Tensor
 BODY = Tensor()  # of a Scan: a graph, whose nodes are checked with all others
 _FLAG, _AXIS, _REAL, _VALUE = Whole(0, 1), Whole(-8, 7), Real(), Tensor()
 _SIZE, _COUNT, _PLACE, _TYPE = Whole(1, 1 << 24), Whole(1, 1 << 16), Whole(-(1 << 31), (1 << 63) - 1), Whole(1, 22)
@@ -121,6 +133,7 @@ _STANDARD: Mapping[str, Mapping[str, Range]] = {
     "Conv": {**_WINDOW, "group": _COUNT},
     "CumSum": {"exclusive": _FLAG, "reverse": _FLAG},
     "DequantizeLinear QuantizeLinear": _QUANTIZE,
+    "Einsum": {"equation": Letters(frozenset(string.ascii_letters + ",.-> "))},
     "GRU": {**_RECURRENCE, "linear_before_reset": _FLAG},
     "GatherND": {"batch_dims": Whole(0, 7)},
     "Gelu": {"approximate": _words("none tanh")},
@@ -161,12 +174,14 @@ _QUANTIZED: Mapping[str, Range] = {
     "bits": Whole(2, 8),
     "block_size": Whole(16, 1 << 16),
 }
+_CACHED = _words("NONE PER_TENSOR PER_CHANNEL")  # how keys and values are held in 8 bits
 _FUSED: Mapping[str, Mapping[str, Range]] = {
     "GatherBlockQuantized": {
         "bits": Whole(2, 8), "block_size": Whole(16, 1 << 16), "gather_axis": Whole(0, 1), "quantize_axis": Whole(0, 1),
     },
     "GroupQueryAttention": {
-        "do_rotary": _FLAG, "kv_num_heads": _COUNT, "local_window_size": Whole(-1, 1 << 31), "num_heads": _COUNT,
+        "do_rotary": _FLAG, "k_quant_type": _CACHED, "kv_cache_bit_width": Whole(0, 8), "kv_num_heads": _COUNT,
+        "local_window_size": Whole(-1, 1 << 31), "num_heads": _COUNT, "v_quant_type": _CACHED,
         "rotary_interleaved": _FLAG, "scale": _REAL, "smooth_softmax": Whole(-1, 1), "softcap": _REAL,
     },
     "MatMulIntegerToFloat": {},
