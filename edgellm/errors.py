@@ -3,12 +3,13 @@
 ModelError
 ├── ConfigError       a configuration value that no model can have
 ├── CheckpointError   a checkpoint that is missing, damaged, foreign or does not fit its configuration
+├── OpError           an op whose definition contradicts itself, or a node that is none of it
 └── TrainingError     data or options that training cannot use
 """
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "ConfigError", "ModelError", "TrainingError"]
+__all__ = ["CheckpointError", "ConfigError", "ModelError", "OpError", "TrainingError"]
 
 
 class ModelError(Exception):
@@ -21,6 +22,10 @@ class ConfigError(ModelError, ValueError):
 
 class CheckpointError(ModelError):
     """A checkpoint cannot be read as the model that it says it is."""
+
+
+class OpError(ModelError):
+    """An op's definition contradicts itself, or a call or a node of it is none that the op knows."""
 
 
 class TrainingError(ModelError):

@@ -1,8 +1,31 @@
 """The canonical ops: each a differentiable PyTorch function that captures as one node."""
 
-from edgellm.ops.attention import attention
-from edgellm.ops.positions import take_positions
-from edgellm.ops.recurrence import RecurrentWeights, elman, gru, lstm
-from edgellm.ops.window import window_attention
+from edgellm.ops.attention import ATTENTION, attention
+from edgellm.ops.linear import EMBEDDING, LINEAR
+from edgellm.ops.norm import ADD_RMS_NORM, RMS_NORM
+from edgellm.ops.positions import TAKE_POSITIONS, take_positions
+from edgellm.ops.recurrence import GRU, LSTM, RNN, RecurrentWeights, elman, gru, lstm
+from edgellm.ops.schema import REQUIRED, Op
+from edgellm.ops.window import WINDOW_ATTENTION, window_attention
 
-__all__ = ["RecurrentWeights", "attention", "elman", "gru", "lstm", "take_positions", "window_attention"]
+__all__ = [
+    "ADD_RMS_NORM",
+    "ATTENTION",
+    "EMBEDDING",
+    "GRU",
+    "LINEAR",
+    "LSTM",
+    "REQUIRED",
+    "RMS_NORM",
+    "RNN",
+    "TAKE_POSITIONS",
+    "WINDOW_ATTENTION",
+    "Op",
+    "RecurrentWeights",
+    "attention",
+    "elman",
+    "gru",
+    "lstm",
+    "take_positions",
+    "window_attention",
+]

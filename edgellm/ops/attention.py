@@ -2,7 +2,7 @@
 
 softmax(QK^T / sqrt(d_k)) V, Vaswani et al. 2017, arXiv:1706.03762; rotary positions, Su et al. 2021, arXiv:2104.09864;
 grouped queries, Ainslie et al. 2023, arXiv:2305.13245; norms of each head's query and key, Dehghani et al. 2023,
-arXiv:2302.05442.
+arXiv:2302.05442; windows, Beltagy et al. 2020, arXiv:2004.05150; soft caps of scores, Gemma 2, arXiv:2408.00118.
 """
 
 from __future__ import annotations
@@ -11,15 +11,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgellm.ops.canonical import capturing, emit
+from edgellm.ops.canonical import capturing
+from edgellm.ops.schema import REQUIRED, Op
 
-__all__ = ["attention", "merge_heads", "normed_heads", "rotary", "split_heads"]
+__all__ = ["ATTENTION", "attend", "attention", "merge_heads", "normed_heads", "rotary", "split_heads"]
+
+
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor | None, past_v: Tensor | None, past_lengths: Tensor,
+    lengths: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None, *, num_heads: int, num_kv_heads: int, scale: float, epsilon: float = 1e-6,
+    softcap: float = 0.0, window: int = 0,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """See :func:`attention`; ``epsilon`` is its ``norm_eps``."""
+    if q_norm is not None and k_norm is not None:
+        q, k = normed_heads(q, q_norm, epsilon), normed_heads(k, k_norm, epsilon)
+    time = q.shape[1]
+    q, k, v = split_heads(q, num_heads), split_heads(k, num_kv_heads), split_heads(v, num_kv_heads)
+    positions = past_lengths.long()[:, None] + torch.arange(time, device=q.device)  # (batch, time)
+    if cos is not None and sin is not None:
+        q, k = rotary(q, cos, sin, positions), rotary(k, cos, sin, positions)
+    if past_k is None or past_v is None:
+        steps = torch.arange(time, device=q.device)
+        y = attend(q, k, v, _visible(steps[None], time, window) if window else None, scale, softcap)
+        return merge_heads(y), None, None
+    slots = positions[:, None, :, None].expand_as(k)
+    present_k, present_v = past_k.scatter(2, slots, k), past_v.scatter(2, slots, v)
+    total = int(positions.max()) + 1
+    visible = _visible(positions, total, window)
+    y = attend(q, present_k[:, :, :total], present_v[:, :, :total], visible, scale, softcap)
+    return merge_heads(y), present_k, present_v
+
+
+ATTENTION = Op(
+    name="Attention",
+    inputs=("q", "k", "v", "past_k", "past_v", "past_lengths", "lengths", "cos", "sin", "q_norm", "k_norm"),
+    outputs=("y", "present_k", "present_v"),
+    attributes={
+        "num_heads": REQUIRED, "num_kv_heads": REQUIRED, "scale": REQUIRED, "epsilon": 1e-6, "softcap": 0.0,
+        "window": 0,
+    },
+    caches={"past_k": "present_k", "past_v": "present_v"},
+    like=lambda q, past_k, past_v, **_: [q, past_k, past_v],
+    reference=attention_reference,
+)  # fmt: skip
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, past_k: Tensor | None, past_v: Tensor | None, past_lengths: Tensor,
     lengths: Tensor, cos: Tensor | None, sin: Tensor | None, *, num_heads: int, num_kv_heads: int, scale: float,
-    q_norm: Tensor | None = None, k_norm: Tensor | None = None, norm_eps: float = 1e-6,
+    q_norm: Tensor | None = None, k_norm: Tensor | None = None, norm_eps: float = 1e-6, softcap: float = 0.0,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Attend from each new token to itself and everything before it in its row.
 
@@ -39,30 +81,27 @@ def attention(
         q_norm: (head_dim,), gains of an RMS norm of each head's query before its rotation, or None for no norm.
         k_norm: as ``q_norm``, of each head's key; both are given or neither.
         norm_eps: added to the mean square in these norms.
+        softcap: a bound that scaled scores approach, softcap * tanh(scores / softcap); 0 for none.
+        window: how many positions a token sees, its own and those just before it; 0 for all.
 
     Returns:
         The attended values (batch, time, num_heads * head_dim), and the cache with the new tokens written in.
 
     Raises:
-        ValueError: one norm without the other; or captured without a cache.
+        ValueError: one norm without the other, a negative cap or window, or captured without a cache.
     """
     if (q_norm is None) != (k_norm is None):
         raise ValueError("q_norm and k_norm belong together: pass both or neither")
-    if capturing():
-        if past_k is None or past_v is None:
-            raise ValueError("attention captured without a cache: pass the state that state_specs() declares")
-        normed = q_norm is not None
-        y, present_k, present_v = emit(
-            "Attention",
-            [q, k, v, past_k, past_v, past_lengths, lengths, cos, sin, *([q_norm, k_norm] if normed else [])],
-            [(q.dtype, q.shape), (past_k.dtype, past_k.shape), (past_v.dtype, past_v.shape)],
-            {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "scale": scale}
-            | ({"epsilon": norm_eps} if normed else {}),
-        )
-        return y, present_k, present_v
-    if q_norm is not None and k_norm is not None:
-        q, k = normed_heads(q, q_norm, norm_eps), normed_heads(k, k_norm, norm_eps)
-    return _reference(q, k, v, past_k, past_v, past_lengths, cos, sin, num_heads, num_kv_heads, scale)
+    if softcap < 0 or window < 0:
+        raise ValueError(f"softcap is {softcap} and window {window}; give positive ones, or 0 for none")
+    if capturing() and (past_k is None or past_v is None):
+        raise ValueError("attention captured without a cache: pass the state that state_specs() declares")
+    norms = {} if q_norm is None else {"q_norm": q_norm, "k_norm": k_norm, "epsilon": norm_eps}
+    y, present_k, present_v = ATTENTION(
+        q, k, v, past_k, past_v, past_lengths, lengths, cos, sin, num_heads=num_heads, num_kv_heads=num_kv_heads,
+        scale=scale, softcap=softcap, window=window, **norms,
+    )  # fmt: skip
+    return y, present_k, present_v
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
@@ -86,27 +125,25 @@ def normed_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(heads, weight.shape, weight, eps).to(x.dtype).flatten(-2)
 
 
-def _reference(
-    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor | None, past_v: Tensor | None, past_lengths: Tensor,
-    cos: Tensor | None, sin: Tensor | None, num_heads: int, num_kv_heads: int, scale: float,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    time = q.shape[1]
-    q, k, v = split_heads(q, num_heads), split_heads(k, num_kv_heads), split_heads(v, num_kv_heads)
-    positions = past_lengths.long()[:, None] + torch.arange(time, device=q.device)  # (batch, time)
-    if cos is not None and sin is not None:
-        q, k = rotary(q, cos, sin, positions), rotary(k, cos, sin, positions)
-    if past_k is None or past_v is None:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=num_heads != num_kv_heads)
-        return merge_heads(y), None, None
-    slots = positions[:, None, :, None].expand_as(k)
-    present_k, present_v = past_k.scatter(2, slots, k), past_v.scatter(2, slots, v)
-    total = int(positions.max()) + 1
-    visible = torch.arange(total, device=q.device) <= positions[:, None, :, None]  # (batch, 1, time, total)
-    y = F.scaled_dot_product_attention(
-        q, present_k[:, :, :total], present_v[:, :, :total], attn_mask=visible, scale=scale,
-        enable_gqa=num_heads != num_kv_heads,
-    )  # fmt: skip
-    return merge_heads(y), present_k, present_v
+def _visible(positions: Tensor, total: int, window: int) -> Tensor:
+    """Which of the first slots each new token sees, (batch, 1, time, total), from its position (batch, time)."""
+    slots, own = torch.arange(total, device=positions.device), positions[:, None, :, None]
+    visible = slots <= own
+    return visible & (slots > own - window) if window else visible
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, softcap: float) -> Tensor:
+    """Q (batch, heads, time, head_dim) over k and v (batch, kv_heads, slots, head_dim); no mask is the causal one."""
+    group = q.shape[1] // k.shape[1]
+    if not softcap:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale, enable_gqa=group > 1
+        )
+    if visible is None:
+        visible = _visible(torch.arange(q.shape[2], device=q.device)[None], k.shape[2], 0)
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = softcap * torch.tanh(q @ k.transpose(2, 3) * scale / softcap)  # (batch, heads, time, slots)
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

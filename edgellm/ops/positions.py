@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from edgellm.ops.canonical import capturing, emit
+from edgellm.ops.schema import Op
 
-__all__ = ["take_positions"]
+__all__ = ["TAKE_POSITIONS", "take_positions"]
+
+
+def take_positions_reference(hidden: Tensor, positions: Tensor) -> Tensor:
+    """See :func:`take_positions`."""
+    return hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[2]))
+
+
+TAKE_POSITIONS = Op(
+    name="TakePositions",
+    inputs=("hidden", "positions"),
+    outputs=("taken",),
+    like=lambda hidden, positions: [(hidden.dtype, (*positions.shape, hidden.shape[2]))],
+    reference=take_positions_reference,
+)
 
 
 def take_positions(hidden: Tensor, positions: Tensor) -> Tensor:
@@ -19,6 +33,5 @@ def take_positions(hidden: Tensor, positions: Tensor) -> Tensor:
     Returns:
         (batch, count, features).
     """
-    if capturing():
-        return emit("TakePositions", [hidden, positions], [(hidden.dtype, (*positions.shape, hidden.shape[2]))])[0]
-    return hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[2]))
+    taken: Tensor = TAKE_POSITIONS(hidden, positions)
+    return taken

@@ -15,9 +15,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from edgellm.ops.canonical import capturing, emit
+from edgellm.ops.canonical import capturing
+from edgellm.ops.schema import REQUIRED, Op
 
-__all__ = ["RecurrentWeights", "elman", "elman_reference", "gru", "gru_reference", "lstm", "lstm_reference"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "RecurrentWeights",
+    "elman",
+    "elman_reference",
+    "gru",
+    "gru_reference",
+    "lstm",
+    "lstm_reference",
+]
 
 
 class RecurrentWeights(NamedTuple):
@@ -45,9 +57,7 @@ def elman(
         Every step's h (batch, time, hidden), and h after each row's last valid token.
     """
     if capturing():
-        hidden = (h.dtype, h.shape)
-        inputs = [x, h, *weights, lengths]
-        y, h = emit("RNN", inputs, [(x.dtype, (*x.shape[:2], h.shape[1])), hidden], {"activation": activation})
+        y, h = RNN.emit(x=x, h=h, **_named(weights), lengths=lengths, activation=activation)
         return y, h
     if lengths is not None and bool((lengths != x.shape[1]).any()):
         return elman_reference(x, h, weights, lengths, activation=activation)
@@ -72,8 +82,7 @@ def lstm(
         Every step's h (batch, time, hidden), and h and c after each row's last valid token.
     """
     if capturing():
-        hidden = (h.dtype, h.shape)
-        y, h, c = emit("LSTM", [x, h, c, *weights, lengths], [(x.dtype, (*x.shape[:2], h.shape[1])), hidden, hidden])
+        y, h, c = LSTM.emit(x=x, h=h, c=c, **_named(weights), lengths=lengths)
         return y, h, c
     if lengths is not None and bool((lengths != x.shape[1]).any()):
         return lstm_reference(x, h, c, weights, lengths)
@@ -85,8 +94,7 @@ def lstm(
 def gru(x: Tensor, h: Tensor, weights: RecurrentWeights, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """A gated recurrent unit over a chunk; arguments and results as :func:`elman`."""
     if capturing():
-        inputs = [x, h, *weights, lengths]
-        y, h = emit("GRU", inputs, [(x.dtype, (*x.shape[:2], h.shape[1])), (h.dtype, h.shape)])
+        y, h = GRU.emit(x=x, h=h, **_named(weights), lengths=lengths)
         return y, h
     if lengths is not None and bool((lengths != x.shape[1]).any()):
         return gru_reference(x, h, weights, lengths)
@@ -152,3 +160,64 @@ def _loop(
             state = tuple(torch.where(valid, n, s) for n, s in zip(new, state, strict=True))
         outputs.append(new[0])
     return torch.stack(outputs, dim=1), state
+
+
+def _named(weights: RecurrentWeights) -> dict[str, Tensor]:
+    return dict(zip(_WEIGHTS, weights, strict=True))
+
+
+def _rnn(
+    x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, lengths: Tensor | None = None, *,
+    activation: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return elman_reference(x, h, RecurrentWeights(w_ih, w_hh, b_ih, b_hh), lengths, activation=activation)
+
+
+def _lstm(
+    x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return lstm_reference(x, h, c, RecurrentWeights(w_ih, w_hh, b_ih, b_hh), lengths)
+
+
+def _gru(
+    x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return gru_reference(x, h, RecurrentWeights(w_ih, w_hh, b_ih, b_hh), lengths)
+
+
+_WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh")  # as RecurrentWeights has them
+
+
+def _steps(x: Tensor, h: Tensor) -> tuple[torch.dtype, tuple[int, int, int]]:
+    return x.dtype, (x.shape[0], x.shape[1], h.shape[1])
+
+
+RNN = Op(
+    name="RNN",
+    inputs=("x", "h", *_WEIGHTS, "lengths"),
+    outputs=("y", "present_h"),
+    attributes={"activation": REQUIRED},
+    matrices=("w_ih", "w_hh"),
+    states={"h": "present_h"},
+    like=lambda x, h, **_: [_steps(x, h), h],
+    reference=_rnn,
+)
+LSTM = Op(
+    name="LSTM",
+    inputs=("x", "h", "c", *_WEIGHTS, "lengths"),
+    outputs=("y", "present_h", "present_c"),
+    matrices=("w_ih", "w_hh"),
+    states={"h": "present_h", "c": "present_c"},
+    like=lambda x, h, c, **_: [_steps(x, h), h, c],
+    reference=_lstm,
+)
+GRU = Op(
+    name="GRU",
+    inputs=("x", "h", *_WEIGHTS, "lengths"),
+    outputs=("y", "present_h"),
+    matrices=("w_ih", "w_hh"),
+    states={"h": "present_h"},
+    like=lambda x, h, **_: [_steps(x, h), h],
+    reference=_gru,
+)

@@ -7,19 +7,20 @@ causal). Token ``i`` of a row lies in slot ``i % slots``, so the cache is as lar
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from edgellm.ops.attention import merge_heads, normed_heads, rotary, split_heads
-from edgellm.ops.canonical import capturing, emit
+from edgellm.ops.attention import attend, merge_heads, normed_heads, rotary, split_heads
+from edgellm.ops.canonical import capturing
+from edgellm.ops.schema import REQUIRED, Op
 
-__all__ = ["window_attention"]
+__all__ = ["WINDOW_ATTENTION", "window_attention"]
 
 
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, past_k: Tensor | None, past_v: Tensor | None, past_lengths: Tensor,
     lengths: Tensor, cos: Tensor | None, sin: Tensor | None, *, num_heads: int, num_kv_heads: int, scale: float,
     window: int, q_norm: Tensor | None = None, k_norm: Tensor | None = None, norm_eps: float = 1e-6,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Attend from each new token to itself and the ``window - 1`` tokens before it in its row.
 
@@ -36,36 +37,31 @@ def window_attention(
         The attended values (batch, time, num_heads * head_dim), and the ring with the valid new tokens written round.
 
     Raises:
-        ValueError: a window that the ring does not hold, one norm without the other, or captured without a ring.
+        ValueError: a window that the ring does not hold, one norm without the other, a negative cap, or captured
+            without a ring.
     """
     if (q_norm is None) != (k_norm is None):
         raise ValueError("q_norm and k_norm belong together: pass both or neither")
     slots = window if past_k is None else int(past_k.shape[2])
     if not 0 < window <= slots:
         raise ValueError(f"a window of {window} tokens over a ring of {slots} slots; give it as many slots, at least")
-    if capturing():
-        if past_k is None or past_v is None:
-            raise ValueError("window_attention captured without a ring: pass the state that state_specs() declares")
-        normed = q_norm is not None
-        y, present_k, present_v = emit(
-            "WindowAttention",
-            [q, k, v, past_k, past_v, past_lengths, lengths, cos, sin, *([q_norm, k_norm] if normed else [])],
-            [(q.dtype, q.shape), (past_k.dtype, past_k.shape), (past_v.dtype, past_v.shape)],
-            {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "scale": scale, "window": window}
-            | ({"epsilon": norm_eps} if normed else {}),
-        )
-        return y, present_k, present_v
-    return _reference(
-        q, k, v, past_k, past_v, past_lengths, lengths, cos, sin, q_norm, k_norm, num_heads=num_heads,
-        num_kv_heads=num_kv_heads, scale=scale, window=window, epsilon=norm_eps,
+    if softcap < 0:
+        raise ValueError(f"softcap is {softcap}; give a positive one, or 0 for none")
+    if capturing() and (past_k is None or past_v is None):
+        raise ValueError("window_attention captured without a ring: pass the state that state_specs() declares")
+    norms = {} if q_norm is None else {"q_norm": q_norm, "k_norm": k_norm, "epsilon": norm_eps}
+    y, present_k, present_v = WINDOW_ATTENTION(
+        q, k, v, past_k, past_v, past_lengths, lengths, cos, sin, num_heads=num_heads, num_kv_heads=num_kv_heads,
+        scale=scale, window=window, softcap=softcap, **norms,
     )  # fmt: skip
+    return y, present_k, present_v
 
 
-def _reference(
+def window_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, past_k: Tensor | None, past_v: Tensor | None, past_lengths: Tensor,
     lengths: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, q_norm: Tensor | None = None,
     k_norm: Tensor | None = None, *, num_heads: int, num_kv_heads: int, scale: float, window: int,
-    epsilon: float = 1e-6,
+    epsilon: float = 1e-6, softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """See :func:`window_attention`; ``epsilon`` is its ``norm_eps``."""
     if q_norm is not None and k_norm is not None:
@@ -81,9 +77,7 @@ def _reference(
         seen = torch.cat([_held(past, past_k.shape[2]), positions], dim=1)  # (batch, slots + time)
     distance = positions[:, :, None] - seen[:, None, :]  # (batch, time, slots + time)
     visible = (distance >= 0) & (distance < window) & (seen >= 0)[:, None, :]
-    y = F.scaled_dot_product_attention(
-        q, keys, values, attn_mask=visible[:, None], scale=scale, enable_gqa=num_heads != num_kv_heads
-    )
+    y = attend(q, keys, values, visible[:, None], scale, softcap)
     if past_k is None or past_v is None:
         return merge_heads(y), None, None
     slots = past_k.shape[2]
@@ -96,3 +90,17 @@ def _reference(
 def _held(total: Tensor, slots: int) -> Tensor:
     """Which token of a row of (batch, 1) tokens each slot of a ring holds, (batch, slots); negative for none yet."""
     return total - 1 - (total + (slots - 1 - torch.arange(slots, device=total.device))) % slots
+
+
+WINDOW_ATTENTION = Op(
+    name="WindowAttention",
+    inputs=("q", "k", "v", "past_k", "past_v", "past_lengths", "lengths", "cos", "sin", "q_norm", "k_norm"),
+    outputs=("y", "present_k", "present_v"),
+    attributes={
+        "num_heads": REQUIRED, "num_kv_heads": REQUIRED, "scale": REQUIRED, "window": REQUIRED, "epsilon": 1e-6,
+        "softcap": 0.0,
+    },
+    states={"past_k": "present_k", "past_v": "present_v"},
+    like=lambda q, past_k, past_v, **_: [q, past_k, past_v],
+    reference=window_attention_reference,
+)  # fmt: skip

@@ -101,7 +101,8 @@ def test_one_norm_without_the_other_is_refused() -> None:
         normed_attention(q, k, v, q_norm=gain)
 
 
-def test_attention_is_softmax_of_scaled_scores_times_values() -> None:
+@pytest.mark.parametrize(("softcap", "window"), [(0.0, 0), (0.7, 0), (0.0, 3), (0.7, 1)])
+def test_attention_is_softmax_of_scaled_scores_times_values(softcap: float, window: int) -> None:
     """Against softmax(QK^T / sqrt(d_k)) V written out, one head and one row at a time."""
     torch.manual_seed(0)
     heads, kv_heads, dim = 4, 2, 8
@@ -109,12 +110,40 @@ def test_attention_is_softmax_of_scaled_scores_times_values() -> None:
     k, v = (torch.randn(2, 5, kv_heads * dim, dtype=torch.float64) for _ in range(2))
     none = torch.zeros(2, dtype=torch.int32)
     y, _, _ = attention(
-        q, k, v, None, None, none, none + 5, None, None, num_heads=heads, num_kv_heads=kv_heads, scale=dim**-0.5
-    )
+        q, k, v, None, None, none, none + 5, None, None, num_heads=heads, num_kv_heads=kv_heads, scale=dim**-0.5,
+        softcap=softcap, window=window,
+    )  # fmt: skip
     for row in range(2):
         for head in range(heads):
             mine, shared = slice(head * dim, (head + 1) * dim), head // (heads // kv_heads)
             theirs = slice(shared * dim, (shared + 1) * dim)
             scores = q[row, :, mine] @ k[row, :, theirs].T / dim**0.5
-            scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+            if softcap:
+                scores = softcap * (scores / softcap).tanh()
+            hidden = torch.ones(5, 5).triu(1) + torch.ones(5, 5).tril(-window if window else -5)
+            scores = scores.masked_fill(hidden.bool(), -torch.inf)
             torch.testing.assert_close(y[row, :, mine], scores.softmax(-1) @ v[row, :, theirs])
+
+
+@pytest.mark.parametrize(("softcap", "window"), [(0.0, 3), (0.7, 0), (0.7, 3)])
+def test_attention_over_a_cache_step_by_step_equals_the_whole(softcap: float, window: int) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 7, heads * 8, dtype=torch.float64) for heads in (4, 2, 2))
+    options = {"num_heads": 4, "num_kv_heads": 2, "scale": 0.5, "softcap": softcap, "window": window}
+    none = torch.zeros(2, dtype=torch.int32)
+    whole, _, _ = attention(q, k, v, None, None, none, none + 7, None, None, **options)
+    past_k, past_v = (torch.zeros(2, 2, 9, 8, dtype=torch.float64) for _ in "kv")
+    parts = []
+    for start, end in ((0, 2), (2, 3), (3, 7)):
+        part = [x[:, start:end] for x in (q, k, v)]
+        y, past_k, past_v = attention(*part, past_k, past_v, none + start, none + end - start, None, None, **options)
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
+@pytest.mark.parametrize("wrong", [{"softcap": -1.0}, {"window": -2}])
+def test_a_negative_cap_or_window_is_refused(wrong: dict[str, float]) -> None:
+    q, k, v, _, _ = heads_and_gains()
+    none = torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="give positive ones, or 0 for none"):
+        attention(q, k, v, None, None, none, none, None, None, num_heads=4, num_kv_heads=2, scale=1.0, **wrong)

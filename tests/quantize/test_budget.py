@@ -110,7 +110,7 @@ def test_a_huge_weight_among_small_ones_hides_no_better_assignment(seed: int) ->
 
 def test_each_weight_is_offered_what_its_use_allows() -> None:
     graph = job("mixed").graph()
-    found = {c.name: c for c in candidates_of(graph, Uses(graph), integer_products=True)}
+    found = {c.name: c for c in candidates_of(Uses(graph), integer_products=True)}
     tied = found["head.weight"]  # the embedding too
     assert tied.role == "head" and not any(s.shifted or s.block == ROW for s in tied.schemes)
     loops = [c for c in found.values() if c.role == "loop"]
@@ -123,7 +123,7 @@ def test_each_weight_is_offered_what_its_use_allows() -> None:
 
 def test_a_table_that_is_only_looked_up_in_costs_no_time() -> None:
     graph = job("decoder untied with biases").graph()
-    roles = {c.name: c for c in candidates_of(graph, Uses(graph), integer_products=False)}
+    roles = {c.name: c for c in candidates_of(Uses(graph), integer_products=False)}
     assert {name: roles[name].role for name in ("embedding.weight", "head.weight")} == {
         "embedding.weight": "table", "head.weight": "head",
     }  # fmt: skip
@@ -138,7 +138,7 @@ def test_estimates_are_near_what_rounding_costs_and_rank_formats(family: str) ->
 
     own = job(family)
     graph = own.graph()
-    candidates = candidates_of(graph, Uses(graph), integer_products=False)
+    candidates = candidates_of(Uses(graph), integer_products=False)
     found = sensitivities(own.model, own.weights, candidates, Smoothing(), CALIBRATION, rounds_inputs=False)
     tokens = torch.tensor(HELD_OUT[:8])
     with torch.no_grad():
@@ -158,7 +158,7 @@ def test_estimates_are_near_what_rounding_costs_and_rank_formats(family: str) ->
 def test_rounding_inputs_costs_something_too() -> None:
     own = job("decoder")
     graph = own.graph()
-    candidates = candidates_of(graph, Uses(graph), integer_products=True)
+    candidates = candidates_of(Uses(graph), integer_products=True)
     plain, rounded = (
         sensitivities(own.model, own.weights, candidates, Smoothing(), CALIBRATION, rounds_inputs=rounds)
         for rounds in (False, True)

@@ -27,16 +27,17 @@ class SelfAttention(nn.Module):
         scale: factor on the scores; None: 1 / sqrt(head_dim).
         qk_norm: whether each head's query and key pass an RMS norm before their rotation.
         norm_eps: added to the mean square in these norms.
+        softcap: a bound that scores approach; 0 for none.
         window: how many tokens a token sees, itself among them; 0 for every one before it.
     """
 
     def __init__(
         self, width: int, num_heads: int, num_kv_heads: int, head_dim: int, *, bias: bool,
         output_bias: bool = False, scale: float | None = None, qk_norm: bool = False, norm_eps: float = 1e-6,
-        window: int = 0,
+        softcap: float = 0.0, window: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.window = window
+        self.softcap, self.window = softcap, window
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.scale = head_dim**-0.5 if scale is None else scale
         self.q_proj = nn.Linear(width, num_heads * head_dim, bias=bias)
@@ -68,6 +69,7 @@ class SelfAttention(nn.Module):
             num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, scale=self.scale,
             q_norm=None if self.q_norm is None else self.q_norm.weight,
             k_norm=None if self.k_norm is None else self.k_norm.weight, norm_eps=self.norm_eps,
+            softcap=self.softcap,
         )  # fmt: skip
         present: dict[str, Tensor] = {} if k is None or v is None else {f"{prefix}.k": k, f"{prefix}.v": v}
         out: Tensor = self.o_proj(y)

@@ -139,7 +139,7 @@ def quantize_within(
     held = smallest_holding(uses.tensors, uses.ends, partial(progress, "looking at weights"))
     largest = {} if _was_quantized(uses, held) else job.largest(progress)
     done = smoothed(graph, largest)
-    candidates = candidates_of(graph, uses, integer_products=budget.prefer == "prefill")
+    candidates = candidates_of(uses, integer_products=budget.prefer == "prefill")
     if not candidates:
         raise QuantizeError("the model has no weight whose rows divide into blocks of 32; export it without --quantize")
     floats = _bytes_of_floats(graph, candidates) + _NODE_BYTES * len(graph.graph)

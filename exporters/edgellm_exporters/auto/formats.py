@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import onnx_ir as ir
-
-from edgellm.ops.canonical import DOMAIN
 from edgellm_exporters.quantize.plan import ROW, Scheme
 from edgellm_exporters.quantize.planning import Uses
 
@@ -49,22 +46,18 @@ class FormatChoices:
     role: str = "product"
 
 
-def candidates_of(graph: ir.Model, uses: Uses, *, integer_products: bool) -> list[FormatChoices]:
+def candidates_of(uses: Uses, *, integer_products: bool) -> list[FormatChoices]:
     """The formats of each matrix; those whose rows divide into no block are left out, and stay floats.
 
     Args:
-        graph: of canonical ops, after the target's passes.
-        uses: of that graph.
+        uses: of a graph of canonical ops, after the target's passes.
         integer_products: whether to offer one scale a row, which is for the fastest prompts.
     """
-    linear = {
-        str(n.inputs[1].name) for n in graph.graph if n.domain == DOMAIN and n.op_type == "Linear" and n.inputs[1]
-    }
     found: list[FormatChoices] = []
     for name, shape in uses.shapes.items():
         schemes: tuple[Scheme, ...]
         if name in uses.ends:
-            schemes, role = _ENDS, "head" if name in linear else "table"
+            schemes, role = _ENDS, "head" if name in uses.multiplied else "table"
         elif name in uses.products:
             row = (Scheme(8, ROW),) if integer_products else ()
             schemes, role = (*_PRODUCTS, *row), "product"

@@ -57,7 +57,7 @@ def lower_to(
     )(captured)  # fmt: skip
     if form is not None or dtype != "float32" or rounded:
         narrow(captured, dtype, rounded)
-    compute_in_float32(captured, target.wide.get(dtype, {}), dtype)
+    compute_in_float32(captured, target.wide.get(dtype, ()), dtype)
     common.NameFixPass()(captured)
     if form is not None:
         _drop_unused_inputs(captured)

@@ -39,7 +39,7 @@ class Target:
         roles: whether it has a graph for prompts and one for single tokens, of fixed sizes, instead of one for all.
         device: where its graphs are meant to run.
         inputs: what its graphs may take besides the inputs that all have.
-        wide: by dtype, ops that have kernels in float32 only, with those of their inputs that are no floats.
+        wide: by dtype, ops of ONNX that have kernels in float32 only.
         check_kernel: refuses a format of weights that it would compute with, but far too slowly.
     """
 
@@ -56,11 +56,9 @@ class Target:
     roles: bool = False
     device: str = "cpu"
     inputs: tuple[TensorSpec, ...] = ()
-    wide: Mapping[str, Mapping[str, frozenset[int]]] = field(default_factory=dict)
+    wide: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     check_kernel: Callable[[Scheme], None] = lambda scheme: None
 
-
-_RECURRENCES = dict.fromkeys(("LSTM", "GRU", "RNN"), frozenset({4}))  # the lengths of rows
 
 TARGETS: Mapping[str, Target] = {
     target.name: target
@@ -84,7 +82,7 @@ TARGETS: Mapping[str, Target] = {
             name="cuda", summary="ONNX Runtime's fused kernels on NVIDIA GPUs, in 16 bits", rules=cuda.RULES,
             passes=(MergeLinears, FuseAddRMSNorm), domains={"": OPSET, ort.DOMAIN: 1}, dtypes=("float16", "bfloat16"),
             caches=("float32",), ragged_chunks=False, methods={n: METHODS[n] for n in ("none", "int8", "int4")},
-            device="cuda", inputs=(cuda.TOTAL_LENGTH,), wide={"bfloat16": _RECURRENCES},
+            device="cuda", inputs=(cuda.TOTAL_LENGTH,), wide={"bfloat16": ("LSTM", "GRU", "RNN")},
         ),
     )
 }  # fmt: skip

@@ -5,6 +5,7 @@ A rule turns one canonical node into the target's form of it. Rules know ops, ne
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -12,13 +13,15 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from edgellm.errors import OpError
 from edgellm.ops.canonical import DOMAIN
+from edgellm.ops.schema import View, view_of
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering.fixed_form import Form
 from edgellm_exporters.quantize.plan import Plan, QuantizedWeight
 from edgellm_runtime.spec import TensorSpec
 
-__all__ = ["CONSTANT", "Array", "Lowering", "Rule", "blank", "inputs_of", "lower", "shape_of"]
+__all__ = ["CONSTANT", "Array", "Lowering", "Rule", "blank", "lower", "shape_of"]
 
 CONSTANT = "const."  # how the names of constants begin
 Array = NDArray[Any]
@@ -129,7 +132,7 @@ class Lowering:
         self._before = [*self._before, *nodes]
 
 
-Rule = Callable[[Lowering, ir.Node], Sequence[ir.Value]]
+Rule = Callable[[Lowering, View], Sequence[ir.Value]]  # the values that take the place of the node's outputs
 
 
 def lower(
@@ -145,19 +148,41 @@ def lower(
         dtype: what floats will be narrowed to afterwards.
 
     Raises:
-        LoweringError: no rule for a node.
+        LoweringError: no rule for a node, or a node that has what its op does not know, or what its rule does not read.
     """
     context = Lowering(model, plan, form, dtype)
-    for node in list(model.graph):
-        if node.domain != DOMAIN:
-            continue
-        if node.op_type not in rules:
-            raise LoweringError(f"no form of {node.op_type} for this target; it lowers {', '.join(sorted(rules))}")
-        outputs = rules[node.op_type](context, node)
+    nodes = [node for node in model.graph if node.domain == DOMAIN]
+    if missing := sorted({node.op_type for node in nodes} - rules.keys()):
+        raise LoweringError(f"no form of {', '.join(missing)} for this target; it lowers {', '.join(sorted(rules))}")
+    for node in nodes:
+        rule, view = rules[node.op_type], _view(node)
+        outputs = rule(context, view)
+        _check_all_was_read(view, rule)
         ir.convenience.replace_nodes_and_values(
             model.graph, node, [node], context.take_nodes(), node.outputs, outputs
         )  # fmt: skip
     model.opset_imports.pop(DOMAIN, None)
+
+
+def _view(node: ir.Node) -> View:
+    try:
+        view = view_of(node)
+    except OpError as error:
+        raise LoweringError(str(error)) from error
+    assert view is not None
+    return view
+
+
+def _check_all_was_read(view: View, rule: Rule) -> None:
+    """What a rule is given and does not look at would be left out of the graph without a word."""
+    for name, value in view.unread():
+        shown = repr(value.name) if isinstance(value, ir.Value) else repr(value)
+        kind = "input" if name in view.op.inputs else "attribute"
+        file = inspect.getsourcefile(inspect.unwrap(rule)) or rule.__module__
+        raise LoweringError(
+            f"{view.op.name}: the rule in {file} does not read its {kind} {name} ({shown}), and would leave it out; "
+            f"let it compute with view.{name}, or view.ignore it where it changes nothing"
+        )
 
 
 def blank(source: ir.Value, shape: tuple[int, ...]) -> Array:
@@ -168,11 +193,6 @@ def blank(source: ir.Value, shape: tuple[int, ...]) -> Array:
 def shape_of(weight: ir.Value) -> tuple[int, ...]:
     """A weight's shape, in numbers."""
     return tuple(_constant(weight).shape.numpy())
-
-
-def inputs_of(node: ir.Node, count: int) -> tuple[ir.Value | None, ...]:
-    """A node's inputs, with None for optional ones left out at the end."""
-    return (*node.inputs, *[None] * count)[:count]
 
 
 def _constant(value: ir.Value) -> ir.TensorProtocol:

@@ -13,9 +13,10 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from edgellm.ops.schema import View
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering import ort, recurrent, standard
-from edgellm_exporters.lowering.context import Lowering, Rule, inputs_of
+from edgellm_exporters.lowering.context import Lowering, Rule
 from edgellm_exporters.lowering.linears import fused_matmul, linear_rule
 from edgellm_exporters.lowering.window import by_products, window_rule
 from edgellm_exporters.quantize.plan import ROW, QuantizedWeight
@@ -26,17 +27,9 @@ __all__ = ["RULES", "TOTAL_LENGTH"]
 TOTAL_LENGTH = TensorSpec("total_length", (), "int32")
 
 
-def attention(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
+def attention(context: Lowering, view: View) -> Sequence[ir.Value]:
     """GroupQueryAttention with the rotation inside and the cache written in place."""
-    _, _, _, past_k, past_v, past_lengths, lengths, cos, sin = inputs_of(node, 9)
-    total = context.once("total", lambda: context.op("Add", past_lengths, lengths))  # (batch,)
-    last = context.once("last", lambda: context.op("Sub", total, context.const(1, np.int32)))
-    return context.ops(
-        3, "GroupQueryAttention", *ort.queries_keys_values(context, node), past_k, past_v, last,
-        context.new_input(TOTAL_LENGTH), cos, sin, domain=ort.DOMAIN, num_heads=node.attributes["num_heads"].as_int(),
-        kv_num_heads=node.attributes["num_kv_heads"].as_int(), scale=node.attributes["scale"].as_float(),
-        do_rotary=int(cos is not None),
-    )  # fmt: skip
+    return ort.grouped_attention(context, view, context.new_input(TOTAL_LENGTH))
 
 
 def _product(context: Lowering, x: ir.Value, weight: ir.Value, quantized: QuantizedWeight) -> ir.Value:
@@ -53,13 +46,12 @@ def _product(context: Lowering, x: ir.Value, weight: ir.Value, quantized: Quanti
     )  # fmt: skip
 
 
-def embedding(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
+def embedding(context: Lowering, view: View) -> Sequence[ir.Value]:
     """GatherBlockQuantized of a quantized table, Gather of a float one."""
-    weight, indices = node.inputs
-    assert weight is not None
+    weight, indices = view.weight, view.indices
     quantized = context.quantized(weight)
     if quantized is None:
-        return standard.RULES["Embedding"](context, node)
+        return standard.RULES["Embedding"](context, view)
     scheme = quantized.scheme
     shape = (quantized.shape[0], quantized.shape[1] * scheme.bits // 8)
     rows = context.op(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Collection
 
 import onnx_ir as ir
 
@@ -11,7 +11,7 @@ from edgellm_exporters.lowering.precision import FLOATS
 __all__ = ["compute_in_float32"]
 
 
-def compute_in_float32(model: ir.Model, ops: Mapping[str, Set[int]], dtype: str) -> None:
+def compute_in_float32(model: ir.Model, ops: Collection[str], dtype: str) -> None:
     """Put casts around every node of these ops, so that it reads and gives float32. In place.
 
     Before: a graph narrowed to ``dtype``. After: the same values around the nodes, in the same dtype; their weights are
@@ -19,12 +19,12 @@ def compute_in_float32(model: ir.Model, ops: Mapping[str, Set[int]], dtype: str)
 
     Args:
         model: whose main graph is changed.
-        ops: names of ops in ONNX's own domain, with those of their inputs that are not floats.
+        ops: names of ops in ONNX's own domain.
         dtype: that of the graph.
     """
     for node in [n for n in model.graph if n.op_type in ops and not n.domain]:
         for index, value in enumerate(node.inputs):
-            if value is not None and index not in ops[node.op_type]:
+            if value is not None and value.dtype in (None, FLOATS[dtype]):  # None: what another node makes
                 cast = _cast(value, ir.DataType.FLOAT)
                 model.graph.insert_before(node, cast)
                 node.replace_input_with(index, cast.outputs[0])

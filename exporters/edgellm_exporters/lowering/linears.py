@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
+from edgellm.ops.schema import View
 from edgellm_exporters.lowering import standard
-from edgellm_exporters.lowering.context import Lowering, Rule, inputs_of
+from edgellm_exporters.lowering.context import Lowering, Rule
 from edgellm_exporters.lowering.scan import MatMul
 from edgellm_exporters.quantize.plan import QuantizedWeight
 
@@ -19,10 +20,8 @@ Product = Callable[[Lowering, ir.Value, ir.Value, QuantizedWeight], ir.Value]  #
 def linear_rule(matmul: MatMul) -> Rule:
     """The rule for Linear, X W^T + b, of a target that multiplies so."""
 
-    def linear(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
-        x, weight, bias = inputs_of(node, 3)
-        assert x is not None and weight is not None
-        return [matmul(context, x, weight, bias)]
+    def linear(context: Lowering, view: View) -> Sequence[ir.Value]:
+        return [matmul(context, view.x, view.weight, view.bias)]
 
     return linear
 

@@ -8,17 +8,19 @@ several tokens over a filled cache only one row at a time, and no norms of queri
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from edgellm.ops.schema import View
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering import recurrent, standard
-from edgellm_exporters.lowering.context import Lowering, Rule, inputs_of, shape_of
+from edgellm_exporters.lowering.context import Lowering, Rule, shape_of
 from edgellm_exporters.lowering.linears import fused_matmul, linear_rule
 from edgellm_exporters.quantize.plan import ROW, QuantizedWeight, Scheme, pack
 
-__all__ = ["DOMAIN", "RULES", "check_kernel", "codes_of", "queries_keys_values", "zeros_of"]
+__all__ = ["DOMAIN", "RULES", "check_kernel", "codes_of", "grouped_attention", "zeros_of"]
 
 DOMAIN = "com.microsoft"
 _INT8_ACTIVATIONS = 4
@@ -26,13 +28,12 @@ _TWO_BIT_BLOCKS = (32, 64, 128)  # with others, MatMulNBits makes floats of the 
 _TOP, _MIDDLE = 127, 128  # of 8-bit codes of what a layer reads
 
 
-def embedding(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
+def embedding(context: Lowering, view: View) -> Sequence[ir.Value]:
     """GatherBlockQuantized of a quantized table, Gather of a float one."""
-    weight, indices = node.inputs
-    assert weight is not None
+    weight, indices = view.weight, view.indices
     quantized = context.quantized(weight)
     if quantized is None:
-        return standard.RULES["Embedding"](context, node)
+        return standard.RULES["Embedding"](context, view)
     scheme = quantized.scheme
     if scheme.bits < 4 or scheme.shifted or scheme.block == ROW:
         raise LoweringError(
@@ -109,56 +110,82 @@ def _middles(context: Lowering, like: ir.Value) -> ir.Value:
     return context.op("ConstantOfShape", context.op("Shape", like), value=middle)
 
 
-def rms_norm(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
+def rms_norm(context: Lowering, view: View) -> Sequence[ir.Value]:
     """SimplifiedLayerNormalization."""
-    epsilon = node.attributes["epsilon"].as_float()
-    return [context.op("SimplifiedLayerNormalization", *node.inputs, axis=-1, epsilon=epsilon)]
+    return [context.op("SimplifiedLayerNormalization", view.x, view.weight, axis=-1, epsilon=view.epsilon)]
 
 
-def add_rms_norm(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
+def add_rms_norm(context: Lowering, view: View) -> Sequence[ir.Value]:
     """SkipSimplifiedLayerNormalization: the norm of a sum, and the sum."""
-    epsilon = node.attributes["epsilon"].as_float()
-    y, _, _, total = context.ops(4, "SkipSimplifiedLayerNormalization", *node.inputs, domain=DOMAIN, epsilon=epsilon)
+    y, _, _, total = context.ops(
+        4, "SkipSimplifiedLayerNormalization", view.a, view.b, view.weight, domain=DOMAIN, epsilon=view.epsilon
+    )
     return [y, total]
 
 
-def attention(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
-    """GroupQueryAttention with the rotation inside and the cache written in place."""
-    _, _, _, past_k, past_v, past_lengths, lengths, cos, sin = inputs_of(node, 9)
-    total = context.once("total", lambda: context.op("Add", past_lengths, lengths))  # (batch,)
-    last = context.once("last", lambda: context.op("Sub", total, context.const(1, np.int32)))
-    longest = context.once("longest", lambda: context.op("ReduceMax", total, keepdims=0))
-    scales = _cache_scales(context, past_k, past_v)
+def attention(context: Lowering, view: View) -> Sequence[ir.Value]:
+    """GroupQueryAttention with the rotation inside and the cache written in place, or kept in 8 bits."""
+    longest = context.once(
+        ("longest", view.past_lengths, view.lengths),
+        lambda: context.op("ReduceMax", _totals(context, view), keepdims=0),
+    )
+    scales = _cache_scales(context, view)
     narrow = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8} if scales else {}
+    return grouped_attention(context, view, longest, *scales, **narrow)
+
+
+def grouped_attention(
+    context: Lowering, view: View, longest: ir.Value, *more: ir.Value | None, **attributes: Any
+) -> Sequence[ir.Value]:
+    """GroupQueryAttention.
+
+    Args:
+        context: of the lowering.
+        view: an Attention.
+        longest: the tokens of the longest row with the new ones, a scalar.
+        more: what the kernel reads after the rotation's tables.
+        attributes: of the kernel, besides those that the op has.
+    """
+    total = _totals(context, view)
+    last = context.once(("last", total), lambda: context.op("Sub", total, context.const(1, np.int32)))
     return context.ops(
-        3, "GroupQueryAttention", *queries_keys_values(context, node), past_k, past_v, last, longest, cos, sin, *scales,
-        domain=DOMAIN, num_heads=node.attributes["num_heads"].as_int(),
-        kv_num_heads=node.attributes["num_kv_heads"].as_int(), scale=node.attributes["scale"].as_float(),
-        do_rotary=int(cos is not None), **narrow,
+        3, "GroupQueryAttention", *_queries_keys_values(context, view), view.past_k, view.past_v, last, longest,
+        view.cos, view.sin, *more, domain=DOMAIN, num_heads=view.num_heads, kv_num_heads=view.num_kv_heads,
+        scale=view.scale, do_rotary=int(view.cos is not None), **_bounds(view), **attributes,
     )  # fmt: skip
 
 
-def _cache_scales(context: Lowering, *past: ir.Value | None) -> list[ir.Value | None]:
+def _bounds(view: View) -> dict[str, float | int]:
+    """What the kernel is told of soft caps and of windows, which count a token's own position as we do."""
+    bounds: dict[str, float | int] = {"softcap": view.softcap} if view.softcap else {}
+    return bounds | ({"local_window_size": view.window} if view.window else {})
+
+
+def _totals(context: Lowering, view: View) -> ir.Value:
+    """The tokens of each row with the new ones, (batch,)."""
+    past, new = view.past_lengths, view.lengths
+    return context.once(("total", past, new), lambda: context.op("Add", past, new))
+
+
+def _cache_scales(context: Lowering, view: View) -> list[ir.Value | None]:
     """What the kernel reads after the rotation's tables for an 8-bit cache: three absent inputs and two scales."""
-    found = [context.plan.cache.get(str(value.name).removeprefix("past.")) for value in past if value is not None]
+    found = [context.plan.cache.get(str(past.name).removeprefix("past.")) for past in view.all(view.op.caches)]
     if any(scale is None for scale in found):
         return []
     return [None, None, None, *(context.const(scale, np.float32) for scale in found)]
 
 
-def queries_keys_values(context: Lowering, node: ir.Node) -> Sequence[ir.Value | None]:
+def _queries_keys_values(context: Lowering, view: View) -> Sequence[ir.Value | None]:
     """The first three inputs of the kernel: what was split, whole; with norms, each part on its own."""
-    q, k, v, *_, q_norm, k_norm = inputs_of(node, 11)
-    if q_norm is None or k_norm is None:
+    q, k, v = view.q, view.k, view.v
+    if view.q_norm is None or view.k_norm is None:
         packed = _packed_source(q, k, v)
         return [q, k, v] if packed is None else [packed, None, None]
-    heads = (node.attributes[name].as_int() for name in ("num_heads", "num_kv_heads"))
-    epsilon = node.attributes["epsilon"].as_float()
-    parts = zip((q, k), (q_norm, k_norm), heads, strict=True)
-    return [*(_normed(context, x, weight, count, epsilon) for x, weight, count in parts), v]
+    q = _normed(context, q, view.q_norm, view.num_heads, view.epsilon)
+    return [q, _normed(context, k, view.k_norm, view.num_kv_heads, view.epsilon), v]
 
 
-def _normed(context: Lowering, x: ir.Value | None, weight: ir.Value, heads: int, epsilon: float) -> ir.Value:
+def _normed(context: Lowering, x: ir.Value, weight: ir.Value, heads: int, epsilon: float) -> ir.Value:
     """SimplifiedLayerNormalization of each head of x (batch, time, heads * head_dim).
 
     ONNX Runtime finds these very nodes and puts them into its attention, where its kernel there has norms inside.

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from edgellm.ops import GRU, LSTM, RNN
+from edgellm.ops.schema import View
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering.context import Array, Lowering, Rule, blank, shape_of
 from edgellm_exporters.lowering.scan import Hoist, MatMul, scan
@@ -23,7 +25,7 @@ __all__ = ["reorder", "rules"]
 
 SMALL = 1 << 19  # numbers in the larger weight: 2 MB when they are widened
 
-_GATES = {"RNN": (0,), "LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}  # ONNX's gate i is PyTorch's _GATES[i]
+_GATES = {RNN.name: (0,), LSTM.name: (0, 3, 1, 2), GRU.name: (1, 0, 2)}  # ONNX's gate i is PyTorch's _GATES[i]
 
 
 def rules(matmul: MatMul, hoist: Hoist, *, folds: bool = False) -> Mapping[str, Rule]:
@@ -35,24 +37,20 @@ def rules(matmul: MatMul, hoist: Hoist, *, folds: bool = False) -> Mapping[str, 
         folds: whether the target's library computes once what depends on constants alone.
     """
 
-    def rule(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
-        states = 2 if node.op_type == "LSTM" else 1
-        x, *rest = node.inputs
-        past, (w_ih, w_hh, b_ih, b_hh, lengths) = rest[:states], (*rest[states:], None)[:5]
-        if lengths is None:  # the graph serves ragged batches, and padding would run into the state
-            raise LoweringError(f"{node.op_type} was called without lengths; pass step.lengths to edgellm.ops")
-        assert x is not None and w_ih is not None and w_hh is not None and b_ih is not None and b_hh is not None
-        both = (w_ih, w_hh)
+    def rule(context: Lowering, view: View) -> Sequence[ir.Value]:
+        if view.lengths is None:  # the graph serves ragged batches, and padding would run into the state
+            raise LoweringError(f"{view.op.name} was called without lengths; pass step.lengths to edgellm.ops")
+        both = (view.w_ih, view.w_hh)
         rounded, small = (any(context.quantized(w) is not None for w in both), all(_small(context, w) for w in both))
         if rounded and not (folds and small):
-            return scan(context, node, matmul, hoist)
-        order = _GATES[node.op_type]
+            return scan(context, view, matmul, hoist)
+        order, past = _GATES[view.op.name], view.all(view.op.states)
         weights = [_one_direction(context, w, order) for w in both]
-        bias = _bias(context, b_ih, b_hh, order)
+        bias = _bias(context, view.b_ih, view.b_hh, order)
         direction = context.const([0])
         outputs = context.ops(
-            1 + states, node.op_type, context.op("Transpose", x, perm=[1, 0, 2]), *weights, bias, lengths,
-            *(context.op("Unsqueeze", state, direction) for state in past), **_attributes(node, w_hh),
+            1 + len(past), view.op.name, context.op("Transpose", view.x, perm=[1, 0, 2]), *weights, bias, view.lengths,
+            *(context.op("Unsqueeze", state, direction) for state in past), **_attributes(view),
         )  # fmt: skip
         y = context.op("Squeeze", outputs[0], context.const([1]))  # (time, batch, hidden)
         present = [context.op("Squeeze", state, direction) for state in outputs[1:]]
@@ -61,11 +59,11 @@ def rules(matmul: MatMul, hoist: Hoist, *, folds: bool = False) -> Mapping[str, 
     return dict.fromkeys(_GATES, rule)
 
 
-def _attributes(node: ir.Node, w_hh: ir.Value) -> dict[str, Any]:
-    attributes: dict[str, Any] = {"hidden_size": shape_of(w_hh)[1]}
-    if node.op_type == "RNN":
-        attributes["activations"] = [node.attributes["activation"].as_string().capitalize()]
-    if node.op_type == "GRU":
+def _attributes(view: View) -> dict[str, Any]:
+    attributes: dict[str, Any] = {"hidden_size": shape_of(view.w_hh)[1]}
+    if view.op is RNN:
+        attributes["activations"] = [view.activation.capitalize()]
+    if view.op is GRU:
         attributes["linear_before_reset"] = 1
     return attributes
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
+from edgellm.ops.schema import View
 from edgellm_exporters.lowering.context import Lowering, shape_of
 
 __all__ = ["CELLS", "Hoist", "MatMul", "scan"]
@@ -17,17 +18,14 @@ MatMul = Callable[[Lowering, ir.Value, ir.Value, ir.Value | None], ir.Value]
 Hoist = Callable[[Lowering, ir.Value], object]
 
 
-def scan(context: Lowering, node: ir.Node, matmul: MatMul, hoist: Hoist) -> Sequence[ir.Value]:
+def scan(context: Lowering, view: View, matmul: MatMul, hoist: Hoist) -> Sequence[ir.Value]:
     """Lower RNN, LSTM or GRU; gives y (batch, time, hidden) and the new state."""
-    states = 2 if node.op_type == "LSTM" else 1
-    x, *rest = node.inputs
-    past, (w_ih, w_hh, b_ih, b_hh, lengths) = rest[:states], rest[states:]
-    assert x is not None and w_ih is not None and w_hh is not None and lengths is not None
-    gates_x = context.op("Transpose", matmul(context, x, w_ih, b_ih), perm=[1, 0, 2])  # (time, batch, gates * hidden)
-    hoist(context, w_hh)  # what can be done once for the chunk is not done at every token
-    body = _body(context, node, matmul, w_hh, b_hh, [s for s in past if s is not None])
-    outputs = context.ops(states + 1, "Scan", *past, gates_x, _valid(context, lengths), body=body, num_scan_inputs=2)
-    *present, y = outputs
+    past = view.all(view.op.states)
+    gates_x = matmul(context, view.x, view.w_ih, view.b_ih)  # (batch, time, gates * hidden)
+    gates_x = context.op("Transpose", gates_x, perm=[1, 0, 2])
+    hoist(context, view.w_hh)  # what can be done once for the chunk is not done at every token
+    body, valid = _body(context, view, matmul, past), _valid(context, view.lengths)
+    *present, y = context.ops(len(past) + 1, "Scan", *past, gates_x, valid, body=body, num_scan_inputs=2)
     return [context.op("Transpose", y, perm=[1, 0, 2]), *present]
 
 
@@ -41,22 +39,20 @@ def _valid(context: Lowering, lengths: ir.Value) -> ir.Value:
         count = context.op("Cast", context.op("Unsqueeze", lengths, context.const([0, 2])), to=ir.DataType.INT64)
         return context.op("Less", columns, count)
 
-    return context.once("valid", make)
+    return context.once(("valid", lengths), make)
 
 
-def _body(
-    context: Lowering, node: ir.Node, matmul: MatMul, w_hh: ir.Value, b_hh: ir.Value | None, past: Sequence[ir.Value]
-) -> ir.Graph:
+def _body(context: Lowering, view: View, matmul: MatMul, past: Sequence[ir.Value]) -> ir.Graph:
     """The cell as a graph: (states, gates_x, valid) to (states, y)."""
     dtype = past[0].dtype
-    rows, hidden = shape_of(w_hh)
-    prefix = node.outputs[0].name
+    rows, hidden = shape_of(view.w_hh)
+    prefix = view.y.name
     states = [_value(f"{prefix}.past{i}", dtype, ["batch", hidden]) for i in range(len(past))]
     gates_x = _value(f"{prefix}.gates", dtype, ["batch", rows])
     valid = _value(f"{prefix}.valid", ir.DataType.BOOL, ["batch", 1])
     outer = context.take_nodes()  # what came before belongs to the outer graph
-    gates_h = matmul(context, states[0], w_hh, b_hh)
-    new = CELLS[node.op_type](context, node, gates_x, gates_h, states)
+    gates_h = matmul(context, states[0], view.w_hh, view.b_hh)
+    new = CELLS[view.op.name](context, view, gates_x, gates_h, states)
     kept = [context.op("Where", valid, n, s) for n, s in zip(new, states, strict=True)]
     y = context.op("Identity", new[0])
     nodes = context.take_nodes()
@@ -66,7 +62,7 @@ def _body(
     assert dtype is not None
     for value in (*kept, y):
         value.type, value.shape = ir.TensorType(dtype), ir.Shape(["batch", hidden])
-    return ir.Graph([*states, gates_x, valid], [*kept, y], nodes=nodes, name=f"{node.op_type.lower()}_cell")
+    return ir.Graph([*states, gates_x, valid], [*kept, y], nodes=nodes, name=f"{view.op.name.lower()}_cell")
 
 
 def _value(name: str, dtype: ir.DataType | None, shape: Sequence[int | str]) -> ir.Value:
@@ -75,14 +71,14 @@ def _value(name: str, dtype: ir.DataType | None, shape: Sequence[int | str]) -> 
 
 
 def _rnn(
-    context: Lowering, node: ir.Node, gates_x: ir.Value, gates_h: ir.Value, states: Sequence[ir.Value]
+    context: Lowering, view: View, gates_x: ir.Value, gates_h: ir.Value, states: Sequence[ir.Value]
 ) -> list[ir.Value]:
-    activation = node.attributes["activation"].as_string().capitalize()
+    activation = view.activation.capitalize()
     return [context.op(activation, context.op("Add", gates_x, gates_h))]
 
 
 def _lstm(
-    context: Lowering, node: ir.Node, gates_x: ir.Value, gates_h: ir.Value, states: Sequence[ir.Value]
+    context: Lowering, view: View, gates_x: ir.Value, gates_h: ir.Value, states: Sequence[ir.Value]
 ) -> list[ir.Value]:
     split = context.ops(4, "Split", context.op("Add", gates_x, gates_h), axis=-1, num_outputs=4)
     i, f, o = (context.op("Sigmoid", split[n]) for n in (0, 1, 3))
@@ -92,7 +88,7 @@ def _lstm(
 
 
 def _gru(
-    context: Lowering, node: ir.Node, gates_x: ir.Value, gates_h: ir.Value, states: Sequence[ir.Value]
+    context: Lowering, view: View, gates_x: ir.Value, gates_h: ir.Value, states: Sequence[ir.Value]
 ) -> list[ir.Value]:
     rx, zx, nx = context.ops(3, "Split", gates_x, axis=-1, num_outputs=3)
     rh, zh, nh = context.ops(3, "Split", gates_h, axis=-1, num_outputs=3)

@@ -9,22 +9,23 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from edgellm.ops.schema import View, view_of
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering import recurrent
-from edgellm_exporters.lowering.context import Lowering, Rule, blank, inputs_of, shape_of
+from edgellm_exporters.lowering.context import Lowering, Rule, blank, shape_of
 from edgellm_exporters.lowering.window import by_attention, window_rule
 from edgellm_exporters.quantize.plan import ROW, QuantizedWeight
 
 __all__ = [
     "RULES",
+    "heads_of",
     "is_shared",
     "matmul",
-    "norm_heads",
     "row_scales_of",
     "scales_of",
     "signed_columns",
-    "split_heads",
     "steps",
+    "visible_slots",
     "with_block_sums",
 ]
 
@@ -33,10 +34,9 @@ _TYPES: Mapping[tuple[int, bool], Any] = {
 }  # fmt: skip
 
 
-def embedding(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
+def embedding(context: Lowering, view: View) -> Sequence[ir.Value]:
     """Gather; of an 8-bit table, gather codes and scales and scale the few rows taken."""
-    weight, indices = node.inputs
-    assert weight is not None
+    weight, indices = view.weight, view.indices
     quantized = context.quantized(weight)
     if quantized is None:
         return [context.op("Gather", weight, indices)]
@@ -46,11 +46,9 @@ def embedding(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
     return [context.op("DequantizeLinear", *parts, axis=-1, block_size=quantized.scheme.block or quantized.shape[1])]
 
 
-def linear(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
+def linear(context: Lowering, view: View) -> Sequence[ir.Value]:
     """X W^T + b."""
-    x, weight, bias = inputs_of(node, 3)
-    assert x is not None and weight is not None
-    return [matmul(context, x, weight, bias)]
+    return [matmul(context, view.x, view.weight, view.bias)]
 
 
 def matmul(context: Lowering, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
@@ -103,47 +101,54 @@ def with_block_sums(context: Lowering, x: ir.Value, columns: int, block: int) ->
     return context.once(("block sums", x, block), make)
 
 
-def rms_norm(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
+def rms_norm(context: Lowering, view: View) -> Sequence[ir.Value]:
     """RMSNormalization over the last axis."""
-    return [context.op("RMSNormalization", *node.inputs, axis=-1, epsilon=node.attributes["epsilon"].as_float())]
+    return [context.op("RMSNormalization", view.x, view.weight, axis=-1, epsilon=view.epsilon)]
 
 
-def take_positions(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
+def take_positions(context: Lowering, view: View) -> Sequence[ir.Value]:
     """GatherND over rows."""
-    hidden, positions = node.inputs
-    indices = context.op("Unsqueeze", positions, context.const([2]))  # (batch, count, 1)
-    return [context.op("GatherND", hidden, indices, batch_dims=1)]
+    indices = context.op("Unsqueeze", view.positions, context.const([2]))  # (batch, count, 1)
+    return [context.op("GatherND", view.hidden, indices, batch_dims=1)]
 
 
-def attention(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
+def attention(context: Lowering, view: View) -> Sequence[ir.Value]:
     """Write the new keys and values into the cache, then attend under an explicit mask."""
-    q, k, v, past_k, past_v, _, _, cos, sin, q_norm, k_norm = inputs_of(node, 11)
-    heads = node.attributes["num_heads"].as_int()
-    kv_heads = node.attributes["num_kv_heads"].as_int()
-    q, k, v = (split_heads(context, x, n) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
-    q, k = (norm_heads(context, node, x, weight) for x, weight in ((q, q_norm), (k, k_norm)))
-    if cos is not None and sin is not None:
-        q, k = (_rotate(context, x, cos, sin) for x in (q, k))
-    present = [_write(context, past, new) for past, new in ((past_k, k), (past_v, v))]
-    total = context.op("Unsqueeze", _total(context), context.const(0))  # (1,)
+    view.ignore("lengths")  # padding comes after all valid tokens, and so is seen by none of them
+    past = view.past_lengths
+    q, k, v = heads_of(context, view)
+    if view.cos is not None and view.sin is not None:
+        q, k = (_rotate(context, x, past, view.cos, view.sin) for x in (q, k))
+    present = [_write(context, cache, past, new) for cache, new in ((view.past_k, k), (view.past_v, v))]
+    total = context.op("Unsqueeze", _total(context, past), context.const(0))  # (1,)
     visible = [context.op("Slice", x, context.const([0]), total, context.const([2])) for x in present]
-    scale = node.attributes["scale"].as_float()
-    y = context.op("Attention", q, *visible, _mask(context), scale=scale)  # (batch, heads, time, head_dim)
+    mask = _mask(context, past, view.window)
+    # (batch, heads, time, head_dim)
+    y = context.op("Attention", q, *visible, mask, scale=view.scale, softcap=view.softcap)
     merged = context.op("Transpose", y, perm=[0, 2, 1, 3])
     return [context.op("Reshape", merged, context.const([0, 0, -1])), *present]
 
 
-def split_heads(context: Lowering, x: ir.Value | None, heads: int) -> ir.Value:
+def heads_of(context: Lowering, view: View) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Queries, keys and values of an Attention, (batch, heads, time, head_dim) each, normed but not yet rotated."""
+    q, k, v = (
+        _split_heads(context, x, n)
+        for x, n in ((view.q, view.num_heads), (view.k, view.num_kv_heads), (view.v, view.num_kv_heads))
+    )
+    if view.q_norm is None or view.k_norm is None:
+        return q, k, v
+    return _norm_heads(context, q, view.q_norm, view.epsilon), _norm_heads(context, k, view.k_norm, view.epsilon), v
+
+
+def _split_heads(context: Lowering, x: ir.Value, heads: int) -> ir.Value:
     """(batch, time, heads * head_dim) to (batch, heads, time, head_dim)."""
     split = context.op("Reshape", x, context.const([0, 0, heads, -1]))  # (batch, time, heads, head_dim)
     return context.op("Transpose", split, perm=[0, 2, 1, 3])
 
 
-def norm_heads(context: Lowering, node: ir.Node, x: ir.Value, weight: ir.Value | None) -> ir.Value:
-    """RMSNormalization of each head of x (batch, heads, time, head_dim) of an Attention; x itself without a weight."""
-    if weight is None:
-        return x
-    return context.op("RMSNormalization", x, weight, axis=-1, epsilon=node.attributes["epsilon"].as_float())
+def _norm_heads(context: Lowering, x: ir.Value, weight: ir.Value, epsilon: float) -> ir.Value:
+    """RMSNormalization of each head of x (batch, heads, time, head_dim)."""
+    return context.op("RMSNormalization", x, weight, axis=-1, epsilon=epsilon)
 
 
 def steps(context: Lowering) -> ir.Value:
@@ -156,50 +161,66 @@ def steps(context: Lowering) -> ir.Value:
     return context.once("steps", make)
 
 
-def _positions(context: Lowering) -> ir.Value:
+def _positions(context: Lowering, past_lengths: ir.Value) -> ir.Value:
     """Each new token's position in its row, (batch, time)."""
 
     def make() -> ir.Value:
-        past = context.op("Cast", context.input("past_lengths"), to=ir.DataType.INT64)
+        past = context.op("Cast", past_lengths, to=ir.DataType.INT64)
         return context.op("Add", context.op("Unsqueeze", past, context.const([1])), steps(context))
 
-    return context.once("positions", make)
+    return context.once(("positions", past_lengths), make)
 
 
-def _total(context: Lowering) -> ir.Value:
-    """One past the last position that any row writes, a scalar."""
+def _slots(context: Lowering, past_lengths: ir.Value) -> ir.Value:
+    """The slot that each new token is written to, (batch, 1, time, 1)."""
     return context.once(
-        "total",
-        lambda: context.op("Add", context.op("ReduceMax", _positions(context), keepdims=0), context.const(1)),
+        ("slots", past_lengths),
+        lambda: context.op("Unsqueeze", _positions(context, past_lengths), context.const([1, 3])),
     )
 
 
-def _mask(context: Lowering) -> ir.Value:
-    """Which slots each new token sees, (batch, 1, time, total): those up to its own position."""
+def _total(context: Lowering, past_lengths: ir.Value) -> ir.Value:
+    """One past the last position that any row writes, a scalar."""
 
     def make() -> ir.Value:
-        slots = context.op("Range", context.const(0), _total(context), context.const(1))
-        last = context.op("Unsqueeze", _positions(context), context.const([1, 3]))
-        return context.op("LessOrEqual", slots, last)
+        return context.op(
+            "Add", context.op("ReduceMax", _positions(context, past_lengths), keepdims=0), context.const(1)
+        )
 
-    return context.once("mask", make)
+    return context.once(("total", past_lengths), make)
 
 
-def _rotate(context: Lowering, x: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:
+def _mask(context: Lowering, past_lengths: ir.Value, window: int) -> ir.Value:
+    """Which slots each new token sees, (batch, 1, time, total): those up to its own position, in its window."""
+
+    def make() -> ir.Value:
+        slots = context.op("Range", context.const(0), _total(context, past_lengths), context.const(1))
+        return visible_slots(context, slots, _slots(context, past_lengths), window)
+
+    return context.once(("mask", past_lengths, window), make)
+
+
+def visible_slots(context: Lowering, slots: ir.Value, own: ir.Value, window: int) -> ir.Value:
+    """Whether each slot is up to a token's own and, with a window, one of the last ``window`` that are."""
+    visible = context.op("LessOrEqual", slots, own)
+    if not window:
+        return visible
+    first = context.op("Sub", own, context.const(window))
+    return context.op("And", visible, context.op("Greater", slots, first))
+
+
+def _rotate(context: Lowering, x: ir.Value, past_lengths: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:
     def positions() -> ir.Value:  # padding may point past the table; its result is not used
         last = context.const(shape_of(cos)[0] - 1)
-        return context.op("Min", _positions(context), last)
+        return context.op("Min", _positions(context, past_lengths), last)
 
-    clipped = context.once(("rotary positions", cos.name), positions)
+    clipped = context.once(("rotary positions", past_lengths, cos.name), positions)
     return context.op("RotaryEmbedding", x, cos, sin, clipped)
 
 
-def _write(context: Lowering, past: ir.Value | None, new: ir.Value) -> ir.Value:
-    index = context.once(
-        "slots", lambda: context.op("Unsqueeze", _positions(context), context.const([1, 3]))
-    )  # (batch, 1, time, 1)
-    slots = context.op("Expand", index, context.op("Shape", new))
-    return context.op("ScatterElements", past, slots, new, axis=2)
+def _write(context: Lowering, cache: ir.Value, past_lengths: ir.Value, new: ir.Value) -> ir.Value:
+    slots = context.op("Expand", _slots(context, past_lengths), context.op("Shape", new))
+    return context.op("ScatterElements", cache, slots, new, axis=2)
 
 
 def _parts(context: Lowering, weight: ir.Value) -> list[ir.Value]:
@@ -260,7 +281,12 @@ def scales_of(context: Lowering, weight: ir.Value) -> ir.Value:
 
 def is_shared(weight: ir.Value) -> bool:
     """Whether rows of a weight are looked up, so that it is stored by rows."""
-    return any(user.op_type in ("Embedding", "Gather") for user, _ in weight.uses())
+    return any(user.op_type == "Gather" or _looks_up(user, weight) for user, _ in weight.uses())
+
+
+def _looks_up(node: ir.Node, weight: ir.Value) -> bool:
+    view = view_of(node)
+    return view is not None and any(table is weight for table in view.all(view.op.tables))
 
 
 RULES: Mapping[str, Rule] = {

@@ -12,14 +12,15 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from edgellm.ops.schema import View
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering import standard
-from edgellm_exporters.lowering.context import Array, Lowering, Rule, blank, inputs_of, shape_of
+from edgellm_exporters.lowering.context import Array, Lowering, Rule, blank, shape_of
 from edgellm_exporters.lowering.fixed_form import DECODE, PREFILL
 from edgellm_exporters.lowering.linears import linear_rule
 from edgellm_exporters.lowering.scan import CELLS
 from edgellm_exporters.lowering.tensorrt_recurrent import rules
-from edgellm_exporters.lowering.window import Heads, by_masked_attention, by_products, window_rule
+from edgellm_exporters.lowering.window import Heads, by_masked_attention, by_products, scaled_scores, window_rule
 from edgellm_exporters.quantize.plan import ROW, Codes, QuantizedWeight
 
 __all__ = ["OPSET", "RULES", "matmul"]
@@ -28,12 +29,10 @@ OPSET = 24  # TensorScatter
 _HIDDEN = -60000.0  # what a score of a slot that may not be seen is lowered by; float16 holds it
 
 
-def embedding(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
+def embedding(context: Lowering, view: View) -> Sequence[ir.Value]:
     """Gather; of a quantized table, from what DequantizeLinear makes of it, which engines fuse."""
-    weight, indices = node.inputs
-    assert weight is not None
-    _tied(context, weight)  # asked while the lookup is still there to be seen
-    return [context.op("Gather", _rows(context, weight), indices)]
+    _tied(context, view.weight)  # asked while the lookup is still there to be seen
+    return [context.op("Gather", _rows(context, view.weight), view.indices)]
 
 
 def matmul(context: Lowering, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
@@ -114,35 +113,31 @@ def _dequantized(context: Lowering, weight: ir.Value, quantized: QuantizedWeight
     return context.op("DequantizeLinear", stored, part, axis=int(not turned), block_size=scheme.block)
 
 
-def take_positions(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
+def take_positions(context: Lowering, view: View) -> Sequence[ir.Value]:
     """GatherND over rows; of the one position that a decoding step has, all."""
     if context.fixed.role == DECODE:
-        hidden = node.inputs[0]
-        assert hidden is not None
-        return [context.op("Identity", hidden)]
-    return standard.RULES["TakePositions"](context, node)
+        view.ignore("positions")  # there is no other than 0
+        return [context.op("Identity", view.hidden)]
+    return standard.RULES["TakePositions"](context, view)
 
 
-def attention(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
+def attention(context: Lowering, view: View) -> Sequence[ir.Value]:
     """Write the new keys and values into the cache in place, then attend to all its slots under a mask of addends."""
-    q, k, v, past_k, past_v, past_lengths, _, cos, sin, q_norm, k_norm = inputs_of(node, 11)
-    heads = node.attributes["num_heads"].as_int()
-    kv_heads = node.attributes["num_kv_heads"].as_int()
-    q, k, v = (standard.split_heads(context, x, n) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
-    q, k = (standard.norm_heads(context, node, x, weight) for x, weight in ((q, q_norm), (k, k_norm)))
-    if cos is not None and sin is not None:
-        q, k = (_rotate(context, x, cos, sin) for x in (q, k))
-    start = context.once("start", lambda: context.op("Cast", past_lengths, to=ir.DataType.INT64))  # (batch,)
-    assert past_k is not None and past_v is not None
+    view.ignore("lengths")  # padding comes after all valid tokens, and so is seen by none of them
+    past = view.past_lengths
+    q, k, v = standard.heads_of(context, view)
+    if view.cos is not None and view.sin is not None:
+        q, k = (_rotate(context, x, past, view.cos, view.sin) for x in (q, k))
+    start = context.once(("start", past), lambda: context.op("Cast", past, to=ir.DataType.INT64))  # (batch,)
     present = [
-        context.op("TensorScatter", past, new, start, axis=2, mode="linear")
-        for past, new in ((past_k, k), (past_v, v))
+        context.op("TensorScatter", cache, new, start, axis=2, mode="linear")
+        for cache, new in ((view.past_k, k), (view.past_v, v))
     ]  # fmt: skip
-    scale = node.attributes["scale"].as_float()
-    if _loops(context):
-        y = _written_out(context, q, present, past_k, heads // kv_heads, scale)
+    if view.softcap or _loops(context):  # the parser takes no soft cap
+        y = _written_out(context, view, q, present)
     else:
-        y = context.op("Attention", q, *present, _mask(context), scale=scale, is_causal=0)
+        mask = _mask(context, past, view.window)
+        y = context.op("Attention", q, *present, mask, scale=view.scale, is_causal=0)
     merged = context.op("Transpose", y, perm=[0, 2, 1, 3])  # (batch, time, heads, head_dim)
     return [context.op("Reshape", merged, context.const([0, 0, -1])), *present]
 
@@ -153,18 +148,16 @@ def _loops(context: Lowering) -> bool:
     return context.once("loops", lambda: any(node.op_type in kinds for node in context.graph))
 
 
-def _written_out(
-    context: Lowering, q: ir.Value, cache: Sequence[ir.Value], past: ir.Value, group: int, scale: float
-) -> ir.Value:
+def _written_out(context: Lowering, view: View, q: ir.Value, cache: Sequence[ir.Value]) -> ir.Value:
     """Attention as products and a softmax; the queries of one key head become one longer query."""
-    assert past.shape is not None
-    kv_heads, slots, head_dim = (size for size in past.shape[1:] if isinstance(size, int))
+    kv_heads, slots, head_dim = (size for size in view.past_k.shape[1:] if isinstance(size, int))
     keys, values = cache
-    time = context.fixed.time
+    time, group = context.fixed.time, view.num_heads // kv_heads
     together = context.op("Reshape", q, context.const([0, kv_heads, group * time, head_dim]))
     scores = context.op("MatMul", together, context.op("Transpose", keys, perm=[0, 1, 3, 2]))
     apart = context.op("Reshape", scores, context.const([0, kv_heads * group, time, slots]))
-    seen = context.op("Add", context.op("Mul", apart, context.const(scale, np.float32)), _mask(context))
+    scores = scaled_scores(context, apart, view.scale, view.softcap)
+    seen = context.op("Add", scores, _mask(context, view.past_lengths, view.window))
     shares = context.op(
         "Reshape", context.op("Softmax", seen, axis=-1), context.const([0, kv_heads, group * time, slots])
     )
@@ -175,40 +168,41 @@ def _written_out(
 def _attend(
     context: Lowering, q: ir.Value, keys: ir.Value, values: ir.Value, visible: ir.Value, form: Heads
 ) -> ir.Value:
-    return (by_products if _loops(context) else by_masked_attention)(context, q, keys, values, visible, form)
+    written_out = form.softcap or _loops(context)  # the parser takes no soft cap
+    return (by_products if written_out else by_masked_attention)(context, q, keys, values, visible, form)
 
 
 def _steps(context: Lowering) -> ir.Value:
     return context.const(np.arange(context.fixed.time))
 
 
-def _positions(context: Lowering) -> ir.Value:
+def _positions(context: Lowering, past_lengths: ir.Value) -> ir.Value:
     """Each new token's position in its row, (batch, time)."""
 
     def make() -> ir.Value:
-        past = context.op("Cast", context.input("past_lengths"), to=ir.DataType.INT64)
+        past = context.op("Cast", past_lengths, to=ir.DataType.INT64)
         return context.op("Add", context.op("Unsqueeze", past, context.const([1])), _steps(context))
 
-    return context.once("positions", make)
+    return context.once(("positions", past_lengths), make)
 
 
-def _mask(context: Lowering) -> ir.Value:
+def _mask(context: Lowering, past_lengths: ir.Value, window: int) -> ir.Value:
     """What is added to the score of each slot for each new token, (batch, 1, time, capacity)."""
 
     def make() -> ir.Value:
         slots = context.const(np.arange(context.fixed.capacity)[None, None, None])
-        last = context.op("Unsqueeze", _positions(context), context.const([1, 3]))
+        last = context.op("Unsqueeze", _positions(context, past_lengths), context.const([1, 3]))
         seen, hidden = context.const(0, np.float32), context.const(_HIDDEN, np.float32)
-        return context.op("Where", context.op("LessOrEqual", slots, last), seen, hidden)
+        return context.op("Where", standard.visible_slots(context, slots, last, window), seen, hidden)
 
-    return context.once("mask", make)
+    return context.once(("mask", past_lengths, window), make)
 
 
-def _rotate(context: Lowering, x: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:
+def _rotate(context: Lowering, x: ir.Value, past_lengths: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:
     def positions() -> ir.Value:  # padding may point past the table; its result is not used
-        return context.op("Min", _positions(context), context.const(shape_of(cos)[0] - 1))
+        return context.op("Min", _positions(context, past_lengths), context.const(shape_of(cos)[0] - 1))
 
-    clipped = context.once(("rotary positions", cos.name), positions)
+    clipped = context.once(("rotary positions", past_lengths, cos.name), positions)
     return context.op("RotaryEmbedding", x, cos, sin, clipped)
 
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from edgellm.ops.schema import View
 from edgellm_exporters.errors import LoweringError
-from edgellm_exporters.lowering.context import Lowering, Rule, inputs_of, shape_of
+from edgellm_exporters.lowering.context import Lowering, Rule, shape_of
 
-__all__ = ["Heads", "by_attention", "by_masked_attention", "by_products", "window_rule"]
+__all__ = ["Heads", "by_attention", "by_masked_attention", "by_products", "scaled_scores", "window_rule"]
 
 _HIDDEN = -60000.0  # what the score of a key that may not be seen is lowered by; float16 holds it
 
@@ -29,6 +30,7 @@ class Heads:
     kv_heads: int
     head_dim: int
     scale: float
+    softcap: float
 
 
 # From queries (batch, heads, time, head_dim), keys and values (batch, kv_heads, slots + time, head_dim) and what may be
@@ -44,22 +46,23 @@ def window_rule(steps: Callable[[Lowering], ir.Value], attend: Attend) -> Rule:
         attend: the target's softmax(QK^T) V under a mask.
     """
 
-    def rule(context: Lowering, node: ir.Node) -> Sequence[ir.Value]:
-        q, k, v, past_k, past_v, past_lengths, lengths, cos, sin, q_norm, k_norm = inputs_of(node, 11)
-        kv_heads, slots, head_dim = _sizes(past_k)
-        heads, window = node.attributes["num_heads"].as_int(), node.attributes["window"].as_int()
-        form = Heads(heads, kv_heads, head_dim, node.attributes["scale"].as_float())
-        q, k, v = (_split(context, x, n, head_dim) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
-        if q_norm is not None and k_norm is not None:
-            epsilon = node.attributes["epsilon"].as_float()
+    def rule(context: Lowering, view: View) -> Sequence[ir.Value]:
+        kv_heads, slots, head_dim = _sizes(view.past_k)
+        view.ignore("num_kv_heads")  # the ring has as many
+        heads = view.num_heads
+        form = Heads(heads, kv_heads, head_dim, view.scale, view.softcap)
+        parts = ((view.q, heads), (view.k, kv_heads), (view.v, kv_heads))
+        q, k, v = (_split(context, x, count, head_dim) for x, count in parts)
+        if view.q_norm is not None and view.k_norm is not None:
             q, k = (
-                context.op("RMSNormalization", x, w, axis=-1, epsilon=epsilon) for x, w in ((q, q_norm), (k, k_norm))
+                context.op("RMSNormalization", x, weight, axis=-1, epsilon=view.epsilon)
+                for x, weight in ((q, view.q_norm), (k, view.k_norm))
             )
-        at = _Positions(context, past_lengths, lengths, slots, steps)
-        if cos is not None and sin is not None:
-            q, k = (_rotate(context, x, cos, sin, at.new) for x in (q, k))
-        keys, values = (context.op("Concat", old, new, axis=2) for old, new in ((past_k, k), (past_v, v)))
-        y = attend(context, q, keys, values, at.visible(window), form)
+        at = _Positions(context, view.past_lengths, view.lengths, slots, steps)
+        if view.cos is not None and view.sin is not None:
+            q, k = (_rotate(context, x, view.cos, view.sin, at.new) for x in (q, k))
+        keys, values = (context.op("Concat", *both, axis=2) for both in ((view.past_k, k), (view.past_v, v)))
+        y = attend(context, q, keys, values, at.visible(view.window), form)
         merged = context.op("Transpose", y, perm=[0, 2, 1, 3])  # (batch, time, heads, head_dim)
         index = at.taken(kv_heads)
         present = [context.op("GatherND", both, index, batch_dims=2) for both in (keys, values)]
@@ -80,7 +83,7 @@ class _Positions:
     """
 
     def __init__(
-        self, context: Lowering, past_lengths: ir.Value | None, lengths: ir.Value | None, slots: int,
+        self, context: Lowering, past_lengths: ir.Value, lengths: ir.Value, slots: int,
         steps: Callable[[Lowering], ir.Value],
     ) -> None:  # fmt: skip
         self._context, self._slots = context, slots
@@ -92,7 +95,7 @@ class _Positions:
     def _once(self, what: str, make: Callable[[], ir.Value]) -> ir.Value:
         return self._context.once(("ring", what, *self._key), make)
 
-    def _column(self, lengths: ir.Value | None) -> ir.Value:
+    def _column(self, lengths: ir.Value) -> ir.Value:
         wide = self._context.op("Cast", lengths, to=ir.DataType.INT64)
         return self._context.op("Unsqueeze", wide, self._context.const([1]))
 
@@ -140,13 +143,14 @@ def by_attention(
     context: Lowering, q: ir.Value, keys: ir.Value, values: ir.Value, visible: ir.Value, form: Heads
 ) -> ir.Value:
     """ONNX's Attention under a mask of truth values."""
-    return context.op("Attention", q, keys, values, visible, scale=form.scale)
+    return context.op("Attention", q, keys, values, visible, scale=form.scale, softcap=form.softcap)
 
 
 def by_masked_attention(
     context: Lowering, q: ir.Value, keys: ir.Value, values: ir.Value, visible: ir.Value, form: Heads
 ) -> ir.Value:
-    """ONNX's Attention under a mask of addends, the one that TensorRT takes."""
+    """ONNX's Attention under a mask of addends, the one that TensorRT takes; it knows no soft cap."""
+    assert not form.softcap
     return context.op("Attention", q, keys, values, _addends(context, visible), scale=form.scale, is_causal=0)
 
 
@@ -158,13 +162,21 @@ def by_products(
     q = context.op("Reshape", q, context.const([0, form.kv_heads, group, -1, form.head_dim]))
     apart = context.const([2])
     turned = context.op("Unsqueeze", context.op("Transpose", keys, perm=[0, 1, 3, 2]), apart)
-    scores = context.op("Mul", context.op("MatMul", q, turned), context.const(form.scale, np.float32))
+    scores = scaled_scores(context, context.op("MatMul", q, turned), form.scale, form.softcap)
     mask = context.once(
         ("addends of groups", visible), lambda: context.op("Unsqueeze", _addends(context, visible), apart)
     )
     shares = context.op("Softmax", context.op("Add", scores, mask), axis=-1)  # (batch, kv_heads, group, time, keys)
     y = context.op("MatMul", shares, context.op("Unsqueeze", values, apart))
     return context.op("Reshape", y, context.const([0, form.heads, -1, form.head_dim]))
+
+
+def scaled_scores(context: Lowering, products: ir.Value, scale: float, softcap: float) -> ir.Value:
+    """Scores, bounded by a soft cap where there is one."""
+    if not softcap:
+        return context.op("Mul", products, context.const(scale, np.float32))
+    bounded = context.op("Tanh", context.op("Mul", products, context.const(scale / softcap, np.float32)))
+    return context.op("Mul", bounded, context.const(softcap, np.float32))
 
 
 def _addends(context: Lowering, visible: ir.Value) -> ir.Value:
@@ -176,7 +188,7 @@ def _addends(context: Lowering, visible: ir.Value) -> ir.Value:
     return context.once(("addends", visible), make)
 
 
-def _split(context: Lowering, x: ir.Value | None, heads: int, head_dim: int) -> ir.Value:
+def _split(context: Lowering, x: ir.Value, heads: int, head_dim: int) -> ir.Value:
     """(batch, time, heads * head_dim) to (batch, heads, time, head_dim)."""
     split = context.op("Reshape", x, context.const([0, 0, heads, head_dim]))  # (batch, time, heads, head_dim)
     return context.op("Transpose", split, perm=[0, 2, 1, 3])
@@ -189,11 +201,12 @@ def _rotate(context: Lowering, x: ir.Value, cos: ir.Value, sin: ir.Value, positi
     return context.op("RotaryEmbedding", x, cos, sin, context.once(("rotary", positions, cos.name), clipped))
 
 
-def _sizes(ring: ir.Value | None) -> tuple[int, int, int]:
+def _sizes(ring: ir.Value) -> tuple[int, int, int]:
     """Heads, slots and features of a ring (batch, kv_heads, slots, head_dim)."""
-    shape = [] if ring is None or ring.shape is None else [size for size in ring.shape[1:] if isinstance(size, int)]
+    shape = [] if ring.shape is None else [size for size in ring.shape[1:] if isinstance(size, int)]
     if len(shape) != 3:
-        name = None if ring is None else ring.name
-        raise LoweringError(f"{name}: WindowAttention needs a ring whose heads, slots and features are whole numbers")
+        raise LoweringError(
+            f"{ring.name}: WindowAttention needs a ring whose heads, slots and features are whole numbers"
+        )
     kv_heads, slots, head_dim = shape
     return kv_heads, slots, head_dim

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from edgellm.ops.canonical import DOMAIN
+from edgellm.ops import ADD_RMS_NORM, RMS_NORM
+from edgellm.ops.schema import views
 
 __all__ = ["FuseAddRMSNorm"]
 
@@ -19,20 +20,17 @@ class FuseAddRMSNorm(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fuse every pair, in place."""
         changed = False
-        for norm in list(model.graph):
-            if norm.op_type != "RMSNorm" or norm.domain != DOMAIN:
-                continue
-            total = norm.inputs[0]
-            add = total.producer() if total is not None else None
+        for norm in views(list(model.graph), RMS_NORM):
+            add = norm.x.producer()
             if add is None or add.op_type != "Add" or add.domain != "" or not _same_shape(add):
                 continue
-            fused = ir.node(
-                "AddRMSNorm", [*add.inputs, norm.inputs[1]], domain=DOMAIN, num_outputs=2,
-                attributes={"epsilon": norm.attributes["epsilon"].as_float()},
-            )  # fmt: skip
-            old = [norm.outputs[0], add.outputs[0]]
+            a, b = add.inputs
+            fused = ADD_RMS_NORM.node(ir.node, a=a, b=b, weight=norm.weight, epsilon=norm.epsilon)
+            new = ADD_RMS_NORM.of(fused)
             # at the sum's place: both its inputs are there, and all readers of either output come later
-            ir.convenience.replace_nodes_and_values(model.graph, add, [norm, add], [fused], old, fused.outputs)
+            ir.convenience.replace_nodes_and_values(
+                model.graph, add, [norm.node, add], [fused], [norm.y, add.outputs[0]], [new.y, new.total]
+            )
             changed = True
         return ir.passes.PassResult(model, changed)
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from edgellm.ops.canonical import DOMAIN
+from edgellm.ops import LINEAR
+from edgellm.ops.schema import View, views
 
 __all__ = ["MergeLinears", "parts_of"]
 
@@ -23,45 +24,35 @@ class MergeLinears(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Merge every group, in place."""
-        groups: dict[ir.Value, list[ir.Node]] = defaultdict(list)
-        for node in model.graph:
-            if node.op_type == "Linear" and node.domain == DOMAIN and _mergeable(node):
-                assert node.inputs[0] is not None
-                groups[node.inputs[0]].append(node)
+        groups: dict[ir.Value, list[View]] = defaultdict(list)
+        for view in views(model.graph, LINEAR):
+            if all(map(_mergeable, (view.weight, view.bias))):
+                groups[view.x].append(view)
         changed = False
-        for x, nodes in groups.items():
-            if len(nodes) > 1 and len({_has_bias(n) for n in nodes}) == 1:
-                _merge(model.graph, x, nodes)
+        for linears in groups.values():
+            if len(linears) > 1 and len({linear.bias is None for linear in linears}) == 1:
+                _merge(model.graph, [LINEAR.of(linear.node) for linear in linears])  # as earlier merges left them
                 changed = True
         return ir.passes.PassResult(model, changed)
 
 
-def _has_bias(node: ir.Node) -> bool:
-    return len(node.inputs) > 2 and node.inputs[2] is not None
+def _mergeable(value: ir.Value | None) -> bool:
+    return value is None or (value.const_value is not None and len(value.uses()) == 1)
 
 
-def _mergeable(node: ir.Node) -> bool:
-    return all(v is not None and v.const_value is not None and len(v.uses()) == 1 for v in node.inputs[1:] if v)
-
-
-def _merge(graph: ir.Graph, x: ir.Value, nodes: Sequence[ir.Node]) -> None:
-    columns = range(1, 3 if _has_bias(nodes[0]) else 2)
-    inputs = [_concatenated(graph, [_weight(node, i) for node in nodes]) for i in columns]
-    sizes = [_tensor(_weight(node, 1)).shape.numpy()[0] for node in nodes]
-    merged = ir.node("Linear", [x, *inputs], domain=DOMAIN)
+def _merge(graph: ir.Graph, linears: Sequence[View]) -> None:
+    x = linears[0].x
+    weight = _concatenated(graph, [linear.weight for linear in linears])
+    bias = None if linears[0].bias is None else _concatenated(graph, [linear.bias for linear in linears])
+    sizes = [_tensor(linear.weight).shape.numpy()[0] for linear in linears]
+    merged = LINEAR.node(ir.node, x=x, weight=weight, bias=bias)
     outer = list(x.shape)[:-1] if x.shape is not None else []
     merged.outputs[0].shape, merged.outputs[0].type = ir.Shape([*outer, sum(sizes)]), x.type
-    lengths = _initializer(graph, f"{inputs[0].name}.sizes", ir.tensor(np.array(sizes, dtype=np.int64)))
-    split = ir.node("Split", [merged.outputs[0], lengths], num_outputs=len(nodes), attributes={"axis": -1})
-    old = [node.outputs[0] for node in nodes]
+    lengths = _initializer(graph, f"{weight.name}.sizes", ir.tensor(np.array(sizes, dtype=np.int64)))
+    split = ir.node("Split", [merged.outputs[0], lengths], num_outputs=len(linears), attributes={"axis": -1})
+    old, nodes = [linear.y for linear in linears], [linear.node for linear in linears]
     first = nodes[0]  # all read x, so what the first could compute, the merged one can
     ir.convenience.replace_nodes_and_values(graph, first, nodes, [merged, split], old, split.outputs)
-
-
-def _weight(node: ir.Node, index: int) -> ir.Value:
-    value = node.inputs[index]
-    assert value is not None
-    return value
 
 
 def _tensor(value: ir.Value) -> ir.TensorProtocol:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from edgellm.models.protocol import LanguageModel, Step, empty_state
-from edgellm.ops.canonical import DOMAIN
+from edgellm.ops.schema import views
 from edgellm_exporters.errors import QuantizeError
 
 __all__ = ["cache_scales", "cached_states", "narrow_caches"]
@@ -25,8 +25,7 @@ _CODES = 127
 
 def cached_states(graph: ir.Model) -> list[str]:
     """Names of the states that attention keeps keys and values in."""
-    nodes = [n for n in graph.graph if n.op_type == "Attention" and n.domain == DOMAIN]
-    values = [value for node in nodes for value in node.inputs[3:5]]
+    values = [value for view in views(graph.graph) for value in view.all(view.op.caches)]
     return [str(v.name).removeprefix("past.") for v in values if v is not None and v.is_graph_input()]
 
 

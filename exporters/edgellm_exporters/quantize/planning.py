@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from torch import nn
 
-from edgellm.ops.canonical import DOMAIN
+from edgellm.ops.schema import views
 from edgellm_exporters.passes.merge_linears import parts_of
 from edgellm_exporters.quantize.calibrate import check_windows, largest_inputs, quantize_in_turn
 from edgellm_exporters.quantize.grids import half_precision
@@ -26,11 +26,13 @@ __all__ = ["Uses", "make_plan", "plan_of", "schemes_for", "smoothed"]
 Progress = Callable[[str, float], None]
 _HEADROOM = 1.25  # of a fixed scale: what the text did not show; larger values are cut off
 _TOP, _TOP_FLOAT = 127, 448  # of 8-bit codes, whole numbers and floats
-_MATRICES = {"Linear": (1,), "Embedding": (0,), "LSTM": (3, 4), "GRU": (2, 3), "RNN": (2, 3)}
 
 
 class Uses:
-    """How a graph reads its matrices.
+    """How a graph reads its matrices, each set by their names.
+
+    ``ends`` are those that are looked up or whose product is an output of the graph, ``multiplied`` those that some op
+    multiplies an input with and nothing else, ``products`` those of which that is the only use.
 
     Args:
         graph: of canonical ops, after the target's passes.
@@ -39,20 +41,20 @@ class Uses:
     def __init__(self, graph: ir.Model) -> None:
         self.shapes: dict[str, tuple[int, int]] = {}
         self.tensors: dict[str, ir.TensorProtocol] = {}
-        ops: dict[str, set[str]] = {}
         self.ends: set[str] = set()
-        for node in graph.graph:
-            for index in _MATRICES.get(node.op_type, ()) if node.domain == DOMAIN else ():
-                value = node.inputs[index]
+        self.multiplied: set[str] = set()
+        otherwise: set[str] = set()
+        for view in views(graph.graph):
+            for matrix, value in zip(view.op.matrices, view.all(view.op.matrices), strict=True):
                 tensor = value.const_value if value is not None else None
-                if value is None or not value.name or tensor is None or len(tensor.shape) != 2:
+                if tensor is None or not value.name or len(tensor.shape) != 2:
                     continue
-                rows, columns = tensor.shape.numpy()
-                self.shapes[value.name], self.tensors[value.name] = (rows, columns), tensor
-                ops.setdefault(value.name, set()).add(node.op_type)
-                if node.op_type == "Embedding" or node.outputs[0].is_graph_output():
+                self.shapes[value.name], self.tensors[value.name] = tensor.shape.numpy(), tensor
+                product = matrix in view.op.products
+                (self.multiplied if product else otherwise).add(value.name)
+                if matrix in view.op.tables or (product and view.node.outputs[0].is_graph_output()):
                     self.ends.add(value.name)
-        self.products = {name for name, kinds in ops.items() if kinds == {"Linear"}}
+        self.products = self.multiplied - otherwise
 
 
 def make_plan(

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgellm.ops.canonical import DOMAIN
+from edgellm.ops.schema import View, view_of, views
 from edgellm_exporters.passes.merge_linears import parts_of
 
 __all__ = ["STRENGTH", "Smoothing", "by_part", "smooth"]
@@ -65,20 +65,18 @@ def smooth(
         What was done, by the weights' names in the graph.
     """
     done = Smoothing()
-    readers: dict[ir.Value, list[ir.Node]] = defaultdict(list)
-    for node in graph.graph:
-        if node.op_type == "Linear" and node.domain == DOMAIN and node.inputs[0] is not None:
-            readers[node.inputs[0]].append(node)
-    for x, nodes in readers.items():
-        weights = [node.inputs[1] for node in nodes]
-        seen = largest([part for w in weights if w is not None for part in parts_of(str(w.name))])
+    readers: dict[ir.Value, list[ir.Value]] = defaultdict(list)
+    for view in views(graph.graph):
+        for matrix, read in view.op.products.items():
+            readers[getattr(view, read)].append(getattr(view, matrix))
+    for x, weights in readers.items():
+        seen = largest([part for w in weights for part in parts_of(str(w.name))])
         maker = _maker(x)
-        if seen is None or maker is None or len(x.uses()) != len(nodes) or not all(map(_own, weights)):
+        if seen is None or maker is None or len(x.uses()) != len(weights) or not all(map(_own, weights)):
             continue
-        factors = _factors(seen, [_array(w) for w in weights if w is not None], strength)
+        factors = _factors(seen, [_array(w) for w in weights], strength)
         maker(1 / factors, done)
         for weight in weights:
-            assert weight is not None
             _multiply(weight, factors, done.columns, factors)
     return done
 
@@ -98,43 +96,47 @@ Maker = Callable[[Array, Smoothing], None]
 
 
 def _maker(x: ir.Value) -> Maker | None:
-    """What scales the columns of a value by scaling a weight, or None."""
+    """What scales the columns of a value by scaling weights, or None."""
     node = x.producer()
-    if node is None:
-        return None
-    if node.domain == DOMAIN and node.op_type in ("RMSNorm", "AddRMSNorm") and x is node.outputs[0]:
-        gain = node.inputs[-1]
-        return None if not _own(gain) else lambda f, _: _scale(gain, f)
-    if node.op_type == "Mul" and node.domain == "":
-        return next((m for m in map(_linear_maker, node.inputs) if m is not None), None)
+    view = view_of(node)
+    if view is not None and not view.op.matrices:  # a gain; a matrix is scaled where one more product follows it
+        return _scaling(view, x, slice(None))
+    if node is not None and node.op_type == "Mul" and node.domain == "":
+        return next((m for m in map(_factor_maker, node.inputs) if m is not None), None)
     return None
 
 
-def _linear_maker(factor: ir.Value | None) -> Maker | None:
-    """One side of a product that is some rows of a Linear and goes nowhere else."""
+def _factor_maker(factor: ir.Value | None) -> Maker | None:
+    """One side of a product that is some columns of what an op makes, and goes nowhere else."""
     node = factor.producer() if factor is not None else None
     if factor is None or node is None or len(factor.uses()) != 1:
         return None
-    linear, start = node, 0
+    whole, start, size = factor, 0, None
     if node.op_type == "Split" and node.domain == "" and node.inputs[0] is not None and node.inputs[1] is not None:
-        sizes = _array(node.inputs[1]).tolist()
-        start = sum(sizes[: factor.index() or 0])
-        producer = node.inputs[0].producer()
-        if producer is None or len(node.inputs[0].uses()) != 1:
+        sizes, index = _array(node.inputs[1]).tolist(), factor.index() or 0
+        whole, start, size = node.inputs[0], sum(sizes[:index]), sizes[index]
+        if len(whole.uses()) != 1:
             return None
-        linear = producer
-    if linear.op_type != "Linear" or linear.domain != DOMAIN or not all(map(_own, linear.inputs[1:])):
+    view = view_of(whole.producer())
+    return None if view is None else _scaling(view, whole, slice(start, None if size is None else start + size))
+
+
+def _scaling(view: View, output: ir.Value, columns: slice) -> Maker | None:
+    """What scales some columns of an output by scaling the inputs that its op says it is scaled by."""
+    names = view.op.scaled_by.get(view.name_of(output), ())
+    values = {name: getattr(view, name) for name in names if getattr(view, name) is not None}
+    if not values or not all(map(_own, values.values())):
         return None
-    weight, biases = linear.inputs[1], [b for b in linear.inputs[2:] if b is not None]
-    assert weight is not None and weight.const_value is not None
-    total = weight.const_value.shape.numpy()[0]
+    total = next(iter(values.values())).const_value.shape.numpy()[0]
 
     def make(factors: Array, done: Smoothing) -> None:
         rows = np.ones(total, dtype=np.float32)
-        rows[start : start + len(factors)] = factors
-        _multiply(weight, rows[:, None], done.rows, rows)
-        for bias in biases:
-            _scale(bias, rows)
+        rows[columns] = factors
+        for name, value in values.items():
+            if name in view.op.matrices:
+                _multiply(value, rows[:, None], done.rows, rows)
+            else:
+                _scale(value, rows)
 
     return make
 
