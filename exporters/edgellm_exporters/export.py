@@ -33,7 +33,7 @@ from edgellm_exporters.graph.write import WEIGHTS_FILE, Progress
 from edgellm_exporters.graph_sets import graph_set
 from edgellm_exporters.options import ExportOptions, TextAssets
 from edgellm_exporters.proof.goldens import GREEDY, write_goldens
-from edgellm_exporters.proof.parity import ParityReport, measure
+from edgellm_exporters.proof.parity import ParityReport, measure, unequal
 from edgellm_exporters.proof.samples import golden_rows
 from edgellm_exporters.proof.stand_in import bounds_in, proved_on, stand_in, stand_in_session
 from edgellm_exporters.proof.traces import Continuation, Trace, take_traces
@@ -242,10 +242,9 @@ def _prove(
     parity = measure(session, traces, len(traces), said, partial(progress, "comparing with PyTorch"))
     progress("verifying goldens", 0.0)
     verification = verify(bundle, session)
-    failed = [c for c in (*parity.checks(dict(bundle.manifest.bounds)), *verification.checks) if not c.ok]
-    if failed:
-        figures = "; ".join(f"{c.name} is {c.value:.3g}, bound {c.bound:.3g}" for c in failed)
-        raise ParityError(f"the bundle does not compute what PyTorch computes: {figures}; no bundle was written")
+    checks = (*parity.checks(dict(bundle.manifest.bounds)), *verification.checks)
+    if any(not check.ok for check in checks):
+        raise ParityError(unequal(checks, bundle.manifest.dtype, bundle.manifest.quantization.get("method") != "none"))
     return parity, verification
 
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from refusals import only
 from torch import Tensor, nn
 
 from edgellm.models.protocol import State, Step
 from edgellm.ops import RecurrentWeights, lstm, take_positions
 from edgellm_exporters.errors import CaptureError, LoweringError
-from edgellm_exporters.export import export
+from edgellm_exporters.export import ExportOptions, export
 from edgellm_exporters.graph.capture import capture
-from edgellm_runtime import BackendError, StateSpec
+from edgellm_exporters.proof.parity import unequal
+from edgellm_runtime import BackendError, StateSpec, load
+from edgellm_runtime.checks.verify import held
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,62 @@ class Untranslatable(Sound):
         return super().run(torch.special.bessel_j0(x), state, step)
 
 
+class TokenShift(Sound):
+    """Can be exported: PyTorch only fears that one token fewer might be none."""
+
+    def state_specs(self) -> list[StateSpec]:
+        return [*super().state_specs(), StateSpec("last", ("batch", 32), "float32", "replace")]
+
+    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        before = torch.cat([state.get("last", x[:, 0] * 0)[:, None], x[:, :-1]], 1)
+        y, present = super().run(x + before, state, step)
+        return y, {**present, "last": take_positions(x, (step.lengths - 1).long()[:, None])[:, 0]}
+
+
+class Item(Sound):
+    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        return super().run(x * 2 if step.lengths.max().item() > 3 else x, state, step)
+
+
+class Causal(Sound):
+    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        seen = F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], is_causal=True)
+        return super().run(seen[:, 0], state, step)
+
+
+class Dropping(Sound):
+    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        return super().run(F.dropout(x, 0.5), state, step)
+
+
+class WrittenBuffer(Sound):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(32))
+
+    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        self.seen += x.mean((0, 1))
+        return super().run(x + self.seen, state, step)
+
+
+class AssignedBuffer(WrittenBuffer):
+    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        self.seen = self.seen + 1
+        return Sound.run(self, x + self.seen, state, step)
+
+
+class KeptTensor(Sound):
+    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        self.kept = x.mean()
+        return super().run(x, state, step)
+
+
+class NoContext(Sound):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=61)  # type: ignore[assignment]
+
+
 class LogitsOnly(Sound):
     def forward(self, tokens: Tensor, state: State | None = None, step: Step | None = None) -> Any:
         return super().forward(tokens, state, step)[0]
@@ -145,7 +205,20 @@ class NoVocabulary(Sound):
         (Dropped, r"the model's forward gave no new state for \['c'\], which state_specs\(\) declares"),
         (Undeclared, r"the model's forward gave a state \['cache'\] that state_specs\(\) does not declare"),
         (Misshaped, r"present.h: the forward gives shape \(batch, time, 32\), but must give \(batch, 32\)"),
-        (Branching, "the forward branches on a tensor's value; compute both sides and choose with torch.where"),
+        (
+            Branching,
+            r"branches on a tensor's value, as by .item\(\) or if; compute both sides, choose with torch.where",
+        ),
+        (Item, r"branches on a tensor's value at test_bad_input_models.py:\d+ in run, as by .item\(\) or if; compute"),
+        (Causal, r"is_causal=True\) sees the tokens of one step only, .*; call edgellm.ops.attention with keys"),
+        (Dropping, "the forward drops values at random, which no graph does; give dropout self.training"),
+        (
+            WrittenBuffer,
+            r"the forward writes to seen, but a graph keeps nothing on a module .* declare it in state_specs",
+        ),
+        (AssignedBuffer, "the forward writes to seen, but a graph keeps nothing on a module"),
+        (KeptTensor, "the forward writes to kept, but a graph keeps nothing on a module"),
+        (NoContext, "NoContext.config has no max_context; give it the most that one row holds, a whole number of at"),
         (
             Untranslatable,
             r"aten.special_bessel_j0; use other operators in its forward \(test_bad_input_models.py:\d+, y, present",
@@ -158,9 +231,74 @@ class NoVocabulary(Sound):
         (lambda: "a string", "str is not an nn.Module"),
     ],
 )
-def test_model_that_cannot_be_one_graph(model: Any, message: str) -> None:
-    with pytest.raises(CaptureError, match=message):
+def test_model_that_cannot_be_one_graph(model: Any, message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CaptureError, match=message) as raised:
         capture(model())
+    assert "\n" not in str(raised.value)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("model", [AssignedBuffer, KeptTensor])
+def test_what_a_refused_forward_put_on_the_model_is_taken_off(model: Any) -> None:
+    refused = model()
+    before = dict(refused.named_buffers())
+    with pytest.raises(CaptureError):
+        capture(refused)
+    assert getattr(refused, "kept", None) is None
+    assert all(buffer is before[name] for name, buffer in refused.named_buffers())
+
+
+def test_plain_token_shift_is_exported(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    exported = export(TokenShift(), tmp_path / "out")
+    assert exported.verification.ok
+    assert exported.parity.logits < 1e-4
+
+
+class Bigram(nn.Module):
+    """Carries nothing from step to step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = Config()
+        self.table = nn.Embedding(61, 61)
+
+    def state_specs(self) -> list[StateSpec]:
+        return []
+
+    def forward(self, tokens: Tensor, state: State | None = None, step: Step | None = None) -> Any:
+        step = step or Step.whole(tokens)
+        return take_positions(self.table(tokens), step.logit_positions), {}
+
+
+@pytest.mark.parametrize("target", ["onnx", "cpu"])
+def test_a_model_without_state_is_exported_verified_and_run(target: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Bigram()
+    exported = export(model, tmp_path / "out", options=ExportOptions(target=target))
+    assert exported.verification.ok
+    wanted = [7]
+    for _ in range(5):
+        wanted.append(int(model.table.weight[wanted[-1]].argmax()))
+    loaded = load(tmp_path / "out")
+    assert [a.tokens for a in loaded.generate([[5, 6, 7], [7]], max_new_tokens=5)] == [tuple(wanted[1:])] * 2
+
+
+def test_unequal_figures_are_named_once_with_what_to_do() -> None:
+    checks = [
+        held("logits", 0.5, 1e-4),
+        held("logits", float("nan"), 1e-4),
+        held("kl", 2.0, 1e-4),
+        held("top1", 1, 0.9),
+    ]
+    said = unequal(checks, "float16", False)
+    assert said.count("logits") == said.count("kl") == 1
+    assert "top1" not in said
+    assert (
+        "logits is nan, bound 0.0001; kl is 2, bound 0.0001; its numbers are beyond what float16 holds, so use" in said
+    )
+    assert "hold its steps against the whole in PyTorch" in unequal(checks[2:], "float32", False)
+    assert "try another --quantize" in unequal(checks[2:], "float32", True)
 
 
 def test_forward_that_loops_over_tokens() -> None:

@@ -6,8 +6,6 @@ and ragged batches. Nothing here knows an architecture or a target.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +17,15 @@ from torch import Tensor, nn
 from edgellm.models.protocol import LanguageModel, Step, empty_state, logit_width
 from edgellm.ops.canonical import DOMAIN
 from edgellm_exporters.errors import CaptureError
+from edgellm_exporters.graph.faults import (
+    check_keeps_nothing,
+    is_about_sizes,
+    kept_tensors,
+    let_interrupt_through,
+    quiet,
+    reason,
+    writes_to,
+)
 from edgellm_exporters.graph.tracing import CanonicalFunctions, canonical, fake_parameters, no_collection
 from edgellm_exporters.graph.translate import translated
 from edgellm_exporters.weights.streaming import LazyWeight, OwnWeights, Weights
@@ -49,10 +56,20 @@ def check_model(model: LanguageModel) -> None:
             f"{type(model).__name__} is not an nn.Module with config, state_specs() and forward(tokens, state, step); "
             "see docs/embedding.md, 'A model of your own'"
         )
+    _check_config(model)
     signature_of(model)
     for name, weight in model.named_parameters():
         if weight.numel() and not weight.is_meta and not bool(torch.stack(weight.detach().aminmax()).isfinite().all()):
             raise CaptureError(f"{name} holds NaN or infinite weights; train the model again, or load sound weights")
+
+
+def _check_config(model: LanguageModel) -> None:
+    kind = type(model).__name__
+    for name, meaning in (("vocab_size", "how many tokens there are"), ("max_context", "the most that one row holds")):
+        found = getattr(model.config, name, None)
+        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+            has = "has no" if found is None else f"has {found!r} as"
+            raise CaptureError(f"{kind}.config {has} {name}; give it {meaning}, a whole number of at least 1")
 
 
 def signature_of(model: LanguageModel) -> Signature:
@@ -110,8 +127,10 @@ class _OneGraph(nn.Module):
         self, tokens: Tensor, past_lengths: Tensor, lengths: Tensor, logit_positions: Tensor, state: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         past = {spec.name: tensor for spec, tensor in zip(self.specs, state, strict=True)}
+        kept = kept_tensors(self.model)
         with CanonicalFunctions():
             result = self.model(tokens, past, Step(past_lengths, lengths, logit_positions))
+        check_keeps_nothing(self.model, kept)
         if not isinstance(result, tuple) or len(result) != 2:
             raise CaptureError(f"the model's forward gave a {type(result).__name__}; it must give (logits, state)")
         logits, present = result
@@ -125,51 +144,52 @@ class _OneGraph(nn.Module):
 def _trace(model: LanguageModel, signature: Signature) -> torch.export.ExportedProgram:
     assert isinstance(model, nn.Module)
     was_training = model.training
-    wrapped = _OneGraph(model, signature.state).eval()
+    wrapped, ran = _OneGraph(model, signature.state).eval(), dict[str, nn.Module]()
     try:
-        with _quiet():
-            program = torch.export.export(
-                wrapped, _example(model, signature), dynamic_shapes=_dynamic_shapes(signature), strict=False
-            )
-            return canonical(program)
+        with quiet(), _noted(model, ran):
+            program = _exported(wrapped, _example(model, signature), _dynamic_shapes(signature))
+        for name in program.graph_signature.buffers_to_mutate.values():
+            raise writes_to(name.removeprefix("model."))
+        return program
     except CaptureError:
         raise
     except Exception as error:  # torch.export raises many kinds; each means: not one graph
-        _let_interrupt_through(error)
-        raise CaptureError(f"{type(model).__name__} cannot be traced as one graph: {_reason(model, error)}") from error
+        let_interrupt_through(error)
+        raise CaptureError(
+            f"{type(model).__name__} cannot be traced as one graph: {reason(ran.items(), error)}"
+        ) from error
     finally:
         model.train(was_training)
 
 
-def _let_interrupt_through(error: BaseException | None) -> None:
-    """Ctrl-C that falls into PyTorch's C++ comes out as an error of another kind, with its name in the text."""
-    while error is not None:
-        if isinstance(error, KeyboardInterrupt) or "KeyboardInterrupt" in str(error):
-            raise KeyboardInterrupt from error
-        error = error.__cause__ or error.__context__
+def _exported(wrapped: nn.Module, example: tuple[Any, ...], shapes: tuple[Any, ...]) -> torch.export.ExportedProgram:
+    dynamo_config: Any = torch._dynamo.config
+    shape_config: Any = torch.fx.experimental._config
+    # The cache keeps what operators give at sizes that were met before; symbols are met anew all the time.
+    with dynamo_config.patch(fake_tensor_cache_enabled=False):
+        try:
+            return canonical(torch.export.export(wrapped, example, dynamic_shapes=shapes, strict=False))
+        except Exception as error:
+            if not is_about_sizes(error):
+                raise
+            # x[:, :-1] asks whether one token fewer is none; told not to care for 0 and 1, PyTorch asks other things
+            with shape_config.patch(backed_size_oblivious=True):
+                try:
+                    return canonical(torch.export.export(wrapped, example, dynamic_shapes=shapes, strict=False))
+                except Exception:
+                    raise error from None
 
 
-_SIZES, _VALUES = ("specialized it to be a constant", "Constraints violated"), ("data-dependent", "unbacked")
-
-
-def _reason(model: nn.Module, error: Exception) -> str:
-    """What to change in the model; PyTorch's own words follow, for they name the line or the dimension."""
-    said = " ".join(str(error).split())
-    if any(sign in said for sign in _VALUES):
-        advice = "the forward branches on a tensor's value; compute both sides and choose with torch.where"
-        return f"{advice} ({said[:300]})"
-    if not any(sign in said for sign in _SIZES):
-        return said[:400]
-    for name, module in model.named_modules():
-        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-            kind = type(module).__name__
-            op = {"LSTM": "lstm", "GRU": "gru"}.get(kind.removesuffix("Cell"), "elman")
-            return (
-                f"{name} is an nn.{kind}, which PyTorch unrolls over the example's tokens; call edgellm.ops.{op} with "
-                "its weights as RecurrentWeights and step.lengths instead"
-            )
-    advice = "the forward fixes a size that must stay free; loop over no tokens, take sizes from x.shape without int()"
-    return f"{advice} ({said[:300]})"
+@contextmanager
+def _noted(model: nn.Module, ran: dict[str, nn.Module]) -> Iterator[None]:
+    """Note which of PyTorch's own recurrent modules run."""
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.RNNBase | nn.RNNCellBase)]
+    hooks = [m.register_forward_pre_hook(lambda m, _, n=n: ran.update({n: m})) for n, m in found]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _example(model: LanguageModel, signature: Signature) -> tuple[Any, ...]:
@@ -232,17 +252,3 @@ def _check_shape(name: str, found: Sequence[Any], wanted: Sequence[int | str], s
             f"{name}: the forward gives shape {shape}, but must give ({', '.join(map(str, wanted))}), whatever the "
             "sizes of its inputs are"
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back PyTorch's chatter about torchvision, deprecations and what an error will say anyway."""
-    log = logging.getLogger("torch")  # whose level those of its parts that matter here follow
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)

@@ -17,7 +17,7 @@ from edgellm_runtime.checks.verify import Check, held
 from edgellm_runtime.session import Session
 from edgellm_runtime.state import State
 
-__all__ = ["ParityReport", "compare", "measure"]
+__all__ = ["ParityReport", "compare", "measure", "unequal"]
 
 Array = NDArray[Any]
 
@@ -124,6 +124,42 @@ def _perplexity(nats: Sequence[Array]) -> float:
     """NaN where no token was predicted, as by a model that labels."""
     found = np.concatenate(nats)
     return float(np.exp(found.mean())) if len(found) else float("nan")
+
+
+def unequal(checks: Sequence[Check], dtype: str, quantized: bool) -> str:
+    """A sentence on checks some of which do not hold: each figure once, as it is worst, and what to do.
+
+    Args:
+        checks: of one bundle.
+        dtype: what it computes in.
+        quantized: whether its weights are.
+    """
+    worst: dict[str, Check] = {}
+    for check in (c for c in checks if not c.ok):
+        known = worst.get(check.name)
+        if known is None or not _nearer(check, known):
+            worst[check.name] = check
+    figures = "; ".join(f"{c.name} is {c.value:.3g}, bound {c.bound:.3g}" for c in worst.values())
+    lost = [c.name for c in worst.values() if not np.isfinite(c.value)]
+    if lost and dtype == "float16":
+        remedy = "its numbers are beyond what float16 holds, so use bfloat16"
+    elif lost:
+        remedy = "it gives NaN or infinite numbers, so look for a softmax over nothing, a log or a division by zero"
+    elif dtype != "float32":
+        remedy = f"{dtype} may be too coarse for it, so try another dtype"
+    elif quantized:
+        remedy = "its weights may need a finer format, so try another --quantize"
+    else:
+        remedy = (
+            "its forward may give other numbers in steps than at once, so hold its steps against the whole in PyTorch, "
+            "with padding and with a past"
+        )
+    return f"the bundle does not compute what PyTorch computes: {figures}; {remedy}; no bundle was written"
+
+
+def _nearer(check: Check, other: Check) -> bool:
+    """Whether a figure is nearer to its bound than another of its name; NaN is never."""
+    return bool(abs(check.value - check.bound) <= abs(other.value - other.bound))
 
 
 class _Part(NamedTuple):

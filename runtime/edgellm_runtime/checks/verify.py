@@ -187,7 +187,7 @@ def _coarse_kl(golden: Golden, found: Array) -> float:
 def _state_difference(golden: Golden, state: State) -> float:
     """Of the carried tensors; a cache in 8 bits holds codes, and what they lose shows in the logits."""
     worst, specs = 0.0, [spec for spec in state.specs if spec.dtype != "int8"]
-    if not specs:
+    if state.specs and not specs:
         return float("nan")
     for spec in specs:
         if spec.name not in golden.state:
