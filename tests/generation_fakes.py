@@ -43,7 +43,8 @@ class FakeSession:
     device, candidates, predicts_tokens = "cpu", 0, True
 
     def __init__(self, vocab_size: int, max_context: int = 64, *, recurrent: bool = True) -> None:
-        self.vocab_size, self.max_context = vocab_size, max_context
+        self.vocab_size = self.width = vocab_size
+        self.max_context = max_context
         self.specs = (KEYS, HIDDEN) if recurrent else (KEYS,)
         self.table = np.random.default_rng(7).normal(size=(61, vocab_size)).astype(np.float32) * 2
         self.read = 0  # tokens read in all, to see what was not read again

@@ -13,13 +13,17 @@ import operator
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgellm_runtime.errors import OptionError
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 __all__ = [
-    "check_choice", "check_flag", "check_instance", "check_integer", "check_list", "check_number", "check_path",
-    "check_text", "is_sequence", "shown",
+    "check_choice", "check_flag", "check_instance", "check_integer", "check_integers", "check_list", "check_number",
+    "check_path", "check_text", "is_sequence", "shown",
 ]  # fmt: skip
 
 _T = TypeVar("_T")
@@ -38,16 +42,31 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
-def check_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """A whole number (not a bool, not 2.0) of at least ``low`` and at most ``high``."""
+def check_integer(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
+    """A whole number (not a bool, not 2.0) of at least ``low`` and at most ``high``; None: any."""
     try:
         number = None if type(value).__name__ in ("bool", "bool_") else operator.index(value)
     except Exception:  # NumPy, PyTorch and others refuse in ways of their own
         number = None
-    if number is None or number < low or (high is not None and number > high):
-        bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise OptionError(f"{name} is {shown(value)}; it must be an integer {bounds}")
+    if number is None or (low is not None and number < low) or (high is not None and number > high):
+        bounds = "" if low is None and high is None else f" from {low} to {high}"
+        bounds = f" of at most {high}" if low is None and high is not None else bounds
+        bounds = f" of at least {low}" if high is None and low is not None else bounds
+        raise OptionError(f"{name} is {shown(value)}; it must be an integer{bounds}")
     return number
+
+
+def check_integers(name: str, value: Any) -> NDArray[np.int64]:
+    """One whole number, or an array or list of them."""
+    import numpy as np
+
+    try:
+        array = np.asarray(value)
+        if array.size and array.dtype.kind not in "iu":  # a cast would round, and hide a mistake
+            raise TypeError(f"dtype {array.dtype}")
+    except Exception as error:  # rows of unequal length, and what objects raise that only look like arrays
+        raise OptionError(f"{name} is {shown(value)}; it must be whole numbers") from error
+    return array.astype(np.int64, copy=False)
 
 
 def check_number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> float:
@@ -109,9 +128,17 @@ def check_path(name: str, value: Any) -> Path:
     """A path of the file system."""
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
-    if not isinstance(value, str) or not value or "\0" in value:
+    if not isinstance(value, str) or not value or "\0" in value or not _is_encodable(value):
         raise OptionError(f"{name} is {shown(value)}; it must be the path of a file or a folder")
     return Path(value)
+
+
+def _is_encodable(path: str) -> bool:
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_instance(name: str, value: Any, kind: type[_T], remedy: str) -> _T:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgellm_runtime.arguments import check_flag, check_instance, check_path, check_text
 from edgellm_runtime.bundle.engine_info import LIBRARIES
 from edgellm_runtime.errors import BackendError, BundleError
 from edgellm_runtime.threads import thread_count
@@ -43,11 +44,13 @@ def load(
     Raises:
         BundleError: the bundle is missing, damaged, foreign or newer than this runtime.
         BackendError: no library can run it here, or the device is not there.
+        OptionError: an argument of the wrong kind.
     """
     from edgellm_runtime.bundle import Bundle
     from edgellm_runtime.model import Model
     from edgellm_runtime.text.tokenizer import Tokenizer, check_info
 
+    path, checksums = check_path("path", path), check_flag("checksums", checksums)
     threads = thread_count(threads)
     with Bundle.while_checking(path, checksums=checksums) as bundle:
         session = open_session(bundle, device=device, threads=threads)
@@ -62,7 +65,10 @@ def load(
 
 def open_session(bundle: Bundle, *, device: str = "auto", threads: int | None = None) -> Session:
     """Steps of an opened bundle, without text; arguments and errors as :func:`load`."""
-    if device not in DEVICES:
+    from edgellm_runtime.bundle import Bundle
+
+    check_instance("bundle", bundle, Bundle, "edgellm_runtime.bundle.Bundle(path) opens one")
+    if check_text("device", device) not in DEVICES:
         raise BackendError(f"unknown device {device!r}; this runtime has {', '.join(DEVICES)}")
     threads = thread_count(threads)
     return session_of(bundle, _backend(bundle, _chosen(bundle, device), threads))

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_runtime.errors import BundleError, OptionError
+from edgellm_runtime.arguments import is_sequence, shown
+from edgellm_runtime.errors import BundleError, ContextError, OptionError
 from edgellm_runtime.generation.conversation import Conversation
 from edgellm_runtime.generation.generate import Generation, GenerationOptions, OptionKeywords, Run, Stream
 from edgellm_runtime.session import Session
@@ -76,17 +77,21 @@ class Model:
         to use special tokens, encode the prompt with ``model.tokenizer.encode(text, special=True)``.
 
         Args:
-            prompt: a text or token ids; or a list of texts or of lists of token ids.
+            prompt: a text or token ids; or a list of texts or of lists of token ids, and then the answers are a list
+                too, of none for an empty one.
             **options: those of :class:`GenerationOptions`.
 
         Raises:
-            OptionError: an option outside its range, or an empty prompt where the model has no bos token.
+            OptionError: an argument of the wrong kind or outside its range, or an empty prompt where the model has no
+                bos token; of a batch, the prompt is named by its number.
             ContextError: a prompt is longer than the context.
         """
         checked = GenerationOptions(**options)
         self._check_predicts()
-        many = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], (Sequence, np.ndarray))
-        prompts = [self._tokens(p) for p in (prompt if many else [prompt])]
+        many = _is_batch(prompt)
+        if many and not len(prompt):
+            return []
+        prompts = [self._tokens(p, f"prompt {i}") for i, p in enumerate(prompt)] if many else [self._tokens(prompt)]
         run = Run(self.session, self.tokenizer, prompts, checked)
         for _ in run.chunks():
             pass
@@ -226,15 +231,34 @@ class Model:
         if not self.session.predicts_tokens:
             raise OptionError(f"{self.bundle.manifest.name} labels words and writes no text; use label_roles")
 
-    def _tokens(self, prompt: Any) -> list[int]:
+    def _tokens(self, prompt: Any, name: str = "the prompt") -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise OptionError("the prompt is a text, but the bundle has no tokenizer; pass token ids")
+                raise OptionError(f"{name} is a text, but the bundle has no tokenizer; pass token ids")
             tokens = self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos)
+        elif is_sequence(prompt):
+            try:
+                tokens = check_tokens(prompt, self.session.vocab_size)
+            except OptionError as error:
+                raise OptionError(f"{name}: {error}") from error
         else:
-            tokens = check_tokens(prompt, self.session.vocab_size)
+            raise OptionError(f"{name} is {shown(prompt)}; it must be a text or a list of token ids")
+        if len(tokens) > self.session.max_context:
+            raise ContextError(
+                f"{name} has {len(tokens)} tokens, but the model's context holds {self.session.max_context}; "
+                "shorten the prompt"
+            )
         if tokens:
             return tokens
         if self.tokenizer is None or self.tokenizer.bos_token_id is None:
-            raise OptionError("the prompt is empty and the model has no bos token to start from; pass some text")
+            raise OptionError(f"{name} is empty and the model has no bos token to start from; pass some text")
         return [self.tokenizer.bos_token_id]
+
+
+def _is_batch(prompt: Any) -> bool:
+    """Whether a prompt is a list of prompts: one of none, of texts, or of lists; an array of numbers is one prompt."""
+    if not is_sequence(prompt):
+        return False
+    if not len(prompt):
+        return not hasattr(prompt, "dtype")
+    return isinstance(prompt[0], str) or is_sequence(prompt[0])

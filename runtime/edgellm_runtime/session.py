@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgellm_runtime.arguments import check_choice, check_instance, check_integer, check_integers, shown
 from edgellm_runtime.backends import Backend, Candidates, check_updates
 from edgellm_runtime.errors import ContextError, OptionError, StateError
 from edgellm_runtime.spec import Signature
@@ -74,7 +75,12 @@ class Session:
         Args:
             batch: rows.
             capacity: tokens that each row is expected to hold; more can come later.
+
+        Raises:
+            OptionError: not whole numbers, or no row.
+            StateError: memory does not hold it.
         """
+        batch, capacity = check_integer("batch", batch, 1, 2**31 - 1), check_integer("capacity", capacity, 0)
         storage = self._backend.storage
         slots = storage.rounded(self._capacity or min(max(capacity, 1), self.max_context))
         return State(self.signature.state, batch, slots, storage)
@@ -95,19 +101,21 @@ class Session:
 
         Raises:
             ContextError: a row would hold more than ``max_context`` tokens.
-            OptionError: tokens outside the vocabulary, or lengths outside the chunk.
-            StateError: another number of rows than the state's.
+            OptionError: tokens outside the vocabulary, lengths outside the chunk, or an argument of the wrong kind.
+            StateError: another number of rows than the state's, or the state of another model.
         """
         tokens = _whole_numbers(tokens)
         batch, time = self._check(tokens, state)
+        check_choice("logits", logits, get_args(Wanted))
         if lengths is None:
             valid = np.full(batch, time, dtype=np.int32)
         else:
-            valid = np.asarray(lengths, dtype=np.int32)
-            if valid.shape != (batch,) or (valid < 1).any() or (valid > time).any():
+            given = check_integers("lengths", lengths)
+            if given.shape != (batch,) or (given < 1).any() or (given > time).any():
                 raise OptionError(
-                    f"lengths {valid.tolist()} for {batch} rows of {time} tokens; each must be 1 to {time}"
+                    f"lengths {shown(given.tolist())} for {batch} rows of {time} tokens; each must be 1 to {time}"
                 )
+            valid = given.astype(np.int32)
             tokens = tokens[:, : valid.max()]  # what is padding in every row is not worth computing
             time = tokens.shape[1]
         if (total := int((state.lengths + valid).max())) > self.max_context:
@@ -131,12 +139,14 @@ class Session:
 
         Raises:
             ContextError: a row would hold more than ``max_context`` tokens.
-            OptionError: tokens outside the vocabulary.
+            OptionError: tokens outside the vocabulary, or a count outside its range.
             StateError: another number of rows than the state's.
         """
         tokens = _whole_numbers(tokens)
         batch, time = self._check(tokens, state)
-        assert time == 1 and 0 < count <= self.candidates
+        if time != 1:
+            raise OptionError(f"tokens of shape {tokens.shape}; choosing takes one token a row")
+        count = check_integer("count", count, 1, self.candidates)
         if (total := int(state.lengths.max()) + 1) > self.max_context:
             raise ContextError(
                 f"{total} tokens do not fit into the model's context of {self.max_context}; shorten the prompt"
@@ -148,6 +158,14 @@ class Session:
         return found
 
     def _check(self, tokens: Array, state: State) -> tuple[int, int]:
+        check_instance("state", state, State, "session.new_state() makes one")
+        if state.specs is not self.signature.state and state.specs != tuple(self.signature.state):
+            raise StateError("the state is another model's; make one with this session's new_state()")
+        if type(state.storage) is not type(self.storage):
+            raise StateError(
+                f"the state is not where the session's are, on {self.device}; make it with session.new_state(), or "
+                "load it with storage=session.storage"
+            )
         if tokens.ndim != 2 or not tokens.size:
             raise OptionError(f"tokens of shape {tokens.shape}; they must be (rows, tokens), at least one of each")
         if tokens.shape[0] != state.batch:
@@ -197,9 +215,6 @@ class Session:
 
 def _whole_numbers(tokens: Any) -> Array:
     try:
-        array = np.asarray(tokens)
-        if array.size and array.dtype.kind not in "iu":  # a cast would round, and hide a mistake
-            raise TypeError(f"dtype {array.dtype}")
-    except (TypeError, ValueError) as error:  # ValueError: rows of unequal length
-        raise OptionError(f"tokens are not an array of whole numbers ({error}); pad rows and give lengths") from error
-    return array.astype(np.int64, copy=False)
+        return check_integers("tokens", tokens)
+    except OptionError as error:
+        raise OptionError(f"{error} of shape (rows, tokens); pad rows and give lengths") from error

@@ -75,13 +75,25 @@ def test_option_that_is_no_number_is_wrong_usage(capsys: pytest.CaptureFixture[s
         ([1.5], "token id 1.5 is outside"),
         ([True], "token id True is outside"),
         ([[3], [99]], "token id 99 is outside"),
-        ([], "the prompt is empty"),
+        ([[1], []], "prompt 1 is empty and the model has no bos token"),
+        ([[1], [2, 61]], "prompt 1: token id 61 is outside the model's vocabulary"),
+        ([[1], [1] * (CONTEXT + 1)], f"prompt 1 has {CONTEXT + 1} tokens, but the model's context holds {CONTEXT}"),
+        ([[1], 5], "prompt 1 is 5; it must be a text or a list of token ids"),
+        (b"text", "the prompt is b'text'; it must be a text or a list of token ids"),
+        ({1: 2}, "the prompt is {1: 2}; it must be"),
+        (None, "the prompt is None; it must be"),
         ("text", "the prompt is a text, but the bundle has no tokenizer; pass token ids"),
     ],
 )
 def test_impossible_tokens(prompt: Any, message: str) -> None:
-    with pytest.raises(OptionError, match=message):
+    with pytest.raises((OptionError, ContextError), match=message):
         load(recurrent_bundle(), threads=1).generate(prompt)
+
+
+def test_no_prompts_are_given_no_answers_and_ask_the_model_nothing() -> None:
+    model = load(recurrent_bundle(), threads=1)
+    assert model.generate([]) == []
+    assert model.generate(()) == []
 
 
 @pytest.mark.parametrize(

@@ -146,9 +146,15 @@ def test_no_new_tokens_ask_the_model_nothing(model):
 
 
 def test_an_empty_prompt_needs_a_bos_token(tmp_path, model):
-    for empty in ("", [], np.array([], dtype=np.int64), [""]):
-        with pytest.raises(OptionError, match="prompt is empty"):
+    for empty in ("", np.array([], dtype=np.int64)):
+        with pytest.raises(OptionError, match="the prompt is empty"):
             model.generate(empty)
+    with pytest.raises(OptionError, match="prompt 1 is empty"):
+        model.generate(["hello", ""])
+    with pytest.raises(OptionError, match="the prompt is empty"):
+        model.stream([])
+    assert model.generate([]) == []
+    assert model.session.read == 0
     started = fake_model(tmp_path, bos=1)
     assert started.generate("").prompt_tokens == 1
     assert started.generate("", max_new_tokens=3).tokens == started.generate([1], max_new_tokens=3).tokens

@@ -13,7 +13,8 @@ from edgellm_runtime.bundle import TokenizerInfo
 from edgellm_runtime.errors import BundleError, OptionError
 from edgellm_runtime.text.tokenizer import Tokenizer
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+# not the mark either, which sentencepiece's kind does not tell from a space
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=60)
 INFO = TokenizerInfo(None, (2,), False, False)
 quick = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

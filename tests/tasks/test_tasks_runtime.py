@@ -180,7 +180,7 @@ def devices(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ("translation", lambda m: m.translate("half \ud800"), "surrogate"),
         ("qa", lambda m: m.answer(["who", "what"], ["one"]), "2 questions for 1 contexts"),
         ("qa", lambda m: m.answer("who", ""), "context is empty"),
-        ("srl", lambda m: m.label_roles("", 0), "outside the sentence"),
+        ("srl", lambda m: m.label_roles("", 0), "the sentence is empty"),
         ("srl", lambda m: m.label_roles("the cat sat", 3), "words are 0 to 2"),
         ("srl", lambda m: m.label_roles("the cat sat", "dog"), "not one of the words"),
         ("srl", lambda m: m.label_roles("the cat saw the cat", "cat"), r"2 times, at \[1, 4\]"),

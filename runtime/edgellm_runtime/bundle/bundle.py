@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from edgellm_runtime.arguments import check_flag, check_path
 from edgellm_runtime.bundle.limits import MAX_MANIFEST_BYTES, limit_of, read_json
 from edgellm_runtime.bundle.manifest import MANIFEST, FileInfo, Manifest
 from edgellm_runtime.bundle.weight_files import weight_files
@@ -73,7 +74,7 @@ class Bundle:
 
     def _open(self, path: str | Path, checksums: bool) -> list[str]:
         """Check all that can be had at once; the names of the files whose checksums are still to be compared."""
-        self.path = Path(path)
+        self.path, checksums = check_path("path", path), check_flag("checksums", checksums)
         self.manifest = Manifest.from_json(_read_manifest(self.path), self.path / MANIFEST)
         graphs = self.manifest.graph_files
         if absent := [name for name in graphs if name not in self.manifest.files]:

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Generator
 from typing import Unpack
 
+from edgellm_runtime.arguments import check_text
 from edgellm_runtime.errors import StateError
 from edgellm_runtime.generation.generate import Chunk, Generation, GenerationOptions, OptionKeywords, Run
 from edgellm_runtime.session import Session
@@ -43,7 +44,7 @@ class Conversation:
         self._messages: list[dict[str, str]] = []
         # the only stream that may write; weakly, so that one that its reader drops ends there and then
         self._open: weakref.ref[Generator[Chunk, None, None]] | None = None
-        self.system = system
+        self.system = None if system is None else check_text("system", system)
         self.last: Generation | None = None
         self.reused_tokens = 0
         self.reset()
@@ -54,6 +55,8 @@ class Conversation:
         Args:
             system: a new system message; None keeps the one there is.
         """
+        if system is not None:
+            check_text("system", system)
         self._close()
         self.system = self.system if system is None else system
         self._messages = [{"role": "system", "content": self.system}] if self.system is not None else []
@@ -103,6 +106,7 @@ class Conversation:
             ContextError: the conversation no longer fits into the context; the message is not kept.
             StateError: called from within a step of the open stream.
         """
+        check_text("text", text)
         checked = GenerationOptions(**options)
         self._close()
         turn = [*self._messages, {"role": "user", "content": text}]
@@ -150,11 +154,11 @@ class Conversation:
         """A state that holds a proper prefix of the prompt, as long as can be."""
         pairs = zip(self._held, prompt[:-1], strict=False)  # the last token must be read, for its logits
         common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self._held), len(prompt) - 1))
-        needed = len(prompt) + options.max_new_tokens
+        needed = min(len(prompt) + options.max_new_tokens, self._session.max_context)
         if self._state is not None:
             try:
                 self._state.rewind(common)
-                self._state.reserve(min(needed, self._session.max_context))
+                self._state.reserve(needed)
                 self._held, self.reused_tokens = self._held[:common], common
                 return self._state
             except StateError:  # a recurrence, or a ring that no longer holds that point

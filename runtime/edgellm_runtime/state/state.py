@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgellm_runtime.arguments import (
+    check_instance, check_integer, check_integers, check_list, check_path, check_text, shown,
+)  # fmt: skip
 from edgellm_runtime.errors import StateError
 from edgellm_runtime.spec import StateSpec
 from edgellm_runtime.state.saved_arrays import read_arrays
@@ -24,6 +27,7 @@ __all__ = ["State"]
 Array = NDArray[Any]
 _FORMAT = 1
 _MOST = 1 << 30  # tokens of a row: more would overflow the graph's whole numbers
+_COUNTABLE = 1 << 62  # rows or slots: NumPy counts no further
 
 
 class State:
@@ -37,6 +41,9 @@ class State:
     """
 
     def __init__(self, specs: Sequence[StateSpec], batch: int, capacity: int, storage: Storage = HOST) -> None:
+        batch = check_integer("batch", batch, None, _COUNTABLE)
+        capacity = check_integer("capacity", capacity, None, _COUNTABLE)
+        specs = check_list("specs", specs, "StateSpecs", _check_spec)
         if batch < 1 or capacity < 1:
             raise StateError(f"a state needs at least one row and one slot, not {batch} and {capacity}")
         buffers = storage.acquire(tuple(specs), batch, capacity)
@@ -85,11 +92,15 @@ class State:
 
     def read(self, name: str) -> Array:
         """One tensor's numbers, in this process's memory; bfloat16 as float32."""
-        spec = next(s for s in self.specs if s.name == name)
+        check_text("name", name)
+        spec = next((s for s in self.specs if s.name == name), None)
+        if spec is None:
+            raise StateError(f"the state has no tensor {shown(name)}; it has {', '.join(s.name for s in self.specs)}")
         return widened(self.storage.read(spec, self.tensors[name]), spec.dtype)
 
     def reserve(self, slots: int) -> None:
         """Make room for that many tokens in each row; what is there stays."""
+        slots = check_integer("slots", slots, 0, _COUNTABLE)
         if slots <= self.capacity:
             return
         capacity = self.storage.rounded(slots)
@@ -112,6 +123,7 @@ class State:
         Raises:
             StateError: a row that is not there.
         """
+        rows = check_list("rows", rows, "row numbers", check_integer)
         if not len(rows) or not all(0 <= row < self.batch for row in rows):
             raise StateError(f"rows {list(rows)} of a state of {self.batch} rows; name rows from 0 to {self.batch - 1}")
         index, copy = list(rows), State.__new__(State)
@@ -121,7 +133,18 @@ class State:
         return copy
 
     def put(self, row: int, other: State) -> None:
-        """Copy a state of one row into a row of this one, which has room for it."""
+        """Copy a state of one row into a row of this one, which has room for it.
+
+        Raises:
+            StateError: a row that is not there, or a state of another model or of several rows.
+        """
+        row = check_integer("row", row)
+        check_instance("other", other, State, "take() gives one of a row")
+        if not 0 <= row < self.batch or other.batch != 1 or other.specs != self.specs:
+            raise StateError(
+                f"cannot put a state of {other.batch} rows into row {shown(row)} of {self.batch}; it must be one row "
+                "of the same model's, and the row must be there"
+            )
         self.reserve(int(other.lengths[0]))
         for spec in self.specs:
             capacities = self.capacity, other.capacity
@@ -144,10 +167,10 @@ class State:
             StateError: a state no longer holds what a row was at that length, or a row holds fewer tokens. Nothing is
                 changed then.
         """
-        wanted = np.asarray(lengths, dtype=np.int32)
+        wanted = check_integers("lengths", lengths)
         if wanted.shape not in ((), (self.batch,)):
             raise StateError(
-                f"cannot rewind {self.batch} rows to {wanted.tolist()}; give one length, or one for each row"
+                f"cannot rewind {self.batch} rows to {shown(wanted.tolist())}; give one length, or one for each row"
             )
         wanted = np.broadcast_to(wanted, (self.batch,))
         if (wanted == self.lengths).all():
@@ -159,7 +182,7 @@ class State:
             self._check_rewind(int(row), int(wanted[row]), int(written[row]))
         self._clear_replaced(wanted == 0)
         self._written = np.where(wanted == 0, 0, written).astype(np.int32)
-        self.lengths = wanted.copy()
+        self.lengths = wanted.astype(np.int32)
 
     def _check_rewind(self, row: int, wanted: int, written: int) -> None:
         spec = max(self.specs, key=lambda s: s.earliest(written))
@@ -186,14 +209,22 @@ class State:
                 self.storage.put(spec, self.tensors[spec.name], row, blank.tensors[spec.name], capacities)
 
     def save(self, path: str | Path) -> None:
-        """Write it to a file, only the slots in use."""
+        """Write it to a file, only the slots in use.
+
+        Raises:
+            StateError: the file cannot be written.
+        """
+        path = check_path("path", path)
         used = max(int(self.lengths.max()), 1)
         arrays = {s.name: self.storage.read(s, self.tensors[s.name])[s.used(used)] for s in self.specs}
         if _has_ring(self.specs):
             arrays["__written__"] = self.written
         header = json.dumps({"format": _FORMAT, "specs": [s.to_json() for s in self.specs]})
-        with Path(path).open("wb") as file:  # given a name, numpy would append .npz to it
-            np.savez(file, allow_pickle=False, __header__=np.array(header), __lengths__=self.lengths, **arrays)
+        try:
+            with path.open("wb") as file:  # given a name, numpy would append .npz to it
+                np.savez(file, allow_pickle=False, __header__=np.array(header), __lengths__=self.lengths, **arrays)
+        except OSError as error:
+            raise StateError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
 
     @classmethod
     def load(cls, path: str | Path, specs: Sequence[StateSpec], storage: Storage = HOST) -> State:
@@ -207,8 +238,9 @@ class State:
         Raises:
             StateError: not such a file, or of another model.
         """
+        path, specs = check_path("path", path), check_list("specs", specs, "StateSpecs", _check_spec)
         try:
-            data = read_arrays(Path(path))
+            data = read_arrays(path)
             header = json.loads(str(data["__header__"]))
             known = header["format"] == _FORMAT and header["specs"] == [s.to_json() for s in specs]
             lengths, arrays = data["__lengths__"], {spec.name: data[spec.name] for spec in specs if known}
@@ -240,6 +272,10 @@ class State:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def _check_spec(name: str, value: Any) -> StateSpec:
+    return check_instance(name, value, StateSpec, "session.signature.state holds a model's")
 
 
 def _has_ring(specs: Sequence[StateSpec]) -> bool:

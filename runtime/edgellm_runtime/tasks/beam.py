@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_runtime.errors import ContextError, OptionError
+from edgellm_runtime.arguments import check_integer, check_number
+from edgellm_runtime.errors import ContextError
 from edgellm_runtime.session import Session
 from edgellm_runtime.softmax import log_softmax
 from edgellm_runtime.state import State
@@ -103,10 +104,9 @@ def beam_search(
         OptionError: a number outside its range.
         ContextError: a prompt is too long.
     """
-    if type(beams) is not int or not 1 <= beams <= session.width:
-        raise OptionError(f"beams is {beams!r}; it must be a whole number from 1 to {session.width}")
-    if type(max_new_tokens) is not int or max_new_tokens < 1:
-        raise OptionError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number of at least 1")
+    beams = check_integer("beams", beams, 1, session.width)
+    max_new_tokens = check_integer("max_new_tokens", max_new_tokens, 1)
+    length_penalty = check_number("length_penalty", length_penalty, -10, 10)
     limit = min(max_new_tokens, session.max_context - max(map(len, prompts)))
     state, next_ones = read_prompts(session, prompts, limit)
     rows = [_Row(i, [Hypothesis((), 0.0, False)]) for i in range(len(prompts))]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from edgellm_runtime.arguments import check_flag, check_integer, check_list, check_text, is_sequence, shown
 from edgellm_runtime.errors import OptionError
 from edgellm_runtime.session import Session
 from edgellm_runtime.softmax import log_softmax
@@ -21,6 +22,7 @@ from edgellm_runtime.text.tokenizer import Tokenizer
 
 __all__ = ["Answer", "RoleLabels", "Span", "TaskRunner"]
 
+_MOST_WORDS = 10_000  # of a summary
 _WORDS = re.compile(r"\w+(?:['\u2019-]\w+)*|[^\w\s]")
 
 
@@ -106,7 +108,9 @@ class TaskRunner:
             ContextError: a text is too long.
         """
         self._check("translation")
-        fields = [{"source": text} for text in _many(source)]
+        fields = [{"source": text} for text in _many("source", source)]
+        if max_new_tokens is not None:
+            max_new_tokens = check_integer("max_new_tokens", max_new_tokens, 1)
         return _as_given(source, self._answers(
             fields, "source", beams, length_penalty, max_new_tokens, check_script=check_script
         ))  # fmt: skip
@@ -130,12 +134,13 @@ class TaskRunner:
             ContextError: the question is too long, or the context where it may not be shortened.
         """
         self._check("qa")
-        questions = _many(question)
-        contexts = [context] * len(questions) if isinstance(context, str) else list(context)
+        questions, contexts = _many("question", question), _many("context", context)
+        contexts = contexts * len(questions) if isinstance(context, str) else contexts
         if len(contexts) != len(questions):
             raise OptionError(f"{len(questions)} questions for {len(contexts)} contexts; give as many, or one context")
         fields = [{"question": q, "context": c} for q, c in zip(questions, contexts, strict=True)]
         if self.spec.choices:
+            check_integer("beams", beams, 1)
             return _as_given(question, [self._choice(f, check_script) for f in fields])
         return _as_given(question, self._answers(fields, "context", beams, 1.0, None, check_script=check_script))
 
@@ -158,10 +163,8 @@ class TaskRunner:
             ContextError: a text is too long and may not be shortened.
         """
         self._check("summarization")
-        wanted = self.spec.length if words is None else words
-        if type(wanted) is not int or wanted < 1:
-            raise OptionError(f"words is {words!r}; it must be a whole number of at least 1")
-        fields = [{"text": t, "length": str(wanted)} for t in _many(text)]
+        wanted = self.spec.length if words is None else check_integer("words", words, 1, _MOST_WORDS)
+        fields = [{"text": t, "length": str(wanted)} for t in _many("text", text)]
         return _as_given(text, self._answers(fields, "text", beams, 1.0, None, check_script=check_script))
 
     def label_roles(self, sentence: str | Sequence[str], predicate: int | str) -> RoleLabels:
@@ -180,10 +183,11 @@ class TaskRunner:
     def label_roles_batch(self, items: Sequence[tuple[str | Sequence[str], int | str]]) -> list[RoleLabels]:
         """The same for many pairs of a sentence and a predicate, in one batch."""
         self._check("srl")
-        if not items:
+        pairs = check_list("items", items, "pairs of a sentence and a predicate", _pair)
+        if not pairs:
             return []
-        sentences = [_words(sentence) for sentence, _ in items]
-        predicates = [_predicate(words, p) for words, (_, p) in zip(sentences, items, strict=True)]
+        sentences = [_words(sentence) for sentence, _ in pairs]
+        predicates = [_predicate(words, p) for words, (_, p) in zip(sentences, pairs, strict=True)]
         encoded = [
             encode_words(self.tokenizer.encode, self.tokenizer.token_id, words, p, limit=self.session.max_context)
             for words, p in zip(sentences, predicates, strict=True)
@@ -208,7 +212,7 @@ class TaskRunner:
             raise OptionError(f"the model was trained for {self.spec.name}, not for {task}; load one that was")
 
     def _prompt(self, fields: Mapping[str, str], main: str, check_script: bool) -> Prompt:
-        if check_script:
+        if check_flag("check_script", check_script):
             check_scripts(fields[main], main, self.spec.scripts)
         return encode_prompt(self.spec, self.tokenizer.encode, self.tokenizer.token_id, fields)
 
@@ -265,8 +269,8 @@ def spans_of(words: Sequence[str], labels: Sequence[str]) -> tuple[Span, ...]:
     return tuple(spans)
 
 
-def _many(texts: str | Sequence[str]) -> list[str]:
-    return [texts] if isinstance(texts, str) else list(texts)
+def _many(name: str, texts: str | Sequence[str]) -> list[str]:
+    return [texts] if isinstance(texts, str) else check_list(name, texts, "texts, or one", check_text)
 
 
 def _as_given(texts: str | Sequence[str], answers: list[Answer]) -> Answer | list[Answer]:
@@ -274,14 +278,23 @@ def _as_given(texts: str | Sequence[str], answers: list[Answer]) -> Answer | lis
 
 
 def _words(sentence: str | Sequence[str]) -> list[str]:
-    return _WORDS.findall(sentence) if isinstance(sentence, str) else list(sentence)
+    if isinstance(sentence, str):
+        return _WORDS.findall(sentence)
+    return check_list("sentence", sentence, "words, or a text", check_text)
+
+
+def _pair(name: str, value: Any) -> tuple[Any, Any]:
+    if not is_sequence(value) or len(value) != 2:
+        raise OptionError(f"{name} is {shown(value)}; it must be a sentence and a predicate")
+    return value[0], value[1]
 
 
 def _predicate(words: Sequence[str], predicate: int | str) -> int:
     if not isinstance(predicate, str):
-        if isinstance(predicate, bool) or not 0 <= predicate < len(words):
-            raise OptionError(f"predicate {predicate} is outside the sentence; its words are 0 to {len(words) - 1}")
-        return int(predicate)
+        number = check_integer("predicate", predicate)
+        if words and not 0 <= number < len(words):  # that there are none is told elsewhere
+            raise OptionError(f"predicate {shown(number)} is outside the sentence; its words are 0 to {len(words) - 1}")
+        return number
     places = [i for i, word in enumerate(words) if word == predicate]
     if len(places) != 1:
         where = f"is there {len(places)} times, at {places}; give its number" if places else "is not one of the words"

@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from edgellm_runtime.arguments import check_flag, is_sequence, shown
 from edgellm_runtime.errors import BundleError, OptionError
 from edgellm_runtime.text.tokenizer import Tokenizer
 
@@ -43,15 +44,15 @@ def check_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
     Raises:
         OptionError: none at all, an unknown role, or a content that is no text.
     """
-    if isinstance(messages, (str, Mapping)) or not messages:
-        raise OptionError(f"messages is {messages!r}; pass a list of at least one {{'role': ..., 'content': ...}}")
+    if not is_sequence(messages) or not len(messages):
+        raise OptionError(f"messages is {shown(messages)}; pass a list of at least one {{'role': ..., 'content': ...}}")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            raise OptionError(f"message {i} is {message!r}; it must have exactly the keys 'role' and 'content'")
-        if message["role"] not in ROLES:
-            raise OptionError(f"message {i} has role {message['role']!r}; use one of {', '.join(ROLES)}")
+            raise OptionError(f"message {i} is {shown(message)}; it must have exactly the keys 'role' and 'content'")
+        if not isinstance(message["role"], str) or message["role"] not in ROLES:
+            raise OptionError(f"message {i} has role {shown(message['role'])}; use one of {', '.join(ROLES)}")
         if not isinstance(message["content"], str):
-            raise OptionError(f"message {i} has content {message['content']!r}; it must be a text")
+            raise OptionError(f"message {i} has content {shown(message['content'])}; it must be a text")
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
@@ -79,6 +80,7 @@ class ChatTemplate:
             BundleError: the template is broken, or writes without end.
         """
         checked = check_messages(messages)
+        check_flag("add_generation_prompt", add_generation_prompt)
         limit = _MAX_OVERHEAD + 4 * sum(len(m["content"]) for m in checked)
         # templates test for tools and documents, and the field's renderers pass None
         given = {"messages": checked, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}

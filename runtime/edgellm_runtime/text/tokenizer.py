@@ -7,10 +7,11 @@ the characters they are, so that a prompt cannot close its own turn or open anot
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgellm_runtime.arguments import check_flag, check_integer, check_text, shown
 from edgellm_runtime.errors import BundleError, OptionError
 from edgellm_runtime.text.decoding import Pieces, StreamDecoder
 
@@ -57,17 +58,18 @@ class Tokenizer:
             special: read the names of special tokens in the text as those tokens. Never for text from outside.
 
         Raises:
-            OptionError: the text holds half a surrogate pair, which no encoding can carry.
+            OptionError: no text, or one that holds half a surrogate pair, which no encoding can carry.
             BundleError: the tokenizer gives an id that the model does not have.
         """
-        ids: list[int] = self._encode(text, special=special).ids
+        check_text("text", text)
+        ids: list[int] = self._encode(text, special=check_flag("special", special)).ids
         if ids and max(ids) >= self._vocab_size:
             raise _foreign(self._path, max(ids), self._vocab_size)
-        return [self.bos_token_id, *ids] if bos and self.bos_token_id is not None else ids
+        return [self.bos_token_id, *ids] if check_flag("bos", bos) and self.bos_token_id is not None else ids
 
     def special_spans(self, text: str) -> list[tuple[int, int, int]]:
         """Where a text names special tokens: (start, end, id) in characters, in order."""
-        found = self._encode(text, special=True)
+        found = self._encode(check_text("text", text), special=True)
         return [(a, b, i) for i, (a, b) in zip(found.ids, found.offsets, strict=True) if i in self.special_ids]
 
     def decode(self, tokens: Iterable[int], *, after: Iterable[int] = ()) -> str:
@@ -89,7 +91,7 @@ class Tokenizer:
         Args:
             after: the tokens of the text that they go on with.
         """
-        return StreamDecoder(self._pieces, after)
+        return StreamDecoder(self._pieces, self.check(after))
 
     def check(self, tokens: Iterable[int]) -> list[int]:
         """The tokens as a list of ints, every one of them known to the model.
@@ -101,12 +103,14 @@ class Tokenizer:
 
     def token_id(self, name: str) -> int | None:
         """The id of a special token, such as ``<|im_end|>``; None if there is none of that name."""
+        if check_text("name", name) != name.encode(errors="ignore").decode():
+            return None  # half a surrogate pair, which the library does not take
         found: int | None = self._library.token_to_id(name)
         return found if found in self.special_ids else None
 
     def token_text(self, token: int | None) -> str | None:
         """How the tokenizer's file writes a token, such as ``<|im_end|>``."""
-        return None if token is None else self._library.id_to_token(token)
+        return None if token is None else self._library.id_to_token(*self.check([token]))
 
     def _encode(self, text: str, *, special: bool) -> Any:
         try:
@@ -159,11 +163,22 @@ def check_tokens(tokens: Iterable[int], vocab_size: int) -> list[int]:
     Raises:
         OptionError: an id outside the vocabulary, or no integer.
     """
-    ids: Sequence[Any] = list(tokens)
-    for token in ids:
-        if isinstance(token, bool) or not hasattr(token, "__index__") or not 0 <= token < vocab_size:
-            raise OptionError(f"token id {token!r} is outside the model's vocabulary; use 0 to {vocab_size - 1}")
-    return [int(token) for token in ids]
+    try:
+        if isinstance(tokens, (str, bytes, bytearray, memoryview, Mapping, Set)):  # their members only look like ids
+            raise TypeError
+        ids: list[Any] = list(tokens)
+    except TypeError:
+        raise OptionError(f"the tokens are {shown(tokens)}; they must be a list of token ids") from None
+    for at, token in enumerate(ids):
+        if type(token) is int and 0 <= token < vocab_size:
+            continue
+        try:
+            ids[at] = check_integer("token", token, 0, vocab_size - 1)
+        except OptionError:
+            raise OptionError(
+                f"token id {shown(token)} is outside the model's vocabulary; use 0 to {vocab_size - 1}"
+            ) from None
+    return ids
 
 
 def _read(path: Path) -> Library:
