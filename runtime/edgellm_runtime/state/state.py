@@ -15,8 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_runtime.arguments import (
-    check_instance, check_integer, check_integers, check_list, check_path, check_text, shown,
-)  # fmt: skip
+    check_instance,
+    check_integer,
+    check_integers,
+    check_list,
+    check_path,
+    check_text,
+    shown,
+)
 from edgellm_runtime.errors import StateError
 from edgellm_runtime.spec import StateSpec
 from edgellm_runtime.state.saved_arrays import read_arrays
