@@ -12,6 +12,8 @@ from torch import nn
 
 from edgellm.models.decoder import Decoder, DecoderConfig
 from edgellm.models.hybrid import Hybrid, HybridConfig
+from edgellm.models.lfm2 import LFM2, LFM2Config
+from edgellm.models.mamba2 import Mamba2, Mamba2Config
 
 VOCAB, CONTEXT = 101, 64
 
@@ -33,6 +35,22 @@ def decoder(*, kv_heads: int, tie: bool, bias: bool, qk_norm: bool = False, **op
         **options,
     )  # fmt: skip
     return lambda: Decoder(config)
+
+
+def lfm2(*pattern: str, bias: bool) -> Callable[[], nn.Module]:
+    config = LFM2Config(
+        vocab_size=VOCAB, width=96, pattern=pattern, num_heads=3, num_kv_heads=1, head_dim=32, mlp_width=160,
+        max_context=CONTEXT, conv_bias=bias,
+    )  # fmt: skip
+    return lambda: LFM2(config)
+
+
+def mamba2(*, groups: int, bias: bool) -> Callable[[], nn.Module]:
+    config = Mamba2Config(
+        vocab_size=VOCAB, width=64, num_layers=2, num_heads=4, head_dim=24, state_size=16, num_groups=groups, bias=bias,
+        tie_embeddings=not bias, max_context=CONTEXT,
+    )  # fmt: skip
+    return lambda: Mamba2(config)
 
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
@@ -58,9 +76,16 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
         rope_factors=[1.0 + i / 4 for i in range(16)],
     ),
     "decoder with q/k norm": decoder(kv_heads=2, tie=True, bias=False, qk_norm=True),
+    "short convolutions and attention": lfm2("conv", "attention", "conv", bias=False),
+    "short convolutions with biases": lfm2("conv", bias=True),
+    "state space": mamba2(groups=1, bias=False),
+    "state space of two groups with biases": mamba2(groups=2, bias=True),
 }
 # Families whose layers are plain PyTorch rather than canonical ops: their graphs hold what PyTorch's operators become.
-PLAIN = frozenset({"memory"})
+PLAIN = frozenset({
+    "memory", "short convolutions and attention", "short convolutions with biases", "state space",
+    "state space of two groups with biases",
+})  # fmt: skip
 
 
 def cpu_targets() -> list[str]:

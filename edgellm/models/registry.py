@@ -47,6 +47,13 @@ ENTRIES: Mapping[str, Entry] = {
         module="edgellm.models.decoder", about="transformer", presets=("tiny",),
         huggingface=("llama", "mistral", "qwen2", "qwen3"), gguf=("llama", "qwen2", "qwen3"),
     ),
+    "lfm2": Entry(
+        module="edgellm.models.lfm2", about="short convolutions and attention", presets=("tiny",),
+        huggingface=("lfm2",),
+    ),
+    "mamba2": Entry(
+        module="edgellm.models.mamba2", about="state space", presets=("tiny",), huggingface=("mamba2",),
+    ),
 }  # fmt: skip
 
 

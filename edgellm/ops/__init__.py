@@ -2,6 +2,7 @@
 
 from edgellm.ops.attention import ATTENTION, attention
 from edgellm.ops.linear import EMBEDDING, LINEAR
+from edgellm.ops.linear_attention import linear_attention
 from edgellm.ops.norm import ADD_RMS_NORM, RMS_NORM
 from edgellm.ops.positions import TAKE_POSITIONS, take_positions
 from edgellm.ops.recurrence import GRU, LSTM, RNN, RecurrentWeights, elman, gru, lstm
@@ -25,6 +26,7 @@ __all__ = [
     "attention",
     "elman",
     "gru",
+    "linear_attention",
     "lstm",
     "take_positions",
     "window_attention",

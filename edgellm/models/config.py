@@ -1,0 +1,55 @@
+"""What the configurations of models have in common: checked when made, written and read as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Self
+
+from edgellm.errors import ConfigError
+
+__all__ = ["Shape", "check_heads"]
+
+
+class Shape:
+    """The base of a frozen dataclass of sizes; those declared as ``int`` are positive whole numbers, lists tuples."""
+
+    def __post_init__(self) -> None:
+        for field in self._fields():
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
+            if field.type == "int" and (type(value) is not int or value < 1):
+                raise ConfigError(f"{field.name} is {value!r}; it must be a positive whole number")
+
+    @classmethod
+    def _fields(cls) -> tuple[dataclasses.Field[Any], ...]:
+        return dataclasses.fields(cls)  # type: ignore[arg-type]
+
+    def to_json(self) -> dict[str, Any]:
+        """Names and values."""
+        return {field.name: getattr(self, field.name) for field in self._fields()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """From what :meth:`to_json` gave.
+
+        Raises:
+            ConfigError: an unknown key or an impossible value.
+        """
+        unknown = data.keys() - {field.name for field in cls._fields()}
+        if unknown:
+            raise ConfigError(f"unknown configuration keys {sorted(unknown)} for {cls.__name__}")
+        return cls(**data)
+
+
+def check_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    """Make sure that keys and values can be shared by query heads, and that pairs of features can be turned.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if num_heads % num_kv_heads or head_dim % 2:
+        raise ConfigError(
+            f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}, and head_dim {head_dim} even"
+        )

@@ -1,0 +1,94 @@
+"""Families against transformers: from a folder that it saved, equal logits, whole and in steps."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from edgellm.checkpoints import load_checkpoint
+from edgellm.errors import CheckpointError
+from edgellm.models.protocol import Step, empty_state
+
+VOCAB, CONTEXT = 101, 64
+HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
+LFM2 = HEADS | {
+    "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4, "block_multiple_of": 8,
+    "layer_types": ["conv", "full_attention", "conv", "conv"],
+}  # fmt: skip
+MAMBA2 = {
+    "hidden_size": 48, "num_hidden_layers": 3, "state_size": 10, "num_heads": 8, "head_dim": 12, "n_groups": 1,
+    "chunk_size": 16,
+}  # fmt: skip
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("Lfm2", LFM2),
+    ("Lfm2", LFM2 | {"conv_bias": True, "conv_L_cache": 4, "tie_word_embeddings": False}),
+    ("Lfm2", LFM2 | {"layer_types": None, "full_attn_idxs": [2], "block_auto_adjust_ff_dim": False}),
+    ("Mamba2", MAMBA2),
+    ("Mamba2", MAMBA2 | {"n_groups": 4, "use_bias": True, "use_conv_bias": False, "conv_kernel": 2}),
+    ("Mamba2", MAMBA2 | {"tie_word_embeddings": True, "hidden_size": 24, "expand": 4}),
+]
+
+
+def scrambled(kind: str, options: dict[str, Any]) -> Any:
+    """A small model of transformers in which no weight is what it is made with."""
+    transformers = pytest.importorskip("transformers")
+    model = getattr(transformers, f"{kind}ForCausalLM")(
+        getattr(transformers, f"{kind}Config")(vocab_size=VOCAB, pad_token_id=0, **options)
+    )
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            drawn = torch.randn(parameter.shape, generator=noise)
+            parameter.copy_(
+                0.15 * drawn if parameter.dim() == 2 else parameter + (0.4 if "conv" in name else 0.1) * drawn
+            )
+    return model.float().eval()
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES)
+@torch.inference_mode()
+def test_logits_equal_transformers_whole_and_in_steps(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    theirs = scrambled(kind, options)
+    theirs.save_pretrained(tmp_path)
+    tokens = torch.randint(0, VOCAB, (3, 41), generator=torch.Generator().manual_seed(1))  # longer than the windows
+    expected = theirs(tokens).logits
+    model = load_checkpoint(tmp_path).model
+    close = 5e-6 * float(expected.abs().max())
+    assert (model(tokens)[0] - expected).abs().max() < close
+    for cuts in ([*range(1, 41)], [3, 4, 20]):
+        state, past, pieces = empty_state(model, 3, CONTEXT), torch.zeros(3, dtype=torch.int32), []
+        for start, stop in itertools.pairwise([0, *cuts, 41]):
+            step = Step.whole(tokens[:, start:stop])._replace(past_lengths=past)
+            logits, state = model(tokens[:, start:stop], state, step)
+            pieces.append(logits)
+            past = past + (stop - start)
+        assert (torch.cat(pieces, 1) - expected).abs().max() < close
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        ("Lfm2", {"layer_types": ["conv", "linear_attention", "conv", "conv"]}, "layer_types is 'linear_attention'"),
+        ("Lfm2", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ("Lfm2", {"conv_L_cache": 1}, "conv_taps 1"),
+        ("Lfm2", {"block_multiple_of": 0}, "block_multiple_of is 0"),
+        ("Mamba2", {"expand": 3}, "expand is 3"),
+        ("Mamba2", {"time_step_limit": [0.0, 0.1]}, r"time_step_limit is \[0.0, 0.1\]"),
+        ("Mamba2", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("Mamba2", {"n_groups": 3}, "num_groups 3"),
+    ],
+)
+def test_what_a_family_cannot_represent_is_refused_by_name(
+    kind: str, changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    scrambled(kind, {"Lfm2": LFM2, "Mamba2": MAMBA2}[kind]).save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=said):
+        load_checkpoint(tmp_path)
