@@ -1,7 +1,7 @@
 """Messages to a prompt, through the bundle's Jinja template. The template and the messages are untrusted.
 
-The template is rendered in Jinja's immutable sandbox: no attributes of Python's, no files, no imports, bounded ranges
-and output. It can still waste processor time; a bundle from a stranger is at worst slow.
+The template is rendered in Jinja's immutable sandbox: no attributes of Python's, no files, no imports. What it may
+spend is bounded in :mod:`edgellm_runtime.text.template_limits`.
 
 The special tokens that the template writes are special; those that a message merely names are not. Before rendering,
 each such name in a message is replaced by one private-use character that occurs nowhere else, so that the template can
@@ -79,19 +79,24 @@ class ChatTemplate:
             OptionError: messages that are malformed or that the template refuses.
             BundleError: the template is broken, or writes without end.
         """
+        from edgellm_runtime.text.template_limits import rendering
+
         checked = check_messages(messages)
         check_flag("add_generation_prompt", add_generation_prompt)
-        limit = _MAX_OVERHEAD + 4 * sum(len(m["content"]) for m in checked)
+        given_size = sum(len(m["content"]) for m in checked)
+        limit = _MAX_OVERHEAD + 4 * given_size
         # templates test for tools and documents, and the field's renderers pass None
         given = {"messages": checked, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
         parts: list[str] = []
         size = 0
         try:
-            for part in self._template.generate(**given, **self._tokens):
-                parts.append(part)
-                size += len(part)
-                if size > limit:
-                    raise self._broken(f"it writes more than {limit} characters")
+            template = self._template
+            with rendering(given_size):
+                for part in template.generate(**given, **self._tokens):
+                    parts.append(part)
+                    size += len(part)
+                    if size > limit:
+                        raise self._broken(f"it writes more than {limit} characters")
         except _Refusal as e:
             raise OptionError(f"the chat template refuses these messages: {e}; change them accordingly") from e
         except (KeyboardInterrupt, SystemExit, BundleError):
@@ -166,8 +171,11 @@ class ChatTemplate:
 
     @cached_property
     def _template(self) -> Template:
+        from edgellm_runtime.text.template_limits import rendering
+
         try:
-            template: Template = _environment().from_string(self._source)
+            with rendering():  # constants are computed when it is compiled
+                template: Template = _environment().from_string(self._source)
         except (KeyboardInterrupt, SystemExit, BundleError):
             raise
         except Exception as e:  # besides syntax errors, the parser runs into Python's own limits
@@ -181,7 +189,8 @@ class ChatTemplate:
 def _environment() -> Any:
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from edgellm_runtime.text.template_limits import LimitedEnvironment
 
     class Generation(Extension):
         """{% generation %} marks the assistant's words for training; here it is its body."""
@@ -193,12 +202,11 @@ def _environment() -> Any:
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.Scope(body, lineno=line)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
+    environment = LimitedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "sort_keys": False}
+    environment.limit_filters()
     return environment
 
 
