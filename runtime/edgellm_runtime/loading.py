@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from edgellm_runtime.model import Model
     from edgellm_runtime.session import Session
 
-__all__ = ["DEVICES", "load", "open_session", "session_of"]
+__all__ = ["DEVICES", "device_of", "load", "open_session", "session_of"]
 
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 _VERSION = re.compile(r"[0-9]{1,5}(\.[0-9]{1,9}){0,3}")
@@ -25,8 +25,8 @@ _CPU_CHUNK = 256  # tokens of a prompt in one step: more are no faster, and take
 
 
 def load(
-    path: str | Path, *, device: str = "auto", threads: int | None = None, checksums: bool = True
-) -> Model:  # fmt: skip
+    path: str | Path, *, device: str = "auto", threads: int | None = None, checksums: bool = True, isolate: bool = False
+) -> Model:
     """Open a bundle, ready to generate.
 
     Args:
@@ -36,6 +36,9 @@ def load(
         threads: CPU threads for one step; None for what ``EDGELLM_THREADS`` says, else for every core that this process
             may use: the smaller of its affinity and its control groups' CPU quota.
         checksums: whether to read and compare every file's checksum first; leave it on for bundles from elsewhere.
+        isolate: load it first in a process of its own with limits on memory and time, render its template there and run
+            two steps, so that what crashes or hangs does so there; Linux, on the CPU. See docs/security.md for what
+            that is worth.
 
     Returns:
         A model with ``generate``, ``stream``, ``chat`` and ``conversation``. Its tokenizer is read with the first text,
@@ -44,7 +47,7 @@ def load(
     Raises:
         BundleError: the bundle is missing, damaged, foreign or newer than this runtime.
         BackendError: no library can run it here, or the device is not there.
-        OptionError: an argument of the wrong kind.
+        OptionError: an argument of the wrong kind, or ``isolate`` where there is no such process.
     """
     from edgellm_runtime.bundle import Bundle
     from edgellm_runtime.model import Model
@@ -52,6 +55,10 @@ def load(
 
     path, checksums = check_path("path", path), check_flag("checksums", checksums)
     threads = thread_count(threads)
+    if check_flag("isolate", isolate):
+        from edgellm_runtime.isolation import rehearse
+
+        rehearse(path, device=device, checksums=checksums)
     with Bundle.while_checking(path, checksums=checksums) as bundle:
         session = open_session(bundle, device=device, threads=threads)
     info = bundle.manifest.tokenizer
@@ -71,7 +78,7 @@ def open_session(bundle: Bundle, *, device: str = "auto", threads: int | None = 
     if check_text("device", device) not in DEVICES:
         raise BackendError(f"unknown device {device!r}; this runtime has {', '.join(DEVICES)}")
     threads = thread_count(threads)
-    return session_of(bundle, _backend(bundle, _chosen(bundle, device), threads))
+    return session_of(bundle, _backend(bundle, device_of(bundle, device), threads))
 
 
 def session_of(bundle: Bundle, backend: Backend) -> Session:
@@ -89,7 +96,7 @@ def session_of(bundle: Bundle, backend: Backend) -> Session:
     )  # fmt: skip
 
 
-def _chosen(bundle: Bundle, device: str) -> str:
+def device_of(bundle: Bundle, device: str) -> str:
     """The device to run on: what was asked for or, if that is ``auto``, what the bundle was exported for."""
     manifest = bundle.manifest
     target = str(manifest.target["name"])

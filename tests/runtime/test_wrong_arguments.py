@@ -82,7 +82,8 @@ OPTIONS = {
 TASK = {"beams": "small integer", "check_script": "flag"}
 # Each parameter of each public function and method, and a call that is right
 TABLE: dict[str, dict[str, str]] = {
-    "load": {"path": "path", "device": "choice", "threads": "small integer or None", "checksums": "flag"},
+    "load": {"path": "path", "device": "choice", "threads": "small integer or None", "checksums": "flag",
+             "isolate": "flag"},
     "open_session": {"bundle": "object", "device": "choice", "threads": "small integer or None"},
     "Model.generate": {"prompt": "prompt", **OPTIONS},
     "Model.stream": {"prompt": "one prompt", **OPTIONS},
