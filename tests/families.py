@@ -119,7 +119,11 @@ def planned(model: nn.Module, target: str, method: str, calibration: Sequence[Se
 
     graph = prepare(capture(model), find_target(target))
     return graph, make_plan(
-        find_method(method, find_target(target).methods), graph, model, golden_rows(None, VOCAB, CONTEXT), calibration
+        find_method(method, find_target(target).methods),
+        graph,
+        model,
+        golden_rows(None, VOCAB, CONTEXT).rows,
+        calibration,
     )
 
 

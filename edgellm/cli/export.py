@@ -198,8 +198,8 @@ def _summary(exported: Exported, loaded: Checkpoint, target: str, dtype: str, qu
             {"name": c.name, "ok": c.ok, "value": c.value, "bound": c.bound, "what": c.what}
             for c in exported.verification.checks
         ],
+        "notes": [*loaded.notes, *exported.notes],
         "peak_rss_mb": peak_rss_mb(),
-        "notes": list(loaded.notes),
         **{key: said[key] for key in ("budget", "predicted_kl", "held_out") if key in said},
     }  # fmt: skip
 

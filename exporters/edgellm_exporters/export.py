@@ -36,6 +36,7 @@ from edgellm_exporters.proof.goldens import GREEDY, write_goldens
 from edgellm_exporters.proof.parity import ParityReport, measure, unequal
 from edgellm_exporters.proof.samples import golden_rows
 from edgellm_exporters.proof.stand_in import bounds_in, proved_on, stand_in, stand_in_session
+from edgellm_exporters.proof.text import TEMPLATE, TOKENIZER, check_text
 from edgellm_exporters.proof.traces import Continuation, Trace, take_traces
 from edgellm_exporters.quantize.cache import cache_scales, cached_states
 from edgellm_exporters.quantize.methods import find_method
@@ -58,13 +59,14 @@ _CACHE_WINDOWS = 4  # of the calibration text: ranges need less of it than codes
 
 @dataclass(frozen=True)
 class Exported:
-    """A finished bundle and the evidence for it."""
+    """A finished bundle and the evidence for it; ``notes`` are what a person should know of it."""
 
     bundle: Bundle
     parity: ParityReport
     verification: Verification
     parameters: int
     weight_bytes: int
+    notes: tuple[str, ...] = ()
 
 
 def export(
@@ -109,8 +111,7 @@ def export(
     finally:
         model.train(was_training)
         gc.unfreeze()
-    bundle = Bundle(destination, checksums=False)
-    return Exported(bundle, exported.parity, exported.verification, exported.parameters, exported.weight_bytes)
+    return dataclasses.replace(exported, bundle=Bundle(destination, checksums=False))
 
 
 def _build(
@@ -120,8 +121,10 @@ def _build(
     target = find_target(options.target)
     made = graph_set(target, options.dtype, options.engine, model.config.max_context)
     progress("capturing", 0.0)
-    rows = golden_rows(text.tokenizer_json if text else None, model.config.vocab_size, made.context)
     _write_text(scratch, text)
+    if text is not None:
+        check_text(scratch, text.info, text.task, model.config.vocab_size)
+    rows, note = golden_rows(text.tokenizer_json if text else None, model.config.vocab_size, made.context)
     with stand_in(scratch, options.dtype) as standing_in:
         write = partial(made.write, directory=scratch, stand_in=standing_in, progress=progress)
         quantization, own_bounds = _write_weights(model, weights, target, options, rows, scratch, write, progress)
@@ -157,7 +160,8 @@ def _build(
     manifest = _write_manifest(scratch, dataclasses.replace(manifest, measured=measured))
     manifest = _write_manifest(scratch, made.finish(scratch, manifest, progress))
     weight_bytes = sum(manifest.files[n].bytes for n in (*manifest.graph_files, WEIGHTS_FILE))
-    return Exported(Bundle(scratch, checksums=False), parity, verification, _count(model), weight_bytes)
+    notes = (note,) if note else ()
+    return Exported(Bundle(scratch, checksums=False), parity, verification, _count(model), weight_bytes, notes)
 
 
 def _count(model: LanguageModel) -> int:
@@ -251,9 +255,9 @@ def _prove(
 def _write_text(scratch: Path, text: TextAssets | None) -> None:
     if text is None:
         return
-    (scratch / "tokenizer.json").write_text(text.tokenizer_json, encoding="utf-8")
+    (scratch / TOKENIZER).write_text(text.tokenizer_json, encoding="utf-8")
     if text.chat_template is not None:
-        (scratch / "chat_template.jinja").write_text(text.chat_template, encoding="utf-8")
+        (scratch / TEMPLATE).write_text(text.chat_template, encoding="utf-8")
 
 
 def _write_manifest(scratch: Path, manifest: Manifest) -> Manifest:

@@ -57,7 +57,7 @@ class Lowered:
 
         target, config = find_target("cuda"), model.config
         graph = prepare(capture(model), target)
-        rows = golden_rows(None, config.vocab_size, config.max_context)
+        rows = golden_rows(None, config.vocab_size, config.max_context).rows
         self.plan = make_plan(find_method(method, target.methods), graph, model, rows)
         folder.mkdir(parents=True)
         write_graph(lower_to(graph, target, self.plan, dtype=dtype), folder, lambda what, share: None)

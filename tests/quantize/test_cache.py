@@ -54,7 +54,7 @@ def test_the_cache_holds_the_codes_of_what_pytorch_keeps(tmp_path: Path) -> None
     with torch.no_grad():
         whole = torch.from_numpy(tokens)
         _, expected = model(whole, empty_state(model, 1, 40), Step.whole(whole))
-    rows = golden_rows(None, VOCAB, CONTEXT)  # what the export saw
+    rows = golden_rows(None, VOCAB, CONTEXT).rows  # what the export saw
     for name, scale in cache_scales(model, ["layers.0.k", "layers.0.v"], rows).items():
         codes = state.tensors[name][0][:, :40].astype(np.int64)  # (heads, slots in use, head_dim)
         exact = expected[name][0].numpy() / scale.reshape(2, 1, -1)

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from edgellm.models.protocol import LanguageModel
+from edgellm_exporters.errors import ParityError
 from edgellm_exporters.proof.traces import Continuation, Trace, continuations, traces
 from edgellm_runtime.checks.evaluate import distances, piece_length
 from edgellm_runtime.checks.verify import Check, held
@@ -100,7 +101,12 @@ def measure(
     for number, reference in enumerate(references):
         own = session.new_state(1, len(reference.tokens))
         row = list(_parts(session, own, reference))
-        difference = np.max([p.difference for p in row]) / np.max([p.largest for p in row])
+        if not (largest := np.max([p.largest for p in row])):
+            raise ParityError(
+                "PyTorch computes logits that are all 0, which choose nothing and prove nothing; train the model on, "
+                "or repair the weights of its output"
+            )
+        difference = np.max([p.difference for p in row]) / largest
         worst = float(np.maximum(worst, difference))  # numpy's, unlike Python's, lets no NaN pass unseen
         same = np.concatenate([p.same for p in row])
         if first is None and not same.all():
@@ -183,10 +189,20 @@ def _parts(session: Session, state: State, reference: Trace) -> Iterator[_Part]:
     for start in range(0, len(row), length):
         ours = session.step(row[None, start : start + length], state, logits="all")[0]
         theirs = reference.logits[start : start + len(ours)].float().numpy()
+        _check_finite(theirs, start)
         targets = row[start + 1 : start + 1 + len(ours)] if session.predicts_tokens else row[:0]
         found = distances(theirs, ours, targets)
         difference, largest = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
         yield _Part(difference, largest, found.kl, found.same, found.nll, found.reference_nll)
+
+
+def _check_finite(logits: Array, start: int) -> None:
+    finite = np.isfinite(logits).all(-1)
+    if not finite.all():
+        raise ParityError(
+            f"PyTorch computes no finite logits at token {start + int(np.argmin(finite))} of a row; train the model "
+            "on, or repair its weights"
+        )
 
 
 def _state(reference: Trace, own: State) -> float:

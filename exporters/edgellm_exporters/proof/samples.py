@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
-__all__ = ["golden_rows"]
+__all__ = ["GoldenRows", "golden_rows"]
 
 _ROW = 48
 _TEXTS = (
@@ -15,7 +17,14 @@ _TEXTS = (
 )
 
 
-def golden_rows(tokenizer_json: str | None, vocab_size: int, max_context: int) -> list[list[int]]:
+class GoldenRows(NamedTuple):
+    """Rows of token ids, and what to tell people where they are no text."""
+
+    rows: list[list[int]]
+    note: str
+
+
+def golden_rows(tokenizer_json: str | None, vocab_size: int, max_context: int) -> GoldenRows:
     """Two rows of one length, at most 48 tokens, so that they can run together.
 
     Args:
@@ -24,6 +33,7 @@ def golden_rows(tokenizer_json: str | None, vocab_size: int, max_context: int) -
         max_context: rows leave at least half of it free.
     """
     length = max(2, min(_ROW, max_context // 2))
+    why = "there is no tokenizer"
     if tokenizer_json is not None:
         from tokenizers import Tokenizer
 
@@ -33,6 +43,8 @@ def golden_rows(tokenizer_json: str | None, vocab_size: int, max_context: int) -
         rows = [tokenizer.encode(text, add_special_tokens=False).ids for text in _TEXTS]
         shortest = min(length, *map(len, rows))
         if shortest > 1 and max(map(max, rows)) < vocab_size:
-            return [row[:shortest] for row in rows]
+            return GoldenRows([row[:shortest] for row in rows], "")
+        why = "the tokenizer makes no tokens of English sentences"
     generator = np.random.default_rng(0)
-    return [generator.integers(0, vocab_size, length).tolist() for _ in _TEXTS]
+    drawn = [generator.integers(0, vocab_size, length).tolist() for _ in _TEXTS]
+    return GoldenRows(drawn, f"goldens are random token ids and no text, for {why}")

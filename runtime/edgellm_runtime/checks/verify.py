@@ -29,6 +29,7 @@ Array = NDArray[Any]
 AT_LEAST = frozenset({"top1", "greedy"})  # figures that must not fall below their bound; all others must not exceed it
 _WHAT = {
     "files": "every file is the one that was exported",
+    "finite": "logits that are no finite numbers or all 0, share of a golden's: its numbers overflow or are spoiled",
     "logits": "logits against PyTorch's, largest difference relative to the largest logit",
     "kl": "mean KL divergence from PyTorch's distribution, nats a token",
     "top1": "tokens whose most likely successor is PyTorch's",
@@ -77,7 +78,8 @@ class Golden:
 def held(name: str, value: float, bound: float) -> Check:
     """A figure held to its bound."""
     ok = value >= bound if name in AT_LEAST else value <= bound
-    return Check(name, bool(ok), value, bound, _WHAT.get(name, name))
+    what = _WHAT.get(name, name)
+    return Check(name, bool(ok), value, bound, what if value == value else f"{what}: no number came out")
 
 
 def verify(bundle: Bundle, session: Session, progress: Callable[[str], None] = lambda _: None) -> Verification:
@@ -99,6 +101,9 @@ def verify(bundle: Bundle, session: Session, progress: Callable[[str], None] = l
         progress(f"golden {number + 1} of {len(goldens)}")
         for name, value in _figures(session, golden).items():
             figures.setdefault(name, []).append(value)
+    if wrong := figures.get("finite"):  # with such logits the other figures say nothing
+        nothing = (held(name, float("nan"), bound) for name, bound in bounds.items())
+        return Verification((held("files", 0.0, 0.0), held("finite", max(wrong), 0.0), *nothing))
     progress("ragged batch")
     figures["batch"] = [_batch(session, goldens)]
     checks = [held("files", 0.0, 0.0)]
@@ -159,6 +164,8 @@ def _parse(trace: Any, vocab: int) -> Golden:
 def _figures(session: Session, golden: Golden) -> dict[str, float]:
     state = session.new_state(1, len(golden.tokens) + len(golden.greedy))
     logits = session.step(golden.tokens[None], state, logits="all")[0].copy()  # further steps may overwrite it
+    if wrong := float((~np.isfinite(logits)).mean()) or float(not logits.any()):
+        return {"finite": wrong}
     found = np.take_along_axis(logits, golden.top_ids, axis=1).astype(np.float64)
     scale = float(np.abs(golden.top_logits).max())
     figures = {
