@@ -51,7 +51,8 @@ within the stated bounds.
               "BITS:BLOCK, such as 4:32:asymmetric. Of these, cuda has none, int8 and int4; tensorrt has none, int8, "
               "w8a8 and int4, and fp8 (8-bit floats).")  # fmt: skip
 @click.option("--kv-cache", default="float32", help="What attention keeps keys and values in: float32, or int8, a "
-              "quarter of the memory of long contexts.")  # fmt: skip
+              "quarter of the memory of long contexts. What no kernel holds so stays float, and the summary names "
+              "it.")  # fmt: skip
 @click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE", help="UTF-8 text like the model's work: "
               "int4 weights are then chosen with GPTQ instead of rounded to nearest.")  # fmt: skip
 @click.option("--max-kl", type=float, default=None, metavar="NATS", show_default=False, help="With --quantize auto: "
@@ -200,8 +201,19 @@ def _summary(exported: Exported, loaded: Checkpoint, target: str, dtype: str, qu
         ],
         "notes": [*loaded.notes, *exported.notes],
         "peak_rss_mb": peak_rss_mb(),
-        **{key: said[key] for key in ("budget", "predicted_kl", "held_out") if key in said},
+        **{key: said[key] for key in ("cache", "cache_left", "budget", "predicted_kl", "held_out") if key in said},
     }  # fmt: skip
+
+
+def _cache(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """How many states are kept in 8 bits, and which are not though that was asked for."""
+    if "cache" not in result:
+        return []
+    left: dict[str, str] = result.get("cache_left", {})
+    shown = ", ".join(f"{name} ({why})" for name, why in list(left.items())[:2])
+    more = f", and {len(left) - 2} more" if len(left) > 2 else ""
+    kept = f"{len(result['cache'])} of {len(result['cache']) + len(left)} states"
+    return [("keys and values in 8 bits", f"{kept}{f'; not {shown}{more}' if left else ''}")]
 
 
 def _held_out(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -228,6 +240,7 @@ def print_summary(result: dict[str, Any]) -> None:
         ("size", f"{result['bytes'] / 1e6:.1f} MB, {result['bits_per_weight']:.2f} bits a weight"),
         (f"KL from PyTorch, {parity['tokens']} tokens", f"{parity['kl_mean']:.2e} nats"),
         ("same most likely token", f"{parity['top1_agreement']:.1%}"),
+        *_cache(result),
         *_held_out(result),
         ("checks that hold", f"{held} of {len(result['checks'])}"),
         ("took", f"{result['seconds']:.1f} s, {result['peak_rss_mb'] or 0:.0f} MB"),

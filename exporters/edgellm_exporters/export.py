@@ -202,7 +202,9 @@ def _planned(
         if options.kv_cache == "int8":
             progress("looking at keys and values", 0.0)
             seen = options.calibration[:_CACHE_WINDOWS] or rows
-            plan.cache = cache_scales(model, cached_states(captured), [row for row in seen if len(row) == len(seen[0])])
+            names, plan.cache_left = cached_states(captured, model.state_specs(), target.narrow_caches)
+            even = [row for row in seen if len(row) == len(seen[0])]
+            plan.cache = cache_scales(model, names, plan.cache_left, even)
     give_back()
     return captured, plan
 
@@ -270,7 +272,9 @@ def _write_manifest(scratch: Path, manifest: Manifest) -> Manifest:
 
 
 def _quantization(options: ExportOptions, plan: Plan) -> dict[str, Any]:
-    cache = {"cache": sorted(plan.cache)} if plan.cache else {}
+    cache: dict[str, Any] = {"cache": sorted(plan.cache)} if plan.cache else {}
+    if plan.cache_left:
+        cache["cache_left"] = dict(plan.cache_left)
     if not plan.schemes:
         return {"method": "none", **cache}
     counted = dict(collections.Counter(map(str, plan.schemes.values())))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from edgellm.ops import ATTENTION, Op
 from edgellm_exporters.errors import ExportError
 from edgellm_exporters.graph.capture import OPSET
 from edgellm_exporters.lowering import cuda, ort, standard, tensorrt
@@ -33,6 +34,7 @@ class Target:
         domains: operator sets its graphs use, with their versions.
         dtypes: precisions of activations and unquantized weights.
         caches: precisions that attention can keep keys and values in.
+        narrow_caches: ops whose caches its kernels hold in 8 bits.
         ragged_chunks: whether several tokens over a filled cache may come for several rows at once.
         methods: the quantizations that it has forms for.
         requires: libraries that run its graphs, any one of them, with the least version.
@@ -51,6 +53,7 @@ class Target:
     dtypes: tuple[str, ...]
     caches: tuple[str, ...]
     ragged_chunks: bool
+    narrow_caches: tuple[Op, ...] = ()
     methods: Mapping[str, Method] = field(default_factory=lambda: METHODS)
     requires: Mapping[str, str] = field(default_factory=lambda: {"onnxruntime": "1.30"})
     roles: bool = False
@@ -70,7 +73,7 @@ TARGETS: Mapping[str, Target] = {
         Target(
             name="cpu", summary="ONNX Runtime's fused kernels on CPU", rules=ort.RULES,
             passes=(MergeLinears, FuseAddRMSNorm), domains={"": OPSET, ort.DOMAIN: 1}, dtypes=("float32",),
-            caches=("float32", "int8"), ragged_chunks=False, check_kernel=ort.check_kernel,
+            caches=("float32", "int8"), narrow_caches=(ATTENTION,), ragged_chunks=False, check_kernel=ort.check_kernel,
         ),
         Target(
             name="tensorrt", summary="engines for NVIDIA GPUs, and the standard ONNX that they are built from",

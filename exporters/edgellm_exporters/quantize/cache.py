@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from edgellm.models.protocol import LanguageModel, Step, empty_state
-from edgellm.ops.schema import views
+from edgellm.ops.schema import Op, View, views
 from edgellm_exporters.errors import QuantizeError
+from edgellm_runtime.spec import StateSpec
 
 __all__ = ["cache_scales", "cached_states", "narrow_caches"]
 
@@ -23,21 +24,60 @@ _HEADROOM = 1.25  # what the text did not show: larger values are cut off
 _CODES = 127
 
 
-def cached_states(graph: ir.Model) -> list[str]:
-    """Names of the states that attention keeps keys and values in."""
-    values = [value for view in views(graph.graph) for value in view.all(view.op.caches)]
-    return [str(v.name).removeprefix("past.") for v in values if v is not None and v.is_graph_input()]
+def cached_states(
+    graph: ir.Model, specs: Sequence[StateSpec], ops: Sequence[Op]
+) -> tuple[list[str], dict[str, str]]:  # fmt: skip
+    """Which states can be kept in 8 bits, and why the others cannot.
+
+    A state can if tokens are appended to it, and one node of an op whose kernel holds its caches so is all that reads
+    it and all that knows what it becomes; and only together with the other caches of that node.
+
+    Args:
+        graph: of canonical ops, after the target's passes.
+        specs: of the model.
+        ops: whose caches the target's kernels hold in 8 bits.
+
+    Returns:
+        The names of those that can, and by name the reasons of those that cannot. A recurrence is of neither.
+    """
+    appended = {spec.past_name: spec for spec in specs if spec.update == "append"}
+    held = {
+        appended[str(past.name)].name
+        for view in (views(graph.graph, *ops) if ops else ())
+        if all(_is_cache_of(view, name, appended) for name in view.op.caches)
+        for past in view.all(view.op.caches)
+    }
+    kernels = " or ".join(op.name for op in ops)
+    left = {
+        spec.name: f"update {spec.update}" if spec.update != "append" else f"not a cache of {kernels} alone"
+        for spec in specs
+        if spec.update != "replace" and spec.name not in held
+    }
+    return [spec.name for spec in specs if spec.name in held], left
+
+
+def _is_cache_of(view: View, name: str, appended: Mapping[str, StateSpec]) -> bool:
+    past, present = getattr(view, name), getattr(view, view.op.caches[name])
+    spec = appended.get(str(past.name)) if past is not None and past.is_graph_input() else None
+    return (
+        spec is not None
+        and len(past.uses()) == 1
+        and present.is_graph_output()
+        and present.name == spec.present_name
+        and not present.uses()
+    )
 
 
 @torch.no_grad()
 def cache_scales(
-    model: LanguageModel, names: Sequence[str], rows: Sequence[Sequence[int]]
+    model: LanguageModel, names: Sequence[str], left: Mapping[str, str], rows: Sequence[Sequence[int]]
 ) -> Mapping[str, NDArray[np.float32]]:
     """The scale of each feature of each head.
 
     Args:
         model: in eval mode; able to run.
         names: of its states (batch, heads, capacity, head_dim).
+        left: those that stay as they are, with the reasons, for messages.
         rows: token ids of one length, each read from an empty state.
 
     Returns:
@@ -46,6 +86,9 @@ def cache_scales(
     Raises:
         QuantizeError: there is no cache, or it holds something that is not finite.
     """
+    if not names and left:
+        shown = ", ".join(f"{name} ({why})" for name, why in list(left.items())[:3])
+        raise QuantizeError(f"no state can be kept in 8 bits: {shown}; leave the cache's precision out")
     if not names:
         raise QuantizeError("the model keeps no keys and values; leave the cache's precision out")
     tokens = torch.tensor([list(row) for row in rows])
