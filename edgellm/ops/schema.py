@@ -86,6 +86,9 @@ class Op:
             raise OpError(
                 f"op {self.name} has no reference; give it reference=, its definition in PyTorch, in {_file()}"
             )
+        if not inspect.isfunction(self.reference):
+            kind = type(self.reference).__name__
+            raise OpError(f"op {self.name}: its reference is a {kind}; give a function written in Python, in {_file()}")
         parameters = inspect.signature(self.reference).parameters
         self._check_parameters(parameters)
         self._check_names()

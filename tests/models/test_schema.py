@@ -54,6 +54,11 @@ def test_an_op_without_a_reference_is_refused_with_the_file_that_defines_it() ->
         Op(name="Bare", inputs=("x",), outputs=("y",))
 
 
+def test_a_reference_that_is_no_function_written_in_python_is_refused() -> None:
+    with pytest.raises(OpError, match=r"op Scaled: its reference is a builtin_function_or_method; give a function"):
+        op(reference=torch.relu)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -6,22 +6,31 @@ one empty folder with a copy of the data; one that is not says why: ``<!-- not t
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
 from edgellm.models import registry
+from edgellm.models.decoder import Decoder, DecoderConfig
 from edgellm.models.protocol import LanguageModel
+from edgellm.ops import schema
 from edgellm_exporters.export import ExportOptions, export
+from edgellm_exporters.graph.capture import capture
+from edgellm_exporters.graph.lower import prepare
 from edgellm_exporters.graph.targets import TARGETS
+from edgellm_exporters.lowering.context import Lowering
 from edgellm_exporters.quantize.methods import METHODS
 
 REPOSITORY = Path(__file__).parents[2]
@@ -104,6 +113,32 @@ def test_the_model_in_contributing_is_one_and_exports(tmp_path: Path, monkeypatc
     for quantize in ("none", "int8"):
         assert export(model, tmp_path / quantize, options=ExportOptions(quantize=quantize)).verification.ok
     assert architecture.config.from_json(model.config.to_json()) == model.config
+
+
+def test_the_op_in_contributing_is_one_with_and_without_its_rule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {mark: code for mark, _, code in blocks(REPOSITORY / "CONTRIBUTING.md")}
+    module = ModuleType("soft_cap")
+    monkeypatch.setitem(sys.modules, "soft_cap", module)
+    (tmp_path / "soft_cap.py").write_text(found["tested: op"], encoding="utf-8")
+    exec(compile(found["tested: op"], str(tmp_path / "soft_cap.py"), "exec"), module.__dict__)
+    lowering = ModuleType("lowering")
+    lowering.__dict__.update(Lowering=Lowering, View=schema.View, Sequence=Sequence, ir=ir, np=np)
+    exec("from __future__ import annotations\n" + found["tested: rule"], lowering.__dict__)
+    try:
+        torch.manual_seed(0)
+        model = Decoder(DecoderConfig(vocab_size=50, width=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16,
+                                      mlp_width=32, max_context=32)).eval()  # fmt: skip
+        model.norm.register_forward_hook(lambda layer, inputs, y: module.soft_cap(y, cap=0.5))
+        for rules in ({}, {"SoftCap": lowering.soft_cap}):
+            target = dataclasses.replace(TARGETS["cpu"], rules={**TARGETS["cpu"].rules, **rules})
+            monkeypatch.setitem(TARGETS, "cpu", target)
+            graph = prepare(capture(model), target)
+            assert [node.op_type for node in graph.graph].count("SoftCap") == len(rules)
+            assert export(model, tmp_path / f"b{len(rules)}").verification.ok
+    finally:
+        schema.OPS.pop("SoftCap", None)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)

@@ -26,12 +26,13 @@ from edgellm_exporters.graph.faults import (
     reason,
     writes_to,
 )
+from edgellm_exporters.graph.free_sizes import renamed
 from edgellm_exporters.graph.tracing import CanonicalFunctions, canonical, fake_parameters, no_collection
 from edgellm_exporters.graph.translate import translated
 from edgellm_exporters.weights.streaming import LazyWeight, OwnWeights, Weights
 from edgellm_runtime.spec import BATCH, CAPACITY, Signature, SpecError, StateSpec, TensorSpec
 
-__all__ = ["INPUTS", "OPSET", "capture", "check_model", "signature_of"]
+__all__ = ["INPUTS", "OPSET", "capture", "check_model", "signature_of", "traced"]
 
 OPSET = 23
 INPUTS = (
@@ -147,7 +148,7 @@ def _trace(model: LanguageModel, signature: Signature) -> torch.export.ExportedP
     wrapped, ran = _OneGraph(model, signature.state).eval(), dict[str, nn.Module]()
     try:
         with quiet(), _noted(model, ran):
-            program = _exported(wrapped, _example(model, signature), _dynamic_shapes(signature))
+            program = traced(wrapped, _example(model, signature), _dynamic_shapes(signature))
         for name in program.graph_signature.buffers_to_mutate.values():
             raise writes_to(name.removeprefix("model."))
         return program
@@ -162,7 +163,14 @@ def _trace(model: LanguageModel, signature: Signature) -> torch.export.ExportedP
         model.train(was_training)
 
 
-def _exported(wrapped: nn.Module, example: tuple[Any, ...], shapes: tuple[Any, ...]) -> torch.export.ExportedProgram:
+def traced(wrapped: nn.Module, example: tuple[Any, ...], shapes: tuple[Any, ...]) -> torch.export.ExportedProgram:
+    """A module as one program of canonical ops.
+
+    Args:
+        wrapped: in eval mode.
+        example: its arguments.
+        shapes: which of their sizes are free, as ``torch.export.export`` takes it.
+    """
     dynamo_config: Any = torch._dynamo.config
     shape_config: Any = torch.fx.experimental._config
     # The cache keeps what operators give at sizes that were met before; symbols are met anew all the time.
@@ -239,6 +247,9 @@ def _name_dimensions(captured: ir.Model, signature: Signature) -> None:
         else:
             _check_shape(value.name, found, wanted, frozenset(known.values()))
         value.shape = ir.Shape(wanted)
+    names = known | {name: name for name in known.values()}
+    for value in (v for node in captured.graph for v in node.outputs if not v.is_graph_output()):
+        value.shape = None if value.shape is None else renamed(value.shape, names) or value.shape
 
 
 def _check_shape(name: str, found: Sequence[Any], wanted: Sequence[int | str], symbols: frozenset[str]) -> None:

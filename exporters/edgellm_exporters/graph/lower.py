@@ -6,6 +6,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from edgellm_exporters.errors import LoweringError
+from edgellm_exporters.graph.references import expand_references
 from edgellm_exporters.graph.targets import Target
 from edgellm_exporters.lowering.context import lower
 from edgellm_exporters.lowering.fixed_form import DECODE, Form
@@ -19,8 +20,13 @@ __all__ = ["clean", "lower_to", "prepare"]
 
 
 def prepare(captured: ir.Model, target: Target) -> ir.Model:
-    """Clean a captured graph and put it through a target's passes, in place: plans are made for what comes out."""
+    """Clean a captured graph and put it through a target's passes, in place: plans are made for what comes out.
+
+    An op that the target has no rule for becomes what its reference does first.
+    """
     clean(captured)
+    if expand_references(captured, target.rules):
+        clean(captured)
     for make in target.passes:
         make()(captured)
     return captured

@@ -16,7 +16,7 @@ from torch._ops import OpOverload
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from edgellm.ops.schema import OPS
+from edgellm.ops.schema import OPS, Op
 from edgellm_exporters.graph.decompose import writes
 
 __all__ = ["CanonicalFunctions", "canonical", "fake_parameters", "no_collection"]
@@ -63,11 +63,17 @@ def _captured(*, operators: bool) -> dict[Any, Callable[..., Tensor]]:
 
 
 class CanonicalFunctions(TorchFunctionMode):
-    """Emits canonical nodes for the functions that models call, as soon as they are called."""
+    """Emits canonical nodes for the functions that models call, as soon as they are called.
 
-    def __init__(self) -> None:
+    Args:
+        but: an op whose own functions are left alone, for its reference may be made of them.
+    """
+
+    def __init__(self, but: Op | None = None) -> None:
         super().__init__()
-        self._found = _captured(operators=False)
+        self._found = {
+            f: make for f, make in _captured(operators=False).items() if but is None or f not in but.functions
+        }
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
