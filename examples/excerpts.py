@@ -28,7 +28,7 @@ def short(task: str, path: Path) -> Iterator[Mapping[str, Any]]:
                 row = {"text": row["text"][:CUT].rpartition(" . ")[0] + " ."}
                 if len(row["text"]) < CUT // 2:
                     continue  # a piece of a table
-            if len(json.dumps(row, ensure_ascii=False)) <= MOST_CHARACTERS:
+            if len(json.dumps(row, ensure_ascii=False, allow_nan=False)) <= MOST_CHARACTERS:
                 yield row
 
 

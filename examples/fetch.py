@@ -146,7 +146,7 @@ def check(data: bytes, sha256: str, what: str) -> None:
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Write rows as JSON Lines; gives how many."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return len(lines)
 

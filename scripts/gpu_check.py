@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result["command"] = " ".join(["python", "scripts/gpu_check.py", *(arguments or sys.argv[1:])])
     check_result(result)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    options.output.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     print(rows_of(result))
     if options.write:
         text = RESULTS.read_text(encoding="utf-8").replace(NOTHING_YET, "")

@@ -83,7 +83,8 @@ def save_checkpoint(
         "task": None if task is None else task.to_json(),
         "written_by": f"edgellm {__version__}",
     }
-    texts = {MANIFEST: json.dumps(manifest, indent=2) + "\n", TOKENIZER: tokenizer_json, TEMPLATE: chat_template}
+    described = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
+    texts = {MANIFEST: described, TOKENIZER: tokenizer_json, TEMPLATE: chat_template}
     partial = directory.with_name(f".{directory.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)

@@ -14,6 +14,8 @@ import sys
 
 import click
 
+from edgellm.cli.standard_streams import tolerate
+
 __all__ = ["COMMANDS", "cli", "main"]
 
 COMMANDS = {
@@ -60,6 +62,7 @@ def cli() -> None:
 def main() -> None:
     """Run the command line and exit with its status."""
     _end_like_ctrl_c()
+    tolerate()
     status = run(sys.argv[1:])
     gc.freeze()  # what is left goes with the process: looking through it takes a second after an export
     sys.exit(status)
@@ -98,7 +101,8 @@ def run(arguments: list[str]) -> int:
     except (ModelError, ExportError, RuntimeFault) as error:
         return _fail(str(error), 1)
     except BrokenPipeError:  # the reader of our output has gone, such as `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ModuleNotFoundError as error:
         return _fail(_missing(error), 1)

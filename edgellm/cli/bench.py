@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgellm.cli.device import device_option
+from edgellm.cli.standard_streams import print_json
 from edgellm.cli.threads import threads_option
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def bench(
         )
         result["profile"] = {what: list(map(dataclasses.asdict, each)) for what, each in kernels.items()}
     if as_json:
-        click.echo(json.dumps(result))
+        print_json(result)
         return
     _print_table(bundle, result)
     for what, title in (("prompt", f"a prompt of {prompt_tokens}"), ("token", "a token")):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import click
 
 from edgellm.cli.engine import EngineFlags, building_options
 from edgellm.cli.progress import stages
+from edgellm.cli.standard_streams import print_json
 
 __all__ = ["build"]
 
@@ -43,7 +43,7 @@ def build(
     seconds = round(time.perf_counter() - start, 2)
     result = {"bundle": str(bundle), "engines": engines, "choosers": choosers, "seconds": seconds}
     if as_json:
-        click.echo(json.dumps(result))
+        print_json(result)
     else:
         _print(result)
 

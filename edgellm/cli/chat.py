@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import re
 from collections.abc import Callable
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgellm.cli.device import device_option
+from edgellm.cli.standard_streams import input_is_terminal, read_lines
 from edgellm.cli.threads import threads_option
 
 if TYPE_CHECKING:
@@ -18,11 +19,13 @@ if TYPE_CHECKING:
 
 __all__ = ["chat"]
 
+_COMMAND = re.compile(r"/[a-z]+(\s|$)")
 _HELP = """\
 /reset          forget the conversation
 /system [TEXT]  show or set the system message; setting it forgets the conversation
 /stats          sizes and speed of the last answer
 /help           this
+//TEXT          send a message that begins with /
 /exit           leave; so does end of file"""
 
 
@@ -44,7 +47,8 @@ def chat(
 ) -> None:  # fmt: skip
     """Talk with the model in BUNDLE. /help lists the commands; Ctrl-C stops an answer.
 
-    Each line of standard input is a message, so a script can be piped in.
+    Each line of standard input is a message, so a script can be piped in. A line that begins with // is a message that
+    begins with /.
     """
     from edgellm_runtime import load
     from edgellm_runtime.generation.generate import GenerationOptions
@@ -55,7 +59,7 @@ def chat(
     }  # fmt: skip
     GenerationOptions(**options)  # a wrong option is told before the model is loaded
     conversation = load(bundle, device=device, threads=threads).conversation(system=system)
-    tty = sys.stdin.isatty()
+    tty = input_is_terminal()
     if tty:
         click.secho("/help lists the commands.", err=True, dim=True)
     _loop(conversation, options, _line_reader(tty))
@@ -76,16 +80,17 @@ def _loop(conversation: Conversation, options: OptionKeywords, read: Callable[[]
         interrupted = False
         if line is None or line.strip() == "/exit":
             return
-        if line.startswith("/"):
+        if _COMMAND.match(line):
             _command(conversation, line.strip())
         elif line.strip():
-            _answer(conversation, line, options)
+            _answer(conversation, line[1:] if line.startswith("//") else line, options)
 
 
 def _line_reader(tty: bool) -> Callable[[], str | None]:
     """Reads a line without its end, or None at the end of file."""
     if not tty:
-        return lambda: line.rstrip("\r\n") if (line := sys.stdin.readline()) else None
+        lines = read_lines()
+        return lambda: next(lines, None)
     with suppress(ImportError):  # Windows has no such module
         import readline  # noqa: F401  gives input() history and editing
 
@@ -128,7 +133,7 @@ def _command(conversation: Conversation, line: str) -> None:
     elif name == "/help":
         note = _HELP
     else:
-        note = f"No command {name}; /help lists them."
+        note = f"No command {name}; /help lists them. Begin a message with // to send it with one /."
     click.secho(note, err=True, dim=True)
 
 

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgellm.cli.standard_streams import print_json
 from edgellm.cli.threads import threads_option
+from edgellm_runtime.json_text import json_text
 from edgellm_runtime.threads import available_cores, thread_count
 
 if TYPE_CHECKING:
@@ -79,9 +81,9 @@ def demo(out: Path, quick: bool, skip_real: bool, threads: int | None, as_json: 
     plan = Plan(out, _relative(find_text()), real, quick, thread_count())
     _prepare(out)
     result = _run(plan)
-    (out / RECORD).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (out / RECORD).write_text(json_text(result, indent=1) + "\n", encoding="utf-8")
     if as_json:
-        click.echo(json.dumps(result))
+        print_json(result)
     else:
         click.echo(err=True)
         print_report(result)

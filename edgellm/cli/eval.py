@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import click
 
 from edgellm.cli.device import device_option
 from edgellm.cli.progress import stages
+from edgellm.cli.standard_streams import print_json
 from edgellm.cli.threads import threads_option
 
 __all__ = ["evaluate", "evaluate_bundle"]
@@ -61,7 +61,7 @@ def evaluate(
             raise click.UsageError("--task needs its test data: --data FILE")
         with stages() as tell:
             result = evaluate_model(bundle, **of_task, window=window, device=device, threads=threads, tell=tell)
-        click.echo(json.dumps(result)) if as_json else print_report(result)
+        print_json(result) if as_json else print_report(result)
         return
     _refuse(given & of_task.keys(), "belongs to --task NAME, which is not given")
     if file is None:
@@ -71,7 +71,7 @@ def evaluate(
             bundle, file, against, tokens=tokens, window=window, device=device, threads=threads, tell=tell
         )
     if as_json:
-        click.echo(json.dumps(result))
+        print_json(result)
         return
     for name, value in result.items():
         click.echo(f"{name:>22}  {value:.6g}" if isinstance(value, float) else f"{name:>22}  {value}")
@@ -112,10 +112,10 @@ def evaluate_bundle(
     from edgellm.torch_threads import limit_torch_threads
 
     limit_torch_threads()
-    from edgellm.checkpoints import load_checkpoint
+    from edgellm.cli.against import read_reference
     from edgellm_exporters.proof.parity import compare
 
-    reference: Any = load_checkpoint(against).model
+    reference = read_reference(against, path, model.session, window)
     report = compare(reference, model.session, windows, progress=lambda share: tell("comparing", share))
     return {
         "perplexity": report.perplexity, "tokens": report.tokens, "reference_perplexity": report.reference_perplexity,

@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from edgellm_runtime.json_text import json_text
+
 __all__ = ["evaluate_model", "open_runner", "print_report"]
 
 _SHOWN = 3  # examples in the summary
@@ -134,7 +136,7 @@ def _check_replaceable(path: Path) -> None:
 
 def _write(path: Path, predictions: Sequence[Any]) -> None:
     lines = ({"prediction": p.value, "confidence": p.confidence, "refused": p.refused} for p in predictions)
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    text = "".join(json_text(line, ensure_ascii=False) + "\n" for line in lines)
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
         return

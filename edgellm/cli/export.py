@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import click
 from edgellm.cli.budget import budget_of
 from edgellm.cli.engine import EngineFlags, building_options
 from edgellm.cli.progress import stages
+from edgellm.cli.standard_streams import print_json
 from edgellm.cli.threads import threads_option
 from edgellm.models.registry import foreign_names
 
@@ -94,7 +94,7 @@ def export(
             tell=tell,
         )  # fmt: skip
     if as_json:
-        click.echo(json.dumps(result))
+        print_json(result)
     else:
         print_summary(result)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import TYPE_CHECKING
 
 import click
 
 from edgellm.cli.device import device_option
+from edgellm.cli.standard_streams import print_json, read_input, unescaped
 from edgellm.cli.threads import threads_option
 
 if TYPE_CHECKING:
@@ -32,7 +31,8 @@ __all__ = ["generate"]
 @click.option("--min-p", type=float, default=0.0, help="Keep tokens this fraction as probable as the best.")
 @click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 discourages tokens already there.")
 @click.option("--seed", type=int, default=None, help="Makes sampling repeatable.  [default: random]")
-@click.option("--stop", multiple=True, help="End the answer before this text; may be given several times.")
+@click.option("--stop", multiple=True, help="End the answer before this text, in which \\n, \\t and \\\\ stand "
+              "for a line break, a tab and a backslash; may be given several times.")  # fmt: skip
 @threads_option
 @device_option
 @click.option("--ignore-eos", is_flag=True, help="Go on past end tokens.")
@@ -42,21 +42,22 @@ def generate(
     temperature: float, top_k: int, top_p: float, min_p: float, repetition_penalty: float, seed: int | None,
     stop: tuple[str, ...], threads: int | None, device: str, ignore_eos: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Answer PROMPT with the model in BUNDLE. A PROMPT of - is read from standard input.
+    """Answer PROMPT with the model in BUNDLE. A PROMPT of - is read from standard input, without its last line break.
 
     The answer streams to standard output, a line about its speed to standard error.
     """
     from edgellm_runtime import load
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = read_input() if prompt == "-" else prompt
     model = load(bundle, device=device, threads=threads)
     options: OptionKeywords = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "seed": seed, "stop": stop, "ignore_eos": ignore_eos,
+        "repetition_penalty": repetition_penalty, "seed": seed, "stop": [unescaped(text) for text in stop],
+        "ignore_eos": ignore_eos,
     }  # fmt: skip
     ready = _prompt(model, text, chat=chat, system=system, special=special)
     if as_json:
-        click.echo(json.dumps(model.generate(ready, **options).to_json(), ensure_ascii=False))
+        print_json(model.generate(ready, **options).to_json())
         return
     stream = model.stream(ready, **options)
     for chunk in stream:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
+
+from edgellm.cli.standard_streams import print_json
+from edgellm_runtime.json_text import json_text
 
 __all__ = ["inspect"]
 
@@ -22,7 +24,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
 
     opened = Bundle(bundle, checksums=False)
     if as_json:
-        click.echo(json.dumps(opened.manifest.to_json()))
+        print_json(opened.manifest.to_json())
     else:
         _print(opened)
 
@@ -39,15 +41,15 @@ def _print(bundle: Any) -> None:
     table = Table(title=escape(f"{manifest.name} ({bundle.path})"), show_header=False)
     for row in (
         ("target", f"{manifest.target['name']}, {manifest.dtype}, needs {manifest.target.get('requires', {})}"),
-        ("quantization", json.dumps(manifest.quantization)),
+        ("quantization", json_text(manifest.quantization)),
         (
             "vocabulary, context",
             f"{manifest.signature.outputs[0].shape[-1]:,} tokens, {manifest.max_context:,} at most",
         ),
         ("state", f"{len(specs)} tensors: {slot:,} bytes a token, {fixed:,} bytes fixed"),
-        ("tokenizer", json.dumps(manifest.tokenizer.to_json()) if manifest.tokenizer else "none"),
-        ("held to", json.dumps(dict(manifest.bounds))),
-        ("measured", json.dumps({k: float(f"{v:.3g}") for k, v in manifest.measured.items()})),
+        ("tokenizer", json_text(manifest.tokenizer.to_json()) if manifest.tokenizer else "none"),
+        ("held to", json_text(dict(manifest.bounds))),
+        ("measured", json_text({k: float(f"{v:.3g}") for k, v in manifest.measured.items()})),
         ("made from", ", ".join(f"{k} {v}" for k, v in manifest.provenance.items())),
         *(
             (f"file {name}", f"{info.bytes:,} bytes, sha256 {info.sha256[:16]}…")

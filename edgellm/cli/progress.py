@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+import click
+
+from edgellm.cli.standard_streams import error_is_terminal
 
 __all__ = ["stages"]
 
@@ -13,7 +16,7 @@ __all__ = ["stages"]
 @contextmanager
 def stages() -> Iterator[Callable[[str, float], None]]:
     """Gives a function that is told what is being done and how much of it (0 to 1)."""
-    if sys.stderr.isatty():
+    if error_is_terminal():
         with _bar() as tell:
             yield tell
         return
@@ -22,7 +25,7 @@ def stages() -> Iterator[Callable[[str, float], None]]:
     def tell_plainly(what: str, share: float) -> None:
         if what != last[0]:
             last[0] = what
-            print(f"{time.perf_counter() - start:7.1f} s  {what}", file=sys.stderr, flush=True)
+            click.echo(f"{time.perf_counter() - start:7.1f} s  {what}", err=True)
 
     yield tell_plainly
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgellm.cli.config_file import read_config
+from edgellm.cli.standard_streams import print_json
 from edgellm.cli.threads import threads_option
 from edgellm.models import registry
 
@@ -256,14 +256,14 @@ def _find_lr(config: RunConfig, out: Path, as_json: bool) -> None:
     console = Console(stderr=True)
     found = find_learning_rate(config, out, say=lambda text: console.print(text, highlight=False, markup=False))
     if as_json:
-        click.echo(json.dumps(found.to_json()))
+        print_json(found.to_json())
         return
     click.echo(f"try --lr {found.suggested:.1e}: the loss falls fastest at {found.steepest:.1e}; see {found.plot}")
 
 
 def _print(result: TrainResult, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(_summary(result)))
+        print_json(_summary(result))
         return
     from rich.console import Console
     from rich.table import Table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import click
 
 from edgellm.cli.device import device_option
 from edgellm.cli.progress import stages
+from edgellm.cli.standard_streams import print_json
 from edgellm.cli.threads import threads_option
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def verify(bundle: Path, against: Path | None, device: str, threads: int | None,
     ok = all(c.ok for c in checks)
     if as_json:
         rows = [{"name": c.name, "ok": c.ok, "value": c.value, "bound": c.bound, "what": c.what} for c in checks]
-        click.echo(json.dumps({"ok": ok, "checks": rows}))
+        print_json({"ok": ok, "checks": rows})
     else:
         _print(bundle, checks)
     return 0 if ok else 1
@@ -65,13 +65,13 @@ def _against(bundle: Bundle, session: Session, checkpoint: Path, tell: Any) -> l
     from edgellm.torch_threads import limit_torch_threads
 
     limit_torch_threads()
-    from edgellm.checkpoints import load_checkpoint
+    from edgellm.cli.against import read_reference
     from edgellm_exporters.proof.parity import compare
     from edgellm_runtime.checks.verify import read_goldens
 
     tell("reading the checkpoint", 0.0)
-    model: Any = load_checkpoint(checkpoint).model
     rows = [golden.tokens.tolist() for golden in read_goldens(bundle)]
+    model = read_reference(checkpoint, bundle.path, session, max(map(len, rows)))
     prompts = [row[: len(row) // 2] for row in rows]
     report = compare(model, session, rows, greedy_prompts=prompts, progress=lambda s: tell("comparing", s))
     return [replace(c, name=f"{c.name} (against)") for c in report.checks(dict(bundle.manifest.bounds))]

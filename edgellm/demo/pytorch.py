@@ -87,7 +87,11 @@ def main(checkpoint: Path, prompt_tokens: int, new_tokens: int, threads: int | N
     model: Any = load_checkpoint(checkpoint).model
     load_s = round(time.perf_counter() - start, 3)
     result = measure(model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds)
-    click.echo(json.dumps({"load_s": load_s, **result, "peak_rss_mb": peak_rss_mb(), "torch": torch.__version__}))
+    click.echo(
+        json.dumps(
+            {"load_s": load_s, **result, "peak_rss_mb": peak_rss_mb(), "torch": torch.__version__}, allow_nan=False
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -30,14 +30,14 @@ class MetricsLog:
         self.path = path
         kept = [line for line in read_metrics(path) if line["step"] <= step]
         pending = path.with_name(path.name + ".tmp")
-        pending.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        pending.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in kept), encoding="utf-8")
         pending.replace(path)
         self._file = path.open("a", encoding="utf-8", buffering=1)  # a line at a time, so that a kill loses none
 
     def write(self, **values: float | int | None) -> None:
         """Append one line; what is None is left out, and infinities, which JSON has not, are null."""
         shown = {k: v if math.isfinite(v) else None for k, v in values.items() if v is not None}
-        self._file.write(json.dumps(shown) + "\n")
+        self._file.write(json.dumps(shown, allow_nan=False) + "\n")
 
     def close(self) -> None:
         """Close the file."""

@@ -65,7 +65,7 @@ class RunConfig:
         }
         out.mkdir(parents=True, exist_ok=True)
         pending = out / f"{RECORD}.tmp"
-        pending.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        pending.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         pending.replace(out / RECORD)
 
     @classmethod

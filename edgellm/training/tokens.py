@@ -155,7 +155,7 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, directory: Path, source: dict[s
         "sha256": {name: part.digest.hexdigest() for name, part in named.items()},
     }
     pending = directory / f"{HEADER}.tmp"
-    pending.write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+    pending.write_text(json.dumps(header, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     pending.replace(directory / HEADER)
     return header
 

@@ -72,7 +72,9 @@ class _Results:
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         pending = self.path.with_name(self.path.name + ".tmp")
-        pending.write_text(json.dumps(self.data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        pending.write_text(
+            json.dumps(self.data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+        )
         pending.replace(self.path)
 
     def part(self, row: dict[str, Any], name: str, words: Sequence[object], do: Callable[[], dict[str, Any]]) -> bool:

@@ -267,7 +267,7 @@ def _write_manifest(scratch: Path, manifest: Manifest) -> Manifest:
     new = [f for f in sorted(scratch.iterdir()) if f.name != MANIFEST and f.name not in manifest.files]
     files = {**manifest.files, **{f.name: FileInfo(f.stat().st_size, sha256_of(f)) for f in new}}
     full = dataclasses.replace(manifest, files=dict(sorted(files.items())))
-    (scratch / MANIFEST).write_text(json.dumps(full.to_json(), indent=1) + "\n", encoding="utf-8")
+    (scratch / MANIFEST).write_text(json.dumps(full.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return full
 
 

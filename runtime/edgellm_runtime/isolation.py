@@ -69,7 +69,7 @@ def rehearse(path: str | Path, *, device: str, checksums: bool, limits: Limits |
     given = {"path": sys.path, "bundle": str(path), "device": device, "checksums": checksums, "limits": asdict(limits)}
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _CODE, json.dumps(given)], stdin=subprocess.DEVNULL, capture_output=True,
+            [sys.executable, "-c", _CODE, json.dumps(given, allow_nan=False)], stdin=subprocess.DEVNULL, capture_output=True,
             timeout=2 * limits.seconds, env={**os.environ, **_ENVIRONMENT}, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:

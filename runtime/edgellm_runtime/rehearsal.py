@@ -22,7 +22,7 @@ def main(*, bundle: str, device: str, checksums: bool, limits: dict[str, int]) -
     _limit(resource.RLIMIT_FSIZE, 0)  # it has nothing to write
     _limit(resource.RLIMIT_AS, limits["memory"])
     _limit(resource.RLIMIT_CPU, limits["seconds"])
-    sys.stdout.write(json.dumps(_report(bundle, device, checksums)) + "\n")
+    sys.stdout.write(json.dumps(_report(bundle, device, checksums), allow_nan=False) + "\n")
     sys.stdout.flush()
 
 

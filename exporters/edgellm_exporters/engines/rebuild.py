@@ -54,7 +54,9 @@ def build_engines(
         for name in bundle.manifest.files.keys() - bundle.manifest.engine_files:
             _same_file(path / name, scratch / name)
         manifest = add_engines(scratch, bundle.manifest, wanted, progress)
-        (scratch / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
+        (scratch / MANIFEST).write_text(
+            json.dumps(manifest.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
     return manifest
 
 

@@ -28,7 +28,7 @@ def write_goldens(traces: Sequence[Trace], said: Sequence[Continuation], directo
         directory: of the bundle.
     """
     sampled = [_sampled(trace, after) for trace, after in zip(traces, said, strict=True)]
-    (directory / GOLDENS).write_text(json.dumps({"format": 1, "traces": sampled}))
+    (directory / GOLDENS).write_text(json.dumps({"format": 1, "traces": sampled}, allow_nan=False))
 
 
 def _sampled(trace: Trace, after: Continuation) -> dict[str, Any]:

@@ -52,7 +52,9 @@ class CacheFile:
     """
 
     def __init__(self, kind: str, *key: str) -> None:
-        self._name = f"{kind}-{hashlib.sha256(json.dumps([kind, *key]).encode()).hexdigest()[:40]}{_SUFFIX}"
+        self._name = (
+            f"{kind}-{hashlib.sha256(json.dumps([kind, *key], allow_nan=False).encode()).hexdigest()[:40]}{_SUFFIX}"
+        )
         self.path: Path | None = None
         self.fault = ""  # why the cache was of no use, if so
         self._held = b""  # the digest of what the file is known to hold

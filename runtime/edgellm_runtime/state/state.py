@@ -225,7 +225,7 @@ class State:
         arrays = {s.name: self.storage.read(s, self.tensors[s.name])[s.used(used)] for s in self.specs}
         if _has_ring(self.specs):
             arrays["__written__"] = self.written
-        header = json.dumps({"format": _FORMAT, "specs": [s.to_json() for s in self.specs]})
+        header = json.dumps({"format": _FORMAT, "specs": [s.to_json() for s in self.specs]}, allow_nan=False)
         try:
             with path.open("wb") as file:  # given a name, numpy would append .npz to it
                 np.savez(file, allow_pickle=False, __header__=np.array(header), __lengths__=self.lengths, **arrays)
