@@ -69,8 +69,8 @@ def rehearse(path: str | Path, *, device: str, checksums: bool, limits: Limits |
     given = {"path": sys.path, "bundle": str(path), "device": device, "checksums": checksums, "limits": asdict(limits)}
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _CODE, json.dumps(given, allow_nan=False)], stdin=subprocess.DEVNULL, capture_output=True,
-            timeout=2 * limits.seconds, env={**os.environ, **_ENVIRONMENT}, check=False,
+            [sys.executable, "-c", _CODE, json.dumps(given, allow_nan=False)], stdin=subprocess.DEVNULL,
+            capture_output=True, timeout=2 * limits.seconds, env={**os.environ, **_ENVIRONMENT}, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise BundleError(f"{path}: loading it takes more than {2 * limits.seconds} s; do not load it") from None
