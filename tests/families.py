@@ -7,6 +7,8 @@ from typing import Any
 
 import onnxruntime
 import torch
+from edgellm.models.lfm2 import LFM2, LFM2Config
+from edgellm.models.mamba2 import Mamba2, Mamba2Config
 from memory_model import MemoryConfig, MemoryModel
 from torch import nn
 
@@ -31,8 +33,7 @@ def hybrid(
 def decoder(*, kv_heads: int, tie: bool, bias: bool, qk_norm: bool = False, **options: Any) -> Callable[[], nn.Module]:
     config = DecoderConfig(
         vocab_size=VOCAB, width=96, num_layers=2, num_heads=4, num_kv_heads=kv_heads, head_dim=32, mlp_width=160,
-        max_context=CONTEXT, tie_embeddings=tie, attention_bias=bias, qk_norm=qk_norm, output_bias=bias, mlp_bias=bias,
-        **options,
+        max_context=CONTEXT, tie_embeddings=tie, attention_bias=bias, qk_norm=qk_norm, **options,
     )  # fmt: skip
     return lambda: Decoder(config)
 
@@ -66,15 +67,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "local and mixed": hybrid("local", "gru", "attention", "local", rotary=False, tie=True, window=11),
     "memory": lambda: MemoryModel(MemoryConfig(VOCAB, CONTEXT)),
     "decoder": decoder(kv_heads=2, tie=True, bias=False),
-    "decoder untied with biases": decoder(
-        kv_heads=4,
-        tie=False,
-        bias=True,
-        activation="gelu_tanh",
-        attention_scale=0.1,
-        rope_amplitude=1.1,
-        rope_factors=[1.0 + i / 4 for i in range(16)],
-    ),
+    "decoder untied with biases": decoder(kv_heads=4, tie=False, bias=True),
     "decoder with q/k norm": decoder(kv_heads=2, tie=True, bias=False, qk_norm=True),
     "short convolutions and attention": lfm2("conv", "attention", "conv", bias=False),
     "short convolutions with biases": lfm2("conv", bias=True),

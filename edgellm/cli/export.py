@@ -69,6 +69,9 @@ within the stated bounds.
 @click.option("--max-context", type=int, default=None, metavar="TOKENS", show_default=False, help="Engines: the most "
               "tokens of a row; their memory is set aside for each.  [default: the model's context]")  # fmt: skip
 @click.option("--no-engine", is_flag=True, help="Engines: leave them to 'edgellm build' on the device.")
+@click.option("--check", type=click.Choice(["transformers"]), default=None, show_default=False, help="First compare "
+              "the loaded model with the one that transformers loads, where that is installed, and export nothing if "
+              "their logits differ.  [default: no comparison]")  # fmt: skip
 @click.option(
     "--name", default="", help="What the bundle calls itself.  [default: the output's name]", show_default=False
 )
@@ -80,7 +83,7 @@ def export(
     checkpoint: Path, output: Path, target: str, dtype: str | None, quantize: str, kv_cache: str,
     calibrate: Path | None, max_kl: float | None, max_size_mb: float | None, prefer: str | None, max_batch: int | None,
     compute_capability: str, workspace_mb: int | None, max_context: int | None, no_engine: bool, name: str,
-    force: bool, threads: int | None, as_json: bool,
+    force: bool, threads: int | None, check: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """See :data:`_HELP`."""
     engine = EngineFlags(
@@ -91,7 +94,7 @@ def export(
         result = export_checkpoint(
             checkpoint, output, target=target, dtype=dtype, quantize=quantize, calibrate=calibrate, max_kl=max_kl,
             max_size_mb=max_size_mb, prefer=prefer, kv_cache=kv_cache, engine=engine, name=name, force=force,
-            tell=tell,
+            check=check, tell=tell,
         )  # fmt: skip
     if as_json:
         print_json(result)
@@ -103,7 +106,7 @@ def export_checkpoint(
     checkpoint: Path, output: Path, *, target: str, dtype: str | None = None, quantize: str,
     calibrate: Path | None = None, max_kl: float | None = None, max_size_mb: float | None = None,
     prefer: str | None = None, kv_cache: str = "float32", engine: EngineFlags = _NO_FLAGS, name: str = "",
-    force: bool = False, tell: Any,
+    force: bool = False, check: str | None = None, tell: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Read, export and sum up; the keys are those of ``--json``."""
     from edgellm.torch_threads import let_torch_wait, limit_torch_threads
@@ -123,11 +126,17 @@ def export_checkpoint(
     check_destination(output, force=force)
     tell("importing PyTorch", 0.0)
     limit_torch_threads()
-    from edgellm.checkpoints import open_checkpoint
+    from edgellm.checkpoints import checkpoint_directory, open_checkpoint
     from edgellm_exporters.export import export as run
 
     tell("reading the checkpoint", 0.0)
     loaded = open_checkpoint(checkpoint)
+    compared = {}
+    if check is not None:
+        from edgellm.cli.transformers_check import check_transformers
+
+        tell("comparing with transformers", 0.0)
+        compared = {"transformers": check_transformers(checkpoint_directory(checkpoint), loaded)}
     if calibrate is not None:
         tell("reading the calibration text", 0.0)
         windows, held_out = _windows(calibrate, loaded, divided=budget is not None)
@@ -138,7 +147,7 @@ def export_checkpoint(
         provenance=provenance, force=force, progress=tell,
     )  # fmt: skip
     summary = _summary(exported, loaded, options.target, dtype, quantize)
-    return summary | {"seconds": round(time.perf_counter() - start, 2)}
+    return summary | compared | {"seconds": round(time.perf_counter() - start, 2)}
 
 
 def _windows(file: Path, loaded: Checkpoint, *, divided: bool) -> tuple[list[list[int]], list[list[int]]]:
@@ -216,6 +225,13 @@ def _cache(result: dict[str, Any]) -> list[tuple[str, str]]:
     return [("keys and values in 8 bits", f"{kept}{f'; not {shown}{more}' if left else ''}")]
 
 
+def _compared(result: dict[str, Any]) -> list[tuple[str, str]]:
+    if "transformers" not in result:
+        return []
+    found = result["transformers"]
+    return [(f"logits of transformers, {found['tokens']} tokens", f"{found['logits']:.1e} apart, of the largest")]
+
+
 def _held_out(result: dict[str, Any]) -> list[tuple[str, str]]:
     if "held_out" not in result:
         return []
@@ -241,6 +257,7 @@ def print_summary(result: dict[str, Any]) -> None:
         (f"KL from PyTorch, {parity['tokens']} tokens", f"{parity['kl_mean']:.2e} nats"),
         ("same most likely token", f"{parity['top1_agreement']:.1%}"),
         *_cache(result),
+        *_compared(result),
         *_held_out(result),
         ("checks that hold", f"{held} of {len(result['checks'])}"),
         ("took", f"{result['seconds']:.1f} s, {result['peak_rss_mb'] or 0:.0f} MB"),

@@ -45,6 +45,8 @@ def write_graphs(models: Mapping[str, ir.Model], directory: Path, progress: Prog
                     stored[storage] = file.seek(-file.tell() % _ALIGNMENT, 1)
                     _write(tensor, file)
                 value.const_value = _reference(value, tensor, stored[storage], directory)
+            elif isinstance(tensor, ir.LazyTensor):
+                value.const_value = _read(value, tensor)
             done += tensor.nbytes
             progress("writing weights", done / total)
         file.truncate()
@@ -62,6 +64,11 @@ def _write(tensor: ir.TensorProtocol, file: BinaryIO) -> None:
         file.write(tensor.tobytes())
     else:
         np.ascontiguousarray(tensor.numpy()).tofile(file)
+
+
+def _read(value: ir.Value, tensor: ir.LazyTensor) -> ir.TensorProtocol:
+    """A small tensor, read now: within onnx_ir's serialization its faults would come out as errors of that."""
+    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=value.name or "")
 
 
 def _reference(value: ir.Value, tensor: ir.TensorProtocol, offset: int, directory: Path) -> ir.ExternalTensor:

@@ -1,0 +1,84 @@
+"""``export --check transformers``: the same model passes, and one that was read as another is not exported."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_adapters import adapted
+from test_checkpoints import save, tiny
+from test_checkpoints_gguf import tiny as tiny_decoder
+from test_checkpoints_gguf import write
+from test_checkpoints_huggingface import LLAMA3, edit, rope, transformers_model
+
+from edgellm.checkpoints import open_checkpoint
+from edgellm.cli import run
+from edgellm.cli.transformers_check import check_transformers
+from edgellm.errors import CheckpointError
+from edgellm.models import registry
+
+pytestmark = pytest.mark.filterwarnings("default")  # the warnings here are transformers' own
+CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+
+
+@pytest.mark.parametrize("kind", [name for name in registry.foreign_names("huggingface") if name in CLASSES])
+def test_every_type_passes(tmp_path: Path, kind: str) -> None:
+    transformers_model(CLASSES[kind]).save_pretrained(tmp_path)
+    found = check_transformers(tmp_path, open_checkpoint(tmp_path))
+    assert (found["tokens"], found["top1"]) == (64, 1.0)
+    assert found["logits"] < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_gguf_files_pass(tmp_path: Path, architecture: str) -> None:
+    options = {"llama": {}, "qwen2": {"attention_bias": True}, "qwen3": {"qk_norm": True, "head_dim": 128}}[architecture]
+    path = write(tmp_path / "m.gguf", tiny_decoder(**options), kind="Q8_0", architecture=architecture,
+                 changes={"vocab_size": 96})  # fmt: skip
+    assert check_transformers(path, open_checkpoint(path))["logits"] < 1e-5
+
+
+def test_a_checkpoint_that_is_read_as_another_model_is_refused_and_not_exported(tmp_path, monkeypatch, capsys) -> None:
+    transformers_model("Llama", **rope("llama3", **LLAMA3)).save_pretrained(tmp_path / "m")
+    scaling = importlib.import_module("edgellm.models.foreign.rope")
+    monkeypatch.setitem(scaling._FORMS, "llama3", scaling._plain)  # as if the factors were overlooked
+    arguments = ["export", str(tmp_path / "m"), "-o", str(tmp_path / "b"), "--target", "onnx", "--json"]
+    assert run([*arguments, "--check", "transformers"]) == 1
+    assert "transformers computes other logits" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "b").exists()
+    monkeypatch.undo()
+    assert run([*arguments, "--check", "transformers"]) == 0
+    assert json.loads(capsys.readouterr().out)["transformers"]["logits"] < 1e-5
+
+
+def test_a_merged_adapter_passes_and_an_overlooked_one_does_not(tmp_path: Path) -> None:
+    adapted(tmp_path, r=4, target_modules=["q_proj", "up_proj"])
+    assert check_transformers(tmp_path, open_checkpoint(tmp_path))["logits"] < 1e-5
+    (tmp_path / "adapter_config.json").rename(tmp_path / "aside.json")
+    opened = open_checkpoint(tmp_path)
+    (tmp_path / "aside.json").rename(tmp_path / "adapter_config.json")
+    with pytest.raises(CheckpointError, match="transformers computes other logits"):
+        check_transformers(tmp_path, opened)
+
+
+def test_what_transformers_cannot_load_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "own", tiny())
+    with pytest.raises(CheckpointError, match="no checkpoint that transformers can load; leave --check out"):
+        check_transformers(tmp_path / "own", open_checkpoint(tmp_path / "own"))
+    transformers_model("Llama").save_pretrained(tmp_path / "m")
+    opened = open_checkpoint(tmp_path / "m")
+    edit(tmp_path / "m" / "config.json", hidden_size=31)
+    with pytest.raises(CheckpointError, match="transformers"):
+        check_transformers(tmp_path / "m", opened)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(CheckpointError, match="needs transformers; pip install"):
+        check_transformers(tmp_path / "m", opened)
+
+
+def test_notes_stand_in_the_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    transformers_model("Llama", vocab_size=96).to(torch.float32).save_pretrained(tmp_path / "m")
+    edit(tmp_path / "m" / "config.json", colour="red", aardvark=1)
+    assert run(["export", str(tmp_path / "m"), "-o", str(tmp_path / "b"), "--target", "onnx"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Note: config.json has keys edgellm does not know: aardvark, colour." in said
