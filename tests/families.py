@@ -7,8 +7,6 @@ from typing import Any
 
 import onnxruntime
 import torch
-from edgellm.models.lfm2 import LFM2, LFM2Config
-from edgellm.models.mamba2 import Mamba2, Mamba2Config
 from memory_model import MemoryConfig, MemoryModel
 from torch import nn
 
