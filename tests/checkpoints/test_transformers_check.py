@@ -44,9 +44,7 @@ def test_every_type_that_is_loaded_passes(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_gguf_files_pass(tmp_path: Path, architecture: str) -> None:
-    options = {"llama": {}, "qwen2": {"attention_bias": True}, "qwen3": {"qk_norm": True, "head_dim": 128}}[
-        architecture
-    ]
+    own = {"llama": {}, "qwen2": {"attention_bias": True}, "qwen3": {"qk_norm": True, "head_dim": 128}}
     path = write(tmp_path / "m.gguf", tiny_decoder(**own[architecture]), kind="Q8_0", architecture=architecture,
                  changes={"vocab_size": 96})  # fmt: skip
     assert check_transformers(path, open_checkpoint(path))["logits"] < 1e-5
