@@ -3,13 +3,14 @@
 ModelError
 ├── ConfigError       a configuration value that no model can have
 ├── CheckpointError   a checkpoint that is missing, damaged, foreign or does not fit its configuration
+│   └── UnsupportedError   a sound one that asks for what no architecture of edgellm's own computes
 ├── OpError           an op whose definition contradicts itself, or a node that is none of it
 └── TrainingError     data or options that training cannot use
 """
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "ConfigError", "ModelError", "OpError", "TrainingError"]
+__all__ = ["CheckpointError", "ConfigError", "ModelError", "OpError", "TrainingError", "UnsupportedError"]
 
 
 class ModelError(Exception):
@@ -22,6 +23,10 @@ class ConfigError(ModelError, ValueError):
 
 class CheckpointError(ModelError):
     """A checkpoint cannot be read as the model that it says it is."""
+
+
+class UnsupportedError(CheckpointError):
+    """A checkpoint is of an architecture, or has a setting of it, that none of edgellm's own architectures computes."""
 
 
 class OpError(ModelError):

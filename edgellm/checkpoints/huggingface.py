@@ -16,7 +16,7 @@ from edgellm.checkpoints.find_weights import find_weights
 from edgellm.checkpoints.huggingface_text import read_text_files
 from edgellm.checkpoints.lora_source import ADAPTER_CONFIG, with_adapter
 from edgellm.checkpoints.weights import Layout, TensorSource
-from edgellm.errors import CheckpointError, ModelError
+from edgellm.errors import CheckpointError, ModelError, UnsupportedError
 from edgellm.models.registry import Architecture, find_foreign
 
 __all__ = ["open_huggingface"]
@@ -79,7 +79,7 @@ def _translate(config: Mapping[str, Any], path: Path) -> tuple[Architecture, Any
     if config.get("quantization_config") is not None:
         raise CheckpointError(f"{path}: quantization_config is set; use the model with its original float weights")
     if config.get("auto_map"):
-        raise CheckpointError(
+        raise UnsupportedError(
             f"{path}: auto_map says that code of the checkpoint's own computes the model, which edgellm does not run; "
             "remove the key if the code does what the model_type says"
         )
@@ -89,6 +89,6 @@ def _translate(config: Mapping[str, Any], path: Path) -> tuple[Architecture, Any
         fields, unknown = architecture.huggingface.read(config)
         return architecture, architecture.config(**fields), unknown
     except ModelError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise UnsupportedError(f"{path}: {error}") from error
     except (TypeError, AttributeError, ValueError, LookupError) as error:
         raise CheckpointError(f"{path}: it is malformed ({error}); copy the checkpoint again") from error

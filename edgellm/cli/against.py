@@ -23,11 +23,11 @@ def read_reference(checkpoint: Path, bundle: Path, session: Session, longest: in
     Raises:
         OptionError: it has another vocabulary, other outputs, or a shorter context than the comparison needs.
     """
-    from edgellm.checkpoints import load_checkpoint
+    from edgellm.cli.checkpoints import read_checkpoint
     from edgellm_exporters.proof.torch_backend import torch_session
     from edgellm_runtime import OptionError
 
-    model: Any = load_checkpoint(checkpoint).model  # torch_session checks what it follows
+    model: Any = read_checkpoint(checkpoint, in_memory=True).model  # torch_session checks what it follows
     own = torch_session(model)
     for what, here, there in (
         ("a vocabulary", own.vocab_size, session.vocab_size), ("logits", own.width, session.width),

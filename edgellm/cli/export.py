@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgellm.cli.budget import budget_of
+from edgellm.cli.checkpoints import read_checkpoint, road_options
 from edgellm.cli.engine import EngineFlags, building_options
 from edgellm.cli.progress import stages
 from edgellm.cli.standard_streams import print_json
@@ -77,13 +78,14 @@ within the stated bounds.
 )
 @click.option("--force", is_flag=True, help="Replace the bundle that is at the output. Files of others, there or "
               "beside a bundle, are never replaced.")  # fmt: skip
+@road_options
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def export(
     checkpoint: Path, output: Path, target: str, dtype: str | None, quantize: str, kv_cache: str,
     calibrate: Path | None, max_kl: float | None, max_size_mb: float | None, prefer: str | None, max_batch: int | None,
     compute_capability: str, workspace_mb: int | None, max_context: int | None, no_engine: bool, name: str,
-    force: bool, threads: int | None, check: str | None, as_json: bool,
+    force: bool, road: str, trust_remote_code: bool, threads: int | None, check: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """See :data:`_HELP`."""
     engine = EngineFlags(
@@ -94,7 +96,7 @@ def export(
         result = export_checkpoint(
             checkpoint, output, target=target, dtype=dtype, quantize=quantize, calibrate=calibrate, max_kl=max_kl,
             max_size_mb=max_size_mb, prefer=prefer, kv_cache=kv_cache, engine=engine, name=name, force=force,
-            check=check, tell=tell,
+            check=check, road=road, trust_remote_code=trust_remote_code, tell=tell,
         )  # fmt: skip
     if as_json:
         print_json(result)
@@ -106,7 +108,7 @@ def export_checkpoint(
     checkpoint: Path, output: Path, *, target: str, dtype: str | None = None, quantize: str,
     calibrate: Path | None = None, max_kl: float | None = None, max_size_mb: float | None = None,
     prefer: str | None = None, kv_cache: str = "float32", engine: EngineFlags = _NO_FLAGS, name: str = "",
-    force: bool = False, check: str | None = None, tell: Any,
+    force: bool = False, check: str | None = None, road: str = "auto", trust_remote_code: bool = False, tell: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Read, export and sum up; the keys are those of ``--json``."""
     from edgellm.torch_threads import let_torch_wait, limit_torch_threads
@@ -126,11 +128,11 @@ def export_checkpoint(
     check_destination(output, force=force)
     tell("importing PyTorch", 0.0)
     limit_torch_threads()
-    from edgellm.checkpoints import checkpoint_directory, open_checkpoint
+    from edgellm.checkpoints import checkpoint_directory
     from edgellm_exporters.export import export as run
 
     tell("reading the checkpoint", 0.0)
-    loaded = open_checkpoint(checkpoint)
+    loaded = read_checkpoint(checkpoint, road=road, trust_remote_code=trust_remote_code)
     compared = {}
     if check is not None:
         from edgellm.cli.transformers_check import check_transformers

@@ -1,0 +1,208 @@
+"""A causal language model of transformers as one that follows edgellm's protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgellm.errors import CheckpointError
+from edgellm.general.calls import NAME, Call, inputs_of, register, under_way
+from edgellm.general.probe import Layer, Seen, probe
+from edgellm.general.recognise import Rotation, Tables, find_rotations, put, replace_norms
+from edgellm.models.protocol import State, Step
+from edgellm.ops import attention, take_positions
+from edgellm_runtime.spec import BATCH, CAPACITY, StateSpec
+
+__all__ = ["GeneralConfig", "GeneralModel"]
+
+_DEFAULT_CONTEXT = 2048  # where a configuration does not say
+_CLOSE = 1e-4  # of two rotations, relative to the largest query
+
+
+@dataclass(frozen=True)
+class GeneralConfig:
+    """What the protocol asks of a configuration.
+
+    Args:
+        vocab_size: tokens that the logits cover.
+        max_context: the most tokens of a row.
+        model_type: what transformers calls the architecture, for people.
+    """
+
+    vocab_size: int
+    max_context: int
+    model_type: str
+
+
+class GeneralModel(nn.Module):
+    """Follows :class:`edgellm.models.protocol.LanguageModel`.
+
+    Args:
+        model: a causal language model of transformers in float32, in eval mode; it is taken over.
+        fused: whether to put canonical ops in the place of the norms and rotations that are recognised.
+
+    Raises:
+        CheckpointError: its attention, state or head has no form here.
+    """
+
+    def __init__(self, model: nn.Module, *, fused: bool = True) -> None:
+        super().__init__()
+        register()
+        foreign: Any = model
+        text = foreign.config.get_text_config()
+        self.model: Any = foreign
+        self._count = int(text.num_hidden_layers)
+        if foreign.get_output_embeddings() is None:
+            raise CheckpointError(f"{text.model_type} has no vocabulary projection that could be asked for positions")
+        _set_implementations(model)
+        context = int(getattr(text, "max_position_embeddings", 0) or _DEFAULT_CONTEXT)
+        before = probe(model, self._count)
+        self.layers: tuple[Layer, ...] = tuple(seen.layer for seen in before)
+        rotations, self.context = find_rotations(model, lambda: probe(model, self._count), context)
+        self.notes: list[str] = []
+        if self.context < context:
+            self.notes.append(f"texts of over {self.context} tokens would be rotated otherwise; the context ends there")
+        for name, tables in rotations.items():
+            put(model, name, Tables(tables))
+        self.norms = replace_norms(model) if fused else 0
+        self._tables = self._take_rotations(rotations, before) if fused else [None] * self._count
+        self.config = GeneralConfig(int(text.vocab_size), self.context, str(text.model_type))
+
+    def _take_rotations(
+        self, rotations: Mapping[str, Mapping[tuple[Any, ...], Rotation]], before: Sequence[Seen]
+    ) -> list[tuple[str, str] | None]:
+        """Let attention rotate, where what it would do is what every layer does; names of each layer's tables."""
+        every = [rotation for tables in rotations.values() for rotation in tables.values()]
+        if not every:
+            return [None] * self._count
+        modules = {name: self.model.get_submodule(name) for name in rotations}
+        for module in modules.values():
+            module.idle = True
+        plain = probe(self.model, self._count)
+        chosen = [_rotation_of(a, b, every) for a, b in zip(plain, before, strict=True)]
+        if any(found is None for found in chosen):
+            for module in modules.values():
+                module.idle = False
+            self.notes.append("rotary positions are not of the kind that attention has inside; they stay as they are")
+            return [None] * self._count
+        names: list[tuple[str, str] | None] = []
+        for found in chosen:
+            if not isinstance(found, Rotation):  # a layer that rotates nothing
+                names.append(None)
+                continue
+            index = every.index(found)
+            names.append((f"cos{index}", f"sin{index}"))
+            half = found.cos.shape[-1] // 2
+            self.register_buffer(f"cos{index}", found.cos[:, :half].clone(), persistent=False)
+            self.register_buffer(f"sin{index}", found.sin[:, :half].clone(), persistent=False)
+        return names
+
+    def state_specs(self) -> list[StateSpec]:
+        """Keys and values of every layer."""
+        return [
+            StateSpec(
+                f"layers.{i}.{part}", (BATCH, layer.num_kv_heads, CAPACITY, _head_dim(layer)), "float32", "append"
+            )
+            for i, layer in enumerate(self.layers)
+            for part in "kv"
+        ]
+
+    def forward(
+        self, tokens: Tensor, state: State | None = None, step: Step | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Tokens (batch, time) to logits (batch, count, vocab_size) and the new state."""
+        step = step or Step.whole(tokens)
+        run = _Run(self, state or {}, step)
+        positions = step.past_lengths[:, None].long() + torch.arange(tokens.shape[1], device=tokens.device)
+        head = self.model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(
+            lambda _, args: (take_positions(args[0], step.logit_positions), *args[1:])
+        )
+        try:
+            with under_way(run):
+                logits: Tensor = self.model(**inputs_of(self.model, tokens, positions, self._count)).logits
+        finally:
+            handle.remove()
+        return logits, run.present
+
+    @property
+    def rotating(self) -> int:
+        """Layers whose rotation is inside attention."""
+        return sum(names is not None for names in self._tables)
+
+    def tables_of(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """The cosines and sines that attention rotates a layer's queries and keys by."""
+        names = self._tables[layer]
+        return (None, None) if names is None else (getattr(self, names[0]), getattr(self, names[1]))
+
+
+class _Run(Call):
+    """One step: every layer's attention over its part of the state."""
+
+    def __init__(self, model: GeneralModel, state: State, step: Step) -> None:
+        super().__init__()
+        self.model, self.state, self.step = model, state, step
+        self.present: dict[str, Tensor] = {}
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None, keywords: Mapping[str, Any]
+    ) -> Tensor:
+        known, width = self.model.layers[layer], _head_dim(self.model.layers[layer])
+        q, k, v = (_flat(_widened(x, width)) for x in (q, k, v))
+        cos, sin = self.model.tables_of(layer)
+        key, value = (f"layers.{layer}.{part}" for part in "kv")
+        y, present_k, present_v = attention(
+            q, k, v, self.state.get(key), self.state.get(value), self.step.past_lengths, self.step.lengths, cos, sin,
+            num_heads=known.num_heads, num_kv_heads=known.num_kv_heads, scale=known.scale, softcap=known.softcap,
+            window=known.window,
+        )  # fmt: skip
+        if present_k is not None and present_v is not None:
+            self.present |= {key: present_k, value: present_v}
+        heads: Tensor = y.reshape(*y.shape[:2], known.num_heads, width)
+        return heads[..., : known.value_dim]
+
+
+def _head_dim(layer: Layer) -> int:
+    """Features that a head's key and value have in the cache: as many as the larger of both."""
+    return max(layer.key_dim, layer.value_dim)
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(batch, heads, time, head_dim) to (batch, time, heads * head_dim)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _rotation_of(plain: Seen, rotated: Seen, every: Sequence[Rotation]) -> Rotation | bool | None:
+    """Which table turns the unrotated queries and keys of a layer into its own; False for none of them, as they are
+    equal already; None where no table does.
+    """
+    size = float(rotated.q.abs().max())
+    pairs = ((plain.q, rotated.q), (plain.k, rotated.k))
+    if all(torch.allclose(a, b, rtol=0, atol=_CLOSE * size) for a, b in pairs):
+        return False
+    for rotation in every:
+        if not rotation.halves or plain.layer.value_dim != plain.layer.key_dim:
+            continue
+        turned = [(rotation.rotated(a), b) for a, b in pairs]
+        if all(a is not None and torch.allclose(a, b, rtol=0, atol=_CLOSE * size) for a, b in turned):
+            return rotation
+    return None
+
+
+def _set_implementations(model: Any) -> None:
+    try:
+        model.set_attn_implementation(NAME)
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("batched_mm")  # the default one branches on how many tokens an expert has
+    except (ValueError, NotImplementedError, AttributeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"transformers does not let its attention be replaced ({why})") from error

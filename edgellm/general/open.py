@@ -1,0 +1,130 @@
+"""Reading a Hugging Face folder by the general road, and making sure that it computes what transformers computes."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgellm.checkpoints import Checkpoint
+from edgellm.checkpoints.files import read_json
+from edgellm.checkpoints.huggingface_text import read_text_files
+from edgellm.errors import CheckpointError
+from edgellm.general.model import GeneralModel
+
+__all__ = ["has_transformers", "open_general"]
+
+_LOOKED_AT, _MOST_LOOKED_AT = 64, 512  # tokens that are compared; more, if a window is to be left
+_CLOSE = 1e-3  # largest difference of logits, relative to the largest logit
+
+
+def has_transformers() -> bool:
+    """Whether transformers is installed; it is not imported."""
+    return importlib.util.find_spec("transformers") is not None
+
+
+def open_general(path: Path, *, trust_remote_code: bool = False, fused: bool = True) -> Checkpoint:
+    """Read any causal language model that the installed transformers knows.
+
+    Args:
+        path: a Hugging Face folder.
+        trust_remote_code: whether to run Python code that the folder brings; never without the user's word.
+        fused: as for :class:`GeneralModel`.
+
+    Raises:
+        CheckpointError: transformers is not installed or does not know the model, or it has no form here.
+    """
+    config = read_json(path / "config.json")
+    kind = str(config.get("model_type", ""))
+    if not has_transformers():
+        raise CheckpointError(
+            f"{path}: {kind!r} is no architecture of edgellm's own, and transformers, through which others go, is not "
+            "installed: install the extra hf"
+        )
+    with _offline():
+        model = _load(path, trust_remote_code)
+    tokens = _tokens(model)
+    with torch.no_grad():
+        wanted = model(input_ids=tokens, use_cache=False).logits
+    try:
+        ours = GeneralModel(model, fused=fused).eval()
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {kind}: {error}") from error
+    _check(ours, tokens, wanted, f"{path}: {kind}")
+    text = read_text_files(path, config)
+    note = (
+        f"{kind} took the general road through transformers: {ours.norms} norms and the rotation of {ours.rotating} of "
+        f"{len(ours.layers)} layers recognised"
+    )
+    return Checkpoint(
+        architecture=kind, model=ours, tokenizer_json=text.tokenizer_json, chat_template=text.chat_template,
+        bos_token_id=text.bos_token_id, eos_token_ids=text.eos_token_ids, add_bos=text.add_bos,
+        source=f"Hugging Face, {kind}, through transformers", special_tokens=text.special_tokens,
+        notes=(note, *ours.notes, *text.notes),
+    )  # fmt: skip
+
+
+def _load(path: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, local_files_only=True, trust_remote_code=trust_remote_code, dtype=torch.float32
+        )
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:  # transformers raises many kinds
+        why = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{path}: transformers cannot load it as a causal language model: {why}") from error
+    return model.eval()
+
+
+def _tokens(model: Any) -> torch.Tensor:
+    """Rows of random tokens, as long as a window needs to be left."""
+    text = model.config.get_text_config()
+    window = getattr(text, "sliding_window", None) or 0
+    context = int(getattr(text, "max_position_embeddings", 0) or _LOOKED_AT)
+    length = min(context, _MOST_LOOKED_AT, max(_LOOKED_AT, 2 * window))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, text.vocab_size, (1, length), generator=generator)
+
+
+def _check(model: GeneralModel, tokens: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
+    """Hold the model as it was taken over against transformers' own.
+
+    Raises:
+        CheckpointError: it computes something else.
+    """
+    with torch.no_grad():
+        found = model(tokens)[0]
+    apart = float((found - wanted).abs().max() / wanted.abs().max())
+    if not apart <= _CLOSE:
+        raise CheckpointError(
+            f"{what}: taken over from transformers it computes something else (logits {apart:.1e} apart); it keeps a "
+            "state or makes a mask that its interfaces do not tell of"
+        )
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Let no hub be asked, and no bars be drawn, while a folder is read."""
+    from transformers.utils import logging
+
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    before = os.environ.get("HF_HUB_OFFLINE")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
+        if before is None:
+            del os.environ["HF_HUB_OFFLINE"]
+        else:
+            os.environ["HF_HUB_OFFLINE"] = before

@@ -1,0 +1,156 @@
+"""What a foreign model's layers do, found by one look: heads, windows, caps, and how queries and keys are rotated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgellm.errors import CheckpointError
+from edgellm.general.calls import Call, Mask, inputs_of, under_way
+
+__all__ = ["Layer", "Seen", "probe"]
+
+# What layers say to their attention that changes nothing of what is computed here.
+_NEUTRAL = frozenset({
+    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "is_causal", "layer_head_mask", "logits_to_keep",
+    "max_length_k", "max_length_q", "num_items_in_batch", "output_attentions", "output_hidden_states",
+    "output_router_logits", "past_key_value", "past_key_values", "position_embeddings", "position_ids", "return_dict",
+    "use_cache",
+})  # fmt: skip
+# What a model that wants another kind of cache runs into.
+_FOREIGN_FAULTS = (AttributeError, TypeError, LookupError, RuntimeError, ValueError)
+_SEQUENCE = 12  # tokens of the look
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's attention.
+
+    Args:
+        num_heads: query heads.
+        num_kv_heads: key and value heads.
+        key_dim: features of a head's query and key.
+        value_dim: features of a head's value.
+        scale: factor on the scores.
+        window: tokens that a token sees, its own among them; 0 for all.
+        softcap: a bound that scores approach; 0 for none.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    scale: float
+    window: int
+    softcap: float
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one look at a layer showed.
+
+    Args:
+        layer: its attention.
+        q: its queries (batch, heads, time, head_dim), as they came to the attention.
+        k: its keys.
+    """
+
+    layer: Layer
+    q: Tensor
+    k: Tensor
+
+
+class _Look(Call):
+    """Answers with the values themselves, which no rotation touches, so that two looks see the same inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, Seen] = {}
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None, keywords: Mapping[str, Any]
+    ) -> Tensor:
+        window, softcap = _window(mask, keywords), float(keywords.get("softcap") or 0.0)
+        if keywords.get("s_aux") is not None:
+            raise CheckpointError("its attention has sinks (s_aux), which no target has a form of")
+        if keywords.get("is_causal") is False:
+            raise CheckpointError("its attention looks ahead (is_causal is false); only causal models can be exported")
+        other = sorted(
+            name for name, value in keywords.items()
+            if value is not None and name not in _NEUTRAL and name not in ("softcap", "sliding_window", "s_aux")
+        )  # fmt: skip
+        if other:
+            raise CheckpointError(f"its attention is given {', '.join(other)}, which is not understood here")
+        self.seen[layer] = Seen(
+            Layer(
+                q.shape[1], k.shape[1], k.shape[3], v.shape[3],
+                float(q.shape[3] ** -0.5 if scale is None else scale), window, softcap,
+            ),
+            q, k,
+        )  # fmt: skip
+        return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2)
+
+
+def _window(mask: Any, keywords: Mapping[str, Any]) -> int:
+    """How far a token sees, from what its layer says and from the mask that it would have."""
+    said = int(keywords.get("sliding_window") or 0)
+    if mask is None:
+        return said
+    if not isinstance(mask, Mask):
+        raise CheckpointError("it makes its own attention masks, which no export can follow; it has no form here")
+    far = 1 << 20
+    if not _sees(mask, 0, 0) or _sees(mask, 0, 1):
+        raise CheckpointError("its attention is not causal; only causal models can be exported")
+    if _sees(mask, far, 0):
+        return said
+    low, high = 1, far  # a token sees itself, and not what is so far away
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _sees(mask, far, far - middle + 1) else (low, middle)
+    if _sees(mask, 2 * far, 2 * far - low + 1) and not _sees(mask, 2 * far, 2 * far - low):
+        return low
+    raise CheckpointError("its attention sees in chunks or other patterns, not in a window; it has no form here")
+
+
+def _sees(mask: Mask, query: int, key: int) -> bool:
+    none = torch.tensor(0)
+    return bool(mask.sees(none, none, torch.tensor(query), torch.tensor(key)))
+
+
+@torch.no_grad()
+def probe(model: nn.Module, layers: int) -> list[Seen]:
+    """Run a model once and see what its layers hand to their attention.
+
+    Args:
+        model: of transformers, with our attention set.
+        layers: how many its configuration says that it has.
+
+    Raises:
+        CheckpointError: it does not go through transformers' interfaces, or its attention has no form here.
+    """
+    look = _Look()
+    tokens = torch.arange(_SEQUENCE)[None] % 7 + 1
+    with under_way(look):
+        try:
+            model(**inputs_of(model, tokens, torch.arange(_SEQUENCE)[None], layers))
+        except (
+            AttributeError,
+            TypeError,
+            NotImplementedError,
+            IndexError,
+            KeyError,
+            RuntimeError,
+            ValueError,
+        ) as error:
+            why = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"it does not follow transformers' cache and attention interfaces ({why})") from error
+    if look.waiting or sorted(look.seen) != list(range(layers)):
+        absent = sorted(set(range(layers)) - look.seen.keys())
+        raise CheckpointError(
+            f"its layers {absent[:4]} do not go through transformers' attention interface, so what they keep is unknown"
+        )
+    return [look.seen[index] for index in range(layers)]

@@ -1,0 +1,64 @@
+"""Tiny models of transformers with odd sizes and scrambled weights, for the general road."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+VOCAB, CONTEXT, WINDOW = 96, 96, 10
+COMMON: Mapping[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+HEADS = {"head_dim": 16}
+GPT = {
+    "vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+# What each adds to the others: see the names.
+FOREIGN: Mapping[str, Mapping[str, Any]] = {
+    "llama": COMMON | HEADS,
+    "qwen3": COMMON | HEADS,  # norms of each head
+    "gemma2": COMMON | HEADS | {"sliding_window": WINDOW},  # windows, caps, gains of 1 + w
+    "gemma3_text": COMMON | HEADS | {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+    "smollm3": COMMON | HEADS | {"no_rope_layers": [1, 0]},  # a layer without positions
+    "phi": COMMON | HEADS,  # part of a head rotated, biases, layer norms, attention beside the MLP
+    "gptj": GPT | {"rotary_dim": 4},  # neighbouring pairs rotated
+    "gpt2": GPT,  # learned positions, Conv1D
+    "mixtral": COMMON | HEADS | EXPERTS,
+    "deepseek_v3": COMMON | EXPERTS | {
+        "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
+        "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+    },  # values narrower than keys
+    "granite": COMMON | HEADS | {
+        "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1, "logits_scaling": 8.0,
+    },
+}  # fmt: skip
+
+
+def build(kind: str, **changes: Any) -> nn.Module:
+    """A model of transformers in eval mode."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**FOREIGN.get(kind, COMMON), **changes})
+    return scrambled(AutoModelForCausalLM.from_config(config))
+
+
+def scrambled(model: Any) -> nn.Module:
+    """With weights that hide nothing: gains are not 1, biases not 0."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise * 0.15 if parameter.dim() > 1 else parameter + noise * 0.1)
+    if getattr(model.config, "tie_word_embeddings", False):
+        model.tie_weights()
+    eager: nn.Module = model.float().eval()
+    return eager
