@@ -11,6 +11,7 @@ from memory_model import MemoryConfig, MemoryModel
 from torch import nn
 
 from edgellm.models.decoder import Decoder, DecoderConfig
+from edgellm.models.gemma2 import Gemma2, Gemma2Config
 from edgellm.models.hybrid import Hybrid, HybridConfig
 from edgellm.models.lfm2 import LFM2, LFM2Config
 from edgellm.models.mamba2 import Mamba2, Mamba2Config
@@ -34,6 +35,14 @@ def decoder(*, kv_heads: int, tie: bool, bias: bool, qk_norm: bool = False, **op
         max_context=CONTEXT, tie_embeddings=tie, attention_bias=bias, qk_norm=qk_norm, **options,
     )  # fmt: skip
     return lambda: Decoder(config)
+
+
+def gemma2(*windows: int, score_cap: float, logit_cap: float, tie: bool) -> Callable[[], nn.Module]:
+    config = Gemma2Config(
+        vocab_size=VOCAB, width=96, windows=windows, num_heads=4, num_kv_heads=2, head_dim=32, mlp_width=160,
+        max_context=CONTEXT, score_divisor=20, score_cap=score_cap, logit_cap=logit_cap, tie_embeddings=tie,
+    )  # fmt: skip
+    return lambda: Gemma2(config)
 
 
 def lfm2(*pattern: str, bias: bool) -> Callable[[], nn.Module]:
@@ -67,6 +76,8 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "decoder": decoder(kv_heads=2, tie=True, bias=False),
     "decoder untied with biases": decoder(kv_heads=4, tie=False, bias=True),
     "decoder with q/k norm": decoder(kv_heads=2, tie=True, bias=False, qk_norm=True),
+    "windows and soft caps": gemma2(9, 0, score_cap=5.0, logit_cap=12.0, tie=True),
+    "windows without caps": gemma2(0, 9, score_cap=0, logit_cap=0, tie=False),
     "short convolutions and attention": lfm2("conv", "attention", "conv", bias=False),
     "short convolutions with biases": lfm2("conv", bias=True),
     "state space": mamba2(groups=1, bias=False),
@@ -74,8 +85,8 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 }
 # Families whose layers are plain PyTorch rather than canonical ops: their graphs hold what PyTorch's operators become.
 PLAIN = frozenset({
-    "memory", "short convolutions and attention", "short convolutions with biases", "state space",
-    "state space of two groups with biases",
+    "memory", "windows and soft caps", "windows without caps", "short convolutions and attention",
+    "short convolutions with biases", "state space", "state space of two groups with biases",
 })  # fmt: skip
 
 
@@ -95,7 +106,7 @@ def make(family: str, seed: int = 0) -> nn.Module:
             if "bias" in name:  # zero at first, which would hide a bias that is dropped or misplaced
                 parameter.normal_(std=0.2)
             elif parameter.dim() == 1:
-                parameter.normal_(mean=1.0, std=0.2)
+                parameter.add_(0.2 * torch.randn_like(parameter))  # around what it is made with: gains of 1, of 1 + w
     return model
 
 

@@ -116,7 +116,7 @@ class Mixer(nn.Module):
         self.config = c = config
         self.in_proj = nn.Linear(c.width, c.inner + c.mixed + c.num_heads, bias=c.bias)
         self.conv = CausalConv(c.mixed, c.conv_taps, bias=c.conv_bias)
-        self.dt_bias = nn.Parameter(torch.rand(c.num_heads).mul(4.6).sub(6.9).exp().expm1().log())  # dt 0.001 to 0.1
+        self.dt_offset = nn.Parameter(torch.rand(c.num_heads).mul(4.6).sub(6.9).exp().expm1().log())  # dt 0.001 to 0.1
         self.a_log = nn.Parameter(torch.arange(1.0, c.num_heads + 1).log())
         self.d = nn.Parameter(torch.ones(c.num_heads))
         self.norm = nn.Parameter(torch.ones(c.inner))
@@ -135,7 +135,7 @@ class Mixer(nn.Module):
         xbc, present = self.conv(xbc, state, prefix, step)
         x, b, q = torch.split(F.silu(xbc), [c.inner, c.keys, c.keys], dim=-1)
         valid = torch.arange(time, device=u.device) < step.lengths[:, None]
-        dt = F.softplus(dt + self.dt_bias) * valid[:, :, None]  # (batch, time, heads); padding adds and fades nothing
+        dt = F.softplus(dt + self.dt_offset) * valid[:, :, None]  # (batch, time, heads); padding adds and fades nothing
         x = x.reshape(batch, time, c.num_heads, c.head_dim)
         v = (x * dt[..., None]).flatten(2)
         y, s = linear_attention(
@@ -236,7 +236,7 @@ HUGGING_FACE = HuggingFace(
             "mixer_norm": "norm",
             "mixer.in_proj": "mixer.in_proj",
             "mixer.conv": "mixer.conv1d",
-            "mixer.dt_bias": "mixer.dt_bias",
+            "mixer.dt_offset": "mixer.dt_bias",
             "mixer.a_log": "mixer.A_log",
             "mixer.d": "mixer.D",
             "mixer.norm": "mixer.norm.weight",

@@ -47,6 +47,10 @@ ENTRIES: Mapping[str, Entry] = {
         module="edgellm.models.decoder", about="transformer", presets=("tiny",),
         huggingface=("llama", "mistral", "qwen2", "qwen3"), gguf=("llama", "qwen2", "qwen3"),
     ),
+    "gemma2": Entry(
+        module="edgellm.models.gemma2", about="transformer with windows and soft caps", presets=("tiny",),
+        huggingface=("gemma2",),
+    ),
     "lfm2": Entry(
         module="edgellm.models.lfm2", about="short convolutions and attention", presets=("tiny",),
         huggingface=("lfm2",),

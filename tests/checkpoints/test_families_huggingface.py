@@ -16,6 +16,10 @@ from edgellm.models.protocol import Step, empty_state
 
 VOCAB, CONTEXT = 101, 64
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
+GEMMA2 = HEADS | {
+    "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "head_dim": 10, "sliding_window": 7,
+    "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
+}  # fmt: skip
 LFM2 = HEADS | {
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4, "block_multiple_of": 8,
     "layer_types": ["conv", "full_attention", "conv", "conv"],
@@ -26,6 +30,12 @@ MAMBA2 = {
 }  # fmt: skip
 
 CASES: list[tuple[str, dict[str, Any]]] = [
+    ("Gemma2", GEMMA2),
+    ("Gemma2", GEMMA2 | {"attn_logit_softcapping": None, "num_key_value_heads": 6}),
+    ("Gemma2", GEMMA2 | {"final_logit_softcapping": None, "tie_word_embeddings": False}),
+    ("Gemma2", GEMMA2 | {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}),
+    ("Gemma2", GEMMA2 | {"sliding_window": 1}),
+    ("Gemma2", GEMMA2 | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}}),
     ("Lfm2", LFM2),
     ("Lfm2", LFM2 | {"conv_bias": True, "conv_L_cache": 4, "tie_word_embeddings": False}),
     ("Lfm2", LFM2 | {"layer_types": None, "full_attn_idxs": [2], "block_auto_adjust_ff_dim": False}),
@@ -74,6 +84,18 @@ def test_logits_equal_transformers_whole_and_in_steps(kind: str, options: dict[s
 @pytest.mark.parametrize(
     ("kind", "changes", "said"),
     [
+        (
+            "Gemma2",
+            {"layer_types": ["full_attention"] * 2 + ["chunked_attention"]},
+            "layer_types is 'chunked_attention'",
+        ),
+        ("Gemma2", {"layer_types": ["full_attention"]}, r"layer_types is \['full_attention'\]"),
+        ("Gemma2", {"sliding_window": -1}, "sliding_window is -1"),
+        ("Gemma2", {"attention_bias": True}, "attention_bias is True"),
+        ("Gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ("Gemma2", {"hidden_activation": "silu"}, "hidden_activation is 'silu'"),
+        ("Gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping is 0"),
+        ("Gemma2", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
         ("Lfm2", {"layer_types": ["conv", "linear_attention", "conv", "conv"]}, "layer_types is 'linear_attention'"),
         ("Lfm2", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
         ("Lfm2", {"conv_L_cache": 1}, "conv_taps 1"),
@@ -87,7 +109,7 @@ def test_logits_equal_transformers_whole_and_in_steps(kind: str, options: dict[s
 def test_what_a_family_cannot_represent_is_refused_by_name(
     kind: str, changes: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
-    scrambled(kind, {"Lfm2": LFM2, "Mamba2": MAMBA2}[kind]).save_pretrained(tmp_path)
+    scrambled(kind, {"Gemma2": GEMMA2, "Lfm2": LFM2, "Mamba2": MAMBA2}[kind]).save_pretrained(tmp_path)
     config = tmp_path / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     with pytest.raises(CheckpointError, match=said):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import Tensor, nn
 
 from edgellm.models.layers.rotary import RotaryTable
@@ -29,15 +27,17 @@ class SelfAttention(nn.Module):
         norm_eps: added to the mean square in these norms.
         softcap: a bound that scores approach; 0 for none.
         window: how many tokens a token sees, itself among them; 0 for every one before it.
+        ring: whether keys and values of a window lie in a ring of its size, which every step copies, in place of a
+            cache of the whole context, which is written in place.
     """
 
     def __init__(
         self, width: int, num_heads: int, num_kv_heads: int, head_dim: int, *, bias: bool,
         output_bias: bool = False, scale: float | None = None, qk_norm: bool = False, norm_eps: float = 1e-6,
-        softcap: float = 0.0, window: int = 0,
+        softcap: float = 0.0, window: int = 0, ring: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.softcap, self.window = softcap, window
+        self.softcap, self.window, self.ring = softcap, window, ring and window > 0
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.scale = head_dim**-0.5 if scale is None else scale
         self.q_proj = nn.Linear(width, num_heads * head_dim, bias=bias)
@@ -49,9 +49,9 @@ class SelfAttention(nn.Module):
         self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
 
     def state_specs(self, prefix: str, dtype: str) -> list[StateSpec]:
-        """Its keys and values, named ``prefix.k`` and ``prefix.v``; of a window, in rings of as many slots."""
+        """Its keys and values, named ``prefix.k`` and ``prefix.v``."""
         names = [f"{prefix}.{name}" for name in ("k", "v")]
-        if self.window:
+        if self.ring:
             ring = (BATCH, self.num_kv_heads, self.window, self.head_dim)
             return [StateSpec(name, ring, dtype, "ring", axis=2, window=self.window) for name in names]
         shape = (BATCH, self.num_kv_heads, CAPACITY, self.head_dim)
@@ -61,15 +61,14 @@ class SelfAttention(nn.Module):
         self, x: Tensor, state: State, prefix: str, step: Step, rotary: RotaryTable | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Attend over the state and x (batch, time, width); gives the same shape and its part of the new state."""
-        attend = partial(window_attention, window=self.window) if self.window else attention
-        y, k, v = attend(
+        y, k, v = (window_attention if self.ring else attention)(
             self.q_proj(x), self.k_proj(x), self.v_proj(x),
             state.get(f"{prefix}.k"), state.get(f"{prefix}.v"), step.past_lengths, step.lengths,
             None if rotary is None else rotary.cos, None if rotary is None else rotary.sin,
             num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, scale=self.scale,
             q_norm=None if self.q_norm is None else self.q_norm.weight,
             k_norm=None if self.k_norm is None else self.k_norm.weight, norm_eps=self.norm_eps,
-            softcap=self.softcap,
+            softcap=self.softcap, window=self.window,
         )  # fmt: skip
         present: dict[str, Tensor] = {} if k is None or v is None else {f"{prefix}.k": k, f"{prefix}.v": v}
         out: Tensor = self.o_proj(y)
