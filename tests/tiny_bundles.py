@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import atexit
 import functools
-import hashlib
-import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 from generation_fakes import TEMPLATE, byte_level
 from memory_model import MemoryConfig, MemoryModel
+from tiny_files import copied, edit_manifest, sign  # noqa: F401  for those who spoil a bundle
 from torch import nn
 
 from edgellm.models.decoder import Decoder, DecoderConfig
@@ -111,23 +110,3 @@ def _make(model: Callable[[], Any], target: str, text: TextAssets | None, dtype:
     engine = EngineOptions(build=False) if TARGETS[target].roles else None
     options = ExportOptions(target=target, dtype=dtype or TARGETS[target].dtypes[0], engine=engine)
     return export(model(), folder / "bundle", options=options, text=text).bundle.path
-
-
-def copied(bundle: Path, folder: Path) -> Path:
-    """A copy to spoil."""
-    return Path(shutil.copytree(bundle, folder / "bundle"))
-
-
-def edit_manifest(bundle: Path, **changes: Any) -> None:
-    file = bundle / "manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def sign(bundle: Path, *names: str) -> None:
-    """Make the manifest say what the files now are, as someone who means harm would."""
-    file = bundle / "manifest.json"
-    manifest = json.loads(file.read_text())
-    for name in names:
-        data = (bundle / name).read_bytes()
-        manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    file.write_text(json.dumps(manifest))

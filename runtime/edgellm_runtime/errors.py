@@ -10,7 +10,7 @@ RuntimeFault
 
 from __future__ import annotations
 
-__all__ = ["BackendError", "BundleError", "ContextError", "OptionError", "RuntimeFault", "StateError"]
+__all__ = ["BackendError", "BundleError", "ContextError", "OptionError", "RuntimeFault", "StateError", "first_line"]
 
 
 class RuntimeFault(Exception):
@@ -35,3 +35,9 @@ class ContextError(RuntimeFault):
 
 class OptionError(RuntimeFault, ValueError):
     """An option's value is outside what it may be."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, without its length of a page."""
+    said = str(error).strip() or type(error).__name__
+    return said.splitlines()[0][:300]

@@ -236,12 +236,3 @@ def test_every_graph_of_the_tiny_bundles_loads_on_every_target() -> None:
     for make in (attention_bundle, recurrent_bundle):
         for target in ("onnx", "cpu"):
             assert load(make(target), threads=1).session.width
-
-
-def test_lists_are_of_the_exporters_targets() -> None:
-    from edgellm_exporters.graph.targets import TARGETS as EXPORTED
-    from edgellm_runtime.graphs.operators import TARGETS
-
-    assert TARGETS.keys() == EXPORTED.keys()
-    for name, target in EXPORTED.items():
-        assert {domain for domain, _ in TARGETS[name]} <= set(target.domains)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from edgellm_runtime.errors import BackendError
+from edgellm_runtime.errors import BackendError, first_line
 
 __all__ = ["first_line", "is_out_of_memory", "load_fault", "step_fault"]
 
@@ -13,12 +13,6 @@ _MEMORY = re.compile(
     r"out of memory|failed to allocate|bad_alloc|memoryallocation|cannot allocate|BFCArena|allocation failed|OOM\b",
     re.IGNORECASE,
 )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what a library says, without its length of a page."""
-    said = str(error).strip() or type(error).__name__
-    return said.splitlines()[0][:300]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

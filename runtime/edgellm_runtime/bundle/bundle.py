@@ -18,7 +18,7 @@ from edgellm_runtime.arguments import check_flag, check_path
 from edgellm_runtime.bundle.limits import MAX_MANIFEST_BYTES, limit_of, read_json
 from edgellm_runtime.bundle.manifest import MANIFEST, FileInfo, Manifest
 from edgellm_runtime.bundle.weight_files import weight_files
-from edgellm_runtime.errors import BundleError
+from edgellm_runtime.errors import BundleError, first_line
 
 __all__ = ["Bundle", "sha256_of"]
 
@@ -144,4 +144,4 @@ def _read_manifest(path: Path) -> Any:
     try:
         return read_json(file, MAX_MANIFEST_BYTES)
     except ValueError as error:
-        raise BundleError(f"{file}: not JSON ({error}); copy the bundle again") from error
+        raise BundleError(f"{file}: not JSON ({first_line(error)}); copy the bundle again") from error

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from edgellm_runtime.bundle.engine_info import ROLES, ChooserInfo, EngineInfo, GraphInfo
 from edgellm_runtime.bundle.limits import MAX_WIDTH
-from edgellm_runtime.errors import BundleError
+from edgellm_runtime.errors import BundleError, first_line
 from edgellm_runtime.spec import Signature, SpecError
 from edgellm_runtime.task_spec import TaskSpec
 
@@ -176,7 +176,7 @@ class Manifest:
         try:
             return cls._parse(data)
         except (SpecError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise BundleError(f"{source}: damaged ({error}); export the model again") from error
+            raise BundleError(f"{source}: damaged ({first_line(error)}); export the model again") from error
 
     @classmethod
     def _parse(cls, data: dict[str, Any]) -> Manifest:

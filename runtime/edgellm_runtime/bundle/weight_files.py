@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgellm_runtime.bundle.manifest import Manifest
-from edgellm_runtime.errors import BundleError
+from edgellm_runtime.errors import BundleError, first_line
 from edgellm_runtime.graphs.external_files import StoredTensor, stored_tensors
 from edgellm_runtime.graphs.graph_rules import check_interface, check_rules
 from edgellm_runtime.graphs.onnx_file import MAX_GRAPH_BYTES, read_model
@@ -48,7 +48,7 @@ def _tensors(graph: Path, manifest: Manifest) -> list[StoredTensor]:
             model = read_model(file.read(MAX_GRAPH_BYTES + 1))
             tensors = stored_tensors(model)
     except ValueError as error:
-        raise BundleError(f"{graph}: not an ONNX graph ({error}); export the model again") from error
+        raise BundleError(f"{graph}: not an ONNX graph ({first_line(error)}); export the model again") from error
     wanted = {tensor.file for tensor in tensors}
     if foreign := wanted - manifest.files.keys():
         raise BundleError(f"{graph}: reads {sorted(foreign)}, which the manifest does not list; refusing to follow")
@@ -64,5 +64,7 @@ def _tensors(graph: Path, manifest: Manifest) -> list[StoredTensor]:
         check_rules(model, str(manifest.target["name"]))
         check_interface(model, manifest.signature)
     except ValueError as error:
-        raise BundleError(f"{graph}: not a graph for this runtime ({error}); export the model again") from error
+        raise BundleError(
+            f"{graph}: not a graph for this runtime ({first_line(error)}); export the model again"
+        ) from error
     return tensors

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.bundle.limits import limit_of, read_json
 from edgellm_runtime.checks.evaluate import logsumexp
-from edgellm_runtime.errors import BundleError
+from edgellm_runtime.errors import BundleError, first_line
 from edgellm_runtime.session import Session
 from edgellm_runtime.state import State
 
@@ -129,7 +129,7 @@ def read_goldens(bundle: Bundle) -> list[Golden]:
             raise ValueError(f"{len(traces)} rows, of at most {_MAX_TRACES}")
         goldens = [_parse(trace, vocab) for trace in traces]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise BundleError(f"{file}: not goldens of this model ({error}); export the model again") from error
+        raise BundleError(f"{file}: not goldens of this model ({first_line(error)}); export the model again") from error
     if not goldens:
         raise BundleError(f"{file}: holds no trace; export the model again")
     return goldens

@@ -23,7 +23,7 @@ from edgellm_runtime.arguments import (
     check_text,
     shown,
 )
-from edgellm_runtime.errors import StateError
+from edgellm_runtime.errors import StateError, first_line
 from edgellm_runtime.spec import StateSpec
 from edgellm_runtime.state.saved_arrays import read_arrays
 from edgellm_runtime.state.storage import HOST, Buffers, Storage, host_dtype, widened
@@ -252,7 +252,7 @@ class State:
             lengths, arrays = data["__lengths__"], {spec.name: data[spec.name] for spec in specs if known}
             written = data["__written__"] if known and _has_ring(specs) else lengths
         except Exception as error:  # NumPy and the reader of archives have many kinds
-            raise StateError(f"{path}: not a saved state ({_first_line(error)}); read the prompt again") from error
+            raise StateError(f"{path}: not a saved state ({first_line(error)}); read the prompt again") from error
         if not known:
             raise StateError(f"{path}: the state of another model; read the prompt again with this one")
         if (
@@ -274,10 +274,6 @@ class State:
         for spec in specs:
             storage.write(spec, state.tensors[spec.name], arrays[spec.name])
         return state
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _check_spec(name: str, value: Any) -> StateSpec:

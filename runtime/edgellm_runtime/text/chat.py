@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from edgellm_runtime.arguments import check_flag, is_sequence, shown
-from edgellm_runtime.errors import BundleError, OptionError
+from edgellm_runtime.errors import BundleError, OptionError, first_line
 from edgellm_runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -98,11 +98,13 @@ class ChatTemplate:
                     if size > limit:
                         raise self._broken(f"it writes more than {limit} characters")
         except _Refusal as e:
-            raise OptionError(f"the chat template refuses these messages: {e}; change them accordingly") from e
+            raise OptionError(
+                f"the chat template refuses these messages: {first_line(e)}; change them accordingly"
+            ) from e
         except (KeyboardInterrupt, SystemExit, BundleError):
             raise
         except Exception as e:  # a template can raise anything that Python can
-            raise self._broken(str(e) or type(e).__name__) from e
+            raise self._broken(first_line(e)) from e
         return "".join(parts)
 
     def encode(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
@@ -161,7 +163,7 @@ class ChatTemplate:
                 raise self._broken(f"it is longer than {_MAX_SOURCE} bytes")
             return data.decode()
         except (OSError, UnicodeDecodeError) as e:
-            raise self._broken(str(e)) from e
+            raise self._broken(first_line(e)) from e
 
     @cached_property
     def _tokens(self) -> dict[str, str]:
@@ -179,7 +181,7 @@ class ChatTemplate:
         except (KeyboardInterrupt, SystemExit, BundleError):
             raise
         except Exception as e:  # besides syntax errors, the parser runs into Python's own limits
-            raise self._broken(str(e)) from e
+            raise self._broken(first_line(e)) from e
         return template
 
     def _broken(self, why: str) -> BundleError:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgellm_runtime.arguments import check_flag, check_integer, check_text, shown
-from edgellm_runtime.errors import BundleError, OptionError
+from edgellm_runtime.errors import BundleError, OptionError, first_line
 from edgellm_runtime.text.decoding import Pieces, StreamDecoder
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class Tokenizer:
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
         except BaseException as e:  # the library's panics are no Exceptions
-            raise BundleError(f"{self._path}: the tokenizer failed ({e}); export the model again") from e
+            raise BundleError(f"{self._path}: the tokenizer failed ({first_line(e)}); export the model again") from e
 
 
 def check_info(path: Path, info: TokenizerInfo, vocab_size: int) -> None:
@@ -192,5 +192,5 @@ def _read(path: Path) -> Library:
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as e:  # the library's panics are no Exceptions
-        raise BundleError(f"{path}: not a tokenizer ({e}); export the model again") from e
+        raise BundleError(f"{path}: not a tokenizer ({first_line(e)}); export the model again") from e
     return library
