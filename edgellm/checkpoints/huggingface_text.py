@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from edgellm.checkpoints.files import read_json, read_text, read_tokenizer, token_ids, tokenizer_errors
+from edgellm.checkpoints.older_tokenizer import older_tokenizer
 from edgellm.errors import CheckpointError
 
 __all__ = ["TextFiles", "read_text_files"]
@@ -49,10 +50,15 @@ def read_text_files(path: Path, config: Mapping[str, Any]) -> TextFiles:
     """
     settings, generation = (_read_optional(path / f"{n}_config.json") for n in ("tokenizer", "generation"))
     tokenizer_json = read_tokenizer(path / "tokenizer.json")
+    built: tuple[str, ...] = ()
+    if tokenizer_json is None:
+        tokenizer_json, built = older_tokenizer(path, settings)
     tokenizer = None if tokenizer_json is None else Tokenizer.from_str(tokenizer_json)
     names = _special_names(path, settings)
     bos, eos = (_special_ids(path, generation, config, names, tokenizer, kind) for kind in ("bos", "eos"))
     first = None if tokenizer is None else _put_first(tokenizer, path)
+    if built and bos and settings.get("add_bos_token"):  # such a tokenizer has no post-processor that could say it
+        first = bos[0]
     return TextFiles(
         tokenizer_json=tokenizer_json,
         chat_template=_chat_template(path, settings),
@@ -60,7 +66,7 @@ def read_text_files(path: Path, config: Mapping[str, Any]) -> TextFiles:
         eos_token_ids=eos,
         add_bos=first is not None,
         special_tokens=names,
-        notes=_asked_for(generation),
+        notes=(*built, *_asked_for(generation)),
     )
 
 
