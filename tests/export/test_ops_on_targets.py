@@ -220,6 +220,31 @@ def test_a_rule_computes_what_the_reference_does_or_refuses_by_name(
             )
 
 
+@pytest.mark.parametrize("more", ["", "softcap", "window"])
+def test_a_cache_of_8_bits_keeps_to_what_the_op_was_given(more: str) -> None:
+    """The past is in codes already; what is rounded is the new token's key and value."""
+    op, arguments = OPS["Attention"], plain("Attention", 1) | (MORE["Attention", more]() if more else {})
+    plan, codes = Plan(), {}
+    for name, output in op.caches.items():
+        scale = np.full(KV_HEADS * DIM, 8 / 127, np.float32)
+        codes[name] = (arguments[name] * 127 / 8).round().clamp(-127, 127).to(torch.int8)
+        arguments[name] = codes[name].float() * 8 / 127
+        plan.cache = {**plan.cache, output: scale}
+    model = lower_to(graph_of(op, arguments, 1), TARGETS["cpu"], plan)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if str(value.name).removeprefix("past.") in plan.cache:
+            value.type = ir.TensorType(ir.DataType.INT8)
+    feeds = {n: x.numpy() for n, x in arguments.items() if isinstance(x, Tensor)}
+    feeds |= {f"past.{op.caches[name]}": found.numpy() for name, found in codes.items()}
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    y = session.run(["y"], {i.name: feeds.get(i.name, np.zeros((BATCH, 1), np.int64)) for i in session.get_inputs()})[0]
+    expected = op.reference(**arguments)[0].numpy()
+    assert np.abs(y - expected).max() < 0.05
+    if more:
+        without = op.reference(**{n: x for n, x in arguments.items() if n != more})[0].numpy()
+        assert np.abs(y - without).max() > 0.2
+
+
 def test_the_cases_have_everything_that_an_op_may_be_given() -> None:
     assert not [case for case in CASES if case[1] and case not in MORE]
 

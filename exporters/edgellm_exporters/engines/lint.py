@@ -6,16 +6,18 @@ is held against the installed library by a test, so that a row that is no longer
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx.defs
 import onnx_ir as ir
 
 from edgellm_exporters.errors import LoweringError
 
-__all__ = ["TRAPS", "Trap", "View", "lint"]
+__all__ = ["TRAPS", "Surroundings", "Trap", "lint"]
 
 _RECURRENT = ("LSTM", "GRU", "RNN")
 _LOOPS = (*_RECURRENT, "Loop", "Scan")
@@ -24,7 +26,7 @@ _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 @dataclass(frozen=True)
-class View:
+class Surroundings:
     """What a row may ask for besides a node.
 
     Args:
@@ -52,7 +54,7 @@ class Trap:
 
     name: str
     ops: tuple[str, ...]
-    found: Callable[[ir.Node, View], bool]
+    found: Callable[[ir.Node, Surroundings], bool]
     what: str
     instead: str
 
@@ -62,59 +64,71 @@ def _number(node: ir.Node, name: str, default: float) -> float:
     return default if attribute is None else float(attribute.value)
 
 
-def _input(node: ir.Node, index: int) -> ir.Value | None:
+def _input(node: ir.Node, name: str) -> ir.Value | None:
+    """An input by its name in ONNX's own schema."""
+    index = _names(node.op_type).index(name)
     return node.inputs[index] if index < len(node.inputs) else None
+
+
+@functools.cache
+def _names(op: str) -> list[str]:
+    return [parameter.name for parameter in onnx.defs.get_schema(op).inputs]
+
+
+def _of_codes(node: ir.Node, what: str) -> ir.Value | None:
+    """The scale or the zero_point of a quantizing node."""
+    return _input(node, f"{'x' if node.op_type == 'DequantizeLinear' else 'y'}_{what}")
 
 
 def _codes_dtype(node: ir.Node) -> ir.DataType | None:
     """The type of the codes that a quantizing node reads or makes."""
     if node.op_type == "DequantizeLinear":
-        value = node.inputs[0]
+        value = _input(node, "x")
         if value is not None and value.dtype is not None:
             return value.dtype
-    zero = _input(node, 2)
+    zero = _of_codes(node, "zero_point")
     if zero is not None and zero.dtype is not None:
         return zero.dtype
     return ir.DataType(int(_number(node, "output_dtype", 0))) or ir.DataType.UINT8  # what ONNX takes without a zero
 
 
-def _nonzero(node: ir.Node, view: View) -> bool:
-    zero = _input(node, 2)
+def _nonzero(node: ir.Node, view: Surroundings) -> bool:
+    zero = _of_codes(node, "zero_point")
     if zero is None:
         return False
     return zero.const_value is None or bool(np.any(zero.const_value.numpy().astype(np.float32)))
 
 
-def _negative(node: ir.Node, view: View) -> bool:
+def _negative(node: ir.Node, view: Surroundings) -> bool:
     """Of scales that are there already; those that are computed when they are written are positive by their scheme."""
-    scale = _input(node, 1)
+    scale = _of_codes(node, "scale")
     tensor = None if scale is None else scale.const_value
     if tensor is None or isinstance(tensor, ir.LazyTensor):
         return False
     return bool((tensor.numpy().astype(np.float32) <= 0).any())
 
 
-def _other_scale(node: ir.Node, view: View) -> bool:
-    scale = _input(node, 1)
+def _other_scale(node: ir.Node, view: Surroundings) -> bool:
+    scale = _of_codes(node, "scale")
     return scale is not None and scale.dtype != view.dtype
 
 
-def _inner_cache(node: ir.Node, view: View) -> bool:
-    past = node.inputs[0]
+def _inner_cache(node: ir.Node, view: Surroundings) -> bool:
+    past = _input(node, "past_cache")
     return past is None or not past.is_graph_input() or not node.outputs[0].is_graph_output()
 
 
-def _narrow_cache(node: ir.Node, view: View) -> bool:
-    past = node.inputs[0]
+def _narrow_cache(node: ir.Node, view: Surroundings) -> bool:
+    past = _input(node, "past_cache")
     return past is not None and past.dtype is not None and past.dtype.bitwidth == 8
 
 
-def _given_lengths(node: ir.Node, view: View) -> bool:
-    return _input(node, 4) is not None and view.dtype in _HALF
+def _given_lengths(node: ir.Node, view: Surroundings) -> bool:
+    return _input(node, "sequence_lens") is not None and view.dtype in _HALF
 
 
-def _quantized_weights(node: ir.Node, view: View) -> bool:
-    makers = [value.producer() for value in node.inputs[1:3] if value is not None]
+def _quantized_weights(node: ir.Node, view: Surroundings) -> bool:
+    makers = [value.producer() for value in (_input(node, "W"), _input(node, "R")) if value is not None]
     return any(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers)
 
 
@@ -122,11 +136,12 @@ TRAPS: tuple[Trap, ...] = (
     Trap("causal attention", ("Attention",), lambda n, v: _number(n, "is_causal", 0) != 0,
          "aligns the mask with the first key: over a cache, a new token sees nothing but the oldest one",
          "is_causal=0 and a mask made of past_lengths"),
-    Trap("attention without a mask", ("Attention",), lambda n, v: _input(n, 3) is None,
+    Trap("attention without a mask", ("Attention",), lambda n, v: _input(n, "attn_mask") is None,
          "attends to slots of the cache that hold nothing", "a mask made of past_lengths"),
-    Trap("nonpad_kv_seqlen", ("Attention",), lambda n, v: _input(n, 6) is not None,
+    Trap("nonpad_kv_seqlen", ("Attention",), lambda n, v: _input(n, "nonpad_kv_seqlen") is not None,
          "drops it without a word", "a mask made of past_lengths"),
-    Trap("attention with its own cache", ("Attention",), lambda n, v: _input(n, 4) is not None or len(n.outputs) > 1,
+    Trap("attention with its own cache", ("Attention",),
+         lambda n, v: _input(n, "past_key") is not None or len(n.outputs) > 1,
          "does not parse it", "TensorScatter on a cache that is a graph input, before the Attention"),
     Trap("softcap", ("Attention",), lambda n, v: _number(n, "softcap", 0) != 0,
          "does not parse it", "products and a Softmax, with Tanh between"),
@@ -171,7 +186,7 @@ def lint(model: ir.Model, dtype: str, traps: tuple[Trap, ...] = TRAPS) -> None:
     """
     nodes = list(_nodes(model.graph))
     kind = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16, "float32": ir.DataType.FLOAT}[dtype]
-    view = View(model.graph, frozenset(node.op_type for node in nodes), kind)
+    view = Surroundings(model.graph, frozenset(node.op_type for node in nodes), kind)
     found: dict[Trap, list[str]] = {}
     for node in nodes:
         for trap in traps:
