@@ -134,11 +134,14 @@ class Op:
             what = f"{twice} would mean two things" if twice else f"it has no input, output or matrix {unknown}"
             raise OpError(f"op {self.name}: {what}; correct the names in {_source(self.reference)}")
 
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
+    def __call__(self, *given: Any, **named: Any) -> Any:
         """The reference's result, or the outputs of a node while a model is captured."""
         if not capturing():
-            return self.reference(*inputs, **named)
-        return self.emit(**dict(zip(self.inputs, inputs, strict=False)), **named)
+            return self.reference(*given, **named)
+        names = (*self.inputs, *self.attributes)
+        if len(given) > len(names):
+            raise OpError(f"{self.name} is called with {len(given)} values; it takes {', '.join(names)}")
+        return self.emit(**dict(zip(names, given, strict=False)), **named)
 
     def emit(self, **named: Any) -> Any:
         """Put a node in the graph being traced.
@@ -185,6 +188,12 @@ class Op:
         inputs = [named.get(n) for n in self.inputs]
         while inputs and inputs[-1] is None:
             inputs.pop()
+        for name in self.attributes:
+            if isinstance(named.get(name), Tensor | torch.SymInt | torch.SymFloat | torch.SymBool):
+                raise OpError(
+                    f"{self.name}: the attribute {name} is a {type(named[name]).__name__}; attributes are numbers and "
+                    "texts that are known at export, so make it an input"
+                )
         given = {n: float(named[n]) if n in self.floats else named[n] for n in self.attributes if n in named}
         return inputs, {n: value for n, value in given.items() if _differs(value, self.attributes[n])}
 

@@ -18,6 +18,7 @@ from edgellm.models.protocol import Step
 from edgellm.ops import take_positions
 from edgellm.ops.canonical import DOMAIN
 from edgellm.ops.schema import OPS, REQUIRED, Op
+from edgellm_exporters.engines.fixed_sizes import EngineOptions
 from edgellm_exporters.errors import CaptureError
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_exporters.graph import references, targets
@@ -150,6 +151,13 @@ def test_bundle_equals_pytorch(target: str, method: str, tmp_path: Path) -> None
     assert not [c for c in report.checks(dict(METHODS[method].bounds)) if not c.ok]
     codes = [v for v in ir.load(exported.bundle.file("model.onnx")).graph.initializers if v.startswith("weights.0.")]
     assert bool([v for v in codes if "codes" in v]) == (method == "int8")
+
+
+@pytest.mark.parametrize(("target", "method"), [("cuda", "int4"), ("tensorrt", "int8")])
+def test_targets_for_gpus_have_it_too_and_prove_it(target: str, method: str, tmp_path: Path) -> None:
+    engine = EngineOptions(build=False) if TARGETS[target].roles else None
+    options = ExportOptions(target=target, dtype="float16", quantize=method, engine=engine)
+    assert export(model(), tmp_path / "b", options=options).verification.ok
 
 
 def test_a_rule_in_one_file_makes_it_that_targets_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -118,6 +118,40 @@ def test_arguments_leave_out_what_is_the_default_and_refuse_what_is_unknown_or_m
         op().arguments(gain=1)
 
 
+class Calls(torch.nn.Module):
+    def __init__(self, call: Any) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.call(x)
+        return y
+
+
+def emitted(call: Any) -> torch.fx.Node:
+    program = torch.export.export(Calls(call), (torch.zeros(2, 3),), strict=False)
+    (node,) = [n for n in program.graph.nodes if "symbolic" in str(n.target)]
+    return node
+
+
+def test_captured_a_call_is_what_it_is_when_it_runs_however_its_values_are_given() -> None:
+    one = op()
+    calls = [lambda x: one(x, None, by=2), lambda x: one(x=x, by=2.0), lambda x: one(x, by=2, gain=None)]
+    nodes = [emitted(call) for call in calls]
+    assert {str(node.kwargs["attr_floats"]) for node in nodes} == {"[2.0]"}
+    assert {len(node.args[0]) for node in nodes} == {1}
+    by_place = op(reference=by_position, attributes={"by": 1.0}, name="ByPosition")
+    assert emitted(lambda x: by_place(x, None, 3)).kwargs["attr_floats"] == [3.0]
+    with pytest.raises(OpError, match="ByPosition is called with 4 values; it takes x, gain, by"):
+        emitted(lambda x: by_place(x, None, 3, 4))
+    with pytest.raises(OpError, match="the attribute by is a FakeTensor; attributes are numbers and texts"):
+        emitted(lambda x: one(x, by=x.sum()))
+
+
+def by_position(x: torch.Tensor, gain: torch.Tensor | None = None, by: float = 1.0) -> torch.Tensor:
+    return x * by
+
+
 def test_a_node_is_read_by_names_whatever_its_positions() -> None:
     x, weight = ir.Value(name="x"), ir.Value(name="w")
     node = LINEAR.node(ir.node, x=x, weight=weight)
