@@ -12,7 +12,15 @@ from typing import Any
 
 import pytest
 from tensorrt_fakes import SIDECAR, FakeCuda, FakeTensorRT
-from tiny_bundles import attention_model, edit_manifest, recurrent_model, sign, text_assets
+from tiny_bundles import (
+    attention_model,
+    edit_manifest,
+    memory_model,
+    recurrent_model,
+    sign,
+    text_assets,
+    window_model,
+)
 
 from edgellm_exporters.engines.options import EngineOptions
 from edgellm_exporters.engines.tensorrt import chosen_counts, profile_of
@@ -23,7 +31,10 @@ from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.graphs.token_choice import choosing_graph
 from edgellm_runtime.session import Session
 
-MODELS = {"attention": (attention_model, text_assets), "recurrent": (recurrent_model, lambda: None)}
+MODELS = {
+    "attention": (attention_model, text_assets), "recurrent": (recurrent_model, lambda: None),
+    "window": (window_model, text_assets), "memory": (memory_model, lambda: None),
+}  # fmt: skip
 MAX_BATCH = 3
 
 

@@ -225,6 +225,10 @@ def test_missing_bindings_are_named_with_the_command(gpu: Any, monkeypatch: pyte
         ({"tokens": {"mode": "INPUT", "dtype": "INT64", "shape": [-1, 7]}}, "takes 7 tokens and"),
         ({"logits": {"mode": "OUTPUT", "dtype": "HALF", "shape": [-1, 1, 292]}}, r"\['logits'\] differ from"),
         ({"more": {"mode": "OUTPUT", "dtype": "FLOAT", "shape": [-1]}}, r"\['more'\] differ"),
+        (
+            {"present.layers.1.v": {"mode": "OUTPUT", "dtype": "HALF", "shape": [-1, 1, 192, 32]}},
+            r"present.layers.1.v has \[1, 192, 32\] for each row, the manifest says \[1, 192, 16\]",
+        ),
     ],
 )  # fmt: skip
 def test_an_engine_of_other_tensors_gets_no_address(changed: dict, message: str, gpu: Any, tmp_path: Path) -> None:

@@ -274,3 +274,11 @@ def _check(engine: Engine, role: GraphRole, signature: Signature, capacity: int)
             f"{engine.file}: takes {time} tokens and {sorted(slots)} slots, the manifest says {role.time} and "
             f"{capacity}; build the engine again"
         )
+    for spec in signature.state:
+        expected = spec.resolve(1, capacity)[1:]
+        for name in engine.shapes.keys() & {spec.past_name, spec.present_name}:
+            if (found := engine.shapes[name][1:]) != expected:
+                raise BackendError(
+                    f"{engine.file}: {name} has {list(found)} for each row, the manifest says {list(expected)}; build "
+                    "the engine again"
+                )
