@@ -164,7 +164,7 @@ class _Run(Call):
         if present_k is not None and present_v is not None:
             self.present |= {key: present_k, value: present_v}
         heads: Tensor = y.reshape(*y.shape[:2], known.num_heads, width)
-        return heads[..., : known.value_dim]
+        return heads if known.value_dim == width else heads[..., : known.value_dim]
 
 
 def _head_dim(layer: Layer) -> int:

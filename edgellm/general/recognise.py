@@ -122,13 +122,15 @@ class Tables(nn.Module):
         for i, rotation in enumerate(rotations.values()):
             self.register_buffer(f"cos{i}", rotation.cos, persistent=False)
             self.register_buffer(f"sin{i}", rotation.sin, persistent=False)
+            self.register_buffer(f"one{i}", torch.ones_like(rotation.cos[None, :1]), persistent=False)
+            self.register_buffer(f"zero{i}", torch.zeros_like(rotation.sin[None, :1]), persistent=False)
 
     def forward(self, x: Tensor, position_ids: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
         """As the module's."""
         i = self._index[_key(rest, named)]
-        cos, sin = getattr(self, f"cos{i}"), getattr(self, f"sin{i}")
         if self.idle:
-            return torch.ones_like(cos[None, :1]), torch.zeros_like(sin[None, :1])
+            return getattr(self, f"one{i}"), getattr(self, f"zero{i}")
+        cos, sin = getattr(self, f"cos{i}"), getattr(self, f"sin{i}")
         at = position_ids.clamp(max=cos.shape[0] - 1)  # padding may point past the table; its result is not used
         return cos[at], sin[at]
 

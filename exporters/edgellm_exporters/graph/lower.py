@@ -12,6 +12,8 @@ from edgellm_exporters.lowering.context import lower
 from edgellm_exporters.lowering.fixed_form import DECODE, Form
 from edgellm_exporters.lowering.in_float32 import compute_in_float32
 from edgellm_exporters.lowering.precision import narrow
+from edgellm_exporters.passes.drop_neutral import DropNeutral
+from edgellm_exporters.passes.head_norms import HeadNorms
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_runtime.graphs.operators import allowed
 from edgellm_runtime.spec import CAPACITY
@@ -35,8 +37,9 @@ def prepare(captured: ir.Model, target: Target) -> ir.Model:
 def clean(captured: ir.Model) -> None:
     """Take away what tracing leaves behind: identities, unused nodes, notes about Python code. In place."""
     ir.passes.Sequential(
-        common.IdentityEliminationPass(), common.RemoveUnusedNodesPass(), common.ClearMetadataAndDocStringPass()
-    )(captured)
+        common.IdentityEliminationPass(), DropNeutral(), HeadNorms(), common.RemoveUnusedNodesPass(),
+        common.ClearMetadataAndDocStringPass(),
+    )(captured)  # fmt: skip
 
 
 def lower_to(
