@@ -27,7 +27,7 @@ from edgellm_exporters.engines.options import EngineOptions
 from edgellm_exporters.engines.tensorrt import check_engine_options
 from edgellm_exporters.errors import ExportError, ParityError
 from edgellm_exporters.graph.capture import capture, check_model, signature_of
-from edgellm_exporters.graph.lower import prepare
+from edgellm_exporters.graph.lower import kernel_notes, prepare
 from edgellm_exporters.graph.targets import Target, find_target
 from edgellm_exporters.graph.write import WEIGHTS_FILE, Progress
 from edgellm_exporters.graph_sets import graph_set
@@ -44,6 +44,7 @@ from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.quantize.planning import make_plan
 from edgellm_exporters.weights.memory import give_back
 from edgellm_exporters.weights.streaming import OwnWeights, Weights, resident
+from edgellm_exporters.weights.widened import widened
 from edgellm_runtime.backends.ort import library
 from edgellm_runtime.bundle import MANIFEST, Bundle, FileInfo, Manifest, sha256_of
 from edgellm_runtime.checks.verify import Verification, verify
@@ -104,14 +105,15 @@ def export(
     was_training = model.training
     model.eval()
     try:
-        with whole_directory(destination, force=force) as scratch:
+        with whole_directory(destination, force=force) as scratch, widened(model) as note:
             name = options.name or destination.name
             source = weights or OwnWeights(model)
             exported = _build(model, source, scratch, name, options, text, dict(provenance or {}), progress)
     finally:
         model.train(was_training)
         gc.unfreeze()
-    return dataclasses.replace(exported, bundle=Bundle(destination, checksums=False))
+    notes = (*exported.notes, note) if note else exported.notes
+    return dataclasses.replace(exported, bundle=Bundle(destination, checksums=False), notes=notes)
 
 
 def _build(
@@ -127,7 +129,10 @@ def _build(
     rows, note = golden_rows(text.tokenizer_json if text else None, model.config.vocab_size, made.context)
     with stand_in(scratch, options.dtype) as standing_in:
         write = partial(made.write, directory=scratch, stand_in=standing_in, progress=progress)
-        quantization, own_bounds = _write_weights(model, weights, target, options, rows, scratch, write, progress)
+        notes = [note] if note else []
+        quantization, own_bounds = _write_weights(
+            model, weights, target, options, rows, scratch, write, notes, progress
+        )  # fmt: skip
         signature = _signature(model, quantization, options.dtype, target)
         bounds = {**bounds_in(_held_by(own_bounds, signature), options.dtype), **options.bounds}
         if logit_width(model.config) != model.config.vocab_size:
@@ -160,8 +165,8 @@ def _build(
     manifest = _write_manifest(scratch, dataclasses.replace(manifest, measured=measured))
     manifest = _write_manifest(scratch, made.finish(scratch, manifest, progress))
     weight_bytes = sum(manifest.files[n].bytes for n in (*manifest.graph_files, WEIGHTS_FILE))
-    notes = (note,) if note else ()
-    return Exported(Bundle(scratch, checksums=False), parity, verification, _count(model), weight_bytes, notes)
+    opened = Bundle(scratch, checksums=False)
+    return Exported(opened, parity, verification, _count(model), weight_bytes, tuple(notes))
 
 
 def _count(model: LanguageModel) -> int:
@@ -170,11 +175,11 @@ def _count(model: LanguageModel) -> int:
 
 def _write_weights(
     model: LanguageModel, weights: Weights, target: Target, options: ExportOptions, rows: Sequence[Sequence[int]],
-    scratch: Path, write: Callable[[ir.Model, Plan], None], progress: Progress,
+    scratch: Path, write: Callable[[ir.Model, Plan], None], notes: list[str], progress: Progress,
 ) -> tuple[dict[str, Any], Mapping[str, float]]:  # fmt: skip
     """The graph with its weights into ``scratch``; what the manifest says of them, and what they must hold to."""
     if options.budget is None:
-        graph, plan = _planned(model, weights, target, options, rows, progress)
+        graph, plan = _planned(model, weights, target, options, rows, notes, progress)
         write(graph, plan)
         return _quantization(options, plan), find_method(options.quantize, target.methods).bounds
     job = Automatic(
@@ -183,16 +188,20 @@ def _write_weights(
     if options.kv_cache != "float32":
         raise ExportError("an 8-bit cache is not part of what the search measures; use it with another --quantize")
     others = sum(file.stat().st_size for file in scratch.iterdir())
+    notes += kernel_notes(job.graph(), target)
     found = quantize_within(options.budget, job, scratch, others, progress)
     return {"method": AUTO, **found.record}, bounds_of(options.budget, found.schemes)
 
 
 def _planned(
     model: LanguageModel, weights: Weights, target: Target, options: ExportOptions, rows: Sequence[Sequence[int]],
-    progress: Progress,
+    notes: list[str], progress: Progress,
 ) -> tuple[ir.Model, Plan]:  # fmt: skip
-    """The graph before lowering, and which of its weights to quantize how."""
+    """The graph before lowering, and which of its weights to quantize how; to ``notes``, what lacks a kernel."""
     captured = prepare(capture(model, weights), target)
+    notes += (lacking := kernel_notes(captured, target))
+    if lacking and options.kv_cache == "int8":
+        raise ExportError(f"an 8-bit cache needs target {target.name}'s kernel, but {lacking[0]}; leave --kv-cache out")
     give_back()
     gc.freeze()  # until the export ends: each further look at PyTorch's own objects takes a quarter of a second
     assert isinstance(model, nn.Module)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from edgellm.ops.schema import views
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.graph.references import expand_references
 from edgellm_exporters.graph.targets import Target
@@ -18,7 +19,9 @@ from edgellm_exporters.quantize.plan import Plan
 from edgellm_runtime.graphs.operators import allowed
 from edgellm_runtime.spec import CAPACITY
 
-__all__ = ["clean", "lower_to", "prepare"]
+__all__ = ["clean", "kernel_notes", "lower_to", "prepare"]
+
+_LISTED = 4  # layers that a note names
 
 
 def prepare(captured: ir.Model, target: Target) -> ir.Model:
@@ -32,6 +35,22 @@ def prepare(captured: ir.Model, target: Target) -> ir.Model:
     for make in target.passes:
         make()(captured)
     return captured
+
+
+def kernel_notes(captured: ir.Model, target: Target) -> list[str]:
+    """Which of a graph's nodes the target has no kernel for, a sentence for each reason."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for view in views(captured.graph):
+        if why := target.lacks_kernel(view):
+            states = [str(value.name) for value in view.all(view.op.caches)]
+            layer = states[0].removeprefix("past.").rpartition(".")[0] if states else str(view.node.name)
+            found.setdefault((view.op.name, why), []).append(layer)
+    return [f"{name} of {_listed(layers)} runs in its standard form: {why}" for (name, why), layers in found.items()]
+
+
+def _listed(layers: list[str]) -> str:
+    shown = ", ".join(layers[:_LISTED])
+    return shown if len(layers) <= _LISTED else f"{shown} and {len(layers) - _LISTED} more"
 
 
 def clean(captured: ir.Model) -> None:

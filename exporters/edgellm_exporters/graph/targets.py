@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from edgellm.ops import ATTENTION, Op
+from edgellm.ops.schema import View
 from edgellm_exporters.errors import ExportError
 from edgellm_exporters.graph.capture import OPSET
 from edgellm_exporters.lowering import cuda, ort, standard, tensorrt
@@ -43,6 +44,7 @@ class Target:
         inputs: what its graphs may take besides the inputs that all have.
         wide: by dtype, ops of ONNX that have kernels in float32 only.
         check_kernel: refuses a format of weights that it would compute with, but far too slowly.
+        lacks_kernel: why it has no kernel for a canonical node and computes it in standard operators; else empty.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Target:
     inputs: tuple[TensorSpec, ...] = ()
     wide: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     check_kernel: Callable[[Scheme], None] = lambda scheme: None
+    lacks_kernel: Callable[[View], str] = lambda view: ""
 
 
 TARGETS: Mapping[str, Target] = {
@@ -74,6 +77,7 @@ TARGETS: Mapping[str, Target] = {
             name="cpu", summary="ONNX Runtime's fused kernels on CPU", rules=ort.RULES,
             passes=(MergeLinears, FuseAddRMSNorm), domains={"": OPSET, ort.DOMAIN: 1}, dtypes=("float32",),
             caches=("float32", "int8"), narrow_caches=(ATTENTION,), ragged_chunks=False, check_kernel=ort.check_kernel,
+            lacks_kernel=ort.lacks_kernel,
         ),
         Target(
             name="tensorrt", summary="engines for NVIDIA GPUs, and the standard ONNX that they are built from",
@@ -85,7 +89,8 @@ TARGETS: Mapping[str, Target] = {
             name="cuda", summary="ONNX Runtime's fused kernels on NVIDIA GPUs, in 16 bits", rules=cuda.RULES,
             passes=(MergeLinears, FuseAddRMSNorm), domains={"": OPSET, ort.DOMAIN: 1}, dtypes=("float16", "bfloat16"),
             caches=("float32",), ragged_chunks=False, methods={n: METHODS[n] for n in ("none", "int8", "int4")},
-            device="cuda", inputs=(cuda.TOTAL_LENGTH,), wide={"bfloat16": ("LSTM", "GRU", "RNN")},
+            device="cuda", lacks_kernel=ort.lacks_kernel, inputs=(cuda.TOTAL_LENGTH,),
+            wide={"bfloat16": ("LSTM", "GRU", "RNN")},
         ),
     )
 }  # fmt: skip

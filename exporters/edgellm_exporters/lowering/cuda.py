@@ -29,6 +29,8 @@ TOTAL_LENGTH = TensorSpec("total_length", (), "int32")
 
 def attention(context: Lowering, view: View) -> Sequence[ir.Value]:
     """GroupQueryAttention with the rotation inside and the cache written in place."""
+    if ort.lacks_kernel(view):
+        return standard.attention_rule(by_products)(context, view)
     return ort.grouped_attention(context, view, context.new_input(TOTAL_LENGTH))
 
 

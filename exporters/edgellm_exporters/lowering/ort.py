@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from edgellm.ops.attention import ATTENTION
 from edgellm.ops.schema import View
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering import recurrent, standard
@@ -20,9 +21,10 @@ from edgellm_exporters.lowering.context import Lowering, Rule, shape_of
 from edgellm_exporters.lowering.linears import fused_matmul, linear_rule
 from edgellm_exporters.quantize.plan import ROW, QuantizedWeight, Scheme, pack
 
-__all__ = ["DOMAIN", "RULES", "check_kernel", "codes_of", "grouped_attention", "zeros_of"]
+__all__ = ["DOMAIN", "RULES", "check_kernel", "codes_of", "grouped_attention", "lacks_kernel", "zeros_of"]
 
 DOMAIN = "com.microsoft"
+_HEAD_DIM = 16  # GroupQueryAttention's heads have a multiple of these features
 _INT8_ACTIVATIONS = 4
 _TWO_BIT_BLOCKS = (32, 64, 128)  # with others, MatMulNBits makes floats of the whole weight in every step
 _TOP, _MIDDLE = 127, 128  # of 8-bit codes of what a layer reads
@@ -123,8 +125,17 @@ def add_rms_norm(context: Lowering, view: View) -> Sequence[ir.Value]:
     return [y, total]
 
 
+def lacks_kernel(view: View) -> str:
+    """Why no kernel takes a node, which then runs in its standard form; empty where one does."""
+    if view.op is ATTENTION and (size := standard.head_dim_of(view)) % _HEAD_DIM:
+        return f"head size {size}, and the kernel takes multiples of {_HEAD_DIM}"
+    return ""
+
+
 def attention(context: Lowering, view: View) -> Sequence[ir.Value]:
     """GroupQueryAttention with the rotation inside and the cache written in place, or kept in 8 bits."""
+    if lacks_kernel(view):
+        return standard.RULES["Attention"](context, view)
     longest = context.once(
         ("longest", view.past_lengths, view.lengths),
         lambda: context.op("ReduceMax", _totals(context, view), keepdims=0),

@@ -13,11 +13,13 @@ from edgellm.ops.schema import View, view_of
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering import recurrent
 from edgellm_exporters.lowering.context import Lowering, Rule, blank, shape_of
-from edgellm_exporters.lowering.window import by_attention, window_rule
+from edgellm_exporters.lowering.window import Attend, Heads, by_attention, window_rule
 from edgellm_exporters.quantize.plan import ROW, QuantizedWeight
 
 __all__ = [
     "RULES",
+    "attention_rule",
+    "head_dim_of",
     "heads_of",
     "is_shared",
     "matmul",
@@ -112,7 +114,16 @@ def take_positions(context: Lowering, view: View) -> Sequence[ir.Value]:
     return [context.op("GatherND", view.hidden, indices, batch_dims=1)]
 
 
-def attention(context: Lowering, view: View) -> Sequence[ir.Value]:
+def attention_rule(attend: Attend) -> Rule:
+    """A target's rule for Attention without a kernel that writes the cache.
+
+    Args:
+        attend: the target's softmax(QK^T) V under a mask.
+    """
+    return lambda context, view: _attention(context, view, attend)
+
+
+def _attention(context: Lowering, view: View, attend: Attend) -> Sequence[ir.Value]:
     """Write the new keys and values into the cache, then attend under an explicit mask."""
     view.ignore("lengths")  # padding comes after all valid tokens, and so is seen by none of them
     past = view.past_lengths
@@ -123,10 +134,22 @@ def attention(context: Lowering, view: View) -> Sequence[ir.Value]:
     total = context.op("Unsqueeze", _total(context, past), context.const(0))  # (1,)
     visible = [context.op("Slice", x, context.const([0]), total, context.const([2])) for x in present]
     mask = _mask(context, past, view.window)
-    # (batch, heads, time, head_dim)
-    y = context.op("Attention", q, *visible, mask, scale=view.scale, softcap=view.softcap)
+    form = Heads(view.num_heads, view.num_kv_heads, head_dim_of(view), view.scale, view.softcap)
+    y = attend(context, q, visible[0], visible[1], mask, form)  # (batch, heads, time, head_dim)
     merged = context.op("Transpose", y, perm=[0, 2, 1, 3])
     return [context.op("Reshape", merged, context.const([0, 0, -1])), *present]
+
+
+def head_dim_of(view: View) -> int:
+    """How many features each head of an Attention has.
+
+    Raises:
+        LoweringError: its cache does not say.
+    """
+    size = None if view.past_k.shape is None else view.past_k.shape[-1]
+    if not isinstance(size, int):
+        raise LoweringError(f"{view.past_k.name}: Attention needs a cache whose last size is a whole number")
+    return size
 
 
 def heads_of(context: Lowering, view: View) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -290,7 +313,7 @@ def _looks_up(node: ir.Node, weight: ir.Value) -> bool:
 
 
 RULES: Mapping[str, Rule] = {
-    "Attention": attention,
+    "Attention": attention_rule(by_attention),
     "Embedding": embedding,
     "Linear": linear,
     "RMSNorm": rms_norm,

@@ -17,7 +17,7 @@ from edgellm.ops.schema import View
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering.context import Lowering, Rule, shape_of
 
-__all__ = ["Heads", "by_attention", "by_masked_attention", "by_products", "scaled_scores", "window_rule"]
+__all__ = ["Attend", "Heads", "by_attention", "by_masked_attention", "by_products", "scaled_scores", "window_rule"]
 
 _HIDDEN = -60000.0  # what the score of a key that may not be seen is lowered by; float16 holds it
 
