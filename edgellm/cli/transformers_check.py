@@ -74,7 +74,7 @@ def _theirs(path: Path, tokens: Tensor) -> Tensor:
     try:
         import transformers
     except ModuleNotFoundError as error:
-        raise CheckpointError("--check transformers needs transformers; pip install 'transformers>=5,<6'") from error
+        raise CheckpointError("--check transformers needs transformers: install the extra hf") from error
     if path.is_dir() and not (path / "config.json").exists():
         raise CheckpointError(f"{path} is no checkpoint that transformers can load; leave --check out")
     if (path / "adapter_config.json").exists() and not transformers.utils.is_peft_available():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from edgellm.checkpoints import Checkpoint
 from edgellm.checkpoints.files import read_json
 from edgellm.checkpoints.huggingface_text import read_text_files
+from edgellm.checkpoints.lora_source import ADAPTER_CONFIG
 from edgellm.errors import CheckpointError
 from edgellm.general.model import GeneralModel
 
@@ -46,6 +47,7 @@ def open_general(path: Path, *, trust_remote_code: bool = False, fused: bool = T
             f"{path}: {kind!r} is no architecture of edgellm's own, and transformers, through which others go, is not "
             "installed: install the extra hf"
         )
+    _check_beside(path, config, trust_remote_code)
     with _offline():
         model = _load(path, trust_remote_code)
     tokens = _tokens(model)
@@ -67,6 +69,18 @@ def open_general(path: Path, *, trust_remote_code: bool = False, fused: bool = T
         source=f"Hugging Face, {kind}, through transformers", special_tokens=text.special_tokens,
         notes=(note, *ours.notes, *text.notes),
     )  # fmt: skip
+
+
+def _check_beside(path: Path, config: Mapping[str, Any], trust_remote_code: bool) -> None:
+    """Refuse what transformers would leave aside without a word: the folder's own code, and an adapter without PEFT."""
+    own = config.get("auto_map")
+    if isinstance(own, Mapping) and any(name.startswith("AutoModel") for name in own) and not trust_remote_code:
+        raise CheckpointError(
+            f"{path}: auto_map says that code of the checkpoint's own computes the model; --trust-remote-code runs it, "
+            "or remove the key if the code does what the model_type says"
+        )
+    if (path / ADAPTER_CONFIG).exists() and importlib.util.find_spec("peft") is None:
+        raise CheckpointError(f"{path} has an adapter, which transformers loads with PEFT only; pip install peft")
 
 
 def _load(path: Path, trust_remote_code: bool) -> Any:

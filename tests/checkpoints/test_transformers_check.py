@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from test_families_huggingface import CASES, scrambled
 
 from edgellm.checkpoints import open_checkpoint
 from edgellm.cli import run
+from edgellm.cli.checkpoints import read_checkpoint
 from edgellm.cli.transformers_check import check_transformers
 from edgellm.errors import CheckpointError
 from edgellm.models import registry
@@ -83,7 +85,7 @@ def test_what_transformers_cannot_load_is_said(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(CheckpointError, match="transformers"):
         check_transformers(tmp_path / "m", opened)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(CheckpointError, match="needs transformers; pip install"):
+    with pytest.raises(CheckpointError, match="needs transformers: install the extra hf"):
         check_transformers(tmp_path / "m", opened)
 
 
@@ -93,3 +95,23 @@ def test_notes_stand_in_the_summary(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert run(["export", str(tmp_path / "m"), "-o", str(tmp_path / "b"), "--target", "onnx"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "Note: config.json has keys edgellm does not know: aardvark, colour." in said
+
+
+@pytest.mark.parametrize("road", ["auto", "general"])
+def test_the_general_road_leaves_neither_code_nor_adapter_aside_without_a_word(tmp_path, monkeypatch, road) -> None:
+    transformers_model("Llama").save_pretrained(tmp_path)
+    edit(tmp_path / "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+    with pytest.raises(CheckpointError, match="auto_map says that code of the checkpoint's own computes the model"):
+        read_checkpoint(tmp_path, road=road)
+    edit(tmp_path / "config.json", auto_map=..., is_causal=False if road == "auto" else ...)
+    edit(tmp_path / "adapter_config.json", peft_type="LORA", base_model_name_or_path="x")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find_spec(name))
+    with pytest.raises(CheckpointError, match="has an adapter, which transformers loads with PEFT only"):
+        read_checkpoint(tmp_path, road=road)
+
+
+def test_a_model_that_sees_what_comes_after_is_taken_by_no_road(tmp_path) -> None:
+    transformers_model("Llama").save_pretrained(tmp_path)
+    edit(tmp_path / "config.json", is_causal=False)
+    with pytest.raises(CheckpointError, match="its attention is not causal"):
+        read_checkpoint(tmp_path)
