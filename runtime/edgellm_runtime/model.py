@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from edgellm_runtime.arguments import is_sequence, shown
 from edgellm_runtime.errors import BundleError, ContextError, OptionError
-from edgellm_runtime.generation.conversation import Conversation
+from edgellm_runtime.generation.conversation import Conversation, TemplateInputs
 from edgellm_runtime.generation.generate import Generation, GenerationOptions, OptionKeywords, Run, Stream
 from edgellm_runtime.session import Session
-from edgellm_runtime.text.chat import ChatTemplate, Message
+from edgellm_runtime.text.chat import ChatTemplate, Objects
+from edgellm_runtime.text.messages import Message
 from edgellm_runtime.text.tokenizer import Tokenizer, check_tokens
 
 if TYPE_CHECKING:
@@ -111,44 +112,70 @@ class Model:
         self._check_predicts()
         return Stream(Run(self.session, self.tokenizer, [self._tokens(prompt)], GenerationOptions(**options)))
 
-    def chat(self, messages: Sequence[Message], **options: Unpack[OptionKeywords]) -> Generation:
+    def chat(
+        self, messages: Sequence[Message], *, tools: Objects | None = None, documents: Objects | None = None,
+        template_variables: Mapping[str, Any] | None = None, **options: Unpack[OptionKeywords],
+    ) -> Generation:  # fmt: skip
         """The assistant's answer to messages, through the bundle's chat template.
 
         Args:
-            messages: ``{"role": ..., "content": ...}`` each.
+            messages: ``{"role": ..., "content": ...}`` each; see
+                :func:`~edgellm_runtime.text.messages.check_messages`.
+            tools: JSON schemas of functions that the model may call.
+            documents: what it may look at, ``{"title": ..., "text": ...}`` each.
+            template_variables: the template's own, such as ``{"enable_thinking": False}``.
             **options: those of :class:`GenerationOptions`.
 
         Raises:
             OptionError: an option outside its range, malformed messages, or no chat template.
             ContextError: the messages are longer than the context.
         """
-        return self.generate(self.chat_template.encode(messages), **options)
+        prompt = self.chat_template.encode(
+            messages, tools=tools, documents=documents, template_variables=template_variables
+        )
+        return self.generate(prompt, **options)
 
-    def stream_chat(self, messages: Sequence[Message], **options: Unpack[OptionKeywords]) -> Stream:
+    def stream_chat(
+        self, messages: Sequence[Message], *, tools: Objects | None = None, documents: Objects | None = None,
+        template_variables: Mapping[str, Any] | None = None, **options: Unpack[OptionKeywords],
+    ) -> Stream:  # fmt: skip
         """The same, chunk by chunk; it may be left at any time.
 
         Args:
-            messages: ``{"role": ..., "content": ...}`` each.
+            messages: as for :meth:`chat`.
+            tools: likewise.
+            documents: likewise.
+            template_variables: likewise.
             **options: those of :class:`GenerationOptions`.
 
         Raises:
             OptionError: as for :meth:`chat`.
             ContextError: likewise.
         """
-        return self.stream(self.chat_template.encode(messages), **options)
+        prompt = self.chat_template.encode(
+            messages, tools=tools, documents=documents, template_variables=template_variables
+        )
+        return self.stream(prompt, **options)
 
-    def conversation(self, *, system: str | None = None) -> Conversation:
+    def conversation(
+        self, *, system: str | None = None, tools: Objects | None = None, documents: Objects | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> Conversation:  # fmt: skip
         """A conversation that keeps its state between turns.
 
         Args:
             system: the system message, or None for the template's own.
+            tools: as for :meth:`chat`, and so in every turn.
+            documents: likewise.
+            template_variables: likewise.
 
         Raises:
             OptionError: the bundle has no chat template.
         """
         template = self.chat_template
         assert self.tokenizer is not None
-        return Conversation(self.session, self.tokenizer, template, system)
+        inputs = TemplateInputs(tools=tools, documents=documents, template_variables=template_variables)
+        return Conversation(self.session, self.tokenizer, template, system, inputs)
 
     @cached_property
     def task(self) -> TaskRunner:

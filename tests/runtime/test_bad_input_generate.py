@@ -101,7 +101,7 @@ def test_no_prompts_are_given_no_answers_and_ask_the_model_nothing() -> None:
     [
         ([], "pass a list of at least one"),
         ("hello", "pass a list of at least one"),
-        ([{"role": "user"}], "must have exactly the keys 'role' and 'content'"),
+        ([{"role": "user"}], "must have the keys 'role' and 'content'"),
         ([{"role": "king", "content": "x"}], "role 'king'; use one of system, developer, user, assistant, tool"),
         ([{"role": "user", "content": 3}], "content 3; it must be a text"),
         ([{"role": "user", "content": "\ud800"}], "half a surrogate pair"),

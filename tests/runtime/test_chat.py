@@ -94,7 +94,9 @@ def test_what_the_template_refuses_is_the_callers_to_change(tmp_path):
 
 @pytest.mark.parametrize("messages", [
     [], "hello", {"role": "user", "content": "x"}, ["hello"], [{"role": "user"}], [{"role": "root", "content": "x"}],
-    [{"role": "user", "content": None}], [{"role": "user", "content": "x", "tools": "y"}],
+    [{"role": "user", "content": None}], [{"role": "user", "content": "x", "more": object()}],
+    [{"role": "user", "content": "x", "more": float("nan")}], [{"role": "user", "content": [{"text": "x"}]}],
+    [{"content": "x"}], [{"role": "user", "content": "x", 1: 2}],
 ])  # fmt: skip
 def test_malformed_messages_are_refused(model, messages):
     for call in (model.chat, model.stream_chat):

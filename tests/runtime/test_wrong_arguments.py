@@ -64,6 +64,8 @@ KINDS: dict[str, set[str]] = {
     "tokens": {"[]", "generator", "array([])"},
     "token or None": WHOLE | {"None"},
     "messages": set(),
+    "objects or None": {"None", "[]", "array([])"},
+    "variables or None": {"None", "{}", "{'a': 1}"},
     "lengths": {"1", "np.int64", "array(3)", "0", "[]"},
     "integers or None": {"None"},
     "array": set(),
@@ -79,6 +81,7 @@ OPTIONS = {
     "top_p": "number", "min_p": "number", "repetition_penalty": "number", "seed": "integer or None",
     "logits_processors": "functions",
 }  # fmt: skip
+TEMPLATE = {"tools": "objects or None", "documents": "objects or None", "template_variables": "variables or None"}
 TASK = {"beams": "small integer", "check_script": "flag"}
 # Each parameter of each public function and method, and a call that is right
 TABLE: dict[str, dict[str, str]] = {
@@ -87,9 +90,9 @@ TABLE: dict[str, dict[str, str]] = {
     "open_session": {"bundle": "object", "device": "choice", "threads": "small integer or None"},
     "Model.generate": {"prompt": "prompt", **OPTIONS},
     "Model.stream": {"prompt": "one prompt", **OPTIONS},
-    "Model.chat": {"messages": "messages", **OPTIONS},
-    "Model.stream_chat": {"messages": "messages", **OPTIONS},
-    "Model.conversation": {"system": "text or None"},
+    "Model.chat": {"messages": "messages", **TEMPLATE, **OPTIONS},
+    "Model.stream_chat": {"messages": "messages", **TEMPLATE, **OPTIONS},
+    "Model.conversation": {"system": "text or None", **TEMPLATE},
     "Model.translate": {"source": "texts"},
     "Model.answer": {"question": "texts", "context": "texts"},
     "Model.summarize": {"text": "texts"},
@@ -117,8 +120,8 @@ TABLE: dict[str, dict[str, str]] = {
     "Tokenizer.check": {"tokens": "tokens"},
     "Tokenizer.token_id": {"name": "text"},
     "Tokenizer.token_text": {"token": "token or None"},
-    "ChatTemplate.render": {"messages": "messages", "add_generation_prompt": "flag"},
-    "ChatTemplate.encode": {"messages": "messages", "add_generation_prompt": "flag"},
+    "ChatTemplate.render": {"messages": "messages", "add_generation_prompt": "flag", **TEMPLATE},
+    "ChatTemplate.encode": {"messages": "messages", "add_generation_prompt": "flag", **TEMPLATE},
     "TaskRunner.translate": {
         "source": "texts", "length_penalty": "number", "max_new_tokens": "integer or None", **TASK,
     },

@@ -9,7 +9,8 @@ from edgellm_exporters.errors import ExportError
 from edgellm_runtime.bundle import TokenizerInfo
 from edgellm_runtime.errors import BundleError, OptionError
 from edgellm_runtime.task_spec import TaskSpec
-from edgellm_runtime.text.chat import ChatTemplate, Message
+from edgellm_runtime.text.chat import ChatTemplate
+from edgellm_runtime.text.messages import Message
 from edgellm_runtime.text.tokenizer import Tokenizer
 
 __all__ = ["TEMPLATE", "TOKENIZER", "check_text"]

@@ -10,18 +10,27 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Generator
-from typing import Unpack
+from collections.abc import Generator, Mapping
+from typing import Any, TypedDict, Unpack
 
 from edgellm_runtime.arguments import check_text
 from edgellm_runtime.errors import StateError
 from edgellm_runtime.generation.generate import Chunk, Generation, GenerationOptions, OptionKeywords, Run
 from edgellm_runtime.session import Session
 from edgellm_runtime.state import State
-from edgellm_runtime.text.chat import ChatTemplate
+from edgellm_runtime.text.chat import ChatTemplate, Objects
+from edgellm_runtime.text.messages import check_inputs
 from edgellm_runtime.text.tokenizer import Tokenizer
 
-__all__ = ["Conversation"]
+__all__ = ["Conversation", "TemplateInputs"]
+
+
+class TemplateInputs(TypedDict, total=False):
+    """What a chat template is given besides messages; see :meth:`ChatTemplate.render`."""
+
+    tools: Objects | None
+    documents: Objects | None
+    template_variables: Mapping[str, Any] | None
 
 
 class Conversation:
@@ -35,10 +44,19 @@ class Conversation:
         tokenizer: the bundle's.
         template: renders the messages.
         system: the system message, or None.
+        inputs: what else the template is given in every turn.
+
+    Raises:
+        OptionError: what no template can be given.
     """
 
-    def __init__(self, session: Session, tokenizer: Tokenizer, template: ChatTemplate, system: str | None) -> None:
+    def __init__(
+        self, session: Session, tokenizer: Tokenizer, template: ChatTemplate, system: str | None,
+        inputs: TemplateInputs,
+    ) -> None:  # fmt: skip
         self._session, self._tokenizer, self._template = session, tokenizer, template
+        check_inputs(inputs.get("tools"), inputs.get("documents"), inputs.get("template_variables"))
+        self._inputs = inputs
         self._state: State | None = None
         self._held: list[int] = []  # the tokens that the state has read
         self._messages: list[dict[str, str]] = []
@@ -110,7 +128,7 @@ class Conversation:
         checked = GenerationOptions(**options)
         self._close()
         turn = [*self._messages, {"role": "user", "content": text}]
-        prompt = self._template.encode(turn)
+        prompt = self._template.encode(turn, **self._inputs)
         stream = self._answer(turn, prompt, checked)
         self._open = weakref.ref(stream)
         return stream

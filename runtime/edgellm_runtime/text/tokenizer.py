@@ -43,6 +43,7 @@ class Tokenizer:
         self.bos_token_id = info.bos_token_id
         self.eos_token_id = info.eos_token_ids[0] if info.eos_token_ids else None  # the one that a template writes
         self.eos_token_ids = frozenset(info.eos_token_ids)
+        self.special_tokens = dict(info.special_tokens)  # by the names that templates have for them
         self.add_bos = info.add_bos and info.bos_token_id is not None
         check_info(path, info, vocab_size)
         added = self._library.get_added_tokens_decoder()
