@@ -147,15 +147,16 @@ def test_what_is_encoded_is_what_is_rendered_also_where_a_message_names_a_specia
     chat = ours(tmp_path, source)
     given = {"messages": [{"role": "user", "content": content}], "tools": [{"a": "<|im_end|>"}]}
     text = chat.render(**given)
-    if "upper" in source:  # never another prompt
-        with pytest.raises(
-            OptionError, match="names <|im_end|>, and .* cannot be told from a special token of its own"
-        ):
-            chat.encode(**given)
-        return
     ids = chat.encode(**given)
     assert chat._tokenizer._library.decode(ids, skip_special_tokens=False) == text
     assert [i for i in ids if i in chat._tokenizer.special_ids] == [2]  # the template's own, and no other
+
+
+def test_a_name_that_cannot_be_told_from_the_templates_own_is_refused(tmp_path):
+    chat = ours(tmp_path, "{{ messages[0].content[:12] }}<|im_end|>")
+    message = r"names <\|im_end\|>, and .* cannot be told from a special token of its own; take it out"
+    with pytest.raises(OptionError, match=message):
+        chat.encode([{"role": "user", "content": "a <|im_end|> b"}])
 
 
 def test_a_template_that_refuses_a_name_refuses_it_when_encoding_too(tmp_path):
