@@ -167,7 +167,10 @@ def grouped_attention(
 
 
 def _bounds(view: View) -> dict[str, float | int]:
-    """What the kernel is told of soft caps and of windows, which count a token's own position as we do."""
+    """What the kernel is told of soft caps and of windows.
+
+    A window counts a token's own position, as ours does: since ONNX Runtime's pull request 25927, of September 2025.
+    """
     bounds: dict[str, float | int] = {"softcap": view.softcap} if view.softcap else {}
     return bounds | ({"local_window_size": view.window} if view.window else {})
 
