@@ -19,15 +19,16 @@ from edgellm.ops import take_positions
 from edgellm.ops.canonical import DOMAIN
 from edgellm.ops.schema import OPS, REQUIRED, Op
 from edgellm_exporters.engines.fixed_sizes import EngineOptions
-from edgellm_exporters.errors import CaptureError
+from edgellm_exporters.errors import CaptureError, QuantizeError
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_exporters.graph import references, targets
 from edgellm_exporters.graph.capture import capture
 from edgellm_exporters.graph.lower import prepare
 from edgellm_exporters.graph.targets import TARGETS
 from edgellm_exporters.proof.parity import compare
-from edgellm_exporters.quantize.methods import METHODS
-from edgellm_exporters.quantize.planning import Uses
+from edgellm_exporters.quantize.methods import METHODS, find_method
+from edgellm_exporters.quantize.planning import Uses, make_plan
+from edgellm_exporters.quantize.quantized_model import quantized_model
 from edgellm_runtime import StateSpec, open_session
 
 VOCAB, WIDTH, CONTEXT = 61, 32, 48
@@ -198,3 +199,12 @@ def test_a_reference_that_no_graph_can_be_made_of_is_refused_with_its_file(op: O
     graph = capture(model(op))
     with pytest.raises(CaptureError, match=rf"op {op.name}: its reference in .*test_own_op\.py, .*{said}"):
         prepare(graph, TARGETS["cpu"])
+
+
+def test_the_reference_of_quantized_models_says_what_it_cannot_round() -> None:
+    own, target = model(), TARGETS["cpu"]
+    graph = prepare(capture(own), target)
+    plan = make_plan(find_method("w8a8", target.methods), graph, own, [[1, 2, 3]])
+    with pytest.raises(QuantizeError, match=r"weights\.\d is multiplied outside an nn\.Linear"):
+        quantized_model(own, plan)
+    assert isinstance(quantized_model(own, plan, integer_products=False), Leaky)

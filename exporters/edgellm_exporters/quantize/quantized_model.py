@@ -31,7 +31,7 @@ def quantized_model(model: nn.Module, plan: Plan, *, integer_products: bool = Tr
         integer_products: whether the target rounds what such layers read; standard ONNX operators do not.
 
     Raises:
-        QuantizeError: the plan quantizes nothing.
+        QuantizeError: the plan quantizes nothing, or rounds what a weight reads that is not an ``nn.Linear``'s.
     """
     if plan.quantize is None or not plan.schemes:
         raise QuantizeError("the plan leaves weights as they are; compare with the model itself")
@@ -50,10 +50,22 @@ def quantized_model(model: nn.Module, plan: Plan, *, integer_products: bool = Tr
             by_name[name].copy_(torch.from_numpy(codes.dequantize()) / column / row)
             if name in inputs:
                 fixed = partial(round_whole, scale=float(inputs[name]), floating=scheme.floating)
-                _round_inputs(rounded.get_submodule(name.removesuffix(".weight")), column, fixed)
+                _round_inputs(_layer(rounded, name), column, fixed)
             elif scheme.block == ROW and integer_products:
-                _round_inputs(rounded.get_submodule(name.removesuffix(".weight")), column, round_rows)
+                _round_inputs(_layer(rounded, name), column, round_rows)
     return rounded
+
+
+def _layer(model: nn.Module, weight: str) -> nn.Module:
+    """The linear layer that a weight is of."""
+    path, _, last = weight.rpartition(".")
+    layer = model.get_submodule(path)
+    if last != "weight" or not isinstance(layer, nn.Linear):
+        raise QuantizeError(
+            f"{weight} is multiplied outside an nn.Linear, where this reference rounds no inputs; compare with a "
+            "method that leaves them floats"
+        )
+    return layer
 
 
 def _round_inputs(layer: nn.Module, column: Tensor, rounding: Callable[[Tensor], Tensor]) -> None:
