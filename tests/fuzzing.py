@@ -232,10 +232,10 @@ def use(folder: Path) -> None:
     if step(lambda: model.tokenizer) is not None:
         step(lambda: model.tokenizer.decode(model.tokenizer.encode("Hello <|im_end|> world")))
         step(lambda: model.tokenizer.decode(range(min(300, model.session.vocab_size))))
-        step(lambda: model.generate("Hello", max_new_tokens=3))
+        step(lambda: model.generate("Hello", max_new_tokens=3).text)
         if model.has_chat_template:
             messages = [{"role": "user", "content": "Hello <|im_end|>"}]
-            step(lambda: model.chat(messages, max_new_tokens=2))
+            step(lambda: model.chat(messages, max_new_tokens=2).text)
 
 
 def child(source: Path, folder: Path, first: int, count: int) -> None:

@@ -92,7 +92,7 @@ class ChatTemplate:
         text = self._rendered(given, now)
         masked, names, escapes = self._mask(given)
         if not names:
-            return self._tokenizer.encode(text, special=True)
+            return self._some(self._tokenizer.encode(text, special=True))
         try:
             again = self._rendered(masked, now)
         except (OptionError, BundleError):  # it looks at what its messages hold
@@ -100,9 +100,9 @@ class ChatTemplate:
         for escape, mark in escapes.items():
             again = again.replace(escape, mark)
         if _unmasked(again, names) == text:
-            return self._encode_around(again, names)
+            return self._some(self._encode_around(again, names))
         if self._specials(again) == self._specials(text):  # what the messages named, the template has left out
-            return self._tokenizer.encode(text, special=True)
+            return self._some(self._tokenizer.encode(text, special=True))
         raise OptionError(
             f"a message names {', '.join(sorted(set(names.values())))}, and the chat template treats it so that it "
             "cannot be told from a special token of its own; take it out of the message"
@@ -155,6 +155,11 @@ class ChatTemplate:
             at = end
         return ids
 
+    def _some(self, ids: list[int]) -> list[int]:
+        if not ids:
+            raise self._broken("what it writes has no tokens")
+        return ids
+
     def _specials(self, text: str) -> list[int]:
         return [token for _, _, token in self._tokenizer.special_spans(text)]
 
@@ -191,6 +196,11 @@ class ChatTemplate:
             for start, end, _ in spans:
                 # a token's span may take in the space around it, which the template is free to trim
                 name = text[start:end].strip() or text[start:end]
+                if not set(marks.values()).isdisjoint(name):
+                    raise BundleError(
+                        f"{self._path}: the tokenizer takes {name!r} for a special token, as it does with any text; "
+                        "export the model with its own tokenizer"
+                    )
                 start = text.index(name, start)
                 if name not in marks:
                     marks[name] = next(free)

@@ -45,10 +45,13 @@ class Pieces:
     Args:
         library: the tokenizer.
         hidden: ids that contribute nothing, such as special tokens.
+        guard: runs what the library may fail in, and names the tokenizer where it does.
     """
 
-    def __init__(self, library: Library, hidden: frozenset[int]) -> None:
-        self._library = library
+    def __init__(
+        self, library: Library, hidden: frozenset[int], guard: Callable[[Callable[[], Any]], Any] = lambda run: run()
+    ) -> None:
+        self._library, self._guard = library, guard
         self._hidden = hidden
         self._known: dict[int, bytes] = {}
         self._first: Callable[[str], bytes] | None = None  # the rule of the text's first token, if it is another
@@ -102,7 +105,7 @@ class Pieces:
 
     def window(self, tokens: Sequence[int]) -> str:
         """The library's own decoding of a few visible tokens."""
-        text: str = self._library.decode(tokens, skip_special_tokens=False)
+        text: str = self._guard(lambda: self._library.decode(tokens, skip_special_tokens=False))
         return text
 
     def _text(self, token: int) -> str | None:

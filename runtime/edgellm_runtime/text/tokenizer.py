@@ -6,6 +6,8 @@ the characters they are, so that a prompt cannot close its own turn or open anot
 
 from __future__ import annotations
 
+import json
+import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from edgellm_runtime.bundle import TokenizerInfo
 
 __all__ = ["Tokenizer", "check_info", "check_tokens"]
+
+_MAX_GROWTH = 4096  # times that a text may grow when it is normalised, or a token when it is decoded
 
 
 class Tokenizer:
@@ -48,7 +52,8 @@ class Tokenizer:
         check_info(path, info, vocab_size)
         added = self._library.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, t in added.items() if t.special)
-        self._pieces = self._guard(lambda: Pieces(self._library, self.special_ids))
+        self._unknown = self._library.token_to_id(getattr(self._library.model, "unk_token", None) or "")
+        self._pieces = self._guard(lambda: Pieces(self._library, self.special_ids, self._guard))
 
     def encode(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
         """Token ids of a text.
@@ -71,7 +76,9 @@ class Tokenizer:
     def special_spans(self, text: str) -> list[tuple[int, int, int]]:
         """Where a text names special tokens: (start, end, id) in characters, in order."""
         found = self._encode(check_text("text", text), special=True)
-        return [(a, b, i) for i, (a, b) in zip(found.ids, found.offsets, strict=True) if i in self.special_ids]
+        spans = [(a, b, i) for i, (a, b) in zip(found.ids, found.offsets, strict=True) if i in self.special_ids]
+        # what no token has is not the name of the token that stands for it
+        return [s for s in spans if s[2] != self._unknown or text[s[0] : s[1]].strip() == self.token_text(s[2])]
 
     def decode(self, tokens: Iterable[int], *, after: Iterable[int] = ()) -> str:
         """The text of tokens; special tokens have none.
@@ -182,6 +189,15 @@ def check_tokens(tokens: Iterable[int], vocab_size: int) -> list[int]:
     return ids
 
 
+def _growth(part: Any) -> int:
+    """How many times as long the replacements of a normalizer or a decoder, one after another, make a text at most."""
+    if isinstance(part, dict):
+        inner = [part.get(key) for key in ("normalizers", "decoders")]
+        content = part.get("content") if part.get("type") == "Replace" else None
+        return math.prod(map(_growth, inner)) * (max(1, len(content)) if isinstance(content, str) else 1)
+    return math.prod(map(_growth, part)) if isinstance(part, list) else 1
+
+
 def _read(path: Path) -> Library:
     from tokenizers import Tokenizer as Library
 
@@ -190,6 +206,9 @@ def _read(path: Path) -> Library:
         # a file may ask for these too, and would silently shorten or lengthen every prompt
         library.no_truncation()
         library.no_padding()
+        for part in (library.normalizer, library.decoder):
+            if part is not None and (times := _growth(json.loads(part.__getstate__()))) > _MAX_GROWTH:
+                raise ValueError(f"it makes texts {times} times as long")
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as e:  # the library's panics are no Exceptions
