@@ -146,7 +146,7 @@ def _check_requirements(bundle: Bundle, device: str) -> None:
     requires = bundle.manifest.target.get("requires", {})
     if not isinstance(requires, dict) or not requires.keys() <= {"onnxruntime", *LIBRARIES}:
         raise BundleError(
-            f"{bundle.path}: needs {requires!r}, which this runtime does not know; install a newer edgellm"
+            f"{bundle.path}: needs {str(requires)[:200]}, which this runtime does not know; install a newer edgellm"
         )
     if wrong := [v for v in requires.values() if not isinstance(v, str) or not _VERSION.fullmatch(v)]:
         raise BundleError(f"{bundle.path}: needs version {str(wrong[0])[:40]!r}, which is none; export the model again")
