@@ -10,6 +10,7 @@ import struct
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -196,7 +197,8 @@ def open_gguf(path: Path, *, dtype: torch.dtype) -> Checkpoint:
     def tensor(name: str, stored: Tensor) -> Tensor:
         return stored if convert is None else convert(config, metadata, name, stored)
 
-    layout = Layout(name=architecture.gguf.names, tensor=tensor)
+    told = frozenset(architecture.gguf.numbers.values())  # those that the configuration holds
+    layout = Layout(name=architecture.gguf.names, tensor=tensor, ignored=told.__contains__)
     model, weights = assemble(architecture, config, source, layout, dtype=dtype, path=path)
     bos = token_ids(metadata, "tokenizer.ggml.bos_token_id", path)
     ends = [token_ids(metadata, f"tokenizer.ggml.{kind}_token_id", path) for kind in ("eos", "eot", "eom")]
@@ -215,11 +217,16 @@ def open_gguf(path: Path, *, dtype: torch.dtype) -> Checkpoint:
     )
 
 
+def _numbers(source: GGUFSource, name: str) -> tuple[float, ...]:
+    return tuple(source.read(name).double().tolist())
+
+
 def _translate(source: GGUFSource, path: Path) -> tuple[Architecture, Any]:
     try:
         architecture = find_foreign("gguf", source.metadata.get("general.architecture", ""))
         assert architecture.gguf is not None
-        return architecture, architecture.config(**architecture.gguf.read(source.metadata, source.shapes))
+        fields = architecture.gguf.read(source.metadata, source.shapes, partial(_numbers, source))
+        return architecture, architecture.config(**fields)
     except ModelError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (TypeError, AttributeError, ValueError, LookupError) as error:

@@ -295,6 +295,7 @@ GGUF_FILES = GGUF(
         "mlp_bias": has("blk.0.ffn_gate.bias"),
     },
     tensor=_gguf_tensor,
+    numbers={"rope_factors": "rope_freqs.weight"},
 )
 
 ARCHITECTURE = Architecture(

@@ -193,7 +193,9 @@ def test_what_cannot_be_represented_is_refused(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"rope_freqs.weight": np.ones(8, np.float32)}, "tensors rope_freqs.weight have no place"),
+        ({"rope_freqs.weight": np.ones(7, np.float32)}, "rope_factors has 7 numbers; head_dim 16 has 8"),
+        ({"rope_freqs.weight": np.zeros(8, np.float32)}, "rope_factors has 0.0"),
+        ({"rope_freqs.weight": np.ones((8, 8), np.float32)}, r"rope_freqs.weight has shape \(8, 8\)"),
         ({"blk.1.attn_output.bias": np.ones(64, np.float32)}, "tensors blk.1.attn_output.bias have no place"),
         ({"token_embd.weight": None}, "token_embd.weight is missing"),
         ({"output_norm.weight": None}, "output_norm.weight of shape .* is missing"),
@@ -204,6 +206,17 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path, tensors, message):
     path = write(tmp_path / "m.gguf", tiny(), tensors=tensors)
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(path)
+
+
+def test_factors_of_the_rotary_frequencies_are_read(tmp_path):
+    """As the converter writes them for scaled positions; each frequency is divided by its own."""
+    factors = np.linspace(1, 8, 8, dtype=np.float32)
+    model = tiny(rope_factors=factors.tolist())
+    path = write(tmp_path / "m.gguf", model, tensors={"rope_freqs.weight": factors})
+    loaded = load_checkpoint(path)
+    assert loaded.model.config == model.config
+    assert torch.equal(logits(loaded.model), logits(model))
+    assert (logits(loaded.model) - logits(tiny())).abs().max() > 1e-3
 
 
 def test_norms_of_queries_and_keys_must_be_where_they_are_used_and_nowhere_else(tmp_path):

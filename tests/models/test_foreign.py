@@ -101,9 +101,13 @@ def test_a_gguf_key_that_no_table_has_is_refused() -> None:
     )  # fmt: skip
     shapes = {"token_embd.weight": (7, 3)}
     values = {"general.architecture": "new", "new.width": 3, "other.key": 1, "new.rope.scaling.type": "none"}
-    assert reader.read(values | {"new.rope.scaling.factor": 8}, shapes) == {"width": 3, "vocab_size": 7, "tied": False}
+    assert reader.read(values | {"new.rope.scaling.factor": 8}, shapes, list) == {
+        "width": 3,
+        "vocab_size": 7,
+        "tied": False,
+    }
     with pytest.raises(CheckpointError, match="logit_scale is"):
-        reader.read(values | {"new.logit_scale": 0.5}, shapes)
+        reader.read(values | {"new.logit_scale": 0.5}, shapes, list)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ The keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,6 +20,7 @@ __all__ = ["GGUF", "has", "lacks", "rows_of"]
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
+_MOST_NUMBERS = 4096  # of a tensor that a configuration holds: half a head's features, in the field 64
 _COMMON: Mapping[str, Key] = {
     "vocab_size": METADATA,  # the embedding says it
     "tensor_data_layout": METADATA,
@@ -67,6 +68,7 @@ class GGUF:
         tensor: from the configuration, the metadata, our parameter name and the tensor as stored, the tensor of the
             same shape in our layout; where the two do not differ, the very tensor it was given. None: all are stored
             as we do.
+        numbers: fields that are the numbers of a small tensor, where the file has it.
     """
 
     types: Mapping[str, Variant]
@@ -74,13 +76,15 @@ class GGUF:
     names: Names
     tensors: Mapping[str, Callable[[Shapes], Any]] = field(default_factory=dict)
     tensor: Callable[[Any, Values, str, Tensor], Tensor] | None = None
+    numbers: Mapping[str, str] = field(default_factory=dict)
 
-    def read(self, metadata: Values, shapes: Shapes) -> Fields:
+    def read(self, metadata: Values, shapes: Shapes, numbers: Callable[[str], Sequence[float]]) -> Fields:
         """The fields of our configuration.
 
         Args:
             metadata: of a file of one of these architectures.
             shapes: of the file's tensors.
+            numbers: reads a small tensor.
 
         Raises:
             CheckpointError: as :func:`read_keys`, or a key that is not known.
@@ -95,4 +99,10 @@ class GGUF:
         fields, unknown = read_keys(keys, values)
         if unknown:
             raise refuse(unknown[0], values[unknown[0]])
-        return fields | {name: told(shapes) for name, told in self.tensors.items()} | dict(variant.fields)
+        fields |= {name: told(shapes) for name, told in self.tensors.items()}
+        for name, tensor in self.numbers.items():
+            if tensor in shapes:
+                if len(shapes[tensor]) != 1 or shapes[tensor][0] > _MOST_NUMBERS:
+                    raise CheckpointError(f"tensor {tensor} has shape {shapes[tensor]}; convert the model again")
+                fields[name] = numbers(tensor)
+        return fields | dict(variant.fields)
