@@ -40,6 +40,7 @@ EXACT: dict[str, tuple[StateSpec, ...]] = {
     "rings beside a cache": (APPENDED, ring(8, 3, "a"), ring(12, 12, "b")),
     "static": (STATIC, APPENDED),
     "static alone": (STATIC,),
+    "no state": (),
     "all updates": (APPENDED, ring(8, 8), REPLACED, STATIC),
 }
 SESSIONS = [*BUNDLES, *EXACT]

@@ -191,8 +191,8 @@ class State:
         self.lengths = wanted.astype(np.int32)
 
     def _check_rewind(self, row: int, wanted: int, written: int) -> None:
-        spec = max(self.specs, key=lambda s: s.earliest(written))
-        if wanted >= spec.earliest(written):
+        spec = max(self.specs, key=lambda s: s.earliest(written), default=None)
+        if spec is None or wanted >= spec.earliest(written):
             return
         if spec.update == "replace":
             raise StateError("a recurrent state cannot be rewound; fork() it before the tokens you may take back")
