@@ -6,7 +6,8 @@ A rule turns one canonical node into the target's form of it. Rules know ops, ne
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -120,6 +121,15 @@ class Lowering:
         value = ir.Value(name=name, const_value=tensor, shape=shape, type=ir.TensorType(tensor.dtype))
         self.graph.register_initializer(value)
         return value
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What nodes make within is not for those without: it is not what :meth:`once` gives afterwards."""
+        before = dict(self._memo)
+        yield
+        made = {key: value for key, value in self._memo.items() if key not in before}
+        kept = {key: v for key, v in made.items() if isinstance(v, ir.Value) and v.producer() is None}
+        self._memo = before | kept
 
     def take_nodes(self) -> list[ir.Node]:
         """The nodes added since the last call, or since :meth:`put_back`."""

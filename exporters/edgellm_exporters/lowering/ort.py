@@ -17,7 +17,8 @@ from edgellm.ops.attention import ATTENTION
 from edgellm.ops.schema import View
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering import recurrent, standard
-from edgellm_exporters.lowering.context import Lowering, Rule, shape_of
+from edgellm_exporters.lowering.capped_attention import capped_attention
+from edgellm_exporters.lowering.context import Array, Lowering, Rule, shape_of
 from edgellm_exporters.lowering.linears import fused_matmul, linear_rule
 from edgellm_exporters.quantize.plan import ROW, QuantizedWeight, Scheme, pack
 
@@ -142,7 +143,17 @@ def attention(context: Lowering, view: View) -> Sequence[ir.Value]:
     )
     scales = _cache_scales(context, view)
     narrow = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8} if scales else {}
-    return grouped_attention(context, view, longest, *scales, **narrow)
+    inputs = [None, None, None, *(context.const(scale, np.float32) for scale in scales)] if scales else []
+    _last(context, view)  # made here, where all layers find it
+
+    def kernel() -> Sequence[ir.Value]:
+        return grouped_attention(context, view, longest, *inputs, **narrow)
+
+    if not view.softcap:
+        return kernel()
+    heads = (view.num_kv_heads, 1, -1)
+    each = [context.const(scale.reshape(heads), np.float32) for scale in scales]
+    return capped_attention(context, view, _packed(view), kernel, each or (None, None))
 
 
 def grouped_attention(
@@ -157,8 +168,7 @@ def grouped_attention(
         more: what the kernel reads after the rotation's tables.
         attributes: of the kernel, besides those that the op has.
     """
-    total = _totals(context, view)
-    last = context.once(("last", total), lambda: context.op("Sub", total, context.const(1, np.int32)))
+    last = _last(context, view)
     return context.ops(
         3, "GroupQueryAttention", *_queries_keys_values(context, view), view.past_k, view.past_v, last, longest,
         view.cos, view.sin, *more, domain=DOMAIN, num_heads=view.num_heads, kv_num_heads=view.num_kv_heads,
@@ -181,19 +191,23 @@ def _totals(context: Lowering, view: View) -> ir.Value:
     return context.once(("total", past, new), lambda: context.op("Add", past, new))
 
 
-def _cache_scales(context: Lowering, view: View) -> list[ir.Value | None]:
-    """What the kernel reads after the rotation's tables for an 8-bit cache: three absent inputs and two scales."""
+def _last(context: Lowering, view: View) -> ir.Value:
+    """The slot of each row's last token, (batch,)."""
+    total = _totals(context, view)
+    return context.once(("last", total), lambda: context.op("Sub", total, context.const(1, np.int32)))
+
+
+def _cache_scales(context: Lowering, view: View) -> list[Array]:
+    """Of the features of an 8-bit cache, keys' and values'; none for floats."""
     found = [context.plan.cache.get(str(past.name).removeprefix("past.")) for past in view.all(view.op.caches)]
-    if any(scale is None for scale in found):
-        return []
-    return [None, None, None, *(context.const(scale, np.float32) for scale in found)]
+    return [scale for scale in found if scale is not None] if all(scale is not None for scale in found) else []
 
 
 def _queries_keys_values(context: Lowering, view: View) -> Sequence[ir.Value | None]:
     """The first three inputs of the kernel: what was split, whole; with norms, each part on its own."""
     q, k, v = view.q, view.k, view.v
     if view.q_norm is None or view.k_norm is None:
-        packed = _packed_source(q, k, v)
+        packed = _packed(view)
         return [q, k, v] if packed is None else [packed, None, None]
     q = _normed(context, q, view.q_norm, view.num_heads, view.epsilon)
     return [q, _normed(context, k, view.k_norm, view.num_kv_heads, view.epsilon), v]
@@ -210,13 +224,15 @@ def _normed(context: Lowering, x: ir.Value, weight: ir.Value, heads: int, epsilo
     return context.op("Reshape", normed, context.const([0, 0, heads * head_dim]))
 
 
-def _packed_source(*parts: ir.Value | None) -> ir.Value | None:
-    """The tensor that was split into just these parts, in this order, or None."""
+def _packed(view: View) -> ir.Value | None:
+    """The tensor that was split into just queries, keys and values, in this order, or None."""
+    parts = (view.q, view.k, view.v)
     producers = {id(part.producer()) for part in parts if part is not None}
     node = parts[0].producer() if parts[0] is not None else None
     if node is None or len(producers) != 1 or node.op_type != "Split" or tuple(node.outputs) != parts:
         return None
-    return node.inputs[0]
+    packed: ir.Value | None = node.inputs[0]
+    return packed
 
 
 def codes_of(context: Lowering, weight: ir.Value, shape: tuple[int, ...], view: str) -> ir.Value:

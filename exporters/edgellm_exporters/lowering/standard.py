@@ -152,12 +152,18 @@ def head_dim_of(view: View) -> int:
     return size
 
 
-def heads_of(context: Lowering, view: View) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Queries, keys and values of an Attention, (batch, heads, time, head_dim) each, normed but not yet rotated."""
-    q, k, v = (
-        _split_heads(context, x, n)
-        for x, n in ((view.q, view.num_heads), (view.k, view.num_kv_heads), (view.v, view.num_kv_heads))
-    )
+def heads_of(
+    context: Lowering, view: View, parts: Sequence[ir.Value] = ()
+) -> tuple[ir.Value, ir.Value, ir.Value]:  # fmt: skip
+    """Queries, keys and values of an Attention, (batch, heads, time, head_dim) each, normed but not yet rotated.
+
+    Args:
+        context: of the lowering.
+        view: the node.
+        parts: in the place of its q, k and v; empty for these.
+    """
+    counts = (view.num_heads, view.num_kv_heads, view.num_kv_heads)
+    q, k, v = (_split_heads(context, x, n) for x, n in zip(parts or (view.q, view.k, view.v), counts, strict=True))
     if view.q_norm is None or view.k_norm is None:
         return q, k, v
     return _norm_heads(context, q, view.q_norm, view.epsilon), _norm_heads(context, k, view.k_norm, view.epsilon), v

@@ -80,7 +80,7 @@ def _words(text: str) -> Word:
 
 
 Range = Whole | Real | Word | Letters | Tensor
-BODY = Tensor()  # of a Scan: a graph, whose nodes are checked with all others
+BODY = Tensor()  # of a Scan or an If: a graph, whose nodes are checked with all others
 _FLAG, _AXIS, _REAL, _VALUE = Whole(0, 1), Whole(-8, 7), Real(), Tensor()
 _SIZE, _COUNT, _PLACE, _TYPE = Whole(1, 1 << 24), Whole(1, 1 << 16), Whole(-(1 << 31), (1 << 63) - 1), Whole(1, 22)
 _BLOCK = Whole(0, 1 << 20)
@@ -139,6 +139,7 @@ _STANDARD: Mapping[str, Mapping[str, Range]] = {
     "Gelu": {"approximate": _words("none tanh")},
     "Gemm": {"alpha": _REAL, "beta": _REAL, "transA": _FLAG, "transB": _FLAG},
     "GroupNormalization": {"epsilon": _REAL, "num_groups": _COUNT, "stash_type": _TYPE},
+    "If": {"else_branch": BODY, "then_branch": BODY},
     "IsInf": {"detect_negative": _FLAG, "detect_positive": _FLAG},
     "LSTM": {**_RECURRENCE, "input_forget": _FLAG},
     "LayerNormalization RMSNormalization SimplifiedLayerNormalization": {
@@ -176,6 +177,9 @@ _QUANTIZED: Mapping[str, Range] = {
 }
 _CACHED = _words("NONE PER_TENSOR PER_CHANNEL")  # how keys and values are held in 8 bits
 _FUSED: Mapping[str, Mapping[str, Range]] = {
+    "FusedMatMul": {
+        "alpha": _REAL, "transA": _FLAG, "transB": _FLAG, "transBatchA": _FLAG, "transBatchB": _FLAG,
+    },
     "GatherBlockQuantized": {
         "bits": Whole(2, 8), "block_size": Whole(16, 1 << 16), "gather_axis": Whole(0, 1), "quantize_axis": Whole(0, 1),
     },
