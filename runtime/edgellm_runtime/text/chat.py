@@ -186,8 +186,8 @@ class ChatTemplate:
         hidden: dict[str, Any] = masked(given)
         names, escapes = {mark: name for name, mark in marks.items()}, dict[str, str]()
         for name, mark in marks.items():
-            escapes[json.dumps(mark)[1:-1]] = next(free)
-            names[escapes[json.dumps(mark)[1:-1]]] = json.dumps(name)[1:-1]
+            written = escapes[_escaped(mark)] = next(free)
+            names[written] = _escaped(name)
         return hidden, names, escapes
 
     def _masked(self, text: str, marks: dict[str, str], free: Any) -> str:
@@ -244,6 +244,11 @@ class ChatTemplate:
 
     def _broken(self, why: str) -> BundleError:
         return BundleError(f"{self._path}: the chat template failed ({why}); correct it and export the model again")
+
+
+def _escaped(text: str) -> str:
+    """As JSON of ASCII writes it."""
+    return json.dumps(text, allow_nan=False)[1:-1]
 
 
 def _unmasked(text: str, names: Mapping[str, str]) -> str:
