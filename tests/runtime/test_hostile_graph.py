@@ -94,6 +94,17 @@ def test_terabyte_of_nothing_after_the_weights_is_not_read(bundle: Path) -> None
     assert "1099511627776 bytes, of which the graph reads the first" in refusal_of(bundle)
 
 
+def test_terabytes_of_nothing_that_the_graph_asks_for_are_not_read(bundle: Path) -> None:
+    graph = graph_of(bundle)
+    graph.graph.initializer.append(stored("model.onnx.data", 1 << 41))
+    put(bundle, graph)
+    with (bundle / "model.onnx.data").open("r+b") as file:
+        file.truncate(1 << 43)  # a hole: nothing is stored
+    files = json.loads((bundle / "manifest.json").read_text())["files"]
+    edit_manifest(bundle, files=files | {"model.onnx.data": {"bytes": 1 << 43, "sha256": "0" * 64}})
+    assert "weights of 8796 GB are more than 8 times this machine's memory" in refusal_of(bundle)
+
+
 def test_weights_that_are_read_a_thousand_times_over_are_refused(bundle: Path) -> None:
     graph = graph_of(bundle)
     size = (bundle / "model.onnx.data").stat().st_size

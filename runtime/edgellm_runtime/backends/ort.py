@@ -110,7 +110,10 @@ class OrtBackend(HostBackend):
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
     ) -> Array:
         """See :meth:`edgellm_runtime.backends.Backend.run`."""
-        binding = self._binding(tokens.shape, logit_positions.shape, state)
+        try:
+            binding = self._binding(tokens.shape, logit_positions.shape, state)
+        except MemoryError as error:
+            raise step_fault("ONNX Runtime", error) from error
         binding.tokens[...] = tokens
         binding.lengths[...] = lengths
         binding.past_lengths[...] = state.lengths

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from edgellm_runtime.bundle.manifest import Manifest
@@ -13,6 +14,7 @@ from edgellm_runtime.graphs.onnx_file import MAX_GRAPH_BYTES, read_model
 __all__ = ["weight_files"]
 
 _SPARE_BYTES = 1 << 16  # of a file of weights, after the last tensor: what aligns or fills a page
+_MOST_MEMORY = 8  # times the machine's memory that weights may have: they are mapped, and need not all be in it
 _MOST_SHARED = 4  # times that the graphs' tensors may take what the files have: graphs of one bundle share weights
 
 
@@ -38,7 +40,21 @@ def weight_files(path: Path, manifest: Manifest) -> set[str]:
             )
         if (wanted := sum(t.nbytes for t in tensors)) > _MOST_SHARED * size + _SPARE_BYTES:
             raise BundleError(f"{path / name}: {size} bytes are read as {wanted}; export the model again")
+    total, most = sum(manifest.files[name].bytes for name in read), _MOST_MEMORY * _physical_memory()
+    if total > most > 0:  # before they are hashed to their end
+        raise BundleError(
+            f"{path}: weights of {total / 1e9:.0f} GB are more than {_MOST_MEMORY} times this machine's memory; load "
+            "it on a larger one"
+        )
     return set(read)
+
+
+def _physical_memory() -> int:
+    """Bytes of this machine's memory; 0 where it does not say."""
+    names = getattr(os, "sysconf_names", {})
+    if not {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= names.keys():
+        return 0
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _tensors(graph: Path, manifest: Manifest) -> list[StoredTensor]:
