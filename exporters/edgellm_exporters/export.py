@@ -166,7 +166,15 @@ def _build(
     manifest = _write_manifest(scratch, made.finish(scratch, manifest, progress))
     weight_bytes = sum(manifest.files[n].bytes for n in (*manifest.graph_files, WEIGHTS_FILE))
     opened = Bundle(scratch, checksums=False)
-    return Exported(opened, parity, verification, _count(model), weight_bytes, tuple(notes))
+    return Exported(opened, parity, verification, _count(model), weight_bytes, (*notes, *_floats_named(quantization)))
+
+
+def _floats_named(quantization: Mapping[str, Any]) -> list[str]:
+    """A note on each matrix that no block fits."""
+    return [
+        f"{name} ({rows} x {columns}) stays float, because its rows divide into no block of the format"
+        for name, (rows, columns) in quantization.get("floats", {}).items()
+    ]
 
 
 def _count(model: LanguageModel) -> int:
@@ -288,7 +296,8 @@ def _quantization(options: ExportOptions, plan: Plan) -> dict[str, Any]:
         return {"method": "none", **cache}
     counted = dict(collections.Counter(map(str, plan.schemes.values())))
     rounding = "GPTQ" if options.calibration else "round to nearest"
-    return {"method": options.quantize, "rounding": rounding, "weights": counted, **cache}
+    floats = {"floats": {name: list(shape) for name, shape in sorted(plan.floats.items())}} if plan.floats else {}
+    return {"method": options.quantize, "rounding": rounding, "weights": counted, **floats, **cache}
 
 
 def _environment() -> dict[str, str]:

@@ -134,7 +134,8 @@ def test_rows_that_no_block_divides(capsys: pytest.CaptureFixture[str], tmp_path
     odd = type(recurrent_model())(type(config)(**{**config.to_json(), "width": 40, "recurrent_width": 40}))  # type: ignore[operator, union-attr, call-arg]
     save_checkpoint(tmp_path / "odd", odd, architecture="hybrid", tokenizer_json=None)
     message = refused(capsys, tmp_path / "odd", "--quantize", "int8")
-    assert "rows of 40 weights do not divide into blocks of 16 to 32" in message
+    assert "no weight's rows divide into blocks of 32, such as " in message
+    assert "of 40 weights; choose another format, or quantize nothing" in message
 
 
 # where to

@@ -309,12 +309,14 @@ def test_an_unknown_quantization_is_refused_before_any_work(method: str, said: s
         ExportOptions(quantize=method)
 
 
-def test_blocks_that_do_not_divide_are_refused_when_named_and_fitted_when_not(tmp_path: Path) -> None:
-    with pytest.raises(QuantizeError, match=r"layers\.0\..*rows of 96 weights do not divide into blocks of 64"):
-        export(make("decoder"), tmp_path / "b", options=ExportOptions(quantize="4:64"))
-    assert list(tmp_path.iterdir()) == []
-    plan = planned(make("decoder"), "cpu", "int4")[1]
-    assert plan.schemes["layers.0.mlp.down_proj.weight"].block == 32
+def test_rows_that_divide_into_no_block_stay_float_and_are_named() -> None:
+    plan = planned(make("decoder"), "cpu", "4:64")[1]
+    assert plan.floats["layers.1.mlp.down_proj.weight"] == (96, 160)
+    assert "layers.1.mlp.down_proj.weight" not in plan.schemes
+    assert plan.schemes["layers.1.attention.o_proj.weight"] == Scheme(4, 64)  # of 128 weights
+    fitted = planned(make("decoder"), "cpu", "int4")[1]
+    assert fitted.schemes["layers.0.mlp.down_proj.weight"].block == 32
+    assert not fitted.floats
 
 
 def compute(graph: ir.Model) -> None:

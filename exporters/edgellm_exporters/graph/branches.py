@@ -48,16 +48,11 @@ def _graph(made: Translation, graph: torch.fx.Graph, inputs: Sequence[Any], name
     return ir.Graph([], results, nodes=nodes, name=name)
 
 
-def _while(made: Translation, node: torch.fx.Node, test: Any, body: Any, carried: Any, more: Any, **_: Any) -> Any:
-    test_graph, body_graph = made.values[test].graph, made.values[body].graph
-    first = [made.value(x) for x in carried]
-    (started,) = made.inline(test_graph, [*first, *more])
-    inside = [_new(made, value) for value in first]
-    steps, goes_on = _scalar(made, ir.DataType.INT64), _scalar(made, ir.DataType.BOOL)
-    nodes, results = made.branch(body_graph, [*inside, *more])
-    more_nodes, (again,) = made.branch(test_graph, [*results, *more])
-    loop = ir.Graph([steps, goes_on, *inside], [again, *results], nodes=[*nodes, *more_nodes], name=f"{node.name}.body")
-    return made.ops("Loop", None, made.value(started), *first, like=_several(node), body=loop)
+def _while(made: Translation, node: torch.fx.Node, *_: Any, **__: Any) -> Any:
+    raise made.refuse(
+        node, "a loop that runs until a value ends it may not stand in a bundle; run a fixed number of steps, or "
+        "torch.scan over a tensor",
+    )  # fmt: skip
 
 
 def _scan(made: Translation, node: torch.fx.Node, body: Any, first: Any, rows: Any, more: Any = (), **_: Any) -> Any:
@@ -81,10 +76,6 @@ def _new(made: Translation, like: ir.Value, *, row: bool = False) -> ir.Value:
     if row and like.shape is not None:
         value.shape = ir.Shape(like.shape[1:])
     return value
-
-
-def _scalar(made: Translation, dtype: ir.DataType) -> ir.Value:
-    return ir.Value(name=made.fresh(), shape=ir.Shape([]), type=ir.TensorType(dtype))
 
 
 def _known(forms: Mapping[str, Callable[..., Any]]) -> Mapping[Any, Callable[..., Any]]:

@@ -14,6 +14,8 @@ from edgellm_exporters.lowering.fixed_form import DECODE, Form
 from edgellm_exporters.lowering.in_float32 import compute_in_float32
 from edgellm_exporters.lowering.precision import narrow
 from edgellm_exporters.passes.drop_neutral import DropNeutral
+from edgellm_exporters.passes.find_linears import FindLinears
+from edgellm_exporters.passes.fold_constants import FoldConstants
 from edgellm_exporters.passes.head_norms import HeadNorms
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_runtime.graphs.operators import allowed
@@ -32,6 +34,8 @@ def prepare(captured: ir.Model, target: Target) -> ir.Model:
     clean(captured)
     if expand_references(captured, target.rules):
         clean(captured)
+    for ours in (FindLinears(), FoldConstants()):
+        ours(captured)
     for make in target.passes:
         make()(captured)
     return captured

@@ -120,6 +120,10 @@ def _transposed(made: Translation, node: torch.fx.Node, x: Any, a: int = 0, b: i
     return made.op("Transpose", made.value(x), like=node.meta["val"], perm=axes)
 
 
+def _reversed(made: Translation, node: torch.fx.Node, x: Any) -> Any:
+    return made.op("Transpose", made.value(x), like=node.meta["val"], perm=[*range(len(_shape(x)))][::-1])
+
+
 def _permuted(made: Translation, node: torch.fx.Node, x: Any, dims: Sequence[int]) -> Any:
     if not _plain(x):
         return None
@@ -269,6 +273,7 @@ FORMS: Mapping[Any, Form] = {
     _aten.unsqueeze.default: _unsqueezed,
     _aten.transpose.int: _transposed,
     _aten.t.default: _transposed,
+    _aten.numpy_T.default: _reversed,
     _aten.permute.default: _permuted,
     _aten.slice.Tensor: _sliced,
     _aten.select.int: _selected,

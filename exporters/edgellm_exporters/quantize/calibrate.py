@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.quantize.gptq import gptq
+from edgellm_exporters.quantize.named_weights import is_parametrized
 from edgellm_exporters.quantize.plan import Codes, Scheme
 
 __all__ = ["MIN_TOKENS", "check_windows", "largest_inputs", "quantize_in_turn"]
@@ -86,8 +87,10 @@ def quantize_in_turn(
         column = torch.from_numpy(columns.get(name, np.ones(x.shape[1], dtype=np.float32)))
         row = torch.from_numpy(rows.get(name, np.ones(module.out_features, dtype=np.float32)))[:, None]
         smooth_x = x / column
-        codes = gptq((module.weight.float() * column * row).numpy(), smooth_x.T @ smooth_x, schemes[name])
+        codes = gptq((module.weight.detach().float() * column * row).numpy(), smooth_x.T @ smooth_x, schemes[name])
         found[name] = codes
+        if is_parametrized(module):
+            return  # what it is made of stays; later layers read what it gives as it is
         module.weight = nn.Parameter(torch.from_numpy(codes.dequantize()) / column / row, requires_grad=False)
 
     _visit(model, windows, visit, set(schemes), progress)
@@ -106,7 +109,8 @@ def _visit(
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    layers = {m: names[id(m.weight)] for m in model.modules() if isinstance(m, nn.Linear)}
+    linears = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear)]
+    layers = {m: [f"{path}.weight"] if is_parametrized(m) else names[id(m.weight)] for path, m in linears}
     left = {m for m, own in layers.items() if wanted is None or wanted & set(own)}
     total = len(left)
 
@@ -141,7 +145,7 @@ def _hooked(layers: Mapping[nn.Linear, Any], hook: Any) -> Iterator[None]:
 
 @contextmanager
 def _unchanged(layers: Mapping[nn.Linear, Any]) -> Iterator[None]:
-    before = {layer: layer.weight for layer in layers}
+    before = {layer: layer.weight for layer in layers if not is_parametrized(layer)}
     try:
         yield
     finally:

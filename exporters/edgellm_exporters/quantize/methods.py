@@ -117,17 +117,17 @@ def find_method(name: str, methods: Mapping[str, Method] = METHODS) -> Method:
     return Method(f"{scheme} weights", scheme, ends, bounds, smooth=True, exact=True)
 
 
-def fitted(scheme: Scheme, name: str, columns: int) -> Scheme:
-    """The scheme with the largest block, up to its own, that divides rows of so many columns.
+def fitted(scheme: Scheme, columns: int, *, exact: bool = False) -> Scheme | None:
+    """The scheme with the largest block, up to its own, that divides rows of so many columns; None if none does.
 
-    Raises:
-        QuantizeError: no block does.
+    Args:
+        scheme: what is wanted.
+        columns: of the weight.
+        exact: whether no other block will do.
     """
     if scheme.block == ROW:
         return scheme
-    for block in (256, 128, 64, 32, 16):
+    for block in (scheme.block,) if exact else (256, 128, 64, 32, 16):
         if block <= scheme.block and columns % block == 0:
             return replace(scheme, block=block)
-    raise QuantizeError(
-        f"{name}: rows of {columns} weights do not divide into blocks of 16 to {scheme.block}; quantize nothing"
-    )
+    return None

@@ -205,6 +205,7 @@ class Plan:
         cache: scales of the states that are kept in 8 bits, by state name, (heads * head_dim,).
         cache_left: states that are asked for in 8 bits and stay as they are, with the reasons.
         inputs: what is multiplied with a weight is rounded to its codes with this scale, by the weight's name.
+        floats: matrices that the method would quantize, but whose rows divide into no block, with their shapes.
         by_rows: weights whose rows may be quantized some at a time, so that a vocabulary's table is never whole.
     """
 
@@ -214,6 +215,7 @@ class Plan:
     cache: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     cache_left: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, np.float32] = field(default_factory=dict)
+    floats: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     by_rows: frozenset[str] = frozenset()
     _last: tuple[str, Codes] | None = field(default=None, repr=False)
 

@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from edgellm.ops.schema import views
+from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.passes.merge_linears import parts_of
 from edgellm_exporters.quantize.calibrate import check_windows, largest_inputs, quantize_in_turn
 from edgellm_exporters.quantize.grids import half_precision
 from edgellm_exporters.quantize.lossless import smallest_holding
 from edgellm_exporters.quantize.methods import Method, fitted
+from edgellm_exporters.quantize.named_weights import named_weights
 from edgellm_exporters.quantize.plan import ROW, Codes, Plan, Scheme, joined
 from edgellm_exporters.quantize.rtn import round_to_nearest
 from edgellm_exporters.quantize.smooth import Smoothing, by_part, smooth
@@ -88,6 +90,13 @@ def make_plan(
         done = smoothed(graph, seen)
     schemes = schemes_for(method, uses)
     plan = plan_of(schemes, done, model, calibration, progress)
+    plan.floats = {name: shape for name, shape in uses.shapes.items() if name not in schemes}
+    if plan.floats and not schemes:
+        name, (_, columns) = next(iter(plan.floats.items()))
+        raise QuantizeError(
+            f"no weight's rows divide into blocks of {method.layers.block}, such as {name}'s of {columns} weights; "
+            "choose another format, or quantize nothing"
+        )
     if method.fixed_inputs:
         plan.inputs = _input_scales(schemes, uses, done, seen)
     return plan
@@ -128,7 +137,7 @@ def plan_of(
     few = {name: s for name, s in schemes.items() if s.bits < 8 and not s.shifted} if calibration else {}
     chosen: dict[str, Codes] = {}
     if few:
-        sizes = {name: len(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+        sizes = {name: len(weight) for name, weight in named_weights(model).items()}
         chosen = quantize_in_turn(
             model, calibration, {part: s for name, s in few.items() for part in parts_of(name)},
             {part: f for name, f in done.columns.items() for part in parts_of(name)}, by_part(done.rows, sizes),
@@ -139,14 +148,19 @@ def plan_of(
 
 
 def schemes_for(method: Method, uses: Uses) -> dict[str, Scheme]:
-    """Each matrix's format; integer products are for what is only multiplied with."""
+    """Each matrix's format; integer products are for what is only multiplied with.
+
+    A matrix whose rows divide into no block has none, and stays float.
+    """
     assert method.layers is not None and method.ends is not None
     found: dict[str, Scheme] = {}
     for name, (_, columns) in uses.shapes.items():
         scheme = method.ends if name in uses.ends else method.layers
         if scheme.block == ROW and name not in uses.products and (method.integer_products or scheme.floating):
             scheme = Scheme(8, 32) if method.integer_products else Scheme(8, ROW)
-        found[name] = scheme if method.exact and name not in uses.ends else fitted(scheme, name, columns)
+        fitting = fitted(scheme, columns, exact=method.exact and name not in uses.ends)
+        if fitting is not None:
+            found[name] = fitting
     return found
 
 

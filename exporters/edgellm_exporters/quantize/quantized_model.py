@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.passes.merge_linears import parts_of
+from edgellm_exporters.quantize.named_weights import is_parametrized, named_weights
 from edgellm_exporters.quantize.plan import ROW, Plan
 from edgellm_exporters.quantize.smooth import by_part
 
@@ -31,17 +33,19 @@ def quantized_model(model: nn.Module, plan: Plan, *, integer_products: bool = Tr
         integer_products: whether the target rounds what such layers read; standard ONNX operators do not.
 
     Raises:
-        QuantizeError: the plan quantizes nothing, or rounds what a weight reads that is not an ``nn.Linear``'s.
+        QuantizeError: the plan quantizes nothing, or a weight that the forward computes, or rounds what a weight reads
+            that is not an ``nn.Linear``'s.
     """
     if plan.quantize is None or not plan.schemes:
         raise QuantizeError("the plan leaves weights as they are; compare with the model itself")
     schemes = {part: scheme for name, scheme in plan.schemes.items() for part in parts_of(name)}
     inputs = {part: scale for name, scale in plan.inputs.items() for part in parts_of(name)}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     columns = {part: f for name, f in plan.smoothing.columns.items() for part in parts_of(name)}
-    rows = by_part(plan.smoothing.rows, {name: len(p) for name, p in parameters.items()})
-    rounded = copy.deepcopy(model)
+    rows = by_part(plan.smoothing.rows, {name: len(w) for name, w in named_weights(model).items()})
+    rounded = _without_parametrizations(copy.deepcopy(model))
     by_name = dict(rounded.named_parameters(remove_duplicate=False))
+    if unknown := sorted(schemes.keys() - by_name.keys()):
+        raise QuantizeError(f"{unknown[0]} is computed in the forward; hold its bundle against the model itself")
     with torch.no_grad():
         for name, scheme in schemes.items():
             column = torch.from_numpy(columns[name]) if name in columns else torch.ones(by_name[name].shape[1])
@@ -66,6 +70,19 @@ def _layer(model: nn.Module, weight: str) -> nn.Module:
             "method that leaves them floats"
         )
     return layer
+
+
+def _without_parametrizations(model: nn.Module) -> nn.Module:
+    """Weights that PyTorch computes become parameters of the same name, in place."""
+    for module in list(model.modules()):
+        if is_parametrized(module):
+            made = {name: getattr(module, name).detach() for name in module.parametrizations}  # type: ignore[union-attr]
+            # not by PyTorch's own function, which would change the class that copies share
+            module.__class__ = parametrize.type_before_parametrizations(module)
+            del module.parametrizations
+            for name, weight in made.items():
+                module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+    return model
 
 
 def _round_inputs(layer: nn.Module, column: Tensor, rounding: Callable[[Tensor], Tensor]) -> None:

@@ -167,11 +167,14 @@ def _array(value: ir.Value) -> Array:
 
 
 def by_part(factors: Mapping[str, Array], sizes: Mapping[str, int]) -> dict[str, Array]:
-    """Rows' factors of merged weights, cut into those of the weights that were merged."""
+    """Rows' factors of merged weights, cut into those of the weights that were merged.
+
+    A merged weight with a part that the forward computes, whose size no model tells, is left out.
+    """
     found: dict[str, Array] = {}
     for name, rows in factors.items():
-        start = 0
-        for part in parts_of(name):
+        start, parts = 0, parts_of(name)
+        for part in parts if all(part in sizes for part in parts) else ():
             found[part] = rows[start : start + sizes[part]]
             start += sizes[part]
     return found
