@@ -105,7 +105,7 @@ def run(arguments: list[str]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ModuleNotFoundError as error:
-        return _fail(_missing(error), 1)
+        return _fail(_missing(error, arguments[0] if arguments else ""), 1)
     except OSError as error:
         return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
     return status if isinstance(status, int) else 0
@@ -117,11 +117,13 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
-def _missing(error: ModuleNotFoundError) -> str:
+def _missing(error: ModuleNotFoundError, command: str) -> str:
     extras = {"torch": "export", "onnx": "export", "onnx_ir": "export", "onnxscript": "export", "gguf": "export",
               "safetensors": "export", "matplotlib": "train",
               "sacrebleu": "tasks", "rouge_score": "tasks", "seqeval": "tasks"}  # fmt: skip
     extra = extras.get((error.name or "").split(".")[0])
     if extra is None:
         raise error
-    return f"{error.name} is not installed and this command needs it; pip install 'edgellm[{extra}]'"
+    if command == "train" and extra == "export":  # which asks for less
+        extra = "train"
+    return f"{error.name} is not installed and this command needs it; in a clone of edgellm: pip install '.[{extra}]'"

@@ -101,7 +101,8 @@ def _need(module: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{error.name} is not installed and scoring needs it; pip install 'edgellm[tasks]'", name=error.name
+            f"{error.name} is not installed and scoring needs it; in a clone of edgellm: pip install '.[tasks]'",
+            name=error.name,
         ) from error
 
 

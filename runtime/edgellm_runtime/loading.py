@@ -41,8 +41,8 @@ def load(
             that is worth.
 
     Returns:
-        A model with ``generate``, ``stream``, ``chat`` and ``conversation``. Its tokenizer is read with the first text,
-        and a file that is none is refused then.
+        A model with ``generate``, ``stream``, ``chat`` and ``conversation``. Its tokenizer is parsed with the first
+        text, and a file that is none is refused then; nothing is read from the folder any more.
 
     Raises:
         BundleError: the bundle is missing, damaged, foreign or newer than this runtime.
@@ -66,8 +66,10 @@ def load(
         return Model(session, None, bundle)
     file = bundle.file("tokenizer.json")
     check_info(file, info, session.vocab_size)
-    # Read with the first text: for a vocabulary of 50,000 that takes 0.1 s and 40 MB, which token ids need not pay.
-    return Model(session, lambda: Tokenizer(file, info, vocab_size=session.vocab_size), bundle)
+    data = bundle.read("tokenizer.json")  # by the first text the folder may be gone, or the file another
+    template = bundle.read("chat_template.jinja") if info.has_chat_template else None
+    # Parsed with the first text: for a vocabulary of 50,000 that takes 0.1 s and 40 MB, which token ids need not pay.
+    return Model(session, lambda: Tokenizer(file, info, vocab_size=session.vocab_size, data=data), bundle, template)
 
 
 def open_session(bundle: Bundle, *, device: str = "auto", threads: int | None = None) -> Session:

@@ -39,14 +39,17 @@ class Model:
         tokenizer: or what makes it when it is first needed; None for a bundle without one, whose prompts are token ids
             and whose answers have no text.
         bundle: what was loaded.
+        template: the chat template's source, where it has been read already.
     """
 
     def __init__(
-        self, session: Session, tokenizer: Tokenizer | Callable[[], Tokenizer] | None, bundle: Bundle
+        self, session: Session, tokenizer: Tokenizer | Callable[[], Tokenizer] | None, bundle: Bundle,
+        template: bytes | None = None,
     ) -> None:  # fmt: skip
         self.session = session
         self._tokenizer = tokenizer
         self.bundle = bundle
+        self._template = template
 
     @property
     def device(self) -> str:
@@ -252,7 +255,7 @@ class Model:
         """
         if self.tokenizer is None or not self.has_chat_template:
             raise OptionError(f"{self.bundle.manifest.name} has no chat template; use generate with a plain prompt")
-        return ChatTemplate(self.bundle.file("chat_template.jinja"), self.tokenizer)
+        return ChatTemplate(self.bundle.file("chat_template.jinja"), self.tokenizer, self._template)
 
     def _check_predicts(self) -> None:
         if not self.session.predicts_tokens:

@@ -127,7 +127,7 @@ def test_missing_library_names_the_extra(
 ) -> None:  # fmt: skip
     raises(monkeypatch, ModuleNotFoundError("no onnx_ir", name="onnx_ir.passes"))
     assert run(["export"]) == 1
-    assert "pip install 'edgellm[export]'" in capsys.readouterr().err
+    assert "in a clone of edgellm: pip install '.[export]'" in capsys.readouterr().err
 
 
 def test_fault_of_our_own_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,3 +246,21 @@ def test_threads_of_a_command_hold_for_all_that_it_starts_and_end_with_it(monkey
     assert run(["verify", "x", "--threads", "7", "--json"]) == 0
     assert run(["verify", "x", "--json"]) == 0
     assert seen == [7, thread_count()]
+
+
+@pytest.mark.parametrize(("name", "extra"), [("train", "train"), ("export", "export"), ("eval", "export")])
+def test_missing_pytorch_names_the_extra_of_the_command(
+    name: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raises(monkeypatch, ModuleNotFoundError(name="torch"))
+    assert run([name]) == 1
+    said = f"torch is not installed and this command needs it; in a clone of edgellm: pip install '.[{extra}]'\n"
+    assert capsys.readouterr().err.endswith(said)
+
+
+def test_nothing_tells_people_to_install_edgellm_from_an_index() -> None:
+    for root in ("edgellm", "exporters", "runtime", "docs", "examples"):
+        for file in (REPOSITORY / root).rglob("*"):
+            if file.suffix in (".py", ".md"):
+                assert "install 'edgellm[" not in file.read_text(encoding="utf-8"), file
+    assert "install 'edgellm[" not in (REPOSITORY / "README.md").read_text(encoding="utf-8")

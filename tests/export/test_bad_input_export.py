@@ -284,7 +284,7 @@ def test_missing_onnxruntime_is_told_before_any_work(checkpoint: Path) -> None:
     with command(checkpoint, before="import sys; sys.modules['onnxruntime'] = None") as process:
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "Error: ONNX Runtime is not installed; pip install 'edgellm[cpu]'" in errors
+    assert "Error: ONNX Runtime is not installed; pip install onnxruntime (or" in errors
     assert "capturing" not in errors
     assert "Traceback" not in errors
     only(checkpoint.parent, "checkpoint")
@@ -295,7 +295,8 @@ def test_missing_export_library_names_what_to_install(checkpoint: Path, name: st
     with command(checkpoint, before=f"import sys; sys.modules[{name!r}] = None") as process:
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert errors.endswith(f"{name} is not installed and this command needs it; pip install 'edgellm[export]'\n")
+    said = f"{name} is not installed and this command needs it; in a clone of edgellm: pip install '.[export]'"
+    assert errors.endswith(said + "\n")
     assert "Traceback" not in errors
 
 

@@ -161,5 +161,5 @@ def test_missing_onnxruntime_names_what_to_install() -> None:
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == (
-        "Error: ONNX Runtime is not installed; pip install 'edgellm[cpu]' (or 'edgellm[gpu]' for CUDA, never both)\n"
+        "Error: ONNX Runtime is not installed; pip install onnxruntime (or onnxruntime-gpu for CUDA, never both)\n"
     )

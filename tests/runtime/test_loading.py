@@ -103,13 +103,14 @@ def test_no_thread_is_left(tmp_path: Path) -> None:
     assert set(threading.enumerate()) <= before
 
 
-def test_the_tokenizer_is_read_with_the_first_text_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tokenizer_is_parsed_with_the_first_text_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
     library = tokenizer_module._read
 
-    def reading(path: Path):
+    def reading(path: Path, data: bytes | None):
+        assert data == path.read_bytes()
         read.append(path)
-        return library(path)
+        return library(path, data)
 
     monkeypatch.setattr(tokenizer_module, "_read", reading)
     model = load(attention_bundle(), threads=1)

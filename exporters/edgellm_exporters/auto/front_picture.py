@@ -29,7 +29,7 @@ def check_library() -> None:
         QuantizeError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise QuantizeError("the report needs matplotlib, which is not installed; pip install 'edgellm[export]'")
+        raise QuantizeError("the report needs matplotlib, which is not installed; pip install matplotlib")
 
 
 def draw_front(evidence: Evidence, path: Path) -> None:

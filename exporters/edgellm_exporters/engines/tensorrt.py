@@ -99,7 +99,7 @@ def find_library() -> BuilderLibrary:
             continue
     raise EngineError(
         "neither tensorrt nor tensorrt_rtx is installed, and one of them builds engines; pip install "
-        "'edgellm[tensorrt]', or leave the engines to 'edgellm build' on the device: --no-engine"
+        "tensorrt-rtx cuda-bindings, or leave the engines to 'edgellm build' on the device: --no-engine"
     )
 
 

@@ -41,7 +41,7 @@ def library() -> Any:
         import onnxruntime
     except ImportError as error:
         raise BackendError(
-            "ONNX Runtime is not installed; pip install 'edgellm[cpu]' (or 'edgellm[gpu]' for CUDA, never both)"
+            "ONNX Runtime is not installed; pip install onnxruntime (or onnxruntime-gpu for CUDA, never both)"
         ) from error
     return onnxruntime
 

@@ -54,7 +54,7 @@ def find_library(wanted: Sequence[str] = ()) -> Library:
             continue
     if not installed:
         raise BackendError(
-            "TensorRT is not installed; pip install 'edgellm[tensorrt]' for TensorRT for RTX, or on Jetson and "
+            "TensorRT is not installed; pip install tensorrt-rtx cuda-bindings for TensorRT for RTX, or on Jetson and "
             "data-centre GPUs install NVIDIA's tensorrt, and cuda-bindings beside it"
         )
     name = next((name for name in wanted if name in installed), next(iter(installed)))

@@ -74,7 +74,8 @@ class Bundle:
 
     def _open(self, path: str | Path, checksums: bool) -> list[str]:
         """Check all that can be had at once; the names of the files whose checksums are still to be compared."""
-        self.path, checksums = check_path("path", path), check_flag("checksums", checksums)
+        self.path, self._checksums = check_path("path", path), check_flag("checksums", checksums)
+        self._root = self.path.absolute()  # what is read later lies there, whatever the current directory is by then
         self.manifest = Manifest.from_json(_read_manifest(self.path), self.path / MANIFEST)
         graphs = self.manifest.graph_files
         if absent := [name for name in graphs if name not in self.manifest.files]:
@@ -107,11 +108,32 @@ class Bundle:
         """
         if name not in self.manifest.files:
             raise BundleError(f"{self.path}: has no {name}; export the model again with it")
-        return self.path / name
+        return self._root / name
+
+    def read(self, name: str) -> bytes:
+        """A listed file's content, which is compared with its size and its checksum, whatever is at its path by now.
+
+        Raises:
+            BundleError: there is no such file, or it was changed.
+        """
+        file, info = self.file(name), self.manifest.files[name]
+        try:
+            with file.open("rb") as stream:
+                data = stream.read(info.bytes + 1)
+        except OSError as error:
+            raise BundleError(f"{file}: cannot be read ({error.strerror}); copy the bundle again") from error
+        if len(data) != info.bytes or (self._checksums and hashlib.sha256(data).hexdigest() != info.sha256):
+            raise BundleError(f"{file}: not the file that was exported; it was changed, copy it again")
+        return data
 
     def _check_size(self, name: str, info: FileInfo, most: int | None) -> None:
         file = self.path / name
-        if file.is_symlink() or not file.is_file():
+        if file.is_symlink() and not file.resolve().is_relative_to(self.path.resolve()):
+            raise BundleError(
+                f"{file}: a symbolic link to {file.readlink()}, outside the bundle, and links are not followed there; "
+                f"make a folder of the files themselves: cp -rL {self.path} COPY"
+            )
+        if not file.is_file():
             raise BundleError(f"{file}: missing or not a plain file; copy the bundle again")
         if (found := file.stat().st_size) != info.bytes:
             raise BundleError(f"{file}: {found} bytes instead of {info.bytes}; copy the bundle again")

@@ -40,10 +40,11 @@ class ChatTemplate:
     Args:
         path: ``chat_template.jinja``.
         tokenizer: whose special tokens the template writes.
+        data: what the file holds, where it has been read already.
     """
 
-    def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
-        self._path = path
+    def __init__(self, path: Path, tokenizer: Tokenizer, data: bytes | None = None) -> None:
+        self._path, self._data = path, data
         self._tokenizer = tokenizer
 
     def render(
@@ -212,8 +213,10 @@ class ChatTemplate:
     @cached_property
     def _source(self) -> str:
         try:
-            with self._path.open("rb") as file:
-                data = file.read(_MAX_SOURCE + 1)
+            data = self._data
+            if data is None:
+                with self._path.open("rb") as file:
+                    data = file.read(_MAX_SOURCE + 1)
             if len(data) > _MAX_SOURCE:
                 raise self._broken(f"it is longer than {_MAX_SOURCE} bytes")
             return data.decode()

@@ -34,14 +34,15 @@ class Tokenizer:
         path: the ``tokenizer.json``.
         info: the manifest's entry for it.
         vocab_size: how many ids the model knows.
+        data: what the file holds, where it has been read already.
 
     Raises:
         BundleError: the file cannot be read as a tokenizer, or names tokens that the model does not have.
     """
 
-    def __init__(self, path: Path, info: TokenizerInfo, *, vocab_size: int) -> None:
+    def __init__(self, path: Path, info: TokenizerInfo, *, vocab_size: int, data: bytes | None = None) -> None:
         self._path = path
-        self._library = _read(path)
+        self._library = _read(path, data)
         self._vocab_size = vocab_size
         self._lock = threading.Lock()  # the library's special-token switch is a property of the object, not of a call
         self.bos_token_id = info.bos_token_id
@@ -198,11 +199,11 @@ def _growth(part: Any) -> int:
     return math.prod(map(_growth, part)) if isinstance(part, list) else 1
 
 
-def _read(path: Path) -> Library:
+def _read(path: Path, data: bytes | None) -> Library:
     from tokenizers import Tokenizer as Library
 
     try:
-        library = Library.from_file(str(path))
+        library = Library.from_file(str(path)) if data is None else Library.from_buffer(data)
         # a file may ask for these too, and would silently shorten or lengthen every prompt
         library.no_truncation()
         library.no_padding()
