@@ -141,7 +141,7 @@ def test_file_name_that_leads_elsewhere(capsys: pytest.CaptureFixture[str], bund
     manifest = json.loads((bundle / "manifest.json").read_text())
     edit_manifest(bundle, files=manifest["files"] | {name: {"bytes": 6, "sha256": "0"}})
     message = refused(capsys, bundle)
-    assert "is not a plain name inside the bundle" in message or "control characters" in message
+    assert "is not a plain name inside" in message or "control characters" in message  # what is long loses its end
 
 
 def test_symbolic_link(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
