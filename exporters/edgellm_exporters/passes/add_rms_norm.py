@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgellm.ops import ADD_RMS_NORM, RMS_NORM
-from edgellm.ops.schema import views
+from edgellm.ops.schema import View, views
 
 __all__ = ["FuseAddRMSNorm"]
 
@@ -21,8 +21,8 @@ class FuseAddRMSNorm(ir.passes.InPlacePass):
         """Fuse every pair, in place."""
         changed = False
         for norm in views(list(model.graph), RMS_NORM):
-            add = norm.x.producer()
-            if add is None or add.op_type != "Add" or add.domain != "" or not _same_shape(add):
+            add = _sum_before(norm)
+            if add is None:
                 continue
             a, b = add.inputs
             fused = ADD_RMS_NORM.node(ir.node, a=a, b=b, weight=norm.weight, epsilon=norm.epsilon)
@@ -33,6 +33,17 @@ class FuseAddRMSNorm(ir.passes.InPlacePass):
             )
             changed = True
         return ir.passes.PassResult(model, changed)
+
+    def ensures(self, model: ir.Model) -> None:
+        """No norm is left that could be fused with the sum before it."""
+        left = [norm for norm in views(model.graph, RMS_NORM) if _sum_before(norm) is not None]
+        if left:
+            raise ir.passes.PostconditionError(f"the norm with {left[0].weight.name} was not fused with its sum")
+
+
+def _sum_before(norm: View) -> ir.Node | None:
+    add = norm.x.producer()
+    return add if add is not None and add.op_type == "Add" and add.domain == "" and _same_shape(add) else None
 
 
 def _same_shape(add: ir.Node) -> bool:

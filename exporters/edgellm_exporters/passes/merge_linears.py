@@ -24,16 +24,24 @@ class MergeLinears(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Merge every group, in place."""
-        groups: dict[ir.Value, list[View]] = defaultdict(list)
-        for view in views(model.graph, LINEAR):
-            if all(map(_mergeable, (view.weight, view.bias))):
-                groups[view.x].append(view)
-        changed = False
-        for linears in groups.values():
-            if len(linears) > 1 and len({linear.bias is None for linear in linears}) == 1:
-                _merge(model.graph, [LINEAR.of(linear.node) for linear in linears])  # as earlier merges left them
-                changed = True
-        return ir.passes.PassResult(model, changed)
+        groups = _groups(model)
+        for linears in groups:
+            _merge(model.graph, [LINEAR.of(linear.node) for linear in linears])  # as earlier merges left them
+        return ir.passes.PassResult(model, bool(groups))
+
+    def ensures(self, model: ir.Model) -> None:
+        """Nothing is left to merge."""
+        if left := _groups(model):
+            raise ir.passes.PostconditionError(f"{left[0][0].weight.name} could be merged and was not")
+
+
+def _groups(model: ir.Model) -> list[list[View]]:
+    """Linears that can become one."""
+    readers: dict[ir.Value, list[View]] = defaultdict(list)
+    for view in views(model.graph, LINEAR):
+        if all(map(_mergeable, (view.weight, view.bias))):
+            readers[view.x].append(view)
+    return [found for found in readers.values() if len(found) > 1 and len({v.bias is None for v in found}) == 1]
 
 
 def _mergeable(value: ir.Value | None) -> bool:

@@ -19,19 +19,35 @@ class SplitSequence(ir.passes.InPlacePass):
         """Replace every one, in place."""
         changed = False
         for node in list(model.graph):
-            if node.op_type == "SplitToSequence" and node.domain == "":
-                changed |= _replace(model.graph, node)
+            known = _known_parts(node)
+            if known is not None:
+                _replace(model.graph, node, *known)
+                changed = True
         return ir.passes.PassResult(model, changed)
 
+    def ensures(self, model: ir.Model) -> None:
+        """No sequence of known parts is left."""
+        if left := [node for node in model.graph if _known_parts(node) is not None]:
+            raise ir.passes.PostconditionError(f"the sequence {left[0].outputs[0].name} is still one")
 
-def _replace(graph: ir.Graph, node: ir.Node) -> bool:
+
+def _known_parts(node: ir.Node) -> tuple[list[int], list[int]] | None:
+    """Which members are read and how long each part is, of a sequence that is known so far."""
+    if node.op_type != "SplitToSequence" or node.domain != "":
+        return None
     readers = [user for user, _ in node.outputs[0].uses()]
     members = [_number(reader.inputs[1]) if reader.op_type == "SequenceAt" else None for reader in readers]
     keepdims, sizes = node.attributes.get("keepdims"), _sizes(node)
-    if sizes is None or None in members or node.outputs[0].is_graph_output():
-        return False
+    if sizes is None or node.outputs[0].is_graph_output():
+        return None
     if len(node.inputs) < 2 and keepdims is not None and not keepdims.as_int():
-        return False  # its members have an axis less
+        return None  # its members have an axis less
+    found = [member for member in members if member is not None]
+    return (found, sizes) if len(found) == len(members) else None
+
+
+def _replace(graph: ir.Graph, node: ir.Node, members: list[int], sizes: list[int]) -> None:
+    readers = [user for user, _ in node.outputs[0].uses()]
     value = ir.Value(
         name=f"{node.outputs[0].name}.sizes", const_value=ir.tensor(np.array(sizes, dtype=np.int64)),
         shape=ir.Shape([len(sizes)]), type=ir.TensorType(ir.DataType.INT64),
@@ -39,11 +55,10 @@ def _replace(graph: ir.Graph, node: ir.Node) -> bool:
     graph.register_initializer(value)
     split = ir.node("Split", [node.inputs[0], value], num_outputs=len(sizes), attributes={"axis": _axis(node)})
     old = [reader.outputs[0] for reader in readers]
-    new = [split.outputs[member] for member in members if member is not None]
+    new = [split.outputs[member] for member in members]
     for before, after in zip(old, new, strict=True):
         after.type, after.shape = before.type, before.shape
     ir.convenience.replace_nodes_and_values(graph, node, [*readers, node], [split], old, new)
-    return True
 
 
 def _axis(node: ir.Node) -> int:
