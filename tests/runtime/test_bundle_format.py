@@ -52,8 +52,8 @@ OF_FIXED_SIZES = {"graphs", "capacity", "engines", "choosers"}
 
 
 def test_graphs_and_engines_have_the_documented_keys() -> None:
-    from test_engines_here import engine
-    from test_engines_here import manifest as of_graphs
+    from engine_manifests import engine
+    from engine_manifests import manifest as of_graphs
 
     chooser = ChooserInfo(1, engine("choose"))
     written = of_graphs(engine("prefill"), engine("decode"), choosers=(chooser,)).to_json()
