@@ -184,7 +184,7 @@ class Manifest:
         files = {name: FileInfo(_whole(f["bytes"]), _a(str, f["sha256"])) for name, f in data["files"].items()}
         for name in files:
             if not _FILE_NAME.fullmatch(name) or name.lower() == MANIFEST or len(name) > _MAX_NAME:
-                raise ValueError(f"file name {name!r} is not a plain name inside the bundle")
+                raise ValueError(f"file name {name[:80]!r} is not a plain name inside the bundle")
         if len({name.lower() for name in files}) < len(files):  # one file on some disks
             raise ValueError("two files' names differ in capital letters only")
         tokenizer = data.get("tokenizer")
