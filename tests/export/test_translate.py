@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+from plain_models import PlainConfig, PlainGemma
 from torch import Tensor, nn
 
+from edgellm_exporters.export import ExportOptions, export
 from edgellm_exporters.graph.capture import OPSET
 from edgellm_exporters.graph.translate import translated
 
@@ -220,17 +223,6 @@ PAGE: dict[str, Callable[..., Any]] = {
         x.maximum(x * 2),        F.smooth_l1_loss(x, x * 2), torch.atan2(x, x + 1), F.threshold(x, 0.1, 20),
     ),
 }  # fmt: skip
-MODULES: dict[str, Callable[[], nn.Module]] = {
-    "layer norm": lambda: nn.LayerNorm(WIDTH),
-    "rms norm": lambda: nn.RMSNorm(WIDTH),
-    "linear": lambda: nn.Linear(WIDTH, 6),
-    "a block": lambda: nn.Sequential(
-        nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 16), nn.GELU(), nn.Dropout(0.5), nn.Linear(16, 8)
-    ),
-    "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, 6)),
-    "prelu": lambda: nn.PReLU(),
-    "bilinear": lambda: Of(lambda x, *_: None),
-}
 
 
 def close(found: Sequence[np.ndarray], wanted: Sequence[Tensor], what: str) -> None:
@@ -248,3 +240,28 @@ def test_operators_give_what_pytorch_gives_at_other_sizes_too(name: str) -> None
     assert {node.domain for node in model.graph} == {""}
     for given in (inputs(), inputs(1, 7), inputs(3, 6)):
         close(run(model, given), flat(module(*given)), name)
+
+
+@pytest.mark.parametrize("name", ["attention by hand", "normed by hand", "rotary", "softmax"])
+def test_operators_give_what_pytorchs_own_exporter_gives(name: str) -> None:
+    module = Of(PAGE[name])
+    program = traced(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = torch.onnx.export(
+            program, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
+            input_names=["x", "ids", "valid"], output_names=named(program),
+        )  # fmt: skip
+    assert theirs is not None
+    given = inputs(3, 6)
+    for ours, other in zip(run(translation(module), given), run(theirs.model, given), strict=True):
+        np.testing.assert_allclose(ours, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_of_plain_pytorch_is_captured_without_pytorchs_exporter_and_exported(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", None)
+        exported = export(PlainGemma(PlainConfig(num_layers=2)), tmp_path / "out", options=ExportOptions(target="onnx"))
+    assert exported.verification.ok
+    assert exported.parity.logits < 1e-4
