@@ -56,7 +56,7 @@ def lfm2(*pattern: str, bias: bool) -> Callable[[], nn.Module]:
 def mamba2(*, groups: int, bias: bool) -> Callable[[], nn.Module]:
     config = Mamba2Config(
         vocab_size=VOCAB, width=64, num_layers=2, num_heads=4, head_dim=24, state_size=16, num_groups=groups, bias=bias,
-        tie_embeddings=not bias, max_context=CONTEXT,
+        tie_embeddings=True, max_context=CONTEXT,
     )  # fmt: skip
     return lambda: Mamba2(config)
 

@@ -139,7 +139,7 @@ class Mixer(nn.Module):
         x = x.reshape(batch, time, c.num_heads, c.head_dim)
         v = (x * dt[..., None]).flatten(2)
         y, s = linear_attention(
-            q, b, v, state.get(f"{prefix}.s"), -dt * self.a_log.exp(), num_heads=c.num_heads, num_groups=c.num_groups
+            q, b, v, -dt * self.a_log.exp(), state.get(f"{prefix}.s"), num_heads=c.num_heads, num_groups=c.num_groups
         )
         y = (y.reshape(x.shape) + x * self.d[:, None]).flatten(2) * F.silu(z)  # (batch, time, inner)
         out: Tensor = self.out_proj(self._normed(y))

@@ -2,7 +2,7 @@
 
 from edgellm.ops.attention import ATTENTION, attention
 from edgellm.ops.linear import EMBEDDING, LINEAR
-from edgellm.ops.linear_attention import linear_attention
+from edgellm.ops.linear_attention import LINEAR_ATTENTION, linear_attention
 from edgellm.ops.norm import ADD_RMS_NORM, RMS_NORM
 from edgellm.ops.positions import TAKE_POSITIONS, take_positions
 from edgellm.ops.recurrence import GRU, LSTM, RNN, RecurrentWeights, elman, gru, lstm
@@ -15,6 +15,7 @@ __all__ = [
     "EMBEDDING",
     "GRU",
     "LINEAR",
+    "LINEAR_ATTENTION",
     "LSTM",
     "REQUIRED",
     "RMS_NORM",

@@ -21,7 +21,7 @@ from edgellm.ops.canonical import DOMAIN
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.graph import capture as capture_module
 from edgellm_exporters.graph.capture import INPUTS, capture
-from edgellm_exporters.graph.lower import clean, lower_to
+from edgellm_exporters.graph.lower import clean, lower_to, prepare
 from edgellm_exporters.graph.targets import TARGETS, find_target
 from edgellm_exporters.graph.write import write_graph
 from edgellm_exporters.passes.add_rms_norm import FuseAddRMSNorm
@@ -128,8 +128,7 @@ def test_the_translation_of_plain_pytorch_computes_what_pytorchs_exporters_does(
     import onnxruntime as ort
 
     def results(graph: ir.Model) -> list[np.ndarray]:
-        clean(graph)
-        lower_to(graph, TARGETS["onnx"], Plan())
+        lower_to(prepare(graph, TARGETS["onnx"]), TARGETS["onnx"], Plan())
         options = ort.SessionOptions()
         options.log_severity_level = 3
         session = ort.InferenceSession(ir.to_proto(graph).SerializeToString(), options, ["CPUExecutionProvider"])

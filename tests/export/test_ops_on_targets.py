@@ -65,6 +65,15 @@ def around(time: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def fading(time: int) -> dict[str, Any]:
+    """A memory of 4 heads, whose keys two share."""
+    q, k = (numbers(BATCH, time, KV_HEADS * DIM) for _ in range(2))
+    return {
+        "q": q, "k": k, "v": numbers(BATCH, time, HEADS * 8), "decay": -numbers(BATCH, time, HEADS).abs(),
+        "past": numbers(BATCH, HEADS, DIM, 8), "num_heads": HEADS, "num_groups": KV_HEADS,
+    }  # fmt: skip
+
+
 def plain(op: str, time: int) -> dict[str, Any]:
     """The least that a node of an op has."""
     torch.manual_seed(0)
@@ -80,6 +89,7 @@ def plain(op: str, time: int) -> dict[str, Any]:
         "RNN": lambda: recurrent(1, time, activation="tanh"),
         "LSTM": lambda: recurrent(4, time, c=numbers(BATCH, HIDDEN)),
         "GRU": lambda: recurrent(3, time),
+        "LinearAttention": lambda: fading(time),
     }
     return every[op]()
 
@@ -108,6 +118,7 @@ MORE: dict[tuple[str, str], Any] = {  # what a node may have besides: by op and 
     ("Attention", "softcap"): lambda: {"softcap": 1.5},
     ("Attention", "window"): lambda: {"window": 3},
     ("Attention", "softcap and window"): lambda: {"softcap": 1.5, "window": 4},
+    ("LinearAttention", "past"): lambda: {"past": None},
     ("RNN", "activation"): lambda: {"activation": "relu"},
     ("RNN", "lengths"): lambda: {"lengths": None},
     ("LSTM", "lengths"): lambda: {"lengths": None},

@@ -43,15 +43,15 @@ def token_by_token(q: Tensor, k: Tensor, v: Tensor, s: Tensor, decay: Tensor, gr
 @pytest.mark.parametrize("time", [1, 9, 140])
 def test_linear_attention_is_its_recurrence(groups: int, time: int) -> None:
     q, k, v, past, decay = memory(time, groups)
-    found = linear_attention(q, k, v, past, decay, num_heads=HEADS, num_groups=groups)
+    found = linear_attention(q, k, v, decay, past, num_heads=HEADS, num_groups=groups)
     for a, b in zip(found, token_by_token(q, k, v, past, decay, groups), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_linear_attention_without_a_memory_starts_from_zeros() -> None:
     q, k, v, past, decay = memory(7, 2)
-    found = linear_attention(q, k, v, None, decay, num_heads=HEADS, num_groups=2)
-    expected = linear_attention(q, k, v, torch.zeros_like(past), decay, num_heads=HEADS, num_groups=2)
+    found = linear_attention(q, k, v, decay, None, num_heads=HEADS, num_groups=2)
+    expected = linear_attention(q, k, v, decay, torch.zeros_like(past), num_heads=HEADS, num_groups=2)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -59,7 +59,7 @@ def test_linear_attention_without_a_memory_starts_from_zeros() -> None:
 def test_linear_attention_is_learned_even_where_all_is_forgotten_at_once() -> None:
     q, k, v, past, decay = memory(4, 2)
     decay[:, 1] = -1e4
-    inputs = [x.requires_grad_() for x in (q, k, v, past, decay)]
+    inputs = [x.requires_grad_() for x in (q, k, v, decay, past)]
     call = torch.autograd.gradcheck(lambda *x: linear_attention(*x, num_heads=HEADS, num_groups=2), inputs)
     assert call
 
@@ -68,12 +68,12 @@ def test_linear_attention_is_learned_even_where_all_is_forgotten_at_once() -> No
 @given(cuts=st.sets(st.integers(1, 19)), padding=st.integers(0, 3), seed=st.integers(0, 99))
 def test_a_memory_read_in_pieces_with_padding_is_the_whole(cuts: set[int], padding: int, seed: int) -> None:
     q, k, v, past, decay = memory(20, 2, seed)
-    whole, end = linear_attention(q, k, v, past, decay, num_heads=HEADS, num_groups=2)
+    whole, end = linear_attention(q, k, v, decay, past, num_heads=HEADS, num_groups=2)
     pieces, s = [], past
     for start, stop in zip([0, *sorted(cuts)], [*sorted(cuts), 20], strict=True):
         zeros = [torch.cat([x[:, start:stop], x[:, :padding] * 0], 1) for x in (k, v, decay)]
         asked = torch.cat([q[:, start:stop], q[:, :padding]], 1)
-        y, s = linear_attention(asked, zeros[0], zeros[1], s, zeros[2], num_heads=HEADS, num_groups=2)
+        y, s = linear_attention(asked, zeros[0], zeros[1], zeros[2], s, num_heads=HEADS, num_groups=2)
         pieces.append(y[:, : stop - start])
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(s, end, rtol=1e-10, atol=1e-10)

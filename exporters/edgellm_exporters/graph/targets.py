@@ -42,7 +42,7 @@ class Target:
         roles: whether it has a graph for prompts and one for single tokens, of fixed sizes, instead of one for all.
         device: where its graphs are meant to run.
         inputs: what its graphs may take besides the inputs that all have.
-        wide: by dtype, ops of ONNX that have kernels in float32 only.
+        wide: by dtype, ops that have kernels in float32 only, or sum what 16 bits would lose.
         check_kernel: refuses a format of weights that it would compute with, but far too slowly.
         lacks_kernel: why it has no kernel for a canonical node and computes it in standard operators; else empty.
     """
@@ -90,7 +90,9 @@ TARGETS: Mapping[str, Target] = {
             passes=(MergeLinears, FuseAddRMSNorm), domains={"": OPSET, ort.DOMAIN: 1}, dtypes=("float16", "bfloat16"),
             caches=("float32",), ragged_chunks=False, methods={n: METHODS[n] for n in ("none", "int8", "int4")},
             device="cuda", lacks_kernel=ort.lacks_kernel, inputs=(cuda.TOTAL_LENGTH,),
-            wide={"bfloat16": ("LSTM", "GRU", "RNN")},
+            wide={
+                "float16": ("LinearAttention",), "bfloat16": ("LSTM", "GRU", "RNN", "LinearAttention"),
+            },
         ),
     )
 }  # fmt: skip

@@ -1,4 +1,6 @@
-"""Ops that compute in float32 inside a narrower graph, because a target has no kernel of theirs that is narrower."""
+"""Ops that compute in float32 inside a narrower graph, because a target has no kernel of theirs that is
+narrower, or a narrower one would lose what they sum.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,10 @@ def compute_in_float32(model: ir.Model, ops: Collection[str], dtype: str) -> Non
 
     Args:
         model: whose main graph is changed.
-        ops: names of ops in ONNX's own domain.
+        ops: names of ops.
         dtype: that of the graph.
     """
-    for node in [n for n in model.graph if n.op_type in ops and not n.domain]:
+    for node in [n for n in model.graph if n.op_type in ops]:
         for index, value in enumerate(node.inputs):
             if value is not None and value.dtype in (None, FLOATS[dtype]):  # None: what another node makes
                 cast = _cast(value, ir.DataType.FLOAT)
@@ -35,6 +37,10 @@ def compute_in_float32(model: ir.Model, ops: Collection[str], dtype: str) -> Non
             model.graph.insert_after(node, cast)
             for user, index in uses:
                 user.replace_input_with(index, cast.outputs[0])
+            if value.is_graph_output():
+                name, value.name = value.name, f"{value.name}.wide"
+                cast.outputs[0].name = name
+                model.graph.outputs[model.graph.outputs.index(value)] = cast.outputs[0]
 
 
 def _cast(value: ir.Value, dtype: ir.DataType) -> ir.Node:

@@ -235,6 +235,14 @@ def _packed(view: View) -> ir.Value | None:
     return packed
 
 
+def linear_attention(context: Lowering, view: View) -> Sequence[ir.Value]:
+    """LinearAttention, which goes from token to token, and shares keys among neighbouring heads as we do."""
+    return context.ops(
+        2, "LinearAttention", view.q, view.k, view.v, view.past, view.decay, domain=DOMAIN, update_rule="gated",
+        q_num_heads=view.num_groups, kv_num_heads=view.num_heads, scale=1.0,
+    )  # fmt: skip
+
+
 def codes_of(context: Lowering, weight: ir.Value, shape: tuple[int, ...], view: str) -> ir.Value:
     """Packed codes; every view of them shares its bytes on disk."""
     quantized = context.quantized(weight)
@@ -275,6 +283,7 @@ RULES: Mapping[str, Rule] = {
     "Attention": attention,
     "Embedding": embedding,
     "Linear": linear_rule(_matmul),
+    "LinearAttention": linear_attention,
     "RMSNorm": rms_norm,
     **recurrent.rules(_matmul, hoist=_hoist, folds=True),
 }

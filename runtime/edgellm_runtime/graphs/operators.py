@@ -188,6 +188,10 @@ _FUSED: Mapping[str, Mapping[str, Range]] = {
         "local_window_size": Whole(-1, 1 << 31), "num_heads": _COUNT, "v_quant_type": _CACHED,
         "rotary_interleaved": _FLAG, "scale": _REAL, "smooth_softmax": Whole(-1, 1), "softcap": _REAL,
     },
+    "LinearAttention": {
+        "chunk_size": _COUNT, "kv_num_heads": _COUNT, "q_num_heads": _COUNT, "scale": _REAL,
+        "update_rule": _words("linear gated"),
+    },
     "MatMulIntegerToFloat": {},
     "MatMulNBits": _QUANTIZED,
     "SkipLayerNormalization SkipSimplifiedLayerNormalization": {"epsilon": _REAL},
