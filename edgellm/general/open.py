@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
@@ -15,8 +16,9 @@ from edgellm.checkpoints import Checkpoint
 from edgellm.checkpoints.files import read_json
 from edgellm.checkpoints.huggingface_text import read_text_files
 from edgellm.checkpoints.lora_source import ADAPTER_CONFIG
-from edgellm.errors import CheckpointError
+from edgellm.errors import CheckpointError, UnsupportedError
 from edgellm.general.model import GeneralModel
+from edgellm.models.registry import foreign_names
 
 __all__ = ["has_transformers", "open_general"]
 
@@ -48,6 +50,7 @@ def open_general(path: Path, *, trust_remote_code: bool = False, fused: bool = T
             "installed: install the extra hf"
         )
     _check_beside(path, config, trust_remote_code)
+    _check_known(path, kind, config, trust_remote_code)
     with _offline():
         model = _load(path, trust_remote_code)
     tokens = _tokens(model)
@@ -81,6 +84,29 @@ def _check_beside(path: Path, config: Mapping[str, Any], trust_remote_code: bool
         )
     if (path / ADAPTER_CONFIG).exists() and importlib.util.find_spec("peft") is None:
         raise CheckpointError(f"{path} has an adapter, which transformers loads with PEFT only; pip install peft")
+
+
+def _check_known(path: Path, kind: str, config: Mapping[str, Any], trust_remote_code: bool) -> None:
+    """Refuse a type that the installed transformers has no causal language model of, naming those it may be."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+    if kind in KNOWN or (trust_remote_code and config.get("auto_map")) or _registered(kind):
+        return
+    near = difflib.get_close_matches(kind, [*KNOWN, *foreign_names("huggingface")], n=3)
+    raise UnsupportedError(
+        f"{path / 'config.json'}: unknown architecture {kind!r}; edgellm loads "
+        f"{', '.join(foreign_names('huggingface'))}, and what transformers {transformers.__version__} has a causal "
+        f"language model of" + (f"; did you mean {' or '.join(near)}?" if near else "")
+    )
+
+
+def _registered(kind: str) -> bool:
+    """Whether the program has taught transformers a type of its own."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in AutoModelForCausalLM._model_mapping
 
 
 def _load(path: Path, trust_remote_code: bool) -> Any:

@@ -86,6 +86,8 @@ def test_unknown_foreign_architecture(capsys: pytest.CaptureFixture[str], tmp_pa
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "perceptron"}))
     assert "unknown architecture 'perceptron'; edgellm loads " in refused(capsys, tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "gemma22"}))
+    assert "did you mean gemma2 or " in refused(capsys, tmp_path / "hf")
 
 
 def test_checkpoint_of_a_newer_format(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
@@ -105,7 +107,7 @@ NAME = "layers.1.attention.k_proj.weight"
 def test_missing_tensor(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
     edit_tensors(checkpoint, lambda t: t.pop(NAME))
     message = refused(capsys, checkpoint)
-    assert message.endswith(f"tensor {NAME} of shape (16, 32) is missing; the checkpoint is incomplete")
+    assert message.endswith(f"tensor {NAME} of shape (16, 32) is missing, so the checkpoint is incomplete")
 
 
 def test_misshaped_tensor(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
