@@ -142,8 +142,10 @@ class _Positions:
 def by_attention(
     context: Lowering, q: ir.Value, keys: ir.Value, values: ir.Value, visible: ir.Value, form: Heads
 ) -> ir.Value:
-    """ONNX's Attention under a mask of truth values."""
-    return context.op("Attention", q, keys, values, visible, scale=form.scale, softcap=form.softcap)
+    """ONNX's Attention under a mask of truth values; with a soft cap, products."""
+    if form.softcap:  # the kernel caps one score after another: ten times the time over a filled cache
+        return by_products(context, q, keys, values, visible, form)
+    return context.op("Attention", q, keys, values, visible, scale=form.scale)
 
 
 def by_masked_attention(
