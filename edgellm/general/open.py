@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from edgellm.checkpoints.huggingface_text import read_text_files
 from edgellm.checkpoints.lora_source import ADAPTER_CONFIG
 from edgellm.errors import CheckpointError, UnsupportedError
 from edgellm.general.model import GeneralModel
+from edgellm.general.types import causal_types, nearest, transformers_version
 from edgellm.models.registry import foreign_names
 
 __all__ = ["has_transformers", "open_general"]
@@ -88,15 +88,13 @@ def _check_beside(path: Path, config: Mapping[str, Any], trust_remote_code: bool
 
 def _check_known(path: Path, kind: str, config: Mapping[str, Any], trust_remote_code: bool) -> None:
     """Refuse a type that the installed transformers has no causal language model of, naming those it may be."""
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
-
-    if kind in KNOWN or (trust_remote_code and config.get("auto_map")) or _registered(kind):
+    known = causal_types()
+    if kind in known or (trust_remote_code and config.get("auto_map")) or _registered(kind):
         return
-    near = difflib.get_close_matches(kind, [*KNOWN, *foreign_names("huggingface")], n=3)
+    near = nearest(kind, known)
     raise UnsupportedError(
         f"{path / 'config.json'}: unknown architecture {kind!r}; edgellm loads "
-        f"{', '.join(foreign_names('huggingface'))}, and what transformers {transformers.__version__} has a causal "
+        f"{', '.join(foreign_names('huggingface'))}, and what transformers {transformers_version()} has a causal "
         f"language model of" + (f"; did you mean {' or '.join(near)}?" if near else "")
     )
 

@@ -65,7 +65,7 @@ def test_every_command_and_option_has_help(name: str) -> None:
         if isinstance(parameter, click.Option):
             assert parameter.help, parameter.name
         elif isinstance(parameter, click.Argument):
-            assert str(parameter.metavar or parameter.name).rstrip(".").upper() in found.help, parameter.name
+            assert str(parameter.metavar or parameter.name).strip("[].").upper() in found.help, parameter.name
 
 
 @pytest.mark.parametrize("name", COMMANDS)
