@@ -69,3 +69,24 @@ def test_greedy_tokens_equal_transformers(exported: Exported, reference) -> None
             eos_token_id=None, pad_token_id=0,
         )[0, len(tokens) :].tolist()  # fmt: skip
         assert list(ours) == theirs, prompt
+
+
+def test_what_the_readme_says_of_frances_capital_is_true(ours: Checkpoint, tmp_path: Path) -> None:
+    text = TextAssets(
+        tokenizer_json=ours.tokenizer_json or "", chat_template=ours.chat_template, bos_token_id=ours.bos_token_id,
+        eos_token_ids=ours.eos_token_ids,
+    )  # fmt: skip
+    began = {}
+    for method in ("none", "int8", "keep"):
+        export(ours.model, tmp_path / method, options=ExportOptions(quantize=method), text=text)
+        model = load(tmp_path / method)
+        tokens = model.chat_template.encode([{"role": "user", "content": PROMPTS[0]}])
+        began[method] = model.generate(tokens, max_new_tokens=24).text
+        if method == "none":
+            logits = model.session.step(np.array([tokens]), model.session.new_state(1), logits="last").reshape(-1)
+            shares = np.exp(logits.astype(np.float64) - logits.max())
+            shares /= shares.sum()
+            first, second = (shares[model.tokenizer.encode(word)[0]] for word in ("The", "L"))
+            assert (round(float(first), 3), round(float(second), 3)) == (0.152, 0.140)
+    assert began["none"] == "The capital of France is Paris."
+    assert began["int8"].startswith("L'") and began["keep"].startswith("L'")
