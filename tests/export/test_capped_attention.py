@@ -1,4 +1,4 @@
-"""Capped scores on ONNX Runtime's CPU: a kernel for one token a row, written out for several, one cache for both."""
+"""Capped scores on ONNX Runtime's CPU: a kernel for few of them, written out for many, one cache for both."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_rows_of_unequal_length_see_their_own_windows(session: Session) -> None:
             assert np.abs(found[row, -1] - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-def test_one_token_takes_the_kernel_alone() -> None:
+def test_few_scores_take_the_kernel_alone() -> None:
     graph, plan = planned(make(FAMILY), "cpu", "none")
     lowered = lower_to(graph, find_target("cpu"), plan)
     outer = [node.op_type for node in lowered.graph]

@@ -1,8 +1,8 @@
-"""Attention with capped scores on ONNX Runtime's CPU: its kernel for one token a row, products and a softmax for more.
+"""Attention with capped scores on ONNX Runtime's CPU: its kernel for few scores, products and a softmax for many.
 
 GroupQueryAttention caps one score after another with the C library's tanh, and leaves its blocked path for that: 256
-tokens of 4 heads after 768 others take it 26 ms, the nodes here 2 ms, and without a cap 1.7 ms. For one token the
-kernel is the quicker. An If chooses between the two; both write the cache in place.
+tokens of 4 heads after 768 others take it 26 ms, the nodes here 2 ms, and without a cap 1.7 ms. For one token a row, or
+for a few over few, it is the quicker: less is to be started. An If chooses; both branches write the cache in place.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from edgellm_exporters.lowering.context import Lowering, shape_of
 __all__ = ["capped_attention"]
 
 Kernel = Callable[[], Sequence[ir.Value]]
+_FEW = 2048  # scores that the kernel caps in the time that the further nodes take to be started
 
 
 class _Places(NamedTuple):
-    """Where a chunk's tokens stand and what they see; of a single token a row, nothing that means anything."""
+    """Where a chunk's tokens stand and what they see; for few scores, nothing that means anything."""
 
     positions: ir.Value  # (batch, time), within the rotation's table
     slots: ir.Value  # (batch, kv_heads, time, 3), where each key and value goes
@@ -34,46 +35,47 @@ class _Places(NamedTuple):
 
 
 def capped_attention(
-    context: Lowering, view: View, packed: ir.Value | None, kernel: Kernel, scales: Sequence[ir.Value | None]
-) -> Sequence[ir.Value]:
+    context: Lowering, view: View, longest: ir.Value, packed: ir.Value | None, kernel: Kernel,
+    scales: Sequence[ir.Value | None],
+) -> Sequence[ir.Value]:  # fmt: skip
     """Lower an Attention whose scores are capped.
 
     Args:
         context: of the lowering.
         view: the node.
+        longest: the tokens of the longest row with the new ones, a scalar.
         packed: queries, keys and values side by side, where there is such a tensor.
         kernel: its form as GroupQueryAttention.
         scales: of the features of an 8-bit cache, keys' and values' (kv_heads, 1, head_dim); None for floats.
     """
-    single, places = _single(context), _places(context, view)
-    return choose(
-        context, str(view.y.name), single, kernel, lambda: _written_out(context, view, packed, places, scales)
-    )
+    few = _few(context, view, longest)
+    places = _places(context, view, few)
+    return choose(context, str(view.y.name), few, kernel, lambda: _written_out(context, view, packed, places, scales))
 
 
-def _single(context: Lowering) -> ir.Value:
-    """Whether rows have one token each."""
+def _few(context: Lowering, view: View, longest: ir.Value) -> ir.Value:
+    """Whether there are few scores besides those of one token a row."""
 
     def make() -> ir.Value:
-        time = context.op("Shape", context.input("tokens"), start=1, end=2)
-        return context.op("Equal", context.op("Squeeze", time), context.const(1))
+        more = context.op("Sub", context.op("Shape", context.input("tokens"), start=1, end=2), context.const([1]))
+        scores = context.op("Mul", more, context.op("Cast", longest, to=ir.DataType.INT64))
+        return context.op("LessOrEqual", scores, context.const([_FEW // view.num_heads]))
 
-    return context.once("single", make)
+    return context.once(("few", longest, view.num_heads), make)
 
 
-def _places(context: Lowering, view: View) -> _Places:
-    """Made once for all layers of one window, and for several tokens only."""
+def _places(context: Lowering, view: View, few: ir.Value) -> _Places:
+    """Made once for all layers of one window, and for many scores only."""
     limit = 2**31 if view.cos is None else shape_of(view.cos)[0]
     shape = (view.num_kv_heads, view.num_heads // view.num_kv_heads)
 
     def nothing() -> list[ir.Value]:
-        whole, flag = context.const([0]), context.const([0.0], np.float32)
-        return [context.op("Identity", value) for value in (*[whole] * 4, flag)]
+        numbers = context.ops(4, "Split", context.const([0] * 4), axis=0, num_outputs=4)
+        return [*numbers, context.op("Identity", context.const([0.0], np.float32))]
 
     def make() -> _Places:
         name = f"{view.y.name}.places"
-        single = _single(context)
-        return _Places(*choose(context, name, single, nothing, lambda: _computed(context, view, limit, *shape)))
+        return _Places(*choose(context, name, few, nothing, lambda: _computed(context, view, limit, *shape)))
 
     return context.once(("places", view.past_lengths, view.window, limit, *shape), make)
 

@@ -153,7 +153,7 @@ def attention(context: Lowering, view: View) -> Sequence[ir.Value]:
         return kernel()
     heads = (view.num_kv_heads, 1, -1)
     each = [context.const(scale.reshape(heads), np.float32) for scale in scales]
-    return capped_attention(context, view, _packed(view), kernel, each or (None, None))
+    return capped_attention(context, view, longest, _packed(view), kernel, each or (None, None))
 
 
 def grouped_attention(
