@@ -85,21 +85,6 @@ class Mamba2Config(Shape):
                 f"{self.conv_taps} at least 2"
             )
 
-    @property
-    def inner(self) -> int:
-        """Features of x, of all heads together."""
-        return self.num_heads * self.head_dim
-
-    @property
-    def keys(self) -> int:
-        """Features of B, and of C, of all groups together."""
-        return self.num_groups * self.state_size
-
-    @property
-    def mixed(self) -> int:
-        """Features that pass the convolution: x, B and C."""
-        return self.inner + 2 * self.keys
-
 
 PRESETS: Mapping[str, Mamba2Config] = {
     "tiny": Mamba2Config(
@@ -114,13 +99,15 @@ class Mixer(nn.Module):
     def __init__(self, config: Mamba2Config) -> None:
         super().__init__()
         self.config = c = config
-        self.in_proj = nn.Linear(c.width, c.inner + c.mixed + c.num_heads, bias=c.bias)
-        self.conv = CausalConv(c.mixed, c.conv_taps, bias=c.conv_bias)
+        self.inner, self.keys = c.num_heads * c.head_dim, c.num_groups * c.state_size  # features of x, and of B and C
+        mixed = self.inner + 2 * self.keys
+        self.in_proj = nn.Linear(c.width, self.inner + mixed + c.num_heads, bias=c.bias)
+        self.conv = CausalConv(mixed, c.conv_taps, bias=c.conv_bias)
         self.dt_offset = nn.Parameter(torch.rand(c.num_heads).mul(4.6).sub(6.9).exp().expm1().log())  # dt 0.001 to 0.1
         self.a_log = nn.Parameter(torch.arange(1.0, c.num_heads + 1).log())
         self.d = nn.Parameter(torch.ones(c.num_heads))
-        self.norm = nn.Parameter(torch.ones(c.inner))
-        self.out_proj = nn.Linear(c.inner, c.width, bias=c.bias)
+        self.norm = nn.Parameter(torch.ones(self.inner))
+        self.out_proj = nn.Linear(self.inner, c.width, bias=c.bias)
 
     def state_specs(self, prefix: str, dtype: str) -> list[StateSpec]:
         """S of each head, and the state of the convolution."""
@@ -131,9 +118,9 @@ class Mixer(nn.Module):
         """(batch, time, width) to the same shape, and this layer's part of the new state."""
         c = self.config
         batch, time, _ = u.shape
-        z, xbc, dt = torch.split(self.in_proj(u), [c.inner, c.mixed, c.num_heads], dim=-1)
+        z, xbc, dt = torch.split(self.in_proj(u), [self.inner, self.conv.width, c.num_heads], dim=-1)
         xbc, present = self.conv(xbc, state, prefix, step)
-        x, b, q = torch.split(F.silu(xbc), [c.inner, c.keys, c.keys], dim=-1)
+        x, b, q = torch.split(F.silu(xbc), [self.inner, self.keys, self.keys], dim=-1)
         valid = torch.arange(time, device=u.device) < step.lengths[:, None]
         dt = F.softplus(dt + self.dt_offset) * valid[:, :, None]  # (batch, time, heads); padding adds and fades nothing
         x = x.reshape(batch, time, c.num_heads, c.head_dim)
