@@ -36,6 +36,7 @@ FOREIGN: Mapping[str, Mapping[str, Any]] = {
         "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4,
         "n_routed_experts": 4,
     },  # values narrower than keys
+    "gpt_oss": COMMON | HEADS | EXPERTS | {"sliding_window": WINDOW},  # sinks, windows, experts with biases
     "granite": COMMON | HEADS | {
         "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1, "logits_scaling": 8.0,
     },

@@ -128,4 +128,18 @@ def _slots_of(layers: int) -> Any:
         def get_max_length(self) -> int:
             return -1
 
-    return Cache(layers=[Slot(index) for index in range(layers)])
+    class Slots(Cache):  # type: ignore[misc]
+        get_conv_state = update_conv_state = get_recurrent_state = update_recurrent_state = _refuse_state
+
+        def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
+            return False
+
+    return Slots(layers=[Slot(index) for index in range(layers)])
+
+
+def _refuse_state(self: Any, *args: Any, **kwargs: Any) -> None:
+    raise CheckpointError(
+        "it is recurrent: its layers keep another state than keys and values, such as a recurrence's or a "
+        "convolution's, and the general road has attention alone; such a family needs a file of its own in "
+        "edgellm/models"
+    )

@@ -159,7 +159,7 @@ class _Run(Call):
         y, present_k, present_v = attention(
             q, k, v, self.state.get(key), self.state.get(value), self.step.past_lengths, self.step.lengths, cos, sin,
             num_heads=known.num_heads, num_kv_heads=known.num_kv_heads, scale=known.scale, softcap=known.softcap,
-            window=known.window,
+            window=known.window, sinks=keywords.get("s_aux"),
         )  # fmt: skip
         if present_k is not None and present_v is not None:
             self.present |= {key: present_k, value: present_v}

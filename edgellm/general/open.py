@@ -49,6 +49,11 @@ def open_general(path: Path, *, trust_remote_code: bool = False, fused: bool = T
             f"{path}: {kind!r} is no architecture of edgellm's own, and transformers, through which others go, is not "
             "installed: install the extra hf"
         )
+    if config.get("is_encoder_decoder"):
+        raise UnsupportedError(
+            f"{path / 'config.json'}: {kind} has an encoder beside its decoder (is_encoder_decoder); edgellm exports "
+            "decoders alone, so export such a model's decoder only if it was trained to be one"
+        )
     _check_beside(path, config, trust_remote_code)
     _check_known(path, kind, config, trust_remote_code)
     with _offline():

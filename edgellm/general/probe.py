@@ -75,8 +75,12 @@ class _Look(Call):
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None, keywords: Mapping[str, Any]
     ) -> Tensor:
         window, softcap = _window(mask, keywords), float(keywords.get("softcap") or 0.0)
-        if keywords.get("s_aux") is not None:
-            raise CheckpointError("its attention has sinks (s_aux), which no target has a form of")
+        sinks = keywords.get("s_aux")
+        if sinks is not None and sinks.shape != q.shape[1:2]:
+            raise CheckpointError(
+                f"its attention has sinks (s_aux) of shape {tuple(sinks.shape)}, and only one for each of its "
+                f"{q.shape[1]} heads has a form here"
+            )
         if keywords.get("is_causal") is False:
             raise CheckpointError("its attention looks ahead (is_causal is false); only causal models can be exported")
         other = sorted(
@@ -151,6 +155,7 @@ def probe(model: nn.Module, layers: int) -> list[Seen]:
     if look.waiting or sorted(look.seen) != list(range(layers)):
         absent = sorted(set(range(layers)) - look.seen.keys())
         raise CheckpointError(
-            f"its layers {absent[:4]} do not go through transformers' attention interface, so what they keep is unknown"
+            f"its layers {absent[:4]} do not go through transformers' attention interface, so what they keep is "
+            "unknown; it is recurrent, or its attention is the module's own"
         )
     return [look.seen[index] for index in range(layers)]

@@ -2,7 +2,8 @@
 
 softmax(QK^T / sqrt(d_k)) V, Vaswani et al. 2017, arXiv:1706.03762; rotary positions, Su et al. 2021, arXiv:2104.09864;
 grouped queries, Ainslie et al. 2023, arXiv:2305.13245; norms of each head's query and key, Dehghani et al. 2023,
-arXiv:2302.05442; windows, Beltagy et al. 2020, arXiv:2004.05150; soft caps of scores, Gemma 2, arXiv:2408.00118.
+arXiv:2302.05442; windows, Beltagy et al. 2020, arXiv:2004.05150; soft caps of scores, Gemma 2, arXiv:2408.00118;
+sinks, gpt-oss, arXiv:2508.10925.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ __all__ = ["ATTENTION", "attend", "attention", "merge_heads", "normed_heads", "r
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, past_k: Tensor | None, past_v: Tensor | None, past_lengths: Tensor,
     lengths: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None, *, num_heads: int, num_kv_heads: int, scale: float, epsilon: float = 1e-6,
-    softcap: float = 0.0, window: int = 0,
+    k_norm: Tensor | None = None, sinks: Tensor | None = None, *, num_heads: int, num_kv_heads: int, scale: float,
+    epsilon: float = 1e-6, softcap: float = 0.0, window: int = 0,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """See :func:`attention`; ``epsilon`` is its ``norm_eps``."""
     if q_norm is not None and k_norm is not None:
@@ -33,19 +34,19 @@ def attention_reference(
         q, k = rotary(q, cos, sin, positions), rotary(k, cos, sin, positions)
     if past_k is None or past_v is None:
         steps = torch.arange(time, device=q.device)
-        y = attend(q, k, v, _visible(steps[None], time, window) if window else None, scale, softcap)
+        y = attend(q, k, v, _visible(steps[None], time, window) if window else None, scale, softcap, sinks)
         return merge_heads(y), None, None
     slots = positions[:, None, :, None].expand_as(k)
     present_k, present_v = past_k.scatter(2, slots, k), past_v.scatter(2, slots, v)
     total = int(positions.max()) + 1
     visible = _visible(positions, total, window)
-    y = attend(q, present_k[:, :, :total], present_v[:, :, :total], visible, scale, softcap)
+    y = attend(q, present_k[:, :, :total], present_v[:, :, :total], visible, scale, softcap, sinks)
     return merge_heads(y), present_k, present_v
 
 
 ATTENTION = Op(
     name="Attention",
-    inputs=("q", "k", "v", "past_k", "past_v", "past_lengths", "lengths", "cos", "sin", "q_norm", "k_norm"),
+    inputs=("q", "k", "v", "past_k", "past_v", "past_lengths", "lengths", "cos", "sin", "q_norm", "k_norm", "sinks"),
     outputs=("y", "present_k", "present_v"),
     attributes={
         "num_heads": REQUIRED, "num_kv_heads": REQUIRED, "scale": REQUIRED, "epsilon": 1e-6, "softcap": 0.0,
@@ -61,7 +62,7 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, past_k: Tensor | None, past_v: Tensor | None, past_lengths: Tensor,
     lengths: Tensor, cos: Tensor | None, sin: Tensor | None, *, num_heads: int, num_kv_heads: int, scale: float,
     q_norm: Tensor | None = None, k_norm: Tensor | None = None, norm_eps: float = 1e-6, softcap: float = 0.0,
-    window: int = 0,
+    window: int = 0, sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Attend from each new token to itself and everything before it in its row.
 
@@ -83,6 +84,8 @@ def attention(
         norm_eps: added to the mean square in these norms.
         softcap: a bound that scaled scores approach, softcap * tanh(scores / softcap); 0 for none.
         window: how many positions a token sees, its own and those just before it; 0 for all.
+        sinks: (num_heads,), for each head the score of something that every token sees beside the keys and that has no
+            value, or None for no such thing.
 
     Returns:
         The attended values (batch, time, num_heads * head_dim), and the cache with the new tokens written in.
@@ -98,8 +101,8 @@ def attention(
         raise ValueError("attention captured without a cache: pass the state that state_specs() declares")
     norms = {} if q_norm is None else {"q_norm": q_norm, "k_norm": k_norm, "epsilon": norm_eps}
     y, present_k, present_v = ATTENTION(
-        q, k, v, past_k, past_v, past_lengths, lengths, cos, sin, num_heads=num_heads, num_kv_heads=num_kv_heads,
-        scale=scale, softcap=softcap, window=window, **norms,
+        q, k, v, past_k, past_v, past_lengths, lengths, cos, sin, sinks=sinks, num_heads=num_heads,
+        num_kv_heads=num_kv_heads, scale=scale, softcap=softcap, window=window, **norms,
     )  # fmt: skip
     return y, present_k, present_v
 
@@ -132,18 +135,26 @@ def _visible(positions: Tensor, total: int, window: int) -> Tensor:
     return visible & (slots > own - window) if window else visible
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, softcap: float) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, softcap: float, sinks: Tensor | None = None
+) -> Tensor:
     """Q (batch, heads, time, head_dim) over k and v (batch, kv_heads, slots, head_dim); no mask is the causal one."""
     group = q.shape[1] // k.shape[1]
-    if not softcap:
+    if not softcap and sinks is None:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale, enable_gqa=group > 1
         )
     if visible is None:
         visible = _visible(torch.arange(q.shape[2], device=q.device)[None], k.shape[2], 0)
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = softcap * torch.tanh(q @ k.transpose(2, 3) * scale / softcap)  # (batch, heads, time, slots)
-    return scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v
+    scores = q @ k.transpose(2, 3) * scale  # (batch, heads, time, slots)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is None:
+        return scores.softmax(-1) @ v
+    sink = sinks[:, None, None].to(scores.dtype).expand(*scores.shape[:3], 1)
+    return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1] @ v
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -82,7 +82,15 @@ def test_windows_and_caps_are_found() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "target"),
-    [("gemma2", "cpu"), ("qwen3", "cpu"), ("gpt2", "onnx"), ("mixtral", "onnx"), ("deepseek_v3", "cpu")],
+    [
+        ("gemma2", "cpu"),
+        ("qwen3", "cpu"),
+        ("gpt2", "onnx"),
+        ("mixtral", "onnx"),
+        ("deepseek_v3", "cpu"),
+        ("gpt_oss", "cpu"),
+        ("gpt_oss", "onnx"),
+    ],
 )
 def test_an_export_by_the_general_road_runs_and_says_what_transformers_says(
     kind: str, target: str, tmp_path: Path
@@ -231,17 +239,20 @@ def test_a_family_that_nobody_has_heard_of_goes_through(tmp_path: Path) -> None:
     ("kind", "changes", "said"),
     [
         ("openai-gpt", FOREIGN["gpt2"], "do not go through transformers' attention interface"),
-        ("mamba", {"state_size": 8}, "does not follow"),
-        (
-            "gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": WINDOW},
-            "its attention has sinks",
-        ),
-        ("jamba", {"use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1}, "does not follow"),
+        ("mamba", {"state_size": 8}, "it is recurrent: its layers keep another state"),
+        ("jamba", {"use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1}, "it is recurrent"),
     ],
 )  # fmt: skip
 def test_what_has_no_form_is_refused_in_a_sentence(kind: str, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(CheckpointError, match=said):
         GeneralModel(build(kind, **changes))
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_a_model_with_an_encoder_is_refused_before_it_is_loaded(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{kind}", "is_encoder_decoder": true}}', encoding="utf-8")
+    with pytest.raises(CheckpointError, match=f"{kind} has an encoder beside its decoder"):
+        read_checkpoint(tmp_path)
 
 
 def test_without_transformers_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

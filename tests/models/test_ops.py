@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -101,17 +103,19 @@ def test_one_norm_without_the_other_is_refused() -> None:
         normed_attention(q, k, v, q_norm=gain)
 
 
+@pytest.mark.parametrize("sinking", [False, True])
 @pytest.mark.parametrize(("softcap", "window"), [(0.0, 0), (0.7, 0), (0.0, 3), (0.7, 1)])
-def test_attention_is_softmax_of_scaled_scores_times_values(softcap: float, window: int) -> None:
+def test_attention_is_softmax_of_scaled_scores_times_values(softcap: float, window: int, sinking: bool) -> None:
     """Against softmax(QK^T / sqrt(d_k)) V written out, one head and one row at a time."""
     torch.manual_seed(0)
     heads, kv_heads, dim = 4, 2, 8
     q = torch.randn(2, 5, heads * dim, dtype=torch.float64)
     k, v = (torch.randn(2, 5, kv_heads * dim, dtype=torch.float64) for _ in range(2))
+    sinks = torch.randn(heads, dtype=torch.float64) if sinking else None
     none = torch.zeros(2, dtype=torch.int32)
     y, _, _ = attention(
         q, k, v, None, None, none, none + 5, None, None, num_heads=heads, num_kv_heads=kv_heads, scale=dim**-0.5,
-        softcap=softcap, window=window,
+        softcap=softcap, window=window, sinks=sinks,
     )  # fmt: skip
     for row in range(2):
         for head in range(heads):
@@ -122,14 +126,19 @@ def test_attention_is_softmax_of_scaled_scores_times_values(softcap: float, wind
                 scores = softcap * (scores / softcap).tanh()
             hidden = torch.ones(5, 5).triu(1) + torch.ones(5, 5).tril(-window if window else -5)
             scores = scores.masked_fill(hidden.bool(), -torch.inf)
-            torch.testing.assert_close(y[row, :, mine], scores.softmax(-1) @ v[row, :, theirs])
+            powers = scores.exp()
+            total = powers.sum(-1, keepdim=True) + (0 if sinks is None else sinks[head].exp())
+            torch.testing.assert_close(y[row, :, mine], powers / total @ v[row, :, theirs])
 
 
-@pytest.mark.parametrize(("softcap", "window"), [(0.0, 3), (0.7, 0), (0.7, 3)])
-def test_attention_over_a_cache_step_by_step_equals_the_whole(softcap: float, window: int) -> None:
+@pytest.mark.parametrize(
+    ("softcap", "window", "sinking"), [(0.0, 3, False), (0.7, 0, False), (0.7, 3, False), (0.0, 3, True)]
+)
+def test_attention_over_a_cache_step_by_step_equals_the_whole(softcap: float, window: int, sinking: bool) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 7, heads * 8, dtype=torch.float64) for heads in (4, 2, 2))
-    options = {"num_heads": 4, "num_kv_heads": 2, "scale": 0.5, "softcap": softcap, "window": window}
+    options: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "scale": 0.5, "softcap": softcap, "window": window}
+    options["sinks"] = torch.randn(4, dtype=torch.float64) if sinking else None
     none = torch.zeros(2, dtype=torch.int32)
     whole, _, _ = attention(q, k, v, None, None, none, none + 7, None, None, **options)
     past_k, past_v = (torch.zeros(2, 2, 9, 8, dtype=torch.float64) for _ in "kv")

@@ -128,9 +128,13 @@ def add_rms_norm(context: Lowering, view: View) -> Sequence[ir.Value]:
 
 def lacks_kernel(view: View) -> str:
     """Why no kernel takes a node, which then runs in its standard form; empty where one does."""
-    if view.op is ATTENTION and (size := standard.head_dim_of(view)) % _HEAD_DIM:
+    if view.op is not ATTENTION:
+        return ""
+    if (size := standard.head_dim_of(view)) % _HEAD_DIM:
         return f"head size {size}, and the kernel takes multiples of {_HEAD_DIM}"
-    return ""
+    return (
+        "sinks beside a soft cap, which no form with the kernel has" if view.sinks is not None and view.softcap else ""
+    )
 
 
 def attention(context: Lowering, view: View) -> Sequence[ir.Value]:
@@ -143,7 +147,7 @@ def attention(context: Lowering, view: View) -> Sequence[ir.Value]:
     )
     scales = _cache_scales(context, view)
     narrow = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8} if scales else {}
-    inputs = [None, None, None, *(context.const(scale, np.float32) for scale in scales)] if scales else []
+    inputs = [context.const(scale, np.float32) for scale in scales]
     _last(context, view)  # made here, where all layers find it
 
     def kernel() -> Sequence[ir.Value]:
@@ -165,15 +169,21 @@ def grouped_attention(
         context: of the lowering.
         view: an Attention.
         longest: the tokens of the longest row with the new ones, a scalar.
-        more: what the kernel reads after the rotation's tables.
+        more: what the kernel reads after the sinks.
         attributes: of the kernel, besides those that the op has.
     """
     last = _last(context, view)
     return context.ops(
         3, "GroupQueryAttention", *_queries_keys_values(context, view), view.past_k, view.past_v, last, longest,
-        view.cos, view.sin, *more, domain=DOMAIN, num_heads=view.num_heads, kv_num_heads=view.num_kv_heads,
-        scale=view.scale, do_rotary=int(view.cos is not None), **_bounds(view), **attributes,
+        view.cos, view.sin, *_after_tables(view, more), domain=DOMAIN, num_heads=view.num_heads,
+        kv_num_heads=view.num_kv_heads, scale=view.scale, do_rotary=int(view.cos is not None), **_bounds(view),
+        **attributes,
     )  # fmt: skip
+
+
+def _after_tables(view: View, more: Sequence[ir.Value | None]) -> list[ir.Value | None]:
+    """The kernel's inputs after the rotation's tables, of which positions and a bias are never given."""
+    return [None, None, view.sinks, *more] if more or view.sinks is not None else []
 
 
 def _bounds(view: View) -> dict[str, float | int]:

@@ -134,7 +134,7 @@ def _attention(context: Lowering, view: View, attend: Attend) -> Sequence[ir.Val
     total = context.op("Unsqueeze", _total(context, past), context.const(0))  # (1,)
     visible = [context.op("Slice", x, context.const([0]), total, context.const([2])) for x in present]
     mask = _mask(context, past, view.window)
-    form = Heads(view.num_heads, view.num_kv_heads, head_dim_of(view), view.scale, view.softcap)
+    form = Heads(view.num_heads, view.num_kv_heads, head_dim_of(view), view.scale, view.softcap, view.sinks)
     y = attend(context, q, visible[0], visible[1], mask, form)  # (batch, heads, time, head_dim)
     merged = context.op("Transpose", y, perm=[0, 2, 1, 3])
     return [context.op("Reshape", merged, context.const([0, 0, -1])), *present]

@@ -31,6 +31,7 @@ class Heads:
     head_dim: int
     scale: float
     softcap: float
+    sinks: ir.Value | None = None  # (heads,), scores that take part in the softmax and have no value
 
 
 # From queries (batch, heads, time, head_dim), keys and values (batch, kv_heads, slots + time, head_dim) and what may be
@@ -142,8 +143,10 @@ class _Positions:
 def by_attention(
     context: Lowering, q: ir.Value, keys: ir.Value, values: ir.Value, visible: ir.Value, form: Heads
 ) -> ir.Value:
-    """ONNX's Attention under a mask of truth values; with a soft cap, products."""
-    if form.softcap:  # the kernel caps one score after another: ten times the time over a filled cache
+    """ONNX's Attention under a mask of truth values; with a soft cap or sinks, products."""
+    if (
+        form.softcap or form.sinks is not None
+    ):  # the kernel has no sinks, and caps one score after another: ten times the time over a filled cache
         return by_products(context, q, keys, values, visible, form)
     return context.op("Attention", q, keys, values, visible, scale=form.scale)
 
@@ -151,8 +154,8 @@ def by_attention(
 def by_masked_attention(
     context: Lowering, q: ir.Value, keys: ir.Value, values: ir.Value, visible: ir.Value, form: Heads
 ) -> ir.Value:
-    """ONNX's Attention under a mask of addends, the one that TensorRT takes; it knows no soft cap."""
-    assert not form.softcap
+    """ONNX's Attention under a mask of addends, the one that TensorRT takes; it knows no soft cap and no sinks."""
+    assert not form.softcap and form.sinks is None
     return context.op("Attention", q, keys, values, _addends(context, visible), scale=form.scale, is_causal=0)
 
 
@@ -168,9 +171,22 @@ def by_products(
     mask = context.once(
         ("addends of groups", visible), lambda: context.op("Unsqueeze", _addends(context, visible), apart)
     )
-    shares = context.op("Softmax", context.op("Add", scores, mask), axis=-1)  # (batch, kv_heads, group, time, keys)
+    seen = context.op("Add", scores, mask)  # (batch, kv_heads, group, time, keys)
+    shares = _shares(context, seen, form)
     y = context.op("MatMul", shares, context.op("Unsqueeze", values, apart))
     return context.op("Reshape", y, context.const([0, form.heads, -1, form.head_dim]))
+
+
+def _shares(context: Lowering, scores: ir.Value, form: Heads) -> ir.Value:
+    """A softmax of scores (batch, kv_heads, group, time, keys), in which each head's sink takes its share."""
+    if form.sinks is None:
+        return context.op("Softmax", scores, axis=-1)
+    sinks = context.op("Reshape", form.sinks, context.const([form.kv_heads, -1, 1, 1]))
+    last = context.const([-1])
+    highest = context.op("Max", context.op("ReduceMax", scores, last, keepdims=1), sinks)
+    powers = context.op("Exp", context.op("Sub", scores, highest))
+    beside = context.op("Exp", context.op("Sub", sinks, highest))
+    return context.op("Div", powers, context.op("Add", context.op("ReduceSum", powers, last, keepdims=1), beside))
 
 
 def scaled_scores(context: Lowering, products: ir.Value, scale: float, softcap: float) -> ir.Value:
