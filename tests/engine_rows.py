@@ -13,6 +13,7 @@ import torch
 from families import CONTEXT, VOCAB, make, planned
 from torch import nn
 
+from edgellm.models.gemma2 import Gemma2, Norm
 from edgellm_exporters.engines.fixed_sizes import sizes_of, write_roles
 from edgellm_exporters.engines.options import EngineOptions
 from edgellm_exporters.engines.parser_check import Facts
@@ -72,6 +73,11 @@ def _rounded(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for tensor in (*copied.parameters(), *copied.buffers()):
             tensor.copy_(tensor.bfloat16().float())
+        for ours, theirs in zip(copied.modules(), model.modules(), strict=True):
+            if isinstance(ours, Norm) and isinstance(theirs, Norm):  # a graph holds 1 + w, and rounds that
+                ours.weight.copy_((1 + theirs.weight).bfloat16().float() - 1)
+            if isinstance(ours, Gemma2):
+                ours.scale = float(torch.tensor(ours.scale).bfloat16())
     return copied
 
 

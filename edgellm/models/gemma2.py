@@ -141,7 +141,7 @@ class Gemma2(nn.Module):
     def __init__(self, config: Gemma2Config) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.embedding, self.scale = nn.Embedding(config.vocab_size, config.width), config.width**0.5
         self.layers = nn.ModuleList(Layer(config, window) for window in config.windows)
         self.norm = Norm(config)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
@@ -164,7 +164,7 @@ class Gemma2(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Tokens (batch, time) to logits (batch, count, vocab_size) and the new state."""
         state, step = state or {}, step or Step.whole(tokens)
-        x = self.embedding(tokens) * self.config.width**0.5  # (batch, time, width)
+        x = self.embedding(tokens) * self.scale  # (batch, time, width)
         present: dict[str, Tensor] = {}
         for i, layer in enumerate(self.layers):
             x, new = layer(x, state, f"layers.{i}", step, self.rotary)
