@@ -54,7 +54,7 @@ class FakeSession:
     def new_state(self, batch: int = 1, capacity: int = 0) -> State:
         return State(self.specs, batch, max(capacity, 1))
 
-    def step(self, tokens, state, *, lengths=None, logits="last"):
+    def step(self, tokens, state, *, lengths=None, logits="last", progress=None):
         batch, time = tokens.shape
         assert batch == state.batch
         valid = np.full(batch, time) if lengths is None else lengths

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_runtime.arguments import is_sequence, shown
+from edgellm_runtime.arguments import check_instance, check_integer, is_sequence, shown
 from edgellm_runtime.errors import BundleError, ContextError, OptionError
 from edgellm_runtime.generation.conversation import Conversation, TemplateInputs
 from edgellm_runtime.generation.generate import Generation, GenerationOptions, OptionKeywords, Run, Stream
+from edgellm_runtime.generation.text_state import TextState
 from edgellm_runtime.session import Session
 from edgellm_runtime.text.chat import ChatTemplate, Objects
 from edgellm_runtime.text.messages import Message
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Model"]
 
 Tokens = Sequence[int] | NDArray[np.integer[Any]]
+_MOST_ANSWERS = 2**16
 
 
 class Model:
@@ -67,13 +71,59 @@ class Model:
             self._tokenizer = self._tokenizer()
         return self._tokenizer
 
+    def __repr__(self) -> str:
+        m = self.bundle.manifest
+        return f"<Model {m.name}: {m.target['name']} {m.dtype}, on {self.device}, context {self.session.max_context}>"
+
+    def new_state(self) -> TextState:
+        """The state of an empty text, to be given to :meth:`generate`, :meth:`stream` or :meth:`read`."""
+        self._check_predicts()
+        return TextState(self.session, self.bundle)
+
+    def load_state(self, path: str | Path) -> TextState:
+        """A state that ``TextState.save`` wrote, here or in another process, with this very bundle.
+
+        Raises:
+            StateError: no such file, a damaged one, or the state of another model or of another version of it.
+        """
+        self._check_predicts()
+        return TextState.load(path, self.session, self.bundle)
+
+    def read(self, prompt: str | Tokens, *, state: TextState | None = None) -> TextState:
+        """Read a prompt and answer nothing: a state that answers to what follows can go on from.
+
+        Args:
+            prompt: a text or token ids.
+            state: what it goes on from, which stays as it is; None: an empty text.
+
+        Raises:
+            OptionError: as for :meth:`generate`.
+            ContextError: likewise.
+            StateError: likewise.
+        """
+        before = self.new_state() if state is None else state
+        tokens = self._text(prompt, before)
+        kept = before.resumed(self.session, len(tokens))
+        if unread := tokens[before.read_tokens : -1]:
+            self.session.step(np.array([unread]), kept, logits="none")
+        return before.extended(tokens, kept, len(tokens))
+
     @overload
-    def generate(self, prompt: str | Tokens, **options: Unpack[OptionKeywords]) -> Generation: ...
+    def generate(
+        self, prompt: str | Tokens, *, state: TextState | None = None, **options: Unpack[OptionKeywords]
+    ) -> Generation: ...
 
     @overload
     def generate(self, prompt: list[str] | list[list[int]], **options: Unpack[OptionKeywords]) -> list[Generation]: ...
 
-    def generate(self, prompt: Any, **options: Unpack[OptionKeywords]) -> Generation | list[Generation]:
+    @overload
+    def generate(
+        self, prompt: str | Tokens, *, n: int, state: TextState | None = None, **options: Unpack[OptionKeywords]
+    ) -> list[Generation]: ...
+
+    def generate(
+        self, prompt: Any, *, state: TextState | None = None, n: int | None = None, **options: Unpack[OptionKeywords]
+    ) -> Generation | list[Generation]:
         """Go on from a prompt, or from each of a list of prompts in one batch.
 
         A row of a batch gets what its prompt gets alone, as far as the kernels round rows alike; with a seed, each row
@@ -83,29 +133,47 @@ class Model:
         Args:
             prompt: a text or token ids; or a list of texts or of lists of token ids, and then the answers are a list
                 too, of none for an empty one.
+            state: the text that one prompt goes on from, and what reading it left; it stays as it is, and the answer's
+                ``state`` has the prompt and the answer too. The prompt may then be empty.
+            n: so many answers to one prompt, as a list; the prompt is read once, and answer ``i`` is what the seed
+                ``seed + i`` gives.
             **options: those of :class:`GenerationOptions`.
 
         Raises:
             OptionError: an argument of the wrong kind or outside its range, or an empty prompt where the model has no
                 bos token; of a batch, the prompt is named by its number.
             ContextError: a prompt is longer than the context.
+            StateError: the state is another model's.
         """
         checked = GenerationOptions(**options)
         self._check_predicts()
-        many = _is_batch(prompt)
+        answers = 1 if n is None else check_integer("n", n, 1, _MOST_ANSWERS)
+        many = _is_batch(prompt) and (len(prompt) > 0 or state is None)  # nothing, to a state, is an empty prompt
+        if many and (state is not None or n is not None):
+            given = "a state" if state is not None else f"n of {answers}"
+            raise OptionError(f"{given} goes with one prompt, but there is a list of {len(prompt)}; call it for each")
         if many and not len(prompt):
             return []
-        prompts = [self._tokens(p, f"prompt {i}") for i, p in enumerate(prompt)] if many else [self._tokens(prompt)]
-        run = Run(self.session, self.tokenizer, prompts, checked)
+        if many:
+            prompts = [self._tokens(p, f"prompt {i}") for i, p in enumerate(prompt)]
+        else:
+            prompts = [self._tokens(prompt) if state is None else self._text(prompt, state)]
+        if answers > 1 and isinstance(checked.seed, int):
+            checked = replace(checked, seed=[checked.seed + i for i in range(answers)])
+        run = Run(self.session, self.tokenizer, prompts, checked, text_state=state, answers=answers)
         for _ in run.chunks():
             pass
-        return [run.result(row) for row in range(len(prompts))] if many else run.result()
+        results = [run.result(row) for row in range(len(prompts) * answers)]
+        return results[0] if not many and n is None else results
 
-    def stream(self, prompt: str | Tokens, **options: Unpack[OptionKeywords]) -> Stream:
+    def stream(
+        self, prompt: str | Tokens, *, state: TextState | None = None, **options: Unpack[OptionKeywords]
+    ) -> Stream:
         """The same for one prompt, chunk by chunk; ``generation`` has the whole answer at the end.
 
         Args:
             prompt: a text or token ids.
+            state: as for :meth:`generate`.
             **options: those of :class:`GenerationOptions`.
 
         Raises:
@@ -113,7 +181,8 @@ class Model:
             ContextError: likewise.
         """
         self._check_predicts()
-        return Stream(Run(self.session, self.tokenizer, [self._tokens(prompt)], GenerationOptions(**options)))
+        tokens = self._tokens(prompt) if state is None else self._text(prompt, state)
+        return Stream(Run(self.session, self.tokenizer, [tokens], GenerationOptions(**options), text_state=state))
 
     def chat(
         self, messages: Sequence[Message], *, tools: Objects | None = None, documents: Objects | None = None,
@@ -261,11 +330,17 @@ class Model:
         if not self.session.predicts_tokens:
             raise OptionError(f"{self.bundle.manifest.name} labels words and writes no text; use label_roles")
 
-    def _tokens(self, prompt: Any, name: str = "the prompt") -> list[int]:
+    def _text(self, prompt: Any, state: TextState) -> list[int]:
+        """The tokens of a state's text and a prompt that goes on with it."""
+        check_instance("state", state, TextState, "model.new_state() makes one")
+        state.check_for(self.session, self.bundle)
+        return self._tokens(prompt, before=list(state.tokens))
+
+    def _tokens(self, prompt: Any, name: str = "the prompt", before: list[int] | None = None) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise OptionError(f"{name} is a text, but the bundle has no tokenizer; pass token ids")
-            tokens = self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos)
+            tokens = self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos and not before)
         elif is_sequence(prompt):
             try:
                 tokens = check_tokens(prompt, self.session.vocab_size)
@@ -273,7 +348,9 @@ class Model:
                 raise OptionError(f"{name}: {error}") from error
         else:
             raise OptionError(f"{name} is {shown(prompt)}; it must be a text or a list of token ids")
+        tokens = [*(before or ()), *tokens]
         if len(tokens) > self.session.max_context:
+            name = f"{name}, with the text before it," if before else name
             raise ContextError(
                 f"{name} has {len(tokens)} tokens, but the model's context holds {self.session.max_context}; "
                 "shorten the prompt"

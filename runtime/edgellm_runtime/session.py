@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -18,6 +19,7 @@ __all__ = ["Session"]
 
 Array = NDArray[Any]
 Wanted = Literal["last", "all", "none"]
+_Progress = Callable[[int, int], None]
 _CHUNK = 512  # tokens a step; long prompts are cut, so that scratch memory does not grow with them
 
 
@@ -86,8 +88,9 @@ class Session:
         return State(self.signature.state, batch, slots, storage)
 
     def step(
-        self, tokens: Array, state: State, *, lengths: Array | None = None, logits: Wanted = "last"
-    ) -> NDArray[np.float32]:
+        self, tokens: Array, state: State, *, lengths: Array | None = None, logits: Wanted = "last",
+        progress: _Progress | None = None,
+    ) -> NDArray[np.float32]:  # fmt: skip
         """Read more tokens into the state.
 
         Args:
@@ -95,6 +98,8 @@ class Session:
             state: stepped in place.
             lengths: (batch,), how many tokens of each row are valid, at least 1; None when all are.
             logits: those of each row's ``last`` valid token, of ``all`` positions, or ``none``.
+            progress: told after each piece of a long chunk how many tokens of how many, all rows together, have been
+                read. What it raises ends the step there and comes through.
 
         Returns:
             Logits (batch, 1 | longest row | 0, width); the array may be overwritten by the next step.
@@ -107,6 +112,8 @@ class Session:
         tokens = _whole_numbers(tokens)
         batch, time = self._check(tokens, state)
         check_choice("logits", logits, get_args(Wanted))
+        if progress is not None and not callable(progress):
+            raise OptionError(f"progress is {shown(progress)}; it must be a function of two numbers of tokens, or None")
         if lengths is None:
             valid = np.full(batch, time, dtype=np.int32)
         else:
@@ -124,10 +131,13 @@ class Session:
             )
         state.reserve(self._capacity or int(state.lengths.max()) + time)
         if time > 1 and batch > 1 and not self._ragged_chunks and (state.lengths.any() or time > self.chunk):
-            return self._rows(tokens, valid, state, logits)
+            return self._rows(tokens, valid, state, logits, progress)
         if time <= self.chunk:
-            return self._run(tokens, valid, state, logits)
-        return self._chunks(tokens, valid, state, logits)
+            result = self._run(tokens, valid, state, logits)
+            if progress is not None:
+                progress(int(valid.sum()), int(valid.sum()))
+            return result
+        return self._chunks(tokens, valid, state, logits, progress)
 
     def best(self, tokens: Array, state: State, count: int) -> Candidates:
         """Read one token a row into the state; the likeliest next ones, chosen where the logits are.
@@ -186,11 +196,11 @@ class Session:
         state.lengths += lengths
         return result if logits != "none" else result[:, :0]
 
-    def _chunks(self, tokens: Array, lengths: Array, state: State, logits: Wanted) -> Array:
+    def _chunks(self, tokens: Array, lengths: Array, state: State, logits: Wanted, progress: _Progress | None) -> Array:
         """One step after another over pieces of a long chunk; rows that have ended wait."""
         batch, time = tokens.shape
         if batch > 1 and (lengths != time).any():
-            return self._rows(tokens, lengths, state, logits)
+            return self._rows(tokens, lengths, state, logits, progress)
         pieces: list[Array] = []
         for start in range(0, time, self.chunk):
             piece = tokens[:, start : start + self.chunk]
@@ -198,19 +208,27 @@ class Session:
             wanted: Wanted = logits if logits == "all" or last else "none"
             valid = np.minimum(lengths - start, piece.shape[1]).astype(np.int32)
             out = self._run(piece, valid, state, wanted)
+            if progress is not None:
+                progress(batch * min(start + self.chunk, time), batch * time)
             pieces.append(out.copy() if logits == "all" and not last else out)
         return np.concatenate(pieces, axis=1) if logits == "all" else pieces[-1]
 
-    def _rows(self, tokens: Array, lengths: Array, state: State, logits: Wanted) -> Array:
+    def _rows(self, tokens: Array, lengths: Array, state: State, logits: Wanted, progress: _Progress | None) -> Array:
         """Each row on its own, its padding left away."""
         count = {"last": 1, "all": tokens.shape[1], "none": 0}[logits]
         result = np.zeros((state.batch, count, self.width), dtype=np.float32)
         for row in range(state.batch):
             alone = state.take([row])
-            out = self.step(tokens[row : row + 1, : lengths[row]], alone, logits=logits)
+            told = None if progress is None else _after(progress, int(lengths[:row].sum()), int(lengths.sum()))
+            out = self.step(tokens[row : row + 1, : lengths[row]], alone, logits=logits, progress=told)
             result[row, : out.shape[1]] = out[0]
             state.put(row, alone)
         return result
+
+
+def _after(progress: _Progress, before: int, total: int) -> _Progress:
+    """The progress of one row, told as that of all."""
+    return lambda done, _: progress(before + done, total)
 
 
 def _whole_numbers(tokens: Any) -> Array:

@@ -76,10 +76,11 @@ def test_the_stream_joined_is_the_answer(model):
 def test_leaving_a_stream_early_disturbs_nothing(model):
     expected = model.generate("hello", max_new_tokens=10).tokens
     stream = model.stream("hello", max_new_tokens=10)
-    next(stream)
+    first = next(stream)
     stream.close()
     assert list(stream) == []
-    assert stream.generation is None
+    assert stream.generation.tokens == first.token_ids == expected[:1]
+    assert stream.generation.finish_reason == "cancelled"
     assert model.generate("hello", max_new_tokens=10).tokens == expected
 
 

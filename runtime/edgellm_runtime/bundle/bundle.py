@@ -8,9 +8,11 @@ compared while a session is made of them, but before it is used. The format is d
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,15 @@ class Bundle:
     def nbytes(self) -> int:
         """Bytes of all its files, the manifest left out."""
         return sum(f.bytes for f in self.manifest.files.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells this bundle from every other and from other versions of itself: a sha256 in hexadecimal.
+
+        It is of what the manifest says of the model and of its files, checksums included.
+        """
+        said = {key: value for key, value in self.manifest.to_json().items() if key not in ("provenance", "measured")}
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def file(self, name: str) -> Path:
         """A listed file's path.

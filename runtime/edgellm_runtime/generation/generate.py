@@ -5,18 +5,21 @@ It knows tokens, a session and a sampler. Prompts in words and chat templates ar
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypedDict
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_runtime.arguments import check_flag, check_integer, check_list, shown
 from edgellm_runtime.errors import ContextError, OptionError
-from edgellm_runtime.generation.processors import LogitsProcessor
-from edgellm_runtime.generation.sampling import Sampler, SamplingOptions
+from edgellm_runtime.generation.answer import Chunk, FinishReason, Generation, Timings
+from edgellm_runtime.generation.options import GenerationOptions, OptionKeywords
+from edgellm_runtime.generation.sampling import Sampler
+from edgellm_runtime.generation.stops import StopMatcher
+from edgellm_runtime.generation.text_state import TextState
 from edgellm_runtime.session import Session
 from edgellm_runtime.state import State
 from edgellm_runtime.text.tokenizer import Tokenizer
@@ -25,149 +28,6 @@ __all__ = [
     "Chunk", "FinishReason", "Generation", "GenerationOptions", "OptionKeywords", "Run",
     "StopMatcher", "Stream", "Timings", "next_tokens",
 ]  # fmt: skip
-
-FinishReason = Literal["eos", "stop", "length"]
-
-
-class OptionKeywords(TypedDict, total=False):
-    """The keywords that every generating method takes: :class:`GenerationOptions`' fields, none required."""
-
-    max_new_tokens: int
-    stop: str | Sequence[str]
-    ignore_eos: bool
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    seed: int | None
-    logits_processors: Sequence[LogitsProcessor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationOptions(SamplingOptions):
-    """How an answer is chosen and when it ends.
-
-    Args:
-        max_new_tokens: at most so many tokens; fewer when the context is full. 0 asks the model nothing.
-        stop: texts that end the answer and are no part of it; a single string is one of them.
-        ignore_eos: go on past end tokens, for measuring.
-
-    Raises:
-        OptionError: a value is outside its range.
-    """
-
-    max_new_tokens: int = 256
-    stop: str | Sequence[str] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop
-        checked = {
-            "max_new_tokens": check_integer("max_new_tokens", self.max_new_tokens, 0),
-            "stop": tuple(check_list("stop", stops, "texts", _check_stop)),
-            "ignore_eos": check_flag("ignore_eos", self.ignore_eos),
-        }
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-
-
-def _check_stop(_: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise OptionError(f"stop holds {shown(value)}; each stop must be a text of at least one character")
-    return value
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timings:
-    """Where the time of one answer went; in a batch, shared work counts in full for every row.
-
-    Args:
-        prefill_s: reading the prompt; in a conversation only the part that was not read before.
-        decode_s: every token after the first; what a stream's reader does in between is not counted.
-        ttft_ms: time to first token: making the state, reading the prompt, choosing the token.
-        prefill_tokens_per_s: prompt tokens read, over ``prefill_s``.
-        decode_tokens_per_s: tokens after the first, over ``decode_s``; 0 when there were none.
-    """
-
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    ttft_ms: float = 0.0
-    prefill_tokens_per_s: float = 0.0
-    decode_tokens_per_s: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """A whole answer.
-
-    Args:
-        text: what the answer adds to the prompt's text; without the end token and without the stop string.
-        tokens: every token the model chose, the end token and a stop string's included.
-        prompt_tokens: how many tokens the prompt has.
-        finish_reason: ``eos``, ``stop`` or ``length``; ``length`` too when the context is full.
-        timings: where the time went.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    prompt_tokens: int
-    finish_reason: FinishReason
-    timings: Timings
-
-    def to_json(self) -> dict[str, Any]:
-        """The same as JSON's types."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """One token of an answer.
-
-    Args:
-        text: what the token completed; empty while a character is incomplete or a stop string may be under way.
-        token_ids: the token; none only for an answer of no tokens.
-        finish_reason: set on the last chunk.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason | None
-
-
-class StopMatcher:
-    """Passes text on, except what may still become a stop string.
-
-    Args:
-        stops: texts to stop at.
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
-        self._longest = max(map(len, self._stops), default=0)
-        self._held = ""
-
-    def push(self, text: str) -> tuple[str, bool]:
-        """Text that is free to go, and whether a stop string has come; after that, nothing more may be pushed."""
-        if not self._stops:
-            return text, False
-        text = self._held + text
-        found = [at for at in map(text.find, self._stops) if at >= 0]
-        if found:
-            self._held = ""
-            return text[: min(found)], True
-        keep = next((n for n in range(min(len(text), self._longest - 1), 0, -1) if self._opens(text[-n:])), 0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep], False
-
-    def finish(self) -> str:
-        """What was held back; the answer ends, so it is no stop string."""
-        held, self._held = self._held, ""
-        return held
-
-    def _opens(self, tail: str) -> bool:
-        return any(stop.startswith(tail) for stop in self._stops)
 
 
 class _Row:
@@ -181,6 +41,7 @@ class _Row:
         self.texts: list[str] = []
         self.finish_reason: FinishReason | None = None
         self.decode_s = 0.0
+        self.state: State | None = None  # once it has ended, if anyone will ask for it
         self._limit = min(options.max_new_tokens, room)
         self.room = len(prompt) + self._limit  # tokens the state will hold at most
         self._decoder = tokenizer.stream(after=prompt) if tokenizer else None
@@ -204,6 +65,12 @@ class _Row:
             self.finish_reason = "stop" if stopped else "eos" if ended else "length"
         self.texts.append(text)
         return Chunk(text, (token,), self.finish_reason)
+
+    def cancel(self) -> Chunk:
+        """End here: what was held back for a stop text goes out, an incomplete character does not."""
+        self.finish_reason, text = "cancelled", self._stops.finish()
+        self.texts.append(text)
+        return Chunk(text, (), "cancelled")
 
     def _rest(self) -> tuple[str, bool]:
         if not self._decoder:
@@ -234,6 +101,10 @@ def next_tokens(
     return sampler.among(found.ids, found.logits, rows, found.everything)
 
 
+class _Cancelled(Exception):
+    """Ends a prompt between two pieces of it."""
+
+
 class Run:
     """Answers to a batch of prompts, token by token. A row that has ended leaves the batch.
 
@@ -243,6 +114,8 @@ class Run:
         prompts: token ids of each row, at least one each.
         options: how to choose and when to end.
         state: goes on from what one row already holds, a proper prefix of the only prompt; None begins anew.
+        text_state: likewise, but as a value: it stays as it is, and the answers have states.
+        answers: so many to the only prompt, which is read once; each is a row.
 
     Raises:
         ContextError: a prompt is longer than the context.
@@ -251,7 +124,8 @@ class Run:
 
     def __init__(
         self, session: Session, tokenizer: Tokenizer | None, prompts: Sequence[Sequence[int]],
-        options: GenerationOptions, *, state: State | None = None,
+        options: GenerationOptions, *, state: State | None = None, text_state: TextState | None = None,
+        answers: int = 1,
     ) -> None:  # fmt: skip
         context = session.max_context
         for prompt in prompts:
@@ -261,12 +135,17 @@ class Run:
                 )
         if options.stop and tokenizer is None:
             raise OptionError(f"stop is {options.stop!r}, but the bundle has no tokenizer; leave stop out")
-        self._session, self._given = session, state
-        self._rows = [_Row(prompt, tokenizer, options, context - len(prompt)) for prompt in prompts]
+        self._session, self._given, self._resumed, self._answers = session, state, text_state, answers
+        self._options, self._cancelled = options, threading.Event()
+        self._rows = [_Row(prompt, tokenizer, options, context - len(prompt)) for prompt in (*prompts,) * answers]
         self._batch = [i for i, row in enumerate(self._rows) if row.finish_reason is None]  # the state's rows
-        self._reused = 0 if state is None else int(state.lengths[0])
-        self._sampler = Sampler(options, rows=len(prompts), vocab_size=session.vocab_size)
+        self._reused = text_state.read_tokens if text_state is not None else 0
+        if state is not None:
+            self._reused = int(state.lengths[0])
+        self._sampler = Sampler(options, rows=len(self._rows), vocab_size=session.vocab_size)
         self._ttft_s = self._prefill_s = self._decode_s = 0.0
+        self._state: State | None = None
+        self._stepping = False  # stays True where an error left a step: nobody knows then what the state has read
 
     def chunks(self) -> Generator[tuple[int, Chunk], None, None]:
         """Each row's chunks as (row, chunk), the rows in turn; may be left at any time, and runs once."""
@@ -276,25 +155,27 @@ class Run:
         if not self._batch:
             return
         start = time.perf_counter()
-        state = self._new_state() if self._given is None else self._given
-        chosen = self._prefill(state)
+        chosen = self._begin()
         self._ttft_s = time.perf_counter() - start
-        buffer = np.empty((len(chosen), 1), dtype=np.int64)
-        while True:
+        while chosen is not None:
             yield from self._hand_out(chosen)
-            keep = [at for at, i in enumerate(self._batch) if self._rows[i].finish_reason is None]
-            if not keep:
-                return
-            start = time.perf_counter()
-            if len(keep) < len(self._batch):
-                state, chosen, self._batch = state.take(keep), chosen[keep], [self._batch[at] for at in keep]
-                buffer = np.empty((len(keep), 1), dtype=np.int64)
-            buffer[:, 0] = chosen
-            chosen = next_tokens(self._session, self._sampler, buffer, state, self._batch)
-            self._decode_s += time.perf_counter() - start
+            chosen = self._next(chosen)
+        for i in self._batch:
+            if self._rows[i].finish_reason is None:
+                yield i, self._rows[i].cancel()
+
+    def cancel(self) -> None:
+        """End every answer before the next step, or the next piece of a long prompt; any thread may call it."""
+        self._cancelled.set()
+
+    def leave(self) -> None:
+        """Note that nobody will ask for further chunks: what there is of each answer is its result."""
+        for row in self._rows:
+            if row.finish_reason is None:
+                row.cancel()
 
     def result(self, row: int = 0) -> Generation:
-        """A row's answer, once :meth:`chunks` has come to its end."""
+        """A row's answer, once :meth:`chunks` has come to its end, or was left."""
         r = self._rows[row]
         assert r.finish_reason is not None
         read, later = len(r.prompt) - self._reused if self._ttft_s else 0, max(len(r.tokens) - 1, 0)
@@ -307,24 +188,59 @@ class Run:
         )
         return Generation(
             text="".join(r.texts), tokens=tuple(r.tokens), prompt_tokens=len(r.prompt),
-            finish_reason=r.finish_reason, timings=timings,
+            finish_reason=r.finish_reason, timings=timings, state=self._text_state(row),
         )  # fmt: skip
 
-    def _new_state(self) -> State:
+    def _text_state(self, row: int) -> TextState | None:
+        if self._resumed is None or self._stepping:
+            return None
+        r = self._rows[row]
+        state = r.state
+        if state is None and self._state is not None and row in self._batch:
+            at = self._batch.index(row) if self._state.batch > 1 else 0  # one row is shared until the prompt is read
+            state = self._state if len(self._batch) == 1 else self._state.take([at])
+        going_on = len(r.prompt) == len(self._resumed)
+        answer_from = self._resumed.answer_from if going_on else len(r.prompt)
+        return self._resumed.extended([*r.prompt, *r.tokens], state, answer_from)
+
+    def _begin(self) -> NDArray[np.int64] | None:
+        """Read the prompts; the first tokens, or None when that was cancelled."""
         capacity = max(self._rows[i].room for i in self._batch)
-        return self._session.new_state(len(self._batch), capacity)
+        if self._given is not None:
+            self._state = self._given
+        elif self._resumed is not None:
+            self._state = self._resumed.resumed(self._session, capacity)
+        else:
+            self._state = self._session.new_state(1 if self._answers > 1 else len(self._batch), capacity)
+        try:
+            return self._prefill(self._state)
+        except _Cancelled:
+            self._stepping = False
+            return None
 
     def _prefill(self, state: State) -> NDArray[np.int64]:
-        prompts = [self._rows[i].prompt[self._reused :] for i in self._batch]
+        rows = self._batch[:1] if self._answers > 1 else self._batch
+        prompts = [self._rows[i].prompt[self._reused :] for i in rows]
         lengths = np.array([len(p) for p in prompts], dtype=np.int32)
         tokens = np.zeros((len(prompts), int(lengths.max())), dtype=np.int64)  # padding is any valid token
         for at, prompt in enumerate(prompts):
             tokens[at, : len(prompt)] = prompt
-            self._sampler.observe(self._batch[at], self._rows[self._batch[at]].prompt)
-        start = time.perf_counter()
-        logits = self._session.step(tokens, state, lengths=None if (lengths == lengths[0]).all() else lengths)
+        for i in self._batch:
+            self._sampler.observe(i, self._rows[i].prompt)
+        start, self._stepping = time.perf_counter(), True
+        logits = self._session.step(
+            tokens, state, lengths=None if (lengths == lengths[0]).all() else lengths, progress=self._told
+        )[:, 0]
+        self._stepping = False
         self._prefill_s = time.perf_counter() - start
-        return self._sampler(logits[:, 0], self._batch)
+        if self._answers > 1:
+            self._state, logits = state.take([0] * self._answers), np.repeat(logits, self._answers, axis=0)
+        return self._sampler(logits, self._batch)
+
+    def _told(self, read: int, total: int) -> None:
+        """Between two pieces of a prompt."""
+        if self._cancelled.is_set():
+            raise _Cancelled
 
     def _hand_out(self, chosen: NDArray[np.int64]) -> Iterator[tuple[int, Chunk]]:
         for i, token in zip(self._batch, chosen.tolist(), strict=True):
@@ -332,9 +248,28 @@ class Run:
             row.decode_s = self._decode_s
             yield i, row.push(token)
 
+    def _next(self, chosen: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """Read the tokens chosen, and choose the next; None when all rows have ended, or the run was cancelled."""
+        state, keep = self._state, [at for at, i in enumerate(self._batch) if self._rows[i].finish_reason is None]
+        assert state is not None
+        if not keep or self._cancelled.is_set():
+            return None
+        start = time.perf_counter()
+        if len(keep) < len(self._batch):
+            if self._resumed is not None:
+                for at in set(range(len(self._batch))).difference(keep):
+                    self._rows[self._batch[at]].state = state.take([at])
+            self._state = state = state.take(keep)
+            chosen, self._batch = chosen[keep], [self._batch[at] for at in keep]
+        self._stepping = True
+        chosen = next_tokens(self._session, self._sampler, chosen[:, None], state, self._batch)
+        self._stepping = False
+        self._decode_s += time.perf_counter() - start
+        return chosen
+
 
 class Stream(Iterator[Chunk]):
-    """One answer's chunks as they come; it may be left at any time.
+    """One answer's chunks as they come; it may be left at any time, or with ``with``, which closes it.
 
     Args:
         run: of one prompt.
@@ -343,7 +278,18 @@ class Stream(Iterator[Chunk]):
     def __init__(self, run: Run) -> None:
         self._run = run
         self._chunks = run.chunks()
-        self.generation: Generation | None = None  # the whole answer, once the last chunk has come
+        self.generation: Generation | None = None  # the whole answer, or what there is of one that was ended early
+
+    def __repr__(self) -> str:
+        return f"<Stream, {'open' if self.generation is None else self.generation.finish_reason}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def __next__(self) -> Chunk:
         _, chunk = next(self._chunks)
@@ -351,6 +297,16 @@ class Stream(Iterator[Chunk]):
             self.generation = self._run.result()
         return chunk
 
+    def cancel(self) -> None:
+        """End the answer before its next token, or within a long prompt; any thread may call it.
+
+        The reader gets one more chunk, whose ``finish_reason`` is ``cancelled``.
+        """
+        self._run.cancel()
+
     def close(self) -> None:
-        """Stop here."""
+        """Stop here, as the reader; what there is of the answer is ``generation``."""
         self._chunks.close()
+        if self.generation is None:
+            self._run.leave()
+            self.generation = self._run.result()

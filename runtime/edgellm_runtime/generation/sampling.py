@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_runtime.arguments import check_integer, check_list, check_number, shown
+from edgellm_runtime.arguments import check_integer, check_list, check_number, is_sequence, shown
 from edgellm_runtime.errors import BackendError, OptionError
 from edgellm_runtime.generation.processors import LogitsProcessor, RepetitionPenalty, apply_processors
 
@@ -38,7 +38,7 @@ class SamplingOptions:
             arXiv:2407.01082.
         repetition_penalty: divides positive and multiplies negative logits of every token that the row already holds,
             prompt included; 1 does nothing. Keskar et al. 2019, arXiv:1909.05858.
-        seed: makes draws repeatable, or None for fresh entropy.
+        seed: makes draws repeatable; a list has one for each row. None is fresh entropy.
         logits_processors: change the model's own logits, in this order, before all of the above; see
             :class:`~edgellm_runtime.generation.processors.LogitsProcessor`.
 
@@ -51,7 +51,7 @@ class SamplingOptions:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    seed: int | None = None
+    seed: int | Sequence[int] | None = None
     logits_processors: Sequence[LogitsProcessor] = ()
 
     def __post_init__(self) -> None:
@@ -61,13 +61,19 @@ class SamplingOptions:
             "top_p": check_number("top_p", self.top_p, 0, 1, open_low=True),
             "min_p": check_number("min_p", self.min_p, 0, 1),
             "repetition_penalty": check_number("repetition_penalty", self.repetition_penalty, 0.01, 100),
-            "seed": None if self.seed is None else check_integer("seed", self.seed, 0),
+            "seed": _check_seed(self.seed),
             "logits_processors": tuple(
                 check_list("logits_processors", self.logits_processors, "functions", _check_function)
             ),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+
+def _check_seed(seed: object) -> int | tuple[int, ...] | None:
+    if is_sequence(seed):
+        return tuple(check_list("seed", seed, "integers", lambda name, value: check_integer(name, value, 0)))
+    return None if seed is None else check_integer("seed", seed, 0)
 
 
 def _check_function(name: str, value: object) -> LogitsProcessor:
@@ -109,6 +115,9 @@ class Sampler:
         options: how to choose.
         rows: the batch size.
         vocab_size: length of a row of logits.
+
+    Raises:
+        OptionError: another number of seeds than of rows.
     """
 
     def __init__(self, options: SamplingOptions, *, rows: int, vocab_size: int) -> None:
@@ -116,7 +125,10 @@ class Sampler:
         self._greedy = options.temperature == 0
         penalty = [RepetitionPenalty(options.repetition_penalty)] if options.repetition_penalty != 1 else []
         self._chain: tuple[LogitsProcessor, ...] = (*options.logits_processors, *penalty)
-        self._draws = [] if self._greedy else [np.random.Generator(np.random.PCG64(options.seed)) for _ in range(rows)]
+        seeds = options.seed if isinstance(options.seed, Sequence) else [options.seed] * rows
+        if len(seeds) != rows:
+            raise OptionError(f"seed has {len(seeds)} numbers for {rows} rows; give one, or one for each")
+        self._draws = [] if self._greedy else [np.random.Generator(np.random.PCG64(seed)) for seed in seeds]
         self._all = np.arange(0 if self._greedy else vocab_size)
         self._held = [_Held() for _ in range(rows)] if self._chain else []
 

@@ -23,7 +23,7 @@ from edgellm_runtime.arguments import (
     check_text,
     shown,
 )
-from edgellm_runtime.errors import StateError, first_line
+from edgellm_runtime.errors import OptionError, StateError, first_line
 from edgellm_runtime.spec import StateSpec
 from edgellm_runtime.state.saved_arrays import read_arrays
 from edgellm_runtime.state.storage import HOST, Buffers, Storage, host_dtype, widened
@@ -62,6 +62,7 @@ class State:
     ) -> None:  # fmt: skip
         self.specs, self.batch, self.capacity = specs, batch, capacity
         self.storage, self.buffers, self.lengths = storage, buffers, lengths.copy()
+        self.about: dict[str, Any] = {}  # of a loaded one, what was written beside it; believed by nobody yet
         self._written = written.copy()  # what rows held before they were last rewound
 
     @property
@@ -214,10 +215,15 @@ class State:
                 capacities = self.capacity, self.capacity
                 self.storage.put(spec, self.tensors[spec.name], row, blank.tensors[spec.name], capacities)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, about: dict[str, Any] | None = None) -> None:
         """Write it to a file, only the slots in use.
 
+        Args:
+            path: the file.
+            about: what to write beside it, of JSON's types; a loaded state has it as ``about``.
+
         Raises:
+            OptionError: something that JSON has not.
             StateError: the file cannot be written.
         """
         path = check_path("path", path)
@@ -225,7 +231,7 @@ class State:
         arrays = {s.name: self.storage.read(s, self.tensors[s.name])[s.used(used)] for s in self.specs}
         if _has_ring(self.specs):
             arrays["__written__"] = self.written
-        header = json.dumps({"format": _FORMAT, "specs": [s.to_json() for s in self.specs]}, allow_nan=False)
+        header = _header(self.specs, {} if about is None else check_instance("about", about, dict, "of JSON's types"))
         try:
             with path.open("wb") as file:  # given a name, numpy would append .npz to it
                 np.savez(file, allow_pickle=False, __header__=np.array(header), __lengths__=self.lengths, **arrays)
@@ -251,6 +257,7 @@ class State:
             known = header["format"] == _FORMAT and header["specs"] == [s.to_json() for s in specs]
             lengths, arrays = data["__lengths__"], {spec.name: data[spec.name] for spec in specs if known}
             written = data["__written__"] if known and _has_ring(specs) else lengths
+            about = dict(header.get("about", {}))
         except Exception as error:  # NumPy and the reader of archives have many kinds
             raise StateError(f"{path}: not a saved state ({first_line(error)}); read the prompt again") from error
         if not known:
@@ -270,7 +277,7 @@ class State:
             if found.shape != expected or found.dtype != host_dtype(spec.dtype):
                 raise StateError(f"{path}: {spec.name} is {found.dtype} {found.shape}, not {spec.dtype} {expected}")
         state = cls(specs, len(lengths), storage.rounded(used), storage)
-        state.lengths, state._written = lengths, written
+        state.lengths, state._written, state.about = lengths, written, about
         for spec in specs:
             storage.write(spec, state.tensors[spec.name], arrays[spec.name])
         return state
@@ -278,6 +285,14 @@ class State:
 
 def _check_spec(name: str, value: Any) -> StateSpec:
     return check_instance(name, value, StateSpec, "session.signature.state holds a model's")
+
+
+def _header(specs: Sequence[StateSpec], about: dict[str, Any]) -> str:
+    header = {"format": _FORMAT, "specs": [s.to_json() for s in specs]}
+    try:
+        return json.dumps(header | ({"about": about} if about else {}), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise OptionError(f"about is {shown(about)}; it must be a dict of JSON's types") from error
 
 
 def _has_ring(specs: Sequence[StateSpec]) -> bool:
