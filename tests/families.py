@@ -78,7 +78,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "decoder with q/k norm": decoder(kv_heads=2, tie=True, bias=False, qk_norm=True),
     "windows and soft caps": gemma2(9, 0, score_cap=5.0, logit_cap=12.0, tie=True),
     "windows without caps": gemma2(0, 9, score_cap=0, logit_cap=0, tie=False),
-    "short convolutions and attention": lfm2("conv", "attention", "conv", bias=False),
+    "short convolutions and attention": lfm2("conv", "attention", bias=False),
     "short convolutions with biases": lfm2("conv", bias=True),
     "state space": mamba2(groups=1, bias=False),
     "state space of two groups with biases": mamba2(groups=2, bias=True),

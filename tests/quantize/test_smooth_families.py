@@ -13,11 +13,7 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 INPUTS: dict[str, list[tuple[str, ...]]] = {
     "decoder": [(*ATTENTION, *MLP)] * 2,
     "windows and soft caps": [(*ATTENTION, *MLP)] * 2,  # its gains are 1 + w, folded into weights
-    "short convolutions and attention": [
-        ("in_proj", "out_proj", *MLP),
-        (*ATTENTION, *MLP),
-        ("in_proj", "out_proj", *MLP),
-    ],
+    "short convolutions and attention": [("in_proj", "out_proj", *MLP), (*ATTENTION, *MLP)],
     "state space": [("in_proj", "out_proj")] * 2,
 }
 
