@@ -29,6 +29,9 @@ FOREIGN: Mapping[str, Mapping[str, Any]] = {
     "smollm3": COMMON | HEADS | {"no_rope_layers": [1, 0]},  # a layer without positions
     "phi": COMMON | HEADS,  # part of a head rotated, biases, layer norms, attention beside the MLP
     "gptj": GPT | {"rotary_dim": 4},  # neighbouring pairs rotated
+    "gpt_neox": COMMON | {"num_key_value_heads": 4},  # part of a head, queries, keys and values of one projection
+    "glm": COMMON | HEADS,  # neighbouring pairs of half a head
+    "cohere": COMMON | HEADS,  # neighbouring pairs, from a table of neighbours
     "gpt2": GPT,  # learned positions, Conv1D
     "mixtral": COMMON | HEADS | EXPERTS,
     "deepseek_v3": COMMON | EXPERTS | {

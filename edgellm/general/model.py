@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from edgellm.errors import CheckpointError
 from edgellm.general.calls import NAME, Call, inputs_of, register, under_way
 from edgellm.general.probe import Layer, Seen, probe
 from edgellm.general.recognise import Rotation, Tables, find_rotations, put, replace_norms
+from edgellm.general.turns import Turn, find_turn
 from edgellm.models.protocol import State, Step
 from edgellm.ops import attention, take_positions
 from edgellm_runtime.spec import BATCH, CAPACITY, StateSpec
@@ -70,13 +71,13 @@ class GeneralModel(nn.Module):
         for name, tables in rotations.items():
             put(model, name, Tables(tables))
         self.norms = replace_norms(model) if fused else 0
-        self._tables = self._take_rotations(rotations, before) if fused else [None] * self._count
+        self._inside = self._take_rotations(rotations, before) if fused else [None] * self._count
         self.config = GeneralConfig(int(text.vocab_size), self.context, str(text.model_type))
 
     def _take_rotations(
         self, rotations: Mapping[str, Mapping[tuple[Any, ...], Rotation]], before: Sequence[Seen]
-    ) -> list[tuple[str, str] | None]:
-        """Let attention rotate, where what it would do is what every layer does; names of each layer's tables."""
+    ) -> list[_Inside | None]:
+        """Let attention rotate, where what it would do is what every layer does; what each layer's has inside."""
         every = [rotation for tables in rotations.values() for rotation in tables.values()]
         if not every:
             return [None] * self._count
@@ -84,23 +85,34 @@ class GeneralModel(nn.Module):
         for module in modules.values():
             module.idle = True
         plain = probe(self.model, self._count)
-        chosen = [_rotation_of(a, b, every) for a, b in zip(plain, before, strict=True)]
+        chosen = [_turn_of(a, b, every) for a, b in zip(plain, before, strict=True)]
         if any(found is None for found in chosen):
             for module in modules.values():
                 module.idle = False
             self.notes.append("rotary positions are not of the kind that attention has inside; they stay as they are")
             return [None] * self._count
-        names: list[tuple[str, str] | None] = []
-        for found in chosen:
-            if not isinstance(found, Rotation):  # a layer that rotates nothing
-                names.append(None)
+        numbers: dict[tuple[object, ...], int] = {}
+        inside: list[_Inside | None] = []
+        for found, layer in zip(chosen, self.layers, strict=True):
+            if not isinstance(found, Turn):  # a layer that rotates nothing
+                inside.append(None)
                 continue
-            index = every.index(found)
-            names.append((f"cos{index}", f"sin{index}"))
-            half = found.cos.shape[-1] // 2
-            self.register_buffer(f"cos{index}", found.cos[:, :half].clone(), persistent=False)
-            self.register_buffer(f"sin{index}", found.sin[:, :half].clone(), persistent=False)
-        return names
+            number = numbers.setdefault(found.key, len(numbers))
+            for name, table in zip(("cos", "sin"), found.tables(self.context), strict=True):
+                self.register_buffer(f"{name}{number}", table.clone(), persistent=False)
+            orders = tuple(
+                self._order(number, found, heads) if found.reorders else ""
+                for heads in (layer.num_heads, layer.num_kv_heads)
+            )
+            inside.append(_Inside(f"cos{number}", f"sin{number}", *orders))
+        return inside
+
+    def _order(self, number: int, turn: Turn, heads: int) -> str:
+        """The name of the places (heads * head_dim,) that features of all heads are taken from."""
+        name, size = f"order{number}_{heads}", len(turn.order)
+        places = torch.arange(heads)[:, None] * size + torch.tensor(turn.order)
+        self.register_buffer(name, places.flatten(), persistent=False)
+        return name
 
     def state_specs(self) -> list[StateSpec]:
         """Keys and values of every layer."""
@@ -133,12 +145,25 @@ class GeneralModel(nn.Module):
     @property
     def rotating(self) -> int:
         """Layers whose rotation is inside attention."""
-        return sum(names is not None for names in self._tables)
+        return sum(names is not None for names in self._inside)
 
-    def tables_of(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
-        """The cosines and sines that attention rotates a layer's queries and keys by."""
-        names = self._tables[layer]
-        return (None, None) if names is None else (getattr(self, names[0]), getattr(self, names[1]))
+    def inside(self, layer: int, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Queries and keys (batch, time, heads * head_dim) as attention rotates them, and its cosines and sines."""
+        names = self._inside[layer]
+        if names is None:
+            return q, k, None, None
+        if names.order_q:
+            q, k = (x.index_select(2, getattr(self, name)) for x, name in ((q, names.order_q), (k, names.order_k)))
+        return q, k, getattr(self, names.cos), getattr(self, names.sin)
+
+
+class _Inside(NamedTuple):
+    """The names of a layer's buffers: tables of its rotation, and places of features; empty where they stay."""
+
+    cos: str
+    sin: str
+    order_q: str
+    order_k: str
 
 
 class _Run(Call):
@@ -154,7 +179,7 @@ class _Run(Call):
     ) -> Tensor:
         known, width = self.model.layers[layer], _head_dim(self.model.layers[layer])
         q, k, v = (_flat(_widened(x, width)) for x in (q, k, v))
-        cos, sin = self.model.tables_of(layer)
+        q, k, cos, sin = self.model.inside(layer, q, k)
         key, value = (f"layers.{layer}.{part}" for part in "kv")
         y, present_k, present_v = attention(
             q, k, v, self.state.get(key), self.state.get(value), self.step.past_lengths, self.step.lengths, cos, sin,
@@ -181,21 +206,17 @@ def _flat(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def _rotation_of(plain: Seen, rotated: Seen, every: Sequence[Rotation]) -> Rotation | bool | None:
-    """Which table turns the unrotated queries and keys of a layer into its own; False for none of them, as they are
-    equal already; None where no table does.
+def _turn_of(plain: Seen, rotated: Seen, every: Sequence[Rotation]) -> Turn | bool | None:
+    """What turns the unrotated queries and keys of a layer into its own; False for nothing, as they are equal already;
+    None where nothing does.
     """
-    size = float(rotated.q.abs().max())
+    close = _CLOSE * float(rotated.q.abs().max())
     pairs = ((plain.q, rotated.q), (plain.k, rotated.k))
-    if all(torch.allclose(a, b, rtol=0, atol=_CLOSE * size) for a, b in pairs):
+    if all(torch.allclose(a, b, rtol=0, atol=close) for a, b in pairs):
         return False
-    for rotation in every:
-        if not rotation.halves or plain.layer.value_dim != plain.layer.key_dim:
-            continue
-        turned = [(rotation.rotated(a), b) for a, b in pairs]
-        if all(a is not None and torch.allclose(a, b, rtol=0, atol=_CLOSE * size) for a, b in turned):
-            return rotation
-    return None
+    if plain.layer.value_dim != plain.layer.key_dim:
+        return None
+    return find_turn(pairs, every, close)
 
 
 def _set_implementations(model: Any) -> None:

@@ -84,28 +84,16 @@ class Rotation:
     Args:
         name: the module's.
         key: what it was called with besides a tensor and positions.
-        cos: (positions, head_dim).
+        cos: (positions, width), an angle for each feature that turns or for each pair of them.
         sin: as ``cos``.
+        sine_first: whether the module gives the sines before the cosines.
     """
 
     name: str
     key: tuple[Any, ...]
     cos: Tensor
     sin: Tensor
-
-    def rotated(self, x: Tensor) -> Tensor | None:
-        """X (batch, heads, time, head_dim) rotated by its two halves; None where the table is of another size."""
-        if x.shape[-1] != self.cos.shape[-1]:
-            return None
-        cos, sin = self.cos[: x.shape[2]], self.sin[: x.shape[2]]
-        first, second = x.chunk(2, dim=-1)
-        return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-    @property
-    def halves(self) -> bool:
-        """Whether both halves of a head have the same angles."""
-        half = self.cos.shape[-1] // 2
-        return all(torch.equal(t[:, :half], t[:, half:]) for t in (self.cos, self.sin))
+    sine_first: bool = False
 
 
 class Tables(nn.Module):
@@ -119,6 +107,7 @@ class Tables(nn.Module):
     def __init__(self, rotations: Mapping[tuple[Any, ...], Rotation], *, idle: bool = False) -> None:
         super().__init__()
         self.idle, self._index = idle, {key: i for i, key in enumerate(rotations)}
+        self._sine_first = [rotation.sine_first for rotation in rotations.values()]
         for i, rotation in enumerate(rotations.values()):
             self.register_buffer(f"cos{i}", rotation.cos, persistent=False)
             self.register_buffer(f"sin{i}", rotation.sin, persistent=False)
@@ -129,10 +118,12 @@ class Tables(nn.Module):
         """As the module's."""
         i = self._index[_key(rest, named)]
         if self.idle:
-            return getattr(self, f"one{i}"), getattr(self, f"zero{i}")
-        cos, sin = getattr(self, f"cos{i}"), getattr(self, f"sin{i}")
-        at = position_ids.clamp(max=cos.shape[0] - 1)  # padding may point past the table; its result is not used
-        return cos[at], sin[at]
+            cos, sin = getattr(self, f"one{i}"), getattr(self, f"zero{i}")
+        else:
+            cos, sin = getattr(self, f"cos{i}"), getattr(self, f"sin{i}")
+            at = position_ids.clamp(max=cos.shape[0] - 1)  # padding may point past the table; its result is not used
+            cos, sin = cos[at], sin[at]
+        return (sin, cos) if self._sine_first[i] else (cos, sin)
 
 
 def _key(rest: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -168,9 +159,11 @@ def find_rotations(model: nn.Module, run: Any, context: int) -> tuple[dict[str, 
     for name, by_key in calls.items():
         for key, (module, rest, named) in by_key.items():
             cos, sin, context = _table(module, rest, named, context)
-            found.setdefault(name, {})[key] = Rotation(name, key, cos, sin)
+            swapped = not cos[0].any() and bool(sin[0].any())  # no angle at position 0: its cosine is not 0
+            cos, sin = (sin, cos) if swapped else (cos, sin)
+            found.setdefault(name, {})[key] = Rotation(name, key, cos, sin, swapped)
     return {
-        name: {k: Rotation(name, k, r.cos[:context], r.sin[:context]) for k, r in by_key.items()}
+        name: {k: Rotation(name, k, r.cos[:context], r.sin[:context], r.sine_first) for k, r in by_key.items()}
         for name, by_key in found.items()
     }, context
 

@@ -15,12 +15,15 @@ from general_models import build
 
 from edgellm.checkpoints import load_checkpoint
 from edgellm.general.open import open_general
-from edgellm.ops import ATTENTION
+from edgellm.ops import ATTENTION, LINEAR
 from edgellm.ops.schema import views
 from edgellm_exporters.graph.capture import capture
 from edgellm_exporters.graph.lower import clean, lower_to, prepare
 from edgellm_exporters.graph.targets import find_target
+from edgellm_exporters.lowering.context import lower
 from edgellm_exporters.passes.drop_neutral import DropNeutral
+from edgellm_exporters.passes.fold_constants import FoldConstants
+from edgellm_exporters.passes.fold_orders import FoldOrders
 from edgellm_exporters.passes.head_norms import HeadNorms
 from edgellm_exporters.quantize.plan import Plan
 
@@ -124,6 +127,90 @@ def test_a_rotation_by_nothing_is_dropped_whatever_it_turns() -> None:
     clean(model)
     assert [n.op_type for n in model.graph] == ["Neg"]
     np.testing.assert_array_equal(run(model), before)
+
+
+def slices(*bounds: tuple[int, int]) -> ir.Model:
+    """Slices of x's last axis, put together."""
+    model = graph_of([])
+    graph, x, last = model.graph, model.graph.inputs[0], next(iter(model.graph))
+    parts = []
+    for start, end in bounds:
+        numbers = [
+            ir.Value(name=f"{start}_{end}_{i}", const_value=ir.tensor(np.array([n])), shape=ir.Shape([1]),
+                     type=ir.TensorType(ir.DataType.INT64))
+            for i, n in enumerate((start, end, 2))
+        ]  # fmt: skip
+        for value in numbers:
+            graph.register_initializer(value)
+        parts.append(ir.node("Slice", [x, *numbers]))
+    whole = ir.node("Concat", [part.outputs[0] for part in parts], {"axis": -1})
+    size = sum(min(end, 8) - start for start, end in bounds)
+    for node, width in [*((p, min(e, 8) - s) for p, (s, e) in zip(parts, bounds, strict=True)), (whole, size)]:
+        node.outputs[0].shape, node.outputs[0].type = ir.Shape([2, 3, width]), x.type
+    graph.insert_before(last, [*parts, whole])
+    last.replace_input_with(0, whole.outputs[0])
+    last.outputs[0].shape = whole.outputs[0].shape
+    return model
+
+
+@pytest.mark.parametrize(
+    ("bounds", "left"),
+    [
+        (((0, 3), (3, 8)), 1), (((0, 2), (2, 5), (5, 99)), 1),
+        (((3, 8), (0, 3)), 4), (((0, 3), (4, 8)), 4), (((0, 3), (3, 7)), 4), (((1, 3), (3, 8)), 4),
+    ],
+)  # fmt: skip
+def test_all_slices_of_a_value_in_order_are_the_value(bounds: tuple[tuple[int, int], ...], left: int) -> None:
+    before, after = run(slices(*bounds)), slices(*bounds)
+    clean(after)
+    assert len(list(after.graph)) == left
+    np.testing.assert_array_equal(run(after), before)
+
+
+def ordered(order: list[int], *, again: bool) -> ir.Model:
+    """A layer whose features are taken in another order and, with ``again``, read in their own order too."""
+    model, numbers = graph_of([]), np.random.default_rng(1)
+    graph, x, last = model.graph, model.graph.inputs[0], next(iter(model.graph))
+    given: dict[str, ir.Value] = {}
+    arrays = {"weight": numbers.normal(size=(6, 8)), "bias": numbers.normal(size=6)}
+    for name, array in {**{n: a.astype(np.float32) for n, a in arrays.items()}, "order": np.array(order)}.items():
+        tensor = ir.tensor(array)
+        given[name] = ir.Value(
+            name=name, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype)
+        )
+        graph.register_initializer(given[name])
+    layer = LINEAR.node(ir.node, x=x, weight=given["weight"], bias=given["bias"])
+    nodes = [layer, ir.node("Gather", [layer.outputs[0], given["order"]], {"axis": 2})]
+    if again:
+        nodes.append(ir.node("Add", [nodes[1].outputs[0], layer.outputs[0]]))
+    for node in (*nodes, last):
+        node.outputs[0].shape, node.outputs[0].type = ir.Shape([2, 3, 6]), x.type
+    graph.insert_before(last, nodes)
+    last.replace_input_with(0, nodes[-1].outputs[0])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("order", "again", "left"),
+    [([2, 0, 1, 5, 3, 4], False, 0), ([2, 0, 1, 5, 3, 4], True, 1), ([2, 0, 1, 5, 3, 3], False, 1)],
+)
+def test_an_order_of_a_layers_features_is_an_order_of_its_rows(order: list[int], again: bool, left: int) -> None:
+    before, after = ordered(order, again=again), ordered(order, again=again)
+    FoldOrders()(after)
+    FoldConstants()(after)
+    assert [n.op_type for n in after.graph].count("Gather") == left
+    for model in (before, after):
+        lower(model, find_target("onnx").rules, Plan())
+    np.testing.assert_allclose(run(after), run(before), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["phi", "gptj", "glm", "cohere"])
+def test_what_a_rotation_inside_attention_leaves_behind_is_gone(kind: str) -> None:
+    from edgellm.general.model import GeneralModel
+
+    graph = prepare(capture(GeneralModel(build(kind)).eval()), find_target("onnx"))
+    kinds = {node.op_type for node in graph.graph}
+    assert "Attention" in kinds and not kinds & {"Gather", "Slice", "Concat", "Neg", "Transpose", "Cos"}
 
 
 def test_norms_of_heads_go_into_attention_only_if_query_and_key_have_the_same() -> None:

@@ -69,7 +69,20 @@ def test_chunks_and_ragged_rows_equal_the_whole(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "layers"), [("llama", 2), ("qwen3", 2), ("gemma2", 2), ("gemma3_text", 2), ("smollm3", 1), ("phi", 0)]
+    ("kind", "layers"),
+    [
+        ("llama", 2),
+        ("qwen3", 2),
+        ("gemma2", 2),
+        ("gemma3_text", 2),
+        ("smollm3", 1),
+        ("phi", 2),
+        ("gptj", 2),
+        ("gpt_neox", 2),
+        ("glm", 2),
+        ("cohere", 2),
+        ("deepseek_v3", 0),
+    ],
 )
 def test_rotations_go_into_attention_where_it_has_the_same(kind: str, layers: int) -> None:
     assert GeneralModel(build(kind)).rotating == layers

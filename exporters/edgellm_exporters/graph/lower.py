@@ -16,6 +16,7 @@ from edgellm_exporters.lowering.precision import narrow
 from edgellm_exporters.passes.drop_neutral import DropNeutral
 from edgellm_exporters.passes.find_linears import FindLinears
 from edgellm_exporters.passes.fold_constants import FoldConstants
+from edgellm_exporters.passes.fold_orders import FoldOrders
 from edgellm_exporters.passes.head_norms import HeadNorms
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_runtime.graphs.operators import allowed
@@ -34,8 +35,9 @@ def prepare(captured: ir.Model, target: Target) -> ir.Model:
     clean(captured)
     if expand_references(captured, target.rules):
         clean(captured)
-    for ours in (FindLinears(), FoldConstants()):
-        ours(captured)
+    FindLinears()(captured)
+    FoldConstants()(captured)  # among them what a rotation that attention has inside leaves behind
+    ir.passes.Sequential(DropNeutral(), common.RemoveUnusedNodesPass(), FoldOrders(), FoldConstants())(captured)
     for make in target.passes:
         make()(captured)
     return captured

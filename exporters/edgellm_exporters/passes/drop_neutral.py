@@ -1,4 +1,7 @@
-"""Nodes that change nothing: products with ones, sums with nothing, axes turned and turned back, a shape and back."""
+"""Nodes that change nothing: products with ones, sums with nothing, axes turned and turned back, a shape and back.
+
+Slices that are put together again are such, too.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,9 @@ class DropNeutral(ir.passes.InPlacePass):
 
     Such nodes come with modules that were not written for this graph: a rotation by (1, 0), because attention rotates,
     or a head split off and put back where it was. Before: a captured graph. After: every ``x * 1`` and ``x + 0`` of
-    x's shape, every Transpose that undoes the one before it, and every Reshape to the shape before the last one is
-    without readers. A product with constant zeros counts as zero, for no number of a model that can be proved is
-    infinite.
+    x's shape, every Transpose that undoes the one before it, every Reshape to the shape before the last one, and every
+    Concat of all slices of one value is without readers. A product with constant zeros counts as zero, for no number of
+    a model that can be proved is infinite.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -54,6 +57,8 @@ def _same_as(node: ir.Node) -> ir.Value | None:
         if before is not None and not before.domain and before.op_type == node.op_type:
             undone = node.op_type == "Reshape" or _undoes(node, before)
             found = before.inputs[0] if undone else None
+    elif node.op_type == "Concat":
+        found = _whole(node)
     return found if found is not None and _same_shape(found, node.outputs[0]) else None
 
 
@@ -64,6 +69,31 @@ def _other(node: ir.Node, is_neutral: object) -> ir.Value | None:
         if value is not None and is_neutral(value):
             return other
     return None
+
+
+def _whole(concat: ir.Node) -> ir.Value | None:
+    """The value that a Concat puts together from all its slices, in order."""
+    axis, source, end = concat.attributes["axis"].as_int(), None, 0
+    rank = 0 if concat.outputs[0].shape is None else len(concat.outputs[0].shape)
+    for part in concat.inputs:
+        node = part.producer() if part is not None else None
+        if node is None or node.domain or node.op_type != "Slice" or len(node.inputs) < 4:
+            return None
+        known = [None if value is None else _known(value) for value in node.inputs[1:]]
+        if any(value is None or value.size != 1 for value in known):
+            return None
+        start, stop, along, *step = (int(value.item()) for value in known if value is not None)
+        if start != end or along % rank != axis % rank or step not in ([], [1]) or stop <= start:
+            return None
+        if source is not None and node.inputs[0] is not source:
+            return None
+        source, end = node.inputs[0], stop
+    return source if _reaches(source, axis, end) else None
+
+
+def _reaches(source: ir.Value | None, axis: int, end: int) -> bool:
+    size = source.shape[axis] if source is not None and source.shape is not None else None
+    return isinstance(size, int) and end >= size
 
 
 def _undoes(node: ir.Node, before: ir.Node) -> bool:
