@@ -53,7 +53,7 @@ def test_every_family_on_every_target_in_every_precision_is_in_the_lists(
     model, traced = captured(family)
     for method in goal.methods if family in ALL_METHODS else ("none", "int4"):
         graph = prepare(traced.clone(), goal)
-        plan = make_plan(find_method(method, goal.methods), graph, model, golden_rows(None, VOCAB, CONTEXT), ())
+        plan = make_plan(find_method(method, goal.methods), graph, model, golden_rows(None, VOCAB, CONTEXT).rows, ())
         if goal.roles:
             write_roles(graph, goal, plan, Sizes(CONTEXT, 8, 128).forms(dtype), tmp_path, quiet)
         else:
