@@ -30,17 +30,29 @@ __all__ = ["generate"]
 @click.option("--top-p", type=float, default=1.0, help="Keep the fewest tokens that make up this probability.")
 @click.option("--min-p", type=float, default=0.0, help="Keep tokens this fraction as probable as the best.")
 @click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 discourages tokens already there.")
+@click.option("--presence-penalty", type=float, default=0.0, help="Above 0 discourages tokens that the answer has.")
+@click.option("--frequency-penalty", type=float, default=0.0, help="Likewise, for each time that it has them.")
+@click.option(
+    "--no-repeat-ngram", type=int, default=0, help="Let no run of so many tokens come twice; 0 lets all come."
+)
 @click.option("--seed", type=int, default=None, help="Makes sampling repeatable.  [default: random]")
 @click.option("--stop", multiple=True, help="End the answer before this text, in which \\n, \\t and \\\\ stand "
               "for a line break, a tab and a backslash; may be given several times.")  # fmt: skip
+@click.option("--stop-token", "stop_tokens", type=int, multiple=True, help="End the answer at the token of this id; "
+              "may be given several times.")  # fmt: skip
+@click.option("--min-tokens", type=int, default=0, help="Choose no end token or stop token before so many.")
+@click.option("--logprobs", type=int, default=None, help="With --json: each token's log-probability, and so many "
+              "of the most probable tokens with theirs.")  # fmt: skip
 @threads_option
 @device_option
 @click.option("--ignore-eos", is_flag=True, help="Go on past end tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def generate(
     bundle: str, prompt: str, chat: bool | None, system: str | None, special: bool, max_new_tokens: int,
-    temperature: float, top_k: int, top_p: float, min_p: float, repetition_penalty: float, seed: int | None,
-    stop: tuple[str, ...], threads: int | None, device: str, ignore_eos: bool, as_json: bool,
+    temperature: float, top_k: int, top_p: float, min_p: float, repetition_penalty: float,
+    presence_penalty: float, frequency_penalty: float, no_repeat_ngram: int, seed: int | None, stop: tuple[str, ...],
+    stop_tokens: tuple[int, ...], min_tokens: int, logprobs: int | None, threads: int | None, device: str,
+    ignore_eos: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Answer PROMPT with the model in BUNDLE. A PROMPT of - is read from standard input, without its last line break.
 
@@ -48,12 +60,15 @@ def generate(
     """
     from edgellm_runtime import load
 
+    if logprobs is not None and not as_json:
+        raise click.UsageError("--logprobs are numbers for a program; add --json.")
     text = read_input() if prompt == "-" else prompt
     model = load(bundle, device=device, threads=threads)
     options: OptionKeywords = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "seed": seed, "stop": [unescaped(text) for text in stop],
-        "ignore_eos": ignore_eos,
+        "ignore_eos": ignore_eos, "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty,
+        "no_repeat_ngram": no_repeat_ngram, "stop_tokens": stop_tokens, "min_tokens": min_tokens, "logprobs": logprobs,
     }  # fmt: skip
     ready = _prompt(model, text, chat=chat, system=system, special=special)
     if as_json:

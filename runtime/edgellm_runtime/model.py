@@ -34,9 +34,8 @@ _MOST_ANSWERS = 2**16
 class Model:
     """A language model on this device. Made by :func:`edgellm_runtime.load`.
 
-    Every generating method takes the keywords of :class:`GenerationOptions`: ``max_new_tokens=256, stop=(),
-    temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=None, ignore_eos=False,
-    logits_processors=()``.
+    Every generating method takes the keywords of :class:`GenerationOptions`, among them ``max_new_tokens=256``,
+    ``temperature=0.0`` and ``seed=None``.
 
     Args:
         session: steps the model.
@@ -89,12 +88,16 @@ class Model:
         self._check_predicts()
         return TextState.load(path, self.session, self.bundle)
 
-    def read(self, prompt: str | Tokens, *, state: TextState | None = None) -> TextState:
+    def read(
+        self, prompt: str | Tokens, *, state: TextState | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> TextState:  # fmt: skip
         """Read a prompt and answer nothing: a state that answers to what follows can go on from.
 
         Args:
             prompt: a text or token ids.
             state: what it goes on from, which stays as it is; None: an empty text.
+            progress: as of :class:`GenerationOptions`.
 
         Raises:
             OptionError: as for :meth:`generate`.
@@ -105,7 +108,7 @@ class Model:
         tokens = self._text(prompt, before)
         kept = before.resumed(self.session, len(tokens))
         if unread := tokens[before.read_tokens : -1]:
-            self.session.step(np.array([unread]), kept, logits="none")
+            self.session.step(np.array([unread]), kept, logits="none", progress=progress)
         return before.extended(tokens, kept, len(tokens))
 
     @overload

@@ -46,6 +46,26 @@ def test_generate_json_is_one_object(model, tmp_path):
     assert set(data) == {"text", "tokens", "prompt_tokens", "finish_reason", "timings"}
 
 
+def test_generate_takes_the_options_of_the_runtime(model, tmp_path):
+    result = run(
+        generate, str(tmp_path), "hello", "--raw", "--json", "--max-new-tokens", "9", "--logprobs", "2", "--stop-token",
+        "40", "--stop-token", "50", "--min-tokens", "3", "--no-repeat-ngram", "2", "--presence-penalty", "0.5",
+        "--frequency-penalty", "0.25",
+    )  # fmt: skip
+    expected = model.generate(
+        "hello", max_new_tokens=9, logprobs=2, stop_tokens=[40, 50], min_tokens=3, no_repeat_ngram=2,
+        presence_penalty=0.5, frequency_penalty=0.25,
+    )  # fmt: skip
+    data = json.loads(result.output)
+    assert data["tokens"] == list(expected.tokens)
+    assert [p["token"] for p in data["logprobs"]] == data["tokens"] and len(data["logprobs"][0]["top"]) == 2
+
+
+def test_logprobs_without_json_are_a_usage_error(model, tmp_path):
+    result = CliRunner().invoke(generate, [str(tmp_path), "hello", "--logprobs", "2"])
+    assert result.exit_code == 2 and "add --json" in result.stderr
+
+
 def test_generate_modes(model, tmp_path):
     def count(*arguments):
         return json.loads(run(generate, str(tmp_path), *arguments, "--json", "--max-new-tokens", "1").output)[

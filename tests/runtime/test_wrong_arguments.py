@@ -75,6 +75,8 @@ KINDS: dict[str, set[str]] = {
     "choice": set(),
     "object": set(),
     "object or None": {"None"},
+    "bias": {"{}", "None"},
+    "ids": {"[]", "array([])"},
     "function or None": {"None", "function"},
     "path": {"'zz'", "'no'"},
     "specs": {"[]", "array([])"},
@@ -83,7 +85,10 @@ KINDS: dict[str, set[str]] = {
 OPTIONS = {
     "max_new_tokens": "integer", "stop": "stops", "ignore_eos": "flag", "temperature": "number", "top_k": "integer",
     "top_p": "number", "min_p": "number", "repetition_penalty": "number", "seed": "seeds",
-    "logits_processors": "functions",
+    "logits_processors": "functions", "presence_penalty": "number", "frequency_penalty": "number",
+    "no_repeat_ngram": "integer", "logit_bias": "bias", "banned_tokens": "ids", "min_tokens": "small integer",
+    "stop_tokens": "ids", "logprobs": "small integer or None", "skip_special_tokens": "flag", "echo": "flag",
+    "progress": "function or None",
 }  # fmt: skip
 TEMPLATE = {"tools": "objects or None", "documents": "objects or None", "template_variables": "variables or None"}
 TASK = {"beams": "small integer", "check_script": "flag"}
@@ -95,7 +100,7 @@ TABLE: dict[str, dict[str, str]] = {
     "open_session": {"bundle": "object", "device": "choice", "threads": "small integer or None"},
     "Model.generate": {"prompt": "prompt", "state": "object or None", "n": "small integer or None", **OPTIONS},
     "Model.stream": {"prompt": "one prompt", "state": "object or None", **OPTIONS},
-    "Model.read": {"prompt": "one prompt", "state": "object or None"},
+    "Model.read": {"prompt": "one prompt", "state": "object or None", "progress": "function or None"},
     "Model.new_state": {},
     "Model.load_state": {"path": "path"},
     "TextState.fork": {},
@@ -128,8 +133,8 @@ TABLE: dict[str, dict[str, str]] = {
     "State.load": {"path": "path", "specs": "specs"},
     "Tokenizer.encode": {"text": "text", "bos": "flag", "special": "flag"},
     "Tokenizer.special_spans": {"text": "text"},
-    "Tokenizer.decode": {"tokens": "tokens", "after": "tokens"},
-    "Tokenizer.stream": {"after": "tokens"},
+    "Tokenizer.decode": {"tokens": "tokens", "after": "tokens", "skip_special": "flag"},
+    "Tokenizer.stream": {"after": "tokens", "skip_special": "flag"},
     "Tokenizer.check": {"tokens": "tokens"},
     "Tokenizer.token_id": {"name": "text"},
     "Tokenizer.token_text": {"token": "token or None"},

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from edgellm_runtime.arguments import shown
+
 if TYPE_CHECKING:
+    from edgellm_runtime.generation.logprobs import TokenLogprobs
     from edgellm_runtime.generation.text_state import TextState
 
 __all__ = ["Chunk", "FinishReason", "Generation", "Timings"]
@@ -32,7 +35,7 @@ class Timings:
     decode_tokens_per_s: float = 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Generation:
     """A whole answer.
 
@@ -43,6 +46,7 @@ class Generation:
         finish_reason: ``eos``, ``stop``, ``length`` (also when the context is full), or ``cancelled`` for what there is
             of an answer that was ended from outside.
         timings: where the time went.
+        logprobs: one for each token, where they were asked for.
         state: the text with its answer, to go on from; None where no state was given.
     """
 
@@ -51,13 +55,17 @@ class Generation:
     prompt_tokens: int
     finish_reason: FinishReason
     timings: Timings
+    logprobs: tuple[TokenLogprobs, ...] | None = None
     state: TextState | None = field(default=None, repr=False, compare=False)
 
+    def __repr__(self) -> str:
+        speed = f"{self.timings.decode_tokens_per_s:.1f} tokens/s"
+        return f"<Generation {shown(self.text)}, {len(self.tokens)} tokens, {self.finish_reason}, {speed}>"
+
     def to_json(self) -> dict[str, Any]:
-        """The same as JSON's types; without the state, which has a file of its own."""
+        """The same as JSON's types, without what was not asked for, and without the state, which has its own file."""
         found = asdict(replace(self, state=None))
-        del found["state"]
-        return found
+        return {k: v for k, v in found.items() if k != "state" and not (k == "logprobs" and v is None)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +74,12 @@ class Chunk:
 
     Args:
         text: what the token completed; empty while a character is incomplete or a stop string may be under way.
-        token_ids: the token; none only for an answer of no tokens.
+        token_ids: the token; none for the prompt's text, and where a last chunk chooses none.
         finish_reason: set on the last chunk.
+        logprobs: of the token, where they were asked for.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
+    logprobs: TokenLogprobs | None = None

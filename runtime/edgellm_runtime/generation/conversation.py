@@ -67,6 +67,10 @@ class Conversation:
         self.reused_tokens = 0
         self.reset()
 
+    def __repr__(self) -> str:
+        turns = sum(message["role"] == "user" for message in self._messages)
+        return f"<Conversation: {turns} turns, {self.held_tokens} tokens held, {self.state_bytes} bytes>"
+
     def reset(self, *, system: str | None = None) -> None:
         """Forget every turn, an open stream's too.
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from edgellm_runtime.errors import ContextError, OptionError
 from edgellm_runtime.generation.answer import Chunk, FinishReason, Generation, Timings
+from edgellm_runtime.generation.logprobs import TokenLogprobs, logprobs_of
 from edgellm_runtime.generation.options import GenerationOptions, OptionKeywords
 from edgellm_runtime.generation.sampling import Sampler
 from edgellm_runtime.generation.stops import StopMatcher
@@ -44,27 +45,40 @@ class _Row:
         self.state: State | None = None  # once it has ended, if anyone will ask for it
         self._limit = min(options.max_new_tokens, room)
         self.room = len(prompt) + self._limit  # tokens the state will hold at most
-        self._decoder = tokenizer.stream(after=prompt) if tokenizer else None
+        self._tokenizer, self._hides = tokenizer, options.skip_special_tokens
+        self._decoder = tokenizer.stream(after=prompt, skip_special=self._hides) if tokenizer else None
         self._eos = frozenset[int]() if options.ignore_eos or not tokenizer else tokenizer.eos_token_ids
+        self._stop_tokens = frozenset(options.stop_tokens)
+        self.ends = self._eos | self._stop_tokens
         self._stops = StopMatcher(options.stop)
+        self._wants_logprobs = options.logprobs is not None
+        self.logprobs: list[TokenLogprobs] = []
         if self._limit == 0:
             self.finish_reason = "length"
+
+    def echo(self) -> Chunk:
+        """The prompt's text, which the answer's is to begin with."""
+        assert self._tokenizer is not None
+        text = self._tokenizer.decode(self.prompt, skip_special=self._hides)
+        self.texts.append(text)
+        return Chunk(text, (), None)
 
     def push(self, token: int) -> Chunk:
         """Take the next token."""
         self.tokens.append(token)
         text, stopped = "", False
-        ended = token in self._eos
-        if self._decoder and not ended:
+        ended = token in self.ends
+        if self._decoder and (not ended or (token in self._eos and not self._hides)):
             text, stopped = self._stops.push(self._decoder.push(token))
         if stopped:
             self.finish_reason = "stop"
         elif ended or len(self.tokens) >= self._limit:
             rest, stopped = self._rest()
             text += rest
-            self.finish_reason = "stop" if stopped else "eos" if ended else "length"
+            reason: FinishReason = "eos" if token in self._eos else "stop" if ended else "length"
+            self.finish_reason = "stop" if stopped else reason
         self.texts.append(text)
-        return Chunk(text, (token,), self.finish_reason)
+        return Chunk(text, (token,), self.finish_reason, self.logprobs[-1] if self._wants_logprobs else None)
 
     def cancel(self) -> Chunk:
         """End here: what was held back for a stop text goes out, an incomplete character does not."""
@@ -135,6 +149,11 @@ class Run:
                 )
         if options.stop and tokenizer is None:
             raise OptionError(f"stop is {options.stop!r}, but the bundle has no tokenizer; leave stop out")
+        if options.echo and tokenizer is None:
+            raise OptionError("echo is True, but the bundle has no tokenizer, and so no text; leave echo out")
+        last, vocabulary = max(options.stop_tokens, default=0), session.vocab_size
+        if last >= vocabulary:
+            raise OptionError(f"stop_tokens has token {last}, outside the vocabulary of {vocabulary}; name its own")
         self._session, self._given, self._resumed, self._answers = session, state, text_state, answers
         self._options, self._cancelled = options, threading.Event()
         self._rows = [_Row(prompt, tokenizer, options, context - len(prompt)) for prompt in (*prompts,) * answers]
@@ -142,7 +161,7 @@ class Run:
         self._reused = text_state.read_tokens if text_state is not None else 0
         if state is not None:
             self._reused = int(state.lengths[0])
-        self._sampler = Sampler(options, rows=len(self._rows), vocab_size=session.vocab_size)
+        self._sampler = Sampler(options, rows=len(self._rows), vocab_size=session.vocab_size, ends=self._rows[0].ends)
         self._ttft_s = self._prefill_s = self._decode_s = 0.0
         self._state: State | None = None
         self._stepping = False  # stays True where an error left a step: nobody knows then what the state has read
@@ -150,6 +169,8 @@ class Run:
     def chunks(self) -> Generator[tuple[int, Chunk], None, None]:
         """Each row's chunks as (row, chunk), the rows in turn; may be left at any time, and runs once."""
         for i, row in enumerate(self._rows):
+            if self._options.echo:
+                yield i, row.echo()
             if row.finish_reason:
                 yield i, Chunk("", (), row.finish_reason)
         if not self._batch:
@@ -188,7 +209,8 @@ class Run:
         )
         return Generation(
             text="".join(r.texts), tokens=tuple(r.tokens), prompt_tokens=len(r.prompt),
-            finish_reason=r.finish_reason, timings=timings, state=self._text_state(row),
+            finish_reason=r.finish_reason, timings=timings,
+            logprobs=None if self._options.logprobs is None else tuple(r.logprobs), state=self._text_state(row),
         )  # fmt: skip
 
     def _text_state(self, row: int) -> TextState | None:
@@ -199,9 +221,13 @@ class Run:
         if state is None and self._state is not None and row in self._batch:
             at = self._batch.index(row) if self._state.batch > 1 else 0  # one row is shared until the prompt is read
             state = self._state if len(self._batch) == 1 else self._state.take([at])
-        going_on = len(r.prompt) == len(self._resumed)
-        answer_from = self._resumed.answer_from if going_on else len(r.prompt)
-        return self._resumed.extended([*r.prompt, *r.tokens], state, answer_from)
+        return self._resumed.extended([*r.prompt, *r.tokens], state, self._answer_from(row))
+
+    def _answer_from(self, row: int) -> int:
+        """How many tokens come before a row's answer; one that goes on from a state with no prompt was begun there."""
+        prompt = len(self._rows[row].prompt)
+        going_on = self._resumed is not None and prompt == len(self._resumed)
+        return self._resumed.answer_from if going_on and self._resumed is not None else prompt
 
     def _begin(self) -> NDArray[np.int64] | None:
         """Read the prompts; the first tokens, or None when that was cancelled."""
@@ -226,7 +252,7 @@ class Run:
         for at, prompt in enumerate(prompts):
             tokens[at, : len(prompt)] = prompt
         for i in self._batch:
-            self._sampler.observe(i, self._rows[i].prompt)
+            self._sampler.observe(i, self._rows[i].prompt, self._answer_from(i))
         start, self._stepping = time.perf_counter(), True
         logits = self._session.step(
             tokens, state, lengths=None if (lengths == lengths[0]).all() else lengths, progress=self._told
@@ -235,12 +261,22 @@ class Run:
         self._prefill_s = time.perf_counter() - start
         if self._answers > 1:
             self._state, logits = state.take([0] * self._answers), np.repeat(logits, self._answers, axis=0)
-        return self._sampler(logits, self._batch)
+        return self._chosen(logits)
+
+    def _chosen(self, logits: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Choose from logits (batch, vocab), and note how probable that was if anyone will ask."""
+        chosen, count = self._sampler(logits, self._batch), self._options.logprobs
+        if count is not None:
+            for i, x, token in zip(self._batch, logits, chosen.tolist(), strict=True):
+                self._rows[i].logprobs.append(logprobs_of(x, token, count))
+        return chosen
 
     def _told(self, read: int, total: int) -> None:
         """Between two pieces of a prompt."""
         if self._cancelled.is_set():
             raise _Cancelled
+        if self._options.progress is not None:
+            self._options.progress(read, total)
 
     def _hand_out(self, chosen: NDArray[np.int64]) -> Iterator[tuple[int, Chunk]]:
         for i, token in zip(self._batch, chosen.tolist(), strict=True):
@@ -262,7 +298,10 @@ class Run:
             self._state = state = state.take(keep)
             chosen, self._batch = chosen[keep], [self._batch[at] for at in keep]
         self._stepping = True
-        chosen = next_tokens(self._session, self._sampler, chosen[:, None], state, self._batch)
+        if self._options.logprobs is None:
+            chosen = next_tokens(self._session, self._sampler, chosen[:, None], state, self._batch)
+        else:  # which are of all tokens, wherever they are chosen
+            chosen = self._chosen(self._session.step(chosen[:, None], state)[:, 0])
         self._stepping = False
         self._decode_s += time.perf_counter() - start
         return chosen

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from edgellm_runtime.arguments import check_flag, check_integer, check_list, shown
 from edgellm_runtime.errors import OptionError
 from edgellm_runtime.generation.processors import LogitsProcessor
-from edgellm_runtime.generation.sampling import SamplingOptions
+from edgellm_runtime.generation.sampling_options import SamplingOptions, check_token
 
 __all__ = ["GenerationOptions", "OptionKeywords"]
 
@@ -25,6 +25,17 @@ class OptionKeywords(TypedDict, total=False):
     top_p: float
     min_p: float
     repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    no_repeat_ngram: int
+    logit_bias: Mapping[int, float] | None
+    banned_tokens: Sequence[int]
+    min_tokens: int
+    stop_tokens: Sequence[int]
+    logprobs: int | None
+    skip_special_tokens: bool
+    echo: bool
+    progress: Callable[[int, int], None] | None
     seed: int | Sequence[int] | None
     logits_processors: Sequence[LogitsProcessor]
 
@@ -37,6 +48,13 @@ class GenerationOptions(SamplingOptions):
         max_new_tokens: at most so many tokens; fewer when the context is full. 0 asks the model nothing.
         stop: texts that end the answer and are no part of it; a single string is one of them.
         ignore_eos: go on past end tokens, for measuring.
+        stop_tokens: end the answer too, as the stop texts do, and are no part of its text.
+        logprobs: so many of the most probable tokens are given for each token of the answer with their
+            log-probabilities, beside the token's own; None: none of it. The logits then always come to the CPU.
+        skip_special_tokens: whether special tokens, the end token among them, have no text.
+        echo: the answer's text begins with the prompt's.
+        progress: is told, between two pieces of a long prompt, how many of how many tokens have been read. What it
+            raises ends the call and comes through.
 
     Raises:
         OptionError: a value is outside its range.
@@ -45,6 +63,11 @@ class GenerationOptions(SamplingOptions):
     max_new_tokens: int = 256
     stop: str | Sequence[str] = ()
     ignore_eos: bool = False
+    stop_tokens: Sequence[int] = ()
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+    echo: bool = False
+    progress: Callable[[int, int], None] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,7 +76,16 @@ class GenerationOptions(SamplingOptions):
             "max_new_tokens": check_integer("max_new_tokens", self.max_new_tokens, 0),
             "stop": tuple(check_list("stop", stops, "texts", _check_stop)),
             "ignore_eos": check_flag("ignore_eos", self.ignore_eos),
+            "stop_tokens": tuple(check_list("stop_tokens", self.stop_tokens, "token ids", check_token)),
+            "logprobs": None if self.logprobs is None else check_integer("logprobs", self.logprobs, 0, 2**20),
+            "skip_special_tokens": check_flag("skip_special_tokens", self.skip_special_tokens),
+            "echo": check_flag("echo", self.echo),
         }
+        check_integer("min_tokens", self.min_tokens, 0, self.max_new_tokens)
+        if self.progress is not None and not callable(self.progress):
+            raise OptionError(
+                f"progress is {shown(self.progress)}; it must be a function of two numbers of tokens, or None"
+            )
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 

@@ -1,6 +1,6 @@
 """Choosing the next token from logits: greedy, or a draw from the filtered distribution.
 
-First the chain of processors changes the logits: the caller's in their order, then the repetition penalty. The filters
+First the chain of processors changes the logits: the caller's in their order, then those of the options. The filters
 follow in the field's usual order: temperature, top-k, top-p, min-p. The draw is from what is left, renormalised. NumPy
 only; it knows nothing of text, states or sessions.
 """
@@ -8,78 +8,22 @@ only; it knows nothing of text, states or sessions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_runtime.arguments import check_integer, check_list, check_number, is_sequence, shown
 from edgellm_runtime.errors import BackendError, OptionError
-from edgellm_runtime.generation.processors import LogitsProcessor, RepetitionPenalty, apply_processors
+from edgellm_runtime.generation.penalties import chain_of
+from edgellm_runtime.generation.processors import LogitsProcessor, apply_processors
+from edgellm_runtime.generation.sampling_options import SamplingOptions
 
-__all__ = ["Sampler", "SamplingOptions"]
+__all__ = ["Sampler", "SamplingOptions", "top_ids"]
 
 _Weighted = tuple[NDArray[np.int64], NDArray[np.float32]]
 _GROUP = 64  # weights summed together before a draw looks inside
 _STRIPES = 16  # a vocabulary is compared with itself in so many stripes to find a bound for its k-th greatest
 _FIRST_GUESS = 256  # tokens that top-p sorts before it looks at more
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
-    """How the next token is chosen.
-
-    Args:
-        temperature: divides the logits; 0 takes the most probable token (lowest id on a tie).
-        top_k: keep the k most probable tokens; 0 keeps all. Fan et al. 2018, arXiv:1805.04833.
-        top_p: keep the fewest tokens whose probabilities sum to at least p. Holtzman et al. 2019, arXiv:1904.09751.
-        min_p: keep tokens at least this fraction as probable as the most probable. Nguyen et al. 2024,
-            arXiv:2407.01082.
-        repetition_penalty: divides positive and multiplies negative logits of every token that the row already holds,
-            prompt included; 1 does nothing. Keskar et al. 2019, arXiv:1909.05858.
-        seed: makes draws repeatable; a list has one for each row. None is fresh entropy.
-        logits_processors: change the model's own logits, in this order, before all of the above; see
-            :class:`~edgellm_runtime.generation.processors.LogitsProcessor`.
-
-    Raises:
-        OptionError: a value is outside its range.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | Sequence[int] | None = None
-    logits_processors: Sequence[LogitsProcessor] = ()
-
-    def __post_init__(self) -> None:
-        checked = {
-            "temperature": check_number("temperature", self.temperature, 0, 1e6),
-            "top_k": check_integer("top_k", self.top_k, 0),
-            "top_p": check_number("top_p", self.top_p, 0, 1, open_low=True),
-            "min_p": check_number("min_p", self.min_p, 0, 1),
-            "repetition_penalty": check_number("repetition_penalty", self.repetition_penalty, 0.01, 100),
-            "seed": _check_seed(self.seed),
-            "logits_processors": tuple(
-                check_list("logits_processors", self.logits_processors, "functions", _check_function)
-            ),
-        }
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-
-
-def _check_seed(seed: object) -> int | tuple[int, ...] | None:
-    if is_sequence(seed):
-        return tuple(check_list("seed", seed, "integers", lambda name, value: check_integer(name, value, 0)))
-    return None if seed is None else check_integer("seed", seed, 0)
-
-
-def _check_function(name: str, value: object) -> LogitsProcessor:
-    if not callable(value):
-        raise OptionError(f"{name} is {shown(value)}; it must be a function of a row's tokens and logits")
-    return value
 
 
 class _Held:
@@ -115,27 +59,41 @@ class Sampler:
         options: how to choose.
         rows: the batch size.
         vocab_size: length of a row of logits.
+        ends: the tokens that end an answer, for ``min_tokens``.
 
     Raises:
-        OptionError: another number of seeds than of rows.
+        OptionError: another number of seeds than of rows, or a token that the model does not have.
     """
 
-    def __init__(self, options: SamplingOptions, *, rows: int, vocab_size: int) -> None:
+    def __init__(self, options: SamplingOptions, *, rows: int, vocab_size: int, ends: Collection[int] = ()) -> None:
         self.options = options
         self._greedy = options.temperature == 0
-        penalty = [RepetitionPenalty(options.repetition_penalty)] if options.repetition_penalty != 1 else []
-        self._chain: tuple[LogitsProcessor, ...] = (*options.logits_processors, *penalty)
+        self._vocab_size, self._ends = vocab_size, ends
+        self._chains = [self._chain_of(0, 0)] * rows
+        self._changes = bool(self._chains and self._chains[0])
         seeds = options.seed if isinstance(options.seed, Sequence) else [options.seed] * rows
         if len(seeds) != rows:
             raise OptionError(f"seed has {len(seeds)} numbers for {rows} rows; give one, or one for each")
         self._draws = [] if self._greedy else [np.random.Generator(np.random.PCG64(seed)) for seed in seeds]
         self._all = np.arange(0 if self._greedy else vocab_size)
-        self._held = [_Held() for _ in range(rows)] if self._chain else []
+        self._held = [_Held() for _ in range(rows)] if self._changes else []
 
-    def observe(self, row: int, tokens: Sequence[int]) -> None:
-        """Tell the processors which tokens a row holds; chosen tokens are noted without being told."""
-        if self._chain:
-            self._held[row].add(tokens)
+    def _chain_of(self, prompt: int, answer_from: int) -> Sequence[LogitsProcessor]:
+        return chain_of(
+            self.options, vocab_size=self._vocab_size, ends=self._ends, prompt=prompt, answer_from=answer_from
+        )
+
+    def observe(self, row: int, prompt: Sequence[int], answer_from: int | None = None) -> None:
+        """Tell the processors a row's prompt; chosen tokens are noted without being told.
+
+        Args:
+            row: which.
+            prompt: its tokens.
+            answer_from: how many of them come before its answer; None: all.
+        """
+        if self._changes:
+            self._held[row].add(prompt)
+            self._chains[row] = self._chain_of(len(prompt), len(prompt) if answer_from is None else answer_from)
 
     def __call__(self, logits: NDArray[np.float32], rows: Sequence[int] | None = None) -> NDArray[np.int64]:
         """Choose a token for each row.
@@ -151,7 +109,7 @@ class Sampler:
             BackendError: a row's best logit is NaN or infinite.
             OptionError: a logits processor returned no logits, or left no token.
         """
-        if self._greedy and not self._chain:
+        if self._greedy and not self._changes:
             best: NDArray[np.int64] = logits.argmax(axis=-1)
             for row, token in enumerate(best):
                 _check_best(logits[row, token])
@@ -165,7 +123,7 @@ class Sampler:
 
         Processors may raise any token, so they are given all.
         """
-        if self._chain:
+        if self._changes:
             return None
         if self._greedy or self.options.top_k == 1:
             return 1
@@ -220,7 +178,7 @@ class Sampler:
 
     def _choose(self, row: int, logits: NDArray[np.float32]) -> int:
         token = self._drawn(row, *self._weights(row, logits))
-        if self._chain:
+        if self._changes:
             self._held[row].add([token])
         return token
 
@@ -230,13 +188,13 @@ class Sampler:
     def _weights(self, row: int, logits: NDArray[np.float32]) -> _Weighted:
         """The tokens that survive the filters and their unnormalised probabilities, the best being 1; ids rise."""
         o = self.options
-        if self._chain:
-            logits = apply_processors(self._chain, self._held[row].view(), logits)
+        if self._changes:
+            logits = apply_processors(self._chains[row], self._held[row].view(), logits)
         best = int(logits.argmax())
         _check_best(logits[best])
         if self._greedy or o.top_k == 1:
             return np.array([best]), np.ones(1, dtype=np.float32)
-        ids = _top_k(logits, o.top_k) if 0 < o.top_k < len(logits) else None  # None: all of them, in order
+        ids = top_ids(logits, o.top_k) if 0 < o.top_k < len(logits) else None  # None: all of them, in order
         return self._filtered(ids, logits if ids is None else logits[ids], logits[best])
 
     def _filtered(
@@ -260,16 +218,16 @@ def _check_best(value: np.float32) -> None:
         raise BackendError(f"the model's best logit is {value}; verify the bundle on this device, then export it again")
 
 
-def _top_k(values: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+def top_ids(values: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     """The ids of the k greatest, in rising order; of equals the lower ids."""
-    near = _at_least_top_k(values, k)
+    near = _at_leasttop_ids(values, k)
     kept = values[near]
     threshold = np.partition(kept, len(kept) - k)[len(kept) - k]
     above, equal = near[kept > threshold], near[kept == threshold]
     return np.sort(np.concatenate([above, equal[: k - len(above)]]))
 
 
-def _at_least_top_k(values: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+def _at_leasttop_ids(values: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     """Ids that the k greatest are among, usually few; a partition of the whole vocabulary costs ten times as much."""
     groups = len(values) // _STRIPES
     if k > groups // 2:
@@ -285,7 +243,7 @@ def _top_p(weights: NDArray[np.float32], p: float) -> NDArray[np.int64]:
     count = _FIRST_GUESS
     while True:
         # sorting a whole vocabulary costs ten times this, and the share is nearly always reached among a few
-        ids = _top_k(weights, count) if count < len(weights) else np.arange(len(weights))
+        ids = top_ids(weights, count) if count < len(weights) else np.arange(len(weights))
         ids = ids[np.argsort(-weights[ids], kind="stable")]
         cumulative = weights[ids].cumsum(dtype=np.float64)
         if cumulative[-1] >= wanted or len(ids) == len(weights):

@@ -10,6 +10,7 @@ import json
 import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence, Set
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,26 +82,34 @@ class Tokenizer:
         # what no token has is not the name of the token that stands for it
         return [s for s in spans if s[2] != self._unknown or text[s[0] : s[1]].strip() == self.token_text(s[2])]
 
-    def decode(self, tokens: Iterable[int], *, after: Iterable[int] = ()) -> str:
-        """The text of tokens; special tokens have none.
+    def decode(self, tokens: Iterable[int], *, after: Iterable[int] = (), skip_special: bool = True) -> str:
+        """The text of tokens.
 
         Args:
             tokens: ids.
             after: the tokens before them, when they go on with a text: theirs is then what they add to it.
+            skip_special: whether special tokens have no text; else it is their names.
 
         Raises:
             OptionError: an id that the model does not have.
         """
-        stream = self.stream(after=self.check(after))
+        stream = self.stream(after=self.check(after), skip_special=skip_special)
         return "".join([stream.push(t) for t in self.check(tokens)]) + stream.finish()
 
-    def stream(self, *, after: Sequence[int] = ()) -> StreamDecoder:
+    def stream(self, *, after: Sequence[int] = (), skip_special: bool = True) -> StreamDecoder:
         """A decoder for tokens that come one by one.
 
         Args:
             after: the tokens of the text that they go on with.
+            skip_special: as for :meth:`decode`.
         """
-        return StreamDecoder(self._pieces, self.check(after))
+        pieces = self._pieces if check_flag("skip_special", skip_special) else self._all_pieces
+        return StreamDecoder(pieces, self.check(after))
+
+    @cached_property
+    def _all_pieces(self) -> Pieces:
+        """With special tokens' names."""
+        return self._guard(lambda: Pieces(self._library, frozenset(), self._guard))  # type: ignore[no-any-return]
 
     def check(self, tokens: Iterable[int]) -> list[int]:
         """The tokens as a list of ints, every one of them known to the model.
