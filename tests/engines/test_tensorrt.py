@@ -278,7 +278,7 @@ def test_without_a_gpu_and_a_capability_the_choice_is_named(monkeypatch: pytest.
 
 def test_without_a_library_both_ways_out_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt, "LIBRARIES", ("tensorrt_of_nobody",))
-    with pytest.raises(EngineError, match=r"pip install 'edgellm\[tensorrt\]', or .*--no-engine"):
+    with pytest.raises(EngineError, match=r"pip install tensorrt-rtx cuda-bindings, or .*--no-engine"):
         tensorrt.check_engine_options(EngineOptions(compute_capabilities=("8.6",)))
     assert tensorrt.check_engine_options(EngineOptions(build=False)) is None
 

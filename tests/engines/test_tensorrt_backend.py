@@ -208,7 +208,7 @@ def test_a_missing_library_is_named_with_the_command(monkeypatch: pytest.MonkeyP
         raise ImportError(name)
 
     monkeypatch.setattr(tensorrt_library, "imported", missing)
-    with pytest.raises(BackendError, match=r"TensorRT is not installed; pip install 'edgellm\[tensorrt\]'"):
+    with pytest.raises(BackendError, match=r"TensorRT is not installed; pip install tensorrt-rtx cuda-bindings"):
         load(made("attention"), device="tensorrt")
 
 

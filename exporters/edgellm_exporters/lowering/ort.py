@@ -1,6 +1,6 @@
 """Canonical ops as ONNX Runtime's fused kernels on CPU.
 
-Traps that this file knows (measured, see docs/benchmarks.md): 8-bit MatMulNBits is two orders of magnitude slower
+Traps that this file knows (measured, see docs/benchmark-notes.md): 8-bit MatMulNBits is two orders of magnitude slower
 without ``accuracy_level=4``, 2-bit MatMulNBits is with blocks that it has no kernel for, and GroupQueryAttention takes
 several tokens over a filled cache only one row at a time, and no norms of queries and keys, though its schema has them.
 """

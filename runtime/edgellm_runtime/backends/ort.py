@@ -50,8 +50,8 @@ def library() -> Any:
 def _attention_in_one_piece() -> Iterator[None]:
     """Have kernels of attention that are made meanwhile not work block by block, unless the environment says already.
 
-    On CPU, ONNX Runtime's blocks make a token up to twice as slow and a prompt no faster (see docs/benchmarks.md), and
-    it asks nothing but the environment. Bundles that are loaded at once take turns, or one would change it for another.
+    On CPU, ONNX Runtime's blocks make a token up to twice as slow and a prompt no faster (docs/benchmark-notes.md); it
+    asks nothing but the environment. Bundles that are loaded at once take turns, or one would change it for another.
     """
     with _MAKING:
         ours = _NO_BLOCKS not in os.environ
