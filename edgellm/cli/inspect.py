@@ -18,21 +18,26 @@ _MAX_SHOWN = 2000  # characters of a row: a table lays out every word of it
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as one JSON object and nothing else.")
-def inspect(bundle: Path, as_json: bool) -> None:
-    """Show BUNDLE's target, size, state, tokenizer, origin and what it is held to. Loads no graph."""
+@click.option("--context", type=int, default=None, help="Predict the memory for so many tokens.  [default: 512, and "
+              "all that the model's context holds]", show_default=False)  # fmt: skip
+def inspect(bundle: Path, as_json: bool, context: int | None) -> None:
+    """Show BUNDLE's target, size, state, memory, tokenizer, origin and what it is held to. Loads no graph."""
     from edgellm_runtime.bundle import Bundle
 
     opened = Bundle(bundle, checksums=False)
     if as_json:
         print_json(opened.manifest.to_json())
     else:
-        _print(opened)
+        _print(opened, context)
 
 
-def _print(bundle: Any) -> None:
+def _print(bundle: Any, context: int | None) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from edgellm_runtime.loading import device_of
+    from edgellm_runtime.state.memory_need import memory_need
 
     manifest = bundle.manifest
     specs = manifest.signature.state
@@ -47,6 +52,10 @@ def _print(bundle: Any) -> None:
             f"{manifest.signature.outputs[0].shape[-1]:,} tokens, {manifest.max_context:,} at most",
         ),
         ("state", f"{len(specs)} tensors: {slot:,} bytes a token, {fixed:,} bytes fixed"),
+        *(
+            (f"memory, {n:,} tokens", str(memory_need(manifest, device_of(bundle, "auto"), n)))
+            for n in sorted({min(512, manifest.max_context), manifest.max_context} if context is None else {context})
+        ),
         ("tokenizer", json_text(manifest.tokenizer.to_json()) if manifest.tokenizer else "none"),
         ("held to", json_text(dict(manifest.bounds))),
         ("measured", json_text({k: float(f"{v:.3g}") for k, v in manifest.measured.items()})),

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgellm_runtime.arguments import check_flag, check_instance, check_path, check_text
+from edgellm_runtime.arguments import check_flag, check_instance, check_integer, check_path, check_text, shown
 from edgellm_runtime.bundle.engine_info import LIBRARIES
-from edgellm_runtime.errors import BackendError, BundleError
+from edgellm_runtime.errors import BackendError, BundleError, OptionError
 from edgellm_runtime.threads import thread_count
 
 if TYPE_CHECKING:
@@ -25,8 +25,9 @@ _CPU_CHUNK = 256  # tokens of a prompt in one step: more are no faster, and take
 
 
 def load(
-    path: str | Path, *, device: str = "auto", threads: int | None = None, checksums: bool = True, isolate: bool = False
-) -> Model:
+    path: str | Path, *, device: str = "auto", threads: int | None = None, checksums: bool = True,
+    isolate: bool = False, max_memory: int | None = None,
+) -> Model:  # fmt: skip
     """Open a bundle, ready to generate.
 
     Args:
@@ -39,6 +40,8 @@ def load(
         isolate: load it first in a process of its own with limits on memory and time, render its template there and run
             two steps, so that what crashes or hangs does so there; Linux, on the CPU. See docs/security.md for what
             that is worth.
+        max_memory: bytes that weights and the state of one row of the model's whole context may take, as
+            ``Model.memory`` predicts them; what would take more is refused before a graph is loaded.
 
     Returns:
         A model with ``generate``, ``stream``, ``chat`` and ``conversation``. Its tokenizer is parsed with the first
@@ -47,7 +50,8 @@ def load(
     Raises:
         BundleError: the bundle is missing, damaged, foreign or newer than this runtime.
         BackendError: no library can run it here, or the device is not there.
-        OptionError: an argument of the wrong kind, or ``isolate`` where there is no such process.
+        OptionError: an argument of the wrong kind, ``isolate`` where there is no such process, or a model that takes
+            more than ``max_memory``.
     """
     from edgellm_runtime.bundle import Bundle
     from edgellm_runtime.model import Model
@@ -55,11 +59,14 @@ def load(
 
     path, checksums = check_path("path", path), check_flag("checksums", checksums)
     threads = thread_count(threads)
+    max_memory = None if max_memory is None else check_integer("max_memory", max_memory, 1)
     if check_flag("isolate", isolate):
         from edgellm_runtime.isolation import rehearse
 
         rehearse(path, device=device, checksums=checksums)
     with Bundle.while_checking(path, checksums=checksums) as bundle:
+        if max_memory is not None:
+            _check_memory(bundle, device, max_memory)
         session = open_session(bundle, device=device, threads=threads)
     info = bundle.manifest.tokenizer
     if info is None:
@@ -70,6 +77,17 @@ def load(
     template = bundle.read("chat_template.jinja") if info.has_chat_template else None
     # Parsed with the first text: for a vocabulary of 50,000 that takes 0.1 s and 40 MB, which token ids need not pay.
     return Model(session, lambda: Tokenizer(file, info, vocab_size=session.vocab_size, data=data), bundle, template)
+
+
+def _check_memory(bundle: Bundle, device: str, most: int) -> None:
+    from edgellm_runtime.state.memory_need import memory_need
+
+    need = memory_need(bundle.manifest, device_of(bundle, device))
+    if need.total > most:
+        raise OptionError(
+            f"max_memory is {shown(most)}, but {bundle.manifest.name} takes {need}; give it more, or export it with "
+            "smaller weights or a shorter context"
+        )
 
 
 def open_session(bundle: Bundle, *, device: str = "auto", threads: int | None = None) -> Session:

@@ -17,6 +17,7 @@ from edgellm_runtime.generation.conversation import Conversation, TemplateInputs
 from edgellm_runtime.generation.generate import Generation, GenerationOptions, OptionKeywords, Run, Stream
 from edgellm_runtime.generation.text_state import TextState
 from edgellm_runtime.session import Session
+from edgellm_runtime.state.memory_need import MemoryNeed, memory_need
 from edgellm_runtime.text.chat import ChatTemplate, Objects
 from edgellm_runtime.text.messages import Message
 from edgellm_runtime.text.tokenizer import Tokenizer, check_tokens
@@ -73,6 +74,18 @@ class Model:
     def __repr__(self) -> str:
         m = self.bundle.manifest
         return f"<Model {m.name}: {m.target['name']} {m.dtype}, on {self.device}, context {self.session.max_context}>"
+
+    def memory(self, context: int | None = None, *, rows: int = 1) -> MemoryNeed:
+        """Predicted bytes of the weights and of a state.
+
+        Args:
+            context: tokens in each row; None: as many as the model's context holds.
+            rows: of the state.
+
+        Raises:
+            OptionError: a context that is longer than the model's, or no row.
+        """
+        return memory_need(self.bundle.manifest, self.device, context, rows)
 
     def new_state(self) -> TextState:
         """The state of an empty text, to be given to :meth:`generate`, :meth:`stream` or :meth:`read`."""

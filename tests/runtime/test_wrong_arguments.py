@@ -75,6 +75,7 @@ KINDS: dict[str, set[str]] = {
     "choice": set(),
     "object": set(),
     "object or None": {"None"},
+    "memory or None": {"None", "2**70", "10**6000", "10**9"},
     "bias": {"{}", "None"},
     "ids": {"[]", "array([])"},
     "function or None": {"None", "function"},
@@ -96,11 +97,12 @@ INTERNAL = {"TextState.resumed", "TextState.extended", "TextState.check_for"}  #
 # Each parameter of each public function and method, and a call that is right
 TABLE: dict[str, dict[str, str]] = {
     "load": {"path": "path", "device": "choice", "threads": "small integer or None", "checksums": "flag",
-             "isolate": "flag"},
+             "isolate": "flag", "max_memory": "memory or None"},
     "open_session": {"bundle": "object", "device": "choice", "threads": "small integer or None"},
     "Model.generate": {"prompt": "prompt", "state": "object or None", "n": "small integer or None", **OPTIONS},
     "Model.stream": {"prompt": "one prompt", "state": "object or None", **OPTIONS},
     "Model.read": {"prompt": "one prompt", "state": "object or None", "progress": "function or None"},
+    "Model.memory": {"context": "small integer or None", "rows": "integer"},
     "Model.new_state": {},
     "Model.load_state": {"path": "path"},
     "TextState.fork": {},
@@ -189,7 +191,7 @@ class Fixtures:
         if owner in ("load", "open_session"):
             given = {"path": attention_bundle()} if owner == "load" else {"bundle": self.bundle}
             return getattr(edgellm_runtime, owner), {**given, "threads": 1}
-        if owner == "TextState" or (owner == "Model" and method in ("read", "new_state", "load_state")):
+        if owner == "TextState" or (owner == "Model" and method in ("read", "new_state", "load_state", "memory")):
             right = {
                 "read": {"prompt": "hello"}, "load_state": {"path": self.text_file}, "rewind": {"tokens": 1},
                 "save": {"path": self.text_file},
