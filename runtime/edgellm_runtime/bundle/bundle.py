@@ -109,7 +109,7 @@ class Bundle:
         It is of what the manifest says of the model and of its files, checksums included.
         """
         said = {key: value for key, value in self.manifest.to_json().items() if key not in ("provenance", "measured")}
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(said, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
     def file(self, name: str) -> Path:
         """A listed file's path.
