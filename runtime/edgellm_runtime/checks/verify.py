@@ -6,6 +6,8 @@ without a figure fails.
 
 from __future__ import annotations
 
+import itertools
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +22,13 @@ from edgellm_runtime.errors import BundleError, first_line
 from edgellm_runtime.session import Session
 from edgellm_runtime.state import State
 
-__all__ = ["AT_LEAST", "GOLDENS", "Check", "Golden", "Verification", "held", "read_goldens", "verify"]
+__all__ = [
+    "AT_LEAST", "EXACT", "GOLDENS", "Check", "Golden", "Verification", "distance", "exact_figures", "held",
+    "read_goldens", "verify",
+]  # fmt: skip
 
 GOLDENS = "goldens.json"
+EXACT = "exact"  # goldens of the same numbers, beside the float model's
 _MAX_TRACES = 256
 _MAX_TOKENS = 1 << 12  # of a golden; an export writes fewer than 100
 Array = NDArray[Any]
@@ -36,6 +42,9 @@ _WHAT = {
     "state": "carried state after the last token, relative difference from PyTorch's",
     "split": "token by token and after a rewind against all at once, largest relative difference of logits",
     "batch": "rows of a ragged batch against each row alone, largest relative difference of logits",
+    "exact.logits": "the same numbers in PyTorch: logits, largest difference relative to the largest logit",
+    "exact.kl": "the same numbers in PyTorch: mean KL divergence, nats a token",
+    "exact.state": "the same numbers in PyTorch: carried state, relative difference",
     "greedy": "greedy continuations equal to PyTorch's, share of tokens",
 }
 
@@ -112,11 +121,48 @@ def verify(bundle: Bundle, session: Session, progress: Callable[[str], None] = l
         # numpy's, unlike Python's, let no NaN pass unseen
         value = float((np.min if name in AT_LEAST else np.mean if name == "kl" else np.max)(values))
         checks.append(held(name, value, bound))
-    return Verification(tuple(checks))
+    progress("the same numbers")
+    return Verification((*checks, *_exact(bundle, session)))
 
 
-def read_goldens(bundle: Bundle) -> list[Golden]:
+def _exact(bundle: Bundle, session: Session) -> list[Check]:
+    """The checks against PyTorch with the bundle's own numbers, where it has such goldens."""
+    bounds = bundle.manifest.exact_bounds
+    if not bounds:
+        return []
+    made, here = str(bundle.manifest.provenance.get("machine")), platform.machine()
+    if made != here or session.device.lower() != "cpu":
+        where = f"the bounds are of {made}'s kernels, and those of {session.device} on {here} may round otherwise"
+        return [Check(EXACT, True, 0.0, 0.0, f"the same numbers in PyTorch: not held here, for {where}")]
+    found = exact_figures(session, read_goldens(bundle, EXACT))
+    return [held(f"{EXACT}.{name}", found.get(name, float("nan")), bound) for name, bound in bounds.items()]
+
+
+def exact_figures(session: Session, goldens: Sequence[Golden]) -> dict[str, float]:
+    """The largest ``logits``, ``kl`` and ``state`` of any golden, all at once and then token by token.
+
+    Args:
+        session: of the bundle.
+        goldens: of PyTorch with the bundle's own numbers.
+    """
+    found: dict[str, list[float]] = {}
+    for golden in goldens:
+        length = len(golden.tokens)
+        for cuts in ((0, length), (0, *range(length // 2, length + 1))):
+            state, parts = session.new_state(1, length), []
+            for start, end in itertools.pairwise(cuts):
+                parts.append(session.step(golden.tokens[None, start:end], state, logits="all")[0].copy())
+            for name, value in distance(golden, np.concatenate(parts), _carried(golden, state)).items():
+                found.setdefault(name, []).append(value)
+    return {name: float(np.max(values)) for name, values in found.items()}  # numpy's lets no NaN pass unseen
+
+
+def read_goldens(bundle: Bundle, key: str = "traces") -> list[Golden]:
     """The goldens of a bundle, checked against its signature.
+
+    Args:
+        bundle: that has them.
+        key: ``traces``, the float model's, or :data:`EXACT`.
 
     Raises:
         BundleError: there are none, or they do not fit the signature.
@@ -124,7 +170,7 @@ def read_goldens(bundle: Bundle) -> list[Golden]:
     file = bundle.file(GOLDENS)
     vocab = int(bundle.manifest.signature.outputs[0].shape[-1])
     try:
-        traces = read_json(file, limit_of(GOLDENS))["traces"]
+        traces = read_json(file, limit_of(GOLDENS))[key]
         if len(traces) > _MAX_TRACES:
             raise ValueError(f"{len(traces)} rows, of at most {_MAX_TRACES}")
         goldens = [_parse(trace, vocab) for trace in traces]
@@ -166,19 +212,36 @@ def _figures(session: Session, golden: Golden) -> dict[str, float]:
     logits = session.step(golden.tokens[None], state, logits="all")[0].copy()  # further steps may overwrite it
     if wrong := float((~np.isfinite(logits)).mean()) or float(not logits.any()):
         return {"finite": wrong}
-    found = np.take_along_axis(logits, golden.top_ids, axis=1).astype(np.float64)
-    scale = float(np.abs(golden.top_logits).max())
     figures = {
-        "logits": float(np.abs(found - golden.top_logits).max()) / scale,
-        "kl": _coarse_kl(golden, found - logsumexp(logits)[:, None]),
+        **distance(golden, logits, _carried(golden, state)),
         "top1": float((logits.argmax(axis=1) == golden.top_ids[:, 0]).mean()),
-        "state": _state_difference(golden, state),
         "split": _split(session, golden, logits),
     }
     if len(golden.greedy):
         said = _greedy(session, state, logits[-1], len(golden.greedy))
         figures["greedy"] = float((said == golden.greedy).mean())
     return figures
+
+
+def distance(golden: Golden, logits: Array, state: Mapping[str, Array]) -> dict[str, float]:
+    """How far a row's logits and the state after it are from a golden: ``logits``, ``kl`` and ``state``.
+
+    Args:
+        golden: of the row.
+        logits: (time, vocab).
+        state: by name, the slots in use; empty where none can be compared.
+    """
+    found = np.take_along_axis(logits, golden.top_ids, axis=1).astype(np.float64)
+    return {
+        "logits": float(np.abs(found - golden.top_logits).max()) / float(np.abs(golden.top_logits).max()),
+        "kl": _coarse_kl(golden, found - logsumexp(logits)[:, None]),
+        "state": _state_difference(golden, state),
+    }
+
+
+def _carried(golden: Golden, state: State) -> dict[str, Array]:
+    """The one row of each carried tensor; not of a cache in 8 bits, whose loss shows in the logits."""
+    return {s.name: state.read(s.name)[s.used(len(golden.tokens))][0] for s in state.specs if s.dtype != "int8"}
 
 
 def _coarse_kl(golden: Golden, found: Array) -> float:
@@ -191,16 +254,14 @@ def _coarse_kl(golden: Golden, found: Array) -> float:
     return float((p * (np.log(p) - np.log(np.maximum(q, 1e-300)))).sum(axis=1).mean())
 
 
-def _state_difference(golden: Golden, state: State) -> float:
-    """Of the carried tensors; a cache in 8 bits holds codes, and what they lose shows in the logits."""
-    worst, specs = 0.0, [spec for spec in state.specs if spec.dtype != "int8"]
-    if state.specs and not specs:
+def _state_difference(golden: Golden, state: Mapping[str, Array]) -> float:
+    if golden.state and not state:
         return float("nan")
-    for spec in specs:
-        if spec.name not in golden.state:
+    worst = 0.0
+    for name, used in state.items():
+        if name not in golden.state:
             return float("nan")
-        index, expected = golden.state[spec.name]
-        used = state.read(spec.name)[spec.used(len(golden.tokens))][0]
+        index, expected = golden.state[name]
         if not len(index) or index.min() < 0 or index.max() >= used.size:
             return float("nan")
         difference = np.linalg.norm(used.reshape(-1)[index] - expected)

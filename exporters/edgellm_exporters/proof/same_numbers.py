@@ -1,0 +1,127 @@
+"""PyTorch with a quantized bundle's very numbers: what its graph must equal to rounding, whatever its formats cost.
+
+Where kernels round what products read, a sum in another order can move a value across the border between two codes.
+How far that reaches is measured, on copies of the rows whose products read inputs with float32's own noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from edgellm.models.protocol import LanguageModel
+from edgellm_exporters.errors import QuantizeError
+from edgellm_exporters.proof.traces import Trace, traces
+from edgellm_exporters.quantize.methods import METHODS
+from edgellm_exporters.quantize.plan import Plan
+from edgellm_exporters.quantize.quantized_model import quantized_model, quantized_stream
+from edgellm_exporters.weights.streaming import OwnWeights, Weights, resident
+from edgellm_runtime.bundle import Bundle
+from edgellm_runtime.checks.verify import EXACT, distance, exact_figures, read_goldens
+from edgellm_runtime.loading import open_session
+
+__all__ = ["MARGIN", "ExactTraces", "exact_bounds", "exact_traces", "measured_exactly"]
+
+MARGIN = 3.0  # of a bound, to the largest difference that was measured
+_THREADS = (1, 2)
+_COPIES, _NOISE = 3, 4 * torch.finfo(torch.float32).eps
+# What sums in another order cost: no bound is tighter than the one that a float bundle is held to.
+_ROUNDING = {name: METHODS["none"].bounds[name] for name in ("logits", "kl", "state")}
+_TARGETS = {"cpu": True, "onnx": False}  # whether kernels round what products read
+
+
+@dataclass(frozen=True)
+class ExactTraces:
+    """What PyTorch computes with a bundle's own numbers.
+
+    Args:
+        rows: the trace of each row.
+        copies: further traces of the same rows, in turn, as sums in another order might make them.
+    """
+
+    rows: Sequence[Trace] = ()
+    copies: Sequence[Trace] = ()
+
+
+def exact_traces(
+    model: LanguageModel, weights: Weights, plan: Plan | None, target: str, rows: Sequence[Sequence[int]]
+) -> ExactTraces:
+    """What PyTorch computes with a plan's numbers, weights read one by one where the model's are.
+
+    Args:
+        model: the float model, in eval mode; it is left as it was.
+        weights: where its parameters are read.
+        plan: of the bundle; None where a search chose it.
+        target: the bundle's.
+        rows: token ids.
+
+    Raises:
+        QuantizeError: this reference cannot be had, and why.
+    """
+    assert isinstance(model, nn.Module)
+    _check(plan, target)
+    assert plan is not None
+    rounds = _TARGETS[target]
+    reference, numbers = _with_numbers(model, weights, plan, rounds)
+    if rounds:
+        _add_noise(reference)
+    repeated = [row for row in rows for _ in range(1 + _COPIES if rounds else 1)]
+    with resident(reference, numbers):
+        found = list(traces(reference, repeated))  # type: ignore[arg-type]
+    count = len(repeated) // len(rows)
+    return ExactTraces(found[::count], [trace for i, trace in enumerate(found) if i % count])
+
+
+def _with_numbers(model: nn.Module, weights: Weights, plan: Plan, rounds: bool) -> tuple[nn.Module, Weights]:
+    if any(p.is_meta for p in model.parameters()):
+        return quantized_stream(model, weights, plan, integer_products=rounds, block_products=rounds)
+    rounded = quantized_model(model, plan, integer_products=rounds, block_products=rounds)
+    return rounded, OwnWeights(rounded)
+
+
+def _add_noise(model: nn.Module) -> None:
+    """Have products read what another order of sums might have made."""
+    generator = torch.Generator().manual_seed(0)
+
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (inputs[0] * (1 + _NOISE * torch.randn(inputs[0].shape, generator=generator)),)
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(hook, prepend=True)
+
+
+def _check(plan: Plan | None, target: str) -> None:
+    if target not in _TARGETS:
+        raise QuantizeError(f"what target {target}'s kernels round is not known on this machine")
+    if plan is None:
+        raise QuantizeError("a search chose its formats")
+    if plan.cache:
+        raise QuantizeError("its cache is in 8 bits, which PyTorch's is not")
+    if _TARGETS[target] and any(scheme.shifted for scheme in plan.schemes.values()):
+        raise QuantizeError("shifted blocks meet sums of inputs that kernels round on their own")
+
+
+def measured_exactly(scratch: Path, copies: Sequence[Trace]) -> dict[str, float]:
+    """How far a bundle is from its goldens of the same numbers, at most, over numbers of threads and those copies.
+
+    Args:
+        scratch: the bundle, its goldens written.
+        copies: of :class:`ExactTraces`.
+    """
+    bundle = Bundle(scratch, checksums=False)
+    goldens = read_goldens(bundle, EXACT)
+    found = [exact_figures(open_session(bundle, device="cpu", threads=count), goldens) for count in _THREADS]
+    for golden, trace in zip((g for g in goldens for _ in range(_COPIES)), copies, strict=bool(copies)):
+        state = {name: tensor.numpy() for name, tensor in trace.state.items()}
+        found.append(distance(golden, trace.logits.numpy(), state))
+    return {name: max(figures[name] for figures in found) for name in found[0]}
+
+
+def exact_bounds(measured: Mapping[str, float]) -> dict[str, float]:
+    """Bounds for what :func:`measured_exactly` found."""
+    return {name: max(MARGIN * value, _ROUNDING[name]) for name, value in measured.items()}
