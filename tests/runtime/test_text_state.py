@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from tiny_bundles import attention_bundle, recurrent_bundle, window_bundle
 
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_runtime import ContextError, OptionError, StateError, load
+from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.generation.text_state import TextState
 from edgellm_runtime.model import Model
 
@@ -295,3 +297,12 @@ def test_reprs_name_what_they_are() -> None:
     model = model_of("attention")
     assert repr(model).startswith("<Model ") and "on cpu, context 64" in repr(model)
     assert "3 tokens" in repr(model.read([1, 2, 3])) and repr(model.new_state()).endswith("0 tokens, 0 bytes>")
+
+
+def test_a_manifest_with_numbers_that_are_none_has_a_fingerprint(tmp_path: Path) -> None:
+    shutil.copytree(recurrent_bundle(), tmp_path / "bundle")
+    file = tmp_path / "bundle" / "manifest.json"
+    file.write_text(file.read_text().replace('"quantization": {', '"quantization": {"x": NaN, ', 1))
+    assert "NaN" in file.read_text()
+    found = Bundle(tmp_path / "bundle").fingerprint
+    assert len(found) == 64 and found != Bundle(recurrent_bundle()).fingerprint

@@ -8,7 +8,6 @@ compared while a session is made of them, but before it is used. The format is d
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from edgellm_runtime.bundle.limits import MAX_MANIFEST_BYTES, limit_of, read_jso
 from edgellm_runtime.bundle.manifest import MANIFEST, FileInfo, Manifest
 from edgellm_runtime.bundle.weight_files import weight_files
 from edgellm_runtime.errors import BundleError, first_line
+from edgellm_runtime.json_text import json_text
 
 __all__ = ["Bundle", "sha256_of"]
 
@@ -109,7 +109,7 @@ class Bundle:
         It is of what the manifest says of the model and of its files, checksums included.
         """
         said = {key: value for key, value in self.manifest.to_json().items() if key not in ("provenance", "measured")}
-        return hashlib.sha256(json.dumps(said, sort_keys=True, allow_nan=False).encode()).hexdigest()
+        return hashlib.sha256(json_text(said).encode()).hexdigest()
 
     def file(self, name: str) -> Path:
         """A listed file's path.
