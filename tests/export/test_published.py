@@ -48,7 +48,7 @@ def with_tokens(*names: str) -> str:
         ({"chat_template": "{% for"}, "the checkpoint's chat template cannot be used: the chat template failed"),
         ({"chat_template": "{{ messages[7].content }}"}, "the checkpoint's chat template cannot be used: "),
         ({"chat_template": "{{ raise_exception('tools only') }}"}, r"refuses a plain question \(.*tools only"),
-        ({"chat_template": ""}, "makes an empty prompt of a plain question"),
+        ({"chat_template": ""}, "cannot be used: the chat template failed .what it writes has no tokens."),
         (
             {"task": TaskSpec(name="generation", prompt=(Segment("token", "<|ask|>"),))},
             r"the tokenizer lacks \['<\|ask\|>'\], which prompts of the task need",

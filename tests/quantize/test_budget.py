@@ -336,4 +336,6 @@ def test_a_budget_is_for_auto_alone_and_auto_needs_text(tmp_path: Path) -> None:
 def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
     auto(make("gru alone"), tmp_path / "b", max_kl=0.05)
     said = json.loads((tmp_path / "b" / "manifest.json").read_text())["quantization"]
-    assert set(said) == {"method", "rounding", "weights", "budget", "predicted_kl", "held_out"}
+    assert set(said) == {
+        "method", "rounding", "weights", "budget", "predicted_kl", "held_out", "float_reference_only",
+    }  # fmt: skip

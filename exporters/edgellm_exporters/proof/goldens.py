@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgellm_exporters.proof.traces import Continuation, Trace
+from edgellm_exporters.proof.traces import Continuation, Trace, check_finite
 from edgellm_runtime.checks.verify import GOLDENS
 
 __all__ = ["GREEDY", "write_goldens"]
@@ -36,6 +36,7 @@ def write_goldens(
 
 
 def _sampled(trace: Trace, after: Continuation) -> dict[str, Any]:
+    check_finite(trace.logits.float().numpy(), 0)
     tops = [row.double().topk(min(_TOP, len(row))) for row in trace.logits]  # row by row: a vocabulary is long
     generator = np.random.default_rng(0)
     samples = {}

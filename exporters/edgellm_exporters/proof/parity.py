@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgellm.models.protocol import LanguageModel
 from edgellm_exporters.errors import ParityError
-from edgellm_exporters.proof.traces import Continuation, Trace, continuations, traces
+from edgellm_exporters.proof.traces import Continuation, Trace, check_finite, continuations, traces
 from edgellm_runtime.checks.evaluate import distances, piece_length
 from edgellm_runtime.checks.verify import Check, held
 from edgellm_runtime.session import Session
@@ -189,20 +189,11 @@ def _parts(session: Session, state: State, reference: Trace) -> Iterator[_Part]:
     for start in range(0, len(row), length):
         ours = session.step(row[None, start : start + length], state, logits="all")[0]
         theirs = reference.logits[start : start + len(ours)].float().numpy()
-        _check_finite(theirs, start)
+        check_finite(theirs, start)
         targets = row[start + 1 : start + 1 + len(ours)] if session.predicts_tokens else row[:0]
         found = distances(theirs, ours, targets)
         difference, largest = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
         yield _Part(difference, largest, found.kl, found.same, found.nll, found.reference_nll)
-
-
-def _check_finite(logits: Array, start: int) -> None:
-    finite = np.isfinite(logits).all(-1)
-    if not finite.all():
-        raise ParityError(
-            f"PyTorch computes no finite logits at token {start + int(np.argmin(finite))} of a row; train the model "
-            "on, or repair its weights"
-        )
 
 
 def _state(reference: Trace, own: State) -> float:

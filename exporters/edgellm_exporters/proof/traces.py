@@ -5,16 +5,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from edgellm.models.protocol import LanguageModel, Step, empty_state, logit_width
+from edgellm_exporters.errors import ParityError
 from edgellm_exporters.weights.memory import give_back
 from edgellm_runtime.session import Session
 
-__all__ = ["Continuation", "Trace", "continuations", "take_traces", "traces"]
+__all__ = ["Continuation", "Trace", "check_finite", "continuations", "take_traces", "traces"]
 
 Tokens = Sequence[int]
 Open = Callable[[], Session]  # one that is dropped after use: a session holds its own copy of the weights
@@ -158,3 +161,21 @@ def _cut(model: LanguageModel, trace: Trace, length: int) -> Trace:
     axes = {spec.name: spec.capacity_axis for spec in model.state_specs()}
     state = {n: t if axes[n] is None else t.narrow(axes[n] - 1, 0, length) for n, t in trace.state.items()}  # type: ignore[operator]
     return Trace(trace.tokens[:length], trace.logits[:length], state)
+
+
+def check_finite(logits: NDArray[Any], start: int) -> None:
+    """Refuse what proves nothing.
+
+    Args:
+        logits: PyTorch's for some tokens of a row, (tokens, vocab).
+        start: the first one's place in the row.
+
+    Raises:
+        ParityError: some are NaN or infinite.
+    """
+    finite = np.isfinite(logits).all(-1)
+    if not finite.all():
+        raise ParityError(
+            f"PyTorch computes no finite logits at token {start + int(np.argmin(finite))} of a row; train the model "
+            "on, or repair its weights"
+        )
