@@ -21,7 +21,8 @@ def read_reference(checkpoint: Path, bundle: Path, session: Session, longest: in
         longest: tokens of the longest row that both are to read.
 
     Raises:
-        OptionError: it has another vocabulary, other outputs, or a shorter context than the comparison needs.
+        OptionError: it has another vocabulary, other outputs, another state, or a shorter context than the comparison
+            needs.
     """
     from edgellm.cli.checkpoints import read_checkpoint
     from edgellm_exporters.proof.torch_backend import torch_session
@@ -37,6 +38,12 @@ def read_reference(checkpoint: Path, bundle: Path, session: Session, longest: in
                 f"{checkpoint}: has {what} of {here}, and {bundle} has one of {there}; compare a bundle with the "
                 "checkpoint that it was exported from, or one of the same vocabulary"
             )
+    shapes, of_bundle = ({spec.name: spec.shape for spec in found.signature.state} for found in (own, session))
+    if shapes != of_bundle:
+        raise OptionError(
+            f"{checkpoint}: carries another state than {bundle}, so it is another model; compare a bundle with the "
+            "checkpoint that it was exported from, or one of the same shape"
+        )
     if own.max_context < longest:
         raise OptionError(
             f"{checkpoint}: takes {own.max_context} tokens, and the comparison has rows of {longest}; give a smaller "

@@ -187,3 +187,20 @@ def test_a_checkpoint_of_another_vocabulary_is_told(tmp_path, capsys):
         said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Error: ")]
         assert len(said) == 1
         assert said[0].startswith(f"Error: {other}: has a vocabulary of 80, and {bundle} has one of 2")
+
+
+def test_another_model_of_the_same_vocabulary_is_told(tmp_path, capsys):
+    from torch import manual_seed
+
+    from edgellm.checkpoints.native import save_checkpoint
+    from edgellm.models.decoder import Decoder, DecoderConfig
+
+    manual_seed(0)
+    config = DecoderConfig(
+        vocab_size=byte_level().get_vocab_size(), width=32, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=8,
+        mlp_width=32, max_context=96,
+    )  # fmt: skip
+    save_checkpoint(tmp_path / "other", Decoder(config), architecture="decoder", tokenizer_json=byte_level().to_str())
+    bundle, other = str(attention_bundle()), str(tmp_path / "other")
+    assert cli.run(["verify", bundle, "--against", other]) == 1
+    assert f"Error: {other}: carries another state than {bundle}, so it is another model" in capsys.readouterr().err
