@@ -11,7 +11,7 @@ import torch
 from edgellm_exporters.graph.values import typed
 
 if TYPE_CHECKING:
-    from edgellm_exporters.graph.translate import Translation
+    from edgellm_exporters.graph.making import Making
 
 __all__ = ["BRANCHES"]
 
@@ -21,20 +21,20 @@ _HIGHER = torch.ops.higher_order
 def _as_it_stands(places: slice, graph_at: int) -> Callable[..., Any]:
     """An operator that runs its graph once, on the arguments from a place on."""
 
-    def form(made: Translation, node: torch.fx.Node, *args: Any, **_: Any) -> Any:
+    def form(made: Making, node: torch.fx.Node, *args: Any, **_: Any) -> Any:
         return made.inline(made.values[args[graph_at]].graph, args[places])
 
     return form
 
 
-def _autocast(made: Translation, node: torch.fx.Node, *args: Any, **_: Any) -> Any:
+def _autocast(made: Making, node: torch.fx.Node, *args: Any, **_: Any) -> Any:
     device, _dtype, enabled, _cache, graph, *inputs = args
     if enabled:
         raise made.refuse(node, f"the forward turns on autocast for {device}; cast what it computes with .to() instead")
     return made.inline(made.values[graph].graph, inputs)
 
 
-def _cond(made: Translation, node: torch.fx.Node, *args: Any, **_: Any) -> Any:
+def _cond(made: Making, node: torch.fx.Node, *args: Any, **_: Any) -> Any:
     condition, yes, no, inputs = (*args, ()) if len(args) == 3 else args
     sides = {
         name: _graph(made, made.values[side].graph, inputs, f"{node.name}.{name}")
@@ -43,19 +43,19 @@ def _cond(made: Translation, node: torch.fx.Node, *args: Any, **_: Any) -> Any:
     return made.ops("If", made.value(condition), like=_several(node), **sides)
 
 
-def _graph(made: Translation, graph: torch.fx.Graph, inputs: Sequence[Any], name: str) -> ir.Graph:
+def _graph(made: Making, graph: torch.fx.Graph, inputs: Sequence[Any], name: str) -> ir.Graph:
     nodes, results = made.branch(graph, inputs)
     return ir.Graph([], results, nodes=nodes, name=name)
 
 
-def _while(made: Translation, node: torch.fx.Node, *_: Any, **__: Any) -> Any:
+def _while(made: Making, node: torch.fx.Node, *_: Any, **__: Any) -> Any:
     raise made.refuse(
         node, "a loop that runs until a value ends it may not stand in a bundle; run a fixed number of steps, or "
         "torch.scan over a tensor",
     )  # fmt: skip
 
 
-def _scan(made: Translation, node: torch.fx.Node, body: Any, first: Any, rows: Any, more: Any = (), **_: Any) -> Any:
+def _scan(made: Making, node: torch.fx.Node, body: Any, first: Any, rows: Any, more: Any = (), **_: Any) -> Any:
     states, inputs = [made.value(x) for x in first], [made.value(x) for x in rows]
     inside = [_new(made, value) for value in states]
     each = [_new(made, value, row=True) for value in inputs]
@@ -69,7 +69,7 @@ def _several(node: torch.fx.Node) -> Sequence[Any]:
     return like
 
 
-def _new(made: Translation, like: ir.Value, *, row: bool = False) -> ir.Value:
+def _new(made: Making, like: ir.Value, *, row: bool = False) -> ir.Value:
     from edgellm_exporters.graph.function_library import Symbol
 
     value = typed(Symbol(name=made.fresh()), like)

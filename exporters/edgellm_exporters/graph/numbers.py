@@ -13,14 +13,14 @@ import torch
 from edgellm_exporters.graph.values import onnx_dtype
 
 if TYPE_CHECKING:
-    from edgellm_exporters.graph.translate import Translation
+    from edgellm_exporters.graph.making import Making
 
 __all__ = ["NUMBERS"]
 
 Form = Callable[..., Any]
 
 
-def _size(made: Translation, node: torch.fx.Node, x: Any, dim: int) -> Any:
+def _size(made: Making, node: torch.fx.Node, x: Any, dim: int) -> Any:
     axis = dim % x.meta["val"].dim()
     shape = made.op("Shape", made.value(x), start=axis, end=axis + 1)
     return made.op("Squeeze", shape, made.integers(0), like=node.meta["val"])
@@ -29,7 +29,7 @@ def _size(made: Translation, node: torch.fx.Node, x: Any, dim: int) -> Any:
 def _number(kind: str) -> Form:
     """Arithmetic or a comparison of sizes."""
 
-    def form(made: Translation, node: torch.fx.Node, *args: Any) -> Any:
+    def form(made: Making, node: torch.fx.Node, *args: Any) -> Any:
         if any(isinstance(a, torch.fx.Node) and isinstance(a.meta.get("val"), torch.Tensor) for a in args):
             return None
         return made.op(kind, *_alike(made, args), like=node.meta["val"])
@@ -37,7 +37,7 @@ def _number(kind: str) -> Form:
     return form
 
 
-def _alike(made: Translation, args: Sequence[Any]) -> list[ir.Value]:
+def _alike(made: Making, args: Sequence[Any]) -> list[ir.Value]:
     """Numbers in one dtype: fractions if one of them is."""
     values = [made.value(a) for a in args]
     if any(v.dtype == ir.DataType.FLOAT for v in values):
@@ -46,29 +46,29 @@ def _alike(made: Translation, args: Sequence[Any]) -> list[ir.Value]:
     return values
 
 
-def _quotient(made: Translation, node: torch.fx.Node, a: Any, b: Any) -> Any:
+def _quotient(made: Making, node: torch.fx.Node, a: Any, b: Any) -> Any:
     """Rounded down; ONNX rounds towards zero."""
     x, y = _alike(made, (a, b))
     return made.op("Div", made.op("Sub", x, made.op("Mod", x, y)), y, like=node.meta["val"])
 
 
-def _fraction(made: Translation, node: torch.fx.Node, a: Any, b: Any) -> Any:
+def _fraction(made: Making, node: torch.fx.Node, a: Any, b: Any) -> Any:
     parts = [made.op("Cast", made.value(x), to=int(ir.DataType.FLOAT), like=0.0) for x in (a, b)]
     return made.op("Div", *parts, like=node.meta["val"])
 
 
-def _unequal(made: Translation, node: torch.fx.Node, a: Any, b: Any) -> Any:
+def _unequal(made: Making, node: torch.fx.Node, a: Any, b: Any) -> Any:
     return made.op("Not", made.op("Equal", *_alike(made, (a, b))), like=node.meta["val"])
 
 
-def _as_number(made: Translation, node: torch.fx.Node, x: Any) -> Any:
+def _as_number(made: Making, node: torch.fx.Node, x: Any) -> Any:
     dtype = onnx_dtype(node.meta["val"])
     assert dtype is not None
     return made.op("Cast", made.value(x), to=int(dtype), like=node.meta["val"])
 
 
 def _rounded(kind: str) -> Form:
-    def form(made: Translation, node: torch.fx.Node, x: Any) -> Any:
+    def form(made: Making, node: torch.fx.Node, x: Any) -> Any:
         if made.value(x).dtype == ir.DataType.INT64:
             return made.values[x]
         whole = made.op(kind, made.value(x), like=0.0)
@@ -77,11 +77,11 @@ def _rounded(kind: str) -> Form:
     return form
 
 
-def _total(made: Translation, node: torch.fx.Node, parts: Sequence[Any]) -> Any:
+def _total(made: Making, node: torch.fx.Node, parts: Sequence[Any]) -> Any:
     return made.op("Sum", *map(made.value, parts), like=node.meta["val"])
 
 
-def _chosen(made: Translation, node: torch.fx.Node, test: Any, a: Any, b: Any) -> Any:
+def _chosen(made: Making, node: torch.fx.Node, test: Any, a: Any, b: Any) -> Any:
     return made.op("Where", made.value(test), *_alike(made, (a, b)), like=node.meta["val"])
 
 

@@ -19,7 +19,7 @@ from edgellm_exporters.graph.promotion import cast
 from edgellm_exporters.graph.values import onnx_dtype
 
 if TYPE_CHECKING:
-    from edgellm_exporters.graph.translate import Translation
+    from edgellm_exporters.graph.making import Making
 
 __all__ = ["FORMS"]
 
@@ -40,7 +40,7 @@ def _plain(node: torch.fx.Node) -> bool:
 def _elementwise(kind: str) -> Form:
     """Of two tensors of the dtype of the result; with numbers or other dtypes, the library does it."""
 
-    def form(made: Translation, node: torch.fx.Node, *args: Any, **more: Any) -> Any:
+    def form(made: Making, node: torch.fx.Node, *args: Any, **more: Any) -> Any:
         fits = all(isinstance(x, torch.fx.Node) and _plain(x) for x in args) and not more
         if not fits or any(x.meta["val"].dtype != node.meta["val"].dtype for x in args):
             return None
@@ -49,31 +49,31 @@ def _elementwise(kind: str) -> Form:
     return form
 
 
-def _silu(made: Translation, node: torch.fx.Node, x: Any) -> Any:
+def _silu(made: Making, node: torch.fx.Node, x: Any) -> Any:
     like = node.meta["val"]
     return made.op("Mul", made.value(x), made.op("Sigmoid", made.value(x), like=like), like=like)
 
 
-def _gelu(made: Translation, node: torch.fx.Node, x: Any, *, approximate: str = "none") -> Any:
+def _gelu(made: Making, node: torch.fx.Node, x: Any, *, approximate: str = "none") -> Any:
     return made.op("Gelu", made.value(x), like=node.meta["val"], approximate=approximate)
 
 
-def _same(made: Translation, node: torch.fx.Node, x: Any, *_: Any, **__: Any) -> Any:
+def _same(made: Making, node: torch.fx.Node, x: Any, *_: Any, **__: Any) -> Any:
     return made.values[x]
 
 
-def _dropout(made: Translation, node: torch.fx.Node, x: Any, p: float, training: bool) -> Any:
+def _dropout(made: Making, node: torch.fx.Node, x: Any, p: float, training: bool) -> Any:
     if training and p:
         raise made.refuse(node, "the forward drops values at random, which no graph does; give dropout self.training")
     return made.values[x]
 
 
-def _converted(made: Translation, node: torch.fx.Node, x: Any, *_: Any, **__: Any) -> Any:
+def _converted(made: Making, node: torch.fx.Node, x: Any, *_: Any, **__: Any) -> Any:
     """Any of the ways to say what dtype, device or layout a tensor should have; only the dtype counts."""
     return cast(made, x, node.meta["val"].dtype) if _plain(node) and _plain(x) else None
 
 
-def _reshaped(made: Translation, node: torch.fx.Node, x: Any, *_: Any, **__: Any) -> Any:
+def _reshaped(made: Making, node: torch.fx.Node, x: Any, *_: Any, **__: Any) -> Any:
     """Any operator that gives the same numbers in another shape; sizes that stay are not computed again."""
     if not _plain(node) or not _plain(x):
         return None
@@ -104,13 +104,13 @@ def _equal(before: Sequence[Any], after: Sequence[Any]) -> bool:
     return len(before) == len(after) and all(map(_is_same, before, after))
 
 
-def _unsqueezed(made: Translation, node: torch.fx.Node, x: Any, dim: int) -> Any:
+def _unsqueezed(made: Making, node: torch.fx.Node, x: Any, dim: int) -> Any:
     if not _plain(node):
         return None
     return made.op("Unsqueeze", made.value(x), made.integers(dim % len(_shape(node))), like=node.meta["val"])
 
 
-def _transposed(made: Translation, node: torch.fx.Node, x: Any, a: int = 0, b: int = 1) -> Any:
+def _transposed(made: Making, node: torch.fx.Node, x: Any, a: int = 0, b: int = 1) -> Any:
     rank = len(_shape(x))
     if not _plain(x):
         return None
@@ -120,18 +120,18 @@ def _transposed(made: Translation, node: torch.fx.Node, x: Any, a: int = 0, b: i
     return made.op("Transpose", made.value(x), like=node.meta["val"], perm=axes)
 
 
-def _reversed(made: Translation, node: torch.fx.Node, x: Any) -> Any:
+def _reversed(made: Making, node: torch.fx.Node, x: Any) -> Any:
     return made.op("Transpose", made.value(x), like=node.meta["val"], perm=[*range(len(_shape(x)))][::-1])
 
 
-def _permuted(made: Translation, node: torch.fx.Node, x: Any, dims: Sequence[int]) -> Any:
+def _permuted(made: Making, node: torch.fx.Node, x: Any, dims: Sequence[int]) -> Any:
     if not _plain(x):
         return None
     return made.op("Transpose", made.value(x), like=node.meta["val"], perm=[d % len(dims) for d in dims])
 
 
 def _sliced(
-    made: Translation, node: torch.fx.Node, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+    made: Making, node: torch.fx.Node, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
 ) -> Any:
     if not _plain(x):
         return None
@@ -143,13 +143,13 @@ def _sliced(
     return made.op("Slice", made.value(x), *ends, axis, made.integers(step), like=node.meta["val"])
 
 
-def _selected(made: Translation, node: torch.fx.Node, x: Any, dim: int, index: Any) -> Any:
+def _selected(made: Making, node: torch.fx.Node, x: Any, dim: int, index: Any) -> Any:
     if not _plain(x):
         return None
     return made.op("Gather", made.value(x), made.value(index), like=node.meta["val"], axis=dim % len(_shape(x)))
 
 
-def _expanded(made: Translation, node: torch.fx.Node, x: Any, *_: Any, **__: Any) -> Any:
+def _expanded(made: Making, node: torch.fx.Node, x: Any, *_: Any, **__: Any) -> Any:
     """Sizes that stay are written as 1: a size meets itself."""
     if not _plain(x):
         return None
@@ -166,7 +166,7 @@ def _expanded(made: Translation, node: torch.fx.Node, x: Any, *_: Any, **__: Any
     return made.op("Expand", made.value(x), made.vector(sizes), like=node.meta["val"])
 
 
-def _joined(made: Translation, node: torch.fx.Node, tensors: Sequence[Any], dim: int = 0) -> Any:
+def _joined(made: Making, node: torch.fx.Node, tensors: Sequence[Any], dim: int = 0) -> Any:
     if not _plain(node):
         return None
     like = node.meta["val"]
@@ -175,7 +175,7 @@ def _joined(made: Translation, node: torch.fx.Node, tensors: Sequence[Any], dim:
     return values[0] if len(values) == 1 else made.op("Concat", *values, like=like, axis=dim % like.dim())
 
 
-def _cut(made: Translation, node: torch.fx.Node, x: Any, sizes: Any, dim: int = 0) -> Any:
+def _cut(made: Making, node: torch.fx.Node, x: Any, sizes: Any, dim: int = 0) -> Any:
     """Into parts of sizes that the trace tells, or that the call was given."""
     if not _plain(x):
         return None
@@ -192,7 +192,7 @@ def _cut(made: Translation, node: torch.fx.Node, x: Any, sizes: Any, dim: int = 
     return made.ops("Split", made.value(x), made.vector(found), like=like, axis=axis)
 
 
-def _unbound(made: Translation, node: torch.fx.Node, x: Any, dim: int = 0) -> Any:
+def _unbound(made: Making, node: torch.fx.Node, x: Any, dim: int = 0) -> Any:
     if not _plain(x):
         return None
     axis = dim % len(_shape(x))
@@ -202,7 +202,7 @@ def _unbound(made: Translation, node: torch.fx.Node, x: Any, dim: int = 0) -> An
 
 
 def _attended(
-    made: Translation, node: torch.fx.Node, q: Any, k: Any, v: Any, mask: Any = None, p: float = 0.0,
+    made: Making, node: torch.fx.Node, q: Any, k: Any, v: Any, mask: Any = None, p: float = 0.0,
     causal: bool = False, *, scale: Any = None, enable_gqa: bool = False,
 ) -> Any:  # fmt: skip
     """Softmax of scores; a query that may see nothing gives zeros, as PyTorch has it."""
@@ -234,7 +234,7 @@ def _attended(
     return made.op("MatMul", shares, weight, like=like)
 
 
-def _repeated(made: Translation, x: Any, q: Any) -> ir.Value:
+def _repeated(made: Making, x: Any, q: Any) -> ir.Value:
     """Keys or values of few heads, each for the queries of its group."""
     heads, shape = _shape(x)[-3], _shape(x)
     groups = _shape(q)[-3] // heads

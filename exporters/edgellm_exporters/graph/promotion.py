@@ -9,7 +9,7 @@ import onnx_ir.tensor_adapters
 import torch
 
 if TYPE_CHECKING:
-    from edgellm_exporters.graph.translate import Translation
+    from edgellm_exporters.graph.making import Making
 
 __all__ = ["cast", "promoted"]
 
@@ -19,7 +19,7 @@ _NUMERIC = ("Tensor", "Optional[Tensor]", "List[Tensor]", "number", "Optional[nu
 _COUNTED = ("aten::sum", "aten::cumsum", "aten::prod", "aten::cumprod")  # of whole numbers, they are in int64
 
 
-def cast(made: Translation, node: Any, dtype: torch.dtype) -> ir.Value:
+def cast(made: Making, node: Any, dtype: torch.dtype) -> ir.Value:
     """A tensor in a dtype: itself if it has it."""
     value = made.value(node)
     wanted = ir.tensor_adapters.from_torch_dtype(dtype)
@@ -30,7 +30,7 @@ def cast(made: Translation, node: Any, dtype: torch.dtype) -> ir.Value:
     return found
 
 
-def promoted(made: Translation, node: torch.fx.Node) -> list[Any]:
+def promoted(made: Making, node: torch.fx.Node) -> list[Any]:
     """A call's arguments, its tensors cast to the dtype that PyTorch computes in."""
     target: Any = node.target
     schema, wanted = getattr(target, "_schema", None), _computed_in(node)
