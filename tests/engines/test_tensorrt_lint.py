@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -220,5 +221,6 @@ def test_a_gru_with_quantized_weights_ends_the_process(tmp_path: Path) -> None:
         capture_output=True,
         check=False,
         cwd=Path(__file__).parent,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.returncode < 0 and not done.stdout
