@@ -39,7 +39,7 @@ def check_transformers(path: Path, loaded: Checkpoint) -> dict[str, Any]:
     """
     import torch
 
-    from edgellm_exporters.weights.streaming import OwnWeights, resident
+    from edgellm.streaming import OwnWeights, resident
 
     model: Any = loaded.model
     count = min(TOKENS, model.config.max_context)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from edgellm.models.protocol import LanguageModel, logit_width
+from edgellm.streaming import OwnWeights, Weights, resident
 from edgellm_exporters.atomic import check_destination, whole_directory
 from edgellm_exporters.auto.automatic import Automatic, quantize_within
 from edgellm_exporters.auto.budget import AUTO, bounds_of
@@ -44,7 +45,6 @@ from edgellm_exporters.quantize.methods import find_method
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.quantize.planning import make_plan
 from edgellm_exporters.weights.memory import give_back
-from edgellm_exporters.weights.streaming import OwnWeights, Weights, resident
 from edgellm_exporters.weights.widened import widened
 from edgellm_runtime.backends.ort import library
 from edgellm_runtime.bundle import MANIFEST, Bundle, FileInfo, Manifest, sha256_of

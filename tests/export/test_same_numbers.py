@@ -16,13 +16,13 @@ from families import CONTEXT, VOCAB, make, planned
 from mutations import HARMFUL, made, outcomes
 from tiny_files import copied, edit_manifest, sign
 
+from edgellm import streaming
 from edgellm.checkpoints import open_checkpoint, save_checkpoint
+from edgellm.streaming import resident
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_exporters.proof.samples import golden_rows
 from edgellm_exporters.proof.traces import traces
 from edgellm_exporters.quantize.quantized_model import quantized_model, quantized_stream, round_blocks
-from edgellm_exporters.weights import streaming
-from edgellm_exporters.weights.streaming import resident
 from edgellm_runtime import open_session
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.checks.verify import Check, verify

@@ -18,15 +18,16 @@ import torch
 from families import CONTEXT, VOCAB, make
 from torch import nn
 
+from edgellm import streaming
 from edgellm.checkpoints import Checkpoint, load_checkpoint, open_checkpoint, save_checkpoint
 from edgellm.models.protocol import Step, empty_state
+from edgellm.streaming import OwnWeights, resident, row_blocks
 from edgellm_exporters.errors import CaptureError
 from edgellm_exporters.export import Exported, ExportOptions, export
 from edgellm_exporters.graph.capture import capture
 from edgellm_exporters.proof.parity import compare
 from edgellm_exporters.proof.traces import continuations, take_traces, traces
-from edgellm_exporters.weights import streaming
-from edgellm_exporters.weights.streaming import LazyWeight, OwnWeights, resident, row_blocks
+from edgellm_exporters.weights.lazy import LazyWeight
 from edgellm_runtime import open_session
 
 FAMILIES = ("decoder", "decoder untied with biases", "decoder with q/k norm", "lstm", "mixed")

@@ -17,6 +17,7 @@ from families import VOCAB, make
 
 from edgellm.cli.budget import budget_of
 from edgellm.cli.export import export as command
+from edgellm.streaming import OwnWeights
 from edgellm_exporters.auto.automatic import Automatic, none_better_than_held
 from edgellm_exporters.auto.budget import Budget, divide
 from edgellm_exporters.auto.formats import FormatChoices, candidates_of, decode_ns, prefill_ns
@@ -31,7 +32,6 @@ from edgellm_exporters.quantize.plan import ROW, Scheme
 from edgellm_exporters.quantize.planning import Uses
 from edgellm_exporters.quantize.quantized_model import quantized_model
 from edgellm_exporters.quantize.smooth import Smoothing
-from edgellm_exporters.weights.streaming import OwnWeights
 from edgellm_runtime.bundle import Bundle
 
 FINE, COARSE = Scheme(8, 32), Scheme(4, 32, symmetric=False)

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from torch import nn
 
 from edgellm.models.protocol import LanguageModel
+from edgellm.streaming import Weights, resident
 from edgellm_exporters.auto.budget import Budget
 from edgellm_exporters.auto.formats import FormatChoices, candidates_of
 from edgellm_exporters.auto.front_picture import check_library, draw_front
@@ -36,7 +37,6 @@ from edgellm_exporters.quantize.calibrate import check_windows, largest_inputs
 from edgellm_exporters.quantize.lossless import smallest_holding
 from edgellm_exporters.quantize.plan import Scheme
 from edgellm_exporters.quantize.planning import Uses, plan_of, smoothed
-from edgellm_exporters.weights.streaming import Weights, resident
 from edgellm_runtime.backends.ort import OrtBackend
 from edgellm_runtime.bundle import GRAPH
 from edgellm_runtime.session import Session

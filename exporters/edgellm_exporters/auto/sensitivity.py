@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from edgellm.streaming import Weights, resident
 from edgellm_exporters.auto.fisher import Gathered, gather
 from edgellm_exporters.auto.formats import FormatChoices
 from edgellm_exporters.auto.trials import tried
@@ -20,7 +21,6 @@ from edgellm_exporters.quantize.plan import Scheme
 from edgellm_exporters.quantize.quantized_model import round_rows
 from edgellm_exporters.quantize.rtn import round_to_nearest
 from edgellm_exporters.quantize.smooth import Smoothing
-from edgellm_exporters.weights.streaming import Weights, resident
 from edgellm_runtime.threads import thread_count
 
 __all__ = ["GPTQ_FACTOR", "predicted", "sensitivities"]
@@ -77,7 +77,7 @@ def predicted(predictions: Predictions, schemes: Mapping[str, Scheme]) -> float:
 
 
 class _Kept:
-    """Weights read once, for :class:`~edgellm_exporters.weights.streaming.Weights`; autograd keeps them anyway."""
+    """Weights read once, for :class:`~edgellm.streaming.Weights`; autograd keeps them anyway."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights, self._held = weights, dict[str, Tensor]()

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgellm.streaming import Weights, resident
 from edgellm_exporters.auto.formats import FormatChoices
 from edgellm_exporters.quantize.plan import Scheme
 from edgellm_exporters.quantize.rtn import round_to_nearest
-from edgellm_exporters.weights.streaming import Weights, resident
 
 __all__ = ["tried"]
 
@@ -52,7 +52,7 @@ def tried(
 
 
 class _Changed:
-    """Weights, one of which is another; follows :class:`edgellm_exporters.weights.streaming.Weights`."""
+    """Weights, one of which is another; follows :class:`edgellm.streaming.Weights`."""
 
     def __init__(self, weights: Weights, name: str, value: Tensor) -> None:
         self._weights, self._name, self._value = weights, name, value

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from edgellm.models.protocol import LanguageModel, Step, empty_state, logit_width
 from edgellm.ops.canonical import DOMAIN
+from edgellm.streaming import OwnWeights, Weights
 from edgellm_exporters.errors import CaptureError
 from edgellm_exporters.graph.faults import (
     check_keeps_nothing,
@@ -29,7 +30,7 @@ from edgellm_exporters.graph.faults import (
 from edgellm_exporters.graph.free_sizes import renamed
 from edgellm_exporters.graph.tracing import CanonicalFunctions, canonical, fake_parameters, no_collection
 from edgellm_exporters.graph.translate import translated
-from edgellm_exporters.weights.streaming import LazyWeight, OwnWeights, Weights
+from edgellm_exporters.weights.lazy import LazyWeight
 from edgellm_runtime.spec import BATCH, CAPACITY, Signature, SpecError, StateSpec, TensorSpec
 
 __all__ = ["INPUTS", "OPSET", "capture", "check_model", "signature_of", "traced"]

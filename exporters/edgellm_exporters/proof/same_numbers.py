@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from edgellm.models.protocol import LanguageModel
+from edgellm.streaming import OwnWeights, Weights, resident
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.proof.traces import Trace, traces
 from edgellm_exporters.quantize.methods import METHODS
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.quantize.quantized_model import quantized_model, quantized_stream
-from edgellm_exporters.weights.streaming import OwnWeights, Weights, resident
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.checks.verify import EXACT, distance, exact_figures, read_goldens
 from edgellm_runtime.loading import open_session

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from edgellm.streaming import Weights
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.passes.merge_linears import parts_of
 from edgellm_exporters.quantize.named_weights import is_parametrized, named_weights
 from edgellm_exporters.quantize.plan import ROW, Plan, Scheme
 from edgellm_exporters.quantize.smooth import by_part
-from edgellm_exporters.weights.streaming import Weights
 
 __all__ = ["RoundedWeights", "quantized_model", "quantized_stream", "round_blocks", "round_rows", "round_whole"]
 
@@ -114,7 +114,7 @@ class _Numbers:
 class RoundedWeights:
     """A model's parameters as a plan's codes hold them, each computed when it is read.
 
-    Follows :class:`edgellm_exporters.weights.streaming.Weights`.
+    Follows :class:`edgellm.streaming.Weights`.
 
     Args:
         weights: the float ones.

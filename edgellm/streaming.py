@@ -11,15 +11,12 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
-import onnx_ir as ir
-import onnx_ir.tensor_adapters
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["BLOCK_BYTES", "LazyWeight", "OwnWeights", "Weights", "resident", "row_blocks"]
+__all__ = ["BLOCK_BYTES", "OwnWeights", "Weights", "resident", "row_blocks"]
 
 BLOCK_BYTES = 16 << 20  # of a table, read at a time
 
@@ -53,28 +50,6 @@ class OwnWeights:
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Some rows of one parameter; not a copy."""
         return self.read(name)[start:stop]
-
-
-class LazyWeight(ir.LazyTensor):
-    """A graph's weight that is read when it is asked for, whole or by rows.
-
-    Args:
-        weights: where it is.
-        name: what the model calls it.
-        shape: its shape.
-        dtype: its dtype.
-    """
-
-    def __init__(self, weights: Weights, name: str, shape: torch.Size, dtype: ir.DataType) -> None:
-        super().__init__(
-            lambda: ir.tensor_adapters.TorchTensor(weights.read(name)), dtype=dtype, shape=ir.Shape(shape), name=name
-        )
-        self._rows = partial(weights.rows, name)
-
-    def rows(self, start: int, stop: int) -> NDArray[Any]:
-        """Some rows of it."""
-        found: NDArray[Any] = self._rows(start, stop).numpy()
-        return found
 
 
 def row_blocks(shape: torch.Size, dtype: torch.dtype) -> list[tuple[int, int]]:
