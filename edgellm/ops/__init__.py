@@ -1,18 +1,21 @@
 """The canonical ops: each a differentiable PyTorch function that captures as one node."""
 
 from edgellm.ops.attention import ATTENTION, attention
+from edgellm.ops.gated_delta import GATED_DELTA, gated_delta
 from edgellm.ops.linear import EMBEDDING, LINEAR
 from edgellm.ops.linear_attention import LINEAR_ATTENTION, linear_attention
 from edgellm.ops.norm import ADD_RMS_NORM, RMS_NORM
 from edgellm.ops.positions import TAKE_POSITIONS, take_positions
 from edgellm.ops.recurrence import GRU, LSTM, RNN, RecurrentWeights, elman, gru, lstm
 from edgellm.ops.schema import REQUIRED, Op
+from edgellm.ops.token_by_token import token_by_token
 from edgellm.ops.window import WINDOW_ATTENTION, window_attention
 
 __all__ = [
     "ADD_RMS_NORM",
     "ATTENTION",
     "EMBEDDING",
+    "GATED_DELTA",
     "GRU",
     "LINEAR",
     "LINEAR_ATTENTION",
@@ -26,9 +29,11 @@ __all__ = [
     "RecurrentWeights",
     "attention",
     "elman",
+    "gated_delta",
     "gru",
     "linear_attention",
     "lstm",
     "take_positions",
+    "token_by_token",
     "window_attention",
 ]

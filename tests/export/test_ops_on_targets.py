@@ -74,6 +74,13 @@ def fading(time: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def corrected(time: int) -> dict[str, Any]:
+    """A memory of 4 heads that is told what was wrong; keys have length 1."""
+    given = fading(time)
+    keys = torch.nn.functional.normalize(given["k"].reshape(BATCH, time, KV_HEADS, DIM), dim=-1)
+    return given | {"k": keys.flatten(2), "beta": torch.rand(BATCH, time, HEADS)}
+
+
 def plain(op: str, time: int) -> dict[str, Any]:
     """The least that a node of an op has."""
     torch.manual_seed(0)
@@ -90,6 +97,7 @@ def plain(op: str, time: int) -> dict[str, Any]:
         "LSTM": lambda: recurrent(4, time, c=numbers(BATCH, HIDDEN)),
         "GRU": lambda: recurrent(3, time),
         "LinearAttention": lambda: fading(time),
+        "GatedDelta": lambda: corrected(time),
     }
     return every[op]()
 
@@ -122,6 +130,7 @@ MORE: dict[tuple[str, str], Any] = {  # what a node may have besides: by op and 
     ("Attention", "sinks and window"): lambda: {"sinks": numbers(HEADS) * 3, "window": 3},
     ("Attention", "sinks and softcap"): lambda: {"sinks": numbers(HEADS), "softcap": 1.5},
     ("LinearAttention", "past"): lambda: {"past": None},
+    ("GatedDelta", "past"): lambda: {"past": None},
     ("RNN", "activation"): lambda: {"activation": "relu"},
     ("RNN", "lengths"): lambda: {"lengths": None},
     ("LSTM", "lengths"): lambda: {"lengths": None},

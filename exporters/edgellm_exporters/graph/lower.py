@@ -18,6 +18,7 @@ from edgellm_exporters.passes.find_linears import FindLinears
 from edgellm_exporters.passes.fold_constants import FoldConstants
 from edgellm_exporters.passes.fold_orders import FoldOrders
 from edgellm_exporters.passes.head_norms import HeadNorms
+from edgellm_exporters.passes.unroll_single_steps import UnrollSingleSteps
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_runtime.graphs.operators import allowed
 from edgellm_runtime.spec import CAPACITY
@@ -84,6 +85,8 @@ def lower_to(
     if form is not None:
         dtype, rounded = form.dtype, form.rounded
         _fix_sizes(captured, form)
+        if form.role == DECODE:
+            UnrollSingleSteps()(captured)
     lower(captured, target.rules, plan, form, rounded or dtype)
     ir.passes.Sequential(
         common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(), common.TopologicalSortPass(),

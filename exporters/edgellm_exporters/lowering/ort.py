@@ -253,6 +253,14 @@ def linear_attention(context: Lowering, view: View) -> Sequence[ir.Value]:
     )  # fmt: skip
 
 
+def gated_delta(context: Lowering, view: View) -> Sequence[ir.Value]:
+    """LinearAttention by another rule."""
+    return context.ops(
+        2, "LinearAttention", view.q, view.k, view.v, view.past, view.decay, view.beta, domain=DOMAIN,
+        update_rule="gated_delta", q_num_heads=view.num_groups, kv_num_heads=view.num_heads, scale=1.0,
+    )  # fmt: skip
+
+
 def codes_of(context: Lowering, weight: ir.Value, shape: tuple[int, ...], view: str) -> ir.Value:
     """Packed codes; every view of them shares its bytes on disk."""
     quantized = context.quantized(weight)
@@ -292,6 +300,7 @@ RULES: Mapping[str, Rule] = {
     "AddRMSNorm": add_rms_norm,
     "Attention": attention,
     "Embedding": embedding,
+    "GatedDelta": gated_delta,
     "Linear": linear_rule(_matmul),
     "LinearAttention": linear_attention,
     "RMSNorm": rms_norm,

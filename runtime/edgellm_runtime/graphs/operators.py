@@ -190,7 +190,7 @@ _FUSED: Mapping[str, Mapping[str, Range]] = {
     },
     "LinearAttention": {
         "chunk_size": _COUNT, "kv_num_heads": _COUNT, "q_num_heads": _COUNT, "scale": _REAL,
-        "update_rule": _words("linear gated"),
+        "update_rule": _words("linear gated gated_delta"),
     },
     "MatMulIntegerToFloat": {},
     "MatMulNBits": _QUANTIZED,
