@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -31,6 +32,7 @@ class Checkpoint:
         task: what it was trained to do, or None: to go on with a text.
         special_tokens: the tokenizer's own names of its special tokens, such as ``{"pad_token": "<pad>"}``; chat
             templates write them.
+        generation: options of generation that its makers ask for; see :mod:`edgellm_runtime.option_ranges`.
         notes: what whoever exports it should know, a sentence each.
     """
 
@@ -45,4 +47,5 @@ class Checkpoint:
     weights: CheckpointWeights | None = None
     task: TaskSpec | None = None
     special_tokens: Mapping[str, str] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -22,6 +22,7 @@ from torch import Tensor
 from edgellm.checkpoints.assemble import assemble
 from edgellm.checkpoints.checkpoint import Checkpoint
 from edgellm.checkpoints.files import token_ids
+from edgellm.checkpoints.generation_defaults import gguf_defaults
 from edgellm.checkpoints.gguf_tokenizer import adds_bos, build_tokenizer, special_tokens
 from edgellm.checkpoints.weights import Layout
 from edgellm.errors import CheckpointError, ModelError
@@ -203,6 +204,7 @@ def open_gguf(path: Path, *, dtype: torch.dtype) -> Checkpoint:
     bos = token_ids(metadata, "tokenizer.ggml.bos_token_id", path)
     ends = [token_ids(metadata, f"tokenizer.ggml.{kind}_token_id", path) for kind in ("eos", "eot", "eom")]
     template = metadata.get("tokenizer.chat_template")
+    generation, notes = gguf_defaults(metadata, path)
     return Checkpoint(
         architecture=architecture.name,
         model=model,
@@ -214,6 +216,8 @@ def open_gguf(path: Path, *, dtype: torch.dtype) -> Checkpoint:
         source=f"GGUF {source.quantization}, {metadata['general.architecture']}",
         weights=weights,
         special_tokens=special_tokens(metadata),
+        generation=generation,
+        notes=notes,
     )
 
 

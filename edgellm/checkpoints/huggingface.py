@@ -49,6 +49,7 @@ def open_huggingface(path: Path, *, dtype: torch.dtype) -> Checkpoint:
         source=f"Hugging Face {stored.dtype}, {config['model_type']}",
         weights=weights,
         special_tokens=text.special_tokens,
+        generation=text.generation,
         notes=(*notes, *text.notes),
     )
 

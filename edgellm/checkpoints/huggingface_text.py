@@ -10,19 +10,13 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from edgellm.checkpoints.files import read_json, read_text, read_tokenizer, token_ids, tokenizer_errors
+from edgellm.checkpoints.generation_defaults import huggingface_defaults
 from edgellm.checkpoints.older_tokenizer import older_tokenizer
 from edgellm.errors import CheckpointError
 
 __all__ = ["TextFiles", "read_text_files"]
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# What generation_config.json may ask for that changes even the most likely text, and which values of it change nothing.
-_GREEDY: Mapping[str, tuple[Any, ...]] = {
-    "repetition_penalty": (1, None), "encoder_repetition_penalty": (1, None), "no_repeat_ngram_size": (0, None),
-    "suppress_tokens": (None, []), "begin_suppress_tokens": (None, []), "bad_words_ids": (None, []),
-    "forced_bos_token_id": (None,), "forced_eos_token_id": (None,), "forced_decoder_ids": (None, []),
-    "sequence_bias": (None, {}), "min_length": (0, None), "min_new_tokens": (0, None), "num_beams": (1, None),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +29,7 @@ class TextFiles:
     eos_token_ids: tuple[int, ...]
     add_bos: bool
     special_tokens: Mapping[str, str]
+    generation: Mapping[str, Any]
     notes: tuple[str, ...]
 
 
@@ -49,6 +44,7 @@ def read_text_files(path: Path, config: Mapping[str, Any]) -> TextFiles:
         CheckpointError: one of them is damaged.
     """
     settings, generation = (_read_optional(path / f"{n}_config.json") for n in ("tokenizer", "generation"))
+    defaults, notes = huggingface_defaults(generation, path / "generation_config.json")
     tokenizer_json = read_tokenizer(path / "tokenizer.json")
     built: tuple[str, ...] = ()
     if tokenizer_json is None:
@@ -66,7 +62,8 @@ def read_text_files(path: Path, config: Mapping[str, Any]) -> TextFiles:
         eos_token_ids=eos,
         add_bos=first is not None,
         special_tokens=names,
-        notes=(*built, *_asked_for(generation)),
+        generation=defaults,
+        notes=(*built, *notes),
     )
 
 
@@ -113,13 +110,6 @@ def _put_first(tokenizer: Tokenizer, path: Path) -> int | None:
         names = " ".join(encoded.tokens[:at])
         raise CheckpointError(f"{path / 'tokenizer.json'} begins texts with {names}; edgellm can put one token there")
     return first[0] if first else None
-
-
-def _asked_for(generation: Mapping[str, Any]) -> tuple[str, ...]:
-    asked = sorted(f"{k} {generation[k]!r}" for k, none in _GREEDY.items() if generation.get(k) not in none)
-    if not asked:
-        return ()
-    return (f"generation_config.json asks for {', '.join(asked)}, which a bundle does not do by itself",)
 
 
 def _chat_template(path: Path, settings: Mapping[str, Any]) -> str | None:

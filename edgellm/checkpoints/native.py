@@ -1,7 +1,7 @@
 """edgellm's own checkpoint: a directory with edgellm.json, model.safetensors and the tokenizer's files.
 
 ``edgellm.json`` holds ``format`` (1), ``architecture``, ``config``, ``bos_token_id``, ``eos_token_ids``, ``add_bos``,
-``special_tokens`` (the tokenizer's names, may be absent), ``task`` (null or a
+``special_tokens`` (the tokenizer's names, may be absent), ``generation`` (options, may be absent), ``task`` (null or a
 :class:`edgellm_runtime.task_spec.TaskSpec`) and ``written_by``. Others may put files of their own beside these. A
 directory is written whole or not at all.
 """
@@ -28,6 +28,8 @@ from edgellm.checkpoints.safetensors_source import SINGLE
 from edgellm.checkpoints.weights import Layout
 from edgellm.errors import CheckpointError, ConfigError
 from edgellm.models import registry
+from edgellm_runtime.errors import OptionError
+from edgellm_runtime.option_ranges import check_defaults
 from edgellm_runtime.spec import SpecError
 from edgellm_runtime.task_spec import TaskSpec
 
@@ -48,7 +50,8 @@ def checkpoint_directory(path: Path) -> Path:
 def save_checkpoint(
     directory: Path, model: Any, *, architecture: str, tokenizer_json: str | None, chat_template: str | None = None,
     bos_token_id: int | None = None, eos_token_ids: Sequence[int] = (), add_bos: bool = False,
-    special_tokens: Mapping[str, str] | None = None, task: TaskSpec | None = None,
+    special_tokens: Mapping[str, str] | None = None, generation: Mapping[str, Any] | None = None,
+    task: TaskSpec | None = None,
     extra: Callable[[Path], None] | None = None,
 ) -> None:  # fmt: skip
     """Write a checkpoint, replacing the one that is there; until it is complete, the old one stays.
@@ -63,6 +66,7 @@ def save_checkpoint(
         eos_token_ids: as in :class:`Checkpoint`.
         add_bos: as in :class:`Checkpoint`.
         special_tokens: as in :class:`Checkpoint`.
+        generation: as in :class:`Checkpoint`.
         task: what the model was trained to do, or None.
         extra: writes further files into the directory it is given, before the checkpoint appears.
 
@@ -80,6 +84,7 @@ def save_checkpoint(
         "eos_token_ids": list(eos_token_ids),
         "add_bos": add_bos,
         "special_tokens": dict(special_tokens or {}),
+        **({"generation": dict(generation)} if generation else {}),
         "task": None if task is None else task.to_json(),
         "written_by": f"edgellm {__version__}",
     }
@@ -136,6 +141,7 @@ def open_native(path: Path, *, dtype: torch.dtype) -> Checkpoint:
         weights=weights,
         task=task,
         special_tokens=_texts(data.get("special_tokens", {}), manifest),
+        generation=_options(data.get("generation", {}), config.vocab_size, manifest),
     )
 
 
@@ -143,6 +149,15 @@ def _texts(value: Any, manifest: Path) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise CheckpointError(f"{manifest}: special_tokens is {value!r}; it must be names and texts")
     return value
+
+
+def _options(value: Any, vocab_size: int, manifest: Path) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{manifest}: generation is {value!r}; it must be options and their values")
+    try:
+        return check_defaults(value, vocab_size)
+    except OptionError as error:
+        raise CheckpointError(f"{manifest}: generation: {error}") from error
 
 
 def _previous(directory: Path) -> Path:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgellm.cli.defaults import choosing_options, given
 from edgellm.cli.device import device_option
 from edgellm.cli.standard_streams import input_is_terminal, read_lines
 from edgellm.cli.threads import threads_option
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["chat"]
 
 _COMMAND = re.compile(r"/[a-z]+(\s|$)")
+_MOST_NEW = 512
 _HELP = """\
 /reset          forget the conversation
 /system [TEXT]  show or set the system message; setting it forgets the conversation
@@ -32,18 +34,14 @@ _HELP = """\
 @click.command(context_settings={"show_default": True})
 @click.argument("bundle", type=click.Path())
 @click.option("--system", default=None, help="System message.  [default: the template's own]")
-@click.option("--max-new-tokens", type=int, default=512, help="Most tokens in an answer.")
-@click.option("--temperature", type=float, default=0.0, help="0 is greedy; higher is more varied.")
-@click.option("--top-k", type=int, default=0, help="Keep the k most probable tokens; 0 keeps all.")
-@click.option("--top-p", type=float, default=1.0, help="Keep the fewest tokens that make up this probability.")
-@click.option("--min-p", type=float, default=0.0, help="Keep tokens this fraction as probable as the best.")
-@click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 discourages tokens already there.")
+@choosing_options(max_new_tokens=_MOST_NEW)
 @click.option("--seed", type=int, default=None, help="Makes sampling repeatable.  [default: random]")
 @threads_option
 @device_option
 def chat(
-    bundle: str, system: str | None, max_new_tokens: int, temperature: float, top_k: int, top_p: float, min_p: float,
-    repetition_penalty: float, seed: int | None, threads: int | None, device: str,
+    bundle: str, system: str | None, max_new_tokens: int | None, temperature: float | None, top_k: int | None,
+    top_p: float | None, min_p: float | None, repetition_penalty: float | None, seed: int | None,
+    threads: int | None, device: str,
 ) -> None:  # fmt: skip
     """Talk with the model in BUNDLE. /help lists the commands; Ctrl-C stops an answer.
 
@@ -53,12 +51,15 @@ def chat(
     from edgellm_runtime import load
     from edgellm_runtime.generation.generate import GenerationOptions
 
-    options: OptionKeywords = {
+    options: OptionKeywords = given({
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "seed": seed,
-    }  # fmt: skip
+    })  # fmt: skip
     GenerationOptions(**options)  # a wrong option is told before the model is loaded
-    conversation = load(bundle, device=device, threads=threads).conversation(system=system)
+    model = load(bundle, device=device, threads=threads)
+    if "max_new_tokens" not in model.generation_defaults:
+        options.setdefault("max_new_tokens", _MOST_NEW)
+    conversation = model.conversation(system=system)
     tty = input_is_terminal()
     if tty:
         click.secho("/help lists the commands.", err=True, dim=True)

@@ -11,6 +11,7 @@ import click
 
 from edgellm.cli.budget import budget_of
 from edgellm.cli.checkpoints import read_checkpoint, road_options
+from edgellm.cli.defaults import options_text
 from edgellm.cli.engine import EngineFlags, building_options
 from edgellm.cli.progress import stages
 from edgellm.cli.standard_streams import print_json
@@ -143,6 +144,7 @@ def export_checkpoint(
         tell("reading the calibration text", 0.0)
         windows, held_out = _windows(calibrate, loaded, divided=budget is not None)
         options = dataclasses.replace(options, calibration=windows, held_out=held_out)
+    options = dataclasses.replace(options, generation=loaded.generation)
     provenance = {"source": loaded.source, "architecture": loaded.architecture}
     exported = run(
         loaded.model, output, weights=loaded.weights, options=options, text=text_of(loaded),  # type: ignore[arg-type]
@@ -210,6 +212,7 @@ def _summary(exported: Exported, loaded: Checkpoint, target: str, dtype: str, qu
             {"name": c.name, "ok": c.ok, "value": c.value, "bound": c.bound, "what": c.what}
             for c in exported.verification.checks
         ],
+        "generation": dict(loaded.generation),
         "notes": [*loaded.notes, *exported.notes],
         "peak_rss_mb": peak_rss_mb(),
         **{key: said[key] for key in ("cache", "cache_left", "budget", "predicted_kl", "held_out") if key in said},
@@ -225,6 +228,11 @@ def _cache(result: dict[str, Any]) -> list[tuple[str, str]]:
     more = f", and {len(left) - 2} more" if len(left) > 2 else ""
     kept = f"{len(result['cache'])} of {len(result['cache']) + len(left)} states"
     return [("keys and values in 8 bits", f"{kept}{f'; not {shown}{more}' if left else ''}")]
+
+
+def _generation(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """The options that the bundle sets, where it sets any."""
+    return [("generates with", options_text(result["generation"]))] if result["generation"] else []
 
 
 def _compared(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -261,6 +269,7 @@ def print_summary(result: dict[str, Any]) -> None:
         *_cache(result),
         *_compared(result),
         *_held_out(result),
+        *_generation(result),
         ("checks that hold", f"{held} of {len(result['checks'])}"),
         ("took", f"{result['seconds']:.1f} s, {result['peak_rss_mb'] or 0:.0f} MB"),
     ):

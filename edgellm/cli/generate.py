@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgellm.cli.defaults import choosing_options, given, own, unnamed
 from edgellm.cli.device import device_option
 from edgellm.cli.standard_streams import print_json, read_input, unescaped
 from edgellm.cli.threads import threads_option
@@ -24,23 +25,19 @@ __all__ = ["generate"]
               "from.  [default: chat if the bundle has a chat template]", show_default=False)  # fmt: skip
 @click.option("--system", default=None, help="System message, in chat mode.  [default: the template's own]")
 @click.option("--special", is_flag=True, help="Read names of special tokens in a raw PROMPT as those tokens.")
-@click.option("--max-new-tokens", type=int, default=256, help="Most tokens to generate.")
-@click.option("--temperature", type=float, default=0.0, help="0 is greedy; higher is more varied.")
-@click.option("--top-k", type=int, default=0, help="Keep the k most probable tokens; 0 keeps all.")
-@click.option("--top-p", type=float, default=1.0, help="Keep the fewest tokens that make up this probability.")
-@click.option("--min-p", type=float, default=0.0, help="Keep tokens this fraction as probable as the best.")
-@click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 discourages tokens already there.")
+@choosing_options(max_new_tokens=256)
 @click.option("--presence-penalty", type=float, default=0.0, help="Above 0 discourages tokens that the answer has.")
 @click.option("--frequency-penalty", type=float, default=0.0, help="Likewise, for each time that it has them.")
-@click.option(
-    "--no-repeat-ngram", type=int, default=0, help="Let no run of so many tokens come twice; 0 lets all come."
-)
+@click.option("--no-repeat-ngram", type=int, default=None, help=f"Let no run of so many tokens come twice; 0 lets all "
+              f"come.  {own(0)}")  # fmt: skip
 @click.option("--seed", type=int, default=None, help="Makes sampling repeatable.  [default: random]")
 @click.option("--stop", multiple=True, help="End the answer before this text, in which \\n, \\t and \\\\ stand "
-              "for a line break, a tab and a backslash; may be given several times.")  # fmt: skip
+              "for a line break, a tab and a backslash; may be given several times.  "
+              "[default: the bundle's]")  # fmt: skip
 @click.option("--stop-token", "stop_tokens", type=int, multiple=True, help="End the answer at the token of this id; "
               "may be given several times.")  # fmt: skip
-@click.option("--min-tokens", type=int, default=0, help="Choose no end token or stop token before so many.")
+@click.option("--min-tokens", type=int, default=None, help=f"Choose no end token or stop token before so many.  "
+              f"{own(0)}")  # fmt: skip
 @click.option("--logprobs", type=int, default=None, help="With --json: each token's log-probability, and so many "
               "of the most probable tokens with theirs.")  # fmt: skip
 @threads_option
@@ -48,11 +45,11 @@ __all__ = ["generate"]
 @click.option("--ignore-eos", is_flag=True, help="Go on past end tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def generate(
-    bundle: str, prompt: str, chat: bool | None, system: str | None, special: bool, max_new_tokens: int,
-    temperature: float, top_k: int, top_p: float, min_p: float, repetition_penalty: float,
-    presence_penalty: float, frequency_penalty: float, no_repeat_ngram: int, seed: int | None, stop: tuple[str, ...],
-    stop_tokens: tuple[int, ...], min_tokens: int, logprobs: int | None, threads: int | None, device: str,
-    ignore_eos: bool, as_json: bool,
+    bundle: str, prompt: str, chat: bool | None, system: str | None, special: bool, max_new_tokens: int | None,
+    temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None,
+    repetition_penalty: float | None, presence_penalty: float, frequency_penalty: float, no_repeat_ngram: int | None,
+    seed: int | None, stop: tuple[str, ...], stop_tokens: tuple[int, ...], min_tokens: int | None,
+    logprobs: int | None, threads: int | None, device: str, ignore_eos: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Answer PROMPT with the model in BUNDLE. A PROMPT of - is read from standard input, without its last line break.
 
@@ -64,12 +61,12 @@ def generate(
         raise click.UsageError("--logprobs are numbers for a program; add --json.")
     text = read_input() if prompt == "-" else prompt
     model = load(bundle, device=device, threads=threads)
-    options: OptionKeywords = {
+    options: OptionKeywords = given({
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "seed": seed, "stop": [unescaped(text) for text in stop],
+        "repetition_penalty": repetition_penalty, "seed": seed, "stop": [unescaped(text) for text in stop] or None,
         "ignore_eos": ignore_eos, "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty,
         "no_repeat_ngram": no_repeat_ngram, "stop_tokens": stop_tokens, "min_tokens": min_tokens, "logprobs": logprobs,
-    }  # fmt: skip
+    })  # fmt: skip
     ready = _prompt(model, text, chat=chat, system=system, special=special)
     if as_json:
         print_json(model.generate(ready, **options).to_json())
@@ -79,7 +76,8 @@ def generate(
         click.echo(chunk.text, nl=False)
     click.echo()
     if stream.generation:
-        click.secho(f"{summary(stream.generation)}, on {model.device}", err=True, dim=True)
+        own_options = unnamed(model.generation_defaults, options)
+        click.secho(f"{summary(stream.generation)}, on {model.device}{own_options}", err=True, dim=True)
 
 
 def _prompt(model: Model, text: str, *, chat: bool | None, system: str | None, special: bool) -> str | list[int]:

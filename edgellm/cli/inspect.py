@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from edgellm.cli.defaults import options_text
 from edgellm.cli.standard_streams import print_json
 from edgellm_runtime.json_text import json_text
 
@@ -57,6 +58,7 @@ def _print(bundle: Any, context: int | None) -> None:
             for n in sorted({min(512, manifest.max_context), manifest.max_context} if context is None else {context})
         ),
         ("tokenizer", json_text(manifest.tokenizer.to_json()) if manifest.tokenizer else "none"),
+        ("generates with", options_text(manifest.generation)),
         ("held to", json_text(dict(manifest.bounds))),
         ("measured", json_text({k: float(f"{v:.3g}") for k, v in manifest.measured.items()})),
         ("made from", ", ".join(f"{k} {v}" for k, v in manifest.provenance.items())),

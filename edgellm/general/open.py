@@ -75,7 +75,7 @@ def open_general(path: Path, *, trust_remote_code: bool = False, fused: bool = T
         architecture=kind, model=ours, tokenizer_json=text.tokenizer_json, chat_template=text.chat_template,
         bos_token_id=text.bos_token_id, eos_token_ids=text.eos_token_ids, add_bos=text.add_bos,
         source=f"Hugging Face, {kind}, through transformers", special_tokens=text.special_tokens,
-        notes=(note, *ours.notes, *text.notes),
+        generation=text.generation, notes=(note, *ours.notes, *text.notes),
     )  # fmt: skip
 
 

@@ -109,6 +109,7 @@ def _from_checkpoint(path: Path) -> Start:
     text = {
         "eos_token_ids": loaded.eos_token_ids, "bos_token_id": loaded.bos_token_id, "add_bos": loaded.add_bos,
         "chat_template": loaded.chat_template, "special_tokens": loaded.special_tokens,
+        "generation": loaded.generation,
     }  # fmt: skip
 
     def build(**fields: Any) -> nn.Module:

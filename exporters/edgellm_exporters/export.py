@@ -49,7 +49,9 @@ from edgellm_exporters.weights.widened import widened
 from edgellm_runtime.backends.ort import library
 from edgellm_runtime.bundle import MANIFEST, Bundle, FileInfo, Manifest, sha256_of
 from edgellm_runtime.checks.verify import EXACT, Verification, verify
+from edgellm_runtime.errors import OptionError
 from edgellm_runtime.loading import open_session
+from edgellm_runtime.option_ranges import check_defaults
 from edgellm_runtime.session import Session
 from edgellm_runtime.spec import Signature
 
@@ -100,6 +102,8 @@ def export(
     options, destination = options or ExportOptions(), Path(destination)
     check_destination(destination, force=force)
     check_model(model)
+    generation = _checked_generation(options.generation, model, text)
+    options = dataclasses.replace(options, generation=generation)
     library()  # the proof at the end needs it, so its absence is told now
     if find_target(options.target).roles:
         check_engine_options(options.engine or EngineOptions(), {"method": options.quantize})
@@ -145,7 +149,7 @@ def _build(
             dtype=options.dtype, files={}, tokenizer=text.info if text else None,
             quantization=quantization, bounds=bounds,
             provenance={**provenance, **_environment(), "proved_on": proved_on(options.dtype)},
-            task=text.task if text else None, vocab_size=model.config.vocab_size,
+            task=text.task if text else None, generation=options.generation, vocab_size=model.config.vocab_size,
             graphs=made.graphs, capacity=made.capacity,
         )  # fmt: skip
         manifest = _write_manifest(scratch, manifest)
@@ -180,6 +184,16 @@ def _build(
     if why := manifest.quantization.get(_FLOAT_ONLY):
         notes.append(f"its goldens are the float model's alone, and hold it to their distance: {why}")
     return Exported(opened, parity, verification, _count(model), weight_bytes, tuple(notes))
+
+
+def _checked_generation(options: Mapping[str, Any], model: LanguageModel, text: TextAssets | None) -> dict[str, Any]:
+    try:
+        found = check_defaults(options, model.config.vocab_size)
+    except OptionError as error:
+        raise ExportError(f"generation: {error}; correct it, in a checkpoint's generation_config.json") from error
+    if text is None and found.get("stop"):
+        raise ExportError(f"generation: stop is {found['stop']!r}, but there is no tokenizer; leave stop out")
+    return found
 
 
 def _same_numbers(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from edgellm_exporters.auto.budget import AUTO, Budget
 from edgellm_exporters.engines.options import EngineOptions
@@ -33,6 +34,8 @@ class ExportOptions:
         kv_cache: what attention keeps keys and values in: ``float32``, or ``int8`` with one scale for each feature of
             each head.
         engine: what engines are built for, by a target that has them; None for what :class:`EngineOptions` says.
+        generation: options of generation that the bundle sets for whoever names no others, such as
+            ``{"temperature": 0.7}``; see :mod:`edgellm_runtime.option_ranges`.
     """
 
     target: str = "cpu"
@@ -45,6 +48,7 @@ class ExportOptions:
     held_out: Sequence[Sequence[int]] = ()
     kv_cache: str = "float32"
     engine: EngineOptions | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         target = find_target(self.target)

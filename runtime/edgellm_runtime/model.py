@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from edgellm_runtime.arguments import check_instance, check_integer, is_sequence, shown
 from edgellm_runtime.errors import BundleError, ContextError, OptionError
 from edgellm_runtime.generation.conversation import Conversation, TemplateInputs
-from edgellm_runtime.generation.generate import Generation, GenerationOptions, OptionKeywords, Run, Stream
+from edgellm_runtime.generation.generate import Generation, OptionKeywords, Run, Stream
+from edgellm_runtime.generation.options import with_defaults
 from edgellm_runtime.generation.text_state import TextState
 from edgellm_runtime.session import Session
 from edgellm_runtime.state.memory_need import MemoryNeed, memory_need
@@ -36,7 +37,8 @@ class Model:
     """A language model on this device. Made by :func:`edgellm_runtime.load`.
 
     Every generating method takes the keywords of :class:`GenerationOptions`, among them ``max_new_tokens=256``,
-    ``temperature=0.0`` and ``seed=None``.
+    ``temperature=0.0`` and ``seed=None``; what is not given is what the model's makers ask for, in
+    ``generation_defaults``, and else those values.
 
     Args:
         session: steps the model.
@@ -70,6 +72,11 @@ class Model:
         if self._tokenizer is not None and not isinstance(self._tokenizer, Tokenizer):
             self._tokenizer = self._tokenizer()
         return self._tokenizer
+
+    @property
+    def generation_defaults(self) -> Mapping[str, Any]:
+        """The options of generation that the bundle sets, as the checkpoint's makers did; empty: none."""
+        return self.bundle.manifest.generation
 
     def __repr__(self) -> str:
         m = self.bundle.manifest
@@ -161,7 +168,7 @@ class Model:
             ContextError: a prompt is longer than the context.
             StateError: the state is another model's.
         """
-        checked = GenerationOptions(**options)
+        checked = with_defaults(self.generation_defaults, options)
         self._check_predicts()
         answers = 1 if n is None else check_integer("n", n, 1, _MOST_ANSWERS)
         many = _is_batch(prompt) and (len(prompt) > 0 or state is None)  # nothing, to a state, is an empty prompt
@@ -198,7 +205,8 @@ class Model:
         """
         self._check_predicts()
         tokens = self._tokens(prompt) if state is None else self._text(prompt, state)
-        return Stream(Run(self.session, self.tokenizer, [tokens], GenerationOptions(**options), text_state=state))
+        checked = with_defaults(self.generation_defaults, options)
+        return Stream(Run(self.session, self.tokenizer, [tokens], checked, text_state=state))
 
     def chat(
         self, messages: Sequence[Message], *, tools: Objects | None = None, documents: Objects | None = None,
@@ -263,7 +271,7 @@ class Model:
         template = self.chat_template
         assert self.tokenizer is not None
         inputs = TemplateInputs(tools=tools, documents=documents, template_variables=template_variables)
-        return Conversation(self.session, self.tokenizer, template, system, inputs)
+        return Conversation(self.session, self.tokenizer, template, system, inputs, self.generation_defaults)
 
     @cached_property
     def task(self) -> TaskRunner:

@@ -358,9 +358,12 @@ def test_no_key_that_transformers_itself_writes_is_unknown(tmp_path, kind, optio
 
 
 def test_what_generation_config_asks_for_and_a_bundle_does_not_do_is_told(folder):
-    edit(folder / "generation_config.json", temperature=0.6, repetition_penalty=1.05, num_beams=1, suppress_tokens=[3])
-    (note,) = load_checkpoint(folder).notes
-    assert note.startswith("generation_config.json asks for repetition_penalty 1.05, suppress_tokens [3]")
+    edit(
+        folder / "generation_config.json", temperature=0.6, repetition_penalty=1.05, num_beams=2, forced_eos_token_id=3
+    )
+    loaded = load_checkpoint(folder)
+    assert loaded.generation == {"repetition_penalty": 1.05}
+    assert loaded.notes[0].startswith("generation_config.json asks for forced_eos_token_id 3, num_beams 2, which")
 
 
 def test_special_tokens_are_those_of_the_tokenizers_own_files(folder):

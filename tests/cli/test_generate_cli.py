@@ -61,6 +61,18 @@ def test_generate_takes_the_options_of_the_runtime(model, tmp_path):
     assert [p["token"] for p in data["logprobs"]] == data["tokens"] and len(data["logprobs"][0]["top"]) == 2
 
 
+def test_the_bundles_own_options_hold_where_none_is_given_and_are_told(model, tmp_path):
+    model.bundle.manifest.generation = {"temperature": 0.7, "max_new_tokens": 5}
+    result = run(generate, str(tmp_path), "hello", "--raw", "--seed", "3")
+    assert "5 new tokens" in result.stderr and "the bundle's own: temperature 0.7, max_new_tokens 5" in result.stderr
+    assert result.stdout.strip("\n") == model.generate("hello", temperature=0.7, max_new_tokens=5, seed=3).text
+    given = run(generate, str(tmp_path), "hello", "--raw", "--temperature", "0", "--max-new-tokens", "4")
+    assert given.stdout.strip("\n") == model.generate("hello", temperature=0, max_new_tokens=4).text
+    assert "the bundle's own" not in given.stderr
+    said = run(chat, str(tmp_path), input="hello\n/stats\n")
+    assert "5 new tokens" in said.stderr
+
+
 def test_logprobs_without_json_are_a_usage_error(model, tmp_path):
     result = CliRunner().invoke(generate, [str(tmp_path), "hello", "--logprobs", "2"])
     assert result.exit_code == 2 and "add --json" in result.stderr

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from edgellm_runtime.bundle.engine_info import ROLES, ChooserInfo, EngineInfo, GraphInfo
 from edgellm_runtime.bundle.limits import MAX_WIDTH
 from edgellm_runtime.errors import BundleError, first_line
+from edgellm_runtime.option_ranges import check_defaults
 from edgellm_runtime.spec import Signature, SpecError
 from edgellm_runtime.task_spec import TaskSpec
 
@@ -79,6 +80,7 @@ class Manifest:
         exact_bounds: what it must hold to against PyTorch with its very numbers, on a processor of the export's kind.
         measured: what the exporter measured against PyTorch, for people.
         task: what the model was trained to do; None: to go on with a text.
+        generation: options of generation for whoever names no others; see :mod:`edgellm_runtime.option_ranges`.
         vocab_size: how many tokens there are; 0: as many as logits, which only a model that labels tokens differs from.
         graphs: role to graph, where there is one for prompts and one for single tokens; empty: ``model.onnx`` for all.
         capacity: slots that each row of the state must have, for such graphs; None: the caller's choice.
@@ -100,6 +102,7 @@ class Manifest:
     exact_bounds: Mapping[str, float] = field(default_factory=dict)
     measured: Mapping[str, float] = field(default_factory=dict)
     task: TaskSpec | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
     vocab_size: int = 0
     graphs: Mapping[str, GraphInfo] = field(default_factory=dict)
     capacity: int | None = None
@@ -141,6 +144,7 @@ class Manifest:
             "exact_bounds": dict(self.exact_bounds),
             "measured": dict(self.measured),
             "task": None if self.task is None else self.task.to_json(),
+            **({"generation": dict(self.generation)} if self.generation else {}),
             "vocab_size": self.vocab_size,
             **self._roles_json(),
             "files": {name: {"bytes": f.bytes, "sha256": f.sha256} for name, f in self.files.items()},
@@ -218,8 +222,17 @@ class Manifest:
             bounds={k: _number(v) for k, v in _a(dict, data.get("bounds", {})).items()},
             exact_bounds={k: _number(v) for k, v in _a(dict, data.get("exact_bounds", {})).items()},
             measured={k: _number(v) for k, v in _a(dict, data.get("measured", {})).items()},
-            task=task, vocab_size=_whole(data.get("vocab_size", 0)), **_roles(data, files, width),
+            task=task, generation=_generation(data, width), vocab_size=_whole(data.get("vocab_size", 0)),
+            **_roles(data, files, width),
         )  # fmt: skip
+
+
+def _generation(data: dict[str, Any], width: int) -> dict[str, Any]:
+    """The model's own options; texts that end an answer need a tokenizer."""
+    found = check_defaults(_a(dict, data.get("generation", {})), _whole(data.get("vocab_size", 0)) or width)
+    if found.get("stop") and data.get("tokenizer") is None:
+        raise ValueError("generation has stop, but there is no tokenizer")
+    return found
 
 
 def _roles(data: dict[str, Any], files: Mapping[str, FileInfo], width: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any, TypedDict, Unpack
 from edgellm_runtime.arguments import check_text
 from edgellm_runtime.errors import StateError
 from edgellm_runtime.generation.generate import Chunk, Generation, GenerationOptions, OptionKeywords, Run
+from edgellm_runtime.generation.options import with_defaults
 from edgellm_runtime.session import Session
 from edgellm_runtime.state import State
 from edgellm_runtime.text.chat import ChatTemplate, Objects
@@ -45,6 +46,7 @@ class Conversation:
         template: renders the messages.
         system: the system message, or None.
         inputs: what else the template is given in every turn.
+        defaults: the options of turns that name no other.
 
     Raises:
         OptionError: what no template can be given.
@@ -52,11 +54,11 @@ class Conversation:
 
     def __init__(
         self, session: Session, tokenizer: Tokenizer, template: ChatTemplate, system: str | None,
-        inputs: TemplateInputs,
+        inputs: TemplateInputs, defaults: Mapping[str, Any],
     ) -> None:  # fmt: skip
         self._session, self._tokenizer, self._template = session, tokenizer, template
         check_inputs(inputs.get("tools"), inputs.get("documents"), inputs.get("template_variables"))
-        self._inputs = inputs
+        self._inputs, self._defaults = inputs, defaults
         self._state: State | None = None
         self._held: list[int] = []  # the tokens that the state has read
         self._messages: list[dict[str, str]] = []
@@ -129,7 +131,7 @@ class Conversation:
             StateError: called from within a step of the open stream.
         """
         check_text("text", text)
-        checked = GenerationOptions(**options)
+        checked = with_defaults(self._defaults, options)
         self._close()
         turn = [*self._messages, {"role": "user", "content": text}]
         prompt = self._template.encode(turn, **self._inputs)

@@ -9,9 +9,10 @@ from typing import Any, TypedDict
 from edgellm_runtime.arguments import check_flag, check_integer, check_list, shown
 from edgellm_runtime.errors import OptionError
 from edgellm_runtime.generation.processors import LogitsProcessor
-from edgellm_runtime.generation.sampling_options import SamplingOptions, check_token
+from edgellm_runtime.generation.sampling_options import SamplingOptions
+from edgellm_runtime.option_ranges import RANGES, check_token
 
-__all__ = ["GenerationOptions", "OptionKeywords"]
+__all__ = ["GenerationOptions", "OptionKeywords", "with_defaults"]
 
 
 class OptionKeywords(TypedDict, total=False):
@@ -71,10 +72,8 @@ class GenerationOptions(SamplingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop
         checked = {
-            "max_new_tokens": check_integer("max_new_tokens", self.max_new_tokens, 0),
-            "stop": tuple(check_list("stop", stops, "texts", _check_stop)),
+            **{name: RANGES[name](name, getattr(self, name)) for name in ("max_new_tokens", "stop")},
             "ignore_eos": check_flag("ignore_eos", self.ignore_eos),
             "stop_tokens": tuple(check_list("stop_tokens", self.stop_tokens, "token ids", check_token)),
             "logprobs": None if self.logprobs is None else check_integer("logprobs", self.logprobs, 0, 2**20),
@@ -90,7 +89,18 @@ class GenerationOptions(SamplingOptions):
             object.__setattr__(self, name, value)
 
 
-def _check_stop(_: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise OptionError(f"stop holds {shown(value)}; each stop must be a text of at least one character")
-    return value
+def with_defaults(defaults: Mapping[str, Any], options: OptionKeywords) -> GenerationOptions:
+    """A caller's options, and a model's own for those that the caller does not name.
+
+    Args:
+        defaults: checked by :func:`edgellm_runtime.option_ranges.check_defaults`.
+        options: the caller's keywords.
+
+    Raises:
+        OptionError: one of the caller's is outside its range.
+    """
+    both: dict[str, Any] = {**defaults, **options}
+    most = both.get("max_new_tokens", GenerationOptions.max_new_tokens)
+    if "min_tokens" in defaults and "min_tokens" not in options and type(most) is int:
+        both["min_tokens"] = min(defaults["min_tokens"], max(most, 0))  # a shorter answer is what was asked for
+    return GenerationOptions(**both)

@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from edgellm_runtime.arguments import check_integer, check_list, check_number, is_sequence, shown
 from edgellm_runtime.errors import OptionError
 from edgellm_runtime.generation.processors import LogitsProcessor
+from edgellm_runtime.option_ranges import RANGES, check_token
 
-__all__ = ["SamplingOptions", "check_token"]
+__all__ = ["SamplingOptions"]
+
+_RANGED = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram", "banned_tokens", "min_tokens",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +59,10 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         checked = {
-            "temperature": check_number("temperature", self.temperature, 0, 1e6),
-            "top_k": check_integer("top_k", self.top_k, 0),
-            "top_p": check_number("top_p", self.top_p, 0, 1, open_low=True),
-            "min_p": check_number("min_p", self.min_p, 0, 1),
-            "repetition_penalty": check_number("repetition_penalty", self.repetition_penalty, 0.01, 100),
+            **{name: RANGES[name](name, getattr(self, name)) for name in _RANGED},
             "presence_penalty": check_number("presence_penalty", self.presence_penalty, -1000, 1000),
             "frequency_penalty": check_number("frequency_penalty", self.frequency_penalty, -1000, 1000),
-            "no_repeat_ngram": check_integer("no_repeat_ngram", self.no_repeat_ngram, 0),
             "logit_bias": _check_bias(self.logit_bias),
-            "banned_tokens": tuple(check_list("banned_tokens", self.banned_tokens, "token ids", check_token)),
-            "min_tokens": check_integer("min_tokens", self.min_tokens, 0),
             "seed": _check_seed(self.seed),
             "logits_processors": tuple(
                 check_list("logits_processors", self.logits_processors, "functions", _check_function)
@@ -72,11 +70,6 @@ class SamplingOptions:
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-
-
-def check_token(name: str, value: object) -> int:
-    """A token id of any vocabulary."""
-    return check_integer(name, value, 0, 2**31 - 1)
 
 
 def _check_bias(bias: object) -> dict[int, float] | None:
