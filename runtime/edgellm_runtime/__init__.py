@@ -7,31 +7,54 @@
 Importing this package is cheap: ONNX Runtime, tokenizers and jinja2 load with the first bundle.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgellm_runtime.errors import BackendError, BundleError, ContextError, OptionError, RuntimeFault, StateError
 from edgellm_runtime.generation.processors import LogitsProcessor
 from edgellm_runtime.loading import load, open_session
 from edgellm_runtime.spec import Signature, StateSpec, TensorSpec
 
+if TYPE_CHECKING:
+    from edgellm_runtime.generation.answer import Generation
+    from edgellm_runtime.generation.conversation import Conversation
+    from edgellm_runtime.generation.stream import AsyncStream, Stream
+    from edgellm_runtime.generation.text_state import TextState
+    from edgellm_runtime.model import Model
+
 __all__ = [
+    "AsyncStream",
     "BackendError",
     "BundleError",
     "ContextError",
+    "Conversation",
+    "Generation",
     "LogitsProcessor",
+    "Model",
     "OptionError",
     "RuntimeFault",
     "Signature",
     "StateError",
     "StateSpec",
+    "Stream",
     "TensorSpec",
+    "TextState",
     "load",
     "open_session",
 ]
 
 
+_WITH_NUMPY = {  # where the names are that load more than this package
+    "AsyncStream": "generation.stream", "Conversation": "generation.conversation", "Generation": "generation.answer",
+    "Model": "model", "Stream": "generation.stream", "TextState": "generation.text_state",
+}  # fmt: skip
+
+
 def __getattr__(name: str) -> Any:
-    """``__version__``: of the distribution ``edgellm``, looked up when it is asked for."""
+    """What costs something to have, looked up when it is asked for; ``__version__`` is the distribution's."""
+    if name in _WITH_NUMPY:
+        from importlib import import_module
+
+        return getattr(import_module(f"{__name__}.{_WITH_NUMPY[name]}"), name)
     if name != "__version__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib.metadata import PackageNotFoundError, version

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
@@ -11,29 +10,30 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_runtime.arguments import check_instance, check_integer, is_sequence, shown
-from edgellm_runtime.errors import BundleError, ContextError, OptionError
+from edgellm_runtime.arguments import check_instance, is_sequence, shown
+from edgellm_runtime.errors import ContextError, OptionError
 from edgellm_runtime.generation.conversation import Conversation, TemplateInputs
-from edgellm_runtime.generation.generate import Generation, OptionKeywords, Run, Stream
+from edgellm_runtime.generation.generate import Generation, GenerationOptions, OptionKeywords, Run
 from edgellm_runtime.generation.options import with_defaults
+from edgellm_runtime.generation.request import Counts, Request
+from edgellm_runtime.generation.stream import AsyncStream, Stream, in_worker
 from edgellm_runtime.generation.text_state import TextState
 from edgellm_runtime.session import Session
 from edgellm_runtime.state.memory_need import MemoryNeed, memory_need
+from edgellm_runtime.tasks.methods import TaskMethods
 from edgellm_runtime.text.chat import ChatTemplate, Objects
 from edgellm_runtime.text.messages import Message
 from edgellm_runtime.text.tokenizer import Tokenizer, check_tokens
 
 if TYPE_CHECKING:
     from edgellm_runtime.bundle import Bundle
-    from edgellm_runtime.tasks.runner import Answer, RoleLabels, TaskRunner
 
 __all__ = ["Model"]
 
 Tokens = Sequence[int] | NDArray[np.integer[Any]]
-_MOST_ANSWERS = 2**16
 
 
-class Model:
+class Model(TaskMethods):
     """A language model on this device. Made by :func:`edgellm_runtime.load`.
 
     Every generating method takes the keywords of :class:`GenerationOptions`, among them ``max_new_tokens=256``,
@@ -133,20 +133,23 @@ class Model:
 
     @overload
     def generate(
-        self, prompt: str | Tokens, *, state: TextState | None = None, **options: Unpack[OptionKeywords]
-    ) -> Generation: ...
+        self, prompt: str | Tokens, *, state: TextState | None = None, best_of: int | None = None,
+        **options: Unpack[OptionKeywords],
+    ) -> Generation: ...  # fmt: skip
 
     @overload
     def generate(self, prompt: list[str] | list[list[int]], **options: Unpack[OptionKeywords]) -> list[Generation]: ...
 
     @overload
     def generate(
-        self, prompt: str | Tokens, *, n: int, state: TextState | None = None, **options: Unpack[OptionKeywords]
-    ) -> list[Generation]: ...
+        self, prompt: str | Tokens, *, n: int, state: TextState | None = None, best_of: int | None = None,
+        **options: Unpack[OptionKeywords],
+    ) -> list[Generation]: ...  # fmt: skip
 
     def generate(
-        self, prompt: Any, *, state: TextState | None = None, n: int | None = None, **options: Unpack[OptionKeywords]
-    ) -> Generation | list[Generation]:
+        self, prompt: Any, *, state: TextState | None = None, n: int | None = None, best_of: int | None = None,
+        **options: Unpack[OptionKeywords],
+    ) -> Generation | list[Generation]:  # fmt: skip
         """Go on from a prompt, or from each of a list of prompts in one batch.
 
         A row of a batch gets what its prompt gets alone, as far as the kernels round rows alike; with a seed, each row
@@ -160,6 +163,8 @@ class Model:
                 ``state`` has the prompt and the answer too. The prompt may then be empty.
             n: so many answers to one prompt, as a list; the prompt is read once, and answer ``i`` is what the seed
                 ``seed + i`` gives.
+            best_of: so many answers are made, and the one, or the ``n``, with the highest mean log-probability of a
+                token are given, the best first.
             **options: those of :class:`GenerationOptions`.
 
         Raises:
@@ -168,26 +173,56 @@ class Model:
             ContextError: a prompt is longer than the context.
             StateError: the state is another model's.
         """
-        checked = with_defaults(self.generation_defaults, options)
+        return self._request(
+            prompt, state, Counts(n, best_of), with_defaults(self.generation_defaults, options)
+        ).answer()
+
+    @overload
+    async def agenerate(
+        self, prompt: str | Tokens, *, state: TextState | None = None, best_of: int | None = None,
+        **options: Unpack[OptionKeywords],
+    ) -> Generation: ...  # fmt: skip
+
+    @overload
+    async def agenerate(
+        self, prompt: list[str] | list[list[int]], **options: Unpack[OptionKeywords]
+    ) -> list[Generation]: ...
+
+    @overload
+    async def agenerate(
+        self, prompt: str | Tokens, *, n: int, state: TextState | None = None, best_of: int | None = None,
+        **options: Unpack[OptionKeywords],
+    ) -> list[Generation]: ...  # fmt: skip
+
+    async def agenerate(
+        self, prompt: Any, *, state: TextState | None = None, n: int | None = None, best_of: int | None = None,
+        **options: Unpack[OptionKeywords],
+    ) -> Generation | list[Generation]:  # fmt: skip
+        """:meth:`generate` for asyncio, its steps in a worker thread; to cancel the task ends the answer.
+
+        Args:
+            prompt: as for :meth:`generate`, which see for what is returned and raised too.
+            state: likewise.
+            n: likewise.
+            best_of: likewise.
+            **options: those of :class:`GenerationOptions`.
+        """
+        request = self._request(prompt, state, Counts(n, best_of), with_defaults(self.generation_defaults, options))
+        return await in_worker(request.answer, request.cancel)
+
+    def _request(self, prompt: Any, state: TextState | None, counts: Counts, options: GenerationOptions) -> Request:
         self._check_predicts()
-        answers = 1 if n is None else check_integer("n", n, 1, _MOST_ANSWERS)
         many = _is_batch(prompt) and (len(prompt) > 0 or state is None)  # nothing, to a state, is an empty prompt
-        if many and (state is not None or n is not None):
-            given = "a state" if state is not None else f"n of {answers}"
-            raise OptionError(f"{given} goes with one prompt, but there is a list of {len(prompt)}; call it for each")
+        if many:
+            counts.check_single(state is not None, len(prompt))
         if many and not len(prompt):
-            return []
+            return Request(None, 0, counts, options)
         if many:
             prompts = [self._tokens(p, f"prompt {i}") for i, p in enumerate(prompt)]
         else:
             prompts = [self._tokens(prompt) if state is None else self._text(prompt, state)]
-        if answers > 1 and isinstance(checked.seed, int):
-            checked = replace(checked, seed=[checked.seed + i for i in range(answers)])
-        run = Run(self.session, self.tokenizer, prompts, checked, text_state=state, answers=answers)
-        for _ in run.chunks():
-            pass
-        results = [run.result(row) for row in range(len(prompts) * answers)]
-        return results[0] if not many and n is None else results
+        run = Run(self.session, self.tokenizer, prompts, counts.of(options), text_state=state, answers=counts.made)
+        return Request(run, len(prompts) if many else None, counts, options)
 
     def stream(
         self, prompt: str | Tokens, *, state: TextState | None = None, **options: Unpack[OptionKeywords]
@@ -207,6 +242,18 @@ class Model:
         tokens = self._tokens(prompt) if state is None else self._text(prompt, state)
         checked = with_defaults(self.generation_defaults, options)
         return Stream(Run(self.session, self.tokenizer, [tokens], checked, text_state=state))
+
+    def astream(
+        self, prompt: str | Tokens, *, state: TextState | None = None, **options: Unpack[OptionKeywords]
+    ) -> AsyncStream:
+        """:meth:`stream` for asyncio: ``async for chunk in model.astream(...)``.
+
+        Args:
+            prompt: a text or token ids.
+            state: as for :meth:`generate`.
+            **options: those of :class:`GenerationOptions`.
+        """
+        return AsyncStream(self.stream(prompt, state=state, **options))
 
     def chat(
         self, messages: Sequence[Message], *, tools: Objects | None = None, documents: Objects | None = None,
@@ -272,66 +319,6 @@ class Model:
         assert self.tokenizer is not None
         inputs = TemplateInputs(tools=tools, documents=documents, template_variables=template_variables)
         return Conversation(self.session, self.tokenizer, template, system, inputs, self.generation_defaults)
-
-    @cached_property
-    def task(self) -> TaskRunner:
-        """The task that the model was trained for.
-
-        Raises:
-            OptionError: it was trained for none, or the bundle has no tokenizer.
-            BundleError: the tokenizer lacks a token of the task's prompts.
-        """
-        from edgellm_runtime.tasks.runner import TaskRunner
-
-        spec, name = self.bundle.manifest.task, self.bundle.manifest.name
-        if spec is None:
-            raise OptionError(
-                f"{name} was trained for no task; use generate, or load a bundle of `edgellm train --task`"
-            )
-        if self.tokenizer is None:
-            raise OptionError(f"{name} has no tokenizer, so it cannot read text; export it with one")
-        if missing := [s.value for s in spec.prompt if s.kind == "token" and self.tokenizer.token_id(s.value) is None]:
-            raise BundleError(f"{name}: its tokenizer lacks {missing}, which its prompts need; export the model again")
-        return TaskRunner(self.session, self.tokenizer, spec)
-
-    @overload
-    def translate(self, source: str, **options: Any) -> Answer: ...
-
-    @overload
-    def translate(self, source: Sequence[str], **options: Any) -> list[Answer]: ...
-
-    def translate(self, source: str | Sequence[str], **options: Any) -> Answer | list[Answer]:
-        """Translate; see :meth:`edgellm_runtime.tasks.runner.TaskRunner.translate` for options and errors."""
-        found: Answer | list[Answer] = self.task.translate(source, **options)
-        return found
-
-    @overload
-    def answer(self, question: str, context: str, **options: Any) -> Answer: ...
-
-    @overload
-    def answer(self, question: Sequence[str], context: str | Sequence[str], **options: Any) -> list[Answer]: ...
-
-    def answer(
-        self, question: str | Sequence[str], context: str | Sequence[str], **options: Any
-    ) -> Answer | list[Answer]:
-        """Answer from a context; see :meth:`edgellm_runtime.tasks.runner.TaskRunner.answer`."""
-        found: Answer | list[Answer] = self.task.answer(question, context, **options)
-        return found
-
-    @overload
-    def summarize(self, text: str, **options: Any) -> Answer: ...
-
-    @overload
-    def summarize(self, text: Sequence[str], **options: Any) -> list[Answer]: ...
-
-    def summarize(self, text: str | Sequence[str], **options: Any) -> Answer | list[Answer]:
-        """Summarize; see :meth:`edgellm_runtime.tasks.runner.TaskRunner.summarize`."""
-        found: Answer | list[Answer] = self.task.summarize(text, **options)
-        return found
-
-    def label_roles(self, sentence: str | Sequence[str], predicate: int | str) -> RoleLabels:
-        """Label who does what; see :meth:`edgellm_runtime.tasks.runner.TaskRunner.label_roles`."""
-        return self.task.label_roles(sentence, predicate)
 
     @property
     def has_chat_template(self) -> bool:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgellm_runtime.errors import ContextError, OptionError
-from edgellm_runtime.generation.generate import GenerationOptions, StopMatcher
+from edgellm_runtime.generation.generate import GenerationOptions
+from edgellm_runtime.generation.stops import StopMatcher
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from edgellm_runtime import OptionError
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.generation.generate import GenerationOptions, Run
 from edgellm_runtime.generation.logprobs import logprobs_of
-from edgellm_runtime.generation.penalties import CountPenalty, MinTokens, NoRepeatNgram
+from edgellm_runtime.generation.penalties import CountPenalty, MinTokens, NoRepeatNgram, Windowed
+from edgellm_runtime.generation.processors import RepetitionPenalty
 from edgellm_runtime.generation.sampling import Sampler, SamplingOptions
 from edgellm_runtime.softmax import log_softmax
 
@@ -218,3 +220,92 @@ def test_the_chain_leaves_the_logits_as_they_are():
     assert sampler(logits[None]).tolist() == [1]
     assert sampler(logits[None]).tolist() == [2]  # 1 is there once, and 1 after 1 is new; 2 has no penalty yet
     assert logits.tolist() == [3, 1, 2, 0]
+
+
+@given(st.lists(st.sampled_from([-4.0, -1.0, 0.0, 0.5, 3.0]), min_size=2, max_size=30), st.floats(0.05, 1))
+def test_typical_tokens_are_the_fewest_whose_surprise_is_nearest_to_the_entropy(values, p):
+    logits = np.array(values, dtype=np.float32)
+    ids, _ = Sampler(SamplingOptions(temperature=1, typical_p=p), rows=1, vocab_size=len(values)).distribution(logits)
+    logs = log_softmax(logits).astype(np.float64)
+    entropy = -(np.exp(logs) * logs).sum()
+    distance = np.abs(-logs - entropy)
+    order = sorted(range(len(values)), key=lambda i: (round(distance[i], 5), i))
+    left = float(np.exp(logs[ids]).sum())
+    assert left >= p - 1e-5
+    assert sorted(round(distance[i], 4) for i in ids) == sorted(round(distance[i], 4) for i in order[: len(ids)])
+    farthest = max(round(distance[i], 4) for i in ids)
+    assert left - max(float(np.exp(logs[i])) for i in ids if round(distance[i], 4) == farthest) < p + 1e-5
+
+
+@given(tokens, st.integers(1, 8), st.integers(0, 30))
+def test_a_window_hides_what_came_before_it_from_penalties(row, window, start):
+    held = np.array(row, dtype=np.int64)
+    for whole, part in (
+        (CountPenalty(0.5, 0.25, start, window), CountPenalty(0.5, 0.25, max(start - max(len(row) - window, 0), 0))),
+        (Windowed(RepetitionPenalty(2.0), window), RepetitionPenalty(2.0)),
+    ):
+        seen, expected = np.arange(6, dtype=np.float32), np.arange(6, dtype=np.float32)
+        whole(held, seen)
+        part(held[-window:], expected)
+        assert seen.tolist() == expected.tolist()
+
+
+def test_an_answer_begins_with_its_forced_tokens_whatever_is_banned(model):
+    free = model.generate("hello", max_new_tokens=6, ignore_eos=True, forced_tokens=[9, 9, 7]).tokens
+    assert free[:3] == (9, 9, 7)
+    assert free[3:] == model.generate([*model.tokenizer.encode("hello"), 9, 9, 7], max_new_tokens=3,
+                                      ignore_eos=True).tokens  # fmt: skip
+    again = model.generate("hello", max_new_tokens=6, ignore_eos=True, forced_tokens=[9, 9, 7], banned_tokens=[9],
+                           no_repeat_ngram=1, penalty_window=2, repetition_penalty=3.0)  # fmt: skip
+    assert again.tokens[:3] == (9, 9, 7) and 9 not in again.tokens[3:]
+
+
+def test_best_of_gives_the_likeliest_of_so_many_answers(model):
+    options = {"temperature": 1.5, "seed": 3, "max_new_tokens": 5, "ignore_eos": True}
+    made = model.generate("hello", n=6, logprobs=0, **options)
+    order = sorted(made, key=lambda a: -sum(p.logprob for p in a.logprobs))  # all are of one length
+    best = model.generate("hello", best_of=6, **options)
+    assert best.tokens == order[0].tokens and best.logprobs is None
+    two = model.generate("hello", n=2, best_of=6, logprobs=1, **options)
+    assert [a.tokens for a in two] == [a.tokens for a in order[:2]] and len(two[0].logprobs[0].top) == 1
+    assert model.generate("hello", best_of=3, **options, min_tokens=0).tokens in [a.tokens for a in made[:3]]
+    with pytest.raises(OptionError, match="best_of is 2; it must be an integer from 3"):
+        model.generate("hello", n=3, best_of=2)
+    with pytest.raises(OptionError, match="best_of of 2 goes with one prompt, but there is a list of 2"):
+        model.generate(["hello", "a"], best_of=2)
+
+
+class Clock:
+    """Every look at it takes a second."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 1
+        return self.now
+
+    def perf_counter(self) -> float:
+        return 0.0
+
+
+def test_a_deadline_ends_an_answer_with_what_there_is(model, monkeypatch):
+    whole = model.generate("hello", max_new_tokens=50, ignore_eos=True).tokens
+    monkeypatch.setattr("edgellm_runtime.generation.generate.time", Clock())
+    answer = model.generate("hello", max_new_tokens=50, ignore_eos=True, deadline=8.5)
+    assert answer.finish_reason == "deadline"
+    assert 1 < len(answer.tokens) < 10 and answer.tokens == whole[: len(answer.tokens)]
+    assert model.generate("hello", max_new_tokens=5, ignore_eos=True, deadline=1e6).finish_reason == "length"
+
+
+def test_an_event_cancels_every_row_of_a_batch(model):
+    event = threading.Event()
+
+    def fifth(tokens, logits):
+        if len(tokens) == 5 + len(model.tokenizer.encode("hello")):
+            event.set()
+
+    answers = model.generate(["hello"] * 3, max_new_tokens=50, ignore_eos=True, cancel=event, logits_processors=[fifth])
+    assert [a.finish_reason for a in answers] == ["cancelled"] * 3
+    assert [len(a.tokens) for a in answers] == [6] * 3
+    assert model.generate("hello", cancel=event).tokens == model.generate("hello", max_new_tokens=1).tokens

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ KINDS: dict[str, set[str]] = {
     "integer": WHOLE | {"2**70", "10**6000", "10**9"},
     "small integer": WHOLE,
     "number": {"0", "1", "1.9", "1.0", "-1", "np.float32", "np.int64"},
+    "number or None": {"None", "0", "1", "1.9", "1.0", "np.float32", "np.int64", "10**9"},
     "flag": {"True", "False", "np.True_"},
     "text": TEXT,
     "text or None": TEXT | {"None"},
@@ -89,9 +91,11 @@ OPTIONS = {
     "logits_processors": "functions", "presence_penalty": "number", "frequency_penalty": "number",
     "no_repeat_ngram": "integer", "logit_bias": "bias", "banned_tokens": "ids", "min_tokens": "small integer",
     "stop_tokens": "ids", "logprobs": "small integer or None", "skip_special_tokens": "flag", "echo": "flag",
-    "progress": "function or None",
+    "progress": "function or None", "deadline": "number or None", "cancel": "object or None", "typical_p": "number",
+    "penalty_window": "integer", "forced_tokens": "ids",
 }  # fmt: skip
 TEMPLATE = {"tools": "objects or None", "documents": "objects or None", "template_variables": "variables or None"}
+COUNTS = {"state": "object or None", "n": "small integer or None", "best_of": "small integer or None"}
 TASK = {"beams": "small integer", "check_script": "flag"}
 INTERNAL = {"TextState.resumed", "TextState.extended", "TextState.check_for"}  # which the generating methods call
 # Each parameter of each public function and method, and a call that is right
@@ -99,8 +103,10 @@ TABLE: dict[str, dict[str, str]] = {
     "load": {"path": "path", "device": "choice", "threads": "small integer or None", "checksums": "flag",
              "isolate": "flag", "max_memory": "memory or None"},
     "open_session": {"bundle": "object", "device": "choice", "threads": "small integer or None"},
-    "Model.generate": {"prompt": "prompt", "state": "object or None", "n": "small integer or None", **OPTIONS},
+    "Model.generate": {"prompt": "prompt", **COUNTS, **OPTIONS},
+    "Model.agenerate": {"prompt": "prompt", **COUNTS, **OPTIONS},
     "Model.stream": {"prompt": "one prompt", "state": "object or None", **OPTIONS},
+    "Model.astream": {"prompt": "one prompt", "state": "object or None", **OPTIONS},
     "Model.read": {"prompt": "one prompt", "state": "object or None", "progress": "function or None"},
     "Model.memory": {"context": "small integer or None", "rows": "integer"},
     "Model.new_state": {},
@@ -230,6 +236,7 @@ class Fixtures:
         few = {"max_new_tokens": 1}
         return {
             "generate": {"prompt": "hello", **few}, "stream": {"prompt": "hello", **few},
+            "agenerate": {"prompt": "hello", **few}, "astream": {"prompt": "hello", **few},
             "chat": {"messages": messages, **few}, "stream_chat": {"messages": messages, **few},
             "say": {"text": "hello", **few}, "translate": {"source": "the world"},
             "answer": {"question": "hello", "context": "the world"}, "summarize": {"text": "the world"},
@@ -250,7 +257,19 @@ def fixtures(tmp_path_factory: pytest.TempPathFactory) -> Fixtures:
 
 
 def drained(result: Any) -> Any:
+    if inspect.isawaitable(result):
+        return asyncio.run(awaited(result))
+    if isinstance(result, AsyncIterator):
+        return asyncio.run(collected(result))
     return list(result) if isinstance(result, Iterator) else result
+
+
+async def awaited(result: Awaitable[Any]) -> Any:
+    return await result
+
+
+async def collected(chunks: AsyncIterator[Any]) -> list[Any]:
+    return [chunk async for chunk in chunks]
 
 
 def test_the_table_has_every_public_method_and_parameter() -> None:

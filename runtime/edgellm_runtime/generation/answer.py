@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Chunk", "FinishReason", "Generation", "Timings"]
 
-FinishReason = Literal["eos", "stop", "length", "cancelled"]
+FinishReason = Literal["eos", "stop", "length", "cancelled", "deadline"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,8 @@ class Generation:
         text: what the answer adds to the prompt's text; without the end token and without the stop string.
         tokens: every token the model chose, the end token and a stop string's included.
         prompt_tokens: how many tokens the prompt has.
-        finish_reason: ``eos``, ``stop``, ``length`` (also when the context is full), or ``cancelled`` for what there is
-            of an answer that was ended from outside.
+        finish_reason: ``eos``, ``stop``, ``length`` (also when the context is full); ``cancelled`` or ``deadline`` for
+            what there is of an answer that was ended from outside.
         timings: where the time went.
         logprobs: one for each token, where they were asked for.
         state: the text with its answer, to go on from; None where no state was given.

@@ -8,89 +8,25 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from types import TracebackType
-from typing import Self
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_runtime.errors import ContextError, OptionError
 from edgellm_runtime.generation.answer import Chunk, FinishReason, Generation, Timings
-from edgellm_runtime.generation.logprobs import TokenLogprobs, logprobs_of
+from edgellm_runtime.generation.logprobs import logprobs_of
 from edgellm_runtime.generation.options import GenerationOptions, OptionKeywords
+from edgellm_runtime.generation.row import Row
 from edgellm_runtime.generation.sampling import Sampler
-from edgellm_runtime.generation.stops import StopMatcher
 from edgellm_runtime.generation.text_state import TextState
 from edgellm_runtime.session import Session
 from edgellm_runtime.state import State
 from edgellm_runtime.text.tokenizer import Tokenizer
 
 __all__ = [
-    "Chunk", "FinishReason", "Generation", "GenerationOptions", "OptionKeywords", "Run",
-    "StopMatcher", "Stream", "Timings", "next_tokens",
+    "Chunk", "FinishReason", "Generation", "GenerationOptions", "OptionKeywords", "Run", "Timings", "next_tokens",
 ]  # fmt: skip
-
-
-class _Row:
-    """One answer in the making."""
-
-    def __init__(
-        self, prompt: Sequence[int], tokenizer: Tokenizer | None, options: GenerationOptions, room: int
-    ) -> None:
-        self.prompt = prompt
-        self.tokens: list[int] = []
-        self.texts: list[str] = []
-        self.finish_reason: FinishReason | None = None
-        self.decode_s = 0.0
-        self.state: State | None = None  # once it has ended, if anyone will ask for it
-        self._limit = min(options.max_new_tokens, room)
-        self.room = len(prompt) + self._limit  # tokens the state will hold at most
-        self._tokenizer, self._hides = tokenizer, options.skip_special_tokens
-        self._decoder = tokenizer.stream(after=prompt, skip_special=self._hides) if tokenizer else None
-        self._eos = frozenset[int]() if options.ignore_eos or not tokenizer else tokenizer.eos_token_ids
-        self._stop_tokens = frozenset(options.stop_tokens)
-        self.ends = self._eos | self._stop_tokens
-        self._stops = StopMatcher(options.stop)
-        self._wants_logprobs = options.logprobs is not None
-        self.logprobs: list[TokenLogprobs] = []
-        if self._limit == 0:
-            self.finish_reason = "length"
-
-    def echo(self) -> Chunk:
-        """The prompt's text, which the answer's is to begin with."""
-        assert self._tokenizer is not None
-        text = self._tokenizer.decode(self.prompt, skip_special=self._hides)
-        self.texts.append(text)
-        return Chunk(text, (), None)
-
-    def push(self, token: int) -> Chunk:
-        """Take the next token."""
-        self.tokens.append(token)
-        text, stopped = "", False
-        ended = token in self.ends
-        if self._decoder and (not ended or (token in self._eos and not self._hides)):
-            text, stopped = self._stops.push(self._decoder.push(token))
-        if stopped:
-            self.finish_reason = "stop"
-        elif ended or len(self.tokens) >= self._limit:
-            rest, stopped = self._rest()
-            text += rest
-            reason: FinishReason = "eos" if token in self._eos else "stop" if ended else "length"
-            self.finish_reason = "stop" if stopped else reason
-        self.texts.append(text)
-        return Chunk(text, (token,), self.finish_reason, self.logprobs[-1] if self._wants_logprobs else None)
-
-    def cancel(self) -> Chunk:
-        """End here: what was held back for a stop text goes out, an incomplete character does not."""
-        self.finish_reason, text = "cancelled", self._stops.finish()
-        self.texts.append(text)
-        return Chunk(text, (), "cancelled")
-
-    def _rest(self) -> tuple[str, bool]:
-        if not self._decoder:
-            return "", False
-        text, stopped = self._stops.push(self._decoder.finish())
-        return text if stopped else text + self._stops.finish(), stopped
 
 
 def next_tokens(
@@ -115,7 +51,7 @@ def next_tokens(
     return sampler.among(found.ids, found.logits, rows, found.everything)
 
 
-class _Cancelled(Exception):
+class _Ended(Exception):
     """Ends a prompt between two pieces of it."""
 
 
@@ -156,7 +92,8 @@ class Run:
             raise OptionError(f"stop_tokens has token {last}, outside the vocabulary of {vocabulary}; name its own")
         self._session, self._given, self._resumed, self._answers = session, state, text_state, answers
         self._options, self._cancelled = options, threading.Event()
-        self._rows = [_Row(prompt, tokenizer, options, context - len(prompt)) for prompt in (*prompts,) * answers]
+        self._deadline = None if options.deadline is None else time.monotonic() + options.deadline
+        self._rows = [Row(prompt, tokenizer, options, context - len(prompt)) for prompt in (*prompts,) * answers]
         self._batch = [i for i, row in enumerate(self._rows) if row.finish_reason is None]  # the state's rows
         self._reused = text_state.read_tokens if text_state is not None else 0
         if state is not None:
@@ -183,17 +120,23 @@ class Run:
             chosen = self._next(chosen)
         for i in self._batch:
             if self._rows[i].finish_reason is None:
-                yield i, self._rows[i].cancel()
+                yield i, self._rows[i].end(self._ended() or "cancelled")
 
     def cancel(self) -> None:
         """End every answer before the next step, or the next piece of a long prompt; any thread may call it."""
         self._cancelled.set()
 
+    def _ended(self) -> Literal["cancelled", "deadline"] | None:
+        """Whether every answer is to end here, from outside."""
+        if self._cancelled.is_set() or (self._options.cancel is not None and self._options.cancel.is_set()):
+            return "cancelled"
+        return "deadline" if self._deadline is not None and time.monotonic() >= self._deadline else None
+
     def leave(self) -> None:
         """Note that nobody will ask for further chunks: what there is of each answer is its result."""
         for row in self._rows:
             if row.finish_reason is None:
-                row.cancel()
+                row.end("cancelled")
 
     def result(self, row: int = 0) -> Generation:
         """A row's answer, once :meth:`chunks` has come to its end, or was left."""
@@ -230,7 +173,7 @@ class Run:
         return self._resumed.answer_from if going_on and self._resumed is not None else prompt
 
     def _begin(self) -> NDArray[np.int64] | None:
-        """Read the prompts; the first tokens, or None when that was cancelled."""
+        """Read the prompts; the first tokens, or None when that was ended."""
         capacity = max(self._rows[i].room for i in self._batch)
         if self._given is not None:
             self._state = self._given
@@ -240,7 +183,7 @@ class Run:
             self._state = self._session.new_state(1 if self._answers > 1 else len(self._batch), capacity)
         try:
             return self._prefill(self._state)
-        except _Cancelled:
+        except _Ended:
             self._stepping = False
             return None
 
@@ -273,8 +216,8 @@ class Run:
 
     def _told(self, read: int, total: int) -> None:
         """Between two pieces of a prompt."""
-        if self._cancelled.is_set():
-            raise _Cancelled
+        if self._ended():
+            raise _Ended
         if self._options.progress is not None:
             self._options.progress(read, total)
 
@@ -285,10 +228,10 @@ class Run:
             yield i, row.push(token)
 
     def _next(self, chosen: NDArray[np.int64]) -> NDArray[np.int64] | None:
-        """Read the tokens chosen, and choose the next; None when all rows have ended, or the run was cancelled."""
+        """Read the tokens chosen, and choose the next; None when all rows have ended, or the run was ended."""
         state, keep = self._state, [at for at, i in enumerate(self._batch) if self._rows[i].finish_reason is None]
         assert state is not None
-        if not keep or self._cancelled.is_set():
+        if not keep or self._ended():
             return None
         start = time.perf_counter()
         if len(keep) < len(self._batch):
@@ -305,47 +248,3 @@ class Run:
         self._stepping = False
         self._decode_s += time.perf_counter() - start
         return chosen
-
-
-class Stream(Iterator[Chunk]):
-    """One answer's chunks as they come; it may be left at any time, or with ``with``, which closes it.
-
-    Args:
-        run: of one prompt.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._chunks = run.chunks()
-        self.generation: Generation | None = None  # the whole answer, or what there is of one that was ended early
-
-    def __repr__(self) -> str:
-        return f"<Stream, {'open' if self.generation is None else self.generation.finish_reason}>"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __next__(self) -> Chunk:
-        _, chunk = next(self._chunks)
-        if chunk.finish_reason:
-            self.generation = self._run.result()
-        return chunk
-
-    def cancel(self) -> None:
-        """End the answer before its next token, or within a long prompt; any thread may call it.
-
-        The reader gets one more chunk, whose ``finish_reason`` is ``cancelled``.
-        """
-        self._run.cancel()
-
-    def close(self) -> None:
-        """Stop here, as the reader; what there is of the answer is ``generation``."""
-        self._chunks.close()
-        if self.generation is None:
-            self._run.leave()
-            self.generation = self._run.result()

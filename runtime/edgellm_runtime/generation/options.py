@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from edgellm_runtime.arguments import check_flag, check_integer, check_list, shown
+from edgellm_runtime.arguments import check_flag, check_instance, check_integer, check_list, check_number, shown
 from edgellm_runtime.errors import OptionError
 from edgellm_runtime.generation.processors import LogitsProcessor
 from edgellm_runtime.generation.sampling_options import SamplingOptions
@@ -37,6 +38,11 @@ class OptionKeywords(TypedDict, total=False):
     skip_special_tokens: bool
     echo: bool
     progress: Callable[[int, int], None] | None
+    deadline: float | None
+    cancel: threading.Event | None
+    typical_p: float
+    penalty_window: int
+    forced_tokens: Sequence[int]
     seed: int | Sequence[int] | None
     logits_processors: Sequence[LogitsProcessor]
 
@@ -56,6 +62,9 @@ class GenerationOptions(SamplingOptions):
         echo: the answer's text begins with the prompt's.
         progress: is told, between two pieces of a long prompt, how many of how many tokens have been read. What it
             raises ends the call and comes through.
+        deadline: seconds after the call at which the answer ends, between two tokens or two pieces of a long prompt;
+            ``finish_reason`` is then ``deadline``. What it has by then is the answer.
+        cancel: ends the answer at the same points once it is set, by whichever thread.
 
     Raises:
         OptionError: a value is outside its range.
@@ -69,6 +78,8 @@ class GenerationOptions(SamplingOptions):
     skip_special_tokens: bool = True
     echo: bool = False
     progress: Callable[[int, int], None] | None = None
+    deadline: float | None = None
+    cancel: threading.Event | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,8 +90,11 @@ class GenerationOptions(SamplingOptions):
             "logprobs": None if self.logprobs is None else check_integer("logprobs", self.logprobs, 0, 2**20),
             "skip_special_tokens": check_flag("skip_special_tokens", self.skip_special_tokens),
             "echo": check_flag("echo", self.echo),
+            "deadline": None if self.deadline is None else check_number("deadline", self.deadline, 0, 1e9),
         }
         check_integer("min_tokens", self.min_tokens, 0, self.max_new_tokens)
+        if self.cancel is not None:
+            check_instance("cancel", self.cancel, threading.Event, "threading.Event() makes one")
         if self.progress is not None and not callable(self.progress):
             raise OptionError(
                 f"progress is {shown(self.progress)}; it must be a function of two numbers of tokens, or None"

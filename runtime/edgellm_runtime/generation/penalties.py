@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from edgellm_runtime.generation.sampling_options import SamplingOptions
 
-__all__ = ["CountPenalty", "LogitBias", "MinTokens", "NoRepeatNgram", "chain_of"]
+__all__ = ["CountPenalty", "ForcedTokens", "LogitBias", "MinTokens", "NoRepeatNgram", "Windowed", "chain_of"]
 
 
 class LogitBias:
@@ -44,17 +44,54 @@ class CountPenalty:
         presence: for a token that is there.
         frequency: for each time that it is there.
         start: how many tokens come before the answer.
+        window: only so many of the last tokens count; 0: all.
     """
 
-    def __init__(self, presence: float, frequency: float, start: int) -> None:
-        self._presence, self._frequency, self._start = presence, frequency, start
+    def __init__(self, presence: float, frequency: float, start: int, window: int = 0) -> None:
+        self._presence, self._frequency, self._start, self._window = presence, frequency, start, window
 
     def __call__(self, tokens: NDArray[np.int64], logits: NDArray[np.float32], /) -> None:
         """See :class:`LogitsProcessor`."""
         import numpy as np
 
-        ids, counts = np.unique(tokens[self._start :], return_counts=True)
+        start = max(self._start, len(tokens) - self._window) if self._window else self._start
+        ids, counts = np.unique(tokens[start:], return_counts=True)
         logits[ids] -= (self._presence + self._frequency * counts).astype(np.float32)
+
+
+class Windowed:
+    """A processor that is shown only the last tokens of a row.
+
+    Args:
+        processor: what it shows them to.
+        window: how many.
+    """
+
+    def __init__(self, processor: LogitsProcessor, window: int) -> None:
+        self._processor, self._window = processor, window
+
+    def __call__(self, tokens: NDArray[np.int64], logits: NDArray[np.float32], /) -> NDArray[np.float32] | None:
+        """See :class:`LogitsProcessor`."""
+        return self._processor(tokens[-self._window :], logits)
+
+
+class ForcedTokens:
+    """Leaves an answer's first tokens no choice.
+
+    Args:
+        forced: its first tokens.
+        start: how many tokens the row holds before them.
+    """
+
+    def __init__(self, forced: Sequence[int], start: int) -> None:
+        self._forced, self._start = forced, start
+
+    def __call__(self, tokens: NDArray[np.int64], logits: NDArray[np.float32], /) -> None:
+        """See :class:`LogitsProcessor`."""
+        at = len(tokens) - self._start
+        if at < len(self._forced):
+            logits[:] = -float("inf")
+            logits[self._forced[at]] = 0
 
 
 class NoRepeatNgram:
@@ -114,16 +151,19 @@ def chain_of(
         OptionError: an option names a token that the model does not have.
     """
     o = options
-    named = {"logit_bias": o.logit_bias, "banned_tokens": o.banned_tokens}
+    named = {"logit_bias": o.logit_bias, "banned_tokens": o.banned_tokens, "forced_tokens": o.forced_tokens}
     for name, tokens in named.items():
         if tokens and max(tokens) >= vocab_size:
             raise OptionError(f"{name} has token {max(tokens)}, outside the vocabulary of {vocab_size}; name its own")
+    repetition = RepetitionPenalty(o.repetition_penalty)
+    counting = CountPenalty(o.presence_penalty, o.frequency_penalty, answer_from, o.penalty_window)
     made: list[tuple[object, LogitsProcessor]] = [
         (o.logit_bias, LogitBias(o.logit_bias or {})),
-        (o.repetition_penalty != 1, RepetitionPenalty(o.repetition_penalty)),
-        (o.presence_penalty or o.frequency_penalty, CountPenalty(o.presence_penalty, o.frequency_penalty, answer_from)),
+        (o.repetition_penalty != 1, Windowed(repetition, o.penalty_window) if o.penalty_window else repetition),
+        (o.presence_penalty or o.frequency_penalty, counting),
         (o.no_repeat_ngram, NoRepeatNgram(o.no_repeat_ngram)),
         (o.banned_tokens, LogitBias(dict.fromkeys(o.banned_tokens, -float("inf")))),
         (o.min_tokens and ends, MinTokens(ends, prompt + o.min_tokens)),
+        (o.forced_tokens, ForcedTokens(o.forced_tokens, prompt)),  # last: what is forced is banned by nothing
     ]
     return (*o.logits_processors, *(processor for wanted, processor in made if wanted))

@@ -1,8 +1,8 @@
 """Choosing the next token from logits: greedy, or a draw from the filtered distribution.
 
 First the chain of processors changes the logits: the caller's in their order, then those of the options. The filters
-follow in the field's usual order: temperature, top-k, top-p, min-p. The draw is from what is left, renormalised. NumPy
-only; it knows nothing of text, states or sessions.
+follow in the field's usual order: temperature, top-k, top-p, min-p, typical. The draw is from what is left,
+renormalised. NumPy only; it knows nothing of text, states or sessions.
 """
 
 from __future__ import annotations
@@ -200,15 +200,17 @@ class Sampler:
     def _filtered(
         self, ids: NDArray[np.int64] | None, logits: NDArray[np.float32], best: np.float32 | None = None
     ) -> _Weighted:
-        """Temperature, top-p and min-p over tokens that top-k has left; ids rise, None are all."""
+        """Temperature, top-p, min-p and typical over tokens that top-k has left; ids rise, None are all."""
         o = self.options
         weights = logits - (logits.max() if best is None else best)
         with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to minus infinity, as it should
             weights /= np.float32(max(o.temperature, 1e-30))  # in place: fresh memory costs more than the arithmetic
             np.exp(weights, out=weights)
-        for keep, kind in ((_top_p, o.top_p if o.top_p < 1 else None), (_min_p, o.min_p or None)):
-            if kind is not None:
-                chosen = keep(weights, kind)
+        typical = o.typical_p if o.typical_p < 1 else None
+        filters = ((_top_p, o.top_p if o.top_p < 1 else None), (_min_p, o.min_p or None), (_typical, typical))
+        for keep, share in filters:
+            if share is not None:
+                chosen = keep(weights, share)
                 ids, weights = chosen if ids is None else ids[chosen], weights[chosen]
         return ids if ids is not None else self._all, weights
 
@@ -254,6 +256,17 @@ def _top_p(weights: NDArray[np.float32], p: float) -> NDArray[np.int64]:
 def _min_p(weights: NDArray[np.float32], p: float) -> NDArray[np.int64]:
     """Indices of the weights of at least p; the best weighs 1, and no normalisation changes a ratio."""
     return np.flatnonzero(weights >= p)
+
+
+def _typical(weights: NDArray[np.float32], p: float) -> NDArray[np.int64]:
+    """Indices, rising, of the fewest weights nearest to the entropy that make up the share p; of equals the lower."""
+    shares = weights / weights.sum(dtype=np.float64)
+    with np.errstate(divide="ignore"):
+        surprise = -np.log(shares)
+    entropy = float((shares[shares > 0] * surprise[shares > 0]).sum())
+    order = np.argsort(np.abs(surprise - entropy), kind="stable")
+    cumulative = shares[order].cumsum()
+    return np.sort(order[: int(np.searchsorted(cumulative, p * cumulative[-1])) + 1])
 
 
 def _draw(ids: NDArray[np.int64], weights: NDArray[np.float32], u: float) -> int:

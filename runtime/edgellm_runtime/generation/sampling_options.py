@@ -27,13 +27,17 @@ class SamplingOptions:
         top_p: keep the fewest tokens whose probabilities sum to at least p. Holtzman et al. 2019, arXiv:1904.09751.
         min_p: keep tokens at least this fraction as probable as the most probable. Nguyen et al. 2024,
             arXiv:2407.01082.
+        typical_p: keep the tokens whose surprise is nearest to the distribution's entropy, the fewest whose
+            probabilities sum to at least p. Meister et al. 2022, arXiv:2202.00666.
         repetition_penalty: divides positive and multiplies negative logits of every token that the row already holds,
             prompt included; 1 does nothing. Keskar et al. 2019, arXiv:1909.05858.
         presence_penalty: is taken from the logits of every token that the answer already holds.
         frequency_penalty: likewise, for each time that it holds it.
+        penalty_window: the three penalties look at so many of a row's last tokens; 0: at all of them.
         no_repeat_ngram: no run of so many tokens comes twice in a row, prompt included; 0 lets all come.
         logit_bias: token id to what is added to its logit.
         banned_tokens: are never chosen.
+        forced_tokens: the answer begins with these.
         min_tokens: end tokens and stop tokens are not chosen before so many.
         seed: makes draws repeatable; a list has one for each row. None is fresh entropy.
         logits_processors: change the model's own logits, in this order, before all of the above; see
@@ -47,12 +51,15 @@ class SamplingOptions:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    penalty_window: int = 0
     no_repeat_ngram: int = 0
     logit_bias: Mapping[int, float] | None = None
     banned_tokens: Sequence[int] = ()
+    forced_tokens: Sequence[int] = ()
     min_tokens: int = 0
     seed: int | Sequence[int] | None = None
     logits_processors: Sequence[LogitsProcessor] = ()
@@ -60,9 +67,12 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         checked = {
             **{name: RANGES[name](name, getattr(self, name)) for name in _RANGED},
+            "typical_p": check_number("typical_p", self.typical_p, 0, 1, open_low=True),
             "presence_penalty": check_number("presence_penalty", self.presence_penalty, -1000, 1000),
             "frequency_penalty": check_number("frequency_penalty", self.frequency_penalty, -1000, 1000),
+            "penalty_window": check_integer("penalty_window", self.penalty_window, 0),
             "logit_bias": _check_bias(self.logit_bias),
+            "forced_tokens": tuple(check_list("forced_tokens", self.forced_tokens, "token ids", check_token)),
             "seed": _check_seed(self.seed),
             "logits_processors": tuple(
                 check_list("logits_processors", self.logits_processors, "functions", _check_function)
