@@ -15,6 +15,8 @@ from edgellm.errors import CheckpointError
 
 __all__ = ["StoredTensors", "find_weights"]
 
+_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
+_NO_WEIGHTS = ("adapter", "training_args", "optimizer", "scheduler", "scaler", "rng_state")  # what trainers put beside
 _PREFIXES = ("_orig_mod.", "module.")  # of torch.compile and of data parallelism, when the wrapper was saved
 
 
@@ -47,7 +49,8 @@ def find_weights(directory: Path, stem: str = "model") -> StoredTensors:
 
     Args:
         directory: the folder.
-        stem: of the files' names: ``model`` or ``adapter_model``; safetensors take precedence.
+        stem: of the files' names: ``model`` or ``adapter_model``; safetensors take precedence, and where there is no
+            file of that name, the only file of ``torch.save`` is taken.
 
     Raises:
         CheckpointError: there are none, or they are damaged.
@@ -59,7 +62,18 @@ def find_weights(directory: Path, stem: str = "model") -> StoredTensors:
             return StoredTensors(PickleSource(_parts(index)))
         if single.exists():
             return StoredTensors(PickleSource([single]))
+        if stem == "model" and (named := _named_otherwise(directory)):
+            return StoredTensors(PickleSource([named]))
     return StoredTensors(SafetensorsSource.in_directory(directory, stem))
+
+
+def _named_otherwise(directory: Path) -> Path | None:
+    """The one file of torch.save in a folder that has no weights of a usual name, whatever it is called."""
+    files = [p for p in directory.iterdir() if p.suffix in _SUFFIXES and not p.name.startswith(_NO_WEIGHTS)]
+    if len(files) > 1 and not (directory / "model.safetensors.index.json").exists():
+        names = ", ".join(sorted(p.name for p in files))
+        raise CheckpointError(f"{directory} has several files of weights ({names}); name one pytorch_model.bin")
+    return files[0] if len(files) == 1 else None
 
 
 def _parts(index: Path) -> list[Path]:

@@ -213,6 +213,7 @@ def _summary(exported: Exported, loaded: Checkpoint, target: str, dtype: str, qu
             for c in exported.verification.checks
         ],
         "generation": dict(loaded.generation),
+        "tokenizer": exported.bundle.manifest.tokenizer is not None,
         "notes": [*loaded.notes, *exported.notes],
         "peak_rss_mb": peak_rss_mb(),
         **{key: said[key] for key in ("cache", "cache_left", "budget", "predicted_kl", "held_out") if key in said},
@@ -277,4 +278,5 @@ def print_summary(result: dict[str, Any]) -> None:
     Console().print(table)
     for note in result["notes"]:
         click.echo(f"Note: {note}.")
-    click.echo(f'Next: edgellm generate {result["bundle"]} "Once upon a time"')
+    following = 'generate {} "Once upon a time"' if result["tokenizer"] else "verify {}"
+    click.echo(f"Next: edgellm {following.format(result['bundle'])}")

@@ -43,6 +43,17 @@ def test_parts_of_torch_save_are_read(folder):  # noqa: F811
         load_checkpoint(folder)
 
 
+@pytest.mark.parametrize("name", ["weights.pt", "final.pth", "epoch3.ckpt", "consolidated.00.bin"])
+def test_the_only_file_of_torch_save_is_read_whatever_its_name(folder, name):  # noqa: F811
+    expected, tensors = logits(folder), unpack(folder)
+    torch.save({"state_dict": tensors}, folder / name)
+    torch.save({}, folder / "optimizer.pt")
+    assert torch.equal(logits(folder), expected)
+    torch.save(tensors, folder / "other.pt")
+    with pytest.raises(CheckpointError, match=f"several files of weights .*{name}.*; name one pytorch_model.bin"):
+        load_checkpoint(folder)
+
+
 class Code:
     def __reduce__(self):
         return (os.mkdir, ("ran",))

@@ -21,7 +21,7 @@ from engine_rows import CAPABILITY
 from edgellm_exporters.engines.lint import TRAPS, lint
 from edgellm_exporters.errors import LoweringError
 
-trt = pytest.importorskip("tensorrt_rtx", reason="pip install 'edgellm[tensorrt]' builds engines without a GPU")
+trt = pytest.importorskip("tensorrt_rtx", reason="pip install '.[tensorrt]' builds engines without a GPU")
 
 HALF = np.float16
 WEIGHT = (np.arange(128) % 7).reshape(64, 2)

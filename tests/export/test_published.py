@@ -92,7 +92,9 @@ def test_goldens_are_text_and_where_they_are_not_the_summary_says_so(
     save_checkpoint(tmp_path / "c", recurrent_model(), architecture="hybrid", tokenizer_json=None)
     assert run(["export", str(tmp_path / "c"), "-o", str(tmp_path / "out")]) == 0
     note = "goldens are random token ids and no text, for there is no tokenizer"
-    assert f"Note: {note}." in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"Note: {note}." in printed
+    assert printed.splitlines()[-1] == f"Next: edgellm verify {tmp_path / 'out'}"  # a text would be refused
     assert run(["export", str(tmp_path / "c"), "-o", str(tmp_path / "out"), "--force", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["notes"] == [note]
 
