@@ -328,6 +328,8 @@ def test_a_wrong_value_is_refused_in_the_runtimes_own_words(
         ("Conversation.say", {"text": None}, "text is None; it must be a text"),
         ("Tokenizer.decode", {"tokens": "abc"}, "the tokens are 'abc'; they must be a list of token ids"),
         ("Tokenizer.encode", {"special": "yes"}, "special is 'yes'; it must be True or False"),
+        ("Model.generate", {"max_new_token": 3}, "there is no option 'max_new_token'; did you mean max_new_tokens?"),
+        ("Model.chat", {"zzz": 3}, "there is no option 'zzz'; there are banned_tokens, "),
         ("load", {"path": ""}, "path is ''; it must be the path of a file or a folder"),
         ("load", {"checksums": 0}, "checksums is 0; it must be True or False"),
         ("load", {"threads": "2"}, "threads is '2'; it must be an integer"),

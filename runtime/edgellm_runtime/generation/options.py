@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -111,8 +112,15 @@ def with_defaults(defaults: Mapping[str, Any], options: OptionKeywords) -> Gener
         options: the caller's keywords.
 
     Raises:
-        OptionError: one of the caller's is outside its range.
+        OptionError: one of the caller's is no option, or outside its range.
     """
+    known = GenerationOptions.__dataclass_fields__
+    if unknown := next((name for name in options if name not in known), None):
+        near = difflib.get_close_matches(unknown, known, 1)
+        raise OptionError(
+            f"there is no option {unknown!r}; "
+            + (f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}")
+        )
     both: dict[str, Any] = {**defaults, **options}
     most = both.get("max_new_tokens", GenerationOptions.max_new_tokens)
     if "min_tokens" in defaults and "min_tokens" not in options and type(most) is int:
