@@ -14,6 +14,7 @@ from edgellm.models.decoder import Decoder, DecoderConfig
 from edgellm.models.gemma2 import Gemma2, Gemma2Config
 from edgellm.models.hybrid import Hybrid, HybridConfig
 from edgellm.models.lfm2 import LFM2, LFM2Config
+from edgellm.models.mamba import MambaConfig, mamba
 from edgellm.models.mamba2 import Mamba2, Mamba2Config
 
 VOCAB, CONTEXT = 101, 64
@@ -61,6 +62,14 @@ def mamba2(*, groups: int, bias: bool) -> Callable[[], nn.Module]:
     return lambda: Mamba2(config)
 
 
+def selective() -> Callable[[], nn.Module]:
+    config = MambaConfig(
+        vocab_size=VOCAB, width=48, num_layers=2, inner=80, state_size=10, rank=5, bias=True, mixer_norms=True,
+        max_context=CONTEXT,
+    )  # fmt: skip
+    return lambda: mamba(config)
+
+
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "rnn_tanh": hybrid("rnn_tanh", "rnn_tanh"),
     "rnn_relu": hybrid("rnn_relu", "rnn_relu"),
@@ -82,11 +91,13 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "short convolutions with biases": lfm2("conv", bias=True),
     "state space": mamba2(groups=1, bias=False),
     "state space of two groups with biases": mamba2(groups=2, bias=True),
+    "selective state space": selective(),
 }
 # Families whose layers are plain PyTorch rather than canonical ops: their graphs hold what PyTorch's operators become.
 PLAIN = frozenset({
     "memory", "windows and soft caps", "windows without caps", "short convolutions and attention",
     "short convolutions with biases", "state space", "state space of two groups with biases",
+    "selective state space",
 })  # fmt: skip
 
 

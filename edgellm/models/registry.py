@@ -55,6 +55,10 @@ ENTRIES: Mapping[str, Entry] = {
         module="edgellm.models.lfm2", about="short convolutions and attention", presets=("tiny",),
         huggingface=("lfm2",),
     ),
+    "mamba": Entry(
+        module="edgellm.models.mamba", about="selective state space", presets=("tiny",),
+        huggingface=("mamba", "falcon_mamba"),
+    ),
     "mamba2": Entry(
         module="edgellm.models.mamba2", about="state space", presets=("tiny",), huggingface=("mamba2",),
     ),

@@ -8,6 +8,7 @@ from edgellm.ops.norm import ADD_RMS_NORM, RMS_NORM
 from edgellm.ops.positions import TAKE_POSITIONS, take_positions
 from edgellm.ops.recurrence import GRU, LSTM, RNN, RecurrentWeights, elman, gru, lstm
 from edgellm.ops.schema import REQUIRED, Op
+from edgellm.ops.selective_scan import SELECTIVE_SCAN, selective_scan
 from edgellm.ops.token_by_token import token_by_token
 from edgellm.ops.window import WINDOW_ATTENTION, window_attention
 
@@ -23,6 +24,7 @@ __all__ = [
     "REQUIRED",
     "RMS_NORM",
     "RNN",
+    "SELECTIVE_SCAN",
     "TAKE_POSITIONS",
     "WINDOW_ATTENTION",
     "Op",
@@ -33,6 +35,7 @@ __all__ = [
     "gru",
     "linear_attention",
     "lstm",
+    "selective_scan",
     "take_positions",
     "token_by_token",
     "window_attention",

@@ -28,6 +28,7 @@ MAMBA2 = {
     "hidden_size": 48, "num_hidden_layers": 3, "state_size": 10, "num_heads": 8, "head_dim": 12, "n_groups": 1,
     "chunk_size": 16,
 }  # fmt: skip
+MAMBA = {"hidden_size": 48, "num_hidden_layers": 3, "state_size": 10, "expand": 3}
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("Gemma2", GEMMA2),
@@ -42,6 +43,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("Mamba2", MAMBA2),
     ("Mamba2", MAMBA2 | {"n_groups": 4, "use_bias": True, "use_conv_bias": False, "conv_kernel": 2}),
     ("Mamba2", MAMBA2 | {"tie_word_embeddings": True, "hidden_size": 24, "expand": 4}),
+    ("Mamba", MAMBA),
+    ("Mamba", MAMBA | {"time_step_rank": 5, "use_bias": True, "use_conv_bias": False, "conv_kernel": 2}),
+    ("FalconMamba", MAMBA | {"mixer_rms_eps": 0.1, "tie_word_embeddings": False}),
 ]
 
 
@@ -104,12 +108,15 @@ def test_logits_equal_transformers_whole_and_in_steps(kind: str, options: dict[s
         ("Mamba2", {"time_step_limit": [0.0, 0.1]}, r"time_step_limit is \[0.0, 0.1\]"),
         ("Mamba2", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("Mamba2", {"n_groups": 3}, "num_groups 3"),
+        ("Mamba", {"expand": 0}, "expand is 0"),
+        ("Mamba", {"time_step_rank": "half"}, "time_step_rank is 'half'"),
+        ("Mamba", {"conv_kernel": 1}, "conv_taps is 1"),
     ],
 )
 def test_what_a_family_cannot_represent_is_refused_by_name(
     kind: str, changes: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
-    scrambled(kind, {"Gemma2": GEMMA2, "Lfm2": LFM2, "Mamba2": MAMBA2}[kind]).save_pretrained(tmp_path)
+    scrambled(kind, {"Gemma2": GEMMA2, "Lfm2": LFM2, "Mamba2": MAMBA2, "Mamba": MAMBA}[kind]).save_pretrained(tmp_path)
     config = tmp_path / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     with pytest.raises(CheckpointError, match=said):

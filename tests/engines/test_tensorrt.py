@@ -16,7 +16,7 @@ from engine_rows import CAPABILITY, PRECISIONS, SIZES
 from families import CONTEXT, FAMILIES, VOCAB, make, planned
 
 from edgellm.cli import run
-from edgellm.models.layers import RecurrentMixer, SelfAttention
+from edgellm.models.layers import RecurrentMixer, SelectiveMixer, SelfAttention
 from edgellm_exporters.engines import tensorrt
 from edgellm_exporters.engines.fixed_sizes import write_roles
 from edgellm_exporters.engines.lint import TRAPS
@@ -54,7 +54,7 @@ def test_engines_are_built_of_graphs_that_compute_what_pytorch_computes(
     assert row.report.top1 >= least_top1
     model = make(family)
     kinds = [spec.update for spec in model.state_specs()]
-    recurrent = any(isinstance(part, RecurrentMixer) for part in model.modules())
+    recurrent = any(isinstance(part, RecurrentMixer | SelectiveMixer) for part in model.modules())
     capped = any(isinstance(part, SelfAttention) and part.softcap for part in model.modules())
     for role, layers in row.layers.items():
         assert row.engines[role] > 0

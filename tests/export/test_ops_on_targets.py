@@ -81,6 +81,13 @@ def corrected(time: int) -> dict[str, Any]:
     return given | {"k": keys.flatten(2), "beta": torch.rand(BATCH, time, HEADS)}
 
 
+def scanned(time: int) -> dict[str, Any]:
+    """A state of 5 numbers for each of 6 features."""
+    x, dt = numbers(BATCH, time, 6), numbers(BATCH, time, 6).abs()
+    b, c = (numbers(BATCH, time, 5) for _ in range(2))
+    return {"x": x, "dt": dt, "a": -numbers(6, 5).abs(), "b": b, "c": c, "past": numbers(BATCH, 6, 5)}
+
+
 def plain(op: str, time: int) -> dict[str, Any]:
     """The least that a node of an op has."""
     torch.manual_seed(0)
@@ -96,6 +103,7 @@ def plain(op: str, time: int) -> dict[str, Any]:
         "RNN": lambda: recurrent(1, time, activation="tanh"),
         "LSTM": lambda: recurrent(4, time, c=numbers(BATCH, HIDDEN)),
         "GRU": lambda: recurrent(3, time),
+        "SelectiveScan": lambda: scanned(time),
         "LinearAttention": lambda: fading(time),
         "GatedDelta": lambda: corrected(time),
     }
@@ -131,6 +139,7 @@ MORE: dict[tuple[str, str], Any] = {  # what a node may have besides: by op and 
     ("Attention", "sinks and softcap"): lambda: {"sinks": numbers(HEADS), "softcap": 1.5},
     ("LinearAttention", "past"): lambda: {"past": None},
     ("GatedDelta", "past"): lambda: {"past": None},
+    ("SelectiveScan", "past"): lambda: {"past": None},
     ("RNN", "activation"): lambda: {"activation": "relu"},
     ("RNN", "lengths"): lambda: {"lengths": None},
     ("LSTM", "lengths"): lambda: {"lengths": None},

@@ -5,5 +5,16 @@ from edgellm.models.layers.convolution import CausalConv
 from edgellm.models.layers.mlp import GatedMLP
 from edgellm.models.layers.recurrent import RecurrentMixer
 from edgellm.models.layers.rotary import RotaryTable
+from edgellm.models.layers.selective import SelectiveMixer
+from edgellm.models.layers.stack import Block, Stack
 
-__all__ = ["CausalConv", "GatedMLP", "RecurrentMixer", "RotaryTable", "SelfAttention"]
+__all__ = [
+    "Block",
+    "CausalConv",
+    "GatedMLP",
+    "RecurrentMixer",
+    "RotaryTable",
+    "SelectiveMixer",
+    "SelfAttention",
+    "Stack",
+]
