@@ -14,6 +14,7 @@ from edgellm_runtime.errors import ContextError
 from edgellm_runtime.model import Model
 from edgellm_runtime.spec import StateSpec
 from edgellm_runtime.state import State
+from edgellm_runtime.state.storage import HOST
 from edgellm_runtime.text.tokenizer import Tokenizer
 
 TEMPLATE = (
@@ -41,6 +42,7 @@ class FakeSession:
     """Logits that depend on every token of the row, in order, and on nothing else."""
 
     device, candidates, predicts_tokens = "cpu", 0, True
+    chunk, storage = 256, HOST
 
     def __init__(self, vocab_size: int, max_context: int = 64, *, recurrent: bool = True) -> None:
         self.vocab_size = self.width = vocab_size

@@ -9,12 +9,21 @@ Importing this package is cheap: ONNX Runtime, tokenizers and jinja2 load with t
 
 from typing import TYPE_CHECKING, Any
 
-from edgellm_runtime.errors import BackendError, BundleError, ContextError, OptionError, RuntimeFault, StateError
+from edgellm_runtime.errors import (
+    BackendError,
+    BundleError,
+    BusyError,
+    ContextError,
+    OptionError,
+    RuntimeFault,
+    StateError,
+)
 from edgellm_runtime.generation.processors import LogitsProcessor
 from edgellm_runtime.loading import load, open_session
 from edgellm_runtime.spec import Signature, StateSpec, TensorSpec
 
 if TYPE_CHECKING:
+    from edgellm_runtime.batching.scheduler import Scheduler, Ticket
     from edgellm_runtime.generation.answer import Generation
     from edgellm_runtime.generation.conversation import Conversation
     from edgellm_runtime.generation.stream import AsyncStream, Stream
@@ -25,6 +34,7 @@ __all__ = [
     "AsyncStream",
     "BackendError",
     "BundleError",
+    "BusyError",
     "ContextError",
     "Conversation",
     "Generation",
@@ -32,12 +42,14 @@ __all__ = [
     "Model",
     "OptionError",
     "RuntimeFault",
+    "Scheduler",
     "Signature",
     "StateError",
     "StateSpec",
     "Stream",
     "TensorSpec",
     "TextState",
+    "Ticket",
     "load",
     "open_session",
 ]
@@ -45,7 +57,8 @@ __all__ = [
 
 _WITH_NUMPY = {  # where the names are that load more than this package
     "AsyncStream": "generation.stream", "Conversation": "generation.conversation", "Generation": "generation.answer",
-    "Model": "model", "Stream": "generation.stream", "TextState": "generation.text_state",
+    "Model": "model", "Scheduler": "batching.scheduler", "Stream": "generation.stream",
+    "TextState": "generation.text_state", "Ticket": "batching.scheduler",
 }  # fmt: skip
 
 

@@ -5,12 +5,22 @@ RuntimeFault
 ├── BackendError     no execution library, or a device that is not there
 ├── StateError       a state used with another model, or beyond what it can do (rewinding what is overwritten)
 ├── ContextError     more tokens than the model's context holds
+├── BusyError        as many requests wait as may
 └── OptionError      a generation option outside its range (also a ValueError)
 """
 
 from __future__ import annotations
 
-__all__ = ["BackendError", "BundleError", "ContextError", "OptionError", "RuntimeFault", "StateError", "first_line"]
+__all__ = [
+    "BackendError",
+    "BundleError",
+    "BusyError",
+    "ContextError",
+    "OptionError",
+    "RuntimeFault",
+    "StateError",
+    "first_line",
+]
 
 
 class RuntimeFault(Exception):
@@ -31,6 +41,10 @@ class StateError(RuntimeFault):
 
 class ContextError(RuntimeFault):
     """The tokens do not fit into the model's context."""
+
+
+class BusyError(RuntimeFault):
+    """A request is not taken, since as many wait as may; it may come again."""
 
 
 class OptionError(RuntimeFault, ValueError):

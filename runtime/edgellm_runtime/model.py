@@ -26,6 +26,8 @@ from edgellm_runtime.text.messages import Message
 from edgellm_runtime.text.tokenizer import Tokenizer, check_tokens
 
 if TYPE_CHECKING:
+    from edgellm_runtime.batching.options import BatchKeywords
+    from edgellm_runtime.batching.scheduler import Scheduler
     from edgellm_runtime.bundle import Bundle
 
 __all__ = ["Model"]
@@ -319,6 +321,22 @@ class Model(TaskMethods):
         assert self.tokenizer is not None
         inputs = TemplateInputs(tools=tools, documents=documents, template_variables=template_variables)
         return Conversation(self.session, self.tokenizer, template, system, inputs, self.generation_defaults)
+
+    def scheduler(self, **options: Unpack[BatchKeywords]) -> Scheduler:
+        """What runs the requests of many at once: they join and leave one batch.
+
+        Args:
+            **options: those of :class:`~edgellm_runtime.batching.options.BatchOptions`.
+
+        Raises:
+            OptionError: an option outside its range.
+        """
+        from edgellm_runtime.batching.options import BatchOptions
+        from edgellm_runtime.batching.scheduler import Scheduler
+
+        self._check_predicts()
+        checked = BatchOptions(**options)
+        return Scheduler(self.session, self.tokenizer, self._tokens, checked, defaults=self.generation_defaults)
 
     @property
     def has_chat_template(self) -> bool:

@@ -25,8 +25,46 @@ from edgellm_runtime.state import State
 from edgellm_runtime.text.tokenizer import Tokenizer
 
 __all__ = [
-    "Chunk", "FinishReason", "Generation", "GenerationOptions", "OptionKeywords", "Run", "Timings", "next_tokens",
+    "Chunk",
+    "FinishReason",
+    "Generation",
+    "GenerationOptions",
+    "OptionKeywords",
+    "Run",
+    "Timings",
+    "check_fits",
+    "next_tokens",
 ]  # fmt: skip
+
+
+def check_fits(
+    session: Session, tokenizer: Tokenizer | None, prompts: Sequence[Sequence[int]], options: GenerationOptions
+) -> None:
+    """See that a model can be asked for an answer, before it is.
+
+    Args:
+        session: steps it.
+        tokenizer: gives answers a text; None: they have none.
+        prompts: token ids of each row.
+        options: of all rows.
+
+    Raises:
+        ContextError: a prompt is longer than the context.
+        OptionError: an option that needs a tokenizer without one, or a stop token that the model does not have.
+    """
+    context = session.max_context
+    for prompt in prompts:
+        if len(prompt) > context:
+            raise ContextError(
+                f"the prompt has {len(prompt)} tokens, but the model's context holds {context}; shorten the prompt"
+            )
+    if options.stop and tokenizer is None:
+        raise OptionError(f"stop is {options.stop!r}, but the bundle has no tokenizer; leave stop out")
+    if options.echo and tokenizer is None:
+        raise OptionError("echo is True, but the bundle has no tokenizer, and so no text; leave echo out")
+    last, vocabulary = max(options.stop_tokens, default=0), session.vocab_size
+    if last >= vocabulary:
+        raise OptionError(f"stop_tokens has token {last}, outside the vocabulary of {vocabulary}; name its own")
 
 
 def next_tokens(
@@ -77,19 +115,8 @@ class Run:
         options: GenerationOptions, *, state: State | None = None, text_state: TextState | None = None,
         answers: int = 1,
     ) -> None:  # fmt: skip
+        check_fits(session, tokenizer, prompts, options)
         context = session.max_context
-        for prompt in prompts:
-            if len(prompt) > context:
-                raise ContextError(
-                    f"the prompt has {len(prompt)} tokens, but the model's context holds {context}; shorten the prompt"
-                )
-        if options.stop and tokenizer is None:
-            raise OptionError(f"stop is {options.stop!r}, but the bundle has no tokenizer; leave stop out")
-        if options.echo and tokenizer is None:
-            raise OptionError("echo is True, but the bundle has no tokenizer, and so no text; leave echo out")
-        last, vocabulary = max(options.stop_tokens, default=0), session.vocab_size
-        if last >= vocabulary:
-            raise OptionError(f"stop_tokens has token {last}, outside the vocabulary of {vocabulary}; name its own")
         self._session, self._given, self._resumed, self._answers = session, state, text_state, answers
         self._options, self._cancelled = options, threading.Event()
         self._deadline = None if options.deadline is None else time.monotonic() + options.deadline

@@ -139,6 +139,27 @@ class State:
         copy._set(self.specs, len(index), self.capacity, self.storage, buffers, *kept)
         return copy
 
+    def first(self, rows: int) -> State:
+        """The first rows as a state in the same memory, which must be this process's; :meth:`settle` ends that.
+
+        Until then only one of the two may be used.
+
+        Args:
+            rows: how many.
+        """
+        view = State.__new__(State)
+        tensors, spares = ({name: a[:rows] for name, a in each.items()} for each in (self.tensors, self.spares))
+        kept = self.lengths[:rows], self._written[:rows]
+        view._set(self.specs, rows, self.capacity, self.storage, Buffers(tensors, spares), *kept)
+        return view
+
+    def settle(self, view: State) -> None:
+        """Take over what steps of :meth:`first`'s rows have changed besides the numbers in their memory."""
+        self.lengths[: view.batch], self._written[: view.batch] = view.lengths, view.written
+        for name, spare in self.spares.items():
+            if spare.ctypes.data == view.tensors[name].ctypes.data:  # an odd number of steps
+                self.tensors[name], self.spares[name] = spare, self.tensors[name]
+
     def put(self, row: int, other: State) -> None:
         """Copy a state of one row into a row of this one, which has room for it.
 

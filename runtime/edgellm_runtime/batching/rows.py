@@ -1,0 +1,235 @@
+"""The rows of a batch that runs: each joins with what reading its prompt left, and leaves when its answer has ended.
+
+Three ways to hold them. In this process's memory rows lie one after another, and a step takes the first of them, so
+that who joins or leaves is the only row that is copied. Elsewhere the batch is copied then. And rows that must get the
+very bits that they get alone are never put together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from edgellm_runtime.session import Session
+from edgellm_runtime.state import State
+from edgellm_runtime.state.storage import HostStorage
+
+__all__ = ["ApartRows", "CopiedRows", "Rows", "SharedRows", "joined", "rows_for"]
+
+
+class Rows(Protocol):
+    """Rows in an order. One that leaves has its place taken by the last."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that their states take."""
+        ...
+
+    def add(self, row: State, room: int) -> None:
+        """Put a row behind the last one.
+
+        Args:
+            row: a state of one row; not used again by its owner.
+            room: the most tokens that it will hold.
+        """
+        ...
+
+    def remove(self, at: int) -> None:
+        """Let a row go."""
+        ...
+
+    def clear(self) -> None:
+        """Let all rows go."""
+        ...
+
+    def parts(self) -> Sequence[State]:
+        """States to step, which have all rows in order, each with room for one token more."""
+        ...
+
+
+def rows_for(session: Session, most: int, *, exact: bool) -> Rows:
+    """What holds the rows of a session.
+
+    Args:
+        session: steps them.
+        most: how many there will be at most.
+        exact: whether each must get the very bits that it gets alone.
+    """
+    if exact:
+        return ApartRows(session)
+    return SharedRows(session, most) if isinstance(session.storage, HostStorage) else CopiedRows(session)
+
+
+def joined(states: Sequence[State]) -> State:
+    """One state with the rows of several, in order.
+
+    Args:
+        states: at least one, of one model.
+    """
+    first = states[0]
+    capacity = max(state.capacity for state in states)
+    whole = State(first.specs, sum(state.batch for state in states), capacity, first.storage)
+    at = 0
+    for state in states:
+        for row in range(state.batch):
+            whole.put(at, state if state.batch == 1 else state.take([row]))
+            at += 1
+    return whole
+
+
+class SharedRows:
+    """Follows :class:`Rows`, in this process's memory.
+
+    Args:
+        session: steps them.
+        most: rows. Memory for all is asked for at once; the system gives it as it is written.
+    """
+
+    def __init__(self, session: Session, most: int) -> None:
+        self._session, self._most = session, most
+        self._rooms: list[int] = []
+        self._whole: State | None = None
+        self._view: State | None = None  # the rows that are there, while nobody joins or leaves
+
+    def __len__(self) -> int:
+        """See :class:`Rows`."""
+        return len(self._rooms)
+
+    @property
+    def nbytes(self) -> int:
+        """See :class:`Rows`."""
+        return 0 if self._whole is None else self._whole.nbytes
+
+    def add(self, row: State, room: int) -> None:
+        """See :class:`Rows`."""
+        self._rooms.append(room)
+        whole = self._settled(int(row.lengths[0]) + 1)
+        whole.put(len(self._rooms) - 1, row)
+
+    def remove(self, at: int) -> None:
+        """See :class:`Rows`."""
+        whole, last = self._settled(0), len(self._rooms) - 1
+        if at != last:
+            whole.put(at, whole.take([last]))
+            self._rooms[at] = self._rooms[last]
+        self._rooms.pop()
+        if not self._rooms:
+            self.clear()
+
+    def clear(self) -> None:
+        """See :class:`Rows`."""
+        self._rooms.clear()
+        self._whole = self._view = None
+
+    def parts(self) -> Sequence[State]:
+        """See :class:`Rows`."""
+        if not self._rooms:
+            return ()
+        if self._view is not None and int(self._view.lengths.max()) < self._view.capacity:
+            return (self._view,)
+        whole = self._settled(0)
+        rows = len(self._rooms)
+        whole = self._settled(int(whole.lengths[:rows].max()) + 1)
+        self._view = whole.first(rows)
+        return (self._view,)
+
+    def _settled(self, slots: int) -> State:
+        """All rows' memory, with so many slots at least, and no view of it in use."""
+        whole = self._whole
+        if whole is not None and self._view is not None:
+            whole.settle(self._view)
+        self._view = None
+        if whole is None or whole.capacity < slots:
+            self._whole = whole = self._grown(whole, slots)
+        return whole
+
+    def _grown(self, old: State | None, slots: int) -> State:
+        """By half and more, since all rows are copied; but never beyond what any of them will need."""
+        ample = slots if old is None else max(slots, min(old.capacity * 3 // 2, max(self._rooms)))
+        new = self._session.new_state(self._most, ample)
+        for row in range(0 if old is None else len(self._rooms)):
+            if old is not None and old.lengths[row]:
+                new.put(row, old.take([row]))
+        return new
+
+
+class CopiedRows:
+    """Follows :class:`Rows`, on any device.
+
+    Args:
+        session: steps them.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._batch: State | None = None
+
+    def __len__(self) -> int:
+        """See :class:`Rows`."""
+        return 0 if self._batch is None else self._batch.batch
+
+    @property
+    def nbytes(self) -> int:
+        """See :class:`Rows`."""
+        return 0 if self._batch is None else self._batch.nbytes
+
+    def add(self, row: State, room: int) -> None:
+        """See :class:`Rows`."""
+        self._batch = row if self._batch is None else joined([self._batch, row])
+
+    def remove(self, at: int) -> None:
+        """See :class:`Rows`."""
+        assert self._batch is not None
+        kept = list(range(self._batch.batch))
+        kept[at] = kept[-1]
+        self._batch = self._batch.take(kept[:-1]) if len(kept) > 1 else None
+
+    def clear(self) -> None:
+        """See :class:`Rows`."""
+        self._batch = None
+
+    def parts(self) -> Sequence[State]:
+        """See :class:`Rows`; the session makes room by itself."""
+        return () if self._batch is None else (self._batch,)
+
+
+class ApartRows:
+    """Follows :class:`Rows`; each row is stepped alone.
+
+    Args:
+        session: steps them.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._states: list[State] = []
+
+    def __len__(self) -> int:
+        """See :class:`Rows`."""
+        return len(self._states)
+
+    @property
+    def nbytes(self) -> int:
+        """See :class:`Rows`."""
+        return sum(state.nbytes for state in self._states)
+
+    def add(self, row: State, room: int) -> None:
+        """See :class:`Rows`."""
+        self._states.append(row)
+
+    def remove(self, at: int) -> None:
+        """See :class:`Rows`."""
+        self._states[at] = self._states[-1]
+        self._states.pop()
+
+    def clear(self) -> None:
+        """See :class:`Rows`."""
+        self._states.clear()
+
+    def parts(self) -> Sequence[State]:
+        """See :class:`Rows`."""
+        return self._states
