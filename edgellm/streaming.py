@@ -59,7 +59,7 @@ def row_blocks(shape: torch.Size, dtype: torch.dtype) -> list[tuple[int, int]]:
 
 
 @contextmanager
-def resident(model: Any, weights: Weights) -> Iterator[None]:
+def resident(model: Any, weights: Weights, *, vocab_size: int | None = None) -> Iterator[None]:
     """Let a model on the meta device run: each module's weights are read when it is entered, dropped when it is left.
 
     Hooks that others put on modules meanwhile see a module's real weights, and may replace them until it is left.
@@ -67,11 +67,12 @@ def resident(model: Any, weights: Weights) -> Iterator[None]:
     function; tables by rows where it is a lookup or a product. Tensors that are not on the meta device are left alone.
 
     Args:
-        model: an ``nn.Module`` with ``config.vocab_size``.
+        model: an ``nn.Module``.
         weights: the source of its parameters.
+        vocab_size: rows of a table; None for the model's ``config.vocab_size``.
     """
     names = {id(p): name for name, p in model.named_parameters() if p.is_meta}
-    tables = {id(p) for p in model.parameters() if p.is_meta and _is_table(p, model.config.vocab_size)}
+    tables = {id(p) for p in model.parameters() if p.is_meta and _is_table(p, vocab_size or model.config.vocab_size)}
     held: list[_Holder] = []
     with ExitStack() as undo:
         for module in model.modules():

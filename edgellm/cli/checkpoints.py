@@ -46,10 +46,11 @@ def read_checkpoint(
     """
     from edgellm.checkpoints import load_checkpoint, open_checkpoint
     from edgellm.errors import UnsupportedError
-    from edgellm.general import has_transformers, open_general
+    from edgellm.general import has_transformers, load_general, open_general
 
+    general = load_general if in_memory else open_general
     if road == "general":
-        return open_general(path, trust_remote_code=trust_remote_code)
+        return general(path, trust_remote_code=trust_remote_code)
     try:
         return (load_checkpoint if in_memory else open_checkpoint)(path)
     except UnsupportedError as error:
@@ -59,5 +60,5 @@ def read_checkpoint(
             raise UnsupportedError(
                 f"{error}; other models go through transformers, which is not installed: install the extra hf"
             ) from error
-        found = open_general(path, trust_remote_code=trust_remote_code)
+        found = general(path, trust_remote_code=trust_remote_code)
         return dataclasses.replace(found, notes=(*found.notes, f"the native road was closed: {error}"))

@@ -5,6 +5,6 @@ what a layer keeps, which window and which soft cap it has, what is a norm and w
 what the modules compute. transformers itself is imported by the functions here, never by the package.
 """
 
-from edgellm.general.open import has_transformers, open_general
+from edgellm.general.open import has_transformers, load_general, open_general
 
-__all__ = ["has_transformers", "open_general"]
+__all__ = ["has_transformers", "load_general", "open_general"]

@@ -44,7 +44,8 @@ class GeneralModel(nn.Module):
     """Follows :class:`edgellm.models.protocol.LanguageModel`.
 
     Args:
-        model: a causal language model of transformers in float32, in eval mode; it is taken over.
+        model: a causal language model of transformers in float32, in eval mode; it is taken over. Its weights may be on
+            the meta device where :func:`edgellm.streaming.resident` gives them.
         fused: whether to put canonical ops in the place of the norms and rotations that are recognised.
 
     Raises:
@@ -62,9 +63,9 @@ class GeneralModel(nn.Module):
             raise CheckpointError(f"{text.model_type} has no vocabulary projection that could be asked for positions")
         _set_implementations(model)
         context = int(getattr(text, "max_position_embeddings", 0) or _DEFAULT_CONTEXT)
-        before = probe(model, self._count)
+        before: list[Seen] = []
+        rotations, self.context = find_rotations(model, lambda: before.extend(probe(model, self._count)), context)
         self.layers: tuple[Layer, ...] = tuple(seen.layer for seen in before)
-        rotations, self.context = find_rotations(model, lambda: probe(model, self._count), context)
         self.notes: list[str] = []
         if self.context < context:
             self.notes.append(f"texts of over {self.context} tokens would be rotated otherwise; the context ends there")

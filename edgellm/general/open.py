@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
@@ -12,15 +13,19 @@ from typing import Any
 import torch
 
 from edgellm.checkpoints import Checkpoint
+from edgellm.checkpoints.assemble import fill
 from edgellm.checkpoints.files import read_json
 from edgellm.checkpoints.huggingface_text import read_text_files
 from edgellm.checkpoints.lora_source import ADAPTER_CONFIG
+from edgellm.checkpoints.weights import CheckpointWeights
 from edgellm.errors import CheckpointError, UnsupportedError
 from edgellm.general.model import GeneralModel
+from edgellm.general.stored import CannotStream, Converted, built_without_weights, renamed, weights_of
 from edgellm.general.types import causal_types, nearest, transformers_version
 from edgellm.models.registry import foreign_names
+from edgellm.streaming import OwnWeights, resident
 
-__all__ = ["has_transformers", "open_general"]
+__all__ = ["has_transformers", "load_general", "open_general"]
 
 _LOOKED_AT, _MOST_LOOKED_AT = 64, 512  # tokens that are compared; more, if a window is to be left
 _CLOSE = 1e-3  # largest difference of logits, relative to the largest logit
@@ -31,13 +36,25 @@ def has_transformers() -> bool:
     return importlib.util.find_spec("transformers") is not None
 
 
+def load_general(path: Path, *, trust_remote_code: bool = False, fused: bool = True) -> Checkpoint:
+    """As :func:`open_general`, with every weight in memory."""
+    opened = open_general(path, trust_remote_code=trust_remote_code, fused=fused)
+    if opened.weights is None:
+        return opened
+    return dataclasses.replace(opened, model=fill(opened.model, opened.weights), weights=None)
+
+
 def open_general(path: Path, *, trust_remote_code: bool = False, fused: bool = True) -> Checkpoint:
-    """Read any causal language model that the installed transformers knows.
+    """Read everything of any causal language model that the installed transformers knows but its weights.
 
     Args:
         path: a Hugging Face folder.
         trust_remote_code: whether to run Python code that the folder brings; never without the user's word.
         fused: as for :class:`GeneralModel`.
+
+    Returns:
+        The checkpoint, its model's parameters on the meta device, with ``weights`` to read them one by one; where
+        transformers had to load them itself (a quantized folder, an adapter), in memory and without.
 
     Raises:
         CheckpointError: transformers is not installed or does not know the model, or it has no form here.
@@ -56,16 +73,18 @@ def open_general(path: Path, *, trust_remote_code: bool = False, fused: bool = T
         )
     _check_beside(path, config, trust_remote_code)
     _check_known(path, kind, config, trust_remote_code)
-    with _offline():
-        model = _load(path, trust_remote_code)
+    model, source, weights = _opened(path, config, trust_remote_code)
     tokens = _tokens(model)
-    with torch.no_grad():
+    vocab = int(model.config.get_text_config().vocab_size)
+    with torch.no_grad(), resident(model, weights or OwnWeights(model), vocab_size=vocab):
         wanted = model(input_ids=tokens, use_cache=False).logits
-    try:
-        ours = GeneralModel(model, fused=fused).eval()
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {kind}: {error}") from error
-    _check(ours, tokens, wanted, f"{path}: {kind}")
+        try:
+            ours = GeneralModel(model, fused=fused).eval()
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {kind}: {error}") from error
+    weights = None if source is None else renamed(ours, source, "model", path)
+    with resident(ours, weights or OwnWeights(ours)):
+        _check(ours, tokens, wanted, f"{path}: {kind}")
     text = read_text_files(path, config)
     note = (
         f"{kind} took the general road through transformers: {ours.norms} norms and the rotation of {ours.rotating} of "
@@ -75,7 +94,7 @@ def open_general(path: Path, *, trust_remote_code: bool = False, fused: bool = T
         architecture=kind, model=ours, tokenizer_json=text.tokenizer_json, chat_template=text.chat_template,
         bos_token_id=text.bos_token_id, eos_token_ids=text.eos_token_ids, add_bos=text.add_bos,
         source=f"Hugging Face, {kind}, through transformers", special_tokens=text.special_tokens,
-        generation=text.generation, notes=(note, *ours.notes, *text.notes),
+        weights=weights, generation=text.generation, notes=(note, *ours.notes, *text.notes),
     )  # fmt: skip
 
 
@@ -112,19 +131,40 @@ def _registered(kind: str) -> bool:
     return kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in AutoModelForCausalLM._model_mapping
 
 
-def _load(path: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM
+def _opened(
+    path: Path, config: Mapping[str, Any], trust_remote_code: bool
+) -> tuple[Any, Converted | None, CheckpointWeights | None]:
+    """Transformers' model and where its weights are; None where it holds them, because it had to load them itself."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    with _offline(), _told(path):
+        if config.get("quantization_config") is None and not (path / ADAPTER_CONFIG).exists():
+            found = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+            with built_without_weights():
+                model = AutoModelForCausalLM.from_config(
+                    found, trust_remote_code=trust_remote_code, dtype=torch.float32
+                ).eval()
+            with contextlib.suppress(CannotStream):
+                return model, *weights_of(model, path)
+        model, said = AutoModelForCausalLM.from_pretrained(
+            path, local_files_only=True, trust_remote_code=trust_remote_code, dtype=torch.float32,
+            output_loading_info=True,
+        )  # fmt: skip
+    if absent := sorted(said["missing_keys"]):
+        raise CheckpointError(f"{path}: tensor {absent[0]} and {len(absent) - 1} more are missing; copy it again")
+    return model.eval(), None, None
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Whatever transformers raises while it loads, as one sentence."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, local_files_only=True, trust_remote_code=trust_remote_code, dtype=torch.float32
-        )
-    except KeyboardInterrupt:
+        yield
+    except (KeyboardInterrupt, CheckpointError):
         raise
     except Exception as error:  # transformers raises many kinds
         why = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path}: transformers cannot load it as a causal language model: {why}") from error
-    return model.eval()
 
 
 def _tokens(model: Any) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from general_models import build
 
 from edgellm.checkpoints import load_checkpoint
-from edgellm.general.open import open_general
+from edgellm.general.open import load_general
 from edgellm.ops import ATTENTION, LINEAR
 from edgellm.ops.schema import views
 from edgellm_exporters.graph.capture import capture
@@ -240,7 +240,7 @@ def test_both_roads_give_one_graph(kind: str, target: str, tmp_path: Path) -> No
         graph = lower_to(prepare(capture(model.eval()), made), made, Plan(), dtype=made.dtypes[0])
         return dict(collections.Counter(f"{n.domain}::{n.op_type}" for n in graph.graph))
 
-    native, general = load_checkpoint(tmp_path / kind).model, open_general(tmp_path / kind).model
+    native, general = load_checkpoint(tmp_path / kind).model, load_general(tmp_path / kind).model
     tokens = torch.arange(20)[None] + 3
     with torch.no_grad():
         torch.testing.assert_close(general(tokens)[0], native(tokens)[0], rtol=1e-4, atol=1e-4)

@@ -16,7 +16,7 @@ from edgellm.cli import run
 from edgellm.cli.checkpoints import read_checkpoint
 from edgellm.errors import CheckpointError
 from edgellm.general.model import GeneralModel
-from edgellm.general.open import open_general
+from edgellm.general.open import load_general
 from edgellm.general.recognise import replace_norms
 from edgellm.models.protocol import Step, empty_state
 from edgellm_exporters.export import ExportOptions, export
@@ -132,7 +132,7 @@ def test_a_folder_takes_the_general_road_where_no_file_knows_it_and_says_so(
 def test_a_setting_that_the_native_road_refuses_takes_the_general_one(tmp_path: Path) -> None:
     theirs: Any = build("mistral", sliding_window=WINDOW, head_dim=16)
     theirs.save_pretrained(tmp_path / "m")
-    found = read_checkpoint(tmp_path / "m")
+    found = read_checkpoint(tmp_path / "m", in_memory=True)
     assert isinstance(found.model, GeneralModel)
     assert {layer.window for layer in found.model.layers} == {WINDOW}
     with torch.no_grad():
@@ -240,7 +240,7 @@ def test_a_family_that_nobody_has_heard_of_goes_through(tmp_path: Path) -> None:
     torch.manual_seed(3)
     theirs = scrambled(Owl(OwlConfig()))
     theirs.save_pretrained(tmp_path / "owl")  # type: ignore[operator]
-    found = open_general(tmp_path / "owl")
+    found = load_general(tmp_path / "owl")
     assert found.model.norms == 2  # type: ignore[union-attr]
     export(found.model, tmp_path / "bundle", options=ExportOptions(target="cpu"))  # type: ignore[arg-type]
     model, ids = load(tmp_path / "bundle"), tokens()
