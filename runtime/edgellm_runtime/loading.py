@@ -157,6 +157,10 @@ def _backend(bundle: Bundle, device: str, threads: int | None) -> Backend:
         return OrtRolesBackend(bundle.path, GraphRoles.of(manifest), manifest.signature, threads=threads)
     from edgellm_runtime.backends.ort import OrtBackend
 
+    if manifest.quantization.get("method", "none") != "none":
+        from edgellm_runtime.backends.kernel_test import check_kernels
+
+        check_kernels(bundle.file(GRAPH), manifest.files[GRAPH].sha256)
     fusions = manifest.dtype == "float32"
     return OrtBackend(bundle.file(GRAPH), manifest.signature, threads=threads, fusions=fusions)
 

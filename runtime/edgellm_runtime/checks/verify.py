@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_runtime.bundle import Bundle
+from edgellm_runtime.bundle import GRAPH, Bundle
 from edgellm_runtime.bundle.limits import limit_of, read_json
 from edgellm_runtime.checks.evaluate import logsumexp
 from edgellm_runtime.errors import BundleError, first_line
@@ -45,6 +45,7 @@ _WHAT = {
     "exact.logits": "the same numbers in PyTorch: logits, largest difference relative to the largest logit",
     "exact.kl": "the same numbers in PyTorch: mean KL divergence, nats a token",
     "exact.state": "the same numbers in PyTorch: carried state, relative difference",
+    "kernels": "products of the library's kernels against NumPy's, largest relative difference; rounding is 0.006",
     "greedy": "greedy continuations equal to PyTorch's, share of tokens",
 }
 
@@ -122,7 +123,18 @@ def verify(bundle: Bundle, session: Session, progress: Callable[[str], None] = l
         value = float((np.min if name in AT_LEAST else np.mean if name == "kl" else np.max)(values))
         checks.append(held(name, value, bound))
     progress("the same numbers")
-    return Verification((*checks, *_exact(bundle, session)))
+    return Verification((*checks, *_exact(bundle, session), *_kernels(bundle, session)))
+
+
+def _kernels(bundle: Bundle, session: Session) -> list[Check]:
+    """The library's quantized products against NumPy's, of each form that the graph has."""
+    if session.device != "cpu" or bundle.manifest.graphs:
+        return []
+    from edgellm_runtime.backends.kernel_test import BOUND, forms_in, kernel_error
+    from edgellm_runtime.graphs.onnx_file import read_model
+
+    forms = forms_in(read_model(bundle.file(GRAPH).read_bytes()))
+    return [held("kernels", max(map(kernel_error, forms)), BOUND)] if forms else []
 
 
 def _exact(bundle: Bundle, session: Session) -> list[Check]:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import NDArray
 
 __all__ = ["ELEMENT_TYPES", "Node", "Shape", "graph_bytes"]
 
@@ -28,21 +31,24 @@ class Node:
     """One operator.
 
     Args:
-        op: its name in ONNX's own domain.
+        op: its name.
         inputs: names of values; empty for one left out.
         outputs: names of values.
         attributes: whole numbers, or lists of them.
+        domain: where the name is from; empty for ONNX's own.
     """
 
     op: str
     inputs: Sequence[str]
     outputs: Sequence[str]
     attributes: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
+    domain: str = ""
 
 
 def graph_bytes(
     nodes: Sequence[Node], inputs: Mapping[str, str], outputs: Mapping[str, str],
     constants: Mapping[str, Sequence[int]] | None = None, shapes: Mapping[str, Shape] = NO_SHAPES,
+    tensors: Mapping[str, NDArray[Any]] | None = None,
 ) -> bytes:  # fmt: skip
     """A serialized ``ModelProto``.
 
@@ -52,17 +58,22 @@ def graph_bytes(
         outputs: name to dtype.
         constants: name to whole numbers, (n,) int64.
         shapes: of those inputs and outputs that are not left open.
+        tensors: name to numbers of any of :data:`ELEMENT_TYPES` that NumPy has.
     """
     graph = b"".join(_message(1, _node(node)) for node in nodes) + _text(2, "edgellm")
     graph += b"".join(_message(5, _integers(name, values)) for name, values in (constants or {}).items())
+    graph += b"".join(_message(5, _tensor(name, values)) for name, values in (tensors or {}).items())
     graph += b"".join(_message(11, _value(name, dtype, shapes.get(name))) for name, dtype in inputs.items())
     graph += b"".join(_message(12, _value(name, dtype, shapes.get(name))) for name, dtype in outputs.items())
-    return _number(1, _IR_VERSION) + _message(7, graph) + _message(8, _text(1, "") + _number(2, _OPSET))
+    opsets = {"": _OPSET, **{node.domain: 1 for node in nodes if node.domain}}
+    imports = b"".join(_message(8, _text(1, domain) + _number(2, version)) for domain, version in opsets.items())
+    return _number(1, _IR_VERSION) + _message(7, graph) + imports
 
 
 def _node(node: Node) -> bytes:
     texts = b"".join(_text(1, name) for name in node.inputs) + b"".join(_text(2, name) for name in node.outputs)
-    return texts + _text(4, node.op) + b"".join(_message(5, _attribute(*item)) for item in node.attributes.items())
+    kind = _text(4, node.op) + (_text(7, node.domain) if node.domain else b"")
+    return texts + kind + b"".join(_message(5, _attribute(*item)) for item in node.attributes.items())
 
 
 def _attribute(name: str, value: int | Sequence[int]) -> bytes:
@@ -74,6 +85,11 @@ def _attribute(name: str, value: int | Sequence[int]) -> bytes:
 def _integers(name: str, values: Sequence[int]) -> bytes:
     data = b"".join(_varint(v) for v in values)
     return _number(1, len(values)) + _number(2, ELEMENT_TYPES["int64"]) + _message(7, data) + _text(8, name)
+
+
+def _tensor(name: str, values: NDArray[Any]) -> bytes:
+    sizes = b"".join(_number(1, size) for size in values.shape)
+    return sizes + _number(2, ELEMENT_TYPES[values.dtype.name]) + _text(8, name) + _message(9, values.tobytes())
 
 
 def _value(name: str, dtype: str, shape: Shape | None) -> bytes:
