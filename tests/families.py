@@ -1,7 +1,12 @@
-"""Every model that the parametrised tests run: one entry joins them all."""
+"""Every model that the parametrised tests run: one entry joins them all.
+
+Families made of layers that others have too stand in :data:`FURTHER`: in every run they join the tests of models, and
+two exports each. With ``FURTHER_FAMILIES=1``, as ``make test-families`` has it, they take the others' place in all.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,11 +16,12 @@ from memory_model import MemoryConfig, MemoryModel
 from torch import nn
 
 from edgellm.models.decoder import Decoder, DecoderConfig
+from edgellm.models.falcon_h1 import FalconH1Config, falcon_h1
 from edgellm.models.gemma2 import Gemma2, Gemma2Config
 from edgellm.models.hybrid import Hybrid, HybridConfig
 from edgellm.models.lfm2 import LFM2, LFM2Config
 from edgellm.models.mamba import MambaConfig, mamba
-from edgellm.models.mamba2 import Mamba2, Mamba2Config
+from edgellm.models.mamba2 import Mamba2Config, mamba2
 
 VOCAB, CONTEXT = 101, 64
 
@@ -54,12 +60,21 @@ def lfm2(*pattern: str, bias: bool) -> Callable[[], nn.Module]:
     return lambda: LFM2(config)
 
 
-def mamba2(*, groups: int, bias: bool) -> Callable[[], nn.Module]:
+def fading(*, groups: int, bias: bool) -> Callable[[], nn.Module]:
     config = Mamba2Config(
         vocab_size=VOCAB, width=64, num_layers=2, num_heads=4, head_dim=24, state_size=16, num_groups=groups, bias=bias,
         tie_embeddings=True, max_context=CONTEXT,
     )  # fmt: skip
-    return lambda: Mamba2(config)
+    return lambda: mamba2(config)
+
+
+def side_by_side(*, norm: str, bias: bool) -> Callable[[], nn.Module]:
+    config = FalconH1Config(
+        vocab_size=VOCAB, width=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_width=80,
+        max_context=CONTEXT, space_heads=4, space_head_dim=10, state_size=12, num_groups=2, space_norm=norm,
+        space_bias=bias, attention_bias=bias, mlp_bias=bias, embedding_scale=2.0, logit_scale=0.5,
+    )  # fmt: skip
+    return lambda: falcon_h1(config)
 
 
 def selective() -> Callable[[], nn.Module]:
@@ -89,15 +104,21 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "windows without caps": gemma2(0, 9, score_cap=0, logit_cap=0, tie=False),
     "short convolutions and attention": lfm2("conv", "attention", bias=False),
     "short convolutions with biases": lfm2("conv", bias=True),
-    "state space": mamba2(groups=1, bias=False),
-    "state space of two groups with biases": mamba2(groups=2, bias=True),
+    "state space": fading(groups=1, bias=False),
+    "state space of two groups with biases": fading(groups=2, bias=True),
     "selective state space": selective(),
 }
+FURTHER: dict[str, Callable[[], nn.Module]] = {
+    "state space beside attention": side_by_side(norm="before the gate", bias=True),
+}
+EVERY = FAMILIES | FURTHER
+if os.environ.get("FURTHER_FAMILIES"):
+    FAMILIES = FURTHER
 # Families whose layers are plain PyTorch rather than canonical ops: their graphs hold what PyTorch's operators become.
 PLAIN = frozenset({
     "memory", "windows and soft caps", "windows without caps", "short convolutions and attention",
     "short convolutions with biases", "state space", "state space of two groups with biases",
-    "selective state space",
+    "selective state space", *FURTHER,
 })  # fmt: skip
 
 
@@ -111,7 +132,7 @@ def cpu_targets() -> list[str]:
 def make(family: str, seed: int = 0) -> nn.Module:
     """A model with fresh weights, large enough that a wrong sign or gate shows in the logits."""
     torch.manual_seed(seed)
-    model = FAMILIES[family]().eval()
+    model = EVERY[family]().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "bias" in name:  # zero at first, which would hide a bias that is dropped or misplaced

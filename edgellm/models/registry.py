@@ -47,6 +47,10 @@ ENTRIES: Mapping[str, Entry] = {
         module="edgellm.models.decoder", about="transformer", presets=("tiny",),
         huggingface=("llama", "mistral", "qwen2", "qwen3"), gguf=("llama", "qwen2", "qwen3"),
     ),
+    "falcon_h1": Entry(
+        module="edgellm.models.falcon_h1", about="state space beside attention", presets=("tiny",),
+        huggingface=("falcon_h1",),
+    ),
     "gemma2": Entry(
         module="edgellm.models.gemma2", about="transformer with windows and soft caps", presets=("tiny",),
         huggingface=("gemma2",),

@@ -29,6 +29,12 @@ MAMBA2 = {
     "chunk_size": 16,
 }  # fmt: skip
 MAMBA = {"hidden_size": 48, "num_hidden_layers": 3, "state_size": 10, "expand": 3}
+FALCON_H1 = HEADS | {
+    "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "mamba_d_ssm": 40, "mamba_n_heads": 8,
+    "mamba_d_state": 10, "mamba_chunk_size": 16, "embedding_multiplier": 3.0, "lm_head_multiplier": 0.3,
+    "attention_in_multiplier": 0.7, "attention_out_multiplier": 1.3, "key_multiplier": 0.4, "ssm_in_multiplier": 1.2,
+    "ssm_out_multiplier": 0.6, "mlp_multipliers": [0.8, 1.4], "ssm_multipliers": [0.9, 1.2, 0.7, 1.1, 0.5],
+}  # fmt: skip
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("Gemma2", GEMMA2),
@@ -45,6 +51,26 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("Mamba2", MAMBA2 | {"tie_word_embeddings": True, "hidden_size": 24, "expand": 4}),
     ("Mamba", MAMBA),
     ("Mamba", MAMBA | {"time_step_rank": 5, "use_bias": True, "use_conv_bias": False, "conv_kernel": 2}),
+    ("FalconH1", FALCON_H1),
+    (
+        "FalconH1",
+        FALCON_H1 | {"mamba_rms_norm": True, "mamba_n_groups": 4, "tie_word_embeddings": True, "mlp_bias": True},
+    ),
+    (
+        "FalconH1",
+        FALCON_H1
+        | {
+            "mamba_rms_norm": True,
+            "mamba_norm_before_gate": False,
+            "mamba_proj_bias": True,
+            "projectors_bias": True,
+            "attention_bias": True,
+            "mamba_conv_bias": False,
+            "mamba_d_conv": 3,
+            "head_dim": 10,
+            "mamba_d_ssm": None,
+        },
+    ),
     ("FalconMamba", MAMBA | {"mixer_rms_eps": 0.1, "tie_word_embeddings": False}),
 ]
 
@@ -108,6 +134,10 @@ def test_logits_equal_transformers_whole_and_in_steps(kind: str, options: dict[s
         ("Mamba2", {"time_step_limit": [0.0, 0.1]}, r"time_step_limit is \[0.0, 0.1\]"),
         ("Mamba2", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("Mamba2", {"n_groups": 3}, "num_groups 3"),
+        ("FalconH1", {"mamba_d_head": 6}, "mamba_d_head is 6"),
+        ("FalconH1", {"ssm_multipliers": [1.0, 2.0]}, r"ssm_multipliers is \[1.0, 2.0\]; it must be 5 finite numbers"),
+        ("FalconH1", {"key_multiplier": float("nan")}, "key_multiplier is nan"),
+        ("FalconH1", {"time_step_limit": [0.0, 0.1]}, r"time_step_limit is \[0.0, 0.1\]"),
         ("Mamba", {"expand": 0}, "expand is 0"),
         ("Mamba", {"time_step_rank": "half"}, "time_step_rank is 'half'"),
         ("Mamba", {"conv_kernel": 1}, "conv_taps is 1"),
@@ -116,7 +146,8 @@ def test_logits_equal_transformers_whole_and_in_steps(kind: str, options: dict[s
 def test_what_a_family_cannot_represent_is_refused_by_name(
     kind: str, changes: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
-    scrambled(kind, {"Gemma2": GEMMA2, "Lfm2": LFM2, "Mamba2": MAMBA2, "Mamba": MAMBA}[kind]).save_pretrained(tmp_path)
+    options = {"FalconH1": FALCON_H1, "Gemma2": GEMMA2, "Lfm2": LFM2, "Mamba2": MAMBA2, "Mamba": MAMBA}
+    scrambled(kind, options[kind]).save_pretrained(tmp_path)
     config = tmp_path / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     with pytest.raises(CheckpointError, match=said):

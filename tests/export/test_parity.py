@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from families import CONTEXT, FAMILIES, VOCAB, as_written, cpu_targets, make, planned
+from families import CONTEXT, FAMILIES, FURTHER, VOCAB, as_written, cpu_targets, make, planned
 
 from edgellm_exporters.errors import ParityError
 from edgellm_exporters.export import ExportOptions, export
@@ -17,10 +17,11 @@ from edgellm_exporters.quantize.methods import METHODS
 from edgellm_exporters.quantize.quantized_model import quantized_model
 from edgellm_runtime import open_session
 
+EXPORTS = [(family, target, method) for family in FAMILIES for target in cpu_targets() for method in METHODS]
+EXPORTS += [(f, t, m) for f in FURTHER for t, m in (("onnx", "none"), ("cpu", "int8")) if (f, t, m) not in EXPORTS]
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("target", cpu_targets())
-@pytest.mark.parametrize("family", FAMILIES)
+
+@pytest.mark.parametrize(("family", "target", "method"), EXPORTS)
 def test_bundle_equals_pytorch(family: str, target: str, method: str, tmp_path: Path) -> None:
     model = make(family)
     exported = export(model, tmp_path / "b", options=ExportOptions(target=target, quantize=method))

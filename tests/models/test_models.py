@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from families import CONTEXT, FAMILIES, VOCAB, make
+from families import CONTEXT, EVERY, VOCAB, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,7 +30,7 @@ def stepped(model: torch.nn.Module, tokens: torch.Tensor, cuts: list[int]) -> to
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 @torch.no_grad()
 def test_step_by_step_equals_full_sequence(family: str, dtype: torch.dtype) -> None:
     model = make(family).to(dtype)
@@ -42,7 +42,7 @@ def test_step_by_step_equals_full_sequence(family: str, dtype: torch.dtype) -> N
 
 
 @settings(max_examples=25, deadline=None)
-@given(cuts=st.sets(st.integers(1, 17)), seed=st.integers(0, 1000), family=st.sampled_from(list(FAMILIES)))
+@given(cuts=st.sets(st.integers(1, 17)), seed=st.integers(0, 1000), family=st.sampled_from(list(EVERY)))
 @torch.no_grad()
 def test_any_split_into_chunks_gives_the_same_logits(cuts: set[int], seed: int, family: str) -> None:
     model = make(family, seed).double()
@@ -50,7 +50,7 @@ def test_any_split_into_chunks_gives_the_same_logits(cuts: set[int], seed: int, 
     assert (stepped(model, tokens, sorted(cuts)) - model(tokens)[0]).abs().max() < 1e-10 * 100
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 @torch.no_grad()
 def test_rows_of_a_ragged_batch_equal_each_row_alone(family: str) -> None:
     model = make(family).double()

@@ -7,6 +7,7 @@ from edgellm.models.layers.recurrent import RecurrentMixer
 from edgellm.models.layers.rotary import RotaryTable
 from edgellm.models.layers.selective import SelectiveMixer
 from edgellm.models.layers.stack import Block, Stack
+from edgellm.models.layers.state_space import StateSpaceMixer
 
 __all__ = [
     "Block",
@@ -17,4 +18,5 @@ __all__ = [
     "SelectiveMixer",
     "SelfAttention",
     "Stack",
+    "StateSpaceMixer",
 ]

@@ -1,0 +1,185 @@
+"""Falcon-H1: in every layer a state space and attention side by side, then a gated MLP.
+
+TII 2025, arXiv:2507.22448. Embedding, scaled -> N layers, each a norm, the sum of both mixers and a norm and an MLP
+beside residuals -> norm -> head, scaled. Its files scale what goes into layers and comes out of them by numbers of
+their own: here these are in the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgellm.errors import CheckpointError, ConfigError
+from edgellm.models.foreign import (
+    HUGGING_FACE_PARTS,
+    MAX_CONTEXT,
+    MAX_LAYERS,
+    METADATA,
+    Fields,
+    HuggingFace,
+    Key,
+    Names,
+    Values,
+    Variant,
+    flag,
+    hidden_act,
+    positive,
+    rotary,
+    whole,
+)
+from edgellm.models.layers import Block, GatedMLP, Stack
+from edgellm.models.layers.state_space import GATED_NORMS
+from edgellm.models.registry import Architecture
+from edgellm.models.state_spaces import HybridShape, mixer_keys, mixer_parts
+
+__all__ = ["ARCHITECTURE", "PRESETS", "FalconH1Config", "falcon_h1"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FalconH1Config(HybridShape):
+    """The shape of a Falcon-H1.
+
+    Args:
+        num_layers: layers.
+        space_norm: what is normed within the state space, one of :data:`GATED_NORMS`.
+        space_output_bias: whether its projection back has a bias.
+        mlp_bias: whether the projections of the MLP have one.
+        activation: of the MLP.
+        embedding_scale: factor on embeddings.
+        logit_scale: factor on logits.
+    """
+
+    num_layers: int
+    space_norm: str = "none"
+    space_output_bias: bool = False
+    mlp_bias: bool = False
+    activation: str = "silu"
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.space_norm not in GATED_NORMS:
+            raise ConfigError(f"space_norm is {self.space_norm!r}; it must be one of {', '.join(GATED_NORMS)}")
+
+
+PRESETS: Mapping[str, FalconH1Config] = {
+    "tiny": FalconH1Config(
+        vocab_size=1024, width=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, mlp_width=352,
+        max_context=512, space_heads=8, space_head_dim=16, state_size=32,
+    ),
+}  # fmt: skip
+
+
+def falcon_h1(config: FalconH1Config) -> Stack:
+    """The model with fresh weights."""
+    c = config
+
+    def block() -> Block:
+        space = c.state_space(norm=c.space_norm, output_bias=c.space_output_bias)
+        mlp = GatedMLP(c.width, c.mlp_width, bias=c.mlp_bias, activation=c.activation)
+        return Block(c.width, c.norm_eps, {"space": space, "attention": c.attention()}, mlp)
+
+    return Stack(
+        c, (block() for _ in range(c.num_layers)), rotary=c.rotary(), embedding_scale=c.embedding_scale,
+        logit_scale=c.logit_scale,
+    )  # fmt: skip
+
+
+_SCALES: Mapping[str, tuple[str, str]] = {  # what multiplies the input and the output of a projection
+    "attention.q_proj": ("attention_in_multiplier", ""),
+    "attention.k_proj": ("attention_in_multiplier", "key_multiplier"),
+    "attention.v_proj": ("attention_in_multiplier", ""),
+    "attention.o_proj": ("", "attention_out_multiplier"),
+    "space.out_proj": ("", "ssm_out_multiplier"),
+}
+
+
+def _with_scales(config: FalconH1Config, values: Values, name: str, stored: Tensor) -> Tensor:
+    """A projection times what the file multiplies its input and its output by; its bias by the latter alone."""
+    part, _, kind = name.partition("layers.")[2].partition(".")[2].rpartition(".")
+    before, after = (float(values.get(key) or 1) if key else 1.0 for key in _SCALES.get(part, ("", "")))
+    if part in ("mlp.gate_proj", "mlp.down_proj"):
+        after = float((values.get("mlp_multipliers") or (1, 1))[part == "mlp.down_proj"])
+    if part == "space.in_proj":
+        inner, keys = config.space_heads * config.space_head_dim, config.num_groups * config.state_size
+        sizes, each = [inner, inner, keys, keys, config.space_heads], values.get("ssm_multipliers") or [1] * 5
+        if set(each) != {1}:
+            stored = torch.cat([rows * x for rows, x in zip(torch.split(stored, sizes), each, strict=True)])
+        before = float(values.get("ssm_in_multiplier") or 1)
+    scale = before * after if kind == "weight" else after
+    return stored if scale == 1 else stored * scale
+
+
+def _numbers(count: int) -> Key:
+    """Numbers that go into the weights."""
+
+    def take(name: str, values: Values, _fields: Fields) -> None:
+        given: Any = values.get(name)
+        each: Sequence[Any] = [given] if count == 1 else given if isinstance(given, Sequence) else [given]
+        if given is not None and not (len(each) == count and all(_is_number(x) for x in each)):
+            raise CheckpointError(f"{name} is {given!r}; it must be {count} finite numbers other than 0")
+
+    return take
+
+
+def _is_number(x: Any) -> bool:
+    return type(x) in (int, float) and math.isfinite(x) and x != 0
+
+
+def _space_norm(name: str, values: Values, fields: Fields) -> None:
+    first = values.get("mamba_norm_before_gate", True)
+    fields["space_norm"] = GATED_NORMS[int(bool(first))] if values.get(name, False) else "none"
+
+
+HUGGING_FACE = HuggingFace(
+    types={"falcon_h1": Variant()},
+    keys={
+        "vocab_size": whole("vocab_size", default=128000),
+        "hidden_size": whole("width", default=4096),
+        "num_hidden_layers": whole("num_layers", default=32, limit=MAX_LAYERS),
+        "num_attention_heads": whole("num_heads", default=32),
+        "num_key_value_heads": whole("num_kv_heads", default=8),
+        "head_dim": whole("head_dim", default=lambda fields: fields["width"] // fields["num_heads"]),
+        "intermediate_size": whole("mlp_width", default=14336),
+        "max_position_embeddings": whole("max_context", default=8192, limit=MAX_CONTEXT),
+        **mixer_keys(inner=1024),
+        **rotary(),
+        "rms_norm_eps": positive("norm_eps", default=1e-5),
+        "tie_word_embeddings": flag("tie_embeddings", default=False),
+        "hidden_act": hidden_act(),
+        "mamba_rms_norm": _space_norm,
+        "attention_bias": flag("attention_bias", default=False),
+        "mlp_bias": flag("mlp_bias", default=False),
+        "projectors_bias": flag("space_output_bias", default=False),
+        "embedding_multiplier": positive("embedding_scale", default=1.0),
+        "lm_head_multiplier": positive("logit_scale", default=1.0),
+        **dict.fromkeys(("attention_in_multiplier", "attention_out_multiplier", "key_multiplier"), _numbers(1)),
+        **dict.fromkeys(("ssm_in_multiplier", "ssm_out_multiplier"), _numbers(1)),
+        "mlp_multipliers": _numbers(2),
+        "ssm_multipliers": _numbers(5),
+        **dict.fromkeys(("mamba_d_ssm", "mamba_norm_before_gate", "num_logits_to_keep", "mamba_use_mlp"), METADATA),
+    },
+    names=Names(
+        {
+            **HUGGING_FACE_PARTS,
+            **mixer_parts("space", "mamba"),
+            "norm": "model.final_layernorm",
+            "mixer_norm": "input_layernorm",
+            "mlp_norm": "pre_ff_layernorm",
+            **{f"mlp.{part}": f"feed_forward.{part}" for part in ("gate_proj", "up_proj", "down_proj")},
+        },
+        layers="model.layers",
+    ),
+    tensor=_with_scales,
+)
+
+ARCHITECTURE = Architecture(
+    name="falcon_h1", config=FalconH1Config, build=falcon_h1, presets=PRESETS, huggingface=HUGGING_FACE
+)
