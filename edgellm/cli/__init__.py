@@ -29,6 +29,7 @@ COMMANDS = {
     "bench": "Measure a bundle's speed and memory on this device.",
     "eval": "Measure how well a bundle predicts a text, or does its task.",
     "inspect": "Show what a bundle holds.",
+    "doctor": "Find what is wrong, or slow, on this machine.",
     "models": "List the models that can be exported, and how each is read.",
 }
 
