@@ -48,6 +48,7 @@ class FakeSession:
         self.vocab_size = self.width = vocab_size
         self.max_context = max_context
         self.specs = (KEYS, HIDDEN) if recurrent else (KEYS,)
+        self.signature, self.storage = SimpleNamespace(state=self.specs), HOST
         self.table = np.random.default_rng(7).normal(size=(61, vocab_size)).astype(np.float32) * 2
         self.read = 0  # tokens read in all, to see what was not read again
         self.fail_at: int | None = None

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_choice", "check_flag", "check_instance", "check_integer", "check_integers", "check_list", "check_number",
-    "check_path", "check_text", "is_sequence", "shown",
+    "check_path", "check_progress", "check_text", "is_sequence", "shown",
 ]  # fmt: skip
 
 _T = TypeVar("_T")
@@ -87,6 +87,14 @@ def check_flag(name: str, value: Any) -> bool:
     if type(value).__name__ not in ("bool", "bool_"):
         raise OptionError(f"{name} is {shown(value)}; it must be True or False")
     return bool(value)
+
+
+def check_progress(value: Any) -> Callable[[int, int], None] | None:
+    """A function that is told how many of how many tokens have been read, or None."""
+    if value is not None and not callable(value):
+        raise OptionError(f"progress is {shown(value)}; it must be a function of two numbers of tokens, or None")
+    found: Callable[[int, int], None] | None = value
+    return found
 
 
 def check_text(name: str, value: Any) -> str:

@@ -7,23 +7,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
-import numpy as np
-from numpy.typing import NDArray
-
-from edgellm_runtime.arguments import check_instance, is_sequence, shown
-from edgellm_runtime.errors import ContextError, OptionError
+from edgellm_runtime.arguments import check_instance, check_progress
+from edgellm_runtime.errors import OptionError
 from edgellm_runtime.generation.conversation import Conversation, TemplateInputs
 from edgellm_runtime.generation.generate import Generation, GenerationOptions, OptionKeywords, Run
 from edgellm_runtime.generation.options import with_defaults
+from edgellm_runtime.generation.prompts import Tokens, is_batch, prompt_tokens
 from edgellm_runtime.generation.request import Counts, Request
 from edgellm_runtime.generation.stream import AsyncStream, Stream, in_worker
 from edgellm_runtime.generation.text_state import TextState
+from edgellm_runtime.generation.trail import read_text
 from edgellm_runtime.session import Session
 from edgellm_runtime.state.memory_need import MemoryNeed, memory_need
 from edgellm_runtime.tasks.methods import TaskMethods
 from edgellm_runtime.text.chat import ChatTemplate, Objects
 from edgellm_runtime.text.messages import Message
-from edgellm_runtime.text.tokenizer import Tokenizer, check_tokens
+from edgellm_runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from edgellm_runtime.batching.options import BatchKeywords
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from edgellm_runtime.bundle import Bundle
 
 __all__ = ["Model"]
-
-Tokens = Sequence[int] | NDArray[np.integer[Any]]
 
 
 class Model(TaskMethods):
@@ -126,12 +123,14 @@ class Model(TaskMethods):
             ContextError: likewise.
             StateError: likewise.
         """
+        check_progress(progress)
         before = self.new_state() if state is None else state
         tokens = self._text(prompt, before)
         kept = before.resumed(self.session, len(tokens))
+        trail = before.trail()
         if unread := tokens[before.read_tokens : -1]:
-            self.session.step(np.array([unread]), kept, logits="none", progress=progress)
-        return before.extended(tokens, kept, len(tokens))
+            read_text(self.session, unread, kept, trail, progress=progress)
+        return before.extended(tokens, kept, len(tokens), trail)
 
     @overload
     def generate(
@@ -214,7 +213,7 @@ class Model(TaskMethods):
 
     def _request(self, prompt: Any, state: TextState | None, counts: Counts, options: GenerationOptions) -> Request:
         self._check_predicts()
-        many = _is_batch(prompt) and (len(prompt) > 0 or state is None)  # nothing, to a state, is an empty prompt
+        many = is_batch(prompt) and (len(prompt) > 0 or state is None)  # nothing, to a state, is an empty prompt
         if many:
             counts.check_single(state is not None, len(prompt))
         if many and not len(prompt):
@@ -320,7 +319,19 @@ class Model(TaskMethods):
         template = self.chat_template
         assert self.tokenizer is not None
         inputs = TemplateInputs(tools=tools, documents=documents, template_variables=template_variables)
-        return Conversation(self.session, self.tokenizer, template, system, inputs, self.generation_defaults)
+        defaults = self.generation_defaults
+        return Conversation(self.session, self.tokenizer, template, system, inputs, defaults, self.bundle)
+
+    def load_conversation(self, path: str | Path) -> Conversation:
+        """A conversation that ``Conversation.save`` wrote, here or in another process, with this very bundle.
+
+        Raises:
+            OptionError: the bundle has no chat template.
+            StateError: no such file, a damaged one, or the state of another model or of another version of it.
+        """
+        found = self.conversation()
+        found.restore(path)
+        return found
 
     def scheduler(self, **options: Unpack[BatchKeywords]) -> Scheduler:
         """What runs the requests of many at once: they join and leave one batch.
@@ -363,38 +374,7 @@ class Model(TaskMethods):
         """The tokens of a state's text and a prompt that goes on with it."""
         check_instance("state", state, TextState, "model.new_state() makes one")
         state.check_for(self.session, self.bundle)
-        return self._tokens(prompt, before=list(state.tokens))
+        return self._tokens(prompt, before=state.tokens)
 
-    def _tokens(self, prompt: Any, name: str = "the prompt", before: list[int] | None = None) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise OptionError(f"{name} is a text, but the bundle has no tokenizer; pass token ids")
-            tokens = self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos and not before)
-        elif is_sequence(prompt):
-            try:
-                tokens = check_tokens(prompt, self.session.vocab_size)
-            except OptionError as error:
-                raise OptionError(f"{name}: {error}") from error
-        else:
-            raise OptionError(f"{name} is {shown(prompt)}; it must be a text or a list of token ids")
-        tokens = [*(before or ()), *tokens]
-        if len(tokens) > self.session.max_context:
-            name = f"{name}, with the text before it," if before else name
-            raise ContextError(
-                f"{name} has {len(tokens)} tokens, but the model's context holds {self.session.max_context}; "
-                "shorten the prompt"
-            )
-        if tokens:
-            return tokens
-        if self.tokenizer is None or self.tokenizer.bos_token_id is None:
-            raise OptionError(f"{name} is empty and the model has no bos token to start from; pass some text")
-        return [self.tokenizer.bos_token_id]
-
-
-def _is_batch(prompt: Any) -> bool:
-    """Whether a prompt is a list of prompts: one of none, of texts, or of lists; an array of numbers is one prompt."""
-    if not is_sequence(prompt):
-        return False
-    if not len(prompt):
-        return not hasattr(prompt, "dtype")
-    return isinstance(prompt[0], str) or is_sequence(prompt[0])
+    def _tokens(self, prompt: Any, name: str = "the prompt", before: Sequence[int] = ()) -> list[int]:
+        return prompt_tokens(prompt, self.session, self.tokenizer, name=name, before=before)

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_runtime.arguments import check_choice, check_instance, check_integer, check_integers, shown
+from edgellm_runtime.arguments import check_choice, check_instance, check_integer, check_integers, check_progress, shown
 from edgellm_runtime.backends import Backend, Candidates, check_updates
 from edgellm_runtime.errors import ContextError, OptionError, StateError
 from edgellm_runtime.spec import Signature
@@ -112,8 +112,7 @@ class Session:
         tokens = _whole_numbers(tokens)
         batch, time = self._check(tokens, state)
         check_choice("logits", logits, get_args(Wanted))
-        if progress is not None and not callable(progress):
-            raise OptionError(f"progress is {shown(progress)}; it must be a function of two numbers of tokens, or None")
+        check_progress(progress)
         if lengths is None:
             valid = np.full(batch, time, dtype=np.int32)
         else:

@@ -253,7 +253,7 @@ def test_an_overwritten_ring_says_how_far_it_goes_back_and_what_to_do() -> None:
     assert state.earliest.tolist() == [0, 0]
 
 
-def test_a_conversation_over_a_window_answers_as_a_fresh_one_and_reads_again_what_the_ring_has_lost() -> None:
+def test_a_conversation_over_a_window_answers_as_a_fresh_one_and_an_edited_one_is_read_from_where_they_part() -> None:
     model = load(window_bundle(), device="cpu", threads=1)
     conversation = model.conversation()
     for said in ("Hello", "And then?", "Why?"):
@@ -261,9 +261,9 @@ def test_a_conversation_over_a_window_answers_as_a_fresh_one_and_reads_again_wha
         fresh = model.chat(conversation.messages[:-1], max_new_tokens=3, ignore_eos=True)
         assert answer.tokens == fresh.tokens
     assert conversation.reused_tokens > 12, "what goes on from the state is not read again, though the ring is full"
-    conversation.messages[0] = {"role": "user", "content": "Good bye"}
+    conversation.edit([{"role": "user", "content": "Good bye"}, *conversation.messages[1:]])
     answer = conversation.say("What?", max_new_tokens=3, ignore_eos=True)
-    assert conversation.reused_tokens == 0
+    assert conversation.reused_tokens == 0, "they part before the first snapshot, and the ring has lost what was there"
     assert answer.tokens == model.chat(conversation.messages[:-1], max_new_tokens=3, ignore_eos=True).tokens
 
 

@@ -20,6 +20,7 @@ from edgellm_runtime.generation.options import GenerationOptions, OptionKeywords
 from edgellm_runtime.generation.row import Row
 from edgellm_runtime.generation.sampling import Sampler
 from edgellm_runtime.generation.text_state import TextState
+from edgellm_runtime.generation.trail import Trail, read_text
 from edgellm_runtime.session import Session
 from edgellm_runtime.state import State
 from edgellm_runtime.text.tokenizer import Tokenizer
@@ -102,6 +103,7 @@ class Run:
         prompts: token ids of each row, at least one each.
         options: how to choose and when to end.
         state: goes on from what one row already holds, a proper prefix of the only prompt; None begins anew.
+        trail: takes snapshots of that state on its way; None: nobody will rewind it.
         text_state: likewise, but as a value: it stays as it is, and the answers have states.
         answers: so many to the only prompt, which is read once; each is a row.
 
@@ -112,8 +114,8 @@ class Run:
 
     def __init__(
         self, session: Session, tokenizer: Tokenizer | None, prompts: Sequence[Sequence[int]],
-        options: GenerationOptions, *, state: State | None = None, text_state: TextState | None = None,
-        answers: int = 1,
+        options: GenerationOptions, *, state: State | None = None, trail: Trail | None = None,
+        text_state: TextState | None = None, answers: int = 1,
     ) -> None:  # fmt: skip
         check_fits(session, tokenizer, prompts, options)
         context = session.max_context
@@ -122,6 +124,7 @@ class Run:
         self._deadline = None if options.deadline is None else time.monotonic() + options.deadline
         self._rows = [Row(prompt, tokenizer, options, context - len(prompt)) for prompt in (*prompts,) * answers]
         self._batch = [i for i, row in enumerate(self._rows) if row.finish_reason is None]  # the state's rows
+        self._trail = trail if text_state is None else text_state.trail()
         self._reused = text_state.read_tokens if text_state is not None else 0
         if state is not None:
             self._reused = int(state.lengths[0])
@@ -191,7 +194,8 @@ class Run:
         if state is None and self._state is not None and row in self._batch:
             at = self._batch.index(row) if self._state.batch > 1 else 0  # one row is shared until the prompt is read
             state = self._state if len(self._batch) == 1 else self._state.take([at])
-        return self._resumed.extended([*r.prompt, *r.tokens], state, self._answer_from(row))
+        trail = None if self._trail is None else self._trail.copy()
+        return self._resumed.extended([*r.prompt, *r.tokens], state, self._answer_from(row), trail)
 
     def _answer_from(self, row: int) -> int:
         """How many tokens come before a row's answer; one that goes on from a state with no prompt was begun there."""
@@ -215,23 +219,27 @@ class Run:
             return None
 
     def _prefill(self, state: State) -> NDArray[np.int64]:
-        rows = self._batch[:1] if self._answers > 1 else self._batch
-        prompts = [self._rows[i].prompt[self._reused :] for i in rows]
-        lengths = np.array([len(p) for p in prompts], dtype=np.int32)
-        tokens = np.zeros((len(prompts), int(lengths.max())), dtype=np.int64)  # padding is any valid token
-        for at, prompt in enumerate(prompts):
-            tokens[at, : len(prompt)] = prompt
         for i in self._batch:
             self._sampler.observe(i, self._rows[i].prompt, self._answer_from(i))
         start, self._stepping = time.perf_counter(), True
-        logits = self._session.step(
-            tokens, state, lengths=None if (lengths == lengths[0]).all() else lengths, progress=self._told
-        )[:, 0]
+        if state.batch == 1:
+            prompt = self._rows[self._batch[0]].prompt[self._reused :]
+            logits = read_text(self._session, prompt, state, self._trail, progress=self._told)[:, 0]
+        else:
+            logits = self._read_batch([self._rows[i].prompt for i in self._batch], state)
         self._stepping = False
         self._prefill_s = time.perf_counter() - start
         if self._answers > 1:
             self._state, logits = state.take([0] * self._answers), np.repeat(logits, self._answers, axis=0)
         return self._chosen(logits)
+
+    def _read_batch(self, prompts: Sequence[Sequence[int]], state: State) -> NDArray[np.float32]:
+        lengths = np.array([len(p) for p in prompts], dtype=np.int32)
+        tokens = np.zeros((len(prompts), int(lengths.max())), dtype=np.int64)  # padding is any valid token
+        for at, prompt in enumerate(prompts):
+            tokens[at, : len(prompt)] = prompt
+        ragged = None if (lengths == lengths[0]).all() else lengths
+        return self._session.step(tokens, state, lengths=ragged, progress=self._told)[:, 0]
 
     def _chosen(self, logits: NDArray[np.float32]) -> NDArray[np.int64]:
         """Choose from logits (batch, vocab), and note how probable that was if anyone will ask."""
@@ -272,6 +280,8 @@ class Run:
             chosen = next_tokens(self._session, self._sampler, chosen[:, None], state, self._batch)
         else:  # which are of all tokens, wherever they are chosen
             chosen = self._chosen(self._session.step(chosen[:, None], state)[:, 0])
+        if self._trail is not None and self._answers == 1:
+            self._trail.note(state)
         self._stepping = False
         self._decode_s += time.perf_counter() - start
         return chosen

@@ -8,7 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from edgellm_runtime.arguments import check_flag, check_instance, check_integer, check_list, check_number, shown
+from edgellm_runtime.arguments import (
+    check_flag,
+    check_instance,
+    check_integer,
+    check_list,
+    check_number,
+    check_progress,
+)
 from edgellm_runtime.errors import OptionError
 from edgellm_runtime.generation.processors import LogitsProcessor
 from edgellm_runtime.generation.sampling_options import SamplingOptions
@@ -96,10 +103,7 @@ class GenerationOptions(SamplingOptions):
         check_integer("min_tokens", self.min_tokens, 0, self.max_new_tokens)
         if self.cancel is not None:
             check_instance("cancel", self.cancel, threading.Event, "threading.Event() makes one")
-        if self.progress is not None and not callable(self.progress):
-            raise OptionError(
-                f"progress is {shown(self.progress)}; it must be a function of two numbers of tokens, or None"
-            )
+        check_progress(self.progress)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 

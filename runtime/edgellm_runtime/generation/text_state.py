@@ -13,11 +13,12 @@ from typing import Any, Self
 from edgellm_runtime.arguments import check_instance, check_integer, check_path, shown
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.errors import OptionError, StateError
+from edgellm_runtime.generation.trail import Trail
 from edgellm_runtime.session import Session
 from edgellm_runtime.state import State
 from edgellm_runtime.text.tokenizer import check_tokens
 
-__all__ = ["TextState"]
+__all__ = ["TextState", "about_of", "load_for", "trail_of"]
 
 
 class TextState:
@@ -31,15 +32,17 @@ class TextState:
         tokens: of the text.
         state: of one row, which has read a proper prefix of them; None: nothing was read.
         answer_from: how many tokens come before the last answer.
+        trail: snapshots of the state on its way; None: none so far.
     """
 
     def __init__(
         self, session: Session, bundle: Bundle, tokens: Sequence[int] = (), state: State | None = None,
-        answer_from: int | None = None,
+        answer_from: int | None = None, trail: Trail | None = None,
     ) -> None:  # fmt: skip
         self._session, self._bundle, self._state = session, bundle, state
         self._tokens = list(tokens)
         self.answer_from = len(self._tokens) if answer_from is None else answer_from
+        self._trail = Trail(session.signature.state) if trail is None else trail
 
     def __repr__(self) -> str:
         return f"<TextState of {self._bundle.manifest.name}: {len(self)} tokens, {self.nbytes} bytes>"
@@ -60,35 +63,38 @@ class TextState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors."""
-        return 0 if self._state is None else self._state.nbytes
+        """Bytes of the tensors and of the snapshots."""
+        return self._trail.nbytes + (0 if self._state is None else self._state.nbytes)
 
     @property
     def earliest(self) -> int:
-        """The fewest tokens, above one, that :meth:`rewind` can leave; none and one always can be left."""
+        """The fewest tokens, above one, to which the tensors themselves go back, without a snapshot."""
         return 0 if self._state is None or not self.read_tokens else int(self._state.earliest[0]) + 1
 
     def fork(self) -> TextState:
         """A copy that goes its own way."""
         state = None if self._state is None else self._state.fork()
-        return TextState(self._session, self._bundle, self._tokens, state, self.answer_from)
+        return TextState(self._session, self._bundle, self._tokens, state, self.answer_from, self._trail.copy())
 
     def rewind(self, tokens: int) -> None:
         """Forget all but the first tokens.
 
+        A recurrence, or a ring that has overwritten what it held then, goes back to the last snapshot before them, of
+        which there is one about every 256 tokens and at most 16; what is between is read again with what comes next.
+
         Args:
-            tokens: how many to keep; any number down to :attr:`earliest`, or 1, or 0.
+            tokens: how many to keep.
 
         Raises:
-            StateError: a recurrence, or a ring that has overwritten what it held then; nothing is changed.
+            StateError: more than the text has.
         """
         keep = check_integer("tokens", tokens, 0)
         if keep > len(self):
             raise StateError(f"cannot rewind a text of {len(self)} tokens to {shown(keep)}; keep at most what it has")
-        if keep == 0:
+        if self._state is not None and max(keep - 1, 0) < self.read_tokens:
+            self._trail.rewind(self._state, max(keep - 1, 0))
+        if self.read_tokens == 0:
             self._state = None
-        elif self._state is not None and keep - 1 < self.read_tokens:
-            self._state.rewind(keep - 1)
         del self._tokens[keep:]
         self.answer_from = min(self.answer_from, keep)
 
@@ -100,11 +106,8 @@ class TextState:
         """
         path = check_path("path", path)
         state = self._session.new_state() if self._state is None else self._state
-        about = {
-            "bundle": self._bundle.manifest.name, "fingerprint": self._bundle.fingerprint, "tokens": self._tokens,
-            "answer_from": self.answer_from,
-        }  # fmt: skip
-        state.save(path, about=about)
+        about = about_of(self._bundle) | {"tokens": self._tokens, "answer_from": self.answer_from}
+        state.save(path, about=about, snapshots=self._trail.snapshots())
 
     @classmethod
     def load(cls, path: str | Path, session: Session, bundle: Bundle) -> Self:
@@ -121,16 +124,8 @@ class TextState:
         path = check_path("path", path)
         check_instance("session", session, Session, "model.session is one")
         check_instance("bundle", bundle, Bundle, "model.bundle is one")
-        state = State.load(path, session.signature.state, session.storage)
-        about = state.about
-        if "fingerprint" not in about:
-            raise StateError(f"{path}: a state without its text, of State.save; load it with State.load")
-        if about["fingerprint"] != bundle.fingerprint:
-            raise StateError(
-                f"{path}: the state of {shown(about.get('bundle'))}, another model or another version of it than "
-                f"{bundle.manifest.name}; read the text again"
-            )
-        return cls(session, bundle, *_text_of(path, about, state, session))
+        state = load_for(path, session, bundle)
+        return cls(session, bundle, *_text_of(path, state.about, state, session), trail_of(state))
 
     def resumed(self, session: Session, capacity: int) -> State:
         """Tensors to go on with: a copy, with room for so many tokens.
@@ -145,17 +140,24 @@ class TextState:
         state.reserve(max(capacity, 1))
         return state
 
-    def extended(self, tokens: Sequence[int], state: State | None, answer_from: int) -> TextState:
+    def trail(self) -> Trail:
+        """The snapshots, for whoever goes on from here; these stay as they are."""
+        return self._trail.copy()
+
+    def extended(
+        self, tokens: Sequence[int], state: State | None, answer_from: int, trail: Trail | None = None
+    ) -> TextState:
         """The state of a text that goes on from this one's.
 
         Args:
             tokens: of the whole text.
             state: what has read of it; None: as much as here.
             answer_from: how many tokens come before the last answer.
+            trail: the state's.
         """
         if state is None:
-            state = None if self._state is None else self._state.fork()
-        return TextState(self._session, self._bundle, tokens, state, answer_from)
+            state, trail = None if self._state is None else self._state.fork(), self._trail.copy()
+        return TextState(self._session, self._bundle, tokens, state, answer_from, trail)
 
     def check_for(self, session: Session, bundle: Bundle) -> None:
         """See that a model may go on from here.
@@ -168,6 +170,40 @@ class TextState:
                 f"the state is {self._bundle.manifest.name}'s, another model or another version of it than "
                 f"{bundle.manifest.name}; begin with new_state()"
             )
+
+
+def about_of(bundle: Bundle) -> dict[str, Any]:
+    """What is written beside a state, by which another model and another version are told."""
+    return {"bundle": bundle.manifest.name, "fingerprint": bundle.fingerprint}
+
+
+def load_for(path: Path, session: Session, bundle: Bundle) -> State:
+    """A saved state that has :func:`about_of` this bundle beside it; nothing else that is there is believed yet.
+
+    Args:
+        path: the file.
+        session: that goes on from it.
+        bundle: the session's.
+
+    Raises:
+        StateError: no such file, or a damaged one, or the state of another model or of another version of it.
+    """
+    state = State.load(path, session.signature.state, session.storage)
+    if "fingerprint" not in state.about:
+        raise StateError(f"{path}: a state without its text, of State.save; load it with State.load")
+    if state.about["fingerprint"] != bundle.fingerprint:
+        raise StateError(
+            f"{path}: the state of {shown(state.about.get('bundle'))}, another model or another version of it than "
+            f"{bundle.manifest.name}; read the text again"
+        )
+    return state
+
+
+def trail_of(state: State) -> Trail:
+    """The snapshots that were saved with a state."""
+    trail = Trail(state.specs)
+    trail.adopt(state.snapshots)
+    return trail
 
 
 def _text_of(path: Path, about: Any, state: State, session: Session) -> tuple[list[int], State | None, int]:

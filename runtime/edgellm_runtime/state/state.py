@@ -26,6 +26,7 @@ from edgellm_runtime.arguments import (
 from edgellm_runtime.errors import OptionError, StateError, first_line
 from edgellm_runtime.spec import StateSpec
 from edgellm_runtime.state.saved_arrays import read_arrays
+from edgellm_runtime.state.snapshot import Snapshot, overwritten, packed, unpacked
 from edgellm_runtime.state.storage import HOST, Buffers, Storage, host_dtype, widened
 
 __all__ = ["State"]
@@ -63,6 +64,7 @@ class State:
         self.specs, self.batch, self.capacity = specs, batch, capacity
         self.storage, self.buffers, self.lengths = storage, buffers, lengths.copy()
         self.about: dict[str, Any] = {}  # of a loaded one, what was written beside it; believed by nobody yet
+        self.snapshots: tuple[Snapshot, ...] = ()  # likewise, in form what they must be
         self._written = written.copy()  # what rows held before they were last rewound
 
     @property
@@ -212,12 +214,46 @@ class State:
         self._written = np.where(wanted == 0, 0, written).astype(np.int32)
         self.lengths = wanted.astype(np.int32)
 
+    def snapshot(self) -> Snapshot:
+        """What steps overwrite of a state of one row, copied: its recurrences and rings.
+
+        Raises:
+            StateError: it has several rows; take() one of them.
+        """
+        if self.batch != 1:
+            raise StateError(f"cannot take a snapshot of {self.batch} rows; take() one of them")
+        arrays = {s.name: self.storage.read(s, self.tensors[s.name]).copy() for s in overwritten(self.specs)}
+        return Snapshot(int(self.lengths[0]), int(self.written[0]), arrays)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot of this very row, which since then has only read on.
+
+        Args:
+            snapshot: made by :meth:`snapshot`. Whether the row has read the same tokens up to there is for the caller
+                to know: tensors do not tell.
+
+        Raises:
+            StateError: a state of several rows, a snapshot of another model, or one of more tokens than the row holds.
+        """
+        check_instance("snapshot", snapshot, Snapshot, "snapshot() takes one")
+        if self.batch != 1 or snapshot.arrays.keys() != {s.name for s in overwritten(self.specs)}:
+            raise StateError("the snapshot is not of this state; restore one that snapshot() took of it")
+        if snapshot.length > self.lengths[0]:
+            raise StateError(
+                f"cannot go back to {snapshot.length} tokens in a row of {self.lengths[0]}; take a snapshot after them"
+            )
+        for spec in overwritten(self.specs):
+            self.storage.write(spec, self.tensors[spec.name], snapshot.arrays[spec.name])
+        self.lengths[0], self._written[0] = snapshot.length, snapshot.written
+
     def _check_rewind(self, row: int, wanted: int, written: int) -> None:
         spec = max(self.specs, key=lambda s: s.earliest(written), default=None)
         if spec is None or wanted >= spec.earliest(written):
             return
         if spec.update == "replace":
-            raise StateError("a recurrent state cannot be rewound; fork() it before the tokens you may take back")
+            raise StateError(
+                "a recurrent state cannot be rewound; fork() it, or take a snapshot(), before what you may take back"
+            )
         raise StateError(
             f"row {row} of {self.lengths[row]} tokens cannot be rewound to {wanted}: {spec.name}, a ring, has "
             f"overwritten what it held then, and goes back to {spec.earliest(written)}; rewind to 0 and read the row "
@@ -236,12 +272,15 @@ class State:
                 capacities = self.capacity, self.capacity
                 self.storage.put(spec, self.tensors[spec.name], row, blank.tensors[spec.name], capacities)
 
-    def save(self, path: str | Path, *, about: dict[str, Any] | None = None) -> None:
+    def save(
+        self, path: str | Path, *, about: dict[str, Any] | None = None, snapshots: Sequence[Snapshot] = ()
+    ) -> None:
         """Write it to a file, only the slots in use.
 
         Args:
             path: the file.
             about: what to write beside it, of JSON's types; a loaded state has it as ``about``.
+            snapshots: of its only row, to write beside it too; a loaded state has them as ``snapshots``.
 
         Raises:
             OptionError: something that JSON has not.
@@ -252,6 +291,7 @@ class State:
         arrays = {s.name: self.storage.read(s, self.tensors[s.name])[s.used(used)] for s in self.specs}
         if _has_ring(self.specs):
             arrays["__written__"] = self.written
+        arrays |= packed(check_list("snapshots", snapshots, "Snapshots", _check_snapshot))
         header = _header(self.specs, {} if about is None else check_instance("about", about, dict, "of JSON's types"))
         try:
             with path.open("wb") as file:  # given a name, numpy would append .npz to it
@@ -292,13 +332,17 @@ class State:
             raise StateError(f"{path}: its lengths are damaged; read the prompt again")
         if written.dtype != np.int32 or written.shape != lengths.shape or (written < lengths).any():
             raise StateError(f"{path}: what its rings were written with is damaged; read the prompt again")
+        try:
+            snapshots = unpacked(data, specs, int(lengths[0]) if len(lengths) == 1 else 0)
+        except (ValueError, KeyError) as error:
+            raise StateError(f"{path}: its snapshots are damaged ({error}); read the prompt again") from error
         used = max(int(lengths.max()), 1)
         for spec in specs:
             found, expected = arrays[spec.name], _shape_of_used(spec, len(lengths), used)
             if found.shape != expected or found.dtype != host_dtype(spec.dtype):
                 raise StateError(f"{path}: {spec.name} is {found.dtype} {found.shape}, not {spec.dtype} {expected}")
         state = cls(specs, len(lengths), storage.rounded(used), storage)
-        state.lengths, state._written, state.about = lengths, written, about
+        state.lengths, state._written, state.about, state.snapshots = lengths, written, about, snapshots
         for spec in specs:
             storage.write(spec, state.tensors[spec.name], arrays[spec.name])
         return state
@@ -306,6 +350,10 @@ class State:
 
 def _check_spec(name: str, value: Any) -> StateSpec:
     return check_instance(name, value, StateSpec, "session.signature.state holds a model's")
+
+
+def _check_snapshot(name: str, value: Any) -> Snapshot:
+    return check_instance(name, value, Snapshot, "snapshot() takes one")
 
 
 def _header(specs: Sequence[StateSpec], about: dict[str, Any]) -> str:
