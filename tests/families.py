@@ -22,6 +22,7 @@ from edgellm.models.hybrid import Hybrid, HybridConfig
 from edgellm.models.lfm2 import LFM2, LFM2Config
 from edgellm.models.mamba import MambaConfig, mamba
 from edgellm.models.mamba2 import Mamba2Config, mamba2
+from edgellm.models.qwen3_next import Qwen3NextConfig, qwen3_next
 
 VOCAB, CONTEXT = 101, 64
 
@@ -85,6 +86,15 @@ def selective() -> Callable[[], nn.Module]:
     return lambda: mamba(config)
 
 
+def delta(*pattern: str) -> Callable[[], nn.Module]:
+    config = Qwen3NextConfig(
+        vocab_size=VOCAB, width=64, pattern=pattern, num_heads=4, num_kv_heads=2, head_dim=32, rotated=16,
+        delta_heads=4, delta_groups=2, delta_key_dim=16, delta_value_dim=24, mlp_width=96, max_context=CONTEXT,
+        norm_eps=1e-3,  # 16 bits are too few for a norm over what a memory has just begun to hold
+    )  # fmt: skip
+    return lambda: qwen3_next(config)
+
+
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "rnn_tanh": hybrid("rnn_tanh", "rnn_tanh"),
     "rnn_relu": hybrid("rnn_relu", "rnn_relu"),
@@ -107,6 +117,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "state space": fading(groups=1, bias=False),
     "state space of two groups with biases": fading(groups=2, bias=True),
     "selective state space": selective(),
+    "gated delta rule and attention": delta("delta", "attention"),
 }
 FURTHER: dict[str, Callable[[], nn.Module]] = {
     "state space beside attention": side_by_side(norm="before the gate", bias=True),
@@ -119,6 +130,7 @@ PLAIN = frozenset({
     "memory", "windows and soft caps", "windows without caps", "short convolutions and attention",
     "short convolutions with biases", "state space", "state space of two groups with biases",
     "selective state space", *FURTHER,
+    "gated delta rule and attention",
 })  # fmt: skip
 
 

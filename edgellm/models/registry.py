@@ -66,6 +66,10 @@ ENTRIES: Mapping[str, Entry] = {
     "mamba2": Entry(
         module="edgellm.models.mamba2", about="state space", presets=("tiny",), huggingface=("mamba2",),
     ),
+    "qwen3_next": Entry(
+        module="edgellm.models.qwen3_next", about="gated delta rule and attention", presets=("tiny",),
+        huggingface=("qwen3_next", "qwen3_5_text"),
+    ),
 }  # fmt: skip
 
 

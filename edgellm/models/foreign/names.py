@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 __all__ = ["Names"]
+
+_NUMBER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -13,7 +16,8 @@ class Names:
     """From our parameter names to those of a file; ``names("layers.3.mlp.up_proj.weight")``.
 
     Args:
-        parts: our name of each module, without its layer, and the file's.
+        parts: our name of each module, without its layer, and the file's. A ``*`` in both stands for a number within
+            the layer, such as that of an expert.
         layers: what the file puts before a layer's number.
         ours: what we put there.
     """
@@ -33,4 +37,7 @@ class Names:
             return self.parts[name]
         if f"{part}.{suffix}" in self.parts:
             return prefix + self.parts[f"{part}.{suffix}"]
+        if part not in self.parts and (number := _NUMBER.search(part)):
+            starred = self.parts[_NUMBER.sub(".*.", part, count=1)]
+            return f"{prefix}{starred.replace('*', number[1])}{dot}{suffix}"
         return f"{prefix}{self.parts[part]}{dot}{suffix}"

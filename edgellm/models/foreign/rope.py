@@ -7,7 +7,7 @@ al. 2024, arXiv:2407.21783. Forms that change with the length of the text (``dyn
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from edgellm.errors import CheckpointError
@@ -106,7 +106,9 @@ _READ: Mapping[str, set[str]] = {  # what each form makes something of
 }  # fmt: skip
 
 
-def rotary(*, theta: float = 10000.0) -> dict[str, Key]:
+def rotary(
+    *, theta: float = 10000.0, share: float | None = None, without_effect: Collection[str] = ()
+) -> dict[str, Key]:
     """The keys from which ``rope_theta``, ``rope_factors`` and ``rope_amplitude`` are read.
 
     The fields ``head_dim`` and ``max_context`` must have been read before. ``rope_scaling``, where it says anything,
@@ -114,6 +116,9 @@ def rotary(*, theta: float = 10000.0) -> dict[str, Key]:
 
     Args:
         theta: where the file names no base.
+        share: of each head's features that turn, where the file does not say; the field ``rotated`` is then read too,
+            which is how many do. None for a family whose heads turn as a whole.
+        without_effect: keys of the file's dictionary that change nothing.
     """
 
     def take(_name: str, values: Values, fields: Fields) -> None:
@@ -122,16 +127,22 @@ def rotary(*, theta: float = 10000.0) -> dict[str, Key]:
         if not isinstance(said, Mapping) or any(isinstance(value, Mapping) for value in said.values()):
             raise refuse(name, said)
         kind = said.get("rope_type") or said.get("type") or "default"
-        share = said.get("partial_rotary_factor", values.get("partial_rotary_factor"))
-        if kind not in _FORMS or said.keys() - _COMMON - _READ[kind]:
+        part = said.get("partial_rotary_factor", values.get("partial_rotary_factor"))
+        if kind not in _FORMS or said.keys() - _COMMON - _READ[kind] - {*without_effect}:
             raise refuse(name, dict(said))
-        if share not in (None, 1):
-            raise refuse("partial_rotary_factor", share)
+        turning = fields["head_dim"]
+        if share is not None:
+            part = checked_positive("partial_rotary_factor", share if part is None else part)
+            turning = fields["rotated"] = int(turning * part)
+            if turning % 2 or not 0 < turning <= fields["head_dim"]:
+                raise refuse("partial_rotary_factor", part)
+        elif part not in (None, 1):
+            raise refuse("partial_rotary_factor", part)
         if (trained := values.get("original_max_position_embeddings")) is not None and kind in ("llama3", "yarn"):
             said = {**said, "original_max_position_embeddings": trained}
         base = next((v for v in (said.get("rope_theta"), values.get("rope_theta")) if v is not None), theta)
         fields["rope_theta"] = checked_positive("rope_theta", base)
-        rope = _Rope(name, said, fields["rope_theta"], fields["head_dim"], fields["max_context"])
+        rope = _Rope(name, said, fields["rope_theta"], turning, fields["max_context"])
         fields["rope_factors"], fields["rope_amplitude"] = _FORMS[kind](rope)
 
     return {

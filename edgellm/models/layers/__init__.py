@@ -2,6 +2,8 @@
 
 from edgellm.models.layers.attention import SelfAttention
 from edgellm.models.layers.convolution import CausalConv
+from edgellm.models.layers.experts import Experts
+from edgellm.models.layers.gated_delta import GatedDeltaMixer
 from edgellm.models.layers.mlp import GatedMLP
 from edgellm.models.layers.recurrent import RecurrentMixer
 from edgellm.models.layers.rotary import RotaryTable
@@ -12,6 +14,8 @@ from edgellm.models.layers.state_space import StateSpaceMixer
 __all__ = [
     "Block",
     "CausalConv",
+    "Experts",
+    "GatedDeltaMixer",
     "GatedMLP",
     "RecurrentMixer",
     "RotaryTable",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from edgellm.models.layers.rotary import RotaryTable
@@ -29,18 +30,22 @@ class SelfAttention(nn.Module):
         window: how many tokens a token sees, itself among them; 0 for every one before it.
         ring: whether keys and values of a window lie in a ring of its size, which every step copies, in place of a
             cache of the whole context, which is written in place.
+        gated: whether what was attended to is multiplied by the sigmoid of a gate, whose projection follows that of all
+            queries in ``q_proj``.
     """
 
     def __init__(
         self, width: int, num_heads: int, num_kv_heads: int, head_dim: int, *, bias: bool,
         output_bias: bool = False, scale: float | None = None, qk_norm: bool = False, norm_eps: float = 1e-6,
         softcap: float = 0.0, window: int = 0, ring: bool = True,
+        gated: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
+        self.gated = gated
         self.softcap, self.window, self.ring = softcap, window, ring and window > 0
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.scale = head_dim**-0.5 if scale is None else scale
-        self.q_proj = nn.Linear(width, num_heads * head_dim, bias=bias)
+        self.q_proj = nn.Linear(width, (2 if gated else 1) * num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(width, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(width, num_kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * head_dim, width, bias=output_bias)
@@ -61,8 +66,11 @@ class SelfAttention(nn.Module):
         self, x: Tensor, state: State, prefix: str, step: Step, rotary: RotaryTable | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Attend over the state and x (batch, time, width); gives the same shape and its part of the new state."""
+        q, gate = self.q_proj(x), None
+        if self.gated:
+            q, gate = q.chunk(2, dim=-1)  # (batch, time, num_heads * head_dim) each
         y, k, v = (window_attention if self.ring else attention)(
-            self.q_proj(x), self.k_proj(x), self.v_proj(x),
+            q, self.k_proj(x), self.v_proj(x),
             state.get(f"{prefix}.k"), state.get(f"{prefix}.v"), step.past_lengths, step.lengths,
             None if rotary is None else rotary.cos, None if rotary is None else rotary.sin,
             num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, scale=self.scale,
@@ -71,5 +79,5 @@ class SelfAttention(nn.Module):
             softcap=self.softcap, window=self.window,
         )  # fmt: skip
         present: dict[str, Tensor] = {} if k is None or v is None else {f"{prefix}.k": k, f"{prefix}.v": v}
-        out: Tensor = self.o_proj(y)
+        out: Tensor = self.o_proj(y if gate is None else y * torch.sigmoid(gate))
         return out, present

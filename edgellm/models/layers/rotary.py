@@ -5,28 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["RotaryTable"]
+__all__ = ["RotaryTable", "order_of_part"]
 
 
 class RotaryTable(nn.Module):
     """cos and sin of position x frequency; computed, never stored in a checkpoint.
 
     Args:
-        head_dim: features of one head.
+        head_dim: features of one head that turn.
         max_context: how many positions.
         theta: the base of the frequencies.
         factors: (head_dim / 2,), each frequency is divided by its own; empty: by none.
         amplitude: factor on cos and sin.
+        still: features of one head that do not turn; they lie as :func:`order_of_part` has them.
     """
 
-    cos: Tensor  # (max_context, head_dim / 2)
+    cos: Tensor  # (max_context, (head_dim + still) / 2)
     sin: Tensor
 
     def __init__(
-        self, head_dim: int, max_context: int, theta: float, *, factors: Sequence[float] = (), amplitude: float = 1.0
-    ) -> None:
+        self, head_dim: int, max_context: int, theta: float, *, factors: Sequence[float] = (), amplitude: float = 1.0,
+        still: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__()
         # float64, then rounded once: every target gets the same table; on the CPU even while weights are on "meta"
         half = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu")
@@ -34,5 +37,20 @@ class RotaryTable(nn.Module):
         if factors:
             frequencies = frequencies / torch.tensor(factors, dtype=torch.float64, device="cpu")
         angles = torch.arange(max_context, dtype=torch.float64, device="cpu")[:, None] * frequencies
-        self.register_buffer("cos", (angles.cos() * amplitude).float(), persistent=False)
-        self.register_buffer("sin", (angles.sin() * amplitude).float(), persistent=False)
+        for name, table, value in (("cos", angles.cos(), 1.0), ("sin", angles.sin(), 0.0)):
+            whole = F.pad(table * amplitude, (0, still // 2), value=value)
+            self.register_buffer(name, whole.float(), persistent=False)
+
+
+def order_of_part(head_dim: int, turning: int) -> list[int]:
+    """Which feature of a head lies where, so that turning its two halves turns the first ``turning`` features only.
+
+    Of a head whose first features turn, half against half, and whose others stay, attention turns the whole instead,
+    by a table with angles of 0 at the end: each half begins with half of what turns. Queries and keys are in the same
+    order, so that their products stay what they were.
+    """
+    first, rest = turning // 2, (head_dim - turning) // 2
+    halves = [
+        [*range(i * first, (i + 1) * first), *range(turning + i * rest, turning + (i + 1) * rest)] for i in (0, 1)
+    ]
+    return [*halves[0], *halves[1]]

@@ -1,0 +1,50 @@
+"""A mixture of experts: feed-forward layers, of which each token has a few (Shazeer et al. 2017, arXiv:1701.06538)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from edgellm.models.layers.mlp import GatedMLP
+
+__all__ = ["Experts"]
+
+
+class Experts(nn.Module):
+    """The sum of the chosen experts, weighted by a softmax over all of them; a shared one, behind a gate, besides.
+
+    Every expert computes every token, and what a token has not chosen counts for nothing: plain products, which every
+    target and every quantization has. It costs as much as all experts together.
+
+    Args:
+        width: features of its input and output.
+        hidden: features within an expert.
+        num_experts: experts.
+        num_chosen: how many of them a token has.
+        normalised: whether the weights of the chosen ones sum to 1.
+        shared_hidden: features within the expert that every token has; 0 for none.
+        activation: of the experts.
+    """
+
+    def __init__(
+        self, width: int, hidden: int, num_experts: int, num_chosen: int, *, normalised: bool = True,
+        shared_hidden: int = 0, activation: str = "silu",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.num_chosen, self.normalised = num_chosen, normalised
+        self.router = nn.Linear(width, num_experts, bias=False)
+        self.experts = nn.ModuleList(GatedMLP(width, hidden, activation=activation) for _ in range(num_experts))
+        self.shared = GatedMLP(width, shared_hidden, activation=activation) if shared_hidden else None
+        self.shared_gate = nn.Linear(width, 1, bias=False) if shared_hidden else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time, width) to the same shape."""
+        shares = torch.softmax(self.router(x), dim=-1)  # (batch, time, num_experts)
+        best, which = shares.topk(self.num_chosen, dim=-1)
+        if self.normalised:
+            best = best / best.sum(-1, keepdim=True)
+        shares = torch.zeros_like(shares).scatter(-1, which, best)
+        y = torch.stack([expert(x) * shares[..., i : i + 1] for i, expert in enumerate(self.experts)]).sum(0)
+        if self.shared is not None and self.shared_gate is not None:
+            y = y + torch.sigmoid(self.shared_gate(x)) * self.shared(x)
+        return y
