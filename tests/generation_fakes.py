@@ -42,7 +42,7 @@ class FakeSession:
     """Logits that depend on every token of the row, in order, and on nothing else."""
 
     device, candidates, predicts_tokens = "cpu", 0, True
-    chunk, storage = 256, HOST
+    chunk = 256
 
     def __init__(self, vocab_size: int, max_context: int = 64, *, recurrent: bool = True) -> None:
         self.vocab_size = self.width = vocab_size

@@ -26,6 +26,7 @@ COMMANDS = {
     "verify": "Check that a bundle still computes what PyTorch computed.",
     "generate": "Go on from a prompt, or answer it.",
     "chat": "Talk to a model.",
+    "serve": "Serve bundles over HTTP, with OpenAI's and Anthropic's interfaces.",
     "bench": "Measure a bundle's speed and memory on this device.",
     "eval": "Measure how well a bundle predicts a text, or does its task.",
     "inspect": "Show what a bundle holds.",
@@ -122,6 +123,7 @@ def _fail(message: str, status: int) -> int:
 def _missing(error: ModuleNotFoundError, command: str) -> str:
     extras = {"torch": "export", "onnx": "export", "onnx_ir": "export", "onnxscript": "export", "gguf": "export",
               "safetensors": "export", "matplotlib": "train",
+              "starlette": "serve", "uvicorn": "serve",
               "sacrebleu": "tasks", "rouge_score": "tasks", "seqeval": "tasks"}  # fmt: skip
     extra = extras.get((error.name or "").split(".")[0])
     if extra is None:

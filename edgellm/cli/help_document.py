@@ -18,9 +18,10 @@ _HEAD = """\
 
 Made from the commands' help by `make docs`; a test compares the two.
 
-Every command but `chat` has `--json`: one object on standard output and nothing else there. Progress and errors go to
-standard error. The exit status is 0 for success, 1 for a fault, told in one line, or a check that does not hold, 2 for
-wrong usage, and 130 after Ctrl-C or SIGTERM. `edgellm COMMAND --help` shows a command's part of this page.
+Every command but `chat` and `serve` has `--json`: one object on standard output and nothing else there. Progress and
+errors go to standard error. The exit status is 0 for success, 1 for a fault, told in one line, or a check that does not
+hold, 2 for wrong usage, and 130 after Ctrl-C or SIGTERM; `serve` ends with 0 then. `edgellm COMMAND --help` shows a
+command's part of this page.
 """
 
 

@@ -25,7 +25,7 @@ from edgellm_runtime.threads import thread_count
 REPOSITORY = Path(__file__).parents[2]
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "transformers", "tokenizers", "safetensors", "gguf",
          "matplotlib"}  # fmt: skip
-INTERACTIVE = {"chat"}  # answers as it goes, so there is no one object to print
+INTERACTIVE = {"chat", "serve"}  # answers as it goes, so there is no one object to print
 
 
 def command(name: str) -> click.Command:
@@ -211,7 +211,7 @@ def test_demo_goes_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [f"[{i}/9]" in printed.err for i in range(1, 10)] == [True] * 9
 
 
-COMPUTE = ("demo", "train", "export", "verify", "generate", "chat", "bench", "eval")
+COMPUTE = ("demo", "train", "export", "verify", "generate", "chat", "serve", "bench", "eval")
 
 
 def test_every_command_that_computes_has_the_same_option_for_threads() -> None:

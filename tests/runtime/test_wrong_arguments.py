@@ -18,6 +18,7 @@ from tiny_bundles import attention_bundle, recurrent_bundle
 
 import edgellm_runtime
 from edgellm_runtime import OptionError, RuntimeFault
+from edgellm_runtime.batching.scheduler import Scheduler
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.generation.conversation import Conversation
 from edgellm_runtime.generation.generate import OptionKeywords
@@ -98,7 +99,6 @@ OPTIONS = {
 TEMPLATE = {"tools": "objects or None", "documents": "objects or None", "template_variables": "variables or None"}
 COUNTS = {"state": "object or None", "n": "small integer or None", "best_of": "small integer or None"}
 TASK = {"beams": "small integer", "check_script": "flag"}
-ELSEWHERE = {"Model.scheduler"}  # its options are in test_batching.py; a call leaves a thread
 INTERNAL = {
     "TextState.resumed",
     "TextState.extended",
@@ -107,6 +107,8 @@ INTERNAL = {
     "State.first",
     "State.settle",
 }  # which other parts of the runtime call
+BATCH = {"rows": "small integer", "queue": "small integer", "piece": "small integer or None", "exact": "flag",
+         "state_bytes": "memory or None"}  # fmt: skip
 # Each parameter of each public function and method, and a call that is right
 TABLE: dict[str, dict[str, str]] = {
     "load": {"path": "path", "device": "choice", "threads": "small integer or None", "checksums": "flag",
@@ -118,6 +120,9 @@ TABLE: dict[str, dict[str, str]] = {
     "Model.astream": {"prompt": "one prompt", "state": "object or None", **OPTIONS},
     "Model.read": {"prompt": "one prompt", "state": "object or None", "progress": "function or None"},
     "Model.memory": {"context": "small integer or None", "rows": "integer"},
+    "Model.scheduler": BATCH,
+    "Scheduler.submit": {"prompt": "one prompt", "answers": "small integer", "wait": "flag",
+                         "sink": "function or None", **OPTIONS},
     "Model.new_state": {},
     "Model.load_state": {"path": "path"},
     "Model.load_conversation": {"path": "path"},
@@ -163,6 +168,7 @@ TABLE: dict[str, dict[str, str]] = {
     "Tokenizer.check": {"tokens": "tokens"},
     "Tokenizer.token_id": {"name": "text"},
     "Tokenizer.token_text": {"token": "token or None"},
+    "Tokenizer.token_bytes": {"token": "small integer"},
     "ChatTemplate.render": {"messages": "messages", "add_generation_prompt": "flag", **TEMPLATE},
     "ChatTemplate.encode": {"messages": "messages", "add_generation_prompt": "flag", **TEMPLATE},
     "TaskRunner.translate": {
@@ -187,6 +193,7 @@ class Fixtures:
 
     def __init__(self, folder: Path) -> None:
         self.model = fake_model(folder, max_context=200)
+        self.scheduler = self.model.scheduler()
         self.bundle = Bundle(attention_bundle())
         self.session = edgellm_runtime.open_session(self.bundle, threads=1)
         self.recurrent = edgellm_runtime.open_session(Bundle(recurrent_bundle()), threads=1)
@@ -235,6 +242,7 @@ class Fixtures:
             return getattr(model, method), self.arguments(method)
         on = {
             "Conversation": self.model.conversation, "Session": lambda: self.session, "State": self.state,
+            "Scheduler": lambda: self.scheduler,
             "Tokenizer": lambda: self.model.tokenizer, "ChatTemplate": lambda: self.model.chat_template,
             "TaskRunner": lambda: self.tasks[
                 {"translate": "translation", "answer": "qa", "summarize": "summarization"}.get(method, "srl")
@@ -273,17 +281,22 @@ class Fixtures:
             "put": {"row": 0, "other": self.state()}, "rewind": {"lengths": 2}, "save": {"path": self.file},
             "special_spans": {"text": "hello"}, "decode": {"tokens": [5]}, "check": {"tokens": [5]},
             "edit": {"messages": messages},
+            "submit": {"prompt": "hello", **few}, "token_bytes": {"token": 5},
             "token_id": {"name": "<|im_end|>"}, "token_text": {"token": 5}, "render": {"messages": messages},
             "encode": {"messages": messages},
         }.get(method, {})  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def fixtures(tmp_path_factory: pytest.TempPathFactory) -> Fixtures:
-    return Fixtures(tmp_path_factory.mktemp("surface"))
+def fixtures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fixtures]:
+    found = Fixtures(tmp_path_factory.mktemp("surface"))
+    with found.scheduler:
+        yield found
 
 
 def drained(result: Any) -> Any:
+    if isinstance(result, Scheduler):
+        return result.close()
     if inspect.isawaitable(result):
         return asyncio.run(awaited(result))
     if isinstance(result, AsyncIterator):
@@ -302,7 +315,7 @@ async def collected(chunks: AsyncIterator[Any]) -> list[Any]:
 def test_the_table_has_every_public_method_and_parameter() -> None:
     for cls in (Model, TextState, Conversation, Session, State, Tokenizer, ChatTemplate, TaskRunner):
         for name, method in inspect.getmembers(cls, callable):
-            if name.startswith("_") or f"{cls.__name__}.{name}" in INTERNAL | ELSEWHERE:
+            if name.startswith("_") or f"{cls.__name__}.{name}" in INTERNAL:
                 continue
             parameters = set(inspect.signature(method).parameters) - {"self", "options", "storage"}
             if "Unpack[OptionKeywords]" in str(inspect.signature(method)):

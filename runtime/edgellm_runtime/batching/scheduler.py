@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from edgellm_runtime.arguments import check_integer
+from edgellm_runtime.arguments import check_flag, check_integer, shown
 from edgellm_runtime.batching.batcher import Batcher, context_within, state_bytes
 from edgellm_runtime.batching.job import Event, Job, Sink
 from edgellm_runtime.batching.options import BatchOptions
@@ -45,12 +45,16 @@ class Ticket(Iterator[tuple[int, Chunk]]):
     """A request that was submitted: its answers' chunks as they come, as (answer, chunk).
 
     Args:
+        prompt: its tokens.
         answers: how many.
         events: what the scheduler tells.
         cancelled: what it looks at.
     """
 
-    def __init__(self, answers: int, events: queue.SimpleQueue[Event], cancelled: threading.Event) -> None:
+    def __init__(
+        self, prompt: tuple[int, ...], answers: int, events: queue.SimpleQueue[Event], cancelled: threading.Event
+    ) -> None:
+        self.prompt = prompt
         self._answers, self._events, self._cancelled = answers, events, cancelled
         self._found: dict[int, Generation] = {}
 
@@ -130,7 +134,8 @@ class Scheduler:
             prompt: a text or token ids.
             answers: how many; answer ``i`` draws with the seed ``seed + i``.
             wait: whether to wait for a place in the queue, and not to be refused.
-            sink: is told of each piece instead of the ticket, on the scheduler's thread, which it must not hold up.
+            sink: is told of each piece instead of the ticket, which then has none, on the scheduler's thread, which it
+                must not hold up.
             **options: those of :class:`~edgellm_runtime.generation.options.GenerationOptions`; a ``deadline`` counts
                 from here.
 
@@ -141,6 +146,9 @@ class Scheduler:
         """
         checked = with_defaults(self._defaults, options)
         answers = check_integer("answers", answers, 1, self.options.rows)
+        wait = check_flag("wait", wait)
+        if sink is not None and not callable(sink):
+            raise OptionError(f"sink is {shown(sink)}; it must be a function of an event, or None")
         tokens = self._encode(prompt)
         self._check(tokens, checked)
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -158,7 +166,7 @@ class Scheduler:
                 raise BusyError(f"{self._queued} requests wait already, as many as may; try again later")
             self._incoming.append(job)
             self._changed.notify_all()
-        return Ticket(answers, events, job.cancelled)
+        return Ticket(job.prompt, answers if sink is None else 0, events, job.cancelled)
 
     @property
     def load(self) -> Load:
@@ -166,6 +174,11 @@ class Scheduler:
         batcher = self._batcher
         counts = {**dict(batcher.counts), "refused": self._refused}
         return Load(batcher.running, self._queued, batcher.nbytes, counts)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests."""
+        return self._thread.is_alive() and not self._closing
 
     def close(self, *, drain: bool = True) -> None:
         """Take no further requests, and end the thread.

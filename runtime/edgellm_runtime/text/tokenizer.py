@@ -130,6 +130,13 @@ class Tokenizer:
         """How the tokenizer's file writes a token, such as ``<|im_end|>``."""
         return None if token is None else self._library.id_to_token(*self.check([token]))
 
+    def token_bytes(self, token: int) -> bytes:
+        """What a token by itself adds to a text, as bytes: part of a character perhaps; of a special token its name."""
+        (token,), pieces = self.check([token]), self._all_pieces
+        if pieces.local:
+            return pieces.of(token)
+        return pieces.window([token]).encode() if pieces.visible(token) else b""
+
     def _encode(self, text: str, *, special: bool) -> Any:
         try:
             text.encode()

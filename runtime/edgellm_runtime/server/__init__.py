@@ -1,0 +1,1 @@
+"""An HTTP server for bundles, with the interfaces of OpenAI and Anthropic. It needs starlette and uvicorn."""

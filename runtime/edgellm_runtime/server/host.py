@@ -1,0 +1,118 @@
+"""The models of a server, by name, within one limit of memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edgellm_runtime.arguments import shown
+from edgellm_runtime.batching.options import BatchOptions
+from edgellm_runtime.batching.scheduler import Scheduler
+from edgellm_runtime.bundle import Bundle
+from edgellm_runtime.errors import OptionError
+from edgellm_runtime.loading import device_of, load
+from edgellm_runtime.model import Model
+from edgellm_runtime.server.faults import ApiError
+from edgellm_runtime.state.memory_need import memory_need
+
+__all__ = ["Host", "Hosted", "open_host"]
+
+
+@dataclass(frozen=True)
+class Hosted:
+    """A model that is served.
+
+    Args:
+        name: what clients call it.
+        model: which.
+        scheduler: runs its requests.
+        created: when it was loaded, in seconds since 1970.
+    """
+
+    name: str
+    model: Model
+    scheduler: Scheduler
+    created: int
+
+    @property
+    def fingerprint(self) -> str:
+        """What OpenAI's clients are told of the backend: equal for equal bundles."""
+        return f"fp_{self.model.bundle.fingerprint[:12]}"
+
+
+class Host:
+    """Models by name.
+
+    Args:
+        models: at least one.
+    """
+
+    def __init__(self, models: Sequence[Hosted]) -> None:
+        self._models: Mapping[str, Hosted] = {hosted.name: hosted for hosted in models}
+
+    def __iter__(self) -> Iterator[Hosted]:
+        return iter(self._models.values())
+
+    def find(self, name: str) -> Hosted:
+        """A model by its name.
+
+        Raises:
+            ApiError: there is none.
+        """
+        if (found := self._models.get(name)) is None:
+            known = ", ".join(self._models)
+            raise ApiError(f"The model {shown(name)} does not exist; this server has {known}.", 404,
+                           code="model_not_found", param="model")  # fmt: skip
+        return found
+
+    def close(self, *, drain: bool = False) -> None:
+        """End the schedulers' threads."""
+        for hosted in self:
+            hosted.scheduler.close(drain=drain)
+
+
+def open_host(
+    bundles: Mapping[str, Path], batch: BatchOptions, *, device: str = "auto", threads: int | None = None,
+    max_memory: int | None = None,
+) -> Host:  # fmt: skip
+    """Load bundles.
+
+    Args:
+        bundles: by the names that they are to have.
+        batch: how each model's requests share it.
+        device: as for :func:`edgellm_runtime.load`.
+        threads: likewise.
+        max_memory: bytes that weights and states of all may take, as predicted; what weights leave is divided evenly.
+
+    Raises:
+        OptionError: they do not fit.
+        BundleError: a bundle cannot be used.
+    """
+    if max_memory is not None:
+        batch = replace(batch, state_bytes=_state_bytes(bundles, device, max_memory))
+    hosted = []
+    for name, path in bundles.items():
+        model = load(path, device=device, threads=threads)
+        scheduler = model.scheduler(
+            rows=batch.rows, queue=batch.queue, piece=batch.piece, exact=batch.exact, state_bytes=batch.state_bytes
+        )
+        hosted.append(Hosted(name, model, scheduler, int(time.time())))
+    return Host(hosted)
+
+
+def _state_bytes(bundles: Mapping[str, Path], device: str, most: int) -> int:
+    """What states of each model may take, after all weights."""
+    weights = {}
+    for name, path in bundles.items():
+        bundle = Bundle(path, checksums=False)
+        weights[name] = memory_need(bundle.manifest, device_of(bundle, device), 1).weights
+    left = (most - sum(weights.values())) // len(weights)
+    if left <= 0:
+        each = ", ".join(f"{name} {size:,}" for name, size in weights.items())
+        raise OptionError(
+            f"max_memory is {most:,} bytes, but weights take {sum(weights.values()):,} ({each}); give it more, or "
+            "serve fewer or smaller bundles"
+        )
+    return left

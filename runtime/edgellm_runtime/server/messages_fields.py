@@ -1,0 +1,72 @@
+"""The messages of a chat, from either interface's form to what a chat template is given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgellm_runtime.arguments import shown
+from edgellm_runtime.server.faults import ApiError
+
+__all__ = ["messages_of", "text_of"]
+
+_SYSTEM = ("system", "developer")
+_KNOWN = {"role", "content", "name", "refusal", "annotations", "reasoning_content", "tool_calls", "tool_call_id",
+          "function_call", "audio"}  # fmt: skip
+_MOST = 4096  # messages, or parts of one
+
+
+def messages_of(given: Any, *, roles: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Messages with plain texts.
+
+    Args:
+        given: the request's.
+        roles: those that there may be.
+
+    Raises:
+        ApiError: another form, an unknown role, or parts that are no text.
+    """
+    if not isinstance(given, list) or not 0 < len(given) <= _MOST:
+        raise ApiError(f"Invalid value for 'messages': {shown(given)}; it must be a list of at least one message.",
+                       param="messages", code="invalid_value")  # fmt: skip
+    found = []
+    for i, message in enumerate(given):
+        where = f"messages[{i}]"
+        if not isinstance(message, dict):
+            raise ApiError(f"Invalid value for '{where}': {shown(message)}; it must be an object.", param=where)
+        role = message.get("role")
+        if role not in roles:
+            raise ApiError(f"Invalid value for '{where}.role': {shown(role)}; it must be one of {', '.join(roles)}.",
+                           param=f"{where}.role", code="invalid_value")  # fmt: skip
+        for name in ("tool_calls", "tool_call_id", "function_call", "audio"):
+            if message.get(name):
+                raise ApiError(f"'{where}.{name}' is not supported by this server.", param=f"{where}.{name}",
+                               code="unsupported_parameter")  # fmt: skip
+        if unknown := sorted(message.keys() - _KNOWN):
+            raise ApiError(f"Unrecognized request argument supplied: {where}.{unknown[0][:100]}",
+                           param=where, code="unknown_parameter")  # fmt: skip
+        content = text_of(message.get("content"), f"{where}.content")
+        found.append({"role": "system" if role in _SYSTEM else role, "content": content})
+    return found
+
+
+def text_of(content: Any, where: str) -> str:
+    """The text of a content that is one, or a list of parts.
+
+    Raises:
+        ApiError: there is none, or a part is no text.
+    """
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not 0 < len(content) <= _MOST:
+        raise ApiError(f"Invalid value for '{where}': {shown(content)}; it must be a string or a list of text parts.",
+                       param=where, code="invalid_value")  # fmt: skip
+    parts = []
+    for i, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
+            raise ApiError(
+                f"'{where}[{i}]' is {shown(kind)}; this server takes parts of type 'text' with a text only.",
+                param=f"{where}[{i}]", code="unsupported_content",
+            )  # fmt: skip
+        parts.append(part["text"])
+    return "".join(parts)

@@ -1,0 +1,141 @@
+"""OpenAI's ``/v1/chat/completions``."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.responses import Response
+
+from edgellm_runtime.generation.answer import Chunk, Generation
+from edgellm_runtime.generation.options import OptionKeywords
+from edgellm_runtime.server.answering import completed, streamed
+from edgellm_runtime.server.asking import Asked, ask
+from edgellm_runtime.server.call import Call, JsonText, event
+from edgellm_runtime.server.faults import ApiError
+from edgellm_runtime.server.fields import Fields
+from edgellm_runtime.server.host import Hosted
+from edgellm_runtime.server.messages_fields import messages_of
+from edgellm_runtime.server.openai_shared import chat_logprobs, reason_of, refuse_later, usage_of, wants_usage
+from edgellm_runtime.server.sampling_fields import openai_options
+
+__all__ = ["chat"]
+
+_ROLES = ("system", "developer", "user", "assistant")
+_MOST_TOP = 20  # most probable tokens beside each
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a request asks for."""
+
+    messages: list[dict[str, Any]]
+    variables: dict[str, Any] | None
+    options: OptionKeywords
+    answers: int
+    stream: bool
+    usage: bool
+
+
+async def chat(call: Call) -> Response:
+    """Answer messages."""
+    hosted = call.host.find(call.fields.need("model"))
+    call.model = hosted.name
+    wanted = _wanted(call.fields, hosted)
+    template = hosted.model.chat_template
+    asked = await ask(
+        hosted, lambda: template.encode(wanted.messages, template_variables=wanted.variables), answers=wanted.answers,
+        timeout=call.options.timeout, options=wanted.options,
+    )  # fmt: skip
+    call.asked.append(asked)
+    head = {
+        "id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": hosted.name,
+        "system_fingerprint": hosted.fingerprint,
+    }  # fmt: skip
+    if wanted.stream:
+        return streamed(call, _events(call, asked, hosted, head, usage=wanted.usage))
+    answers = await completed(call)
+    choices = [
+        {
+            "index": i,
+            "message": {"role": "assistant", "content": a.text, "refusal": None},
+            "logprobs": _logprobs(hosted, a),
+            "finish_reason": reason_of(a.finish_reason),
+        }
+        for i, a in enumerate(answers)
+    ]
+    return JsonText({**head, "object": "chat.completion", "choices": choices, "usage": usage_of([asked])})
+
+
+def _wanted(fields: Fields, hosted: Hosted) -> _Wanted:
+    refuse_later(fields)
+    fields.refuse(
+        audio=(), modalities=(["text"],), prediction=(), web_search_options=(), reasoning_effort=(), verbosity=()
+    )
+    fields.ignore(
+        "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
+        "prompt_cache_retention",
+    )  # fmt: skip
+    options = openai_options(fields, hosted)
+    most = fields.integer("max_completion_tokens", 1, 2**31 - 1)
+    older = fields.integer("max_tokens", 1, 2**31 - 1)
+    options["max_new_tokens"] = most or older or hosted.scheduler.context
+    top = fields.integer("top_logprobs", 0, _MOST_TOP)
+    if fields.flag("logprobs"):
+        options["logprobs"] = top or 0
+    elif top is not None:
+        raise ApiError("'top_logprobs' needs 'logprobs'; set it to true.", param="top_logprobs")
+    variables = fields.object("chat_template_kwargs")
+    stream = fields.flag("stream")
+    wanted = _Wanted(
+        messages=messages_of(fields.need("messages"), roles=_ROLES),
+        variables=None if variables is None else variables.all(),
+        options=options,
+        answers=fields.integer("n", 1, hosted.scheduler.options.rows) or 1,
+        stream=stream,
+        usage=wants_usage(fields, stream=stream),
+    )
+    fields.done()
+    return wanted
+
+
+def _logprobs(hosted: Hosted, answer: Generation) -> dict[str, Any] | None:
+    if answer.logprobs is None or hosted.model.tokenizer is None:
+        return None
+    ended = answer.finish_reason == "eos"  # the end token is no part of the content
+    return chat_logprobs(hosted.model.tokenizer, answer.logprobs[:-1] if ended else answer.logprobs)
+
+
+async def _events(
+    call: Call, asked: Asked, hosted: Hosted, head: dict[str, Any], *, usage: bool
+) -> AsyncIterator[bytes]:
+    """The answers as events; choices take turns as they come."""
+    head = {**head, "object": "chat.completion.chunk", **({"usage": None} if usage else {})}
+
+    def choice(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> bytes:
+        made = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return event({**head, "choices": [made]})
+
+    started = set[int]()
+    async for index, chunk in asked.chunks():
+        call.token_came()
+        if index not in started:
+            started.add(index)
+            yield choice(index, {"role": "assistant", "content": "", "refusal": None})
+        logprobs = _chunk_logprobs(hosted, chunk)
+        if chunk.text or logprobs:
+            yield choice(index, {"content": chunk.text}, None, logprobs)
+        if chunk.finish_reason:
+            yield choice(index, {}, reason_of(chunk.finish_reason))
+    if usage:
+        yield event({**head, "choices": [], "usage": usage_of([asked])})
+    yield event("[DONE]")
+
+
+def _chunk_logprobs(hosted: Hosted, chunk: Chunk) -> dict[str, Any] | None:
+    if chunk.logprobs is None or chunk.finish_reason == "eos" or hosted.model.tokenizer is None:
+        return None
+    return chat_logprobs(hosted.model.tokenizer, [chunk.logprobs])

@@ -1,0 +1,160 @@
+"""OpenAI's older ``/v1/completions``: plain prompts, as texts or token ids, several in one request."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from starlette.responses import Response
+
+from edgellm_runtime.arguments import shown
+from edgellm_runtime.generation.logprobs import TokenLogprobs
+from edgellm_runtime.generation.options import OptionKeywords
+from edgellm_runtime.server.answering import completed, streamed
+from edgellm_runtime.server.asking import Asked, ask
+from edgellm_runtime.server.call import Call, JsonText, event
+from edgellm_runtime.server.faults import ApiError
+from edgellm_runtime.server.fields import Fields
+from edgellm_runtime.server.host import Hosted
+from edgellm_runtime.server.openai_shared import reason_of, usage_of, wants_usage
+from edgellm_runtime.server.sampling_fields import openai_options
+from edgellm_runtime.text.tokenizer import Tokenizer
+
+__all__ = ["completions"]
+
+_MOST_LOGPROBS = 20
+_MOST_PROMPTS = 256
+_DEFAULT_TOKENS = 16  # OpenAI's
+
+
+async def completions(call: Call) -> Response:
+    """Go on from prompts."""
+    hosted = call.host.find(call.fields.need("model"))
+    call.model = hosted.name
+    options, answers, stream, usage = _wanted(call.fields, hosted)
+    prompts = _prompts(call.fields.need("prompt"))
+    call.fields.done()
+    if len(prompts) > hosted.scheduler.options.queue:
+        raise ApiError(f"There are {len(prompts)} prompts, but {hosted.scheduler.options.queue} may wait; send fewer.",
+                       param="prompt", code="too_many_prompts")  # fmt: skip
+    for prompt in prompts:
+        call.asked.append(await _asked(call, hosted, prompt, answers, options))
+    head = {
+        "id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()),
+        "model": hosted.name, "system_fingerprint": hosted.fingerprint,
+    }  # fmt: skip
+    if stream:
+        return streamed(call, _events(call, hosted, head, answers, usage=usage))
+    choices = [
+        {"index": i, "text": a.text, "logprobs": _logprobs(hosted.model.tokenizer, a.logprobs, 0),
+         "finish_reason": reason_of(a.finish_reason)}
+        for i, a in enumerate(await completed(call))
+    ]  # fmt: skip
+    return JsonText({**head, "choices": choices, "usage": usage_of(call.asked)})
+
+
+async def _asked(call: Call, hosted: Hosted, prompt: Any, answers: int, options: OptionKeywords) -> Asked:
+    try:
+        return await ask(hosted, lambda: prompt, answers=answers, timeout=call.options.timeout, options=options)
+    except BaseException:  # those before it need not go on
+        call.leave()
+        raise
+
+
+def _wanted(fields: Fields, hosted: Hosted) -> tuple[OptionKeywords, int, bool, bool]:
+    """Options, answers to each prompt, whether they are streamed and whether with usage."""
+    fields.refuse(suffix=("",))
+    fields.ignore("user", "metadata")
+    options = openai_options(fields, hosted)
+    most = fields.integer("max_tokens", 0, 2**31 - 1)
+    options["max_new_tokens"] = _DEFAULT_TOKENS if most is None else most
+    answers = fields.integer("n", 1, hosted.scheduler.options.rows) or 1
+    if (best := fields.integer("best_of", 1, 2**31 - 1)) is not None and best != answers:
+        raise ApiError("'best_of' other than 'n' is not supported by this server; leave it out.", param="best_of",
+                       code="unsupported_parameter")  # fmt: skip
+    logprobs = fields.integer("logprobs", 0, _MOST_LOGPROBS)
+    if logprobs is not None:
+        options["logprobs"] = logprobs
+    if fields.flag("echo"):
+        if logprobs is not None:
+            raise ApiError("'echo' with 'logprobs' is not supported by this server; leave one of them out.",
+                           param="echo", code="unsupported_parameter")  # fmt: skip
+        options["echo"] = True
+    stream = fields.flag("stream")
+    return options, answers, stream, wants_usage(fields, stream=stream)
+
+
+def _prompts(given: Any) -> list[Any]:
+    """A text, token ids, or a list of either, as a list of prompts."""
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, list) or not given:
+        raise ApiError(f"Invalid value for 'prompt': {shown(given)}; it must be a string, token ids or a list.",
+                       param="prompt", code="invalid_value")  # fmt: skip
+    prompts = [given] if all(type(token) is int for token in given) else given
+    if len(prompts) > _MOST_PROMPTS or not all(isinstance(prompt, (str, list)) for prompt in prompts):
+        raise ApiError(f"Invalid value for 'prompt': {shown(given)}; it must be at most {_MOST_PROMPTS} strings or "
+                       "lists of token ids.", param="prompt", code="invalid_value")  # fmt: skip
+    return prompts
+
+
+async def _events(
+    call: Call, hosted: Hosted, head: dict[str, Any], answers: int, *, usage: bool
+) -> AsyncIterator[bytes]:
+    """All answers as events, as they come."""
+    head = {**head, **({"usage": None} if usage else {})}
+    merged: asyncio.Queue[Any] = asyncio.Queue(1)
+    offsets: dict[int, int] = {}
+
+    async def hand_on(place: int, asked: Asked) -> None:
+        try:
+            async for index, chunk in asked.chunks():
+                await merged.put((place * answers + index, chunk))
+            await merged.put(None)
+        except Exception as error:
+            await merged.put(error)
+
+    tasks = [asyncio.create_task(hand_on(place, asked)) for place, asked in enumerate(call.asked)]
+    try:
+        going = len(tasks)
+        while going:
+            found = await merged.get()
+            if found is None:
+                going -= 1
+                continue
+            if isinstance(found, Exception):
+                raise found
+            index, chunk = found
+            call.token_came()
+            at = offsets.get(index, 0)
+            logprobs = None if chunk.logprobs is None else _logprobs(hosted.model.tokenizer, [chunk.logprobs], at)
+            offsets[index] = at + len(chunk.text)
+            if chunk.text or logprobs or chunk.finish_reason:
+                made = {"index": index, "text": chunk.text, "logprobs": logprobs,
+                        "finish_reason": reason_of(chunk.finish_reason)}  # fmt: skip
+                yield event({**head, "choices": [made]})
+    finally:
+        for task in tasks:
+            task.cancel()
+    if usage:
+        yield event({**head, "choices": [], "usage": usage_of(call.asked)})
+    yield event("[DONE]")
+
+
+def _logprobs(tokenizer: Tokenizer | None, found: Sequence[TokenLogprobs] | None, offset: int) -> dict[str, Any] | None:
+    """Log-probabilities as completions have them."""
+    if found is None or tokenizer is None:
+        return None
+    texts = [tokenizer.token_bytes(place.token).decode(errors="replace") for place in found]
+    offsets = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
+    top = [
+        {tokenizer.token_bytes(token).decode(errors="replace"): logprob for token, logprob in place.top}
+        for place in found
+    ]
+    return {
+        "tokens": texts, "token_logprobs": [place.logprob for place in found],
+        "top_logprobs": top if any(top) else None, "text_offset": offsets,
+    }  # fmt: skip

@@ -1,0 +1,62 @@
+"""What OpenAI's interfaces have in common: usage, reasons, log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from edgellm_runtime.generation.answer import FinishReason
+from edgellm_runtime.generation.logprobs import TokenLogprobs
+from edgellm_runtime.server.asking import Asked
+from edgellm_runtime.server.faults import ApiError
+from edgellm_runtime.server.fields import Fields
+from edgellm_runtime.text.tokenizer import Tokenizer
+
+__all__ = ["chat_logprobs", "reason_of", "refuse_later", "usage_of", "wants_usage"]
+
+
+def refuse_later(fields: Fields) -> None:
+    """Refuse by name what is not there yet: tools, and answers of a given form."""
+    form = fields.get("response_format")
+    if form is not None and form != {"type": "text"}:
+        raise ApiError("'response_format' other than text is not supported by this server; leave it out.",
+                       param="response_format", code="unsupported_parameter")  # fmt: skip
+    fields.refuse(tools=([],), tool_choice=("none", "auto"), functions=([],), function_call=("none", "auto"))
+
+
+def wants_usage(fields: Fields, *, stream: bool) -> bool:
+    """Whether a stream is to end with what it took."""
+    options = fields.object("stream_options")
+    if options is None:
+        return False
+    if not stream:
+        raise ApiError("'stream_options' is of streams only; set 'stream', or leave it out.", param="stream_options")
+    wanted = options.flag("include_usage")
+    options.ignore("include_obfuscation")
+    options.done()
+    return wanted
+
+
+def usage_of(asked: Sequence[Asked]) -> dict[str, Any]:
+    """Tokens read and made."""
+    prompt, made = sum(a.prompt_tokens for a in asked), sum(a.answer_tokens for a in asked)
+    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+
+
+def reason_of(reason: FinishReason | None) -> str | None:
+    """Why an answer ended, in OpenAI's words."""
+    return None if reason is None else "length" if reason == "length" else "stop"
+
+
+def chat_logprobs(tokenizer: Tokenizer, found: Sequence[TokenLogprobs]) -> dict[str, Any]:
+    """Log-probabilities as chats have them."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        data = tokenizer.token_bytes(token)
+        text = data.decode(errors="replace")
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(data)}
+
+    content = [
+        {**entry(place.token, place.logprob), "top_logprobs": [entry(*each) for each in place.top]} for place in found
+    ]
+    return {"content": content, "refusal": None}

@@ -1,0 +1,186 @@
+"""OpenAI's own Python client, unmodified, against a bundle that is served."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import openai
+import pytest
+from served import Served, serving
+from tiny_bundles import attention_bundle, recurrent_bundle
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    with serving({"tiny": attention_bundle(), "ids": recurrent_bundle()}) as found:
+        yield found
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{served.address}/v1", api_key="none", max_retries=0) as found:
+        yield found
+
+
+def test_a_chat_is_what_the_model_says(served: Served, client: openai.OpenAI) -> None:
+    found = client.chat.completions.create(model="tiny", messages=MESSAGES, temperature=0, max_completion_tokens=12)
+    alone = served.model.model.chat(MESSAGES, max_new_tokens=12)
+    (choice,) = found.choices
+    assert choice.message.content == alone.text
+    assert choice.message.role == "assistant"
+    assert choice.finish_reason == ("length" if alone.finish_reason == "length" else "stop")
+    assert found.usage is not None
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (alone.prompt_tokens, len(alone.tokens))
+
+
+def test_a_stream_is_the_same_in_pieces(served: Served, client: openai.OpenAI) -> None:
+    alone = served.model.model.chat(MESSAGES, max_new_tokens=12, temperature=1.0, seed=3)
+    with client.chat.completions.create(
+        model="tiny", messages=MESSAGES, seed=3, max_tokens=12, stream=True, stream_options={"include_usage": True}
+    ) as stream:
+        chunks = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == alone.text
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] in ("stop", "length")
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == len(alone.tokens)
+    assert len({c.id for c in chunks}) == 1
+
+
+def test_several_choices_have_a_seed_each(served: Served, client: openai.OpenAI) -> None:
+    found = client.chat.completions.create(model="tiny", messages=MESSAGES, n=3, seed=5, max_tokens=6)
+    alone = [served.model.model.chat(MESSAGES, max_new_tokens=6, temperature=1.0, seed=5 + i) for i in range(3)]
+    assert [c.message.content for c in found.choices] == [a.text for a in alone]
+    assert [c.index for c in found.choices] == [0, 1, 2]
+
+
+def test_log_probabilities_are_the_models(served: Served, client: openai.OpenAI) -> None:
+    alone = served.model.model.chat(MESSAGES, max_new_tokens=5, logprobs=2, ignore_eos=True)
+    assert alone.logprobs is not None
+    asked = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "max_tokens": 5, "logprobs": True,
+             "top_logprobs": 2, "extra_body": {"ignore_eos": True}}  # fmt: skip
+    content = client.chat.completions.create(**asked).choices[0].logprobs.content
+    assert [round(p.logprob, 5) for p in content] == [round(p.logprob, 5) for p in alone.logprobs]
+    assert [len(p.top_logprobs) for p in content] == [2] * 5
+    assert b"".join(bytes(p.bytes) for p in content).decode(errors="replace") == alone.text
+    with client.chat.completions.create(**asked, stream=True) as stream:
+        pieces = [p for c in stream if c.choices[0].logprobs for p in c.choices[0].logprobs.content]
+    assert [p.logprob for p in pieces] == [p.logprob for p in content]
+
+
+def test_options_reach_the_model(served: Served, client: openai.OpenAI) -> None:
+    model = served.model.model
+    alone = model.chat(MESSAGES, max_new_tokens=20)
+    stop = alone.text[3:5]
+    stopped = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, temperature=0, max_tokens=20, stop=[stop, "zzz"]
+    )
+    assert stopped.choices[0].message.content == alone.text[: alone.text.index(stop)]
+    assert stopped.choices[0].finish_reason == "stop"
+    first = alone.tokens[0]
+    biased = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, temperature=0, max_tokens=20, logit_bias={str(first): -100},
+        presence_penalty=0.5, frequency_penalty=0.25, top_p=0.9, extra_body={"top_k": 4, "repetition_penalty": 1.1},
+    )  # fmt: skip
+    expected = model.chat(
+        MESSAGES, max_new_tokens=20, logit_bias={first: -100}, presence_penalty=0.5, frequency_penalty=0.25,
+        repetition_penalty=1.1,
+    )  # fmt: skip
+    assert biased.choices[0].message.content == expected.text
+
+
+def test_completions_take_texts_and_ids_alone_and_several(served: Served, client: openai.OpenAI) -> None:
+    model = served.model.model
+    ids = model.tokenizer.encode("hello")
+    for prompt in ("hello", ids):
+        found = client.completions.create(model="tiny", prompt=prompt, temperature=0, max_tokens=8)
+        assert found.choices[0].text == model.generate(prompt, max_new_tokens=8).text
+    several = client.completions.create(
+        model="tiny", prompt=["hello", "the world"], temperature=0, max_tokens=8, echo=True
+    )
+    assert [c.text for c in several.choices] == [
+        model.generate(p, max_new_tokens=8, echo=True).text for p in ("hello", "the world")
+    ]
+    assert [c.index for c in several.choices] == [0, 1]
+    with client.completions.create(
+        model="tiny", prompt=[ids, ids], temperature=0, max_tokens=8, n=2, stream=True, logprobs=1
+    ) as stream:
+        texts = [""] * 4
+        for chunk in stream:
+            texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [model.generate(ids, max_new_tokens=8).text] * 4
+
+
+def test_log_probabilities_of_completions_say_where_tokens_begin(client: openai.OpenAI) -> None:
+    found = client.completions.create(model="tiny", prompt="hello", temperature=0, max_tokens=4, logprobs=3)
+    places = found.choices[0].logprobs
+    assert places.text_offset == [sum(map(len, places.tokens[:i])) for i in range(len(places.tokens))]
+    assert [len(top) for top in places.top_logprobs] == [3] * len(places.tokens)
+
+
+def test_models_are_listed_by_name(served: Served, client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny", "ids"]
+    assert client.models.retrieve("ids").object == "model"
+    found = client.completions.create(model="ids", prompt=[5, 6, 7], temperature=0, max_tokens=4)
+    assert found.choices[0].text == ""  # a bundle without a tokenizer
+    assert found.usage is not None and found.usage.completion_tokens == 4
+
+
+def test_many_at_once_get_what_each_gets_alone(served: Served) -> None:
+    model = served.model.model
+    prompts = [f"the user said {word}" for word in ["hello", "to", "the", "assistant", "and", "the", "world"]] * 2
+
+    async def all_at_once() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{served.address}/v1", api_key="none", max_retries=0) as client:
+            found = await asyncio.gather(
+                *(
+                    client.completions.create(model="tiny", prompt=p, max_tokens=20, seed=i)
+                    for i, p in enumerate(prompts)
+                )
+            )
+        return [f.choices[0].text for f in found]
+
+    alone = [model.generate(p, max_new_tokens=20, temperature=1.0, seed=i).text for i, p in enumerate(prompts)]
+    assert asyncio.run(all_at_once()) == alone
+
+
+def test_what_is_not_there_yet_is_refused_by_name(client: openai.OpenAI) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    for extra in (
+        {"tools": [tool]}, {"response_format": {"type": "json_object"}}, {"modalities": ["text", "audio"]},
+        {"reasoning_effort": "low"},
+    ):  # fmt: skip
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(model="tiny", messages=MESSAGES, **extra)
+        assert caught.value.code == "unsupported_parameter"
+        assert caught.value.param == next(iter(extra))
+    with pytest.raises(openai.BadRequestError, match="takes parts of type 'text'"):
+        client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}],
+        )
+    with pytest.raises(openai.APIStatusError) as status:
+        client.embeddings.create(model="tiny", input="hello")
+    assert status.value.status_code == 501
+
+
+def test_errors_are_those_the_client_knows(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.chat.completions.create(model="gpt", messages=MESSAGES)
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as long:
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hello " * 200}])
+    assert long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError) as unknown:
+        client.chat.completions.create(model="tiny", messages=MESSAGES, extra_body={"tempreature": 1})
+    assert unknown.value.code == "unknown_parameter"
+    assert "tempreature" in str(unknown.value)
+    for wrong in ({"temperature": 3}, {"max_tokens": 0}, {"n": 99}, {"top_logprobs": 2}, {"logit_bias": {"x": 1}}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(model="tiny", messages=MESSAGES, **wrong)
+        assert caught.value.param == next(iter(wrong))
+    with pytest.raises(openai.BadRequestError, match="no chat template"):
+        client.chat.completions.create(model="ids", messages=MESSAGES)
