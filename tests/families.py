@@ -19,6 +19,7 @@ from edgellm.models.decoder import Decoder, DecoderConfig
 from edgellm.models.falcon_h1 import FalconH1Config, falcon_h1
 from edgellm.models.gemma2 import Gemma2, Gemma2Config
 from edgellm.models.hybrid import Hybrid, HybridConfig
+from edgellm.models.jamba import JambaConfig, jamba
 from edgellm.models.lfm2 import LFM2, LFM2Config
 from edgellm.models.mamba import MambaConfig, mamba
 from edgellm.models.mamba2 import Mamba2Config, mamba2
@@ -78,6 +79,17 @@ def side_by_side(*, norm: str, bias: bool) -> Callable[[], nn.Module]:
     return lambda: falcon_h1(config)
 
 
+def scans_and_experts() -> nn.Module:
+    return jamba(
+        JambaConfig(
+            vocab_size=VOCAB, width=48, pattern=("space", "attention"), num_heads=4, num_kv_heads=2, head_dim=16,
+            mlp_width=64, max_context=CONTEXT, inner=80, state_size=10, rank=5, experts=(0,), num_experts=4,
+            num_chosen=2,
+            norm_eps=0.1,  # norms of what is all but 0 magnify rounding until another expert is chosen in 16 bits
+        )
+    )  # fmt: skip
+
+
 def selective() -> Callable[[], nn.Module]:
     config = MambaConfig(
         vocab_size=VOCAB, width=48, num_layers=2, inner=80, state_size=10, rank=5, bias=True, mixer_norms=True,
@@ -120,6 +132,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "gated delta rule and attention": delta("delta", "attention"),
 }
 FURTHER: dict[str, Callable[[], nn.Module]] = {
+    "selective state space, attention, experts": scans_and_experts,
     "state space beside attention": side_by_side(norm="before the gate", bias=True),
 }
 EVERY = FAMILIES | FURTHER

@@ -55,6 +55,10 @@ ENTRIES: Mapping[str, Entry] = {
         module="edgellm.models.gemma2", about="transformer with windows and soft caps", presets=("tiny",),
         huggingface=("gemma2",),
     ),
+    "jamba": Entry(
+        module="edgellm.models.jamba", about="selective state space, attention, experts", presets=("tiny",),
+        huggingface=("jamba",),
+    ),
     "lfm2": Entry(
         module="edgellm.models.lfm2", about="short convolutions and attention", presets=("tiny",),
         huggingface=("lfm2",),

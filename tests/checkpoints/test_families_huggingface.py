@@ -28,6 +28,11 @@ MAMBA2 = {
     "hidden_size": 48, "num_hidden_layers": 3, "state_size": 10, "num_heads": 8, "head_dim": 12, "n_groups": 1,
     "chunk_size": 16,
 }  # fmt: skip
+JAMBA = HEADS | {
+    "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 4, "attn_layer_period": 3, "attn_layer_offset": 1,
+    "num_experts": 5, "num_experts_per_tok": 2, "mamba_d_state": 10, "mamba_dt_rank": 7,
+    "rms_norm_eps": 0.1,  # norms of what is all but 0 would magnify what either side rounds
+}  # fmt: skip
 MAMBA = {"hidden_size": 48, "num_hidden_layers": 3, "state_size": 10, "expand": 3}
 FALCON_H1 = HEADS | {
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "mamba_d_ssm": 40, "mamba_n_heads": 8,
@@ -80,6 +85,18 @@ CASES: list[tuple[str, dict[str, Any]]] = [
             "head_dim": 10,
             "mamba_d_ssm": None,
         },
+    ),
+    ("Jamba", JAMBA),
+    (
+        "Jamba",
+        JAMBA
+        | {"num_experts_per_tok": 5, "expert_layer_period": 3, "expert_layer_offset": 0, "tie_word_embeddings": True},
+    ),
+    (
+        "Jamba",
+        JAMBA
+        | {"num_experts": 1, "num_experts_per_tok": 1, "mamba_proj_bias": True, "mamba_conv_bias": False}
+        | {"mamba_dt_rank": "auto", "mamba_d_conv": 3, "mamba_expand": 3},
     ),
     ("FalconMamba", MAMBA | {"mixer_rms_eps": 0.1, "tie_word_embeddings": False}),
     ("Qwen3_5", QWEN3_5),
@@ -158,6 +175,9 @@ def test_logits_equal_transformers_whole_and_in_steps(kind: str, options: dict[s
         ("FalconH1", {"ssm_multipliers": [1.0, 2.0]}, r"ssm_multipliers is \[1.0, 2.0\]; it must be 5 finite numbers"),
         ("FalconH1", {"key_multiplier": float("nan")}, "key_multiplier is nan"),
         ("FalconH1", {"time_step_limit": [0.0, 0.1]}, r"time_step_limit is \[0.0, 0.1\]"),
+        ("Jamba", {"attn_layer_offset": 3}, "attn_layer_offset is 3"),
+        ("Jamba", {"num_experts_per_tok": 6}, "num_chosen is 6, of num_experts 5"),
+        ("Jamba", {"sliding_window": 8}, "sliding_window is 8"),
         ("Mamba", {"expand": 0}, "expand is 0"),
         ("Mamba", {"time_step_rank": "half"}, "time_step_rank is 'half'"),
         ("Mamba", {"conv_kernel": 1}, "conv_taps is 1"),
