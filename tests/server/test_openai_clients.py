@@ -129,6 +129,32 @@ def test_models_are_listed_by_name(served: Served, client: openai.OpenAI) -> Non
     assert found.usage is not None and found.usage.completion_tokens == 4
 
 
+def test_responses_are_what_the_model_says_whole_and_in_pieces(served: Served, client: openai.OpenAI) -> None:
+    items = [
+        {"role": "user", "content": "hello"}, {"role": "assistant", "content": "the world"},
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "and the user"}]},
+    ]  # fmt: skip
+    plain = [
+        {"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "the world"}, {"role": "user", "content": "and the user"},
+    ]  # fmt: skip
+    alone = served.model.model.chat(plain, max_new_tokens=9)
+    asked = {"model": "tiny", "instructions": "be brief", "input": items, "temperature": 0, "max_output_tokens": 9}
+    found = client.responses.create(**asked)
+    assert found.output_text == alone.text
+    assert found.status == ("incomplete" if alone.finish_reason == "length" else "completed")
+    assert found.usage is not None and found.usage.output_tokens == len(alone.tokens)
+    with client.responses.create(**asked, stream=True) as stream:
+        events = list(stream)
+    assert [e.sequence_number for e in events] == list(range(len(events)))
+    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == alone.text
+    assert events[-1].response.output_text == alone.text
+    again = client.responses.create(model="tiny", input=[*items, *found.output, *items[:1]], max_output_tokens=2)
+    assert again.output_text is not None
+    with pytest.raises(openai.BadRequestError, match="previous_response_id"):
+        client.responses.create(model="tiny", input="hello", previous_response_id=found.id)
+
+
 def test_many_at_once_get_what_each_gets_alone(served: Served) -> None:
     model = served.model.model
     prompts = [f"the user said {word}" for word in ["hello", "to", "the", "assistant", "and", "the", "world"]] * 2

@@ -15,6 +15,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from edgellm_runtime.server.answering import note
+from edgellm_runtime.server.anthropic_messages import count_tokens, messages
 from edgellm_runtime.server.call import Call, EventStream, Handler, JsonText
 from edgellm_runtime.server.faults import ApiError, Dialect, body_of, error_of, headers_of, status_of
 from edgellm_runtime.server.fields import Fields, json_object
@@ -24,6 +25,7 @@ from edgellm_runtime.server.limits import Limits, read_body
 from edgellm_runtime.server.openai_chat import chat
 from edgellm_runtime.server.openai_completions import completions
 from edgellm_runtime.server.openai_models import embeddings, list_models, show_model
+from edgellm_runtime.server.openai_responses import responses
 from edgellm_runtime.server.options import ServerOptions
 
 __all__ = ["application"]
@@ -31,7 +33,10 @@ __all__ = ["application"]
 _POSTS: tuple[tuple[str, Dialect, Handler], ...] = (
     ("/v1/chat/completions", "openai", chat),
     ("/v1/completions", "openai", completions),
+    ("/v1/responses", "openai", responses),
     ("/v1/embeddings", "openai", embeddings),
+    ("/v1/messages", "anthropic", messages),
+    ("/v1/messages/count_tokens", "anthropic", count_tokens),
 )
 
 

@@ -73,11 +73,17 @@ async def chat(call: Call) -> Response:
 def _wanted(fields: Fields, hosted: Hosted) -> _Wanted:
     refuse_later(fields)
     fields.refuse(
-        audio=(), modalities=(["text"],), prediction=(), web_search_options=(), reasoning_effort=(), verbosity=()
+        audio=(),
+        modalities=(["text"],),
+        prediction=(),
+        web_search_options=(),
+        reasoning_effort=(),
+        verbosity=(),
+        moderation=(),
     )
     fields.ignore(
         "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
-        "prompt_cache_retention",
+        "prompt_cache_retention", "prompt_cache_options",
     )  # fmt: skip
     options = openai_options(fields, hosted)
     most = fields.integer("max_completion_tokens", 1, 2**31 - 1)
