@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from edgellm_runtime.batching.scheduler import Scheduler, Ticket
     from edgellm_runtime.generation.answer import Generation
     from edgellm_runtime.generation.conversation import Conversation
+    from edgellm_runtime.generation.prefix_cache import PrefixCache
     from edgellm_runtime.generation.stream import AsyncStream, Stream
     from edgellm_runtime.generation.text_state import TextState
     from edgellm_runtime.model import Model
@@ -41,6 +42,7 @@ __all__ = [
     "LogitsProcessor",
     "Model",
     "OptionError",
+    "PrefixCache",
     "RuntimeFault",
     "Scheduler",
     "Signature",
@@ -57,8 +59,8 @@ __all__ = [
 
 _WITH_NUMPY = {  # where the names are that load more than this package
     "AsyncStream": "generation.stream", "Conversation": "generation.conversation", "Generation": "generation.answer",
-    "Model": "model", "Scheduler": "batching.scheduler", "Stream": "generation.stream",
-    "TextState": "generation.text_state", "Ticket": "batching.scheduler",
+    "Model": "model", "PrefixCache": "generation.prefix_cache", "Scheduler": "batching.scheduler",
+    "Stream": "generation.stream", "TextState": "generation.text_state", "Ticket": "batching.scheduler",
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from edgellm_runtime.threads import thread_count
 if TYPE_CHECKING:
     from edgellm_runtime.backends import Backend
     from edgellm_runtime.bundle import Bundle
+    from edgellm_runtime.generation.prefix_cache import PrefixCache
     from edgellm_runtime.model import Model
     from edgellm_runtime.session import Session
 
@@ -26,7 +27,7 @@ _CPU_CHUNK = 256  # tokens of a prompt in one step: more are no faster, and take
 
 def load(
     path: str | Path, *, device: str = "auto", threads: int | None = None, checksums: bool = True,
-    isolate: bool = False, max_memory: int | None = None,
+    isolate: bool = False, max_memory: int | None = None, prefix_cache: PrefixCache | None = None,
 ) -> Model:  # fmt: skip
     """Open a bundle, ready to generate.
 
@@ -42,6 +43,8 @@ def load(
             that is worth.
         max_memory: bytes that weights and the state of one row of the model's whole context may take, as
             ``Model.memory`` predicts them; what would take more is refused before a graph is loaded.
+        prefix_cache: keeps what prompts begin with from call to call; models may share one, and ``model.prefix_cache``
+            may be set later.
 
     Returns:
         A model with ``generate``, ``stream``, ``chat`` and ``conversation``. Its tokenizer is parsed with the first
@@ -54,12 +57,13 @@ def load(
             more than ``max_memory``.
     """
     from edgellm_runtime.bundle import Bundle
-    from edgellm_runtime.model import Model
-    from edgellm_runtime.text.tokenizer import Tokenizer, check_info
+    from edgellm_runtime.generation.prefix_cache import PrefixCache
 
     path, checksums = check_path("path", path), check_flag("checksums", checksums)
     threads = thread_count(threads)
     max_memory = None if max_memory is None else check_integer("max_memory", max_memory, 1)
+    if prefix_cache is not None:
+        check_instance("prefix_cache", prefix_cache, PrefixCache, "PrefixCache() makes one")
     if check_flag("isolate", isolate):
         from edgellm_runtime.isolation import rehearse
 
@@ -68,6 +72,16 @@ def load(
         if max_memory is not None:
             _check_memory(bundle, device, max_memory)
         session = open_session(bundle, device=device, threads=threads)
+    model = _model(session, bundle)
+    model.prefix_cache = prefix_cache
+    return model
+
+
+def _model(session: Session, bundle: Bundle) -> Model:
+    """A model with its text, read while the folder is there."""
+    from edgellm_runtime.model import Model
+    from edgellm_runtime.text.tokenizer import Tokenizer, check_info
+
     info = bundle.manifest.tokenizer
     if info is None:
         return Model(session, None, bundle)

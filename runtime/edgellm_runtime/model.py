@@ -12,11 +12,11 @@ from edgellm_runtime.errors import OptionError
 from edgellm_runtime.generation.conversation import Conversation, TemplateInputs
 from edgellm_runtime.generation.generate import Generation, GenerationOptions, OptionKeywords, Run
 from edgellm_runtime.generation.options import with_defaults
+from edgellm_runtime.generation.prefix_cache import PrefixCache, Prefixes
 from edgellm_runtime.generation.prompts import Tokens, is_batch, prompt_tokens
 from edgellm_runtime.generation.request import Counts, Request
 from edgellm_runtime.generation.stream import AsyncStream, Stream, in_worker
 from edgellm_runtime.generation.text_state import TextState
-from edgellm_runtime.generation.trail import read_text
 from edgellm_runtime.session import Session
 from edgellm_runtime.state.memory_need import MemoryNeed, memory_need
 from edgellm_runtime.tasks.methods import TaskMethods
@@ -55,6 +55,7 @@ class Model(TaskMethods):
         self._tokenizer = tokenizer
         self.bundle = bundle
         self._template = template
+        self.prefix_cache: PrefixCache | None = None  # what prompts begin with, kept from call to call
 
     @property
     def device(self) -> str:
@@ -126,11 +127,7 @@ class Model(TaskMethods):
         check_progress(progress)
         before = self.new_state() if state is None else state
         tokens = self._text(prompt, before)
-        kept = before.resumed(self.session, len(tokens))
-        trail = before.trail()
-        if unread := tokens[before.read_tokens : -1]:
-            read_text(self.session, unread, kept, trail, progress=progress)
-        return before.extended(tokens, kept, len(tokens), trail)
+        return before.read(tokens, self._prefixes, progress)
 
     @overload
     def generate(
@@ -222,7 +219,10 @@ class Model(TaskMethods):
             prompts = [self._tokens(p, f"prompt {i}") for i, p in enumerate(prompt)]
         else:
             prompts = [self._tokens(prompt) if state is None else self._text(prompt, state)]
-        run = Run(self.session, self.tokenizer, prompts, counts.of(options), text_state=state, answers=counts.made)
+        run = Run(
+            self.session, self.tokenizer, prompts, counts.of(options), text_state=state, answers=counts.made,
+            prefixes=self._prefixes,
+        )  # fmt: skip
         return Request(run, len(prompts) if many else None, counts, options)
 
     def stream(
@@ -242,7 +242,8 @@ class Model(TaskMethods):
         self._check_predicts()
         tokens = self._tokens(prompt) if state is None else self._text(prompt, state)
         checked = with_defaults(self.generation_defaults, options)
-        return Stream(Run(self.session, self.tokenizer, [tokens], checked, text_state=state))
+        run = Run(self.session, self.tokenizer, [tokens], checked, text_state=state, prefixes=self._prefixes)
+        return Stream(run)
 
     def astream(
         self, prompt: str | Tokens, *, state: TextState | None = None, **options: Unpack[OptionKeywords]
@@ -320,7 +321,9 @@ class Model(TaskMethods):
         assert self.tokenizer is not None
         inputs = TemplateInputs(tools=tools, documents=documents, template_variables=template_variables)
         defaults = self.generation_defaults
-        return Conversation(self.session, self.tokenizer, template, system, inputs, defaults, self.bundle)
+        return Conversation(
+            self.session, self.tokenizer, template, system, inputs, defaults, self.bundle, self._prefixes
+        )
 
     def load_conversation(self, path: str | Path) -> Conversation:
         """A conversation that ``Conversation.save`` wrote, here or in another process, with this very bundle.
@@ -365,6 +368,12 @@ class Model(TaskMethods):
         if self.tokenizer is None or not self.has_chat_template:
             raise OptionError(f"{self.bundle.manifest.name} has no chat template; use generate with a plain prompt")
         return ChatTemplate(self.bundle.file("chat_template.jinja"), self.tokenizer, self._template)
+
+    @property
+    def _prefixes(self) -> Prefixes | None:
+        """The cache as this model uses it."""
+        cache = self.prefix_cache
+        return None if cache is None else Prefixes(cache, self.session, self.bundle.fingerprint)
 
     def _check_predicts(self) -> None:
         if not self.session.predicts_tokens:

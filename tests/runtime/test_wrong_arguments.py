@@ -80,6 +80,8 @@ KINDS: dict[str, set[str]] = {
     "object": set(),
     "object or None": {"None"},
     "memory or None": {"None", "2**70", "10**6000", "10**9"},
+    "memory": {"2**70", "10**6000", "10**9"},
+    "path or None": {"None", "'zz'", "'no'"},
     "bias": {"{}", "None"},
     "ids": {"[]", "array([])"},
     "function or None": {"None", "function"},
@@ -104,6 +106,7 @@ INTERNAL = {
     "TextState.extended",
     "TextState.check_for",
     "TextState.trail",
+    "TextState.read",
     "State.first",
     "State.settle",
 }  # which other parts of the runtime call
@@ -112,7 +115,8 @@ BATCH = {"rows": "small integer", "queue": "small integer", "piece": "small inte
 # Each parameter of each public function and method, and a call that is right
 TABLE: dict[str, dict[str, str]] = {
     "load": {"path": "path", "device": "choice", "threads": "small integer or None", "checksums": "flag",
-             "isolate": "flag", "max_memory": "memory or None"},
+             "isolate": "flag", "max_memory": "memory or None", "prefix_cache": "object or None"},
+    "PrefixCache": {"max_bytes": "memory", "directory": "path or None", "max_disk_bytes": "memory"},
     "open_session": {"bundle": "object", "device": "choice", "threads": "small integer or None"},
     "Model.generate": {"prompt": "prompt", **COUNTS, **OPTIONS},
     "Model.agenerate": {"prompt": "prompt", **COUNTS, **OPTIONS},
@@ -220,6 +224,8 @@ class Fixtures:
 
     def call(self, name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
         owner, _, method = name.partition(".")
+        if owner == "PrefixCache":
+            return edgellm_runtime.PrefixCache, {}
         if owner in ("load", "open_session"):
             given = {"path": attention_bundle()} if owner == "load" else {"bundle": self.bundle}
             return getattr(edgellm_runtime, owner), {**given, "threads": 1}

@@ -48,6 +48,7 @@ class Generation:
         timings: where the time went.
         logprobs: one for each token, where they were asked for.
         state: the text with its answer, to go on from; None where no state was given.
+        cached_tokens: of the prompt, those that a prefix cache had.
     """
 
     text: str
@@ -57,6 +58,7 @@ class Generation:
     timings: Timings
     logprobs: tuple[TokenLogprobs, ...] | None = None
     state: TextState | None = field(default=None, repr=False, compare=False)
+    cached_tokens: int = 0
 
     def __repr__(self) -> str:
         speed = f"{self.timings.decode_tokens_per_s:.1f} tokens/s"

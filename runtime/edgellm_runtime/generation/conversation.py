@@ -19,6 +19,7 @@ from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.errors import OptionError, StateError
 from edgellm_runtime.generation.generate import Chunk, Generation, GenerationOptions, OptionKeywords, Run
 from edgellm_runtime.generation.options import with_defaults
+from edgellm_runtime.generation.prefix_cache import Prefixes
 from edgellm_runtime.generation.text_state import about_of, load_for, trail_of
 from edgellm_runtime.generation.trail import Trail
 from edgellm_runtime.session import Session
@@ -52,6 +53,7 @@ class Conversation:
         inputs: what else the template is given in every turn.
         defaults: the options of turns that name no other.
         bundle: the session's, for what is saved.
+        prefixes: what texts began with before; None: nothing is kept.
 
     Raises:
         OptionError: what no template can be given.
@@ -59,11 +61,11 @@ class Conversation:
 
     def __init__(
         self, session: Session, tokenizer: Tokenizer, template: ChatTemplate, system: str | None,
-        inputs: TemplateInputs, defaults: Mapping[str, Any], bundle: Bundle,
+        inputs: TemplateInputs, defaults: Mapping[str, Any], bundle: Bundle, prefixes: Prefixes | None = None,
     ) -> None:  # fmt: skip
         self._session, self._tokenizer, self._template, self._bundle = session, tokenizer, template, bundle
         check_inputs(inputs.get("tools"), inputs.get("documents"), inputs.get("template_variables"))
-        self._inputs, self._defaults = inputs, defaults
+        self._inputs, self._defaults, self._prefixes = inputs, defaults, prefixes
         self._state: State | None = None
         self._trail = Trail(session.signature.state)
         self._held: list[int] = []  # the tokens that the state has read
@@ -115,8 +117,9 @@ class Conversation:
         """A copy that goes its own way, with a state of its own; an open stream is closed first."""
         self._close()
         made = Conversation(
-            self._session, self._tokenizer, self._template, self.system, self._inputs, self._defaults, self._bundle
-        )
+            self._session, self._tokenizer, self._template, self.system, self._inputs, self._defaults, self._bundle,
+            self._prefixes,
+        )  # fmt: skip
         made._messages, made.last = self.messages, self.last
         made._state = None if self._state is None else self._state.fork()
         made._trail, made._held = self._trail.copy(), list(self._held)
@@ -235,7 +238,9 @@ class Conversation:
         self, turn: list[dict[str, str]], prompt: list[int], options: GenerationOptions
     ) -> Generator[Chunk, None, None]:
         state = self._resume(prompt, options)
-        run = Run(self._session, self._tokenizer, [prompt], options, state=state, trail=self._trail)
+        run = Run(
+            self._session, self._tokenizer, [prompt], options, state=state, trail=self._trail, prefixes=self._prefixes
+        )
         said: list[str] = []
         tokens = list(prompt)
         clean = False

@@ -17,6 +17,7 @@ from edgellm_runtime.errors import ContextError, OptionError
 from edgellm_runtime.generation.answer import Chunk, FinishReason, Generation, Timings
 from edgellm_runtime.generation.logprobs import logprobs_of
 from edgellm_runtime.generation.options import GenerationOptions, OptionKeywords
+from edgellm_runtime.generation.prefix_cache import Prefixes
 from edgellm_runtime.generation.row import Row
 from edgellm_runtime.generation.sampling import Sampler
 from edgellm_runtime.generation.text_state import TextState
@@ -106,6 +107,7 @@ class Run:
         trail: takes snapshots of that state on its way; None: nobody will rewind it.
         text_state: likewise, but as a value: it stays as it is, and the answers have states.
         answers: so many to the only prompt, which is read once; each is a row.
+        prefixes: what prompts began with before; looked up for one prompt alone that nothing was read of.
 
     Raises:
         ContextError: a prompt is longer than the context.
@@ -115,7 +117,7 @@ class Run:
     def __init__(
         self, session: Session, tokenizer: Tokenizer | None, prompts: Sequence[Sequence[int]],
         options: GenerationOptions, *, state: State | None = None, trail: Trail | None = None,
-        text_state: TextState | None = None, answers: int = 1,
+        text_state: TextState | None = None, answers: int = 1, prefixes: Prefixes | None = None,
     ) -> None:  # fmt: skip
         check_fits(session, tokenizer, prompts, options)
         context = session.max_context
@@ -129,6 +131,7 @@ class Run:
         if state is not None:
             self._reused = int(state.lengths[0])
         self._sampler = Sampler(options, rows=len(self._rows), vocab_size=session.vocab_size, ends=self._rows[0].ends)
+        self._prefixes, self._cached = prefixes, 0
         self._ttft_s = self._prefill_s = self._decode_s = 0.0
         self._state: State | None = None
         self._stepping = False  # stays True where an error left a step: nobody knows then what the state has read
@@ -143,11 +146,14 @@ class Run:
         if not self._batch:
             return
         start = time.perf_counter()
-        chosen = self._begin()
-        self._ttft_s = time.perf_counter() - start
-        while chosen is not None:
-            yield from self._hand_out(chosen)
-            chosen = self._next(chosen)
+        try:
+            chosen = self._begin()
+            self._ttft_s = time.perf_counter() - start
+            while chosen is not None:
+                yield from self._hand_out(chosen)
+                chosen = self._next(chosen)
+        finally:
+            self._keep()
         for i in self._batch:
             if self._rows[i].finish_reason is None:
                 yield i, self._rows[i].end(self._ended() or "cancelled")
@@ -184,6 +190,7 @@ class Run:
             text="".join(r.texts), tokens=tuple(r.tokens), prompt_tokens=len(r.prompt),
             finish_reason=r.finish_reason, timings=timings,
             logprobs=None if self._options.logprobs is None else tuple(r.logprobs), state=self._text_state(row),
+            cached_tokens=self._cached,
         )  # fmt: skip
 
     def _text_state(self, row: int) -> TextState | None:
@@ -212,26 +219,41 @@ class Run:
             self._state = self._resumed.resumed(self._session, capacity)
         else:
             self._state = self._session.new_state(1 if self._answers > 1 else len(self._batch), capacity)
+        stops: Sequence[int] = ()
+        if self._prefixes is not None and self._state.batch == 1 and not self._state.lengths[0]:
+            self._trail = self._trail or Trail(self._session.signature.state)
+            beginning = self._rows[self._batch[0]].prompt[:-1]  # the last token must be read, for its logits
+            self._reused, stops = self._prefixes.resume(beginning, self._state, self._trail)
+            self._cached = self._reused
         try:
-            return self._prefill(self._state)
+            return self._prefill(self._state, stops)
         except _Ended:
             self._stepping = False
             return None
 
-    def _prefill(self, state: State) -> NDArray[np.int64]:
+    def _prefill(self, state: State, stops: Sequence[int]) -> NDArray[np.int64]:
         for i in self._batch:
             self._sampler.observe(i, self._rows[i].prompt, self._answer_from(i))
         start, self._stepping = time.perf_counter(), True
         if state.batch == 1:
             prompt = self._rows[self._batch[0]].prompt[self._reused :]
-            logits = read_text(self._session, prompt, state, self._trail, progress=self._told)[:, 0]
+            logits = read_text(self._session, prompt, state, self._trail, stops=stops, progress=self._told)[:, 0]
         else:
             logits = self._read_batch([self._rows[i].prompt for i in self._batch], state)
         self._stepping = False
         self._prefill_s = time.perf_counter() - start
         if self._answers > 1:
+            self._keep()
             self._state, logits = state.take([0] * self._answers), np.repeat(logits, self._answers, axis=0)
         return self._chosen(logits)
+
+    def _keep(self) -> None:
+        """Leave what was read of the only row to other calls that begin alike."""
+        state = self._state
+        if self._prefixes is None or self._trail is None or self._stepping or state is None or state.batch > 1:
+            return
+        row = self._rows[self._batch[0]]
+        self._prefixes.keep([*row.prompt, *row.tokens][: int(state.lengths[0])], state, self._trail)
 
     def _read_batch(self, prompts: Sequence[Sequence[int]], state: State) -> NDArray[np.float32]:
         lengths = np.array([len(p) for p in prompts], dtype=np.int32)

@@ -6,14 +6,15 @@ of a text is never read: its logits are those of the next token, which whoever g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from edgellm_runtime.arguments import check_instance, check_integer, check_path, shown
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.errors import OptionError, StateError
-from edgellm_runtime.generation.trail import Trail
+from edgellm_runtime.generation.prefix_cache import Prefixes
+from edgellm_runtime.generation.trail import Trail, read_text
 from edgellm_runtime.session import Session
 from edgellm_runtime.state import State
 from edgellm_runtime.text.tokenizer import check_tokens
@@ -126,6 +127,25 @@ class TextState:
         check_instance("bundle", bundle, Bundle, "model.bundle is one")
         state = load_for(path, session, bundle)
         return cls(session, bundle, *_text_of(path, state.about, state, session), trail_of(state))
+
+    def read(
+        self, tokens: Sequence[int], prefixes: Prefixes | None, progress: Callable[[int, int], None] | None
+    ) -> TextState:
+        """The state of a text that goes on from this one's, all but its last token read; ``Model.read`` calls it.
+
+        Args:
+            tokens: of the whole text.
+            prefixes: what texts began with before; None: nothing is kept.
+            progress: as of ``GenerationOptions``.
+        """
+        kept, trail, stops = self.resumed(self._session, len(tokens)), self.trail(), list[int]()
+        if prefixes is not None and not kept.lengths[0]:
+            _, stops = prefixes.resume(tokens[:-1], kept, trail)
+        if unread := tokens[int(kept.lengths[0]) : -1]:
+            read_text(self._session, unread, kept, trail, stops=stops, progress=progress)
+        if prefixes is not None:
+            prefixes.keep(tokens[:-1], kept, trail)
+        return self.extended(tokens, kept, len(tokens), trail)
 
     def resumed(self, session: Session, capacity: int) -> State:
         """Tensors to go on with: a copy, with room for so many tokens.

@@ -86,12 +86,12 @@ class Trail:
         self._add(state.snapshot())
         self._passing = length if length % EVERY else None
 
-    def stops(self, start: int, end: int) -> list[int]:
-        """Where a reading of tokens from ``start`` to ``end`` is to pause for a snapshot."""
+    def stops(self, start: int, end: int, more: Iterable[int] = ()) -> list[int]:
+        """Where a reading of tokens from ``start`` to ``end`` is to pause for a snapshot, ``more`` among them."""
         if not self.on:
             return []
         last = (end - 1) // BLOCK * BLOCK
-        due = {*range(start // EVERY * EVERY + EVERY, end, EVERY), last}
+        due = {*range(start // EVERY * EVERY + EVERY, end, EVERY), last, *more}
         return sorted(length for length in due if start < length < end)
 
     def rewind(self, state: State, length: int) -> int:
@@ -137,7 +137,7 @@ class Trail:
 
 def read_text(
     session: Session, tokens: Sequence[int], state: State, trail: Trail | None = None,
-    *, progress: Callable[[int, int], None] | None = None,
+    *, stops: Sequence[int] = (), progress: Callable[[int, int], None] | None = None,
 ) -> NDArray[np.float32]:  # fmt: skip
     """Read a row's tokens, with snapshots on the way.
 
@@ -146,6 +146,7 @@ def read_text(
         tokens: at least one.
         state: of one row; stepped in place.
         trail: takes the snapshots; None: nobody will.
+        stops: lengths at which one is to be taken besides those that are due.
         progress: told between two pieces of a long text how many of how many tokens have been read.
 
     Returns:
@@ -153,7 +154,7 @@ def read_text(
     """
     start, at = int(state.lengths[0]), 0
     row = np.array([tokens], dtype=np.int64)
-    for stop in [] if trail is None else trail.stops(start, start + len(tokens)):
+    for stop in [] if trail is None else trail.stops(start, start + len(tokens), stops):
         end = stop - start
         session.step(row[:, at:end], state, logits="none", progress=_from(progress, at, len(tokens)))
         assert trail is not None
