@@ -43,6 +43,14 @@ class StoredTensors:
         """As the source's."""
         return self._source.read(self._stored[name], rows)
 
+    def raw(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """As the source's."""
+        return self._source.raw(self._stored[name], rows)
+
+    def dtype_of(self, name: str) -> str:
+        """As the source's."""
+        return self._source.dtype_of(self._stored[name])
+
 
 def find_weights(directory: Path, stem: str = "model") -> StoredTensors:
     """The tensors in a folder.

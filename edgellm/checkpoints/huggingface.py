@@ -15,6 +15,7 @@ from edgellm.checkpoints.files import read_json
 from edgellm.checkpoints.find_weights import find_weights
 from edgellm.checkpoints.huggingface_text import read_text_files
 from edgellm.checkpoints.lora_source import ADAPTER_CONFIG, with_adapter
+from edgellm.checkpoints.quantized.find import KEYS, dequantized
 from edgellm.checkpoints.weights import Layout, TensorSource
 from edgellm.errors import CheckpointError, ModelError, UnsupportedError
 from edgellm.models.registry import Architecture, find_foreign
@@ -26,13 +27,12 @@ def open_huggingface(path: Path, *, dtype: torch.dtype) -> Checkpoint:
     """Read a Hugging Face folder; arguments and errors as :func:`open_checkpoint`."""
     config = read_json(path / "config.json")
     architecture, ours, unknown = _translate(config, path / "config.json")
-    stored = find_weights(path)
-    source: TensorSource = stored
-    notes = [f"config.json has keys edgellm does not know: {', '.join(sorted(unknown))}"] if unknown else []
+    source, kind, notes = _source(path, config)
+    notes += [f"config.json has keys edgellm does not know: {', '.join(sorted(unknown))}"] if unknown else []
     changed: frozenset[str] = frozenset()
     if (path / ADAPTER_CONFIG).exists():
-        source = with_adapter(stored, path)
-        changed = source.changed
+        adapted = with_adapter(source, path)
+        source, changed = adapted, adapted.changed
         notes.append(f"the adapter beside the weights was merged into {len(changed)} tensors")
     layout = _layout(architecture, ours, config)
     model, weights = assemble(architecture, ours, source, layout, dtype=dtype, path=path)
@@ -46,12 +46,24 @@ def open_huggingface(path: Path, *, dtype: torch.dtype) -> Checkpoint:
         bos_token_id=text.bos_token_id,
         eos_token_ids=text.eos_token_ids,
         add_bos=text.add_bos,
-        source=f"Hugging Face {stored.dtype}, {config['model_type']}",
+        source=f"Hugging Face {kind}, {config['model_type']}",
         weights=weights,
         special_tokens=text.special_tokens,
         generation=text.generation,
         notes=(*notes, *text.notes),
     )
+
+
+def _source(path: Path, config: Mapping[str, Any]) -> tuple[TensorSource, str, list[str]]:
+    """The weights as floats, what they are stored in, and what to tell of it."""
+    stored = find_weights(path)
+    try:
+        found = dequantized(config, stored)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if found is None:
+        return stored, stored.dtype, []
+    return found.source, found.method, [found.note]
 
 
 def _layout(architecture: Architecture, ours: Any, config: Mapping[str, Any]) -> Layout:
@@ -77,8 +89,6 @@ def _check_tied(model: nn.Module, layout: Layout, changed: Collection[str], path
 
 
 def _translate(config: Mapping[str, Any], path: Path) -> tuple[Architecture, Any, list[str]]:
-    if config.get("quantization_config") is not None:
-        raise CheckpointError(f"{path}: quantization_config is set; use the model with its original float weights")
     if config.get("auto_map"):
         raise UnsupportedError(
             f"{path}: auto_map says that code of the checkpoint's own computes the model, which edgellm does not run; "
@@ -87,7 +97,7 @@ def _translate(config: Mapping[str, Any], path: Path) -> tuple[Architecture, Any
     try:
         architecture = find_foreign("huggingface", config.get("model_type", ""))
         assert architecture.huggingface is not None
-        fields, unknown = architecture.huggingface.read(config)
+        fields, unknown = architecture.huggingface.read({k: v for k, v in config.items() if k not in KEYS})
         return architecture, architecture.config(**fields), unknown
     except ModelError as error:
         raise UnsupportedError(f"{path}: {error}") from error

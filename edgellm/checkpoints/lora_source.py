@@ -18,6 +18,7 @@ from torch import Tensor
 from edgellm.checkpoints.files import read_json
 from edgellm.checkpoints.find_weights import find_weights
 from edgellm.checkpoints.weights import TensorSource
+from edgellm.codes import CodedWeights, CodeFormat, StoredCodes
 from edgellm.errors import CheckpointError
 from edgellm.models.foreign import METADATA, Key, neutral, positive, read_keys
 
@@ -105,6 +106,17 @@ class LoraSource:
         found = self._merged[name]
         down, up = self._adapter.read(found.down).float(), self._adapter.read(found.up, rows).float()
         return tensor.float() + (up @ down) * found.scale
+
+    def code_format(self, name: str) -> CodeFormat | None:
+        """See :class:`edgellm.codes.CodedWeights`; what the adapter changes has no codes any more."""
+        if name in self.changed or not isinstance(self._base, CodedWeights):
+            return None
+        return self._base.code_format(name)
+
+    def codes(self, name: str) -> StoredCodes:
+        """See :class:`edgellm.codes.CodedWeights`."""
+        assert isinstance(self._base, CodedWeights)
+        return self._base.codes(name)
 
     def _own(self, name: str) -> str:
         plain = name.removeprefix(_PREFIX).replace(".base_layer.", ".")  # PEFT saves an adapted table with its adapter

@@ -19,6 +19,7 @@ from edgellm.errors import CheckpointError
 
 __all__ = ["PickleSource"]
 
+_DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.int32: "I32", torch.float8_e4m3fn: "F8_E4M3"}
 _WRAPPERS = ("state_dict", "model_state_dict", "model")  # under which trainers put the tensors
 
 
@@ -57,6 +58,16 @@ class PickleSource:
         path, tensor = self._where[name]
         if not tensor.is_floating_point():
             raise CheckpointError(f"{path}: tensor {name} is {tensor.dtype}; edgellm reads floating-point weights")
+        return self.raw(name, rows)
+
+    def dtype_of(self, name: str) -> str:
+        """What a tensor is stored in, as safetensors names it."""
+        dtype = self._where[name][1].dtype
+        return _DTYPES.get(dtype, str(dtype))
+
+    def raw(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """One tensor of any dtype, or the rows from one index up to another; a copy of what is mapped."""
+        _, tensor = self._where[name]
         return (tensor if rows is None else tensor[rows[0] : rows[1]]).detach().clone()
 
 

@@ -36,6 +36,7 @@ class SafetensorsSource:
         handles: dict[Path, Any] = {path: _open(path) for path in dict.fromkeys(files.values())}
         self._files = files
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
         sizes: Counter[str] = Counter()
         for name, path in files.items():
             try:
@@ -43,7 +44,8 @@ class SafetensorsSource:
             except SafetensorError:
                 raise CheckpointError(f"{path}: tensor {name} is missing; the checkpoint is incomplete") from None
             self._shapes[name] = tuple(header.get_shape())
-            sizes[header.get_dtype()] += math.prod(header.get_shape())
+            self._dtypes[name] = header.get_dtype()
+            sizes[self._dtypes[name]] += math.prod(header.get_shape())
         self.dtype = sizes.most_common(1)[0][0] if sizes else "empty"
 
     @classmethod
@@ -80,14 +82,28 @@ class SafetensorsSource:
         Raises:
             CheckpointError: it cannot be read, or holds something other than floating-point numbers.
         """
+        tensor = self.raw(name, rows)
+        if not tensor.is_floating_point():
+            path = self._files[name]
+            raise CheckpointError(f"{path}: tensor {name} is {tensor.dtype}; edgellm reads floating-point weights")
+        return tensor
+
+    def dtype_of(self, name: str) -> str:
+        """What a tensor is stored in."""
+        return self._dtypes[name]
+
+    def raw(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """One tensor of any dtype, or the rows from one index up to another.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
         path = self._files[name]
         try:
             with _open(path) as handle:
                 tensor: Tensor = handle.get_tensor(name) if rows is None else handle.get_slice(name)[rows[0] : rows[1]]
         except (SafetensorError, RuntimeError, OSError) as error:
             raise CheckpointError(f"{path}: tensor {name} cannot be read ({error}); copy it again") from error
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{path}: tensor {name} is {tensor.dtype}; edgellm reads floating-point weights")
         return tensor
 
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from edgellm.codes import CodedWeights, CodeFormat, StoredCodes
 from edgellm.errors import CheckpointError
 
 __all__ = ["CheckpointWeights", "Layout", "TensorSource"]
@@ -154,6 +155,18 @@ class CheckpointWeights:
         if first not in self._sound:
             self._check_finite(tensor, first)
         return tensor
+
+    def code_format(self, name: str) -> CodeFormat | None:
+        """As :class:`edgellm.codes.CodedWeights`; none of a tensor that two names store, or that we order otherwise."""
+        first, *others = self._stored[name]
+        if others or not isinstance(self._source, CodedWeights) or not self._is_stored_by_rows(first):
+            return None
+        return self._source.code_format(self._layout.name(first))
+
+    def codes(self, name: str) -> StoredCodes:
+        """See :class:`edgellm.codes.CodedWeights`."""
+        assert isinstance(self._source, CodedWeights)
+        return self._source.codes(self._layout.name(self._stored[name][0]))
 
     def _is_stored_by_rows(self, name: str) -> bool:
         probe = torch.empty(self._shapes[name], device="meta")

@@ -48,10 +48,10 @@ within the stated bounds.
               "quantized: float32, or for cuda float16 or bfloat16, for tensorrt float16, bfloat16 or float32.  "
               "[default: the first of the target's]")  # fmt: skip
 @click.option("--quantize", default="none", help="Weights: none (float), int8, int4 (embedding and vocabulary "
-              "projection in 8 bits), w8a8 (integer products, for the fastest prompts), keep (what a GGUF file rounded "
-              "is not rounded again), auto (one for each, within --max-kl and --max-size-mb), or one format for all, "
-              "BITS:BLOCK, such as 4:32:asymmetric. Of these, cuda has none, int8 and int4; tensorrt has none, int8, "
-              "w8a8 and int4, and fp8 (8-bit floats).")  # fmt: skip
+              "projection in 8 bits), w8a8 (integer products, for the fastest prompts), keep (what the checkpoint "
+              "rounded is not rounded again), auto (one for each, within --max-kl and --max-size-mb), or one format "
+              "for all, BITS:BLOCK, such as 4:32:asymmetric. Of these, cuda has none, int8 and int4; tensorrt has "
+              "none, int8, w8a8 and int4, and fp8 (8-bit floats).")  # fmt: skip
 @click.option("--kv-cache", default="float32", help="What attention keeps keys and values in: float32, or int8, a "
               "quarter of the memory of long contexts. What no kernel holds so stays float, and the summary names "
               "it.")  # fmt: skip

@@ -180,7 +180,7 @@ def _build(
     manifest = _write_manifest(scratch, made.finish(scratch, manifest, progress))
     weight_bytes = sum(manifest.files[n].bytes for n in (*manifest.graph_files, WEIGHTS_FILE))
     opened = Bundle(scratch, checksums=False)
-    notes += _floats_named(quantization)
+    notes += _floats_named(quantization) + _kept_named(quantization)
     if why := manifest.quantization.get(_FLOAT_ONLY):
         notes.append(f"its goldens are the float model's alone, and hold it to their distance: {why}")
     return Exported(opened, parity, verification, _count(model), weight_bytes, tuple(notes))
@@ -226,6 +226,15 @@ def _floats_named(quantization: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _kept_named(quantization: Mapping[str, Any]) -> list[str]:
+    """Notes on matrices that the checkpoint stores as codes: those that keep them, and why others do not."""
+    notes = [f"{count} matrices keep the checkpoint's own codes"] if (count := quantization.get("kept")) else []
+    left: dict[str, list[str]] = {}
+    for name, why in quantization.get("left", {}).items():
+        left.setdefault(why, []).append(name)
+    return notes + [f"{len(n)} matrices, such as {n[0]}, do not keep their codes: {why}" for why, n in left.items()]
+
+
 def _count(model: LanguageModel) -> int:
     return sum(p.numel() for _, p in model.named_parameters())
 
@@ -266,7 +275,7 @@ def _planned(
     assert isinstance(model, nn.Module)
     with resident(model, weights):
         method = find_method(options.quantize, target.methods)
-        plan = make_plan(method, captured, model, rows, options.calibration, progress)
+        plan = make_plan(method, captured, model, rows, options.calibration, progress, weights)
         if options.kv_cache == "int8":
             progress("looking at keys and values", 0.0)
             seen = options.calibration[:_CACHE_WINDOWS] or rows
@@ -348,7 +357,10 @@ def _quantization(options: ExportOptions, plan: Plan) -> dict[str, Any]:
     counted = dict(collections.Counter(map(str, plan.schemes.values())))
     rounding = "GPTQ" if options.calibration else "round to nearest"
     floats = {"floats": {name: list(shape) for name, shape in sorted(plan.floats.items())}} if plan.floats else {}
-    return {"method": options.quantize, "rounding": rounding, "weights": counted, **floats, **cache}
+    kept: dict[str, Any] = {"kept": len(plan.kept)} if plan.kept else {}
+    if plan.left:
+        kept["left"] = dict(sorted(plan.left.items()))
+    return {"method": options.quantize, "rounding": rounding, "weights": counted, **kept, **floats, **cache}
 
 
 def _environment() -> dict[str, str]:

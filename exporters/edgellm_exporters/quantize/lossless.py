@@ -1,6 +1,7 @@
 """Formats that hold weights as they are: a checkpoint that was quantized before is not rounded a second time.
 
-GGUF's Q4_0 and Q8_0 are held without loss; Q4_1 and the K-quants, whose minimum or scale is a product, nearly so.
+What is stored as whole numbers with scales has its codes taken over (``stored.py``); this is for the others. GGUF's
+Q4_0 and Q8_0 are held without loss; Q4_1 and the K-quants, whose minimum or scale is a product, nearly so.
 """
 
 from __future__ import annotations

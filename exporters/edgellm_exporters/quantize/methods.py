@@ -62,8 +62,8 @@ METHODS: Mapping[str, Method] = {
         Scheme(4, 64, symmetric=False), Scheme(8, 64), _FOUR, smooth=True,
     ),
     "keep": Method(
-        "each weight in the smallest format that holds it as the checkpoint does: what a GGUF file has already rounded "
-        "is not rounded again", None, None, _MIXED, keep=True,
+        "each weight in the smallest format that holds it as the checkpoint does: what was rounded already is not "
+        "rounded again", None, None, _MIXED, keep=True,
     ),
 }  # fmt: skip
 

@@ -206,6 +206,8 @@ class Plan:
         cache_left: states that are asked for in 8 bits and stay as they are, with the reasons.
         inputs: what is multiplied with a weight is rounded to its codes with this scale, by the weight's name.
         floats: matrices that the method would quantize, but whose rows divide into no block, with their shapes.
+        kept: weights whose codes are the checkpoint's own, by the names of the parts that were merged.
+        left: weights that the checkpoint stores as codes which cannot be kept, with the reasons.
         by_rows: weights whose rows may be quantized some at a time, so that a vocabulary's table is never whole.
     """
 
@@ -216,6 +218,8 @@ class Plan:
     cache_left: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, np.float32] = field(default_factory=dict)
     floats: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    kept: frozenset[str] = frozenset()
+    left: Mapping[str, str] = field(default_factory=dict)
     by_rows: frozenset[str] = frozenset()
     _last: tuple[str, Codes] | None = field(default=None, repr=False)
 

@@ -22,6 +22,7 @@ from edgellm_exporters.quantize.named_weights import named_weights
 from edgellm_exporters.quantize.plan import ROW, Codes, Plan, Scheme, joined
 from edgellm_exporters.quantize.rtn import round_to_nearest
 from edgellm_exporters.quantize.smooth import Smoothing, by_part, smooth
+from edgellm_exporters.quantize.stored import kept
 
 __all__ = ["Uses", "make_plan", "plan_of", "schemes_for", "smoothed"]
 
@@ -62,6 +63,7 @@ class Uses:
 def make_plan(
     method: Method, graph: ir.Model, model: nn.Module, rows: Sequence[Sequence[int]],
     calibration: Sequence[Sequence[int]] = (), progress: Progress = lambda what, share: None,
+    weights: object = None,
 ) -> Plan:  # fmt: skip
     """The plan that a method makes for a captured graph whose passes are done; smoothing changes the graph.
 
@@ -72,15 +74,16 @@ def make_plan(
         rows: a few rows of token ids of one length, to see the range of each layer's inputs on.
         calibration: more of them; weights of fewer than 8 bits are then chosen with GPTQ.
         progress: told what is done, and how much of it.
+        weights: where the model's parameters are read from; some may be stored as codes.
 
     Raises:
-        QuantizeError: too little text, or weights that no format can hold.
+        QuantizeError: too little text, codes of which none can be kept, or weights that no format can hold.
     """
     if calibration:
         check_windows(calibration)
     uses = Uses(graph)
     if method.keep:
-        return Plan(smallest_holding(uses.tensors, uses.ends, partial(progress, "looking at weights")), _rounded({}))
+        return _keeping(uses, weights, partial(progress, "looking at weights"))
     if method.layers is None or method.ends is None:
         return Plan()
     done, seen = Smoothing(), dict[str, NDArray[np.float32]]()
@@ -100,6 +103,18 @@ def make_plan(
     if method.fixed_inputs:
         plan.inputs = _input_scales(schemes, uses, done, seen)
     return plan
+
+
+def _keeping(uses: Uses, weights: object, progress: Callable[[float], None]) -> Plan:
+    """What is stored as codes keeps them; of the rest, each weight gets the smallest format that holds it."""
+    stored = kept(weights, uses.shapes, uses.ends)
+    if stored.left and not stored.schemes:
+        name, why = next(iter(stored.left.items()))
+        raise QuantizeError(f"{name} cannot keep its codes: {why}; quantize to none, int8 or int4 instead")
+    rest = {name: tensor for name, tensor in uses.tensors.items() if name not in stored.schemes}
+    schemes = {**stored.schemes, **smallest_holding(rest, uses.ends, progress)}
+    alone = frozenset(rest) if stored.schemes else frozenset[str]()
+    return Plan(schemes, _rounded(stored.codes), by_rows=alone, kept=frozenset(stored.codes), left=stored.left)
 
 
 def _input_scales(

@@ -1,0 +1,70 @@
+"""Weights as the whole numbers that a checkpoint stores for them, so that nobody need round them a second time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["CodeFormat", "CodedWeights", "StoredCodes"]
+
+
+@dataclass(frozen=True)
+class CodeFormat:
+    """How a weight's rows are stored as whole numbers.
+
+    Args:
+        bits: of one code.
+        group: how many neighbours in a row share a scale; the columns, where all do.
+        symmetric: whether every zero is the middle code, 2 ** (bits - 1).
+        ordered: whether a group's columns are neighbours; otherwise each column says which group it is in.
+    """
+
+    bits: int
+    group: int
+    symmetric: bool
+    ordered: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.bits} bits in groups of {self.group}{'' if self.ordered else ' in an order of their own'}"
+
+
+@dataclass(frozen=True, eq=False)
+class StoredCodes:
+    """A weight: (code - zero) * scale, the last two those of the column's group.
+
+    Args:
+        format: what of it is known without its numbers.
+        codes: (rows, columns), each below 2 ** bits.
+        scales: (rows, groups).
+        zeros: (rows, groups).
+        groups: of each column, (columns,), where they are not in order; else None.
+    """
+
+    format: CodeFormat
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    zeros: NDArray[np.uint8]
+    groups: NDArray[np.int64] | None = None
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """The float32 weight, (rows, columns)."""
+        of = np.arange(self.codes.shape[1]) // self.format.group if self.groups is None else self.groups
+        wide = self.codes.astype(np.float32)
+        np.subtract(wide, self.zeros.astype(np.float32)[:, of], out=wide)
+        return np.multiply(wide, self.scales[:, of], out=wide)
+
+
+@runtime_checkable
+class CodedWeights(Protocol):
+    """Weights of which some are stored as codes; names as :class:`edgellm.streaming.Weights` has them."""
+
+    def code_format(self, name: str) -> CodeFormat | None:
+        """How one weight is stored, or None where it is stored as numbers."""
+        ...
+
+    def codes(self, name: str) -> StoredCodes:
+        """The codes of one weight that has a format."""
+        ...
