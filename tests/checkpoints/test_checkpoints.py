@@ -195,7 +195,7 @@ def edit(path: Path, **changes) -> None:
         ({"format": 2}, "format 2, this edgellm reads up to 1; update edgellm"),
         ({"format": "1"}, "format '1'"),
         ({"format": ...}, "format None"),
-        ({"architecture": "mamba"}, "unknown architecture 'mamba'"),
+        ({"architecture": "mambo"}, "unknown architecture 'mambo'"),
         ({"architecture": ...}, "has no 'architecture'"),
         ({"config": ...}, "has no 'config'"),
         ({"config": {"vocab_size": 3}}, "missing"),
