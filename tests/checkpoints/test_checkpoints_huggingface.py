@@ -127,7 +127,7 @@ def test_shards_equal_transformers(tmp_path, shard_size):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, "config.json: unknown architecture 'mamba'"),
+        ({"model_type": "mambo"}, "config.json: unknown architecture 'mambo'"),
         ({"model_type": ...}, "unknown architecture ''"),
         ({"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
         ({"mlp_bias": True}, "layers.0.mlp.gate_proj.bias .*are missing"),
@@ -166,7 +166,7 @@ def test_shards_equal_transformers(tmp_path, shard_size):
         ({"model_type": "qwen3", "head_dim": 8}, "self_attn.q_norm.weight .*are missing"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is 'sliding_attention'"),
         ({"layer_types": 3}, "malformed"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is set"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "GPTQ, 4 bits, groups of 128, but no tensor is stored so"),
         ({"hidden_size": ...}, "hidden_size is None; it must be a positive whole number"),
         ({"hidden_size": "32"}, "hidden_size is '32'"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
