@@ -6,6 +6,7 @@ import click
 import pytest
 from click.testing import CliRunner
 from generation_fakes import fake_model
+from tiny_bundles import attention_bundle
 
 import edgellm_runtime
 from edgellm.cli.bench import bench
@@ -111,11 +112,11 @@ def test_chat_survives_an_interrupt_and_a_message_too_long(model, tmp_path):
     assert result.stdout.count("\n") == 3
 
 
-def test_bench_takes_its_workload_from_the_environment(model, tmp_path):
-    environment = {"PROMPT_TOKENS": "6", "NEW_TOKENS": "5", "THREADS": "1"}
-    data = json.loads(run(bench, str(tmp_path), "--json", "--rounds", "1", env=environment).output)
+def test_bench_takes_its_workload_from_the_environment():
+    environment, bundle = {"PROMPT_TOKENS": "6", "NEW_TOKENS": "5", "THREADS": "1"}, str(attention_bundle())
+    data = json.loads(run(bench, bundle, "--json", "--rounds", "1", env=environment).stdout)
     assert (data["prompt_tokens"], data["new_tokens"], data["threads"]) == (6, 5, 1)
-    assert "time to first token" in run(bench, str(tmp_path), "--rounds", "1", env=environment).output
+    assert "time to first token" in run(bench, bundle, "--rounds", "1", env=environment).output
 
 
 @pytest.mark.parametrize("command", [generate, chat, bench])

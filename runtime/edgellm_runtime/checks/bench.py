@@ -1,4 +1,4 @@
-"""Speed and memory of a bundle on this device: one prompt of random tokens, greedy, batch 1.
+"""Speed and memory of a bundle on this device: prompts of random tokens, greedy.
 
 What is measured: a new state, the prompt and the choice of the first token (TTFT), then further steps. Each round draws
 a new prompt, so that nothing cached can answer for the model; one unmeasured round comes first. Figures are medians.
@@ -6,10 +6,12 @@ a new prompt, so that nothing cached can answer for the model; one unmeasured ro
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +29,76 @@ if TYPE_CHECKING:
     from edgellm_runtime.model import Model
     from edgellm_runtime.session import Session
 
-__all__ = ["bench", "random_prompts"]
+__all__ = ["Round", "Workload", "bench", "random_prompts", "run_round", "summary", "versions"]
 
 _TYPICAL_IDS = (1000, 40000)  # past the special and single-byte tokens that real prompts seldom consist of
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one round does.
+
+    Args:
+        prompt_tokens: of each row's prompt.
+        new_tokens: steps after the first token.
+        depth: tokens that each row has read before the prompt; reading them is not measured.
+        batch: rows, all of the same lengths.
+
+    Raises:
+        OptionError: a count below 1, or a depth below 0.
+    """
+
+    prompt_tokens: int = 128
+    new_tokens: int = 128
+    depth: int = 0
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("prompt_tokens", 1), ("new_tokens", 1), ("depth", 0), ("batch", 1)):
+            check_integer(name, getattr(self, name), least)
+
+    def __str__(self) -> str:
+        text = f"{self.prompt_tokens} + {self.new_tokens} tokens"
+        text += f" after {self.depth}" if self.depth else ""
+        return text + (f", {self.batch} rows" if self.batch > 1 else "")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a row, all in all."""
+        return self.depth + self.prompt_tokens + self.new_tokens
+
+    def check(self, max_context: int) -> None:
+        """Make sure that it fits.
+
+        Raises:
+            ContextError: it does not.
+        """
+        if self.tokens > max_context:
+            before = f"{self.depth} tokens, " if self.depth else ""
+            raise ContextError(
+                f"{before}a prompt of {self.prompt_tokens} and {self.new_tokens} new tokens do not fit into the "
+                f"model's context of {max_context}; measure fewer"
+            )
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round took.
+
+    Args:
+        ttft_s: seconds to the first token.
+        steps_s: seconds of each further one.
+        tokens_sha256: of all tokens that came out: two bundles that compute the same have the same.
+    """
+
+    ttft_s: float
+    steps_s: tuple[float, ...]
+    tokens_sha256: str
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds of all further tokens."""
+        return sum(self.steps_s)
 
 
 def bench(
@@ -57,8 +126,8 @@ def bench(
         OptionError: a count below 1.
         ContextError: prompt and new tokens do not fit into the context.
     """
-    for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("rounds", rounds)):
-        check_integer(name, value, 1)
+    workload = Workload(prompt_tokens, new_tokens)
+    check_integer("rounds", rounds, 1)
     load_s = None
     if isinstance(model_or_path, (str, Path)):
         from edgellm_runtime import load
@@ -70,56 +139,59 @@ def bench(
     else:
         model, threads = model_or_path, None
     session = model.session
-    if prompt_tokens + new_tokens > session.max_context:
-        raise ContextError(
-            f"a prompt of {prompt_tokens} and {new_tokens} new tokens do not fit into the model's context of "
-            f"{session.max_context}; measure fewer"
-        )
-    draw = random_prompts(session.vocab_size, prompt_tokens, seed)
-    _round(session, draw(), new_tokens)
-    measured = [_round(session, draw(), new_tokens) for _ in range(rounds)]
+    workload.check(session.max_context)
+    measured = [run_round(session, workload, seed + number) for number in range(rounds + 1)][1:]
     return {
-        "load_s": load_s, **_summary(measured, prompt_tokens), "peak_rss_mb": peak_rss_mb(), "device": session.device,
-        "threads": threads, "versions": _versions(), "prompt_tokens": prompt_tokens, "new_tokens": new_tokens,
+        "load_s": load_s, **summary(measured, workload), "peak_rss_mb": peak_rss_mb(), "device": session.device,
+        "threads": threads, "versions": versions(), "prompt_tokens": prompt_tokens, "new_tokens": new_tokens,
         "rounds": rounds,
     }  # fmt: skip
 
 
-def random_prompts(vocab_size: int, length: int, seed: int) -> Callable[[], NDArray[np.int64]]:
-    """Gives a prompt of random tokens (1, length) at each call, another one each time."""
+def random_prompts(vocab_size: int, length: int, seed: int, rows: int = 1) -> Callable[[], NDArray[np.int64]]:
+    """Gives prompts of random tokens (rows, length) at each call, others each time."""
     rng = np.random.Generator(np.random.PCG64(seed))
     low, high = _TYPICAL_IDS[0] if vocab_size > 2 * _TYPICAL_IDS[0] else 0, min(_TYPICAL_IDS[1], vocab_size)
-    return lambda: rng.integers(low, high, (1, length))
+    return lambda: rng.integers(low, high, (rows, length))
 
 
-def _round(session: Session, prompt: NDArray[np.int64], new_tokens: int) -> tuple[float, NDArray[np.float64]]:
-    """Seconds to the first token, and (new_tokens,) seconds of each further one."""
-    sampler = Sampler(SamplingOptions(), rows=1, vocab_size=session.vocab_size)
-    tokens = np.empty((1, 1), dtype=np.int64)
-    ticks = np.empty(new_tokens + 1)
+def run_round(session: Session, workload: Workload, seed: int) -> Round:
+    """Do a workload once, with prompts that ``seed`` decides."""
+    rows = workload.batch
+    prompts = random_prompts(session.vocab_size, workload.depth + workload.prompt_tokens, seed, rows)()
+    sampler = Sampler(SamplingOptions(), rows=rows, vocab_size=session.vocab_size)
+    tokens, chosen = np.empty((rows, 1), dtype=np.int64), []
+    ticks = np.empty(workload.new_tokens + 1)
     start = time.perf_counter()
-    state = session.new_state(1, prompt.shape[1] + new_tokens)
-    tokens[:, 0] = sampler(session.step(prompt, state)[:, 0])
+    state = session.new_state(rows, workload.tokens)
+    if workload.depth:
+        session.step(prompts[:, : workload.depth], state, logits="none")
+        start = time.perf_counter()
+    tokens[:, 0] = sampler(session.step(prompts[:, workload.depth :], state)[:, 0])
     ticks[0] = time.perf_counter()
-    for i in range(1, new_tokens + 1):
-        tokens[:, 0] = next_tokens(session, sampler, tokens, state, [0])
+    for i in range(1, workload.new_tokens + 1):
+        chosen.append(tokens.copy())
+        tokens[:, 0] = next_tokens(session, sampler, tokens, state, list(range(rows)))
         ticks[i] = time.perf_counter()
-    return float(ticks[0] - start), np.diff(ticks)
+    digest = hashlib.sha256(np.concatenate([*chosen, tokens], axis=1).astype("<i8").tobytes()).hexdigest()
+    return Round(float(ticks[0] - start), tuple(np.diff(ticks).tolist()), digest)
 
 
-def _summary(measured: list[tuple[float, NDArray[np.float64]]], prompt_tokens: int) -> dict[str, Any]:
-    first = statistics.median(m[0] for m in measured)
-    decode = statistics.median(float(m[1].sum()) for m in measured)
-    steps = 1e3 * np.concatenate([m[1] for m in measured])
+def summary(measured: Sequence[Round], workload: Workload) -> dict[str, Any]:
+    """Medians over rounds: times, and rates of all rows together."""
+    first = statistics.median(m.ttft_s for m in measured)
+    decode = statistics.median(m.decode_s for m in measured)
+    steps = 1e3 * np.concatenate([m.steps_s for m in measured])
     return {
         "ttft_ms": round(1e3 * first, 2),
-        "prefill_tokens_per_s": round(prompt_tokens / first, 1),
-        "decode_tokens_per_s": round(len(measured[0][1]) / decode, 1),
+        "prefill_tokens_per_s": round(workload.batch * workload.prompt_tokens / first, 1),
+        "decode_tokens_per_s": round(workload.batch * workload.new_tokens / decode, 1),
         "itl_ms": {f"p{q}": round(float(np.percentile(steps, q)), 3) for q in (50, 95, 99)},
     }
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """What the figures are of."""
     from importlib import metadata
 
     def version(*names: str) -> str | None:

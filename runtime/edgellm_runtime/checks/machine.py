@@ -1,4 +1,4 @@
-"""What this machine has, for whoever asks before a model is loaded: memory, pages of a file in memory, free disk."""
+"""What this machine has and how busy it is: for whoever asks before a model is loaded, or measures one."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import ctypes
 import math
 import mmap
 import os
+import platform
 import shutil
 from pathlib import Path
 
-__all__ = ["cached_share", "free_disk", "free_memory", "processor_flags"]
+__all__ = [
+    "cached_share", "energy", "free_disk", "free_memory", "governor", "other_load", "processor_flags",
+    "processor_name", "throttled",
+]  # fmt: skip
 
 _LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 _ENDLESS = 1 << 60
@@ -76,3 +80,57 @@ def cached_share(path: Path) -> float | None:
     except (OSError, AttributeError, ValueError):
         return None
     return None if failed else sum(page & 1 for page in pages) / len(pages)
+
+
+def processor_name(root: Path = Path("/")) -> str:
+    """What the processor calls itself."""
+    try:
+        for line in (root / "proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def throttled(root: Path = Path("/")) -> int | None:
+    """How often the control group's quota has stopped this process; None if there is no quota."""
+    for name in ("cpu.stat", "cpu/cpu.stat"):
+        try:
+            text = (root / "sys/fs/cgroup" / name).read_text()
+        except OSError:
+            continue
+        for line in text.splitlines():
+            key, _, value = line.partition(" ")
+            if key == "nr_throttled":
+                return int(value)
+    return None
+
+
+def energy(root: Path = Path("/")) -> float | None:
+    """Joules that the processor's packages have taken since some moment; None where the system does not say."""
+    total = 0
+    packages = sorted((root / "sys/class/powercap").glob("intel-rapl:[0-9]"))
+    try:
+        for package in packages:
+            total += int((package / "energy_uj").read_text())
+    except (OSError, ValueError):
+        return None
+    return total / 1e6 if packages else None
+
+
+def other_load(root: Path = Path("/")) -> float | None:
+    """Processes that wanted to run in the last minute, on average; None if unknown."""
+    try:
+        return float((root / "proc/loadavg").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def governor(root: Path = Path("/")) -> str | None:
+    """How the first core's clock is governed; None if unknown."""
+    try:
+        return (root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text().strip() or None
+    except OSError:
+        return None
