@@ -44,7 +44,7 @@ def test_generate_json_is_one_object(model, tmp_path):
     data = json.loads(result.output)
     assert data["tokens"] == list(expected.tokens)
     assert data["text"] == expected.text
-    assert set(data) == {"text", "tokens", "prompt_tokens", "finish_reason", "timings"}
+    assert set(data) == {"text", "tokens", "prompt_tokens", "cached_tokens", "finish_reason", "timings"}
 
 
 def test_generate_takes_the_options_of_the_runtime(model, tmp_path):
