@@ -8,6 +8,8 @@ sinks, gpt-oss, arXiv:2508.10925.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +17,9 @@ from torch import Tensor
 from edgellm.ops.canonical import capturing
 from edgellm.ops.schema import REQUIRED, Op
 
-__all__ = ["ATTENTION", "attend", "attention", "merge_heads", "normed_heads", "rotary", "split_heads"]
+__all__ = [
+    "ATTENTION", "attend", "attention", "attention_over", "merge_heads", "normed_heads", "rotary", "split_heads",
+]  # fmt: skip
 
 
 def attention_reference(
@@ -25,6 +29,20 @@ def attention_reference(
     epsilon: float = 1e-6, softcap: float = 0.0, window: int = 0,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """See :func:`attention`; ``epsilon`` is its ``norm_eps``."""
+    return attention_over(
+        q, k, v, past_k, past_v, past_lengths, lengths, cos, sin, q_norm, k_norm, sinks, num_heads=num_heads,
+        num_kv_heads=num_kv_heads, scale=scale, epsilon=epsilon, softcap=softcap, window=window,
+    )  # fmt: skip
+
+
+def attention_over(
+    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor | None, past_v: Tensor | None, past_lengths: Tensor,
+    lengths: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None, sinks: Tensor | None = None, *, num_heads: int, num_kv_heads: int, scale: float,
+    epsilon: float = 1e-6, softcap: float = 0.0, window: int = 0,
+    kept: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda k, v: (k, v),
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """The reference, with what the cache keeps of new keys and values (batch, num_kv_heads, time, head_dim)."""
     if q_norm is not None and k_norm is not None:
         q, k = normed_heads(q, q_norm, epsilon), normed_heads(k, k_norm, epsilon)
     time = q.shape[1]
@@ -36,6 +54,7 @@ def attention_reference(
         steps = torch.arange(time, device=q.device)
         y = attend(q, k, v, _visible(steps[None], time, window) if window else None, scale, softcap, sinks)
         return merge_heads(y), None, None
+    k, v = kept(k, v)
     slots = positions[:, None, :, None].expand_as(k)
     present_k, present_v = past_k.scatter(2, slots, k), past_v.scatter(2, slots, v)
     total = int(positions.max()) + 1

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from edgellm.ops.canonical import capturing
@@ -59,8 +60,9 @@ def elman(
     if capturing():
         y, h = RNN.emit(x=x, h=h, **_named(weights), lengths=lengths, activation=activation)
         return y, h
-    if lengths is not None and bool((lengths != x.shape[1]).any()):
-        return elman_reference(x, h, weights, lengths, activation=activation)
+    if RNN.otherwise or (lengths is not None and bool((lengths != x.shape[1]).any())):
+        y, h = RNN(x, h, *weights, lengths, activation=activation)
+        return y, h
     kernel = torch.rnn_tanh if activation == "tanh" else torch.rnn_relu
     y, last = kernel(x, h.unsqueeze(0), list(weights), True, 1, 0.0, torch.is_grad_enabled(), False, True)
     return y, last.squeeze(0)
@@ -84,8 +86,9 @@ def lstm(
     if capturing():
         y, h, c = LSTM.emit(x=x, h=h, c=c, **_named(weights), lengths=lengths)
         return y, h, c
-    if lengths is not None and bool((lengths != x.shape[1]).any()):
-        return lstm_reference(x, h, c, weights, lengths)
+    if LSTM.otherwise or (lengths is not None and bool((lengths != x.shape[1]).any())):
+        y, h, c = LSTM(x, h, c, *weights, lengths)
+        return y, h, c
     past = [h.unsqueeze(0), c.unsqueeze(0)]
     y, h, c = torch.lstm(x, past, list(weights), True, 1, 0.0, torch.is_grad_enabled(), False, True)
     return y, h.squeeze(0), c.squeeze(0)
@@ -96,41 +99,48 @@ def gru(x: Tensor, h: Tensor, weights: RecurrentWeights, lengths: Tensor | None)
     if capturing():
         y, h = GRU.emit(x=x, h=h, **_named(weights), lengths=lengths)
         return y, h
-    if lengths is not None and bool((lengths != x.shape[1]).any()):
-        return gru_reference(x, h, weights, lengths)
+    if GRU.otherwise or (lengths is not None and bool((lengths != x.shape[1]).any())):
+        y, h = GRU(x, h, *weights, lengths)
+        return y, h
     y, last = torch.gru(x, h.unsqueeze(0), list(weights), True, 1, 0.0, torch.is_grad_enabled(), False, True)
     return y, last.squeeze(0)
 
 
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # of x (batch, columns), W (rows, columns) and b: X W^T + b
+
+
 def elman_reference(
-    x: Tensor, h: Tensor, weights: RecurrentWeights, lengths: Tensor | None, *, activation: str
-) -> tuple[Tensor, Tensor]:
-    """:func:`elman`, one token at a time."""
+    x: Tensor, h: Tensor, weights: RecurrentWeights, lengths: Tensor | None, product: Product = F.linear, *,
+    activation: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """:func:`elman`, one token at a time; ``product`` is how its products are computed."""
     f = torch.tanh if activation == "tanh" else torch.relu
 
     def cell(gates_x: Tensor, gates_h: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (f(gates_x + gates_h),)
 
-    y, (h,) = _loop(cell, x, (h,), weights, lengths)
+    y, (h,) = _loop(cell, x, (h,), weights, lengths, product)
     return y, h
 
 
 def lstm_reference(
-    x: Tensor, h: Tensor, c: Tensor, weights: RecurrentWeights, lengths: Tensor | None
+    x: Tensor, h: Tensor, c: Tensor, weights: RecurrentWeights, lengths: Tensor | None, product: Product = F.linear
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`lstm`, one token at a time."""
+    """:func:`lstm`, one token at a time; ``product`` is how its products are computed."""
 
     def cell(gates_x: Tensor, gates_h: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         i, f, g, o = (gates_x + gates_h).chunk(4, dim=-1)
         c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
         return torch.sigmoid(o) * torch.tanh(c), c
 
-    y, (h, c) = _loop(cell, x, (h, c), weights, lengths)
+    y, (h, c) = _loop(cell, x, (h, c), weights, lengths, product)
     return y, h, c
 
 
-def gru_reference(x: Tensor, h: Tensor, weights: RecurrentWeights, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """:func:`gru`, one token at a time."""
+def gru_reference(
+    x: Tensor, h: Tensor, weights: RecurrentWeights, lengths: Tensor | None, product: Product = F.linear
+) -> tuple[Tensor, Tensor]:
+    """:func:`gru`, one token at a time; ``product`` is how its products are computed."""
 
     def cell(gates_x: Tensor, gates_h: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         (rx, zx, nx), (rh, zh, nh) = gates_x.chunk(3, dim=-1), gates_h.chunk(3, dim=-1)
@@ -138,7 +148,7 @@ def gru_reference(x: Tensor, h: Tensor, weights: RecurrentWeights, lengths: Tens
         n = torch.tanh(nx + r * nh)
         return ((1 - z) * n + z * state[0],)
 
-    y, (h,) = _loop(cell, x, (h,), weights, lengths)
+    y, (h,) = _loop(cell, x, (h,), weights, lengths, product)
     return y, h
 
 
@@ -146,12 +156,13 @@ Cell = Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
 def _loop(
-    cell: Cell, x: Tensor, state: tuple[Tensor, ...], weights: RecurrentWeights, lengths: Tensor | None
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+    cell: Cell, x: Tensor, state: tuple[Tensor, ...], weights: RecurrentWeights, lengths: Tensor | None,
+    product: Product,
+) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
     outputs = []
     for t in range(x.shape[1]):
-        gates_x = x[:, t] @ weights.input.T + weights.input_bias
-        gates_h = state[0] @ weights.hidden.T + weights.hidden_bias
+        gates_x = product(x[:, t], weights.input, weights.input_bias)
+        gates_h = product(state[0], weights.hidden, weights.hidden_bias)
         new = cell(gates_x, gates_h, state)
         if lengths is None:
             state = new

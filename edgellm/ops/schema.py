@@ -9,7 +9,10 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -19,10 +22,11 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from edgellm.errors import OpError
 from edgellm.ops.canonical import DOMAIN, capturing, emit
 
-__all__ = ["OPS", "REQUIRED", "Op", "View", "find_op", "view_of", "views"]
+__all__ = ["OPS", "REQUIRED", "Op", "View", "computed_by", "find_op", "view_of", "views"]
 
 OPS: Final[dict[str, Op]] = {}  # every op by its name, filled as ops are defined
 Like = Tensor | tuple[torch.dtype, Sequence[int | torch.SymInt]]  # an output's dtype and shape
+_OTHERS: ContextVar[Mapping[str, Callable[..., Any]]] = ContextVar("others", default=MappingProxyType({}))
 
 
 class _Required:
@@ -137,11 +141,16 @@ class Op:
     def __call__(self, *given: Any, **named: Any) -> Any:
         """The reference's result, or the outputs of a node while a model is captured."""
         if not capturing():
-            return self.reference(*given, **named)
+            return _OTHERS.get().get(self.name, self.reference)(*given, **named)
         names = (*self.inputs, *self.attributes)
         if len(given) > len(names):
             raise OpError(f"{self.name} is called with {len(given)} values; it takes {', '.join(names)}")
         return self.emit(**dict(zip(names, given, strict=False)), **named)
+
+    @property
+    def otherwise(self) -> bool:
+        """Whether something else than its reference computes it now; see :func:`computed_by`."""
+        return self.name in _OTHERS.get()
 
     def emit(self, **named: Any) -> Any:
         """Put a node in the graph being traced.
@@ -278,6 +287,20 @@ class View:
         left = [(n, v) for n, v in self._inputs.items() if v is not None and n not in self._read]
         attributes = [(n, self._attribute(n)) for n in self.node.attributes if n not in self._read]
         return left + [(n, value) for n, value in attributes if _differs(value, self.op.attributes[n])]
+
+
+@contextmanager
+def computed_by(others: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Have some ops computed by other functions than their references, such as by what rounds as a kernel does.
+
+    Args:
+        others: by op's name, what takes its reference's arguments; for as long as the block runs, in this thread.
+    """
+    token = _OTHERS.set({**_OTHERS.get(), **others})
+    try:
+        yield
+    finally:
+        _OTHERS.reset(token)
 
 
 def find_op(name: str) -> Op:

@@ -197,11 +197,11 @@ def _checked_generation(options: Mapping[str, Any], model: LanguageModel, text: 
 
 
 def _same_numbers(
-    model: LanguageModel, weights: Weights, plan: Plan | None, manifest: Manifest, rows: Sequence[Sequence[int]],
+    model: LanguageModel, weights: Weights, plan: Plan, manifest: Manifest, rows: Sequence[Sequence[int]],
     progress: Progress,
 ) -> tuple[ExactTraces, Manifest]:  # fmt: skip
     """PyTorch's traces with the numbers of a quantized bundle; in the manifest, why there are none."""
-    if plan is not None and not plan.schemes:
+    if not plan.schemes and not plan.cache:
         return ExactTraces(), manifest
     progress("running PyTorch with the same numbers", 0.0)
     try:
@@ -242,9 +242,9 @@ def _count(model: LanguageModel) -> int:
 def _write_weights(
     model: LanguageModel, weights: Weights, target: Target, options: ExportOptions, rows: Sequence[Sequence[int]],
     scratch: Path, write: Callable[[ir.Model, Plan], None], notes: list[str], progress: Progress,
-) -> tuple[dict[str, Any], Mapping[str, float], Plan | None]:  # fmt: skip
+) -> tuple[dict[str, Any], Mapping[str, float], Plan]:  # fmt: skip
     """The graph with its weights into ``scratch``; what the manifest says of them, what they must hold to, and their
-    plan where no search made it.
+    plan.
     """
     if options.budget is None:
         graph, plan = _planned(model, weights, target, options, rows, notes, progress)
@@ -258,7 +258,7 @@ def _write_weights(
     others = sum(file.stat().st_size for file in scratch.iterdir())
     notes += kernel_notes(job.graph(), target)
     found = quantize_within(options.budget, job, scratch, others, progress)
-    return {"method": AUTO, **found.record}, bounds_of(options.budget, found.schemes), None
+    return {"method": AUTO, **found.record}, bounds_of(options.budget, found.schemes), found.plan
 
 
 def _planned(

@@ -206,5 +206,5 @@ def test_the_reference_of_quantized_models_says_what_it_cannot_round() -> None:
     graph = prepare(capture(own), target)
     plan = make_plan(find_method("w8a8", target.methods), graph, own, [[1, 2, 3]])
     with pytest.raises(QuantizeError, match=r"weights\.\d is multiplied outside an nn\.Linear"):
-        quantized_model(own, plan)
+        quantized_model(own, plan)(torch.tensor([[1, 2, 3]]), {})
     assert isinstance(quantized_model(own, plan, integer_products=False), Leaky)

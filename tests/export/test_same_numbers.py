@@ -22,7 +22,9 @@ from edgellm.streaming import resident
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_exporters.proof.samples import golden_rows
 from edgellm_exporters.proof.traces import traces
-from edgellm_exporters.quantize.quantized_model import quantized_model, quantized_stream, round_blocks
+from edgellm_exporters.quantize import plan as plan_module
+from edgellm_exporters.quantize.quantized_model import quantized_model, quantized_stream
+from edgellm_exporters.quantize.rounded_products import round_blocks
 from edgellm_runtime import open_session
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.checks.verify import Check, verify
@@ -39,17 +41,46 @@ def checked(path: Path, threads: int = 1) -> dict[str, Check]:
     return {check.name: check for check in verify(bundle, open_session(bundle, threads=threads)).checks}
 
 
-@pytest.mark.parametrize("method", ["int8", "int4", "2:32", "w8a8", "keep"])
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [
+        ("int8", "decoder"), ("int4", "decoder"), ("2:32", "decoder"), ("w8a8", "decoder"), ("keep", "decoder"),
+        ("4:32:shifted", "decoder with q/k norm"), ("int4", "lstm"), ("2:32", "gru"), ("int4", "rnn_relu"),
+        ("4:32:shifted", "lstm"), ("int4", "windows and soft caps"),
+    ],
+)  # fmt: skip
 def test_a_quantized_bundle_equals_pytorch_with_its_numbers_far_closer_than_the_float_model(
-    method: str, tmp_path: Path
+    method: str, family: str, tmp_path: Path
 ) -> None:
-    path = made(method, tmp_path / "source")
+    path = made(method, tmp_path / "source", family)
     distance = Bundle(path).manifest.measured["kl"]
     for threads in (1, 2, 3):
         found = checked(path, threads)
         assert all(check.ok for check in found.values())
         assert found["exact.kl"].value < 0.3 * distance
         assert found["exact.kl"].bound < HARMFUL
+
+
+@pytest.mark.parametrize("family", ["decoder", "windows and soft caps"])
+def test_a_cache_in_8_bits_equals_pytorchs_that_holds_the_same_codes(family: str, tmp_path: Path) -> None:
+    exported = export(make(family), tmp_path / "b", options=ExportOptions(kv_cache="int8"))
+    assert exported.bundle.manifest.measured["kl"] > 1e-6
+    found = checked(exported.bundle.path, 2)
+    assert all(check.ok for check in found.values())
+    assert found["exact.logits"].value < 1e-5
+    assert found["exact.kl"].bound < HARMFUL
+
+
+def test_wide_8_bit_recurrences_round_what_they_read_and_narrow_ones_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The narrow ones are widened when a graph is loaded; where none is, all go through the kernel's own products."""
+    for most in (plan_module._SMALL, 0):
+        monkeypatch.setattr(plan_module, "_SMALL", most)
+        path = made("int8", tmp_path / f"most-{most}", "lstm")
+        scans = b"Scan" in (path / "model.onnx").read_bytes()
+        assert scans == (most == 0)
+        assert checked(path)["exact.kl"].value < 0.1 * Bundle(path).manifest.measured["kl"]
 
 
 def test_standard_operators_on_rounded_weights_are_exact(tmp_path: Path) -> None:
@@ -107,9 +138,6 @@ def test_another_kind_of_processor_is_not_held_to_them_and_verify_says_so(
 @pytest.mark.parametrize(
     ("family", "options", "why"),
     [
-        ("mixed", {"quantize": "int4"}, "outside an nn.Linear"),
-        ("decoder", {"quantize": "int8", "kv_cache": "int8"}, "cache is in 8 bits"),
-        ("decoder", {"quantize": "4:32:shifted"}, "shifted"),
         ("decoder", {"quantize": "int8", "target": "cuda", "dtype": "float16"}, "target cuda"),
     ],
 )
@@ -129,17 +157,21 @@ def test_float_bundles_have_one_reference_and_nothing_to_say(tmp_path: Path) -> 
     assert "float_reference_only" not in exported.bundle.manifest.quantization
 
 
-@pytest.mark.parametrize("method", ["int4", "w8a8"])
+@pytest.mark.parametrize(
+    ("method", "family"), [("int4", "decoder"), ("w8a8", "decoder"), ("4:32:shifted", "mixed")]
+)  # fmt: skip
 def test_numbers_that_are_read_one_by_one_are_those_of_the_whole_model(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streaming, "BLOCK_BYTES", 4096)  # so that the vocabulary's table is read by rows
-    model, rows = make("decoder"), golden_rows(None, VOCAB, CONTEXT).rows
+    model, rows = make(family), golden_rows(None, VOCAB, CONTEXT).rows
     plan = planned(model, "cpu", method)[1]
-    save_checkpoint(tmp_path / "c", model, architecture="decoder", tokenizer_json=None)
+    architecture = "hybrid" if family == "mixed" else "decoder"
+    save_checkpoint(tmp_path / "c", model, architecture=architecture, tokenizer_json=None)
     opened = open_checkpoint(tmp_path / "c")
-    whole: Any = quantized_model(model, plan, block_products=False, integer_products=False)
-    make_stream = partial(quantized_stream, block_products=False, integer_products=False)
+    rounds = method == "4:32:shifted"  # whose sums of inputs need what was read with the weights
+    whole: Any = quantized_model(model, plan, block_products=rounds, integer_products=False)
+    make_stream = partial(quantized_stream, block_products=rounds, integer_products=False)
     streamed, numbers = make_stream(opened.model, opened.weights, plan)  # type: ignore[arg-type]
     assert all(p.is_meta for p in streamed.parameters())
     with resident(streamed, numbers):

@@ -22,7 +22,7 @@ from edgellm.streaming import Weights, resident
 from edgellm_exporters.auto.budget import Budget
 from edgellm_exporters.auto.formats import FormatChoices, candidates_of
 from edgellm_exporters.auto.front_picture import check_library, draw_front
-from edgellm_exporters.auto.measured_search import MeasuredSearch
+from edgellm_exporters.auto.measured_search import Built, MeasuredSearch
 from edgellm_exporters.auto.report import Attempt, Evidence, write_table
 from edgellm_exporters.auto.search import table_of
 from edgellm_exporters.auto.sensitivity import sensitivities
@@ -35,7 +35,7 @@ from edgellm_exporters.lowering import ort
 from edgellm_exporters.proof.parity import ParityReport, compare
 from edgellm_exporters.quantize.calibrate import check_windows, largest_inputs
 from edgellm_exporters.quantize.lossless import smallest_holding
-from edgellm_exporters.quantize.plan import Scheme
+from edgellm_exporters.quantize.plan import Plan, Scheme
 from edgellm_exporters.quantize.planning import Uses, plan_of, smoothed
 from edgellm_runtime.backends.ort import OrtBackend
 from edgellm_runtime.bundle import GRAPH
@@ -55,10 +55,12 @@ class Outcome:
     Args:
         schemes: by weight's name.
         record: for the manifest.
+        plan: that the graph was written with.
     """
 
     schemes: Mapping[str, Scheme]
     record: Mapping[str, Any]
+    plan: Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +92,14 @@ class Automatic:
 
     def build(
         self, schemes: Mapping[str, Scheme], largest: Mapping[str, Any], directory: Path, progress: Progress
-    ) -> int:
-        """Write the graph with those formats; returns its bytes."""
+    ) -> Built:
+        """Write the graph with those formats."""
         captured = self.graph()
         done = smoothed(captured, largest)
         with resident(self.model, self.weights):
             plan = plan_of(schemes, done, self._module, self.calibration, progress)
         write_graph(lower_to(captured, self.target, plan), directory, progress)
-        return sum(file.stat().st_size for file in directory.iterdir())
+        return Built(sum(file.stat().st_size for file in directory.iterdir()), plan)
 
     def measure(self, directory: Path, progress: Progress) -> ParityReport:
         """Compare a built graph with the float model on the held-out text."""
@@ -156,7 +158,7 @@ def quantize_within(
     (directory / REPORT).write_text(write_table(evidence), encoding="utf-8")
     progress("drawing the front", 0.0)
     draw_front(evidence, directory / PICTURE)
-    return Outcome(attempt.choice.schemes, _record(budget, attempt))
+    return Outcome(attempt.choice.schemes, _record(budget, attempt), measured.plan)
 
 
 def none_better_than_held(

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from edgellm_exporters.auto.search import QUALITY, Choice, Table, search
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.graph.write import Progress
 from edgellm_exporters.proof.parity import ParityReport
-from edgellm_exporters.quantize.plan import Scheme
+from edgellm_exporters.quantize.plan import Plan, Scheme
 
 __all__ = ["Job", "MeasuredSearch"]
 
@@ -25,13 +26,21 @@ _DOUBT = 2.0  # an estimate above the budget by less than this factor is measure
 _LATER = 300_000  # bytes of the files that come after the weights: goldens, report, picture
 
 
+@dataclass(frozen=True)
+class Built:
+    """A written graph: its bytes, and the plan that it was written with."""
+
+    nbytes: int
+    plan: Plan
+
+
 class Job(Protocol):
     """Builds a graph with any formats, and measures it."""
 
     def build(
         self, schemes: Mapping[str, Scheme], largest: Mapping[str, Any], directory: Path, progress: Progress
-    ) -> int:
-        """Write the graph; returns its bytes."""
+    ) -> Built:
+        """Write the graph."""
         ...
 
     def measure(self, directory: Path, progress: Progress) -> ParityReport:
@@ -59,6 +68,7 @@ class MeasuredSearch:
         self.budget, self.job, self.table, self.largest, self.directory = budget, job, table, largest, directory
         self.rest, self.ratio, self._others = floats + others, 1.0, others
         self.attempts: list[Attempt] = []
+        self.plan = Plan()  # of the best that holds
 
     def run(self, progress: Progress) -> Attempt:
         """Build and measure; the best that holds is left in the directory.
@@ -71,9 +81,10 @@ class MeasuredSearch:
             choice = self._choose(aim)
             if choice is None or any(choice.schemes == a.choice.schemes for a in self.attempts):
                 break
-            attempt = self._try(number, choice, progress)
+            attempt, built = self._try(number, choice, progress)
             if attempt.holds and (best is None or attempt.choice.cost < best.choice.cost):
-                best = attempt
+                best, self.plan = attempt, built.plan
+            del built  # codes that calibration chose are as many as the weights
             if attempt.holds and (self._best_quality or attempt.report.kl >= _HALF * self.budget.max_kl):
                 break
         if best is None:
@@ -106,13 +117,14 @@ class MeasuredSearch:
         rows = zip(self.table.names, self.table.schemes, self.table.cost, strict=True)
         return float(sum(costs[schemes.index(choice.schemes[name])] for name, schemes, costs in rows))
 
-    def _try(self, number: int, choice: Choice, progress: Progress) -> Attempt:
+    def _try(self, number: int, choice: Choice, progress: Progress) -> tuple[Attempt, Built]:
         def tell(what: str, share: float) -> None:
             progress(f"build {number + 1}: {what}", share)
 
         directory = self.directory / f"attempt-{number}"
         directory.mkdir()
-        nbytes = self.job.build(choice.schemes, self.largest, directory, tell)
+        built = self.job.build(choice.schemes, self.largest, directory, tell)
+        nbytes = built.nbytes
         report = self.job.measure(directory, tell)
         self.rest, total = int(nbytes - choice.nbytes) + self._others, nbytes + self._others
         holds = report.kl <= self.budget.max_kl and total + _LATER <= self.budget.max_bytes
@@ -121,7 +133,7 @@ class MeasuredSearch:
         self.attempts.append(attempt)
         if not holds:
             shutil.rmtree(directory)
-        return attempt
+        return attempt, built
 
     def _keep(self, best: Attempt) -> Attempt:
         """Leave one attempt's files, and no other's, in the bundle's directory."""

@@ -18,7 +18,7 @@ from edgellm_exporters.auto.formats import FormatChoices
 from edgellm_exporters.auto.trials import tried
 from edgellm_exporters.passes.merge_linears import parts_of
 from edgellm_exporters.quantize.plan import Scheme
-from edgellm_exporters.quantize.quantized_model import round_rows
+from edgellm_exporters.quantize.rounded_products import round_rows
 from edgellm_exporters.quantize.rtn import round_to_nearest
 from edgellm_exporters.quantize.smooth import Smoothing
 from edgellm_runtime.threads import thread_count

@@ -8,6 +8,7 @@ ONNX orders gates otherwise than PyTorch: LSTM i, o, f, c against i, f, g, o; GR
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,11 +20,9 @@ from edgellm.ops.schema import View
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering.context import Array, Lowering, Rule, blank, shape_of
 from edgellm_exporters.lowering.scan import Hoist, MatMul, scan
-from edgellm_exporters.quantize.plan import Codes, QuantizedWeight
+from edgellm_exporters.quantize.plan import Codes, QuantizedWeight, Scheme, widens
 
 __all__ = ["reorder", "rules"]
-
-SMALL = 1 << 19  # numbers in the larger weight: 2 MB when they are widened
 
 _GATES = {RNN.name: (0,), LSTM.name: (0, 3, 1, 2), GRU.name: (1, 0, 2)}  # ONNX's gate i is PyTorch's _GATES[i]
 
@@ -41,8 +40,8 @@ def rules(matmul: MatMul, hoist: Hoist, *, folds: bool = False) -> Mapping[str, 
         if view.lengths is None:  # the graph serves ragged batches, and padding would run into the state
             raise LoweringError(f"{view.op.name} was called without lengths; pass step.lengths to edgellm.ops")
         both = (view.w_ih, view.w_hh)
-        rounded, small = (any(context.quantized(w) is not None for w in both), all(_small(context, w) for w in both))
-        if rounded and not (folds and small):
+        rounded = any(context.quantized(w) is not None for w in both)
+        if rounded and not (folds and widens(*(_kept_as(context, w) for w in both))):
             return scan(context, view, matmul, hoist)
         order, past = _GATES[view.op.name], view.all(view.op.states)
         weights = [_one_direction(context, w, order) for w in both]
@@ -74,13 +73,10 @@ def reorder(array: Array, order: Sequence[int]) -> Array:
     return gates[list(order)].reshape(array.shape)
 
 
-def _small(context: Lowering, weight: ir.Value) -> bool:
-    """Whether a weight is float, or in 8 bits and small enough to be widened."""
+def _kept_as(context: Lowering, weight: ir.Value) -> tuple[Scheme | None, int]:
+    """A weight's scheme, None for floats, and how many numbers it has."""
     quantized = context.quantized(weight)
-    if quantized is None:
-        return True
-    rows, columns = quantized.shape
-    return quantized.scheme.bits == 8 and not quantized.scheme.shifted and rows * columns <= SMALL
+    return None if quantized is None else quantized.scheme, math.prod(shape_of(weight))
 
 
 def _one_direction(context: Lowering, weight: ir.Value, order: Sequence[int]) -> ir.Value:

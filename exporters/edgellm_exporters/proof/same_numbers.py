@@ -6,6 +6,7 @@ How far that reaches is measured, on copies of the rows whose products read inpu
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.proof.traces import Trace, traces
 from edgellm_exporters.quantize.methods import METHODS
 from edgellm_exporters.quantize.plan import Plan
-from edgellm_exporters.quantize.quantized_model import quantized_model, quantized_stream
+from edgellm_exporters.quantize.quantized_model import same_numbers
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.checks.verify import EXACT, distance, exact_figures, read_goldens
 from edgellm_runtime.loading import open_session
@@ -48,14 +49,14 @@ class ExactTraces:
 
 
 def exact_traces(
-    model: LanguageModel, weights: Weights, plan: Plan | None, target: str, rows: Sequence[Sequence[int]]
+    model: LanguageModel, weights: Weights, plan: Plan, target: str, rows: Sequence[Sequence[int]]
 ) -> ExactTraces:
     """What PyTorch computes with a plan's numbers, weights read one by one where the model's are.
 
     Args:
         model: the float model, in eval mode; it is left as it was.
         weights: where its parameters are read.
-        plan: of the bundle; None where a search chose it.
+        plan: of the bundle.
         target: the bundle's.
         rows: token ids.
 
@@ -63,47 +64,30 @@ def exact_traces(
         QuantizeError: this reference cannot be had, and why.
     """
     assert isinstance(model, nn.Module)
-    _check(plan, target)
-    assert plan is not None
+    _check(target)
     rounds = _TARGETS[target]
-    reference, numbers = _with_numbers(model, weights, plan, rounds)
-    if rounds:
-        _add_noise(reference)
+    found = same_numbers(model, weights, plan, rounds=rounds, noise=_Noise() if rounds else lambda x: x)
     repeated = [row for row in rows for _ in range(1 + _COPIES if rounds else 1)]
-    with resident(reference, numbers):
-        found = list(traces(reference, repeated))  # type: ignore[arg-type]
+    with resident(found.model, found.weights):
+        each = list(traces(found.model, repeated))  # type: ignore[arg-type]
+    each = [dataclasses.replace(t, state={n: x for n, x in t.state.items() if n not in plan.cache}) for t in each]
     count = len(repeated) // len(rows)
-    return ExactTraces(found[::count], [trace for i, trace in enumerate(found) if i % count])
+    return ExactTraces(each[::count], [trace for i, trace in enumerate(each) if i % count])
 
 
-def _with_numbers(model: nn.Module, weights: Weights, plan: Plan, rounds: bool) -> tuple[nn.Module, Weights]:
-    if any(p.is_meta for p in model.parameters()):
-        return quantized_stream(model, weights, plan, integer_products=rounds, block_products=rounds)
-    rounded = quantized_model(model, plan, integer_products=rounds, block_products=rounds)
-    return rounded, OwnWeights(rounded)
+class _Noise:
+    """What another order of sums might have made of a tensor."""
+
+    def __init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * (1 + _NOISE * torch.randn(x.shape, generator=self._generator))
 
 
-def _add_noise(model: nn.Module) -> None:
-    """Have products read what another order of sums might have made."""
-    generator = torch.Generator().manual_seed(0)
-
-    def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (inputs[0] * (1 + _NOISE * torch.randn(inputs[0].shape, generator=generator)),)
-
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(hook, prepend=True)
-
-
-def _check(plan: Plan | None, target: str) -> None:
+def _check(target: str) -> None:
     if target not in _TARGETS:
         raise QuantizeError(f"what target {target}'s kernels round is not known on this machine")
-    if plan is None:
-        raise QuantizeError("a search chose its formats")
-    if plan.cache:
-        raise QuantizeError("its cache is in 8 bits, which PyTorch's is not")
-    if _TARGETS[target] and any(scheme.shifted for scheme in plan.schemes.values()):
-        raise QuantizeError("shifted blocks meet sums of inputs that kernels round on their own")
 
 
 def measured_exactly(scratch: Path, copies: Sequence[Trace]) -> dict[str, float]:
@@ -119,7 +103,8 @@ def measured_exactly(scratch: Path, copies: Sequence[Trace]) -> dict[str, float]
     for golden, trace in zip((g for g in goldens for _ in range(_COPIES)), copies, strict=bool(copies)):
         state = {name: tensor.numpy() for name, tensor in trace.state.items()}
         found.append(distance(golden, trace.logits.numpy(), state))
-    return {name: max(figures[name] for figures in found) for name in found[0]}
+    names = [name for name in found[0] if name != "state" or any(golden.state for golden in goldens)]
+    return {name: max(figures[name] for figures in found) for name in names}
 
 
 def exact_bounds(measured: Mapping[str, float]) -> dict[str, float]:

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.quantize.smooth import Smoothing
 
-__all__ = ["ROW", "STORAGE", "Codes", "Plan", "QuantizedWeight", "Quantizer", "Scheme", "joined", "pack"]
+__all__ = ["ROW", "STORAGE", "Codes", "Plan", "QuantizedWeight", "Quantizer", "Scheme", "joined", "pack", "widens"]
 
 STORAGE = "edgellm.storage"
 _ROWS_BYTES = 16 << 20  # of float32 weights that are quantized at a time
+_SMALL = 1 << 19  # numbers in a recurrence's larger weight: 2 MB when they are widened
 
 
 ROW = 0
@@ -120,14 +121,34 @@ class Codes:
 
     def dequantize(self) -> NDArray[np.float32]:
         """The float32 weight that these numbers stand for, (rows, columns)."""
+        wide = self._wide()
+        if not self.columns:
+            return wide
+        shifts = self.shifts()
+        return wide[:, : self.columns] + np.repeat(shifts, self.columns // shifts.shape[1], axis=1)
+
+    def shifts(self) -> NDArray[np.float32]:
+        """The shift of each block, (rows, blocks); of a weight that has such."""
+        block = self.codes.shape[1] // self.scales.shape[1]
+        return self._wide()[:, self.columns : self.columns + self.columns // block]
+
+    def _wide(self) -> NDArray[np.float32]:
+        """Codes times scales, (rows, blocks * block), shifts included."""
         rows, blocks = self.scales.shape
         codes = self.signed(np.float32).reshape(rows, blocks, -1)
         wide: NDArray[np.float32] = (codes * self.scales[:, :, None]).reshape(rows, -1)
-        if not self.columns:
-            return wide
-        block = wide.shape[1] // blocks
-        shifts = wide[:, self.columns : self.columns + self.columns // block]
-        return wide[:, : self.columns] + np.repeat(shifts, block, axis=1)
+        return wide
+
+
+def widens(*weights: tuple[Scheme | None, int]) -> bool:
+    """Whether a recurrence computes in floats, its weights' codes widened once, where the library folds constants.
+
+    A loop over the cell costs more time at each token than the products of weights that lie in the processor's cache.
+
+    Args:
+        weights: the scheme of each of its weights, None for floats, and how many numbers it has.
+    """
+    return all(s is None or (s.bits == 8 and not s.shifted and size <= _SMALL) for s, size in weights)
 
 
 def joined(parts: Sequence[Codes]) -> Codes:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,14 +12,66 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from edgellm.streaming import Weights
+from edgellm.streaming import OwnWeights, Weights
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.passes.merge_linears import parts_of
 from edgellm_exporters.quantize.named_weights import is_parametrized, named_weights
 from edgellm_exporters.quantize.plan import ROW, Plan, Scheme
+from edgellm_exporters.quantize.rounded_products import (
+    ProductRounding,
+    round_blocks,
+    round_cache,
+    round_linear,
+    round_recurrence,
+    round_rows,
+    round_whole,
+)
 from edgellm_exporters.quantize.smooth import by_part
 
-__all__ = ["RoundedWeights", "quantized_model", "quantized_stream", "round_blocks", "round_rows", "round_whole"]
+__all__ = ["RoundedWeights", "SameNumbers", "quantized_model", "quantized_stream", "same_numbers"]
+
+
+@dataclass(frozen=True)
+class SameNumbers:
+    """A model that computes with a plan's numbers.
+
+    Args:
+        model: a copy.
+        weights: where its parameters are read, where it is on the meta device.
+    """
+
+    model: nn.Module
+    weights: Weights
+
+
+def same_numbers(
+    model: nn.Module, weights: Weights, plan: Plan, *, rounds: bool, noise: Callable[[Tensor], Tensor]
+) -> SameNumbers:
+    """A copy with a plan's numbers, whether its parameters are in memory or read one by one; its cache, too.
+
+    Args:
+        model: any model in float32; it is left as it was.
+        weights: where its parameters are read.
+        plan: made for its graph.
+        rounds: whether the target's kernels round what products read.
+        noise: what such products read passes it first.
+
+    Raises:
+        QuantizeError: as :func:`quantized_model` does.
+    """
+    numbers = _Numbers(model, plan) if plan.schemes else None
+    streamed = any(p.is_meta for p in model.parameters())
+    copied = copy.deepcopy(model)
+    if numbers is not None:
+        if streamed:
+            numbers.check(dict(model.named_parameters(remove_duplicate=False)))
+            weights = RoundedWeights(weights, numbers, model)
+        else:
+            copied = _with_numbers(copied, numbers)
+        _round_products(copied, numbers, integer_products=rounds, block_products=rounds, noise=noise)
+    if plan.cache:
+        round_cache(copied, plan.cache, noise)
+    return SameNumbers(copied, weights if streamed else OwnWeights(copied))
 
 
 def quantized_model(
@@ -37,18 +90,28 @@ def quantized_model(
             for each such block.
 
     Raises:
-        QuantizeError: the plan quantizes nothing, or a weight that the forward computes, or rounds what a weight reads
-            that is not an ``nn.Linear``'s.
+        QuantizeError: the plan quantizes nothing, or a weight that the forward computes. The copy's forward raises it
+            where a weight that is neither an ``nn.Linear``'s nor a recurrence's should have its inputs rounded.
     """
     numbers = _Numbers(model, plan)
-    rounded = _without_parametrizations(copy.deepcopy(model))
-    by_name = dict(rounded.named_parameters(remove_duplicate=False))
+    rounded = _with_numbers(copy.deepcopy(model), numbers)
+    _round_products(rounded, numbers, integer_products=integer_products, block_products=block_products, noise=_as_it_is)
+    return rounded
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _with_numbers(model: nn.Module, numbers: _Numbers) -> nn.Module:
+    """A model in memory with the numbers in the place of its weights."""
+    model = _without_parametrizations(model)
+    by_name = dict(model.named_parameters(remove_duplicate=False))
     numbers.check(by_name)
     with torch.no_grad():
         for name in numbers.schemes:
             by_name[name].copy_(numbers.of(name, by_name[name]))
-    _round_products(rounded, numbers, integer_products=integer_products, block_products=block_products)
-    return rounded
+    return model
 
 
 def quantized_stream(
@@ -69,7 +132,7 @@ def quantized_stream(
     numbers = _Numbers(model, plan)
     numbers.check(dict(model.named_parameters(remove_duplicate=False)))
     rounded = copy.deepcopy(model)
-    _round_products(rounded, numbers, integer_products=integer_products, block_products=block_products)
+    _round_products(rounded, numbers, integer_products=integer_products, block_products=block_products, noise=_as_it_is)
     return rounded, RoundedWeights(weights, numbers, model)
 
 
@@ -89,6 +152,7 @@ class _Numbers:
         self.inputs = {part: scale for name, scale in plan.inputs.items() for part in parts_of(name)}
         self.by_rows = {part for name in plan.by_rows for part in parts_of(name)}
         self._columns = {part: f for name, f in plan.smoothing.columns.items() for part in parts_of(name)}
+        self._shifts: dict[str, Tensor] = {}
         self._rows = by_part(plan.smoothing.rows, {name: len(w) for name, w in named_weights(model).items()})
 
     def check(self, found: Mapping[str, Any]) -> None:
@@ -108,7 +172,18 @@ class _Numbers:
             row = torch.from_numpy(self._rows[name])[start : start + len(weight)]
         smoothed = (weight * column * row[:, None]).numpy()
         codes = self._quantize(name, smoothed, self.schemes[name])
+        if codes.columns:
+            self._shifts[name] = torch.from_numpy(codes.shifts().copy())
         return torch.from_numpy(codes.dequantize()) / column / row[:, None]
+
+    def rounding(
+        self, name: str, shape: Sequence[int], kernel: Callable[[Tensor], Tensor], noise: Callable[[Tensor], Tensor]
+    ) -> ProductRounding:
+        """What a product with a weight of that shape does to what it reads."""
+        scheme, (rows, columns) = self.schemes[name], shape
+        row = torch.from_numpy(self._rows[name]) if name in self._rows else torch.ones(rows)
+        shifts = (lambda: self._shifts[name]) if scheme.shifted else None  # known when the weight has been read
+        return ProductRounding(scheme, kernel, self.column(name, columns), row, shifts, noise)
 
 
 class RoundedWeights:
@@ -142,16 +217,46 @@ class RoundedWeights:
         return self._numbers.of(planned, self._weights.rows(name, start, stop), start)
 
 
-def _round_products(model: nn.Module, numbers: _Numbers, *, integer_products: bool, block_products: bool) -> None:
+def _round_products(
+    model: nn.Module, numbers: _Numbers, *, integer_products: bool, block_products: bool,
+    noise: Callable[[Tensor], Tensor],
+) -> None:  # fmt: skip
     """Have layers round what they read as the target's kernels do."""
     by_name = dict(model.named_parameters(remove_duplicate=False))
+    apart: dict[nn.Module, dict[str, str]] = {}  # modules that are no linear layers: own name of a weight, and its name
+    roundings: dict[str, ProductRounding] = {}
     for name, scheme in numbers.schemes.items():
-        rounding = _rounding(scheme, numbers.inputs.get(name), integer_products, block_products)
-        if rounding is None:
+        kernel = _rounding(scheme, numbers.inputs.get(name), integer_products, block_products)
+        if kernel is None:
             continue
-        column = numbers.column(name, by_name[name].shape[1])
-        for layer in _layers(model, name, by_name[name]):
-            _round_inputs(layer, column, rounding)
+        roundings[name] = numbers.rounding(name, by_name[name].shape, kernel, noise)
+        for module, own in _owners(model, by_name[name]):
+            if isinstance(module, nn.Linear):
+                round_linear(module, roundings[name])
+            elif type(module) is not nn.Embedding:
+                apart.setdefault(module, {})[own] = name
+    met = {module: set[str]() for module in apart}
+    for module, names in apart.items():
+        round_recurrence(module, {own: roundings[name] for own, name in names.items()}, met[module])
+    if apart:
+        _check_met(model, [(name, own, met[module]) for module, names in apart.items() for own, name in names.items()])
+
+
+def _check_met(model: nn.Module, expected: Sequence[tuple[str, str, set[str]]]) -> None:
+    """Have a model's forward refuse, at its end, weights that it has multiplied with where nothing was rounded."""
+    forward = model.forward
+
+    def checked(*given: Any, **named: Any) -> Any:
+        found = forward(*given, **named)
+        for name, own, met in expected:
+            if own not in met:
+                raise QuantizeError(
+                    f"{name} is multiplied outside an nn.Linear and a recurrence, where this reference rounds no "
+                    "inputs; compare with a method that leaves them floats"
+                )
+        return found
+
+    model.forward = checked
 
 
 def _rounding(
@@ -164,15 +269,9 @@ def _rounding(
     return partial(round_blocks, block=scheme.block) if block_products else None
 
 
-def _layers(model: nn.Module, name: str, weight: Tensor) -> list[nn.Linear]:
-    """The linear layers that multiply with a weight; a lookup of it rounds nothing."""
-    owners = [m for m in model.modules() if any(p is weight for p in m.parameters(recurse=False))]
-    if any(type(m) not in (nn.Linear, nn.Embedding) for m in owners):
-        raise QuantizeError(
-            f"{name} is multiplied outside an nn.Linear, where this reference rounds no inputs; compare with a "
-            "method that leaves them floats"
-        )
-    return [m for m in owners if isinstance(m, nn.Linear)]
+def _owners(model: nn.Module, weight: Tensor) -> list[tuple[nn.Module, str]]:
+    """The modules that have a weight, each with its own name for it."""
+    return [(m, name) for m in model.modules() for name, p in m.named_parameters(recurse=False) if p is weight]
 
 
 def _without_parametrizations(model: nn.Module) -> nn.Module:
@@ -186,28 +285,3 @@ def _without_parametrizations(model: nn.Module) -> nn.Module:
             for name, weight in made.items():
                 module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
     return model
-
-
-def _round_inputs(layer: nn.Module, column: Tensor, rounding: Callable[[Tensor], Tensor]) -> None:
-    def hook(_module: nn.Module, inputs: Any) -> Any:
-        return (rounding(inputs[0] / column) * column,)
-
-    layer.register_forward_pre_hook(hook)
-
-
-def round_rows(x: Tensor) -> Tensor:
-    """What 8 bits hold of x, with one scale for each row (its last axis)."""
-    largest = x.abs().amax(-1, keepdim=True).clamp(min=1e-12)
-    return (x / largest * 127).round() * (largest / 127)
-
-
-def round_blocks(x: Tensor, *, block: int) -> Tensor:
-    """What 8 bits hold of x, with one scale for so many neighbours in a row."""
-    return round_rows(x.reshape(*x.shape[:-1], -1, block)).reshape(x.shape)
-
-
-def round_whole(x: Tensor, *, scale: float, floating: bool) -> Tensor:
-    """What 8 bits hold of x with one scale for all of it, as whole numbers or as floats (E4M3); the rest is cut off."""
-    if floating:
-        return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype) * scale
-    return (x / scale).round().clamp(-128, 127) * scale
