@@ -35,7 +35,7 @@ from edgellm_exporters.graph_sets import graph_set
 from edgellm_exporters.options import ExportOptions, TextAssets
 from edgellm_exporters.proof.goldens import GREEDY, write_goldens
 from edgellm_exporters.proof.parity import ParityReport, measure, unequal
-from edgellm_exporters.proof.same_numbers import ExactTraces, exact_bounds, exact_traces, measured_exactly
+from edgellm_exporters.proof.same_numbers import ExactTraces, exact_traces, measured_exactly
 from edgellm_exporters.proof.samples import golden_rows
 from edgellm_exporters.proof.stand_in import bounds_in, proved_on, stand_in, stand_in_session
 from edgellm_exporters.proof.text import TEMPLATE, TOKENIZER, check_text
@@ -48,7 +48,8 @@ from edgellm_exporters.weights.memory import give_back
 from edgellm_exporters.weights.widened import widened
 from edgellm_runtime.backends.ort import library
 from edgellm_runtime.bundle import MANIFEST, Bundle, FileInfo, Manifest, sha256_of
-from edgellm_runtime.checks.verify import EXACT, Verification, verify
+from edgellm_runtime.checks.meaning import MEANING, meaning_of
+from edgellm_runtime.checks.verify import EXACT, Verification, exact_bounds, verify
 from edgellm_runtime.errors import OptionError
 from edgellm_runtime.loading import open_session
 from edgellm_runtime.option_ranges import check_defaults
@@ -162,12 +163,13 @@ def _build(
             traces, said = take_traces(
                 model, open_one, rows, GREEDY, whole="greedy" in bounds, max_context=made.context
             )  # fmt: skip
-        bounds = bounds_with_a_favourite(bounds, traces)
+        bounds = {**bounds_with_a_favourite(bounds, traces), MEANING: 0.0}
         give_back()
         same, manifest = _same_numbers(
             model, weights, plan, dataclasses.replace(manifest, bounds=bounds), rows, progress
         )
-        write_goldens(traces, said, scratch, same.rows)
+        manifest = _write_manifest(scratch, manifest)
+        write_goldens(traces, said, scratch, same.rows, meaning_of(Bundle(scratch, checksums=False)))
         manifest = _write_manifest(scratch, manifest)
         del plan
         give_back()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from edgellm_exporters.proof.traces import Continuation, Trace, check_finite
+from edgellm_runtime.checks.meaning import MEANING
 from edgellm_runtime.checks.verify import GOLDENS
+from edgellm_runtime.json_text import finite
 
 __all__ = ["GREEDY", "write_goldens"]
 
@@ -20,8 +22,9 @@ _TOP, _STATE_SAMPLES = 8, 16
 
 
 def write_goldens(
-    traces: Sequence[Trace], said: Sequence[Continuation], directory: Path, exact: Sequence[Trace] = ()
-) -> None:
+    traces: Sequence[Trace], said: Sequence[Continuation], directory: Path, exact: Sequence[Trace] = (),
+    meaning: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Write samples of what PyTorch computed.
 
     Args:
@@ -29,10 +32,12 @@ def write_goldens(
         said: what PyTorch says after each.
         directory: of the bundle.
         exact: of PyTorch with the bundle's own numbers, where there are such.
+        meaning: of the bundle's tokens and texts, as its loader has it.
     """
     sampled = [_sampled(trace, after) for trace, after in zip(traces, said, strict=True)]
     same = {"exact": [_sampled(trace, Continuation((), 1.0)) for trace in exact]} if exact else {}
-    (directory / GOLDENS).write_text(json.dumps({"format": 1, "traces": sampled, **same}, allow_nan=False))
+    told = {MEANING: finite(meaning)} if meaning is not None else {}
+    (directory / GOLDENS).write_text(json.dumps({"format": 1, "traces": sampled, **same, **told}, allow_nan=False))
 
 
 def _sampled(trace: Trace, after: Continuation) -> dict[str, Any]:

@@ -7,7 +7,7 @@ How far that reaches is measured, on copies of the rows whose products read inpu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,23 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from edgellm.models.protocol import LanguageModel
-from edgellm.streaming import OwnWeights, Weights, resident
+from edgellm.streaming import Weights, resident
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.proof.traces import Trace, traces
-from edgellm_exporters.quantize.methods import METHODS
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.quantize.quantized_model import same_numbers
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.checks.verify import EXACT, distance, exact_figures, read_goldens
 from edgellm_runtime.loading import open_session
 
-__all__ = ["MARGIN", "ExactTraces", "exact_bounds", "exact_traces", "measured_exactly"]
+__all__ = ["ExactTraces", "exact_traces", "measured_exactly"]
 
-MARGIN = 3.0  # of a bound, to the largest difference that was measured
 _THREADS = (1, 2)
 _COPIES, _NOISE = 3, 4 * torch.finfo(torch.float32).eps
-# What sums in another order cost: no bound is tighter than the one that a float bundle is held to.
-_ROUNDING = {name: METHODS["none"].bounds[name] for name in ("logits", "kl", "state")}
 _TARGETS = {"cpu": True, "onnx": False}  # whether kernels round what products read
 
 
@@ -105,8 +101,3 @@ def measured_exactly(scratch: Path, copies: Sequence[Trace]) -> dict[str, float]
         found.append(distance(golden, trace.logits.numpy(), state))
     names = [name for name in found[0] if name != "state" or any(golden.state for golden in goldens)]
     return {name: max(figures[name] for figures in found) for name in names}
-
-
-def exact_bounds(measured: Mapping[str, float]) -> dict[str, float]:
-    """Bounds for what :func:`measured_exactly` found."""
-    return {name: max(MARGIN * value, _ROUNDING[name]) for name, value in measured.items()}

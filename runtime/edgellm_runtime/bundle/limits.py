@@ -9,7 +9,7 @@ from typing import Any
 
 from edgellm_runtime.graphs.onnx_file import MAX_GRAPH_BYTES
 
-__all__ = ["MAX_MANIFEST_BYTES", "MAX_WIDTH", "limit_of", "read_json"]
+__all__ = ["MAX_MANIFEST_BYTES", "MAX_WIDTH", "limit_of", "only_once", "read_json"]
 
 MAX_MANIFEST_BYTES = 1 << 20  # a manifest of 200 layers, each with a format of its own, is a tenth of this
 MAX_WIDTH = 1 << 22  # of the logits; the largest vocabulary in the field is a sixteenth of this
@@ -33,18 +33,31 @@ def read_json(file: Path, most: int) -> Any:
         most: bytes that it may have.
 
     Raises:
-        ValueError: it is larger, no JSON, or nested too deeply.
+        ValueError: it is larger, no JSON, nested too deeply, or has a key twice.
     """
     with file.open("rb") as stream:
         data = stream.read(most + 1)
     if len(data) > most:
         raise ValueError(f"more than {most} bytes")
     try:
-        found = json.loads(data)
+        found = json.loads(data, object_pairs_hook=only_once)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if _deeper(found, _MAX_DEPTH):
         raise ValueError(f"nested more than {_MAX_DEPTH} deep")
+    return found
+
+
+def only_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON file, for ``object_pairs_hook``: what has a key twice, readers take for different things.
+
+    Raises:
+        ValueError: a key is there twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)[:80]!r} is there twice")
     return found
 
 

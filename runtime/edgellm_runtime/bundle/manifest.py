@@ -17,9 +17,10 @@ from edgellm_runtime.option_ranges import check_defaults
 from edgellm_runtime.spec import Signature, SpecError
 from edgellm_runtime.task_spec import TaskSpec
 
-__all__ = ["FORMAT", "GRAPH", "MANIFEST", "TEXT_FILES", "FileInfo", "Manifest", "TokenizerInfo"]
+__all__ = ["FORMAT", "GRAPH", "MANIFEST", "TARGETS", "TEXT_FILES", "FileInfo", "Manifest", "TokenizerInfo"]
 
 FORMAT = 1
+TARGETS = ("cpu", "onnx", "cuda", "tensorrt")
 MANIFEST, GRAPH = "manifest.json", "model.onnx"
 TEXT_FILES = ("tokenizer.json", "chat_template.jinja", "goldens.json")
 _MAX_NAME = 255
@@ -212,7 +213,8 @@ class Manifest:
         if task is not None and task.labels and len(task.labels) != width:
             raise ValueError(f"{len(task.labels)} labels for logits over {width}")
         target = _a(dict, data["target"])
-        _a(str, target["name"])
+        if _a(str, target["name"]) not in TARGETS:
+            raise ValueError(f"target {target['name'][:80]!r} is none of {', '.join(TARGETS)}")
         return cls(
             name=_a(str, data["name"]), target=target, signature=signature,
             max_context=_whole(data["max_context"], least=1), ragged_chunks=_a(bool, data["ragged_chunks"]),

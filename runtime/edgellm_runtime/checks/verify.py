@@ -7,17 +7,19 @@ without a figure fails.
 from __future__ import annotations
 
 import itertools
+import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_runtime.bundle import GRAPH, Bundle
+from edgellm_runtime.bundle import GRAPH, MANIFEST, Bundle
 from edgellm_runtime.bundle.limits import limit_of, read_json
 from edgellm_runtime.checks.evaluate import logsumexp
+from edgellm_runtime.checks.meaning import MEANING, differences
 from edgellm_runtime.errors import BundleError, first_line
 from edgellm_runtime.session import Session
 from edgellm_runtime.state import State
@@ -29,6 +31,9 @@ __all__ = [
 
 GOLDENS = "goldens.json"
 EXACT = "exact"  # goldens of the same numbers, beside the float model's
+MARGIN = 3.0  # of a bound, to the largest difference from the same numbers that an export measured
+# What sums in another order cost: no such bound is tighter than the one that a float bundle is held to.
+ROUNDING: Mapping[str, float] = {"logits": 1e-4, "kl": 1e-6, "state": 1e-4}
 _MAX_TRACES = 256
 _MAX_TOKENS = 1 << 12  # of a golden; an export writes fewer than 100
 Array = NDArray[Any]
@@ -42,10 +47,12 @@ _WHAT = {
     "state": "carried state after the last token, relative difference from PyTorch's",
     "split": "token by token and after a rewind against all at once, largest relative difference of logits",
     "batch": "rows of a ragged batch against each row alone, largest relative difference of logits",
+    "exact": "goldens of the same numbers without bounds",
     "exact.logits": "the same numbers in PyTorch: logits, largest difference relative to the largest logit",
     "exact.kl": "the same numbers in PyTorch: mean KL divergence, nats a token",
     "exact.state": "the same numbers in PyTorch: carried state, relative difference",
     "kernels": "products of the library's kernels against NumPy's, largest relative difference; rounding is 0.006",
+    "meaning": "tokens, texts, template and limits are those of the export",
     "greedy": "greedy continuations equal to PyTorch's, share of tokens",
 }
 
@@ -118,10 +125,16 @@ def verify(bundle: Bundle, session: Session, progress: Callable[[str], None] = l
     figures["batch"] = [_batch(session, goldens)]
     checks = [held("files", 0.0, 0.0)]
     for name, bound in bounds.items():
+        if name == MEANING:
+            progress("texts and tokens")
+            checks.append(_meaning(bundle))
+            continue
         values = figures.get(name, [float("nan")])
         # numpy's, unlike Python's, let no NaN pass unseen
         value = float((np.min if name in AT_LEAST else np.mean if name == "kl" else np.max)(values))
         checks.append(held(name, value, bound))
+    if MEANING not in bounds and MEANING in read_json(bundle.file(GOLDENS), limit_of(GOLDENS)):
+        checks.append(replace(held(MEANING, 1.0, 0.0), what="there is a record of it and no bound"))
     progress("the same numbers")
     return Verification((*checks, *_exact(bundle, session), *_kernels(bundle, session)))
 
@@ -137,11 +150,35 @@ def _kernels(bundle: Bundle, session: Session) -> list[Check]:
     return [held("kernels", max(map(kernel_error, forms)), BOUND)] if forms else []
 
 
+def _meaning(bundle: Bundle) -> Check:
+    """How many things a bundle means otherwise than at its export; what it says of its bounds is one of them."""
+    try:
+        expected = read_json(bundle.file(GOLDENS), limit_of(GOLDENS))[MEANING]
+        names = differences(expected, bundle) + _loosened(bundle)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = [f"no record of it ({first_line(error)})"]
+    found = held(MEANING, float(len(names)), 0.0)
+    return replace(found, what=f"otherwise than at the export: {', '.join(names)}") if names else found
+
+
+def _loosened(bundle: Bundle) -> list[str]:
+    """Which bounds of the same numbers are not those that an export makes of what it measured."""
+    manifest = bundle.manifest
+    measured = {name: manifest.measured.get(f"{EXACT}.{name}", math.nan) for name in manifest.exact_bounds}
+    made = exact_bounds(measured)
+    return [f"{EXACT}.{n}" for n, bound in manifest.exact_bounds.items() if not bound <= made.get(n, 0) * (1 + 1e-9)]
+
+
+def exact_bounds(measured: Mapping[str, float]) -> dict[str, float]:
+    """Bounds for the largest differences that were measured from the goldens of the same numbers."""
+    return {name: max(MARGIN * value, ROUNDING[name]) for name, value in measured.items() if name in ROUNDING}
+
+
 def _exact(bundle: Bundle, session: Session) -> list[Check]:
     """The checks against PyTorch with the bundle's own numbers, where it has such goldens."""
     bounds = bundle.manifest.exact_bounds
     if not bounds:
-        return []
+        return [held(EXACT, 1.0, 0.0)] if EXACT in read_json(bundle.file(GOLDENS), limit_of(GOLDENS)) else []
     made, here = str(bundle.manifest.provenance.get("machine")), platform.machine()
     if made != here or session.device.lower() != "cpu":
         where = f"the bounds are of {made}'s kernels, and those of {session.device} on {here} may round otherwise"
@@ -190,6 +227,11 @@ def read_goldens(bundle: Bundle, key: str = "traces") -> list[Golden]:
         raise BundleError(f"{file}: not goldens of this model ({first_line(error)}); export the model again") from error
     if not goldens:
         raise BundleError(f"{file}: holds no trace; export the model again")
+    if (longest := max(len(g.tokens) + len(g.greedy) for g in goldens)) > bundle.manifest.max_context:
+        raise BundleError(
+            f"{file}: a row of {longest} tokens, of which {MANIFEST} says that {bundle.manifest.max_context} fit; "
+            "export the model again"
+        )
     return goldens
 
 

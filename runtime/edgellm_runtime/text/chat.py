@@ -12,6 +12,7 @@ encoded. Either way the prompt is the text that ``render`` gives, or the message
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -41,10 +42,13 @@ class ChatTemplate:
         path: ``chat_template.jinja``.
         tokenizer: whose special tokens the template writes.
         data: what the file holds, where it has been read already.
+        now: what the template takes for now; None for the clock's.
     """
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, data: bytes | None = None) -> None:
-        self._path, self._data = path, data
+    def __init__(
+        self, path: Path, tokenizer: Tokenizer, data: bytes | None = None, now: datetime.datetime | None = None
+    ) -> None:
+        self._path, self._data, self._now = path, data, now
         self._tokenizer = tokenizer
 
     def render(
@@ -67,7 +71,7 @@ class ChatTemplate:
         from edgellm_runtime.text.template_language import clock
 
         given = self._given(messages, add_generation_prompt, tools, documents, template_variables)
-        return self._rendered(given, clock())
+        return self._rendered(given, clock(self._now))
 
     def encode(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, tools: Objects | None = None,
@@ -89,7 +93,10 @@ class ChatTemplate:
         """
         from edgellm_runtime.text.template_language import clock
 
-        given, now = self._given(messages, add_generation_prompt, tools, documents, template_variables), clock()
+        given, now = (
+            self._given(messages, add_generation_prompt, tools, documents, template_variables),
+            clock(self._now),
+        )
         text = self._rendered(given, now)
         masked, names, escapes = self._mask(given)
         if not names:

@@ -74,9 +74,9 @@ def environment() -> LimitedEnvironment:
     return made
 
 
-def clock() -> Any:
-    """A ``strftime_now`` whose now stays what it is, so that two renderings can be compared."""
-    now = datetime.datetime.now()
+def clock(at: datetime.datetime | None = None) -> Any:
+    """A ``strftime_now`` whose now stays what it is, so that two renderings can be compared; None for this moment."""
+    now = at or datetime.datetime.now()
 
     def strftime_now(form: str) -> str:
         return now.strftime(form)
