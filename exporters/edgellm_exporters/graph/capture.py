@@ -28,6 +28,7 @@ from edgellm_exporters.graph.faults import (
     writes_to,
 )
 from edgellm_exporters.graph.free_sizes import renamed
+from edgellm_exporters.graph.layers import layer_modules, layer_nodes
 from edgellm_exporters.graph.tracing import CanonicalFunctions, canonical, fake_parameters, no_collection
 from edgellm_exporters.graph.translate import translated
 from edgellm_exporters.weights.lazy import LazyWeight
@@ -111,7 +112,8 @@ def capture(model: LanguageModel, weights: Weights | None = None) -> ir.Model:
     outputs = [t.name for t in signature.outputs] + [s.present_name for s in signature.state]
     with fake_parameters(model), no_collection():
         program = _trace(model, signature)
-        captured = translated(program, names, outputs, opset=OPSET)
+        layers = layer_nodes(program.graph, layer_modules(model), "model.")
+        captured = translated(program, names, outputs, opset=OPSET, named=layers)
     captured.opset_imports.setdefault(DOMAIN, 1)
     _name_weights(captured, model, weights or OwnWeights(model))
     _name_dimensions(captured, signature)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,12 @@ _CHECKS = ("aten::_assert", "aten::sym_constrain_range", "aten::_check")  # say 
 
 
 def translated(
-    program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], *, opset: int
+    program: torch.export.ExportedProgram,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    *,
+    opset: int,
+    named: Mapping[torch.fx.Node, str] = MappingProxyType({}),
 ) -> ir.Model:
     """The program as a graph, its weights named as in the traced module.
 
@@ -46,6 +52,7 @@ def translated(
         inputs: names of the graph's inputs.
         outputs: names of its outputs.
         opset: of the plain ONNX operators.
+        named: what to call the values of some nodes.
 
     Raises:
         CaptureError: an operator that ONNX has no form of.
@@ -56,6 +63,9 @@ def translated(
     specs = program.graph_signature.output_specs
     wanted = [node for node, spec in zip(program.graph.output_node().args[0], specs, strict=True)
               if spec.kind == OutputKind.USER_OUTPUT]  # fmt: skip
+    for node, name in named.items():
+        if isinstance(value := made.values.get(node), ir.Value) and value.producer() is not None:
+            value.name = name
     results = made.results(wanted, outputs)
     graph = ir.Graph(
         graph_inputs, results, nodes=made.nodes, initializers=made.initializers, name="main_graph",

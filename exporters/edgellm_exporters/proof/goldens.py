@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from edgellm_exporters.proof.traces import Continuation, Trace, check_finite
+from edgellm_runtime.checks.layers import LAYERS, sampled_layer
 from edgellm_runtime.checks.meaning import MEANING
 from edgellm_runtime.checks.verify import GOLDENS
 from edgellm_runtime.json_text import finite
@@ -23,7 +24,7 @@ _TOP, _STATE_SAMPLES = 8, 16
 
 def write_goldens(
     traces: Sequence[Trace], said: Sequence[Continuation], directory: Path, exact: Sequence[Trace] = (),
-    meaning: Mapping[str, Any] | None = None,
+    meaning: Mapping[str, Any] | None = None, layers: Collection[str] = (),
 ) -> None:  # fmt: skip
     """Write samples of what PyTorch computed.
 
@@ -32,12 +33,14 @@ def write_goldens(
         said: what PyTorch says after each.
         directory: of the bundle.
         exact: of PyTorch with the bundle's own numbers, where there are such.
+        layers: paths of those whose outputs the bundle's graph names; samples are of the first row.
         meaning: of the bundle's tokens and texts, as its loader has it.
     """
     sampled = [_sampled(trace, after) for trace, after in zip(traces, said, strict=True)]
     same = {"exact": [_sampled(trace, Continuation((), 1.0)) for trace in exact]} if exact else {}
     told = {MEANING: finite(meaning)} if meaning is not None else {}
-    (directory / GOLDENS).write_text(json.dumps({"format": 1, "traces": sampled, **same, **told}, allow_nan=False))
+    data = {"format": 1, "traces": sampled, **same, **told, **_layers((exact or traces)[0], layers)}
+    (directory / GOLDENS).write_text(json.dumps(data, allow_nan=False))
 
 
 def _sampled(trace: Trace, after: Continuation) -> dict[str, Any]:
@@ -57,3 +60,17 @@ def _sampled(trace: Trace, after: Continuation) -> dict[str, Any]:
         "greedy": list(after.tokens),
         "state": samples,
     }
+
+
+def _layers(trace: Trace, paths: Collection[str]) -> dict[str, Any]:
+    """Samples of what each layer gave for one row."""
+    if not paths:
+        return {}
+    found = {}
+    for path in paths:
+        golden = sampled_layer(trace.layers[path].float().numpy())
+        found[path] = {
+            "norms": [float(f"{x:.7g}") for x in golden.norms], "index": golden.index.tolist(),
+            "values": golden.values.tolist(),
+        }  # fmt: skip
+    return {LAYERS: {"tokens": trace.tokens, "layers": found}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from edgellm.models.protocol import LanguageModel, Step, empty_state, logit_width
 from edgellm_exporters.errors import ParityError
+from edgellm_exporters.graph.layers import layers_recorded
 from edgellm_exporters.weights.memory import give_back
 from edgellm_runtime.session import Session
 
@@ -45,11 +46,13 @@ class Trace:
         tokens: the row.
         logits: (time, vocab), after each token.
         state: after the last token, by the specs' names: (...) of this row, its slots in use.
+        layers: what each layer gave, by path: (time, features).
     """
 
     tokens: list[int]
     logits: Tensor
     state: Mapping[str, Tensor]
+    layers: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -66,10 +69,11 @@ def traces(model: LanguageModel, rows: Sequence[Tokens]) -> Iterator[Trace]:
         most = max(1, _LOGITS_BYTES // (4 * length * model.config.vocab_size))
         same = list(itertools.takewhile(lambda row: len(row) == length, rows[start : start + most]))  # noqa: B023
         tokens = torch.tensor([list(row) for row in same])  # (batch, time)
-        logits, state = model(tokens, empty_state(model, len(tokens), length), Step.whole(tokens))
+        with layers_recorded(model) as layers:  # type: ignore[arg-type]
+            logits, state = model(tokens, empty_state(model, len(tokens), length), Step.whole(tokens))
         for i, row in enumerate(same):
             used = {spec.name: state[spec.name][spec.used(length)][i] for spec in model.state_specs()}
-            yield Trace(list(row), logits[i], used)
+            yield Trace(list(row), logits[i], used, {path: tensor[i] for path, tensor in layers.items()})
         start += len(same)
 
 
@@ -160,7 +164,8 @@ def _cut(model: LanguageModel, trace: Trace, length: int) -> Trace:
     """The trace of a row's first tokens: nothing that was computed for them depends on later ones."""
     axes = {spec.name: spec.capacity_axis for spec in model.state_specs()}
     state = {n: t if axes[n] is None else t.narrow(axes[n] - 1, 0, length) for n, t in trace.state.items()}  # type: ignore[operator]
-    return Trace(trace.tokens[:length], trace.logits[:length], state)
+    layers = {path: tensor[:length] for path, tensor in trace.layers.items()}
+    return Trace(trace.tokens[:length], trace.logits[:length], state, layers)
 
 
 def check_finite(logits: NDArray[Any], start: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from edgellm_runtime.backends.base import HostBackend
 from edgellm_runtime.backends.faults import load_fault, step_fault
 from edgellm_runtime.errors import BackendError
+from edgellm_runtime.graphs.writer import with_outputs
 from edgellm_runtime.spec import Signature
 from edgellm_runtime.state import State
 from edgellm_runtime.state.storage import host_dtype
@@ -26,6 +27,7 @@ Array = NDArray[Any]
 NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
 _NO_BLOCKS = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 _MAKING = threading.Lock()  # of sessions, while the environment is changed for them
+_FOLDER = "session.model_external_initializers_file_folder_path"  # of the weights of a graph that is given as bytes
 _KEPT = 4  # bindings a state: two turns of single tokens, and the chunk sizes of a prompt
 
 
@@ -75,6 +77,7 @@ class OrtBackend(HostBackend):
         fusions: whether the library may put other kernels in the place of a graph's nodes. Where activations have 16
             bits, ONNX Runtime 1.32 computes wrong products of quantized weights then, and ends the process over a Scan.
         profile: how the name of a file begins that tells what each kernel took; None for no such file.
+        fetch: names of further values of the graph, which :attr:`fetched` holds after each step.
 
     Raises:
         BackendError: the library is missing, or refuses the graph.
@@ -82,7 +85,7 @@ class OrtBackend(HostBackend):
 
     def __init__(
         self, graph: Path, signature: Signature, *, threads: int | None = None, device: str = "cpu",
-        fusions: bool = True, profile: Path | None = None,
+        fusions: bool = True, profile: Path | None = None, fetch: Sequence[str] = (),
     ) -> None:  # fmt: skip
         ort = library()
         options = ort.SessionOptions()
@@ -98,13 +101,18 @@ class OrtBackend(HostBackend):
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
         self.device, self.threads = device, options.intra_op_num_threads
-        self._ort, self._signature = ort, signature
+        self._ort, self._signature, self._fetch = ort, signature, tuple(fetch)
+        self.fetched: dict[str, Array] = {}
+        source: str | bytes = str(graph)
+        if fetch:
+            source = with_outputs(graph.read_bytes(), fetch)
+            options.add_session_config_entry(_FOLDER, str(graph.parent))
         try:
             with _attention_in_one_piece():
-                self._session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+                self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the library raises many kinds of its own
             raise load_fault(f"ONNX Runtime {ort.__version__}", graph, error) from error
-        self._inputs = check_names(self._session, signature)
+        self._inputs = check_names(self._session, signature, fetch)
 
     def run(
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
@@ -120,9 +128,14 @@ class OrtBackend(HostBackend):
         binding.logit_positions[...] = logit_positions
         binding.total_length[...] = (state.lengths + lengths).max()
         try:
+            for name in self._fetch:
+                binding.io.bind_output(name, "cpu")
             self._session.run_with_iobinding(binding.io)
         except Exception as error:
             raise step_fault("ONNX Runtime", error) from error
+        if self._fetch:
+            given = binding.io.get_outputs()[-len(self._fetch) :]  # in the order in which they were bound
+            self.fetched = {name: value.numpy() for name, value in zip(self._fetch, given, strict=True)}
         state.swap()
         return binding.logits if binding.logits.dtype == np.float32 else binding.logits.astype(np.float32)
 
@@ -179,7 +192,7 @@ class _Binding:
         self.io.bind_ortvalue_output(logits.name, value(self.logits))
 
 
-def check_names(session: Any, signature: Signature) -> set[str]:
+def check_names(session: Any, signature: Signature, fetch: Sequence[str] = ()) -> set[str]:
     """Compare a session's inputs and outputs with the manifest's.
 
     Returns:
@@ -192,7 +205,7 @@ def check_names(session: Any, signature: Signature) -> set[str]:
     found = {i.name for i in session.get_inputs()}
     if not found <= expected:
         raise BackendError(f"the graph asks for {sorted(found - expected)}, which the manifest does not know")
-    outputs = {t.name for t in signature.outputs} | {s.present_name for s in signature.state}
+    outputs = {t.name for t in signature.outputs} | {s.present_name for s in signature.state} | {*fetch}
     if outputs != {o.name for o in session.get_outputs()}:
         raise BackendError("the graph's outputs are not those of the manifest; export the model again")
     return found

@@ -79,6 +79,8 @@ class Manifest:
         provenance: where it came from, for people.
         bounds: what ``verify`` holds the bundle to; see :mod:`edgellm_runtime.checks.verify`.
         exact_bounds: what it must hold to against PyTorch with its very numbers, on a processor of the export's kind.
+        layers: by the path of a layer whose output the graph names, what ``verify`` holds it to: ``bound``, of its
+            distance from PyTorch with its very numbers, and ``distance``, what the exporter found from the float model.
         measured: what the exporter measured against PyTorch, for people.
         task: what the model was trained to do; None: to go on with a text.
         generation: options of generation for whoever names no others; see :mod:`edgellm_runtime.option_ranges`.
@@ -101,6 +103,7 @@ class Manifest:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     bounds: Mapping[str, float] = field(default_factory=dict)
     exact_bounds: Mapping[str, float] = field(default_factory=dict)
+    layers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     measured: Mapping[str, float] = field(default_factory=dict)
     task: TaskSpec | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
@@ -143,6 +146,7 @@ class Manifest:
             "provenance": dict(self.provenance),
             "bounds": dict(self.bounds),
             "exact_bounds": dict(self.exact_bounds),
+            "layers": {path: dict(figures) for path, figures in self.layers.items()},
             "measured": dict(self.measured),
             "task": None if self.task is None else self.task.to_json(),
             **({"generation": dict(self.generation)} if self.generation else {}),
@@ -223,6 +227,10 @@ class Manifest:
             provenance=_a(dict, data.get("provenance", {})),
             bounds={k: _number(v) for k, v in _a(dict, data.get("bounds", {})).items()},
             exact_bounds={k: _number(v) for k, v in _a(dict, data.get("exact_bounds", {})).items()},
+            layers={
+                path: {k: _number(_a(dict, figures)[k]) for k in ("bound", "distance")}
+                for path, figures in _a(dict, data.get("layers", {})).items()
+            },
             measured={k: _number(v) for k, v in _a(dict, data.get("measured", {})).items()},
             task=task, generation=_generation(data, width), vocab_size=_whole(data.get("vocab_size", 0)),
             **_roles(data, files, width),

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_runtime.bundle import GRAPH, MANIFEST, Bundle
-from edgellm_runtime.bundle.limits import limit_of, read_json
+from edgellm_runtime.bundle import GRAPH, Bundle
 from edgellm_runtime.checks.evaluate import logsumexp
+from edgellm_runtime.checks.goldens import EXACT, GOLDENS, Golden, goldens_file, read_goldens
+from edgellm_runtime.checks.layers import LAYERS, layer_difference, layer_goldens, tapped
 from edgellm_runtime.checks.meaning import MEANING, differences
 from edgellm_runtime.errors import BundleError, first_line
 from edgellm_runtime.session import Session
@@ -29,13 +30,9 @@ __all__ = [
     "read_goldens", "verify",
 ]  # fmt: skip
 
-GOLDENS = "goldens.json"
-EXACT = "exact"  # goldens of the same numbers, beside the float model's
 MARGIN = 3.0  # of a bound, to the largest difference from the same numbers that an export measured
 # What sums in another order cost: no such bound is tighter than the one that a float bundle is held to.
 ROUNDING: Mapping[str, float] = {"logits": 1e-4, "kl": 1e-6, "state": 1e-4}
-_MAX_TRACES = 256
-_MAX_TOKENS = 1 << 12  # of a golden; an export writes fewer than 100
 Array = NDArray[Any]
 AT_LEAST = frozenset({"top1", "greedy"})  # figures that must not fall below their bound; all others must not exceed it
 _WHAT = {
@@ -52,6 +49,7 @@ _WHAT = {
     "exact.kl": "the same numbers in PyTorch: mean KL divergence, nats a token",
     "exact.state": "the same numbers in PyTorch: carried state, relative difference",
     "kernels": "products of the library's kernels against NumPy's, largest relative difference; rounding is 0.006",
+    "layers": "outputs of the layers against PyTorch's, times their bounds",
     "meaning": "tokens, texts, template and limits are those of the export",
     "greedy": "greedy continuations equal to PyTorch's, share of tokens",
 }
@@ -80,18 +78,6 @@ class Verification:
         return all(check.ok for check in self.checks)
 
 
-@dataclass(frozen=True)
-class Golden:
-    """What PyTorch computed for one row of tokens; every array is a sample, the largest logits first."""
-
-    tokens: Array  # (time,)
-    top_ids: Array  # (time, k)
-    top_logits: Array  # (time, k)
-    logsumexp: Array  # (time,)
-    greedy: Array  # (new,): what PyTorch says next
-    state: Mapping[str, tuple[Array, Array]]  # flat indices into the row's state (slots in use), and the values there
-
-
 def held(name: str, value: float, bound: float) -> Check:
     """A figure held to its bound."""
     ok = value >= bound if name in AT_LEAST else value <= bound
@@ -99,13 +85,17 @@ def held(name: str, value: float, bound: float) -> Check:
     return Check(name, bool(ok), value, bound, what if value == value else f"{what}: no number came out")
 
 
-def verify(bundle: Bundle, session: Session, progress: Callable[[str], None] = lambda _: None) -> Verification:
+def verify(
+    bundle: Bundle, session: Session, progress: Callable[[str], None] = lambda _: None, *, measured: bool = True
+) -> Verification:
     """Run every check that the manifest has a bound for.
 
     Args:
         bundle: opened with checksums.
         session: of that bundle.
         progress: told what is being checked.
+        measured: whether the bounds for the same numbers and for layers are in the manifest; an export that is about to
+            measure them says False.
 
     Raises:
         BundleError: the bundle has no goldens, or no bounds.
@@ -133,10 +123,14 @@ def verify(bundle: Bundle, session: Session, progress: Callable[[str], None] = l
         # numpy's, unlike Python's, let no NaN pass unseen
         value = float((np.min if name in AT_LEAST else np.mean if name == "kl" else np.max)(values))
         checks.append(held(name, value, bound))
-    if MEANING not in bounds and MEANING in read_json(bundle.file(GOLDENS), limit_of(GOLDENS)):
+    if MEANING not in bounds and MEANING in goldens_file(bundle):
         checks.append(replace(held(MEANING, 1.0, 0.0), what="there is a record of it and no bound"))
     progress("the same numbers")
-    return Verification((*checks, *_exact(bundle, session), *_kernels(bundle, session)))
+    if measured:
+        checks += _exact(bundle, session)
+        progress("layers")
+        checks += _layers(bundle, session)
+    return Verification((*checks, *_kernels(bundle, session)))
 
 
 def _kernels(bundle: Bundle, session: Session) -> list[Check]:
@@ -153,7 +147,7 @@ def _kernels(bundle: Bundle, session: Session) -> list[Check]:
 def _meaning(bundle: Bundle) -> Check:
     """How many things a bundle means otherwise than at its export; what it says of its bounds is one of them."""
     try:
-        expected = read_json(bundle.file(GOLDENS), limit_of(GOLDENS))[MEANING]
+        expected = goldens_file(bundle)[MEANING]
         names = differences(expected, bundle) + _loosened(bundle)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         names = [f"no record of it ({first_line(error)})"]
@@ -178,13 +172,38 @@ def _exact(bundle: Bundle, session: Session) -> list[Check]:
     """The checks against PyTorch with the bundle's own numbers, where it has such goldens."""
     bounds = bundle.manifest.exact_bounds
     if not bounds:
-        return [held(EXACT, 1.0, 0.0)] if EXACT in read_json(bundle.file(GOLDENS), limit_of(GOLDENS)) else []
-    made, here = str(bundle.manifest.provenance.get("machine")), platform.machine()
-    if made != here or session.device.lower() != "cpu":
+        return [held(EXACT, 1.0, 0.0)] if EXACT in goldens_file(bundle) else []
+    if not _of_these_kernels(bundle, session):
+        made, here = bundle.manifest.provenance.get("machine"), platform.machine()
         where = f"the bounds are of {made}'s kernels, and those of {session.device} on {here} may round otherwise"
         return [Check(EXACT, True, 0.0, 0.0, f"the same numbers in PyTorch: not held here, for {where}")]
     found = exact_figures(session, read_goldens(bundle, EXACT))
     return [held(f"{EXACT}.{name}", found.get(name, float("nan")), bound) for name, bound in bounds.items()]
+
+
+def _of_these_kernels(bundle: Bundle, session: Session) -> bool:
+    """Whether bounds that were measured at the export are of the kernels that run here."""
+    return bundle.manifest.provenance.get("machine") == platform.machine() and session.device.lower() == "cpu"
+
+
+def _layers(bundle: Bundle, session: Session) -> list[Check]:
+    """Each layer of one row held to its samples: by how many times its bound the worst is off; which is the first."""
+    bounds = bundle.manifest.layers
+    if not bounds or not _of_these_kernels(bundle, session):
+        return []
+    try:
+        data = goldens_file(bundle)[LAYERS]
+        row, samples = np.asarray(data["tokens"], dtype=np.int64), layer_goldens(data[LAYERS])
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise BundleError(f"{bundle.path}: no samples of its layers ({first_line(error)}); export it again") from error
+    outputs = tapped(bundle, threads=getattr(session, "threads", None)).read(row)[1]
+    shares = {
+        path: layer_difference(samples[path], outputs[path]) / figures["bound"] if path in samples else math.nan
+        for path, figures in bounds.items()
+    }
+    off = [path for path, share in shares.items() if not share <= 1]
+    found = held(LAYERS, float(np.max(list(shares.values()))), 1.0)
+    return [replace(found, what=f"the first layer that is off is {off[0]}; {found.what}") if off else found]
 
 
 def exact_figures(session: Session, goldens: Sequence[Golden]) -> dict[str, float]:
@@ -204,61 +223,6 @@ def exact_figures(session: Session, goldens: Sequence[Golden]) -> dict[str, floa
             for name, value in distance(golden, np.concatenate(parts), _carried(golden, state)).items():
                 found.setdefault(name, []).append(value)
     return {name: float(np.max(values)) for name, values in found.items()}  # numpy's lets no NaN pass unseen
-
-
-def read_goldens(bundle: Bundle, key: str = "traces") -> list[Golden]:
-    """The goldens of a bundle, checked against its signature.
-
-    Args:
-        bundle: that has them.
-        key: ``traces``, the float model's, or :data:`EXACT`.
-
-    Raises:
-        BundleError: there are none, or they do not fit the signature.
-    """
-    file = bundle.file(GOLDENS)
-    vocab = int(bundle.manifest.signature.outputs[0].shape[-1])
-    try:
-        traces = read_json(file, limit_of(GOLDENS))[key]
-        if len(traces) > _MAX_TRACES:
-            raise ValueError(f"{len(traces)} rows, of at most {_MAX_TRACES}")
-        goldens = [_parse(trace, vocab) for trace in traces]
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise BundleError(f"{file}: not goldens of this model ({first_line(error)}); export the model again") from error
-    if not goldens:
-        raise BundleError(f"{file}: holds no trace; export the model again")
-    if (longest := max(len(g.tokens) + len(g.greedy) for g in goldens)) > bundle.manifest.max_context:
-        raise BundleError(
-            f"{file}: a row of {longest} tokens, of which {MANIFEST} says that {bundle.manifest.max_context} fit; "
-            "export the model again"
-        )
-    return goldens
-
-
-def _parse(trace: Any, vocab: int) -> Golden:
-    def array(value: Any, dtype: type, dims: int) -> Array:
-        made: Array = np.asarray(value, dtype=dtype)
-        if made.ndim != dims or not np.isfinite(made).all():
-            raise ValueError(f"an array of {made.ndim} axes instead of {dims}, or not finite")
-        return made
-
-    tokens, ids = array(trace["tokens"], np.int64, 1), array(trace["top_ids"], np.int64, 2)
-    logits, sums = array(trace["top_logits"], np.float64, 2), array(trace["logsumexp"], np.float64, 1)
-    if (length := max(len(tokens), len(trace["greedy"]))) > _MAX_TOKENS:
-        raise ValueError(f"a row of {length} tokens, of at most {_MAX_TOKENS}")
-    if not (len(tokens) == len(ids) == len(logits) == len(sums) > 1) or ids.shape != logits.shape:
-        raise ValueError("arrays of unequal length")
-    if not logits.any():
-        raise ValueError("all logits are 0")
-    if ids.min() < 0 or ids.max() >= vocab:
-        raise ValueError(f"token ids outside the vocabulary of {vocab}")
-    state = {
-        str(name): (array(s["index"], np.int64, 1), array(s["values"], np.float64, 1))
-        for name, s in trace["state"].items()
-    }
-    if any(len(index) != len(values) for index, values in state.values()):
-        raise ValueError("state samples of unequal length")
-    return Golden(tokens, ids, logits, sums, array(trace["greedy"], np.int64, 1), state)
 
 
 def _figures(session: Session, golden: Golden) -> dict[str, float]:

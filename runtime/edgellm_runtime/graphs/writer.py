@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["ELEMENT_TYPES", "Node", "Shape", "graph_bytes"]
+__all__ = ["ELEMENT_TYPES", "Node", "Shape", "graph_bytes", "with_outputs"]
 
 Shape = Sequence[int | str]  # a text names a size that is free
 NO_SHAPES: Mapping[str, Shape] = {}
@@ -69,6 +69,18 @@ def graph_bytes(
     opsets = {"": _OPSET, **{node.domain: 1 for node in nodes if node.domain}}
     imports = b"".join(_message(8, _text(1, domain) + _number(2, version)) for domain, version in opsets.items())
     return _number(1, _IR_VERSION) + _message(7, graph) + imports
+
+
+def with_outputs(model: bytes, names: Sequence[str]) -> bytes:
+    """A serialized ``ModelProto`` whose graph gives some more of its values.
+
+    What follows a message in protocol buffers is merged into it, so nothing of the model is read.
+
+    Args:
+        model: the serialized model.
+        names: of values that nodes of its graph make.
+    """
+    return model + _message(7, b"".join(_message(12, _text(1, name)) for name in names))
 
 
 def _node(node: Node) -> bytes:

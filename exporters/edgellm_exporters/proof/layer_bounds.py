@@ -1,0 +1,59 @@
+"""What a bundle's layers are held to, measured on the finished bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellm_exporters.proof.traces import Trace
+from edgellm_runtime.bundle import GRAPH, Bundle
+from edgellm_runtime.checks.layers import LAYER, layer_difference, sampled_layer, tapped
+from edgellm_runtime.checks.verify import MARGIN
+from edgellm_runtime.graphs.onnx_file import nodes_of, read_model
+
+__all__ = ["layer_bounds", "layers_in", "typical_distance"]
+
+_FLOORS = {"float32": 1e-4, "float16": 0.01}  # what sums in another order cost
+
+
+def layers_in(directory: Path, trace: Trace) -> list[str]:
+    """The layers of a trace whose outputs the graph in a directory names, in its order."""
+    file = directory / GRAPH
+    if not file.is_file():
+        return []
+    made = [bytes(name).decode() for node in nodes_of(read_model(file.read_bytes())) for name in node.get("output", [])]
+    paths = [name.removeprefix(LAYER) for name in made if name.startswith(LAYER)]
+    return [path for path in paths if path in trace.layers]
+
+
+def layer_bounds(
+    bundle: Bundle, paths: Sequence[str], reference: Trace, copies: Sequence[Trace], model: Trace
+) -> dict[str, Mapping[str, float]]:
+    """Bounds for the distances of layers from their goldens, and how far they are from the float model.
+
+    Args:
+        bundle: finished but for these bounds.
+        paths: of its layers.
+        reference: what the goldens are samples of, one row.
+        copies: further traces of the same row, as sums in another order might make them.
+        model: the float model's trace of that row.
+    """
+    row = np.asarray(reference.tokens, dtype=np.int64)
+    each = [tapped(bundle, paths, threads=count).read(row)[1] for count in (1, 2)]
+    alike = [*each, *({path: copy.layers[path].numpy() for path in paths} for copy in copies)]
+    found: dict[str, Mapping[str, float]] = {}
+    for path in paths:
+        golden = sampled_layer(reference.layers[path].float().numpy())
+        worst = max(layer_difference(golden, outputs[path]) for outputs in alike)
+        distance = typical_distance(model.layers[path].float().numpy(), each[0][path])
+        found[path] = {"bound": max(MARGIN * worst, _FLOORS[bundle.manifest.dtype]), "distance": distance}
+    return found
+
+
+def typical_distance(expected: NDArray[np.float32], found: NDArray[np.float32]) -> float:
+    """The median over tokens of the relative difference of a layer's outputs (time, features)."""
+    differences = np.linalg.norm(found - expected, axis=-1) / (np.linalg.norm(expected, axis=-1) + 1e-12)
+    return float(np.median(differences))

@@ -1,0 +1,102 @@
+"""The goldens of a bundle: what PyTorch computed for a few rows of tokens, read and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellm_runtime.bundle import MANIFEST, Bundle
+from edgellm_runtime.bundle.limits import limit_of, read_json
+from edgellm_runtime.errors import BundleError, first_line
+
+__all__ = ["EXACT", "GOLDENS", "Golden", "goldens_file", "read_goldens"]
+
+GOLDENS = "goldens.json"
+EXACT = "exact"  # goldens of the same numbers, beside the float model's
+_MAX_TRACES = 256
+_MAX_TOKENS = 1 << 12  # of a golden; an export writes fewer than 100
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Golden:
+    """What PyTorch computed for one row of tokens; every array is a sample, the largest logits first."""
+
+    tokens: Array  # (time,)
+    top_ids: Array  # (time, k)
+    top_logits: Array  # (time, k)
+    logsumexp: Array  # (time,)
+    greedy: Array  # (new,): what PyTorch says next
+    state: Mapping[str, tuple[Array, Array]]  # flat indices into the row's state (slots in use), and the values there
+
+
+def goldens_file(bundle: Bundle) -> dict[str, Any]:
+    """What the file of goldens holds, of which nothing is believed yet.
+
+    Raises:
+        BundleError: there is none, or it is no JSON.
+    """
+    file = bundle.file(GOLDENS)
+    try:
+        return dict(read_json(file, limit_of(GOLDENS)))
+    except (ValueError, TypeError) as error:
+        raise BundleError(f"{file}: not goldens of this model ({first_line(error)}); export the model again") from error
+
+
+def read_goldens(bundle: Bundle, key: str = "traces") -> list[Golden]:
+    """The goldens of a bundle, checked against its signature.
+
+    Args:
+        bundle: that has them.
+        key: ``traces``, the float model's, or :data:`EXACT`.
+
+    Raises:
+        BundleError: there are none, or they do not fit the signature.
+    """
+    file = bundle.file(GOLDENS)
+    vocab = int(bundle.manifest.signature.outputs[0].shape[-1])
+    try:
+        traces = read_json(file, limit_of(GOLDENS))[key]
+        if len(traces) > _MAX_TRACES:
+            raise ValueError(f"{len(traces)} rows, of at most {_MAX_TRACES}")
+        goldens = [_parse(trace, vocab) for trace in traces]
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise BundleError(f"{file}: not goldens of this model ({first_line(error)}); export the model again") from error
+    if not goldens:
+        raise BundleError(f"{file}: holds no trace; export the model again")
+    if (longest := max(len(g.tokens) + len(g.greedy) for g in goldens)) > bundle.manifest.max_context:
+        raise BundleError(
+            f"{file}: a row of {longest} tokens, of which {MANIFEST} says that {bundle.manifest.max_context} fit; "
+            "export the model again"
+        )
+    return goldens
+
+
+def _parse(trace: Any, vocab: int) -> Golden:
+    def array(value: Any, dtype: type, dims: int) -> Array:
+        made: Array = np.asarray(value, dtype=dtype)
+        if made.ndim != dims or not np.isfinite(made).all():
+            raise ValueError(f"an array of {made.ndim} axes instead of {dims}, or not finite")
+        return made
+
+    tokens, ids = array(trace["tokens"], np.int64, 1), array(trace["top_ids"], np.int64, 2)
+    logits, sums = array(trace["top_logits"], np.float64, 2), array(trace["logsumexp"], np.float64, 1)
+    if (length := max(len(tokens), len(trace["greedy"]))) > _MAX_TOKENS:
+        raise ValueError(f"a row of {length} tokens, of at most {_MAX_TOKENS}")
+    if not (len(tokens) == len(ids) == len(logits) == len(sums) > 1) or ids.shape != logits.shape:
+        raise ValueError("arrays of unequal length")
+    if not logits.any():
+        raise ValueError("all logits are 0")
+    if ids.min() < 0 or ids.max() >= vocab:
+        raise ValueError(f"token ids outside the vocabulary of {vocab}")
+    state = {
+        str(name): (array(s["index"], np.int64, 1), array(s["values"], np.float64, 1))
+        for name, s in trace["state"].items()
+    }
+    if any(len(index) != len(values) for index, values in state.values()):
+        raise ValueError("state samples of unequal length")
+    return Golden(tokens, ids, logits, sums, array(trace["greedy"], np.int64, 1), state)
