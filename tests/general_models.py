@@ -20,6 +20,10 @@ GPT = {
     "eos_token_id": 2,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LATENT = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
+    "num_key_value_heads": 4,
+}  # fmt: skip
 # What each adds to the others: see the names.
 FOREIGN: Mapping[str, Mapping[str, Any]] = {
     "llama": COMMON | HEADS,
@@ -34,12 +38,27 @@ FOREIGN: Mapping[str, Mapping[str, Any]] = {
     "cohere": COMMON | HEADS,  # neighbouring pairs, from a table of neighbours
     "gpt2": GPT,  # learned positions, Conv1D
     "mixtral": COMMON | HEADS | EXPERTS,
-    "deepseek_v3": COMMON | EXPERTS | {
-        "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
-        "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4,
-        "n_routed_experts": 4,
+    "deepseek_v3": COMMON | LATENT | EXPERTS | {
+        "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_routed_experts": 4,
     },  # values narrower than keys
     "gpt_oss": COMMON | HEADS | EXPERTS | {"sliding_window": WINDOW},  # sinks, windows, experts with biases
+    "deepseek_v2": COMMON | LATENT | EXPERTS | {
+        "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_routed_experts": 4,
+    },  # rotation by complex numbers
+    "llama4_text": COMMON | HEADS | EXPERTS | {
+        "intermediate_size_mlp": 56, "attention_chunk_size": WINDOW, "num_experts_per_tok": 1,
+    },  # that, and attention in chunks
+    "bloom": {"vocab_size": VOCAB, "hidden_size": 36, "n_layer": 2, "n_head": 4, "seq_length": CONTEXT},  # ALiBi
+    "gpt_neo": {
+        "vocab_size": VOCAB, "hidden_size": 36, "num_layers": 2, "num_heads": 4, "max_position_embeddings": CONTEXT,
+        "attention_types": [[["global", "local"], 1]], "window_size": WINDOW, "bos_token_id": 1, "eos_token_id": 2,
+    },  # a table of who sees whom
+    "falcon": {
+        "vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": CONTEXT, "bos_token_id": 1, "eos_token_id": 2,
+    },  # one key for all heads, attention of its own
+    "diffllama": COMMON | HEADS,  # attends twice
+    "openai-gpt": GPT,  # no cache at all
     "granite": COMMON | HEADS | {
         "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1, "logits_scaling": 8.0,
     },

@@ -12,13 +12,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from edgellm.errors import CheckpointError
 
-__all__ = ["NAME", "Call", "Mask", "inputs_of", "register", "under_way"]
+__all__ = ["NAME", "OWN", "Call", "Mask", "attended", "inputs_of", "register", "strange", "under_way"]
 
 NAME = "edgellm"  # of our attention, in transformers' interfaces
+OWN = "edgellm-own"  # of plain attention under our masks, for models that do more than attend
+# What layers say to their attention that changes nothing of what is computed here.
+NEUTRAL = frozenset({
+    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "is_causal", "layer_head_mask", "logits_to_keep",
+    "max_length_k", "max_length_q", "num_items_in_batch", "output_attentions", "output_hidden_states",
+    "output_router_logits", "past_key_value", "past_key_values", "position_embeddings", "position_ids", "return_dict",
+    "use_cache",
+})  # fmt: skip
 _STACK: list[Call] = []
 
 
@@ -31,6 +40,17 @@ class Mask:
 
     def __init__(self, sees: Any) -> None:
         self.sees = sees
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise CheckpointError(
+            f"it computes with its attention mask itself (mask.{name}), past transformers' attention; "
+            "that has no form here"
+        )
+
+    def __getitem__(self, at: Any) -> Any:
+        return self.__getattr__("[...]")
 
 
 class Call(abc.ABC):
@@ -55,6 +75,23 @@ class Call(abc.ABC):
             keywords: all that the layer says besides.
         """
 
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """What a layer's cache gives for new keys and values (batch, kv_heads, time, head_dim)."""
+        self.waiting.append(layer)
+        return k, v
+
+    def kept(self) -> int:
+        """Tokens that a cache says it holds, before the new ones."""
+        return 0
+
+    def slots(self, time: int) -> int:
+        """Keys that a layer is given for so many new tokens."""
+        return time
+
+    def mask(self, sees: Any, dtype: torch.dtype) -> Any:
+        """What a model is given as its mask, from transformers' mask function."""
+        return Mask(sees)
+
 
 @contextmanager
 def under_way(call: Call) -> Iterator[None]:
@@ -71,7 +108,13 @@ def register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, lambda *args, mask_function=None, **keywords: Mask(mask_function))
+    AttentionInterface.register(OWN, _plain)
+    for name in (NAME, OWN):
+        AttentionMaskInterface.register(name, _mask)
+
+
+def _mask(*args: Any, mask_function: Any = None, dtype: torch.dtype = torch.float32, **keywords: Any) -> Any:
+    return _STACK[-1].mask(mask_function, dtype)
 
 
 def _attention(
@@ -87,6 +130,30 @@ def _attention(
     return call.attend(call.waiting.pop(), query, key, value, attention_mask, scaling, keywords), None
 
 
+def _plain(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, scaling: float | None = None,
+    dropout: float = 0.0, **keywords: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """softmax(q k + mask) v; a window is in the mask."""
+    if odd := strange(keywords, "sliding_window"):
+        raise CheckpointError(f"its attention is given {', '.join(odd)}, which is not understood here")
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    return ((scores + attention_mask).softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+def attended(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What a layer without a cache attends to: (batch, heads, time, head_dim) to (batch, time, heads, head_dim)."""
+    call = _STACK[-1]
+    k, v = call.update(layer, k, v)
+    return call.attend(call.waiting.pop(), q, k, v, None, None, {})
+
+
+def strange(keywords: Mapping[str, Any], *known: str) -> list[str]:
+    """What a layer says to its attention that is neither known nor without effect."""
+    return sorted(n for n, value in keywords.items() if value is not None and n not in NEUTRAL and n not in known)
+
+
 def inputs_of(model: Any, tokens: Tensor, positions: Tensor, layers: int) -> dict[str, Any]:
     """What a model of transformers is called with for one step.
 
@@ -98,7 +165,9 @@ def inputs_of(model: Any, tokens: Tensor, positions: Tensor, layers: int) -> dic
     """
     named = inspect.signature(model.forward).parameters
     cache = "cache" if "cache" in named else "past_key_values"  # its name before transformers 5.24
-    return {"input_ids": tokens, "position_ids": positions, cache: _slots_of(layers), "use_cache": True}
+    every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in named.values())
+    where = {"position_ids": positions} if every or "position_ids" in named else {}
+    return {"input_ids": tokens, **where, cache: _slots_of(layers), "use_cache": True}
 
 
 def _slots_of(layers: int) -> Any:
@@ -116,14 +185,13 @@ def _slots_of(layers: int) -> Any:
             pass
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            _STACK[-1].waiting.append(self.index)
-            return key_states, value_states
+            return _STACK[-1].update(self.index, key_states, value_states)
 
         def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-            return query_length, 0
+            return _STACK[-1].slots(query_length), 0
 
         def get_seq_length(self) -> int:
-            return 0
+            return _STACK[-1].kept()
 
         def get_max_length(self) -> int:
             return -1

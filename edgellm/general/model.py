@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgellm.errors import CheckpointError
-from edgellm.general.calls import NAME, Call, inputs_of, register, under_way
+from edgellm.general.cacheless import replace_attention
+from edgellm.general.calls import NAME, OWN, Call, inputs_of, register, under_way
+from edgellm.general.own_attention import OwnRun, probe_own
 from edgellm.general.probe import Layer, Seen, probe
 from edgellm.general.recognise import Rotation, Tables, find_rotations, put, replace_norms
 from edgellm.general.turns import Turn, find_turn
@@ -22,6 +24,7 @@ from edgellm_runtime.spec import BATCH, CAPACITY, StateSpec
 __all__ = ["GeneralConfig", "GeneralModel"]
 
 _DEFAULT_CONTEXT = 2048  # where a configuration does not say
+_CONTEXT = ("max_position_embeddings", "max_seq_len", "seq_length", "n_positions")  # by which names it may say
 _CLOSE = 1e-4  # of two rotations, relative to the largest query
 
 
@@ -61,19 +64,45 @@ class GeneralModel(nn.Module):
         self._count = int(text.num_hidden_layers)
         if foreign.get_output_embeddings() is None:
             raise CheckpointError(f"{text.model_type} has no vocabulary projection that could be asked for positions")
-        _set_implementations(model)
-        context = int(getattr(text, "max_position_embeddings", 0) or _DEFAULT_CONTEXT)
-        before: list[Seen] = []
-        rotations, self.context = find_rotations(model, lambda: before.extend(probe(model, self._count)), context)
-        self.layers: tuple[Layer, ...] = tuple(seen.layer for seen in before)
+        context = next((int(n) for key in _CONTEXT if (n := getattr(text, key, None))), _DEFAULT_CONTEXT)
+        before, rotations, self.context = self._look(context)
+        self.own = not before
         self.notes: list[str] = []
         if self.context < context:
             self.notes.append(f"texts of over {self.context} tokens would be rotated otherwise; the context ends there")
         for name, tables in rotations.items():
-            put(model, name, Tables(tables))
+            put(model, name, Tables(tables, model.get_submodule(name)))
         self.norms = replace_norms(model) if fused else 0
-        self._inside = self._take_rotations(rotations, before) if fused else [None] * self._count
+        self._inside = self._take_rotations(rotations, before) if fused and before else [None] * self._count
+        if self.own:
+            self.notes.append(
+                f"its attention is its modules' own: each step looks at all {self.context} slots of its context"
+            )
         self.config = GeneralConfig(int(text.vocab_size), self.context, str(text.model_type))
+
+    def _look(self, context: int) -> tuple[list[Seen], dict[str, dict[tuple[Any, ...], Rotation]], int]:
+        """What the model's layers do, its rotations, and the context that they hold for; of the former no more than
+        what layers keep, where attention is not all that they do through transformers.
+        """
+        before: list[Seen] = []
+        try:
+            _attend_by(self.model, NAME)
+            found = find_rotations(self.model, lambda: before.extend(probe(self.model, self._count)), context)
+            self.layers: tuple[Layer, ...] = tuple(seen.layer for seen in before)
+        except CheckpointError as error:
+            before.clear()
+            _attend_by(self.model, OWN)
+            try:
+                kept: list[Layer] = []
+                found = find_rotations(self.model, lambda: kept.extend(probe_own(self.model, self._count)), context)
+                self.layers = tuple(kept)
+            except CheckpointError as other:
+                text = self.model.config.get_text_config()
+                if replace_attention(self.model, text.hidden_size, text.num_attention_heads) != self._count:
+                    raise (error if _attends(self.model) else other) from error
+                found = find_rotations(self.model, lambda: before.extend(probe(self.model, self._count)), context)
+                self.layers = tuple(seen.layer for seen in before)
+        return before, *found
 
     def _take_rotations(
         self, rotations: Mapping[str, Mapping[tuple[Any, ...], Rotation]], before: Sequence[Seen]
@@ -118,19 +147,23 @@ class GeneralModel(nn.Module):
     def state_specs(self) -> list[StateSpec]:
         """Keys and values of every layer."""
         return [
-            StateSpec(
-                f"layers.{i}.{part}", (BATCH, layer.num_kv_heads, CAPACITY, _head_dim(layer)), "float32", "append"
-            )
+            StateSpec(f"layers.{i}.{part}", (BATCH, layer.num_kv_heads, CAPACITY, width), "float32", "append")
             for i, layer in enumerate(self.layers)
-            for part in "kv"
+            for part, width in self._widths(layer)
         ]
+
+    def _widths(self, layer: Layer) -> tuple[tuple[str, int], tuple[str, int]]:
+        if self.own:
+            return ("k", layer.key_dim), ("v", layer.value_dim)
+        return ("k", _head_dim(layer)), ("v", _head_dim(layer))
 
     def forward(
         self, tokens: Tensor, state: State | None = None, step: Step | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Tokens (batch, time) to logits (batch, count, vocab_size) and the new state."""
         step = step or Step.whole(tokens)
-        run = _Run(self, state or {}, step)
+        time = tokens.shape[1]
+        run = OwnRun(state or {}, step, time, self.context) if self.own else _Run(self, state or {}, step)
         positions = step.past_lengths[:, None].long() + torch.arange(tokens.shape[1], device=tokens.device)
         head = self.model.get_output_embeddings()
         handle = head.register_forward_pre_hook(
@@ -220,11 +253,22 @@ def _turn_of(plain: Seen, rotated: Seen, every: Sequence[Rotation]) -> Turn | bo
     return find_turn(pairs, every, close)
 
 
-def _set_implementations(model: Any) -> None:
+def _attends(model: Any) -> bool:
+    """Whether a model's attention can be told to be ours; others go on with their own."""
+    model.set_attn_implementation(NAME)
+    return bool(model.config.get_text_config()._attn_implementation == NAME)
+
+
+def _attend_by(model: Any, name: str) -> None:
+    """Name the attention and the masks of a model, as far as it listens."""
     try:
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation(name)
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("batched_mm")  # the default one branches on how many tokens an expert has
     except (ValueError, NotImplementedError, AttributeError) as error:
         why = " ".join(str(error).split())[:200]
         raise CheckpointError(f"transformers does not let its attention be replaced ({why})") from error
+    if model.config.get_text_config()._attn_implementation != name:
+        if name != OWN:
+            raise CheckpointError("its attention is its modules' own, past transformers' attention interface")
+        model.config._attn_implementation = name  # its masks are ours, whatever it attends by

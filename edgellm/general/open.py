@@ -20,8 +20,10 @@ from edgellm.checkpoints.lora_source import ADAPTER_CONFIG
 from edgellm.checkpoints.weights import CheckpointWeights
 from edgellm.errors import CheckpointError, UnsupportedError
 from edgellm.general.model import GeneralModel
+from edgellm.general.probe import FOREIGN_FAULTS, told
 from edgellm.general.stored import CannotStream, Converted, built_without_weights, renamed, weights_of
 from edgellm.general.types import causal_types, nearest, transformers_version
+from edgellm.models.protocol import Step, empty_state
 from edgellm.models.registry import foreign_names
 from edgellm.streaming import OwnWeights, resident
 
@@ -178,13 +180,20 @@ def _tokens(model: Any) -> torch.Tensor:
 
 
 def _check(model: GeneralModel, tokens: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
-    """Hold the model as it was taken over against transformers' own.
+    """Hold the model as it was taken over, in two steps, against transformers' own.
 
     Raises:
         CheckpointError: it computes something else.
     """
-    with torch.no_grad():
-        found = model(tokens)[0]
+    half, context = tokens.shape[1] // 2, min(model.config.max_context, tokens.shape[1])
+    try:
+        with torch.no_grad():
+            first, state = model(tokens[:, :half], empty_state(model, 1, context))
+            rest = Step.whole(tokens[:, half:context])._replace(past_lengths=torch.tensor([half], dtype=torch.int32))
+            then, _ = model(tokens[:, half:context], state, rest)
+    except FOREIGN_FAULTS as error:
+        raise CheckpointError(f"{what}: {told(error)}") from error
+    found, wanted = torch.cat([first, then], dim=1), wanted[:, :context]
     apart = float((found - wanted).abs().max() / wanted.abs().max())
     if not apart <= _CLOSE:
         raise CheckpointError(

@@ -10,19 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from edgellm.errors import CheckpointError
-from edgellm.general.calls import Call, Mask, inputs_of, under_way
+from edgellm.general.calls import Call, Mask, inputs_of, strange, under_way
 
-__all__ = ["Layer", "Seen", "probe"]
+__all__ = ["FOREIGN_FAULTS", "Layer", "Seen", "probe", "told", "window_of"]
 
-# What layers say to their attention that changes nothing of what is computed here.
-_NEUTRAL = frozenset({
-    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "is_causal", "layer_head_mask", "logits_to_keep",
-    "max_length_k", "max_length_q", "num_items_in_batch", "output_attentions", "output_hidden_states",
-    "output_router_logits", "past_key_value", "past_key_values", "position_embeddings", "position_ids", "return_dict",
-    "use_cache",
-})  # fmt: skip
 # What a model that wants another kind of cache runs into.
-_FOREIGN_FAULTS = (AttributeError, TypeError, LookupError, RuntimeError, ValueError)
+FOREIGN_FAULTS = (AttributeError, TypeError, LookupError, RuntimeError, ValueError)
 _SEQUENCE = 12  # tokens of the look
 
 
@@ -74,7 +67,7 @@ class _Look(Call):
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None, keywords: Mapping[str, Any]
     ) -> Tensor:
-        window, softcap = _window(mask, keywords), float(keywords.get("softcap") or 0.0)
+        window, softcap = window_of(mask, keywords), float(keywords.get("softcap") or 0.0)
         sinks = keywords.get("s_aux")
         if sinks is not None and sinks.shape != q.shape[1:2]:
             raise CheckpointError(
@@ -83,11 +76,7 @@ class _Look(Call):
             )
         if keywords.get("is_causal") is False:
             raise CheckpointError("its attention looks ahead (is_causal is false); only causal models can be exported")
-        other = sorted(
-            name for name, value in keywords.items()
-            if value is not None and name not in _NEUTRAL and name not in ("softcap", "sliding_window", "s_aux")
-        )  # fmt: skip
-        if other:
+        if other := strange(keywords, "softcap", "sliding_window", "s_aux"):
             raise CheckpointError(f"its attention is given {', '.join(other)}, which is not understood here")
         self.seen[layer] = Seen(
             Layer(
@@ -96,11 +85,11 @@ class _Look(Call):
             ),
             q, k,
         )  # fmt: skip
-        return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2)
+        return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2).contiguous()
 
 
-def _window(mask: Any, keywords: Mapping[str, Any]) -> int:
-    """How far a token sees, from what its layer says and from the mask that it would have."""
+def window_of(mask: Any, keywords: Mapping[str, Any]) -> int:
+    """How far a token sees, from what its layer says and from the mask that it would have; 0 for all the way."""
     said = int(keywords.get("sliding_window") or 0)
     if mask is None:
         return said
@@ -115,7 +104,8 @@ def _window(mask: Any, keywords: Mapping[str, Any]) -> int:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if _sees(mask, far, far - middle + 1) else (low, middle)
-    if _sees(mask, 2 * far, 2 * far - low + 1) and not _sees(mask, 2 * far, 2 * far - low):
+    # the next tokens see as far; those of a chunk would see one token more each
+    if all(_sees(mask, at, at - low + 1) and not _sees(mask, at, at - low) for at in (far + 1, far + 2, 2 * far)):
         return low
     raise CheckpointError("its attention sees in chunks or other patterns, not in a window; it has no form here")
 
@@ -141,17 +131,8 @@ def probe(model: nn.Module, layers: int) -> list[Seen]:
     with under_way(look):
         try:
             model(**inputs_of(model, tokens, torch.arange(_SEQUENCE)[None], layers))
-        except (
-            AttributeError,
-            TypeError,
-            NotImplementedError,
-            IndexError,
-            KeyError,
-            RuntimeError,
-            ValueError,
-        ) as error:
-            why = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"it does not follow transformers' cache and attention interfaces ({why})") from error
+        except FOREIGN_FAULTS as error:
+            raise told(error) from error
     if look.waiting or sorted(look.seen) != list(range(layers)):
         absent = sorted(set(range(layers)) - look.seen.keys())
         raise CheckpointError(
@@ -159,3 +140,9 @@ def probe(model: nn.Module, layers: int) -> list[Seen]:
             "unknown; it is recurrent, or its attention is the module's own"
         )
     return [look.seen[index] for index in range(layers)]
+
+
+def told(error: Exception) -> CheckpointError:
+    """What a model that wants another cache or another attention ran into, as one sentence."""
+    why = " ".join(str(error).split())[:200]
+    return CheckpointError(f"it does not follow transformers' cache and attention interfaces ({why})")

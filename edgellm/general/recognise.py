@@ -101,11 +101,15 @@ class Tables(nn.Module):
 
     Args:
         rotations: by what the module is called with besides a tensor and positions.
+        theirs: the module, of which a model may read other things.
         idle: whether to give (1, 0).
     """
 
-    def __init__(self, rotations: Mapping[tuple[Any, ...], Rotation], *, idle: bool = False) -> None:
+    def __init__(
+        self, rotations: Mapping[tuple[Any, ...], Rotation], theirs: nn.Module | None = None, *, idle: bool = False
+    ) -> None:
         super().__init__()
+        self.__dict__["theirs"] = theirs  # not as a part of this one
         self.idle, self._index = idle, {key: i for i, key in enumerate(rotations)}
         self._sine_first = [rotation.sine_first for rotation in rotations.values()]
         for i, rotation in enumerate(rotations.values()):
@@ -113,6 +117,15 @@ class Tables(nn.Module):
             self.register_buffer(f"sin{i}", rotation.sin, persistent=False)
             self.register_buffer(f"one{i}", torch.ones_like(rotation.cos[None, :1]), persistent=False)
             self.register_buffer(f"zero{i}", torch.zeros_like(rotation.sin[None, :1]), persistent=False)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            theirs = self.__dict__.get("theirs")
+            if theirs is None:
+                raise
+            return getattr(theirs, name)
 
     def forward(self, x: Tensor, position_ids: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
         """As the module's."""
@@ -191,7 +204,7 @@ def _table(module: nn.Module, rest: tuple[Any, ...], named: dict[str, Any], cont
         cos, sin = module(torch.zeros(1, count, 1), torch.arange(count)[None], *rest, **named)
         return cos[0].float(), sin[0].float()
 
-    few = min(64, context)
+    few = min(8, context)  # fewer than any family changes its angles at
     short = read(few)
 
     def same(count: int) -> bool:

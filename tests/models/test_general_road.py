@@ -103,6 +103,10 @@ def test_windows_and_caps_are_found() -> None:
         ("deepseek_v3", "cpu"),
         ("gpt_oss", "cpu"),
         ("gpt_oss", "onnx"),
+        ("deepseek_v2", "onnx"),
+        ("bloom", "cpu"),
+        ("gpt_neo", "onnx"),
+        ("openai-gpt", "cpu"),
     ],
 )
 def test_an_export_by_the_general_road_runs_and_says_what_transformers_says(
@@ -251,7 +255,7 @@ def test_a_family_that_nobody_has_heard_of_goes_through(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "said"),
     [
-        ("openai-gpt", FOREIGN["gpt2"], "do not go through transformers' attention interface"),
+        ("rwkv", {"context_length": CONTEXT, "attention_hidden_size": 48}, "give no keys and values"),
         ("mamba", {"state_size": 8}, "it is recurrent: its layers keep another state"),
         ("jamba", {"use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1}, "it is recurrent"),
     ],

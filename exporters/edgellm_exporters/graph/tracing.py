@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from edgellm.ops.schema import OPS, Op
+from edgellm_exporters.graph.complex_pairs import MAKERS, Pair
 from edgellm_exporters.graph.decompose import writes
 
 __all__ = ["CanonicalFunctions", "canonical", "fake_parameters", "no_collection"]
@@ -71,14 +72,16 @@ class CanonicalFunctions(TorchFunctionMode):
 
     def __init__(self, but: Op | None = None) -> None:
         super().__init__()
-        self._found = {
+        self._found: dict[Any, Callable[..., Any]] = {
             f: make for f, make in _captured(operators=False).items() if but is None or f not in but.functions
-        }
+        } | dict(MAKERS)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """See :class:`torch.overrides.TorchFunctionMode`."""
+        if any(isinstance(x, Pair) for x in args):
+            return Pair.__torch_function__(func, types, args, kwargs)
         return self._found.get(func, func)(*args, **(kwargs or {}))
 
 
