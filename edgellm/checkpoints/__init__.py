@@ -3,6 +3,7 @@
 Nothing here names an architecture: what a foreign configuration or tensor is called, its architecture translates.
 """
 
+from edgellm.checkpoints.adapter import adapted
 from edgellm.checkpoints.checkpoint import Checkpoint
 from edgellm.checkpoints.load import load_checkpoint, open_checkpoint
 from edgellm.checkpoints.native import checkpoint_directory, save_checkpoint
@@ -11,6 +12,7 @@ from edgellm.checkpoints.weights import CheckpointWeights
 __all__ = [
     "Checkpoint",
     "CheckpointWeights",
+    "adapted",
     "checkpoint_directory",
     "load_checkpoint",
     "open_checkpoint",

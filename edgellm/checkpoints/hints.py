@@ -26,7 +26,7 @@ def hint(path: Path) -> str:
     if numbered := _numbered(path):
         return f"it holds the checkpoints of a training run, of which {numbered[-1]} is the latest, so use that"
     if (path / ADAPTER_CONFIG).exists():
-        return f"it is an adapter, so copy its adapter files into the folder of its base model{_base(path)}"
+        return f"it is an adapter, so name its base model{_base(path)}, and this folder with --adapter"
     return ""
 
 

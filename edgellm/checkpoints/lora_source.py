@@ -73,6 +73,7 @@ class LoraSource:
         alpha = _alpha(config)
         self._merged: dict[str, _Adapter] = {}
         self._replaced: dict[str, str] = {}  # modules that were trained whole
+        self._check_base(config)
         for name in adapter.shapes:
             if name.endswith(_DOWN):
                 module = name.removeprefix(_PREFIX).removesuffix(_DOWN)
@@ -118,6 +119,20 @@ class LoraSource:
         assert isinstance(self._base, CodedWeights)
         return self._base.codes(name)
 
+    def _check_base(self, config: Mapping[str, Any]) -> None:
+        """Refuse an adapter of another base: one that changes modules which are not there."""
+        modules = [name.removesuffix(_DOWN) for name in self._adapter.shapes if name.endswith(_DOWN)]
+        known = {f"{_PREFIX}{name}" for name in self._base.shapes}
+        strange = [module for module in modules if f"{module}.weight" not in known]
+        if strange:
+            base = config.get("base_model_name_or_path")
+            told = f"; it was made for {base}" if isinstance(base, str) and base else ""
+            first = strange[0].removeprefix(_PREFIX)
+            raise CheckpointError(
+                f"{len(strange)} of {len(modules)} modules that it changes, such as {first}, are no modules of the "
+                f"model{told}; use the adapter's own base"
+            )
+
     def _own(self, name: str) -> str:
         plain = name.removeprefix(_PREFIX).replace(".base_layer.", ".")  # PEFT saves an adapted table with its adapter
         if plain not in self._base.shapes or not name.startswith(_PREFIX):
@@ -130,9 +145,15 @@ class LoraSource:
             source.shapes.get(name)
             for source, name in ((self._base, f"{module}.weight"), (self._adapter, down), (self._adapter, up))
         )
-        if base is None or not down.startswith(_PREFIX):
-            raise CheckpointError(f"tensor {down} changes {module}, which is no module of the model beside it")
-        if a is None or b is None or len(base) != 2 or (b[0], a[1]) != base or len(a) != 2 or b != (base[0], a[0]):
+        if (
+            base is None
+            or a is None
+            or b is None
+            or len(base) != 2
+            or (b[0], a[1]) != base
+            or len(a) != 2
+            or b != (base[0], a[0])
+        ):
             raise CheckpointError(f"tensor {down} has shape {a} and {_UP[1:]} {b}, but {module} is {base}")
         own = _patterned(config.get("alpha_pattern") or {}, module, alpha)
         return _Adapter(down, up, own / (math.sqrt(a[0]) if config.get("use_rslora") else a[0]))

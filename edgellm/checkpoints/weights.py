@@ -113,6 +113,11 @@ class CheckpointWeights:
         ]
         return [f"{_some(wrong)}, so the two do not belong together"] if wrong else []
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What tensors are read as."""
+        return self._dtype
+
     def read(self, name: str) -> Tensor:
         """One tensor, in our layout.
 

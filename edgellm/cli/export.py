@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,8 @@ within the stated bounds.
 @click.option("--max-context", type=int, default=None, metavar="TOKENS", show_default=False, help="Engines: the most "
               "tokens of a row; their memory is set aside for each.  [default: the model's context]")  # fmt: skip
 @click.option("--no-engine", is_flag=True, help="Engines: leave them to 'edgellm build' on the device.")
+@click.option("--adapter", type=click.Path(path_type=Path), multiple=True, metavar="DIR", help="Merge this LoRA "
+              "adapter in PEFT's layout into the weights; may be given several times, and then all count.")  # fmt: skip
 @click.option("--check", type=click.Choice(["transformers"]), default=None, show_default=False, help="First compare "
               "the loaded model with the one that transformers loads, where that is installed, and export nothing if "
               "their logits differ.  [default: no comparison]")  # fmt: skip
@@ -86,18 +89,21 @@ def export(
     checkpoint: Path, output: Path, target: str, dtype: str | None, quantize: str, kv_cache: str,
     calibrate: Path | None, max_kl: float | None, max_size_mb: float | None, prefer: str | None, max_batch: int | None,
     compute_capability: str, workspace_mb: int | None, max_context: int | None, no_engine: bool, name: str,
-    force: bool, road: str, trust_remote_code: bool, threads: int | None, check: str | None, as_json: bool,
+    force: bool, road: str, trust_remote_code: bool, threads: int | None, check: str | None, adapter: tuple[Path, ...],
+    as_json: bool,
 ) -> None:  # fmt: skip
     """See :data:`_HELP`."""
     engine = EngineFlags(
         max_batch=max_batch, max_context=max_context, compute_capability=compute_capability, workspace_mb=workspace_mb,
         no_engine=no_engine,
     )  # fmt: skip
+    if check is not None and adapter:
+        raise click.UsageError("--check compares a checkpoint as it is; leave it out with --adapter.")
     with stages() as tell:
         result = export_checkpoint(
             checkpoint, output, target=target, dtype=dtype, quantize=quantize, calibrate=calibrate, max_kl=max_kl,
             max_size_mb=max_size_mb, prefer=prefer, kv_cache=kv_cache, engine=engine, name=name, force=force,
-            check=check, road=road, trust_remote_code=trust_remote_code, tell=tell,
+            check=check, adapters=adapter, road=road, trust_remote_code=trust_remote_code, tell=tell,
         )  # fmt: skip
     if as_json:
         print_json(result)
@@ -109,7 +115,8 @@ def export_checkpoint(
     checkpoint: Path, output: Path, *, target: str, dtype: str | None = None, quantize: str,
     calibrate: Path | None = None, max_kl: float | None = None, max_size_mb: float | None = None,
     prefer: str | None = None, kv_cache: str = "float32", engine: EngineFlags = _NO_FLAGS, name: str = "",
-    force: bool = False, check: str | None = None, road: str = "auto", trust_remote_code: bool = False, tell: Any,
+    force: bool = False, check: str | None = None, adapters: Sequence[Path] = (), road: str = "auto",
+    trust_remote_code: bool = False, tell: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Read, export and sum up; the keys are those of ``--json``."""
     from edgellm.torch_threads import let_torch_wait, limit_torch_threads
@@ -129,11 +136,13 @@ def export_checkpoint(
     check_destination(output, force=force)
     tell("importing PyTorch", 0.0)
     limit_torch_threads()
-    from edgellm.checkpoints import checkpoint_directory
+    from edgellm.checkpoints import adapted, checkpoint_directory
     from edgellm_exporters.export import export as run
 
     tell("reading the checkpoint", 0.0)
     loaded = read_checkpoint(checkpoint, road=road, trust_remote_code=trust_remote_code)
+    for adapter in adapters:
+        loaded = adapted(loaded, adapter)
     compared = {}
     if check is not None:
         from edgellm.cli.transformers_check import check_transformers
