@@ -15,9 +15,11 @@ import torch
 from memory_model import MemoryConfig, MemoryModel
 from torch import nn
 
+from edgellm.models.bamba import BambaConfig, bamba
 from edgellm.models.decoder import Decoder, DecoderConfig
 from edgellm.models.falcon_h1 import FalconH1Config, falcon_h1
 from edgellm.models.gemma2 import Gemma2, Gemma2Config
+from edgellm.models.granitemoehybrid import GraniteMoeHybridConfig, granitemoehybrid
 from edgellm.models.hybrid import Hybrid, HybridConfig
 from edgellm.models.jamba import JambaConfig, jamba
 from edgellm.models.lfm2 import LFM2, LFM2Config
@@ -79,6 +81,21 @@ def side_by_side(*, norm: str, bias: bool) -> Callable[[], nn.Module]:
     return lambda: falcon_h1(config)
 
 
+SPACE: dict[str, Any] = {
+    "vocab_size": VOCAB, "width": 48, "pattern": ("space", "attention"), "num_heads": 4, "num_kv_heads": 2,
+    "head_dim": 16, "mlp_width": 64, "max_context": CONTEXT, "space_heads": 4, "space_head_dim": 20, "state_size": 12,
+}  # fmt: skip
+
+
+def spaces_and_experts() -> nn.Module:
+    return granitemoehybrid(
+        GraniteMoeHybridConfig(
+            **SPACE, score_scale=0.3, num_experts=4, num_chosen=2, shared_width=40, embedding_scale=2.0,
+            logit_scale=0.5, norm_eps=0.1,
+        )
+    )  # fmt: skip
+
+
 def scans_and_experts() -> nn.Module:
     return jamba(
         JambaConfig(
@@ -133,6 +150,8 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 }
 FURTHER: dict[str, Callable[[], nn.Module]] = {
     "selective state space, attention, experts": scans_and_experts,
+    "state space and attention that turns half": lambda: bamba(BambaConfig(**SPACE, rotated=8, mlp_bias=True)),
+    "state space, attention, experts": spaces_and_experts,
     "state space beside attention": side_by_side(norm="before the gate", bias=True),
 }
 EVERY = FAMILIES | FURTHER

@@ -16,6 +16,7 @@ from edgellm.checkpoints.find_weights import find_weights
 from edgellm.checkpoints.huggingface_text import read_text_files
 from edgellm.checkpoints.lora_source import ADAPTER_CONFIG, with_adapter
 from edgellm.checkpoints.quantized.find import KEYS, dequantized
+from edgellm.checkpoints.stacked_source import StackedSource
 from edgellm.checkpoints.weights import Layout, TensorSource
 from edgellm.errors import CheckpointError, ModelError, UnsupportedError
 from edgellm.models.registry import Architecture, find_foreign
@@ -35,6 +36,8 @@ def open_huggingface(path: Path, *, dtype: torch.dtype) -> Checkpoint:
         source, changed = adapted, adapted.changed
         notes.append(f"the adapter beside the weights was merged into {len(changed)} tensors")
     layout = _layout(architecture, ours, config)
+    if architecture.huggingface is not None and architecture.huggingface.stacked:
+        source = StackedSource(source, architecture.huggingface.stacked)
     model, weights = assemble(architecture, ours, source, layout, dtype=dtype, path=path)
     _check_tied(model, layout, changed, path / ADAPTER_CONFIG)
     text = read_text_files(path, config)

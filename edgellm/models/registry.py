@@ -47,6 +47,9 @@ ENTRIES: Mapping[str, Entry] = {
         module="edgellm.models.decoder", about="transformer", presets=("tiny",),
         huggingface=("llama", "mistral", "qwen2", "qwen3"), gguf=("llama", "qwen2", "qwen3"),
     ),
+    "bamba": Entry(
+        module="edgellm.models.bamba", about="state space and attention", presets=("tiny",), huggingface=("bamba",),
+    ),
     "falcon_h1": Entry(
         module="edgellm.models.falcon_h1", about="state space beside attention", presets=("tiny",),
         huggingface=("falcon_h1",),
@@ -54,6 +57,10 @@ ENTRIES: Mapping[str, Entry] = {
     "gemma2": Entry(
         module="edgellm.models.gemma2", about="transformer with windows and soft caps", presets=("tiny",),
         huggingface=("gemma2",),
+    ),
+    "granitemoehybrid": Entry(
+        module="edgellm.models.granitemoehybrid", about="state space, attention, experts", presets=("tiny",),
+        huggingface=("granitemoehybrid",),
     ),
     "jamba": Entry(
         module="edgellm.models.jamba", about="selective state space, attention, experts", presets=("tiny",),

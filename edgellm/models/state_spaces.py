@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from edgellm.errors import ConfigError
 from edgellm.models.config import Shape, check_heads
-from edgellm.models.foreign import METADATA, Fields, Key, Values, flag, neutral, refuse, whole
+from edgellm.models.foreign import MAX_LAYERS, METADATA, Fields, Key, Values, flag, neutral, refuse, whole
 from edgellm.models.foreign.keys import checked_whole
 from edgellm.models.layers import RotaryTable, SelfAttention, StateSpaceMixer
 
-__all__ = ["HybridShape", "mixer_keys", "mixer_parts", "no_step_limit"]
+__all__ = ["HybridShape", "check_pattern", "mixer_keys", "mixer_parts", "no_step_limit", "pattern_key"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +87,16 @@ class HybridShape(Shape):
             conv_taps=self.conv_taps, conv_bias=self.conv_bias, **(given | options),
         )  # fmt: skip
 
-    def rotary(self, **options: Any) -> RotaryTable:
-        """Positions; options besides as :class:`RotaryTable`'s."""
+    def rotary(self, *, rotated: int | None = None) -> RotaryTable:
+        """Positions.
+
+        Args:
+            rotated: features of a head that turn; None for all.
+        """
+        turning = self.head_dim if rotated is None else rotated
         return RotaryTable(
-            self.head_dim, self.max_context, self.rope_theta, factors=self.rope_factors,
-            amplitude=self.rope_amplitude, **options,
+            turning, self.max_context, self.rope_theta, factors=self.rope_factors, amplitude=self.rope_amplitude,
+            still=self.head_dim - turning,
         )  # fmt: skip
 
 
@@ -128,6 +133,36 @@ def mixer_keys(*, inner: int | None = None) -> Mapping[str, Key]:
         "mamba_chunk_size": METADATA,
         "time_step_limit": no_step_limit,
     }
+
+
+def check_pattern(pattern: Sequence[str], mixers: Collection[str]) -> None:
+    """Make sure that every layer has a mixer that there is.
+
+    Raises:
+        ConfigError: one has not, or there is no layer.
+    """
+    if not pattern or any(mixer not in mixers for mixer in pattern):
+        raise ConfigError(f"pattern is {pattern}; it has {' or '.join(mixers)} for each layer")
+
+
+def pattern_key(kinds: Mapping[str, str], *, count: str = "num_hidden_layers", default: int = 32) -> Key:
+    """The layers' mixers, into the field ``pattern``; where the file names none, all have the first.
+
+    Args:
+        kinds: from the file's names of them, older ones included, to ours.
+        count: the key with the number of layers.
+        default: how many there are, where the file does not say.
+    """
+
+    def take(name: str, values: Values, fields: Fields) -> None:
+        named = values.get(name)
+        layers = checked_whole(count, values.get(count, default if named is None else len(named)), MAX_LAYERS)
+        named = [next(iter(kinds))] * layers if named is None else named
+        if len(named) != layers or (other := [kind for kind in named if kind not in kinds]):
+            raise refuse(name, other[0] if len(named) == layers else named)
+        fields["pattern"] = tuple(kinds[kind] for kind in named)
+
+    return take
 
 
 def mixer_parts(ours: str, theirs: str) -> Mapping[str, str]:

@@ -34,6 +34,16 @@ JAMBA = HEADS | {
     "rms_norm_eps": 0.1,  # norms of what is all but 0 would magnify what either side rounds
 }  # fmt: skip
 MAMBA = {"hidden_size": 48, "num_hidden_layers": 3, "state_size": 10, "expand": 3}
+BAMBA = HEADS | {
+    "hidden_size": 48, "head_dim": 12, "intermediate_size": 80, "num_hidden_layers": 3, "attn_layer_indices": [1],
+    "mamba_n_heads": 8, "mamba_d_state": 10, "mamba_n_groups": 2, "mamba_chunk_size": 16,
+}  # fmt: skip
+GRANITE = HEADS | {
+    "hidden_size": 48, "intermediate_size": 40, "shared_intermediate_size": 36, "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_local_experts": 5,
+    "num_experts_per_tok": 2, "mamba_n_heads": 8, "mamba_d_state": 10, "mamba_chunk_size": 16, "rms_norm_eps": 0.1,
+    "embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2, "logits_scaling": 2.0,
+}  # fmt: skip
 FALCON_H1 = HEADS | {
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "mamba_d_ssm": 40, "mamba_n_heads": 8,
     "mamba_d_state": 10, "mamba_chunk_size": 16, "embedding_multiplier": 3.0, "lm_head_multiplier": 0.3,
@@ -66,6 +76,16 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("Mamba2", MAMBA2 | {"tie_word_embeddings": True, "hidden_size": 24, "expand": 4}),
     ("Mamba", MAMBA),
     ("Mamba", MAMBA | {"time_step_rank": 5, "use_bias": True, "use_conv_bias": False, "conv_kernel": 2}),
+    ("Bamba", BAMBA),
+    (
+        "Bamba",
+        BAMBA
+        | {"attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True, "mamba_conv_bias": False}
+        | {"num_key_value_heads": 6, "mamba_d_conv": 3, "tie_word_embeddings": True},
+    ),
+    ("GraniteMoeHybrid", GRANITE),
+    ("GraniteMoeHybrid", GRANITE | {"num_local_experts": 0, "position_embedding_type": "rope", "attention_bias": True}),
+    ("GraniteMoeHybrid", GRANITE | {"tie_word_embeddings": True, "num_experts_per_tok": 1, "mamba_n_groups": 4}),
     ("FalconH1", FALCON_H1),
     (
         "FalconH1",
@@ -171,6 +191,11 @@ def test_logits_equal_transformers_whole_and_in_steps(kind: str, options: dict[s
         ("Mamba2", {"time_step_limit": [0.0, 0.1]}, r"time_step_limit is \[0.0, 0.1\]"),
         ("Mamba2", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("Mamba2", {"n_groups": 3}, "num_groups 3"),
+        ("Bamba", {"mamba_n_heads": 7}, "mamba_d_head is 12"),
+        ("Bamba", {"rope_parameters": {"partial_rotary_factor": 1.0}}, "partial_rotary_factor is 1.0"),
+        ("GraniteMoeHybrid", {"layer_types": ["mamba", "moe", "mamba"]}, "layer_types is 'moe'"),
+        ("GraniteMoeHybrid", {"position_embedding_type": "alibi"}, "position_embedding_type is 'alibi'"),
+        ("GraniteMoeHybrid", {"num_local_experts": 4}, "block_sparse_moe.router.layer.weight has shape"),
         ("FalconH1", {"mamba_d_head": 6}, "mamba_d_head is 6"),
         ("FalconH1", {"ssm_multipliers": [1.0, 2.0]}, r"ssm_multipliers is \[1.0, 2.0\]; it must be 5 finite numbers"),
         ("FalconH1", {"key_multiplier": float("nan")}, "key_multiplier is nan"),

@@ -92,12 +92,15 @@ class HuggingFace:
         tensor: from our configuration, the ``config.json``, our parameter name and the tensor as stored, the tensor of
             the same shape in our layout; where the two do not differ, the very tensor it was given. None: all are
             stored as we do.
+        stacked: how the names of tensors end that hold a matrix for each of several modules; ``a.weight`` is read as
+            ``a.0.weight`` and so on.
     """
 
     types: Mapping[str, Variant]
     keys: Mapping[str, Key]
     names: Names
     tensor: Callable[[Any, Values, str, Tensor], Tensor] | None = None
+    stacked: tuple[str, ...] = ()
 
     def read(self, values: Values) -> tuple[Fields, list[str]]:
         """The fields of our configuration, and the keys that are not understood.

@@ -4,7 +4,7 @@ from edgellm.models.layers.attention import SelfAttention
 from edgellm.models.layers.convolution import CausalConv
 from edgellm.models.layers.experts import Experts
 from edgellm.models.layers.gated_delta import GatedDeltaMixer
-from edgellm.models.layers.mlp import GatedMLP
+from edgellm.models.layers.mlp import GatedMLP, PackedMLP
 from edgellm.models.layers.recurrent import RecurrentMixer
 from edgellm.models.layers.rotary import RotaryTable
 from edgellm.models.layers.selective import SelectiveMixer
@@ -17,6 +17,7 @@ __all__ = [
     "Experts",
     "GatedDeltaMixer",
     "GatedMLP",
+    "PackedMLP",
     "RecurrentMixer",
     "RotaryTable",
     "SelectiveMixer",

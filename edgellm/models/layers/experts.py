@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from edgellm.models.layers.mlp import GatedMLP
+from edgellm.models.layers.mlp import GatedMLP, PackedMLP
 
 __all__ = ["Experts"]
 
 
 class Experts(nn.Module):
-    """The sum of the chosen experts, weighted by a softmax over all of them; a shared one, behind a gate, besides.
+    """The sum of the chosen experts, weighted by a softmax over all of them; a shared one besides.
 
     Every expert computes every token, and what a token has not chosen counts for nothing: plain products, which every
     target and every quantization has. It costs as much as all experts together.
@@ -23,19 +23,22 @@ class Experts(nn.Module):
         num_chosen: how many of them a token has.
         normalised: whether the weights of the chosen ones sum to 1.
         shared_hidden: features within the expert that every token has; 0 for none.
+        shared_gated: whether that one is behind a gate.
+        packed: whether an expert's gate and up projections are one.
         activation: of the experts.
     """
 
     def __init__(
         self, width: int, hidden: int, num_experts: int, num_chosen: int, *, normalised: bool = True,
-        shared_hidden: int = 0, activation: str = "silu",
+        shared_hidden: int = 0, shared_gated: bool = True, packed: bool = False, activation: str = "silu",
     ) -> None:  # fmt: skip
         super().__init__()
         self.num_chosen, self.normalised = num_chosen, normalised
         self.router = nn.Linear(width, num_experts, bias=False)
-        self.experts = nn.ModuleList(GatedMLP(width, hidden, activation=activation) for _ in range(num_experts))
-        self.shared = GatedMLP(width, shared_hidden, activation=activation) if shared_hidden else None
-        self.shared_gate = nn.Linear(width, 1, bias=False) if shared_hidden else None
+        kind = PackedMLP if packed else GatedMLP
+        self.experts = nn.ModuleList(kind(width, hidden, activation=activation) for _ in range(num_experts))
+        self.shared = kind(width, shared_hidden, activation=activation) if shared_hidden else None
+        self.shared_gate = nn.Linear(width, 1, bias=False) if shared_hidden and shared_gated else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, time, width) to the same shape."""
@@ -45,6 +48,7 @@ class Experts(nn.Module):
             best = best / best.sum(-1, keepdim=True)
         shares = torch.zeros_like(shares).scatter(-1, which, best)
         y = torch.stack([expert(x) * shares[..., i : i + 1] for i, expert in enumerate(self.experts)]).sum(0)
-        if self.shared is not None and self.shared_gate is not None:
-            y = y + torch.sigmoid(self.shared_gate(x)) * self.shared(x)
-        return y
+        if self.shared is None:
+            return y
+        every: Tensor = self.shared(x)
+        return y + (every if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * every)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from edgellm.errors import ConfigError
 
-__all__ = ["ACTIVATIONS", "GatedMLP"]
+__all__ = ["ACTIVATIONS", "GatedMLP", "PackedMLP"]
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -45,4 +45,22 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, time, width) to the same shape."""
         y: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
+class PackedMLP(nn.Module):
+    """A :class:`GatedMLP` whose gate and up projections are one, the gate's rows first; arguments as its own."""
+
+    def __init__(self, width: int, hidden: int, *, bias: bool = False, activation: str = "silu") -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ConfigError(f"activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
+        self.activation = ACTIVATIONS[activation]
+        self.in_proj = nn.Linear(width, 2 * hidden, bias=bias)
+        self.out_proj = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time, width) to the same shape."""
+        gate, up = self.in_proj(x).chunk(2, dim=-1)
+        y: Tensor = self.out_proj(self.activation(gate) * up)
         return y
