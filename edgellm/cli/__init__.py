@@ -24,6 +24,7 @@ COMMANDS = {
     "export": "Turn a checkpoint into a bundle that runs without PyTorch.",
     "build": "Build the engines of a bundle for this device's GPU.",
     "verify": "Check that a bundle still computes what PyTorch computed.",
+    "diff": "Find the first layer and step at which a bundle parts from another model.",
     "generate": "Go on from a prompt, or answer it.",
     "chat": "Talk to a model.",
     "serve": "Serve bundles over HTTP, with OpenAI's and Anthropic's interfaces.",

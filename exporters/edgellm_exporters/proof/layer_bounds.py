@@ -47,13 +47,24 @@ def layer_bounds(
     found: dict[str, Mapping[str, float]] = {}
     for path in paths:
         golden = sampled_layer(reference.layers[path].float().numpy())
+        expected = reference.layers[path].float().numpy()
         worst = max(layer_difference(golden, outputs[path]) for outputs in alike)
+        furthest = max(float(_differences(expected, outputs[path]).max()) for outputs in alike)
         distance = typical_distance(model.layers[path].float().numpy(), each[0][path])
-        found[path] = {"bound": max(MARGIN * worst, _FLOORS[bundle.manifest.dtype]), "distance": distance}
+        floor = _FLOORS[bundle.manifest.dtype]
+        found[path] = {
+            "bound": max(MARGIN * worst, floor), "rounding": max(MARGIN * furthest, floor), "distance": distance,
+        }  # fmt: skip
     return found
 
 
 def typical_distance(expected: NDArray[np.float32], found: NDArray[np.float32]) -> float:
     """The median over tokens of the relative difference of a layer's outputs (time, features)."""
-    differences = np.linalg.norm(found - expected, axis=-1) / (np.linalg.norm(expected, axis=-1) + 1e-12)
-    return float(np.median(differences))
+    return float(np.median(_differences(expected, found)))
+
+
+def _differences(expected: NDArray[np.float32], found: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Of each token's output, relative in norm."""
+    size = np.linalg.norm(expected, axis=-1) + np.float32(1e-12)
+    away: NDArray[np.float32] = np.linalg.norm(found - expected, axis=-1) / size
+    return away

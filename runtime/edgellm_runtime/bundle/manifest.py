@@ -80,7 +80,8 @@ class Manifest:
         bounds: what ``verify`` holds the bundle to; see :mod:`edgellm_runtime.checks.verify`.
         exact_bounds: what it must hold to against PyTorch with its very numbers, on a processor of the export's kind.
         layers: by the path of a layer whose output the graph names, what ``verify`` holds it to: ``bound``, of its
-            distance from PyTorch with its very numbers, and ``distance``, what the exporter found from the float model.
+            samples' distance from PyTorch with its very numbers, ``rounding``, the most that sums in another order make
+            of a token's output, and ``distance``, what the exporter found from the float model.
         measured: what the exporter measured against PyTorch, for people.
         task: what the model was trained to do; None: to go on with a text.
         generation: options of generation for whoever names no others; see :mod:`edgellm_runtime.option_ranges`.
@@ -228,7 +229,7 @@ class Manifest:
             bounds={k: _number(v) for k, v in _a(dict, data.get("bounds", {})).items()},
             exact_bounds={k: _number(v) for k, v in _a(dict, data.get("exact_bounds", {})).items()},
             layers={
-                path: {k: _number(_a(dict, figures)[k]) for k in ("bound", "distance")}
+                path: {k: _number(_a(dict, figures)[k]) for k in ("bound", "rounding", "distance")}
                 for path, figures in _a(dict, data.get("layers", {})).items()
             },
             measured={k: _number(v) for k, v in _a(dict, data.get("measured", {})).items()},

@@ -1,0 +1,132 @@
+"""edgellm diff: the first layer and step at which a bundle parts from its checkpoint or from another bundle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from families import make
+from mutations import Numbers
+from tiny_files import copied
+
+from edgellm.checkpoints import save_checkpoint
+from edgellm.cli import run
+from edgellm_exporters.export import ExportOptions, export
+from edgellm_runtime.checks.divergence import Limits, diverge
+from edgellm_runtime.checks.heat_map import heat_map
+from edgellm_runtime.errors import OptionError
+
+Report = Callable[..., tuple[int, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a mixed model, and bundles of it."""
+    folder, model = tmp_path_factory.mktemp("diff"), make("mixed")
+    save_checkpoint(folder / "checkpoint", model, architecture="hybrid", tokenizer_json=None)
+    for method in ("none", "int8", "int4"):
+        export(model, folder / method, options=ExportOptions(quantize=method))
+    export(make("decoder"), folder / "other")
+    return folder
+
+
+@pytest.fixture
+def report(capsys: pytest.CaptureFixture[str]) -> Report:
+    def call(*arguments: object) -> tuple[int, dict[str, Any]]:
+        status = run(["diff", *map(str, arguments), "--json"])
+        out = capsys.readouterr().out
+        return status, json.loads(out) if out else {}
+
+    return call
+
+
+def spoiled(source: Path, folder: Path, layer: int) -> Path:
+    numbers = Numbers(copied(source, folder))
+    gain = numbers.names(lambda n, shape: n.startswith(f"blocks.{layer}.") and "norm" in n)[0]
+    numbers.put(gain, numbers.get(gain) * 2)
+    numbers.write()
+    return folder / "bundle"
+
+
+@pytest.mark.parametrize(("method", "verdicts"), [("none", {"exact", "rounding"}), ("int4", {"quantization"})])
+def test_a_bundle_is_as_far_from_its_checkpoint_as_its_format_makes_it(
+    method: str, verdicts: set[str], sources: Path, report: Report
+) -> None:
+    status, found = report(sources / method, "--against", sources / "checkpoint")
+    assert status == 0
+    assert {row["verdict"] for row in found["layers"]} <= verdicts
+    assert [row["name"] for row in found["layers"]] == [*(f"blocks.{i}" for i in range(5)), "logits"]
+    assert set(found["state"]) == {"blocks.0.h", "blocks.0.c", "blocks.1.k", "blocks.1.v", "blocks.2.h", "blocks.3.k",
+                                   "blocks.3.v", "blocks.4.h"}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["none", "int8", "int4"])
+@pytest.mark.parametrize("layer", [0, 3])
+def test_the_layer_that_was_spoiled_is_named(
+    method: str, layer: int, sources: Path, report: Report, tmp_path: Path
+) -> None:
+    status, found = report(spoiled(sources / method, tmp_path, layer), "--against", sources / method)
+    assert status == 1
+    assert found["wrong"] == found["parts"] == f"blocks.{layer}"
+    assert found["step"] == 0
+    assert all(row["verdict"] == "exact" for row in found["layers"][:layer])
+
+
+def test_formats_of_one_model_differ_by_quantization(sources: Path, report: Report) -> None:
+    status, found = report(sources / "int4", "--against", sources / "none")
+    assert status == 0
+    assert {row["verdict"] for row in found["layers"]} == {"quantization"}
+
+
+def test_a_spoiled_layer_shows_beside_the_checkpoint_too(sources: Path, report: Report, tmp_path: Path) -> None:
+    status, found = report(spoiled(sources / "int8", tmp_path, 2), "--against", sources / "checkpoint")
+    assert status == 1
+    assert found["wrong"] == "blocks.2"
+
+
+def test_what_cannot_be_compared_is_neither_right_nor_wrong(sources: Path, report: Report) -> None:
+    assert report(sources / "none", "--against", sources / "other") == (2, {})
+
+
+def test_page_and_picture_are_written_and_the_page_needs_nothing_else(sources: Path, tmp_path: Path) -> None:
+    page, picture = tmp_path / "map.html", tmp_path / "map.png"
+    assert run(["diff", str(sources / "int8"), "--against", str(sources / "none"), "--html", str(page),
+                "--png", str(picture)]) == 0  # fmt: skip
+    text = page.read_text()
+    assert "src=" not in text
+    assert "http" not in text.replace("http://www.w3.org/2000/svg", "")
+    assert text.count("<rect") > 6 * 48  # a cell for each layer and step
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def reading(scale: float, row_off: int = -1) -> Any:
+    def read(row: np.ndarray) -> tuple[Any, Any, Any]:
+        x = np.outer(np.arange(1, len(row) + 1), np.ones(4)).astype(np.float32)
+        x[row_off:][:1] *= scale
+        return x, {"a": np.ones((len(row), 4), np.float32), "b": x}, {"s": x}
+
+    return read
+
+
+def test_the_first_step_is_counted_over_all_rows_and_no_number_passes_unseen() -> None:
+    limits = {"a": Limits(1e-4), "b": Limits(1e-4, 0.5), "logits": Limits(1e-4)}
+    found = diverge(reading(1.5), reading(1.0), [[1, 2, 3], [4, 5, 6]], limits)
+    assert [row.verdict for row in found.layers] == ["exact", "quantization", "wrong"]
+    assert found.first is not None
+    assert (found.first.name, found.first.first_step) == ("b", 2)
+    assert found.layers[1].norm_ratio == pytest.approx(1.5)
+    lost = diverge(reading(float("nan")), reading(1.0), [[1, 2]], limits)
+    assert lost.layers[2].verdict == "wrong"
+    assert "<svg" in heat_map(lost, "a <b>")
+
+
+def test_shapes_that_differ_are_no_versions_of_one_model() -> None:
+    def other(row: np.ndarray) -> tuple[Any, Any, Any]:
+        return np.ones((len(row), 4)), {"a": np.ones((len(row), 5))}, {}
+
+    with pytest.raises(OptionError, match="versions of one model"):
+        diverge(reading(1.0), other, [[1, 2]], {"a": Limits(1e-4)})
