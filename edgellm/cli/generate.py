@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -10,6 +11,7 @@ from edgellm.cli.defaults import choosing_options, given, own, unnamed
 from edgellm.cli.device import device_option
 from edgellm.cli.standard_streams import print_json, read_input, unescaped
 from edgellm.cli.threads import threads_option
+from edgellm_runtime.errors import OptionError
 
 if TYPE_CHECKING:
     from edgellm_runtime.generation.generate import Generation, OptionKeywords
@@ -40,6 +42,12 @@ __all__ = ["generate"]
               f"{own(0)}")  # fmt: skip
 @click.option("--logprobs", type=int, default=None, help="With --json: each token's log-probability, and so many "
               "of the most probable tokens with theirs.")  # fmt: skip
+@click.option("--json-schema", type=click.Path(path_type=Path), default=None, metavar="FILE", help="The answer is JSON "
+              "that this schema holds for (extra grammar).")  # fmt: skip
+@click.option("--regex", default=None, help="The answer matches this, whole.")
+@click.option("--lark", type=click.Path(path_type=Path), default=None, metavar="FILE",
+              help="The answer is of this grammar.")  # fmt: skip
+@click.option("--choice", "choices", multiple=True, help="The answer is this or another --choice.")
 @threads_option
 @device_option
 @click.option("--ignore-eos", is_flag=True, help="Go on past end tokens.")
@@ -49,7 +57,8 @@ def generate(
     temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None,
     repetition_penalty: float | None, presence_penalty: float, frequency_penalty: float, no_repeat_ngram: int | None,
     seed: int | None, stop: tuple[str, ...], stop_tokens: tuple[int, ...], min_tokens: int | None,
-    logprobs: int | None, threads: int | None, device: str, ignore_eos: bool, as_json: bool,
+    logprobs: int | None, json_schema: Path | None, regex: str | None, lark: Path | None, choices: tuple[str, ...],
+    threads: int | None, device: str, ignore_eos: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Answer PROMPT with the model in BUNDLE. A PROMPT of - is read from standard input, without its last line break.
 
@@ -67,6 +76,12 @@ def generate(
         "ignore_eos": ignore_eos, "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty,
         "no_repeat_ngram": no_repeat_ngram, "stop_tokens": stop_tokens, "min_tokens": min_tokens, "logprobs": logprobs,
     })  # fmt: skip
+    form = given({
+        "json_schema": _contents(json_schema), "regex": regex, "lark": _contents(lark),
+        "choices": list(choices) or None,
+    })  # fmt: skip
+    if form:
+        options["grammar"] = model.grammar(**form)
     ready = _prompt(model, text, chat=chat, system=system, special=special)
     if as_json:
         print_json(model.generate(ready, **options).to_json())
@@ -78,6 +93,15 @@ def generate(
     if stream.generation:
         own_options = unnamed(model.generation_defaults, options)
         click.secho(f"{summary(stream.generation)}, on {model.device}{own_options}", err=True, dim=True)
+
+
+def _contents(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"{path}: cannot be read ({error}); name a file of text") from error
 
 
 def _prompt(model: Model, text: str, *, chat: bool | None, system: str | None, special: bool) -> str | list[int]:

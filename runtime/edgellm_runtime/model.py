@@ -11,6 +11,7 @@ from edgellm_runtime.arguments import check_instance, check_progress
 from edgellm_runtime.errors import OptionError
 from edgellm_runtime.generation.conversation import Conversation, TemplateInputs
 from edgellm_runtime.generation.generate import Generation, GenerationOptions, OptionKeywords, Run
+from edgellm_runtime.generation.grammar_methods import GrammarMethods
 from edgellm_runtime.generation.options import with_defaults
 from edgellm_runtime.generation.prefix_cache import PrefixCache, Prefixes
 from edgellm_runtime.generation.prompts import Tokens, is_batch, prompt_tokens
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Model"]
 
 
-class Model(TaskMethods):
+class Model(TaskMethods, GrammarMethods):
     """A language model on this device. Made by :func:`edgellm_runtime.load`.
 
     Every generating method takes the keywords of :class:`GenerationOptions`, among them ``max_new_tokens=256``,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import click
 import pytest
@@ -123,3 +124,18 @@ def test_bench_takes_its_workload_from_the_environment():
 def test_every_option_has_help(command):
     assert all(p.help for p in command.params if isinstance(p, click.Option))
     assert CliRunner().invoke(command, ["--help"]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "expected"),
+    [
+        ("--regex", "[xy]{2}z", r"[xy]{2}z"), ("--choice", "either", "either"),
+        ("--json-schema", '{"enum": ["a", 12]}', r'"a"|12'), ("--lark", 'start: "qq" | "rr"', "qq|rr"),
+    ],
+)  # fmt: skip
+def test_an_answer_has_the_form_that_is_asked_for(option, text, expected, tmp_path):
+    if option in ("--json-schema", "--lark"):
+        (tmp_path / "form").write_text(text)
+        text = str(tmp_path / "form")
+    answer = run(generate, str(attention_bundle()), "it", "--raw", option, text).stdout
+    assert re.fullmatch(expected, answer.removesuffix("\n"))

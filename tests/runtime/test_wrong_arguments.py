@@ -66,6 +66,8 @@ KINDS: dict[str, set[str]] = {
     "stops": TEXT - {"''"} | {"[]", "array(text)", "array([])"},
     "functions": {"[]", "array([])"},
     "texts": TEXT | {"[]", "array(text)", "array([])"},
+    "schema or None": {"None", "{}"},
+    "texts or None": {"None", "array(text)"},
     "tokens": {"[]", "generator", "array([])"},
     "token or None": WHOLE | {"None"},
     "messages": set(),
@@ -96,7 +98,7 @@ OPTIONS = {
     "no_repeat_ngram": "integer", "logit_bias": "bias", "banned_tokens": "ids", "min_tokens": "small integer",
     "stop_tokens": "ids", "logprobs": "small integer or None", "skip_special_tokens": "flag", "echo": "flag",
     "progress": "function or None", "deadline": "number or None", "cancel": "object or None", "typical_p": "number",
-    "penalty_window": "integer", "forced_tokens": "ids",
+    "penalty_window": "integer", "forced_tokens": "ids", "grammar": "object or None",
 }  # fmt: skip
 TEMPLATE = {"tools": "objects or None", "documents": "objects or None", "template_variables": "variables or None"}
 COUNTS = {"state": "object or None", "n": "small integer or None", "best_of": "small integer or None"}
@@ -123,6 +125,8 @@ TABLE: dict[str, dict[str, str]] = {
     "Model.stream": {"prompt": "one prompt", "state": "object or None", **OPTIONS},
     "Model.astream": {"prompt": "one prompt", "state": "object or None", **OPTIONS},
     "Model.read": {"prompt": "one prompt", "state": "object or None", "progress": "function or None"},
+    "Model.grammar": {"json_schema": "schema or None", "regex": "text or None", "lark": "text or None",
+                      "choices": "texts or None"},
     "Model.memory": {"context": "small integer or None", "rows": "integer"},
     "Model.scheduler": BATCH,
     "Scheduler.submit": {"prompt": "one prompt", "answers": "small integer", "wait": "flag",
@@ -166,6 +170,7 @@ TABLE: dict[str, dict[str, str]] = {
     "State.save": {"path": "path", "about": "variables or None", "snapshots": "ids"},
     "State.load": {"path": "path", "specs": "specs"},
     "Tokenizer.encode": {"text": "text", "bos": "flag", "special": "flag"},
+    "Tokenizer.to_json": {},
     "Tokenizer.special_spans": {"text": "text"},
     "Tokenizer.decode": {"tokens": "tokens", "after": "tokens", "skip_special": "flag"},
     "Tokenizer.stream": {"after": "tokens", "skip_special": "flag"},
@@ -286,7 +291,7 @@ class Fixtures:
             "read": {"name": self.session.signature.state[0].name}, "reserve": {"slots": 4}, "take": {"rows": [0]},
             "put": {"row": 0, "other": self.state()}, "rewind": {"lengths": 2}, "save": {"path": self.file},
             "special_spans": {"text": "hello"}, "decode": {"tokens": [5]}, "check": {"tokens": [5]},
-            "edit": {"messages": messages},
+            "edit": {"messages": messages}, "grammar": {"choices": ["yes"]},
             "submit": {"prompt": "hello", **few}, "token_bytes": {"token": 5},
             "token_id": {"name": "<|im_end|>"}, "token_text": {"token": 5}, "render": {"messages": messages},
             "encode": {"messages": messages},

@@ -17,6 +17,7 @@ from edgellm_runtime.arguments import (
     check_progress,
 )
 from edgellm_runtime.errors import OptionError
+from edgellm_runtime.generation.grammar import Grammar
 from edgellm_runtime.generation.processors import LogitsProcessor
 from edgellm_runtime.generation.sampling_options import SamplingOptions
 from edgellm_runtime.option_ranges import RANGES, check_token
@@ -51,6 +52,7 @@ class OptionKeywords(TypedDict, total=False):
     typical_p: float
     penalty_window: int
     forced_tokens: Sequence[int]
+    grammar: Grammar | None
     seed: int | Sequence[int] | None
     logits_processors: Sequence[LogitsProcessor]
 
@@ -101,6 +103,8 @@ class GenerationOptions(SamplingOptions):
             "deadline": None if self.deadline is None else check_number("deadline", self.deadline, 0, 1e9),
         }
         check_integer("min_tokens", self.min_tokens, 0, self.max_new_tokens)
+        if self.grammar is not None and self.ignore_eos:
+            raise OptionError("an answer of a grammar ends with an end token; leave ignore_eos out")
         if self.cancel is not None:
             check_instance("cancel", self.cancel, threading.Event, "threading.Event() makes one")
         check_progress(self.progress)

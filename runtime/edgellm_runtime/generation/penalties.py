@@ -166,4 +166,5 @@ def chain_of(
         (o.min_tokens and ends, MinTokens(ends, prompt + o.min_tokens)),
         (o.forced_tokens, ForcedTokens(o.forced_tokens, prompt)),  # last: what is forced is banned by nothing
     ]
-    return (*o.logits_processors, *(processor for wanted, processor in made if wanted))
+    form = () if o.grammar is None else (o.grammar.matcher(answer_from),)  # after all: nothing may lift what it forbids
+    return (*o.logits_processors, *(processor for wanted, processor in made if wanted), *form)

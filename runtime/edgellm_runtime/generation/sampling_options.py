@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from edgellm_runtime.arguments import check_integer, check_list, check_number, is_sequence, shown
+from edgellm_runtime.arguments import check_instance, check_integer, check_list, check_number, is_sequence, shown
 from edgellm_runtime.errors import OptionError
+from edgellm_runtime.generation.grammar import Grammar
 from edgellm_runtime.generation.processors import LogitsProcessor
 from edgellm_runtime.option_ranges import RANGES, check_token
 
@@ -39,6 +40,8 @@ class SamplingOptions:
         banned_tokens: are never chosen.
         forced_tokens: the answer begins with these.
         min_tokens: end tokens and stop tokens are not chosen before so many.
+        grammar: a form that the answer has; see :meth:`edgellm_runtime.Model.grammar`. It ends with an end token where
+            the form is complete; an answer that ``max_new_tokens`` or a full context ends is the beginning of one.
         seed: makes draws repeatable; a list has one for each row. None is fresh entropy.
         logits_processors: change the model's own logits, in this order, before all of the above; see
             :class:`~edgellm_runtime.generation.processors.LogitsProcessor`.
@@ -61,6 +64,7 @@ class SamplingOptions:
     banned_tokens: Sequence[int] = ()
     forced_tokens: Sequence[int] = ()
     min_tokens: int = 0
+    grammar: Grammar | None = None
     seed: int | Sequence[int] | None = None
     logits_processors: Sequence[LogitsProcessor] = ()
 
@@ -78,6 +82,12 @@ class SamplingOptions:
                 check_list("logits_processors", self.logits_processors, "functions", _check_function)
             ),
         }
+        if self.grammar is not None:
+            check_instance("grammar", self.grammar, Grammar, "model.grammar(...) makes one")
+            if self.forced_tokens or self.min_tokens:
+                raise OptionError(
+                    "a grammar says how an answer begins and ends; leave forced_tokens and min_tokens out"
+                )
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 

@@ -75,6 +75,11 @@ class Tokenizer:
             raise _foreign(self._path, max(ids), self._vocab_size)
         return [self.bos_token_id, *ids] if check_flag("bos", bos) and self.bos_token_id is not None else ids
 
+    def to_json(self) -> str:
+        """The text of a ``tokenizer.json`` that says the same, for libraries that read one."""
+        text: str = self._library.to_str()
+        return text
+
     def special_spans(self, text: str) -> list[tuple[int, int, int]]:
         """Where a text names special tokens: (start, end, id) in characters, in order."""
         found = self._encode(check_text("text", text), special=True)
