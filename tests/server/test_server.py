@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import logging
 import os
@@ -238,6 +240,20 @@ def test_contents_are_logged_where_asked_for(caplog: pytest.LogCaptureFixture) -
         answer = served.post("/v1/chat/completions", CHAT).json()["choices"][0]["message"]["content"]
     line = json.loads(caplog.records[0].message)
     assert (line["body"]["messages"], line["answers"]) == (CHAT["messages"], [answer])
+
+
+def test_the_page_loads_nothing_and_only_its_own_script_runs() -> None:
+    with serving(tiny(), api_keys=[KEY]) as served:
+        found = httpx.get(served.address)
+        assert httpx.get(served.address, headers={"host": "evil.example"}).status_code == 403
+    assert found.status_code == 200
+    policy = dict(rule.split(" ", 1) for rule in found.headers["content-security-policy"].split("; "))
+    assert policy["default-src"] == "'none'"
+    for tag, rule in (("script", "script-src"), ("style", "style-src")):
+        (part,) = re.findall(rf"<{tag}>(.*?)</{tag}>", found.text, re.DOTALL)
+        assert policy[rule] == f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'"
+    assert not re.findall(r"https?://|innerHTML|insertAdjacentHTML|document\.write|\beval\b", found.text)
+    assert len(found.content) < 40_000
 
 
 def test_memory_is_shared_out_or_refused() -> None:

@@ -27,6 +27,7 @@ from edgellm_runtime.server.openai_completions import completions
 from edgellm_runtime.server.openai_models import embeddings, list_models, show_model
 from edgellm_runtime.server.openai_responses import responses
 from edgellm_runtime.server.options import ServerOptions
+from edgellm_runtime.server.page import page
 
 __all__ = ["application"]
 
@@ -51,6 +52,7 @@ def application(host: Host, options: ServerOptions) -> Starlette:
         *(Route(path, _endpoint(path, dialect, handler), methods=["POST"]) for path, dialect, handler in _POSTS),
         Route("/v1/models", _endpoint("/v1/models", None, list_models), methods=["GET"]),
         Route("/v1/models/{model:path}", _endpoint("/v1/models/{model}", None, show_model), methods=["GET"]),
+        Route("/", page, methods=["GET"]),
         Route("/health", _health, methods=["GET"]),
         Route("/metrics", _endpoint("/metrics", None, _metrics), methods=["GET"]),
     ]
