@@ -48,7 +48,8 @@ class LayerRow:
         max_error: the largest difference of a number, relative to the largest number expected.
         typical: the median over tokens of the relative difference in norm.
         worst: the largest of a token.
-        first_step: the first token, counted over all rows, that is further off than rounding; None for none.
+        first_step: the first token, counted over all rows, that is further off than rounding or, if none is, than
+            exact; None for none.
         verdict: one of :data:`VERDICTS`.
     """
 
@@ -94,8 +95,13 @@ class Divergence:
 
     @property
     def first(self) -> LayerRow | None:
-        """The first layer that is further off than rounding."""
-        return next((row for row in self.layers if row.first_step is not None), None)
+        """The layer at which the two part: the first that is further off than rounding or, where those before it are
+        exact, the first that is not. None where all that there is is rounding from the first layer on.
+        """
+        unlike = next((row for row in self.layers if row.verdict != "exact"), None)
+        if unlike is None or unlike is not self.layers[0]:
+            return unlike
+        return next((row for row in self.layers if row.verdict not in ("exact", "rounding")), None)
 
     @property
     def wrong(self) -> LayerRow | None:
@@ -172,6 +178,7 @@ def _row(name: str, found: Array, expected: Array, each: Array, limits: Limits) 
     norms = [np.maximum(np.linalg.norm(x, axis=-1), 1e-300) for x in (a, b)]
     ratios = norms[0] / norms[1]
     off = np.flatnonzero(each > limits.rounding)
+    off = off if len(off) else np.flatnonzero(each > EXACT_TO)
     with np.errstate(invalid="ignore"):
         cosine = float(((a * b).sum(-1) / norms[0] / norms[1]).min())
         largest = float(np.abs(a - b).max() / max(float(np.abs(b).max()), 1e-300))
