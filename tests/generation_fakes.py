@@ -41,7 +41,7 @@ def byte_level(texts: list[str] | None = None, vocab_size: int = 320) -> Library
 class FakeSession:
     """Logits that depend on every token of the row, in order, and on nothing else."""
 
-    device, candidates, predicts_tokens = "cpu", 0, True
+    device, candidates, predicts_tokens, encoder = "cpu", 0, True, None
     chunk = 256
 
     def __init__(self, vocab_size: int, max_context: int = 64, *, recurrent: bool = True) -> None:

@@ -27,6 +27,7 @@ class Checkpoint:
         eos_token_ids: the tokens that end one; the first is the usual one.
         add_bos: whether plain text is to begin with ``bos_token_id``; it says so for text encoded *without* special
             tokens, whatever the tokenizer's own post-processor would add.
+        add_eos: whether a plain source ends with the first of ``eos_token_ids``; of models that answer sources.
         source: where it came from, in a few words for people.
         weights: reads the parameters, or None: the model holds them.
         task: what it was trained to do, or None: to go on with a text.
@@ -49,3 +50,4 @@ class Checkpoint:
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     generation: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    add_eos: bool = False

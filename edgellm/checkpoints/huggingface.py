@@ -19,6 +19,7 @@ from edgellm.checkpoints.quantized.find import KEYS, dequantized
 from edgellm.checkpoints.stacked_source import StackedSource
 from edgellm.checkpoints.weights import Layout, TensorSource
 from edgellm.errors import CheckpointError, ModelError, UnsupportedError
+from edgellm.models.protocol import answers_sources
 from edgellm.models.registry import Architecture, find_foreign
 
 __all__ = ["open_huggingface"]
@@ -49,6 +50,7 @@ def open_huggingface(path: Path, *, dtype: torch.dtype) -> Checkpoint:
         bos_token_id=text.bos_token_id,
         eos_token_ids=text.eos_token_ids,
         add_bos=text.add_bos,
+        add_eos=text.add_eos and answers_sources(model),
         source=f"Hugging Face {kind}, {config['model_type']}",
         weights=weights,
         special_tokens=text.special_tokens,
@@ -80,7 +82,7 @@ def _layout(architecture: Architecture, ours: Any, config: Mapping[str, Any]) ->
     return Layout(
         name=reader.names,
         tensor=tensor,
-        ignored=lambda name: name.endswith(".rotary_emb.inv_freq"),  # of old files; computed here
+        ignored=lambda name: name.endswith((".rotary_emb.inv_freq", *reader.ignored)),  # of old files; computed here
     )
 
 

@@ -28,6 +28,7 @@ class TextFiles:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     add_bos: bool
+    add_eos: bool
     special_tokens: Mapping[str, str]
     generation: Mapping[str, Any]
     notes: tuple[str, ...]
@@ -61,6 +62,7 @@ def read_text_files(path: Path, config: Mapping[str, Any]) -> TextFiles:
         bos_token_id=first if first is not None else bos[0] if bos else None,
         eos_token_ids=eos,
         add_bos=first is not None,
+        add_eos=tokenizer is not None and bool(eos) and _put_last(tokenizer) == eos[0],
         special_tokens=names,
         generation=defaults,
         notes=(*built, *notes),
@@ -110,6 +112,13 @@ def _put_first(tokenizer: Tokenizer, path: Path) -> int | None:
         names = " ".join(encoded.tokens[:at])
         raise CheckpointError(f"{path / 'tokenizer.json'} begins texts with {names}; edgellm can put one token there")
     return first[0] if first else None
+
+
+def _put_last(tokenizer: Tokenizer) -> int | None:
+    """The token that the post-processor ends every text with; what an encoder reads ends so."""
+    encoded = tokenizer.encode("a")
+    ids: list[int] = encoded.ids
+    return ids[-1] if len(ids) > 1 and encoded.special_tokens_mask[-1] else None
 
 
 def _chat_template(path: Path, settings: Mapping[str, Any]) -> str | None:

@@ -49,7 +49,7 @@ def checkpoint_directory(path: Path) -> Path:
 
 def save_checkpoint(
     directory: Path, model: Any, *, architecture: str, tokenizer_json: str | None, chat_template: str | None = None,
-    bos_token_id: int | None = None, eos_token_ids: Sequence[int] = (), add_bos: bool = False,
+    bos_token_id: int | None = None, eos_token_ids: Sequence[int] = (), add_bos: bool = False, add_eos: bool = False,
     special_tokens: Mapping[str, str] | None = None, generation: Mapping[str, Any] | None = None,
     task: TaskSpec | None = None,
     extra: Callable[[Path], None] | None = None,
@@ -65,6 +65,7 @@ def save_checkpoint(
         bos_token_id: as in :class:`Checkpoint`.
         eos_token_ids: as in :class:`Checkpoint`.
         add_bos: as in :class:`Checkpoint`.
+        add_eos: likewise.
         special_tokens: as in :class:`Checkpoint`.
         generation: as in :class:`Checkpoint`.
         task: what the model was trained to do, or None.
@@ -83,6 +84,7 @@ def save_checkpoint(
         "bos_token_id": bos_token_id,
         "eos_token_ids": list(eos_token_ids),
         "add_bos": add_bos,
+        **({"add_eos": True} if add_eos else {}),
         "special_tokens": dict(special_tokens or {}),
         **({"generation": dict(generation)} if generation else {}),
         "task": None if task is None else task.to_json(),
@@ -137,6 +139,7 @@ def open_native(path: Path, *, dtype: torch.dtype) -> Checkpoint:
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=token_ids(data, "eos_token_ids", manifest),
         add_bos=bool(data.get("add_bos", False)),
+        add_eos=bool(data.get("add_eos", False)),
         source=f"edgellm {source.dtype}, {architecture.name}",
         weights=weights,
         task=task,

@@ -197,7 +197,7 @@ def text_of(loaded: Checkpoint) -> Any:
     return TextAssets(
         tokenizer_json=loaded.tokenizer_json, chat_template=loaded.chat_template, bos_token_id=loaded.bos_token_id,
         eos_token_ids=loaded.eos_token_ids, add_bos=loaded.add_bos, task=loaded.task,
-        special_tokens=loaded.special_tokens,
+        special_tokens=loaded.special_tokens, add_eos=loaded.add_eos,
     )  # fmt: skip
 
 

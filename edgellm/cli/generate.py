@@ -112,7 +112,8 @@ def _prompt(model: Model, text: str, *, chat: bool | None, system: str | None, s
         if system is not None:
             raise click.UsageError("--system belongs to chat mode; leave out --raw, or write it into the prompt.")
         if special and model.tokenizer is not None:
-            return model.tokenizer.encode(text, bos=model.tokenizer.add_bos, special=True)
+            tokens = model.tokenizer.encode(text, bos=model.tokenizer.add_bos, special=True)
+            return [*tokens, *model.tokenizer.source_end]
         return text
     if special:
         raise click.UsageError("--special is for --raw prompts; a chat template writes its own special tokens.")

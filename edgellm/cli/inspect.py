@@ -44,6 +44,8 @@ def _print(bundle: Any, context: int | None) -> None:
     specs = manifest.signature.state
     slot = sum(s.nbytes(1, 2) - s.nbytes(1, 1) for s in specs)
     fixed = sum(s.nbytes(1, 1) for s in specs) - slot
+    read = sum(s.nbytes(1, 1) for s in specs if s.encoded)  # of a source of one token
+    of_source = f", {read:,} bytes a token of the source" if read else ""
     table = Table(title=escape(f"{manifest.name} ({bundle.path})"), show_header=False)
     for row in (
         ("target", f"{manifest.target['name']}, {manifest.dtype}, needs {manifest.target.get('requires', {})}"),
@@ -52,7 +54,8 @@ def _print(bundle: Any, context: int | None) -> None:
             "vocabulary, context",
             f"{manifest.signature.outputs[0].shape[-1]:,} tokens, {manifest.max_context:,} at most",
         ),
-        ("state", f"{len(specs)} tensors: {slot:,} bytes a token, {fixed:,} bytes fixed"),
+        ("state", f"{len(specs)} tensors: {slot:,} bytes a token, {fixed - read:,} bytes fixed{of_source}"),
+        *_encoder(manifest),
         *(
             (f"memory, {n:,} tokens", str(memory_need(manifest, device_of(bundle, "auto"), n)))
             for n in sorted({min(512, manifest.max_context), manifest.max_context} if context is None else {context})
@@ -69,6 +72,13 @@ def _print(bundle: Any, context: int | None) -> None:
     ):
         table.add_row(*(escape(_shortened(text)) for text in row))
     Console().print(table)
+
+
+def _encoder(manifest: Any) -> list[tuple[str, str]]:
+    if manifest.encoder is None:
+        return []
+    start = ", ".join(map(str, manifest.encoder.start))
+    return [("encoder", f"reads sources of {manifest.encoder.max_source:,} tokens at most; answers begin with {start}")]
 
 
 def _shortened(text: str) -> str:

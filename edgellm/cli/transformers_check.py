@@ -39,15 +39,16 @@ def check_transformers(path: Path, loaded: Checkpoint) -> dict[str, Any]:
     """
     import torch
 
+    from edgellm.models.protocol import answers_sources, read_rows
     from edgellm.streaming import OwnWeights, resident
 
     model: Any = loaded.model
     count = min(TOKENS, model.config.max_context)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (1, count), generator=generator)
-    expected = _theirs(path, tokens)
+    expected = _theirs(path, tokens, answers_sources(model))
     with torch.inference_mode(), resident(model, loaded.weights or OwnWeights(model)):
-        ours = model(tokens)[0].float()  # (1, count, vocab)
+        ours = read_rows(model, tokens)[0].float()  # (1, count, vocab)
     if ours.shape != expected.shape:
         raise CheckpointError(
             f"{path}: transformers gives logits of shape {tuple(expected.shape)}, edgellm {tuple(ours.shape)}; "
@@ -68,7 +69,7 @@ def check_transformers(path: Path, loaded: Checkpoint) -> dict[str, Any]:
     return found
 
 
-def _theirs(path: Path, tokens: Tensor) -> Tensor:
+def _theirs(path: Path, tokens: Tensor, sourced: bool) -> Tensor:
     import torch
 
     try:
@@ -84,12 +85,14 @@ def _theirs(path: Path, tokens: Tensor) -> Tensor:
     }  # fmt: skip
     with _quiet(transformers), torch.inference_mode():
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
+            kind = transformers.AutoModelForSeq2SeqLM if sourced else transformers.AutoModelForCausalLM
+            model = kind.from_pretrained(
                 **where, dtype=torch.float32, local_files_only=True, trust_remote_code=False
             ).eval()
         except Exception as error:  # of many classes, some of its dependencies' own
             raise CheckpointError(f"{path}: transformers cannot load it ({error}); leave --check out") from error
-        logits: Tensor = model(tokens, use_cache=False).logits.float()
+        answer = {"decoder_input_ids": tokens} if sourced else {}
+        logits: Tensor = model(tokens, **answer, use_cache=False).logits.float()
     return logits
 
 

@@ -70,8 +70,8 @@ def open_general(path: Path, *, trust_remote_code: bool = False, fused: bool = T
         )
     if config.get("is_encoder_decoder"):
         raise UnsupportedError(
-            f"{path / 'config.json'}: {kind} has an encoder beside its decoder (is_encoder_decoder); edgellm exports "
-            "decoders alone, so export such a model's decoder only if it was trained to be one"
+            f"{path / 'config.json'}: {kind} has an encoder beside its decoder (is_encoder_decoder); the general road "
+            f"knows decoders alone, and edgellm has files of its own for {', '.join(foreign_names('huggingface'))}"
         )
     _check_beside(path, config, trust_remote_code)
     _check_known(path, kind, config, trust_remote_code)

@@ -13,7 +13,19 @@ from torch import Tensor
 
 from edgellm_runtime.spec import StateSpec
 
-__all__ = ["LabellingConfig", "LanguageModel", "ModelConfig", "State", "Step", "empty_state", "logit_width"]
+__all__ = [
+    "LabellingConfig",
+    "LanguageModel",
+    "ModelConfig",
+    "SourceConfig",
+    "SourceModel",
+    "State",
+    "Step",
+    "answers_sources",
+    "empty_state",
+    "logit_width",
+    "read_rows",
+]
 
 State = Mapping[str, Tensor]
 
@@ -63,6 +75,21 @@ class LabellingConfig(ModelConfig, Protocol):
         ...
 
 
+@runtime_checkable
+class SourceConfig(ModelConfig, Protocol):
+    """The configuration of a model that answers sources."""
+
+    @property
+    def max_source(self) -> int:
+        """The most tokens of a source."""
+        ...
+
+    @property
+    def start_tokens(self) -> Sequence[int]:
+        """What every answer begins with, at least one token."""
+        ...
+
+
 def logit_width(config: ModelConfig) -> int:
     """The last dimension of a model's logits: its labels, or its vocabulary."""
     return (config.num_labels if isinstance(config, LabellingConfig) else 0) or config.vocab_size
@@ -95,10 +122,52 @@ class LanguageModel(Protocol):
         ...
 
 
+@runtime_checkable
+class SourceModel(LanguageModel, Protocol):
+    """A language model with an encoder: rows are answers, each to a source of its own.
+
+    Its ``state_specs()`` declare, besides what steps carry, what the encoder makes of the sources: ``static`` states
+    whose shape has the symbol ``source``. ``forward`` reads them in the state and does not give them back; a state that
+    has nothing else is an empty one.
+    """
+
+    def encode(self, source: Tensor, lengths: Tensor) -> State:
+        """The states that the encoder makes.
+
+        Args:
+            source: (batch, source) int64.
+            lengths: (batch,) int32, how many tokens of each row are valid, at least 1; the rest is padding.
+        """
+        ...
+
+
+def answers_sources(model: Any) -> bool:
+    """Whether a model declares states that an encoder makes, and so must be a :class:`SourceModel`."""
+    return any(spec.encoded for spec in model.state_specs())
+
+
+def read_rows(model: Any, tokens: Tensor, sources: Tensor | None = None) -> tuple[Tensor, State]:
+    """Run a model over whole rows from nothing, where what it gives is only looked at on the way.
+
+    Args:
+        model: follows :class:`LanguageModel` or :class:`SourceModel`.
+        tokens: (batch, time) int64.
+        sources: (batch, source), without padding; None: a model that answers sources answers the very rows.
+    """
+    found: tuple[Tensor, State]
+    if not hasattr(model, "state_specs") or not answers_sources(model):
+        found = model(tokens)
+        return found
+    read = tokens if sources is None else sources
+    lengths = torch.full((len(read),), read.shape[1], dtype=torch.int32, device=read.device)
+    found = model(tokens, model.encode(read, lengths))
+    return found
+
+
 def empty_state(
     model: LanguageModel, batch: int, capacity: int, *, dtype: torch.dtype | None = None, device: Any = None
 ) -> dict[str, Tensor]:
-    """The state of rows that hold no token yet.
+    """The state of rows that hold no token yet, but for what an encoder makes.
 
     Args:
         model: whose state.
@@ -110,4 +179,5 @@ def empty_state(
     return {
         spec.name: torch.zeros(spec.resolve(batch, capacity), dtype=dtype or getattr(torch, spec.dtype), device=device)
         for spec in model.state_specs()
+        if not spec.encoded
     }

@@ -81,6 +81,14 @@ ENTRIES: Mapping[str, Entry] = {
         module="edgellm.models.qwen3_next", about="gated delta rule and attention", presets=("tiny",),
         huggingface=("qwen3_next", "qwen3_5_text"),
     ),
+    "bart": Entry(
+        module="edgellm.models.bart", about="encoder and decoder, positions added", presets=("tiny",),
+        huggingface=("bart", "marian"),
+    ),
+    "t5": Entry(
+        module="edgellm.models.t5", about="encoder and decoder, biases by distance", presets=("tiny",),
+        huggingface=("t5",),
+    ),
 }  # fmt: skip
 
 

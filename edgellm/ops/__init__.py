@@ -9,6 +9,7 @@ from edgellm.ops.positions import TAKE_POSITIONS, take_positions
 from edgellm.ops.recurrence import GRU, LSTM, RNN, RecurrentWeights, elman, gru, lstm
 from edgellm.ops.schema import REQUIRED, Op
 from edgellm.ops.selective_scan import SELECTIVE_SCAN, selective_scan
+from edgellm.ops.source_attention import SOURCE_ATTENTION, source_attention, source_mask
 from edgellm.ops.token_by_token import token_by_token
 from edgellm.ops.window import WINDOW_ATTENTION, window_attention
 
@@ -25,6 +26,7 @@ __all__ = [
     "RMS_NORM",
     "RNN",
     "SELECTIVE_SCAN",
+    "SOURCE_ATTENTION",
     "TAKE_POSITIONS",
     "WINDOW_ATTENTION",
     "Op",
@@ -36,6 +38,8 @@ __all__ = [
     "linear_attention",
     "lstm",
     "selective_scan",
+    "source_attention",
+    "source_mask",
     "take_positions",
     "token_by_token",
     "window_attention",

@@ -25,21 +25,21 @@ __all__ = [
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, past_k: Tensor | None, past_v: Tensor | None, past_lengths: Tensor,
     lengths: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None, sinks: Tensor | None = None, *, num_heads: int, num_kv_heads: int, scale: float,
-    epsilon: float = 1e-6, softcap: float = 0.0, window: int = 0,
+    k_norm: Tensor | None = None, sinks: Tensor | None = None, distances: Tensor | None = None, *, num_heads: int,
+    num_kv_heads: int, scale: float, epsilon: float = 1e-6, softcap: float = 0.0, window: int = 0,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """See :func:`attention`; ``epsilon`` is its ``norm_eps``."""
     return attention_over(
-        q, k, v, past_k, past_v, past_lengths, lengths, cos, sin, q_norm, k_norm, sinks, num_heads=num_heads,
-        num_kv_heads=num_kv_heads, scale=scale, epsilon=epsilon, softcap=softcap, window=window,
+        q, k, v, past_k, past_v, past_lengths, lengths, cos, sin, q_norm, k_norm, sinks, distances,
+        num_heads=num_heads, num_kv_heads=num_kv_heads, scale=scale, epsilon=epsilon, softcap=softcap, window=window,
     )  # fmt: skip
 
 
 def attention_over(
     q: Tensor, k: Tensor, v: Tensor, past_k: Tensor | None, past_v: Tensor | None, past_lengths: Tensor,
     lengths: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None, sinks: Tensor | None = None, *, num_heads: int, num_kv_heads: int, scale: float,
-    epsilon: float = 1e-6, softcap: float = 0.0, window: int = 0,
+    k_norm: Tensor | None = None, sinks: Tensor | None = None, distances: Tensor | None = None, *, num_heads: int,
+    num_kv_heads: int, scale: float, epsilon: float = 1e-6, softcap: float = 0.0, window: int = 0,
     kept: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda k, v: (k, v),
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """The reference, with what the cache keeps of new keys and values (batch, num_kv_heads, time, head_dim)."""
@@ -51,21 +51,26 @@ def attention_over(
     if cos is not None and sin is not None:
         q, k = rotary(q, cos, sin, positions), rotary(k, cos, sin, positions)
     if past_k is None or past_v is None:
-        steps = torch.arange(time, device=q.device)
-        y = attend(q, k, v, _visible(steps[None], time, window) if window else None, scale, softcap, sinks)
+        steps = torch.arange(time, device=q.device)[None]
+        seen = _visible(steps, time, window) if window or distances is not None else None
+        y = attend(q, k, v, seen, scale, softcap, sinks, _by_distance(steps, time, distances))
         return merge_heads(y), None, None
     k, v = kept(k, v)
     slots = positions[:, None, :, None].expand_as(k)
     present_k, present_v = past_k.scatter(2, slots, k), past_v.scatter(2, slots, v)
     total = int(positions.max()) + 1
     visible = _visible(positions, total, window)
-    y = attend(q, present_k[:, :, :total], present_v[:, :, :total], visible, scale, softcap, sinks)
+    bias = _by_distance(positions, total, distances)
+    y = attend(q, present_k[:, :, :total], present_v[:, :, :total], visible, scale, softcap, sinks, bias)
     return merge_heads(y), present_k, present_v
 
 
 ATTENTION = Op(
     name="Attention",
-    inputs=("q", "k", "v", "past_k", "past_v", "past_lengths", "lengths", "cos", "sin", "q_norm", "k_norm", "sinks"),
+    inputs=(
+        "q", "k", "v", "past_k", "past_v", "past_lengths", "lengths", "cos", "sin", "q_norm", "k_norm", "sinks",
+        "distances",
+    ),
     outputs=("y", "present_k", "present_v"),
     attributes={
         "num_heads": REQUIRED, "num_kv_heads": REQUIRED, "scale": REQUIRED, "epsilon": 1e-6, "softcap": 0.0,
@@ -81,7 +86,7 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, past_k: Tensor | None, past_v: Tensor | None, past_lengths: Tensor,
     lengths: Tensor, cos: Tensor | None, sin: Tensor | None, *, num_heads: int, num_kv_heads: int, scale: float,
     q_norm: Tensor | None = None, k_norm: Tensor | None = None, norm_eps: float = 1e-6, softcap: float = 0.0,
-    window: int = 0, sinks: Tensor | None = None,
+    window: int = 0, sinks: Tensor | None = None, distances: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Attend from each new token to itself and everything before it in its row.
 
@@ -105,6 +110,9 @@ def attention(
         window: how many positions a token sees, its own and those just before it; 0 for all.
         sinks: (num_heads,), for each head the score of something that every token sees beside the keys and that has no
             value, or None for no such thing.
+        distances: (n, num_heads), what is added to a head's score of a key so many positions back, those further back
+            than n - 1 counting as that; or None for nothing. T5's relative positions, Raffel et al. 2020,
+            arXiv:1910.10683.
 
     Returns:
         The attended values (batch, time, num_heads * head_dim), and the cache with the new tokens written in.
@@ -120,8 +128,8 @@ def attention(
         raise ValueError("attention captured without a cache: pass the state that state_specs() declares")
     norms = {} if q_norm is None else {"q_norm": q_norm, "k_norm": k_norm, "epsilon": norm_eps}
     y, present_k, present_v = ATTENTION(
-        q, k, v, past_k, past_v, past_lengths, lengths, cos, sin, sinks=sinks, num_heads=num_heads,
-        num_kv_heads=num_kv_heads, scale=scale, softcap=softcap, window=window, **norms,
+        q, k, v, past_k, past_v, past_lengths, lengths, cos, sin, sinks=sinks, distances=distances,
+        num_heads=num_heads, num_kv_heads=num_kv_heads, scale=scale, softcap=softcap, window=window, **norms,
     )  # fmt: skip
     return y, present_k, present_v
 
@@ -154,11 +162,28 @@ def _visible(positions: Tensor, total: int, window: int) -> Tensor:
     return visible & (slots > own - window) if window else visible
 
 
+def _by_distance(positions: Tensor, total: int, distances: Tensor | None) -> Tensor | None:
+    """The bias of each new token's score of each slot, (batch, heads, time, total), from a table by distance."""
+    if distances is None:
+        return None
+    back = positions[:, :, None] - torch.arange(total, device=positions.device)  # (batch, time, total)
+    return distances[back.clamp(0, len(distances) - 1)].permute(0, 3, 1, 2)
+
+
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, softcap: float, sinks: Tensor | None = None
-) -> Tensor:
-    """Q (batch, heads, time, head_dim) over k and v (batch, kv_heads, slots, head_dim); no mask is the causal one."""
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, softcap: float,
+    sinks: Tensor | None = None, bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Q (batch, heads, time, head_dim) over k and v (batch, kv_heads, slots, head_dim); no mask is the causal one.
+
+    A bias (batch, heads, time, slots) comes with a mask, and is added to scores that no soft cap bounds.
+    """
     group = q.shape[1] // k.shape[1]
+    if bias is not None and visible is not None:
+        bias = bias.to(q.dtype).masked_fill(~visible, -torch.inf)
+        if not softcap and sinks is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=group > 1)
+        raise ValueError("a bias by distance beside a soft cap or sinks, which no model here has; leave one out")
     if not softcap and sinks is None:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale, enable_gqa=group > 1

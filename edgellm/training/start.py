@@ -108,6 +108,7 @@ def _from_checkpoint(path: Path) -> Start:
         raise TrainingError(f"{path} has no tokenizer, or none with an end token; begin with another checkpoint")
     text = {
         "eos_token_ids": loaded.eos_token_ids, "bos_token_id": loaded.bos_token_id, "add_bos": loaded.add_bos,
+        "add_eos": loaded.add_eos,
         "chat_template": loaded.chat_template, "special_tokens": loaded.special_tokens,
         "generation": loaded.generation,
     }  # fmt: skip

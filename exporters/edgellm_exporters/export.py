@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from torch import nn
 
-from edgellm.models.protocol import LanguageModel, logit_width
+from edgellm.models.protocol import LanguageModel, answers_sources, logit_width
 from edgellm.streaming import OwnWeights, Weights, resident
 from edgellm_exporters.atomic import check_destination, whole_directory
 from edgellm_exporters.auto.automatic import Automatic, quantize_within
@@ -27,12 +26,13 @@ from edgellm_exporters.auto.budget import AUTO, bounds_of
 from edgellm_exporters.engines.options import EngineOptions
 from edgellm_exporters.engines.tensorrt import check_engine_options
 from edgellm_exporters.errors import ExportError, ParityError, QuantizeError
-from edgellm_exporters.graph.capture import capture, check_model, signature_of
+from edgellm_exporters.graph.capture import check_model, signature_of
+from edgellm_exporters.graph.capture_encoder import Graphs, capture_graphs
 from edgellm_exporters.graph.lower import kernel_notes, prepare
 from edgellm_exporters.graph.targets import Target, find_target
 from edgellm_exporters.graph.write import WEIGHTS_FILE, Progress
 from edgellm_exporters.graph_sets import graph_set
-from edgellm_exporters.options import ExportOptions, TextAssets
+from edgellm_exporters.options import ExportOptions, TextAssets, check_encoder_options
 from edgellm_exporters.proof.goldens import GREEDY, write_goldens
 from edgellm_exporters.proof.layer_bounds import layer_bounds, layers_in
 from edgellm_exporters.proof.parity import ParityReport, measure, unequal
@@ -40,7 +40,8 @@ from edgellm_exporters.proof.same_numbers import ExactTraces, exact_traces, meas
 from edgellm_exporters.proof.samples import golden_rows
 from edgellm_exporters.proof.stand_in import bounds_in, proved_on, stand_in, stand_in_session
 from edgellm_exporters.proof.text import TEMPLATE, TOKENIZER, check_text
-from edgellm_exporters.proof.traces import Continuation, Trace, take_traces
+from edgellm_exporters.proof.torch_backend import encoder_info
+from edgellm_exporters.proof.traces import Continuation, Sources, Trace, take_traces
 from edgellm_exporters.quantize.cache import cache_scales, cached_states
 from edgellm_exporters.quantize.methods import find_method
 from edgellm_exporters.quantize.plan import Plan
@@ -107,6 +108,8 @@ def export(
     generation = _checked_generation(options.generation, model, text)
     options = dataclasses.replace(options, generation=generation)
     library()  # the proof at the end needs it, so its absence is told now
+    if answers_sources(model):
+        check_encoder_options(options)
     if find_target(options.target).roles:
         check_engine_options(options.engine or EngineOptions(), {"method": options.quantize})
     assert isinstance(model, nn.Module)
@@ -134,7 +137,10 @@ def _build(
     _write_text(scratch, text)
     if text is not None:
         check_text(scratch, text.info, text.task, model.config.vocab_size)
-    rows, note = golden_rows(text.tokenizer_json if text else None, model.config.vocab_size, made.context)
+    golden = golden_rows(text.tokenizer_json if text else None, model.config.vocab_size, made.context)
+    (rows, note), sources, encoder = golden, None, encoder_info(model)
+    if encoder is not None:
+        rows, sources = golden.answering(encoder.start, encoder.max_source)
     with stand_in(scratch, options.dtype) as standing_in:
         write = partial(made.write, directory=scratch, stand_in=standing_in, progress=progress)
         notes = [note] if note else []
@@ -152,7 +158,7 @@ def _build(
             quantization=quantization, bounds=bounds,
             provenance={**provenance, **_environment(), "proved_on": proved_on(options.dtype)},
             task=text.task if text else None, generation=options.generation, vocab_size=model.config.vocab_size,
-            graphs=made.graphs, capacity=made.capacity,
+            graphs=made.graphs, capacity=made.capacity, encoder=encoder,
         )  # fmt: skip
         manifest = _write_manifest(scratch, manifest)
         open_one = partial(_session, scratch)
@@ -162,12 +168,12 @@ def _build(
         progress("running PyTorch", 0.0)
         with resident(model, weights):
             traces, said = take_traces(
-                model, open_one, rows, GREEDY, whole="greedy" in bounds, max_context=made.context
+                model, open_one, rows, GREEDY, whole="greedy" in bounds, max_context=made.context, sources=sources
             )  # fmt: skip
         bounds = {**bounds_with_a_favourite(bounds, traces), MEANING: 0.0}
         give_back()
         same, manifest = _same_numbers(
-            model, weights, plan, dataclasses.replace(manifest, bounds=bounds), rows, progress
+            model, weights, plan, dataclasses.replace(manifest, bounds=bounds), rows, progress, sources
         )
         manifest = _write_manifest(scratch, manifest)
         layers = layers_in(scratch, traces[0]) if standing_in is None else []
@@ -206,14 +212,14 @@ def _checked_generation(options: Mapping[str, Any], model: LanguageModel, text: 
 
 def _same_numbers(
     model: LanguageModel, weights: Weights, plan: Plan, manifest: Manifest, rows: Sequence[Sequence[int]],
-    progress: Progress,
+    progress: Progress, sources: Sources,
 ) -> tuple[ExactTraces, Manifest]:  # fmt: skip
     """PyTorch's traces with the numbers of a quantized bundle; in the manifest, why there are none."""
     if not plan.schemes and not plan.cache:
         return ExactTraces(), manifest
     progress("running PyTorch with the same numbers", 0.0)
     try:
-        return exact_traces(model, weights, plan, manifest.target["name"], rows), manifest
+        return exact_traces(model, weights, plan, manifest.target["name"], rows, sources), manifest
     except QuantizeError as error:
         said = {**manifest.quantization, _FLOAT_ONLY: str(error)}
         return ExactTraces(), dataclasses.replace(manifest, quantization=said)
@@ -249,14 +255,14 @@ def _count(model: LanguageModel) -> int:
 
 def _write_weights(
     model: LanguageModel, weights: Weights, target: Target, options: ExportOptions, rows: Sequence[Sequence[int]],
-    scratch: Path, write: Callable[[ir.Model, Plan], None], notes: list[str], progress: Progress,
+    scratch: Path, write: Callable[[Graphs, Plan], None], notes: list[str], progress: Progress,
 ) -> tuple[dict[str, Any], Mapping[str, float], Plan]:  # fmt: skip
     """The graph with its weights into ``scratch``; what the manifest says of them, what they must hold to, and their
     plan.
     """
     if options.budget is None:
-        graph, plan = _planned(model, weights, target, options, rows, notes, progress)
-        write(graph, plan)
+        graphs, plan = _planned(model, weights, target, options, rows, notes, progress)
+        write(graphs, plan)
         return _quantization(options, plan), find_method(options.quantize, target.methods).bounds, plan
     job = Automatic(
         model=model, weights=weights, target=target, calibration=options.calibration, held_out=options.held_out
@@ -272,9 +278,12 @@ def _write_weights(
 def _planned(
     model: LanguageModel, weights: Weights, target: Target, options: ExportOptions, rows: Sequence[Sequence[int]],
     notes: list[str], progress: Progress,
-) -> tuple[ir.Model, Plan]:  # fmt: skip
-    """The graph before lowering, and which of its weights to quantize how; to ``notes``, what lacks a kernel."""
-    captured = prepare(capture(model, weights), target)
+) -> tuple[Graphs, Plan]:  # fmt: skip
+    """The graphs before lowering, and which of its weights to quantize how; to ``notes``, what lacks a kernel."""
+    graphs = capture_graphs(model, weights)
+    for each in graphs.all:
+        prepare(each, target)
+    captured = graphs.step
     notes += (lacking := kernel_notes(captured, target))
     if lacking and options.kv_cache == "int8":
         raise ExportError(f"an 8-bit cache needs target {target.name}'s kernel, but {lacking[0]}; leave --kv-cache out")
@@ -283,7 +292,9 @@ def _planned(
     assert isinstance(model, nn.Module)
     with resident(model, weights):
         method = find_method(options.quantize, target.methods)
-        plan = make_plan(method, captured, model, rows, options.calibration, progress, weights)
+        plan = make_plan(
+            method, captured, model, rows, options.calibration, progress, weights, encoder=graphs.encoder
+        )  # fmt: skip
         if options.kv_cache == "int8":
             progress("looking at keys and values", 0.0)
             seen = options.calibration[:_CACHE_WINDOWS] or rows
@@ -291,7 +302,7 @@ def _planned(
             even = [row for row in seen if len(row) == len(seen[0])]
             plan.cache = cache_scales(model, names, plan.cache_left, even)
     give_back()
-    return captured, plan
+    return graphs, plan
 
 
 def _signature(model: LanguageModel, quantization: Mapping[str, Any], dtype: str, target: Target) -> Signature:

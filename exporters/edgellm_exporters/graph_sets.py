@@ -15,15 +15,17 @@ import onnx_ir as ir
 from edgellm_exporters.engines.fixed_sizes import Sizes, sizes_of, write_roles
 from edgellm_exporters.engines.options import EngineOptions
 from edgellm_exporters.engines.tensorrt import add_engines
+from edgellm_exporters.graph.capture_encoder import Graphs
 from edgellm_exporters.graph.lower import lower_to
 from edgellm_exporters.graph.targets import Target
-from edgellm_exporters.graph.write import GRAPH_FILE, Progress, write_graph
+from edgellm_exporters.graph.write import ENCODER_FILE, GRAPH_FILE, Progress, write_graph, write_graphs
 from edgellm_exporters.proof.stand_in import check_types
 from edgellm_exporters.quantize.cache import narrow_caches
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_runtime.bundle import Manifest
 from edgellm_runtime.bundle.engine_info import GraphInfo
 
+_APART = "encoder/"
 __all__ = ["FixedGraphs", "GraphSet", "OneGraph", "graph_set"]
 
 
@@ -45,11 +47,11 @@ class GraphSet(Protocol):
         """Slots for tokens that each row of the state has from the start; None where it grows."""
         ...
 
-    def write(self, graph: ir.Model, plan: Plan, directory: Path, stand_in: Path | None, progress: Progress) -> None:
-        """Lower a captured graph, which is used up, and write it.
+    def write(self, graphs: Graphs, plan: Plan, directory: Path, stand_in: Path | None, progress: Progress) -> None:
+        """Lower captured graphs, which are used up, and write them.
 
         Args:
-            graph: after the target's passes.
+            graphs: after the target's passes.
             plan: which weights to quantize, and how.
             directory: of the bundle.
             stand_in: where to write the same graphs in float32 for the proof; None where the bundle's own run here.
@@ -84,19 +86,33 @@ class OneGraph:
     def graphs(self) -> Mapping[str, GraphInfo]:
         return {}
 
-    def write(self, graph: ir.Model, plan: Plan, directory: Path, stand_in: Path | None, progress: Progress) -> None:
+    def write(self, graphs: Graphs, plan: Plan, directory: Path, stand_in: Path | None, progress: Progress) -> None:
         """See :class:`GraphSet`."""
         if stand_in is not None:
-            write_graph(lower_to(graph.clone(), self.target, plan, rounded=self.dtype), stand_in, progress)
-        lowered = lower_to(graph, self.target, plan, dtype=self.dtype)
+            write_graph(lower_to(graphs.step.clone(), self.target, plan, rounded=self.dtype), stand_in, progress)
+        lowered = lower_to(graphs.step, self.target, plan, dtype=self.dtype)
         narrow_caches(lowered, plan.cache)
-        write_graph(lowered, directory, progress)
+        written = {GRAPH_FILE: lowered}
+        if graphs.encoder is not None:
+            written[ENCODER_FILE] = _with_own_constants(lower_to(graphs.encoder, self.target, plan, dtype=self.dtype))
+        write_graphs(written, directory, progress)
         if stand_in is not None:
             check_types(directory / GRAPH_FILE)
 
     def finish(self, directory: Path, manifest: Manifest, progress: Progress) -> Manifest:
         """See :class:`GraphSet`: nothing."""
         return manifest
+
+
+def _with_own_constants(encoder: ir.Model) -> ir.Model:
+    """Names for an encoder's constants that the other graph, traced apart, has not: what has one name is stored once.
+
+    Weights, which are read when they are written, keep theirs.
+    """
+    for value in list(encoder.graph.initializers.values()):
+        if not isinstance(value.const_value, ir.LazyTensor):
+            value.name = f"{_APART}{value.name}"
+    return encoder
 
 
 @dataclass(frozen=True)
@@ -127,8 +143,9 @@ class FixedGraphs:
     def capacity(self) -> int | None:
         return self.sizes.capacity
 
-    def write(self, graph: ir.Model, plan: Plan, directory: Path, stand_in: Path | None, progress: Progress) -> None:
+    def write(self, graphs: Graphs, plan: Plan, directory: Path, stand_in: Path | None, progress: Progress) -> None:
         """See :class:`GraphSet`."""
+        graph = graphs.step
         write_roles(graph, self.target, plan, self.sizes.forms(self.dtype), directory, progress)
         if stand_in is not None:
             write_roles(graph, self.target, plan, self.sizes.forms("float32", self.dtype), stand_in, progress)

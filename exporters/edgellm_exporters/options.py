@@ -9,12 +9,12 @@ from typing import Any
 from edgellm_exporters.auto.budget import AUTO, Budget
 from edgellm_exporters.engines.options import EngineOptions
 from edgellm_exporters.errors import ExportError
-from edgellm_exporters.graph.targets import find_target
+from edgellm_exporters.graph.targets import TARGETS, find_target
 from edgellm_exporters.quantize.methods import METHODS, find_method
 from edgellm_runtime.bundle import TokenizerInfo
 from edgellm_runtime.task_spec import TaskSpec
 
-__all__ = ["ExportOptions", "TextAssets"]
+__all__ = ["ExportOptions", "TextAssets", "check_encoder_options"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +81,26 @@ class TextAssets:
     add_bos: bool = False
     task: TaskSpec | None = None
     special_tokens: Mapping[str, str] = field(default_factory=dict)
+    add_eos: bool = False
 
     @property
     def info(self) -> TokenizerInfo:
         """What the manifest says of it."""
         return TokenizerInfo(
-            self.bos_token_id, self.eos_token_ids, self.add_bos, self.chat_template is not None, self.special_tokens
-        )
+            self.bos_token_id, self.eos_token_ids, self.add_bos, self.chat_template is not None, self.special_tokens,
+            self.add_eos,
+        )  # fmt: skip
+
+
+def check_encoder_options(options: ExportOptions) -> None:
+    """Refuse what is not there for models that answer sources, before any work.
+
+    Raises:
+        ExportError: such an option.
+    """
+    able = [name for name, target in TARGETS.items() if target.encoders]
+    if options.target not in able:
+        raise ExportError(f"target {options.target} has no form of encoders yet; {' and '.join(able)} have one")
+    if options.budget is not None or options.kv_cache != "float32":
+        what = "a search of formats" if options.budget is not None else "an 8-bit cache"
+        raise ExportError(f"{what} looks at models that go on with texts, and this one answers sources; leave it out")

@@ -126,7 +126,7 @@ def session_of(bundle: Bundle, backend: Backend) -> Session:
         sizes = {"chunk": GraphRoles.of(manifest).longest, "capacity": manifest.capacity}
     return Session(
         backend, manifest.signature, max_context=manifest.max_context, ragged_chunks=manifest.ragged_chunks,
-        vocab_size=manifest.vocab_size or None, **sizes,
+        vocab_size=manifest.vocab_size or None, encoder=manifest.encoder, **sizes,
     )  # fmt: skip
 
 
@@ -156,6 +156,8 @@ def _backend(bundle: Bundle, device: str, threads: int | None) -> Backend:
     from edgellm_runtime.bundle import GRAPH
 
     manifest = bundle.manifest
+    if manifest.encoder is not None and device != "cpu":
+        raise BackendError(f"{bundle.path}: has an encoder, which runs on the CPU only; use device 'cpu'")
     if device == "tensorrt":
         from edgellm_runtime.backends.tensorrt import open_engines
 
@@ -176,7 +178,8 @@ def _backend(bundle: Bundle, device: str, threads: int | None) -> Backend:
 
         check_kernels(bundle.file(GRAPH), manifest.files[GRAPH].sha256)
     fusions = manifest.dtype == "float32"
-    return OrtBackend(bundle.file(GRAPH), manifest.signature, threads=threads, fusions=fusions)
+    encoder = None if manifest.encoder is None else bundle.file(manifest.encoder.file)
+    return OrtBackend(bundle.file(GRAPH), manifest.signature, threads=threads, fusions=fusions, encoder=encoder)
 
 
 def _check_requirements(bundle: Bundle, device: str) -> None:

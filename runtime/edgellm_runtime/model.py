@@ -97,7 +97,7 @@ class Model(TaskMethods, GrammarMethods):
 
     def new_state(self) -> TextState:
         """The state of an empty text, to be given to :meth:`generate`, :meth:`stream` or :meth:`read`."""
-        self._check_predicts()
+        self._check_goes_on()
         return TextState(self.session, self.bundle)
 
     def load_state(self, path: str | Path) -> TextState:
@@ -106,7 +106,7 @@ class Model(TaskMethods, GrammarMethods):
         Raises:
             StateError: no such file, a damaged one, or the state of another model or of another version of it.
         """
-        self._check_predicts()
+        self._check_goes_on()
         return TextState.load(path, self.session, self.bundle)
 
     def read(
@@ -154,6 +154,8 @@ class Model(TaskMethods, GrammarMethods):
         A row of a batch gets what its prompt gets alone, as far as the kernels round rows alike; with a seed, each row
         draws from its own generator begun from that seed. The names of special tokens in a text are plain characters;
         to use special tokens, encode the prompt with ``model.tokenizer.encode(text, special=True)``.
+
+        A model with an encoder takes the prompt as a source and answers it: a translation of it, for example.
 
         Args:
             prompt: a text or token ids; or a list of texts or of lists of token ids, and then the answers are a list
@@ -349,7 +351,7 @@ class Model(TaskMethods, GrammarMethods):
         from edgellm_runtime.batching.options import BatchOptions
         from edgellm_runtime.batching.scheduler import Scheduler
 
-        self._check_predicts()
+        self._check_goes_on()
         checked = BatchOptions(**options)
         return Scheduler(self.session, self.tokenizer, self._tokens, checked, defaults=self.generation_defaults)
 
@@ -375,6 +377,14 @@ class Model(TaskMethods, GrammarMethods):
         """The cache as this model uses it."""
         cache = self.prefix_cache
         return None if cache is None else Prefixes(cache, self.session, self.bundle.fingerprint)
+
+    def _check_goes_on(self) -> None:
+        self._check_predicts()
+        if self.session.encoder is not None:
+            raise OptionError(
+                f"{self.bundle.manifest.name} answers sources and goes on with no text; use generate, with a list of "
+                "sources for a batch"
+            )
 
     def _check_predicts(self) -> None:
         if not self.session.predicts_tokens:

@@ -59,7 +59,8 @@ def _use(path: str, device: str, checksums: bool) -> None:
     if model.has_chat_template:
         with suppress(OptionError):  # a template may want other messages
             model.chat_template.encode([{"role": "user", "content": "Hello"}])
-    state = model.session.new_state(1, 3)
+    sources = None if model.session.encoder is None else [[0, 1 % model.session.vocab_size]]
+    state = model.session.new_state(1, 3, sources=sources)
     for tokens in ([[0, 1]], [[0]]):
         if state.lengths[0] + len(tokens[0]) <= model.session.max_context:
             model.session.step(np.array(tokens) % model.session.vocab_size, state)

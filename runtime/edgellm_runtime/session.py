@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_runtime.arguments import check_choice, check_instance, check_integer, check_integers, check_progress, shown
+from edgellm_runtime.arguments import (
+    check_choice,
+    check_instance,
+    check_integer,
+    check_integers,
+    check_list,
+    check_progress,
+    shown,
+)
 from edgellm_runtime.backends import Backend, Candidates, check_updates
+from edgellm_runtime.bundle.encoder_info import EncoderInfo
 from edgellm_runtime.errors import ContextError, OptionError, StateError
 from edgellm_runtime.spec import Signature
 from edgellm_runtime.state import State
 from edgellm_runtime.state.storage import Storage
+from edgellm_runtime.text.tokenizer import check_tokens
 
 __all__ = ["Session"]
 
 Array = NDArray[Any]
 Wanted = Literal["last", "all", "none"]
+Tokens = Sequence[int] | NDArray[np.integer[Any]]
 _Progress = Callable[[int, int], None]
 _CHUNK = 512  # tokens a step; long prompts are cut, so that scratch memory does not grow with them
 
@@ -35,6 +46,7 @@ class Session:
         chunk: the most tokens of a row in one step.
         vocab_size: how many tokens there are; None: as many as logits.
         capacity: slots that each row of a state has, for graphs of fixed sizes; None: as many as are needed.
+        encoder: of a model that answers sources; None: it goes on with texts.
 
     Raises:
         BackendError: the backend cannot keep one of the model's states.
@@ -42,12 +54,12 @@ class Session:
 
     def __init__(
         self, backend: Backend, signature: Signature, *, max_context: int, ragged_chunks: bool, chunk: int = _CHUNK,
-        vocab_size: int | None = None, capacity: int | None = None,
+        vocab_size: int | None = None, capacity: int | None = None, encoder: EncoderInfo | None = None,
     ) -> None:  # fmt: skip
         check_updates(backend, signature)
         self._backend, self.signature = backend, signature
         self.max_context, self._ragged_chunks, self.chunk = max_context, ragged_chunks, chunk
-        self._capacity = capacity
+        self._capacity, self.encoder = capacity, encoder
         self.width = int(signature.outputs[0].shape[-1])
         self.vocab_size = vocab_size or self.width
 
@@ -71,21 +83,47 @@ class Session:
         """How many tokens of a row :meth:`best` can choose by itself; 0: logits are here, and it is not asked."""
         return min(self._backend.candidates, self.width)
 
-    def new_state(self, batch: int = 1, capacity: int = 0) -> State:
+    def new_state(self, batch: int = 1, capacity: int = 0, *, sources: Sequence[Tokens] | None = None) -> State:
         """The state of rows that hold no token yet.
 
         Args:
-            batch: rows.
+            batch: rows; as many as there are sources, where there are.
             capacity: tokens that each row is expected to hold; more can come later.
+            sources: token ids that each row is to answer, for a model with an encoder, which reads them now.
 
         Raises:
-            OptionError: not whole numbers, or no row.
+            OptionError: not whole numbers, no row, no sources for a model that answers them, or a wrong one.
+            ContextError: a source is too long.
             StateError: memory does not hold it.
         """
         batch, capacity = check_integer("batch", batch, 1, 2**31 - 1), check_integer("capacity", capacity, 0)
         storage = self._backend.storage
         slots = storage.rounded(self._capacity or min(max(capacity, 1), self.max_context))
-        return State(self.signature.state, batch, slots, storage)
+        if self.encoder is None and sources is None:
+            return State(self.signature.state, batch, slots, storage)
+        tokens, lengths = self._sources(sources)
+        state = State(self.signature.state, len(tokens), slots, storage, tokens.shape[1])
+        self._backend.encode(tokens, lengths, state)
+        return state
+
+    def _sources(self, sources: Sequence[Tokens] | None) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """Sources padded to (rows, tokens), and how many are valid."""
+        if self.encoder is None:
+            raise OptionError("sources are for a model with an encoder, and this one has none; give the tokens to step")
+        if sources is None:
+            raise OptionError("the model answers sources; make its state with new_state(sources=[token ids, ...])")
+        rows = check_list("sources", sources, "lists of token ids", lambda _, row: check_tokens(row, self.vocab_size))
+        lengths = np.array([len(row) for row in rows], dtype=np.int32)
+        if not len(rows) or lengths.min() < 1:
+            raise OptionError(f"sources of {shown(lengths.tolist())} tokens; give one source or more, none empty")
+        if lengths.max() > self.encoder.max_source:
+            raise ContextError(
+                f"a source has {lengths.max()} tokens, but the model reads {self.encoder.max_source}; shorten it"
+            )
+        padded = np.zeros((len(rows), int(lengths.max())), dtype=np.int64)
+        for into, row in zip(padded, rows, strict=True):
+            into[: len(row)] = row
+        return padded, lengths
 
     def step(
         self, tokens: Array, state: State, *, lengths: Array | None = None, logits: Wanted = "last",
@@ -168,7 +206,7 @@ class Session:
 
     def _check(self, tokens: Array, state: State) -> tuple[int, int]:
         check_instance("state", state, State, "session.new_state() makes one")
-        if state.specs is not self.signature.state and state.specs != tuple(self.signature.state):
+        if state.declared is not self.signature.state and state.declared != tuple(self.signature.state):
             raise StateError("the state is another model's; make one with this session's new_state()")
         if type(state.storage) is not type(self.storage):
             raise StateError(

@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 __all__ = [
     "BATCH",
     "CAPACITY",
     "DTYPE_BYTES",
+    "ENCODER_INPUTS",
+    "SOURCE",
     "UPDATES",
     "Signature",
     "SpecError",
@@ -25,6 +27,7 @@ __all__ = [
 
 BATCH = "batch"
 CAPACITY = "capacity"
+SOURCE = "source"
 Dim = int | str
 Update = Literal["append", "ring", "replace", "static"]
 UPDATES: tuple[str, ...] = get_args(Update)
@@ -67,6 +70,12 @@ class TensorSpec:
         return cls(data["name"], tuple(data["shape"]), data["dtype"])
 
 
+ENCODER_INPUTS = (  # of the graph that reads sources; rows may be padded at the end
+    TensorSpec("source", (BATCH, SOURCE), "int64"),
+    TensorSpec("source_lengths", (BATCH,), "int32"),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class StateSpec:
     """One tensor that a model carries from step to step.
@@ -82,9 +91,12 @@ class StateSpec:
             token ``i + slots`` takes its place (keys and values of a sliding window).
             ``replace`` is wholly new after each step (a recurrence's h and c).
             ``static`` is made by a row's first step and handed through unchanged by all later ones (keys and values
-            of cross-attention). It may depend on the row's first token alone, for a step may hold no more.
+            of cross-attention). It may depend on the row's first token alone, for a step may hold no more. One whose
+            shape has the symbol ``source`` is made by the model's encoder instead, before the first step: see
+            :attr:`encoded`.
         axis: of a ring, the one that its slots are along.
         window: of a ring, how many tokens a token sees of it, itself among them; at most the slots.
+        source: of one that an encoder makes, the tokens of the longest source; None until there are sources.
     """
 
     name: str
@@ -93,6 +105,7 @@ class StateSpec:
     update: Update
     axis: int | None = None
     window: int | None = None
+    source: int | None = None
 
     def __post_init__(self) -> None:
         _check(self.name, self.shape, self.dtype)
@@ -102,8 +115,10 @@ class StateSpec:
             raise SpecError(f"{self.name}: shape {self.shape} must begin with {BATCH!r}")
         symbols = [d for d in self.shape[1:] if isinstance(d, str)]
         expected = [CAPACITY] if self.update == "append" else []
-        if symbols != expected:
+        if symbols != expected and not self.encoded:
             raise SpecError(f"{self.name}: {self.update} state of shape {self.shape} must have symbols {expected}")
+        if self.source is not None and not (self.encoded and type(self.source) is int and 0 < self.source < 2**31):
+            raise SpecError(f"{self.name}: a source of {self.source!r} tokens for a state of shape {self.shape}")
         self._check_ring()
 
     def _check_ring(self) -> None:
@@ -132,9 +147,18 @@ class StateSpec:
         return self.shape.index(CAPACITY) if self.update == "append" else None
 
     @property
+    def encoded(self) -> bool:
+        """Whether the model's encoder makes it of a row's source: steps read it, and do not give it back."""
+        return self.update == "static" and [d for d in self.shape[1:] if isinstance(d, str)] == [SOURCE]
+
+    @property
     def in_place(self) -> bool:
-        """Whether a step may write it where it reads it; otherwise past and present are different memory."""
-        return self.update == "append"
+        """Whether it is written, if at all, where a step reads it; otherwise past and present are different memory."""
+        return self.update == "append" or self.encoded
+
+    def of_source(self, tokens: int | None) -> StateSpec:
+        """The same for sources of at most so many tokens; itself where no encoder makes it."""
+        return replace(self, source=tokens) if self.encoded and self.source != tokens else self
 
     @property
     def _slots(self) -> int:
@@ -167,8 +191,8 @@ class StateSpec:
         return (*[slice(None)] * axis, slice(0, min(tokens, self._slots) if self.update == "ring" else tokens))
 
     def resolve(self, batch: int, capacity: int) -> tuple[int, ...]:
-        """The concrete shape for so many rows and slots."""
-        sizes = {BATCH: batch, CAPACITY: capacity}
+        """The concrete shape for so many rows and slots; for sources of one token where it does not know them."""
+        sizes = {BATCH: batch, CAPACITY: capacity, SOURCE: self.source or 1}
         return tuple(sizes[d] if isinstance(d, str) else d for d in self.shape)
 
     def nbytes(self, batch: int, capacity: int) -> int:
@@ -176,7 +200,10 @@ class StateSpec:
         return math.prod(self.resolve(batch, capacity)) * DTYPE_BYTES[self.dtype]
 
     def to_json(self) -> dict[str, Any]:
-        own = {"name": self.name, "shape": list(self.shape), "dtype": self.dtype, "update": self.update}
+        own: dict[str, Any] = {
+            "name": self.name, "shape": list(self.shape), "dtype": self.dtype, "update": self.update
+        }  # fmt: skip
+        own |= {} if self.source is None else {"source": self.source}
         return own | ({"axis": self.axis, "window": self.window} if self.update == "ring" else {})
 
     @classmethod
@@ -192,6 +219,22 @@ class Signature:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     state: tuple[StateSpec, ...]
+
+    @property
+    def encoded(self) -> tuple[StateSpec, ...]:
+        """The states that an encoder makes; none: the model reads no source."""
+        return tuple(spec for spec in self.state if spec.encoded)
+
+    @property
+    def carried(self) -> tuple[StateSpec, ...]:
+        """The states that a step gives anew."""
+        return tuple(spec for spec in self.state if not spec.encoded)
+
+    @property
+    def encoder(self) -> Signature:
+        """What the graph of the encoder takes and gives."""
+        outputs = tuple(TensorSpec(spec.present_name, spec.shape, spec.dtype) for spec in self.encoded)
+        return Signature(ENCODER_INPUTS, outputs, ())
 
     def __post_init__(self) -> None:
         names = [t.name for t in (*self.inputs, *self.outputs)] + [s.name for s in self.state]

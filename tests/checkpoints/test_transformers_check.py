@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import source_models
 import torch
 from test_adapters import adapted
 from test_checkpoints import save, tiny
@@ -25,9 +26,11 @@ from edgellm.models import registry
 pytestmark = pytest.mark.filterwarnings("default")  # the warnings here are transformers' own
 
 
-def small_model(kind: str):
+def small_model(kind: str, folder: Path):
     """A small model of transformers of one ``model_type``: the first that the tests of reading compare."""
     transformers = pytest.importorskip("transformers")
+    if kind in source_models.FOREIGN:
+        return source_models.foreign(kind, folder)
     for name, options in CASES:
         if getattr(transformers, f"{name}Config").model_type == kind:
             return scrambled(name, options)
@@ -36,7 +39,7 @@ def small_model(kind: str):
 
 @pytest.mark.parametrize("kind", registry.foreign_names("huggingface"))
 def test_every_type_that_is_loaded_passes(tmp_path: Path, kind: str) -> None:
-    small_model(kind).save_pretrained(tmp_path)
+    small_model(kind, tmp_path).save_pretrained(tmp_path)
     opened = open_checkpoint(tmp_path)
     assert opened.notes == ()  # no key that transformers writes is unknown
     found = check_transformers(tmp_path, opened)

@@ -22,7 +22,7 @@ from edgellm.models.foreign.keys import (
     refuse,
     whole,
 )
-from edgellm.models.foreign.names import Names
+from edgellm.models.foreign.names import Names, Stacks
 from edgellm.models.foreign.rope import rotary
 from edgellm.models.foreign.usual import GGUF_PARTS, HUGGING_FACE_PARTS, hidden_act
 from edgellm.models.foreign.windows import full_attention, no_window
@@ -38,6 +38,7 @@ __all__ = [
     "HuggingFace",
     "Key",
     "Names",
+    "Stacks",
     "Values",
     "Variant",
     "choice",

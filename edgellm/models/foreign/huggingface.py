@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgellm.models.foreign.keys import METADATA, Fields, Key, Values, Variant, neutral, read_keys
-from edgellm.models.foreign.names import Names
+from edgellm.models.foreign.names import Names, Stacks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,13 +94,15 @@ class HuggingFace:
             stored as we do.
         stacked: how the names of tensors end that hold a matrix for each of several modules; ``a.weight`` is read as
             ``a.0.weight`` and so on.
+        ignored: the ends of names of tensors that mean nothing to the model, such as tables that are computed here.
     """
 
     types: Mapping[str, Variant]
     keys: Mapping[str, Key]
-    names: Names
+    names: Names | Stacks
     tensor: Callable[[Any, Values, str, Tensor], Tensor] | None = None
     stacked: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     def read(self, values: Values) -> tuple[Fields, list[str]]:
         """The fields of our configuration, and the keys that are not understood.

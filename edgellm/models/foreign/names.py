@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Names"]
+__all__ = ["Names", "Stacks"]
 
 _NUMBER = re.compile(r"\.(\d+)\.")
 
@@ -41,3 +41,18 @@ class Names:
             starred = self.parts[_NUMBER.sub(".*.", part, count=1)]
             return f"{prefix}{starred.replace('*', number[1])}{dot}{suffix}"
         return f"{prefix}{self.parts[part]}{dot}{suffix}"
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """The names of a model with several stacks of layers, such as an encoder's and a decoder's.
+
+    Args:
+        stacks: one for each; what belongs to no stack is in the first one's parts.
+    """
+
+    stacks: Sequence[Names]
+
+    def __call__(self, name: str) -> str:
+        """The file's name of one of our parameters."""
+        return next((names for names in self.stacks if name.startswith(f"{names.ours}.")), self.stacks[0])(name)

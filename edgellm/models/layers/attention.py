@@ -63,9 +63,14 @@ class SelfAttention(nn.Module):
         return [StateSpec(name, shape, dtype, "append") for name in names]
 
     def forward(
-        self, x: Tensor, state: State, prefix: str, step: Step, rotary: RotaryTable | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Attend over the state and x (batch, time, width); gives the same shape and its part of the new state."""
+        self, x: Tensor, state: State, prefix: str, step: Step, rotary: RotaryTable | None,
+        distances: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """Attend over the state and x (batch, time, width); gives the same shape and its part of the new state.
+
+        ``distances`` are those of :func:`edgellm.ops.attention`, which no ring takes.
+        """
+        more = {} if distances is None else {"distances": distances}
         q, gate = self.q_proj(x), None
         if self.gated:
             q, gate = q.chunk(2, dim=-1)  # (batch, time, num_heads * head_dim) each
@@ -76,7 +81,7 @@ class SelfAttention(nn.Module):
             num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, scale=self.scale,
             q_norm=None if self.q_norm is None else self.q_norm.weight,
             k_norm=None if self.k_norm is None else self.k_norm.weight, norm_eps=self.norm_eps,
-            softcap=self.softcap, window=self.window,
+            softcap=self.softcap, window=self.window, **more,
         )  # fmt: skip
         present: dict[str, Tensor] = {} if k is None or v is None else {f"{prefix}.k": k, f"{prefix}.v": v}
         out: Tensor = self.o_proj(y if gate is None else y * torch.sigmoid(gate))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from edgellm.errors import ConfigError
 
-__all__ = ["ACTIVATIONS", "GatedMLP", "PackedMLP"]
+__all__ = ["ACTIVATIONS", "MLP", "GatedMLP", "PackedMLP", "activation_of"]
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -18,6 +18,42 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
+
+
+def activation_of(name: str) -> Callable[[Tensor], Tensor]:
+    """The function of that name in :data:`ACTIVATIONS`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"activation is {name!r}; it must be one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+class MLP(nn.Module):
+    """fc2(activation(fc1(x))).
+
+    Args:
+        width: features of its input and output.
+        hidden: features between.
+        bias: whether both have a bias.
+        activation: one of :data:`ACTIVATIONS`.
+
+    Raises:
+        ConfigError: an unknown activation.
+    """
+
+    def __init__(self, width: int, hidden: int, *, bias: bool, activation: str) -> None:
+        super().__init__()
+        self.activation = activation_of(activation)
+        self.fc1 = nn.Linear(width, hidden, bias=bias)
+        self.fc2 = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time, width) to the same shape."""
+        y: Tensor = self.fc2(self.activation(self.fc1(x)))
+        return y
 
 
 class GatedMLP(nn.Module):
@@ -35,9 +71,7 @@ class GatedMLP(nn.Module):
 
     def __init__(self, width: int, hidden: int, *, bias: bool = False, activation: str = "silu") -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ConfigError(f"activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
-        self.activation = ACTIVATIONS[activation]
+        self.activation = activation_of(activation)
         self.gate_proj = nn.Linear(width, hidden, bias=bias)
         self.up_proj = nn.Linear(width, hidden, bias=bias)
         self.down_proj = nn.Linear(hidden, width, bias=bias)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from edgellm.models.protocol import LanguageModel, Step, empty_state, logit_width
+from edgellm.models.protocol import LanguageModel, SourceConfig, SourceModel, Step, answers_sources, logit_width
 from edgellm.ops.canonical import DOMAIN
 from edgellm.streaming import OwnWeights, Weights
 from edgellm_exporters.errors import CaptureError
@@ -32,9 +32,11 @@ from edgellm_exporters.graph.layers import layer_modules, layer_nodes
 from edgellm_exporters.graph.tracing import CanonicalFunctions, canonical, fake_parameters, no_collection
 from edgellm_exporters.graph.translate import translated
 from edgellm_exporters.weights.lazy import LazyWeight
-from edgellm_runtime.spec import BATCH, CAPACITY, Signature, SpecError, StateSpec, TensorSpec
+from edgellm_runtime.spec import BATCH, CAPACITY, SOURCE, Signature, SpecError, StateSpec, TensorSpec
 
-__all__ = ["INPUTS", "OPSET", "capture", "check_model", "signature_of", "traced"]
+__all__ = [
+    "INPUTS", "OPSET", "capture", "check_model", "name_dimensions", "name_weights", "signature_of", "traced",
+]  # fmt: skip
 
 OPSET = 23
 INPUTS = (
@@ -44,7 +46,7 @@ INPUTS = (
     TensorSpec("logit_positions", (BATCH, "count"), "int64"),
 )
 # Sizes of the example: torch.export bakes 0 and 1 in, and equal sizes would hide a dimension that was mixed up.
-_EXAMPLE = {BATCH: 2, "time": 5, "count": 3, CAPACITY: 11}
+_EXAMPLE = {BATCH: 2, "time": 5, "count": 3, CAPACITY: 11, SOURCE: 7}
 
 
 def check_model(model: LanguageModel) -> None:
@@ -61,6 +63,8 @@ def check_model(model: LanguageModel) -> None:
         )
     _check_config(model)
     signature_of(model)
+    if answers_sources(model):
+        _check_sources(model)
     for name, weight in model.named_parameters():
         if weight.numel() and not weight.is_meta and not bool(torch.stack(weight.detach().aminmax()).isfinite().all()):
             raise CaptureError(f"{name} holds NaN or infinite weights; train the model again, or load sound weights")
@@ -73,6 +77,19 @@ def _check_config(model: LanguageModel) -> None:
         if not isinstance(found, int) or isinstance(found, bool) or found < 1:
             has = "has no" if found is None else f"has {found!r} as"
             raise CaptureError(f"{kind}.config {has} {name}; give it {meaning}, a whole number of at least 1")
+
+
+def _check_sources(model: LanguageModel) -> None:
+    """What a model that declares states of sources must have besides."""
+    kind, config = type(model).__name__, model.config
+    if not isinstance(model, SourceModel) or not isinstance(config, SourceConfig):
+        raise CaptureError(
+            f"{kind}'s state_specs() have the symbol {SOURCE!r}, but it has no encode(source, lengths), or its config "
+            "no max_source and start_tokens; see docs/embedding.md, 'A model of your own'"
+        )
+    start = list(config.start_tokens)
+    if not start or not all(type(token) is int and 0 <= token < config.vocab_size for token in start):
+        raise CaptureError(f"{kind}.config has {start} as start_tokens; give it one token or more of its vocabulary")
 
 
 def signature_of(model: LanguageModel) -> Signature:
@@ -109,14 +126,14 @@ def capture(model: LanguageModel, weights: Weights | None = None) -> ir.Model:
     signature = signature_of(model)
     assert isinstance(model, nn.Module)
     names = [t.name for t in signature.inputs] + [s.past_name for s in signature.state]
-    outputs = [t.name for t in signature.outputs] + [s.present_name for s in signature.state]
+    outputs = [t.name for t in signature.outputs] + [s.present_name for s in signature.carried]
     with fake_parameters(model), no_collection():
         program = _trace(model, signature)
         layers = layer_nodes(program.graph, layer_modules(model), "model.")
         captured = translated(program, names, outputs, opset=OPSET, named=layers)
     captured.opset_imports.setdefault(DOMAIN, 1)
-    _name_weights(captured, model, weights or OwnWeights(model))
-    _name_dimensions(captured, signature)
+    name_weights(captured, model, weights or OwnWeights(model))
+    name_dimensions(captured, signature)
     return captured
 
 
@@ -138,11 +155,12 @@ class _OneGraph(nn.Module):
         if not isinstance(result, tuple) or len(result) != 2:
             raise CaptureError(f"the model's forward gave a {type(result).__name__}; it must give (logits, state)")
         logits, present = result
-        if missing := [spec.name for spec in self.specs if spec.name not in present]:
+        carried = [spec.name for spec in self.specs if not spec.encoded]
+        if missing := [name for name in carried if name not in present]:
             raise CaptureError(f"the model's forward gave no new state for {missing}, which state_specs() declares")
-        if undeclared := sorted(present.keys() - past.keys()):
+        if undeclared := sorted(present.keys() - set(carried)):
             raise CaptureError(f"the model's forward gave a state {undeclared} that state_specs() does not declare")
-        return logits, [present[spec.name] for spec in self.specs]
+        return logits, [present[name] for name in carried]
 
 
 def _trace(model: LanguageModel, signature: Signature) -> torch.export.ExportedProgram:
@@ -211,7 +229,10 @@ def _example(model: LanguageModel, signature: Signature) -> tuple[Any, ...]:
         torch.zeros(size[BATCH], dtype=torch.int32),
         lengths,
         torch.zeros(size[BATCH], size["count"], dtype=torch.int64),
-        list(empty_state(model, size[BATCH], size[CAPACITY]).values()),
+        [
+            torch.zeros(s.of_source(size[SOURCE]).resolve(size[BATCH], size[CAPACITY]), dtype=getattr(torch, s.dtype))
+            for s in signature.state
+        ],
     )
 
 
@@ -226,7 +247,7 @@ def _dynamic_shapes(signature: Signature, max_context: int) -> tuple[Any, ...]:
     return (*(dynamic(t.shape) for t in signature.inputs), [dynamic(s.shape) for s in signature.state])
 
 
-def _name_weights(captured: ir.Model, model: nn.Module, weights: Weights) -> None:
+def name_weights(captured: ir.Model, model: nn.Module, weights: Weights) -> None:
     """Call weights what the model calls them, for tracing saw it inside a wrapper, and say where they are."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for value in list(captured.graph.initializers.values()):
@@ -237,7 +258,8 @@ def _name_weights(captured: ir.Model, model: nn.Module, weights: Weights) -> Non
             value.const_value = LazyWeight(weights, value.name, parameters[value.name].shape, value.const_value.dtype)
 
 
-def _name_dimensions(captured: ir.Model, signature: Signature) -> None:
+def name_dimensions(captured: ir.Model, signature: Signature) -> None:
+    """Call free sizes of inputs, outputs and values between what the signature calls them."""
     shapes = {t.name: t.shape for t in (*signature.inputs, *signature.outputs)}
     shapes |= {name: s.shape for s in signature.state for name in (s.past_name, s.present_name)}
     known: dict[str, str] = {}  # the tracer's symbols, which the inputs tell apart, to ours

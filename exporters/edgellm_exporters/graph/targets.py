@@ -42,6 +42,7 @@ class Target:
         roles: whether it has a graph for prompts and one for single tokens, of fixed sizes, instead of one for all.
         device: where its graphs are meant to run.
         inputs: what its graphs may take besides the inputs that all have.
+        encoders: whether it has a form of encoders, which read sources into states.
         wide: by dtype, ops that have kernels in float32 only, or sum what 16 bits would lose.
         check_kernel: refuses a format of weights that it would compute with, but far too slowly.
         lacks_kernel: why it has no kernel for a canonical node and computes it in standard operators; else empty.
@@ -61,6 +62,7 @@ class Target:
     roles: bool = False
     device: str = "cpu"
     inputs: tuple[TensorSpec, ...] = ()
+    encoders: bool = False
     wide: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     check_kernel: Callable[[Scheme], None] = lambda scheme: None
     lacks_kernel: Callable[[View], str] = lambda view: ""
@@ -72,12 +74,13 @@ TARGETS: Mapping[str, Target] = {
         Target(
             name="onnx", summary="standard ONNX operators only; runs wherever opset 23 does", rules=standard.RULES,
             passes=(), domains={"": OPSET}, dtypes=("float32",), caches=("float32",), ragged_chunks=True,
+            encoders=True,
         ),
         Target(
             name="cpu", summary="ONNX Runtime's fused kernels on CPU", rules=ort.RULES,
             passes=(MergeLinears, FuseAddRMSNorm), domains={"": OPSET, ort.DOMAIN: 1}, dtypes=("float32",),
             caches=("float32", "int8"), narrow_caches=(ATTENTION,), ragged_chunks=False, check_kernel=ort.check_kernel,
-            lacks_kernel=ort.lacks_kernel,
+            lacks_kernel=ort.lacks_kernel, encoders=True,
         ),
         Target(
             name="tensorrt", summary="engines for NVIDIA GPUs, and the standard ONNX that they are built from",

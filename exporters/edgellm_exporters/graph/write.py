@@ -12,9 +12,9 @@ import onnx_ir as ir
 from edgellm_exporters.lowering.context import CONSTANT
 from edgellm_exporters.quantize.plan import STORAGE
 
-__all__ = ["GRAPH_FILE", "WEIGHTS_FILE", "Progress", "write_graph", "write_graphs"]
+__all__ = ["ENCODER_FILE", "GRAPH_FILE", "WEIGHTS_FILE", "Progress", "write_graph", "write_graphs"]
 
-GRAPH_FILE, WEIGHTS_FILE = "model.onnx", "model.onnx.data"
+GRAPH_FILE, ENCODER_FILE, WEIGHTS_FILE = "model.onnx", "encoder.onnx", "model.onnx.data"
 Progress = Callable[[str, float], None]  # what is being done, and how much of it (0 to 1)
 _ALIGNMENT = 64
 _INLINE_BYTES = 1024

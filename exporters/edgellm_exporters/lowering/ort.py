@@ -130,6 +130,8 @@ def lacks_kernel(view: View) -> str:
     """Why no kernel takes a node, which then runs in its standard form; empty where one does."""
     if view.op is not ATTENTION:
         return ""
+    if view.distances is not None:
+        return "a bias by distance, which is made outside the kernel"
     if (size := standard.head_dim_of(view)) % _HEAD_DIM:
         return f"head size {size}, and the kernel takes multiples of {_HEAD_DIM}"
     return (

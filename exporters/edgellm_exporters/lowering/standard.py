@@ -13,7 +13,7 @@ from edgellm.ops.schema import View, view_of
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering import recurrent
 from edgellm_exporters.lowering.context import Lowering, Rule, blank, shape_of
-from edgellm_exporters.lowering.window import Attend, Heads, by_attention, window_rule
+from edgellm_exporters.lowering.window import HIDDEN, Attend, Heads, by_attention, window_rule
 from edgellm_exporters.quantize.plan import ROW, QuantizedWeight
 
 __all__ = [
@@ -135,9 +135,55 @@ def _attention(context: Lowering, view: View, attend: Attend) -> Sequence[ir.Val
     visible = [context.op("Slice", x, context.const([0]), total, context.const([2])) for x in present]
     mask = _mask(context, past, view.window)
     form = Heads(view.num_heads, view.num_kv_heads, head_dim_of(view), view.scale, view.softcap, view.sinks)
-    y = attend(context, q, visible[0], visible[1], mask, form)  # (batch, heads, time, head_dim)
-    merged = context.op("Transpose", y, perm=[0, 2, 1, 3])
-    return [context.op("Reshape", merged, context.const([0, 0, -1])), *present]
+    if view.distances is None:
+        y = attend(context, q, visible[0], visible[1], mask, form)  # (batch, heads, time, head_dim)
+    else:
+        y = _attend_by_distance(context, q, visible, mask, view)
+    return [_merged(context, y), *present]
+
+
+def _merged(context: Lowering, y: ir.Value) -> ir.Value:
+    """(batch, heads, time, head_dim) to (batch, time, heads * head_dim)."""
+    return context.op("Reshape", context.op("Transpose", y, perm=[0, 2, 1, 3]), context.const([0, 0, -1]))
+
+
+def _attend_by_distance(
+    context: Lowering, q: ir.Value, kept: Sequence[ir.Value], mask: ir.Value, view: View
+) -> ir.Value:
+    """ONNX's Attention with a bias by distance; what may not be seen is in the bias, which layers share."""
+    if view.softcap or view.sinks is not None:
+        raise LoweringError("Attention with a bias by distance has no form with a soft cap or sinks; leave one out")
+
+    def make() -> ir.Value:
+        past, table = view.past_lengths, view.distances
+        slots = context.op("Range", context.const(0), _total(context, past), context.const(1))
+        back = context.op("Sub", context.op("Squeeze", _slots(context, past), context.const([1])), slots)
+        last = context.op("Sub", context.op("Shape", table, start=0, end=1), context.const([1]))
+        rows = context.op("Gather", table, context.op("Min", context.op("Max", back, context.const([0])), last))
+        bias = context.op("Transpose", rows, perm=[0, 3, 1, 2])  # (batch, heads, time, total)
+        return context.op("Where", mask, bias, context.const(HIDDEN, np.float32))
+
+    bias = context.once(("bias by distance", view.past_lengths, view.distances, mask), make)
+    return context.op("Attention", q, *kept, bias, scale=view.scale)
+
+
+def source_attention(context: Lowering, view: View) -> Sequence[ir.Value]:
+    """ONNX's Attention under a mask of the sources' lengths, and a bias where there is one."""
+    q, time = view.q, view.q if view.q.shape is None else str(view.q.shape[2])  # layers of one time share masks
+
+    def seen() -> ir.Value:  # ONNX Runtime's kernel wants a row for each query
+        row = context.op("Unsqueeze", view.mask, context.const([1, 2]))  # (batch, 1, 1, source)
+        one = context.const([1])
+        size = context.op("Concat", one, one, context.op("Shape", q, start=2, end=3), one, axis=0)
+        return context.op("Expand", row, size)  # (batch, 1, time, source)
+
+    mask = context.once(("source mask", view.mask, time), seen)
+    if view.bias is not None:
+        mask = context.once(
+            ("biased", mask, view.bias),
+            lambda: context.op("Where", mask, view.bias, context.const(HIDDEN, np.float32)),
+        )
+    return [_merged(context, context.op("Attention", q, view.k, view.v, mask, scale=view.scale))]
 
 
 def head_dim_of(view: View) -> int:
@@ -323,6 +369,7 @@ RULES: Mapping[str, Rule] = {
     "Embedding": embedding,
     "Linear": linear,
     "RMSNorm": rms_norm,
+    "SourceAttention": source_attention,
     "TakePositions": take_positions,
     "WindowAttention": window_rule(steps, by_attention),
     **recurrent.rules(matmul, hoist=_columns),

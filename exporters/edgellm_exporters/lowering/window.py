@@ -17,9 +17,18 @@ from edgellm.ops.schema import View
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering.context import Lowering, Rule, shape_of
 
-__all__ = ["Attend", "Heads", "by_attention", "by_masked_attention", "by_products", "scaled_scores", "window_rule"]
+__all__ = [
+    "HIDDEN",
+    "Attend",
+    "Heads",
+    "by_attention",
+    "by_masked_attention",
+    "by_products",
+    "scaled_scores",
+    "window_rule",
+]
 
-_HIDDEN = -60000.0  # what the score of a key that may not be seen is lowered by; float16 holds it
+HIDDEN = -60000.0  # what the score of a key that may not be seen is lowered by; float16 holds it
 
 
 @dataclass(frozen=True)
@@ -201,7 +210,7 @@ def _addends(context: Lowering, visible: ir.Value) -> ir.Value:
     """A mask that is added to scores."""
 
     def make() -> ir.Value:
-        return context.op("Where", visible, context.const(0, np.float32), context.const(_HIDDEN, np.float32))
+        return context.op("Where", visible, context.const(0, np.float32), context.const(HIDDEN, np.float32))
 
     return context.once(("addends", visible), make)
 

@@ -53,6 +53,7 @@ def _sampled(trace: Trace, after: Continuation) -> dict[str, Any]:
         index = np.sort(generator.choice(len(flat), size=min(_STATE_SAMPLES, len(flat)), replace=False))
         samples[name] = {"index": index.tolist(), "values": flat[torch.from_numpy(index)].tolist()}
     return {
+        **({} if trace.source is None else {"source": trace.source}),
         "tokens": trace.tokens,
         "top_ids": [top.indices.tolist() for top in tops],
         "top_logits": [top.values.tolist() for top in tops],

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgellm.models.protocol import LanguageModel
 from edgellm_exporters.errors import ParityError
-from edgellm_exporters.proof.traces import Continuation, Trace, check_finite, continuations, traces
+from edgellm_exporters.proof.traces import Continuation, Sources, Trace, check_finite, continuations, traces
 from edgellm_runtime.checks.evaluate import distances, piece_length
 from edgellm_runtime.checks.verify import Check, held
 from edgellm_runtime.session import Session
@@ -58,7 +58,7 @@ class ParityReport:
 
 def compare(
     model: LanguageModel, session: Session, windows: Sequence[Sequence[int]], *,
-    greedy_prompts: Sequence[Sequence[int]] = (), greedy_count: int = 16,
+    greedy_prompts: Sequence[Sequence[int]] = (), greedy_count: int = 16, sources: Sources = None,
     progress: Callable[[float], None] = lambda _: None,
 ) -> ParityReport:  # fmt: skip
     """Run both over the same tokens.
@@ -69,6 +69,7 @@ def compare(
         windows: rows of token ids, each read from an empty state.
         greedy_prompts: rows to continue greedily with both.
         greedy_count: tokens of each continuation.
+        sources: what windows answer, and prompts as many as there are, where the model answers sources.
         progress: told the share that is done.
 
     Returns:
@@ -77,9 +78,10 @@ def compare(
     said: Sequence[Continuation] = ()
     if greedy_prompts:
         said, _ = continuations(
-            model, lambda: session, greedy_prompts, [greedy_count] * len(greedy_prompts), whole=False
-        )
-    return measure(session, traces(model, windows), len(windows), said, progress)
+            model, lambda: session, greedy_prompts, [greedy_count] * len(greedy_prompts), whole=False,
+            sources=None if sources is None else sources[: len(greedy_prompts)],
+        )  # fmt: skip
+    return measure(session, traces(model, windows, sources), len(windows), said, progress)
 
 
 @torch.no_grad()
@@ -99,7 +101,7 @@ def measure(
     parts: list[_Part] = []
     worst, state, first = 0.0, 0.0, None
     for number, reference in enumerate(references):
-        own = session.new_state(1, len(reference.tokens))
+        own = session.new_state(1, len(reference.tokens), sources=reference.sources)
         row = list(_parts(session, own, reference))
         if not (largest := np.max([p.largest for p in row])):
             raise ParityError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from edgellm.models.protocol import LanguageModel
 from edgellm.streaming import Weights, resident
 from edgellm_exporters.errors import QuantizeError
-from edgellm_exporters.proof.traces import Trace, traces
+from edgellm_exporters.proof.traces import Sources, Trace, traces
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.quantize.quantized_model import same_numbers
 from edgellm_runtime.bundle import Bundle
@@ -45,8 +45,9 @@ class ExactTraces:
 
 
 def exact_traces(
-    model: LanguageModel, weights: Weights, plan: Plan, target: str, rows: Sequence[Sequence[int]]
-) -> ExactTraces:
+    model: LanguageModel, weights: Weights, plan: Plan, target: str, rows: Sequence[Sequence[int]],
+    sources: Sources = None,
+) -> ExactTraces:  # fmt: skip
     """What PyTorch computes with a plan's numbers, weights read one by one where the model's are.
 
     Args:
@@ -55,6 +56,7 @@ def exact_traces(
         plan: of the bundle.
         target: the bundle's.
         rows: token ids.
+        sources: what they answer, where the model answers sources.
 
     Raises:
         QuantizeError: this reference cannot be had, and why.
@@ -63,9 +65,11 @@ def exact_traces(
     _check(target)
     rounds = _TARGETS[target]
     found = same_numbers(model, weights, plan, rounds=rounds, noise=_Noise() if rounds else lambda x: x)
-    repeated = [row for row in rows for _ in range(1 + _COPIES if rounds else 1)]
+    times = 1 + _COPIES if rounds else 1
+    repeated = [row for row in rows for _ in range(times)]
+    theirs = None if sources is None else [source for source in sources for _ in range(times)]
     with resident(found.model, found.weights):
-        each = list(traces(found.model, repeated))  # type: ignore[arg-type]
+        each = list(traces(found.model, repeated, theirs))  # type: ignore[arg-type]
     each = [dataclasses.replace(t, state={n: x for n, x in t.state.items() if n not in plan.cache}) for t in each]
     count = len(repeated) // len(rows)
     return ExactTraces(each[::count], [trace for i, trace in enumerate(each) if i % count])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,12 @@ class GoldenRows(NamedTuple):
 
     rows: list[list[int]]
     note: str
+
+    def answering(self, start: Sequence[int], max_source: int) -> tuple[list[list[int]], list[list[int]]]:
+        """Rows for a model that answers sources: they begin with ``start``; and their sources, of unequal lengths."""
+        answers = [[*start, *row[len(start) :]][: max(len(row), len(start) + 1)] for row in self.rows]
+        sources = [row[: max(1, min(max_source, len(row)) - 5 * i)] for i, row in enumerate(reversed(self.rows))]
+        return answers, sources
 
 
 def golden_rows(tokenizer_json: str | None, vocab_size: int, max_context: int) -> GoldenRows:

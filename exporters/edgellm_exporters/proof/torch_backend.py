@@ -9,13 +9,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from edgellm.models.protocol import LanguageModel, Step
+from edgellm.models.protocol import LanguageModel, SourceModel, Step, answers_sources
 from edgellm_exporters.graph.capture import check_model, signature_of
 from edgellm_runtime.backends.base import HostBackend
+from edgellm_runtime.bundle.encoder_info import ENCODER, EncoderInfo
 from edgellm_runtime.session import Session
 from edgellm_runtime.state import State
 
-__all__ = ["TorchBackend", "torch_session"]
+__all__ = ["TorchBackend", "encoder_info", "torch_session"]
 
 
 class TorchBackend(HostBackend):
@@ -30,6 +31,14 @@ class TorchBackend(HostBackend):
     def __init__(self, model: LanguageModel) -> None:
         self._model = model
 
+    def encode(self, source: NDArray[np.int64], lengths: NDArray[np.int32], state: State) -> None:
+        """What the model's encoder makes takes the place of the state's arrays."""
+        assert isinstance(self._model, SourceModel)
+        with torch.inference_mode():
+            made = self._model.encode(torch.from_numpy(source), torch.from_numpy(lengths))
+        for name, tensor in made.items():
+            state.tensors[name] = tensor.contiguous().numpy()
+
     def run(
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
     ) -> NDArray[Any]:
@@ -42,6 +51,14 @@ class TorchBackend(HostBackend):
             state.tensors[name] = tensor.contiguous().numpy()
         found: NDArray[Any] = logits.numpy()
         return found
+
+
+def encoder_info(model: LanguageModel) -> EncoderInfo | None:
+    """What a manifest says of a model's encoder; None where it has none."""
+    if not answers_sources(model):
+        return None
+    config: Any = model.config
+    return EncoderInfo(ENCODER, tuple(config.start_tokens), config.max_source)
 
 
 def torch_session(model: LanguageModel, *, max_context: int | None = None) -> Session:
@@ -59,5 +76,5 @@ def torch_session(model: LanguageModel, *, max_context: int | None = None) -> Se
     model.eval()
     return Session(
         TorchBackend(model), signature_of(model), max_context=max_context or model.config.max_context,
-        ragged_chunks=True, vocab_size=model.config.vocab_size,
+        ragged_chunks=True, vocab_size=model.config.vocab_size, encoder=encoder_info(model),
     )  # fmt: skip

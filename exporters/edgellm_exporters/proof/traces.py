@@ -12,15 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgellm.models.protocol import LanguageModel, Step, empty_state, logit_width
+from edgellm.models.protocol import LanguageModel, SourceModel, Step, empty_state, logit_width
 from edgellm_exporters.errors import ParityError
 from edgellm_exporters.graph.layers import layers_recorded
 from edgellm_exporters.weights.memory import give_back
 from edgellm_runtime.session import Session
 
-__all__ = ["Continuation", "Trace", "check_finite", "continuations", "take_traces", "traces"]
+__all__ = ["Continuation", "Sources", "Trace", "check_finite", "continuations", "take_traces", "traces"]
 
 Tokens = Sequence[int]
+Sources = Sequence[Tokens] | None  # one for each row, of a model that answers sources
 Open = Callable[[], Session]  # one that is dropped after use: a session holds its own copy of the weights
 _LOGITS_BYTES = 128 << 20  # of the rows that are run together
 
@@ -47,22 +48,33 @@ class Trace:
         logits: (time, vocab), after each token.
         state: after the last token, by the specs' names: (...) of this row, its slots in use.
         layers: what each layer gave, by path: (time, features).
+        source: what the row answers; None: nothing.
     """
 
     tokens: list[int]
     logits: Tensor
     state: Mapping[str, Tensor]
     layers: Mapping[str, Tensor] = field(default_factory=dict)
+    source: list[int] | None = None
+
+    @property
+    def sources(self) -> list[list[int]] | None:
+        """As a session's new state takes them."""
+        return None if self.source is None else [self.source]
 
 
 @torch.no_grad()
-def traces(model: LanguageModel, rows: Sequence[Tokens]) -> Iterator[Trace]:
+def traces(model: LanguageModel, rows: Sequence[Tokens], sources: Sources = None) -> Iterator[Trace]:
     """Run rows from empty states; neighbours of equal length together, as many as memory allows.
 
     Args:
         model: the reference, in eval mode.
         rows: token ids, at least one each.
+        sources: what each answers, for a model that answers sources; rows are then run one by one.
     """
+    if sources is not None:
+        yield from (_answered(model, row, source) for row, source in zip(rows, sources, strict=True))
+        return
     start = 0
     while start < len(rows):
         length = len(rows[start])
@@ -77,9 +89,21 @@ def traces(model: LanguageModel, rows: Sequence[Tokens]) -> Iterator[Trace]:
         start += len(same)
 
 
+def _answered(model: LanguageModel, row: Tokens, source: Tokens) -> Trace:
+    """The trace of one row that answers a source."""
+    assert isinstance(model, SourceModel)
+    tokens, read = torch.tensor([list(row)]), torch.tensor([list(source)])
+    made = model.encode(read, torch.tensor([len(source)], dtype=torch.int32))
+    logits, state = model(tokens, {**empty_state(model, 1, len(row)), **made}, Step.whole(tokens))
+    state = {**made, **state}
+    used = {spec.name: state[spec.name][spec.used(len(row))][0] for spec in model.state_specs()}
+    return Trace(list(row), logits[0], used, source=list(source))
+
+
 def take_traces(
-    model: LanguageModel, open_session: Open, rows: Sequence[Tokens], count: int, *, whole: bool, max_context: int
-) -> tuple[list[Trace], list[Continuation]]:
+    model: LanguageModel, open_session: Open, rows: Sequence[Tokens], count: int, *, whole: bool, max_context: int,
+    sources: Sources = None,
+) -> tuple[list[Trace], list[Continuation]]:  # fmt: skip
     """Run rows and find out what PyTorch says after them; one pass where all of the state is appended to.
 
     Args:
@@ -89,18 +113,20 @@ def take_traces(
         count: the most tokens to say after each.
         whole: as for :func:`continuations`.
         max_context: the most tokens of a row in the bundle.
+        sources: as for :func:`traces`.
     """
     predicts = logit_width(model.config) == model.config.vocab_size  # labels are nothing to go on with
     counts = [min(count, max_context - len(row)) if predicts else 0 for row in rows]
-    found, longer = continuations(model, open_session, rows, counts, whole=whole)
-    if all(spec.update == "append" for spec in model.state_specs()):
+    found, longer = continuations(model, open_session, rows, counts, whole=whole, sources=sources)
+    if all(spec.update == "append" or spec.encoded for spec in model.state_specs()):
         return [_cut(model, trace, len(row)) for trace, row in zip(longer, rows, strict=True)], found
-    return list(traces(model, rows)), found
+    return list(traces(model, rows, sources)), found
 
 
 def continuations(
-    model: LanguageModel, open_session: Open, rows: Sequence[Tokens], counts: Sequence[int], *, whole: bool
-) -> tuple[list[Continuation], list[Trace]]:
+    model: LanguageModel, open_session: Open, rows: Sequence[Tokens], counts: Sequence[int], *, whole: bool,
+    sources: Sources = None,
+) -> tuple[list[Continuation], list[Trace]]:  # fmt: skip
     """What PyTorch says after each row.
 
     The bundle proposes, and one pass of PyTorch over a row with its proposal tells how far PyTorch agrees; after that
@@ -113,16 +139,19 @@ def continuations(
         counts: tokens after each.
         whole: go on from there until every continuation is complete, with another pass for each disagreement; otherwise
             a continuation ends with the first token that the bundle does not say.
+        sources: as for :func:`traces`.
 
     Returns:
         The continuations, and the first pass's traces: of rows with the bundle's proposals, all but the last token.
     """
-    drafts, longer = _proposed(model, open_session, rows, counts)
+    drafts, longer = _proposed(model, open_session, rows, counts, sources)
     said = [_confirmed(trace, draft) for trace, draft in zip(longer, drafts, strict=True)]
     same = [sum(a == b for a, b in zip(s, d, strict=False)) for s, d in zip(said, drafts, strict=True)]
     while whole and (unfinished := [i for i, tokens in enumerate(said) if len(tokens) < counts[i]]):
         so_far = [[*rows[i], *said[i]] for i in unfinished]
-        drafts, more = _proposed(model, open_session, so_far, [counts[i] - len(said[i]) for i in unfinished])
+        theirs = None if sources is None else [sources[i] for i in unfinished]
+        left = [counts[i] - len(said[i]) for i in unfinished]
+        drafts, more = _proposed(model, open_session, so_far, left, theirs)
         for i, trace, draft in zip(unfinished, more, drafts, strict=True):
             said[i] += _confirmed(trace, draft)
     agreed = [n / count if count else 1.0 for n, count in zip(same, counts, strict=True)]
@@ -131,19 +160,20 @@ def continuations(
 
 
 def _proposed(
-    model: LanguageModel, open_session: Open, rows: Sequence[Tokens], counts: Sequence[int]
+    model: LanguageModel, open_session: Open, rows: Sequence[Tokens], counts: Sequence[int], sources: Sources
 ) -> tuple[list[list[int]], list[Trace]]:
     """The bundle's continuations, and PyTorch's traces of each row followed by all of its continuation but the last."""
     session = open_session()
-    drafts = [propose(session, row, count) for row, count in zip(rows, counts, strict=True)]
+    each = [None] * len(rows) if sources is None else [[source] for source in sources]
+    drafts = [propose(session, row, n, source) for row, n, source in zip(rows, counts, each, strict=True)]
     del session  # held by what it gave, too
     give_back()
-    return drafts, list(traces(model, [[*row, *draft[:-1]] for row, draft in zip(rows, drafts, strict=True)]))
+    return drafts, list(traces(model, [[*row, *draft[:-1]] for row, draft in zip(rows, drafts, strict=True)], sources))
 
 
-def propose(session: Session, prompt: Tokens, count: int) -> list[int]:
-    """What a bundle says after a prompt, the most likely token each time."""
-    state = session.new_state(1, len(prompt) + count)
+def propose(session: Session, prompt: Tokens, count: int, sources: Sources = None) -> list[int]:
+    """What a bundle says after a prompt, in answer to a source where there is one, the most likely token each time."""
+    state = session.new_state(1, len(prompt) + count, sources=sources)
     tokens, said = np.asarray([list(prompt)]), list[int]()
     for _ in range(count):
         said.append(int(session.step(tokens, state)[0, -1].argmax()))
@@ -165,7 +195,7 @@ def _cut(model: LanguageModel, trace: Trace, length: int) -> Trace:
     axes = {spec.name: spec.capacity_axis for spec in model.state_specs()}
     state = {n: t if axes[n] is None else t.narrow(axes[n] - 1, 0, length) for n, t in trace.state.items()}  # type: ignore[operator]
     layers = {path: tensor[:length] for path, tensor in trace.layers.items()}
-    return Trace(trace.tokens[:length], trace.logits[:length], state, layers)
+    return Trace(trace.tokens[:length], trace.logits[:length], state, layers, trace.source)
 
 
 def check_finite(logits: NDArray[Any], start: int) -> None:

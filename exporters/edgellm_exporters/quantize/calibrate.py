@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from edgellm.models.protocol import read_rows
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.quantize.gptq import gptq
 from edgellm_exporters.quantize.named_weights import is_parametrized
@@ -130,7 +131,7 @@ def _visit(
         # rows of another length than the first would need padding, and are left out
         batch = [list(window) for window in windows if len(window) == len(windows[0])]
         with suppress(_Done):
-            model(torch.tensor(batch))
+            read_rows(model, torch.tensor(batch))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -38,16 +39,16 @@ class Uses:
     multiplies an input with and nothing else, ``products`` those of which that is the only use.
 
     Args:
-        graph: of canonical ops, after the target's passes.
+        graphs: of canonical ops, after the target's passes; several that share weights count as one.
     """
 
-    def __init__(self, graph: ir.Model) -> None:
+    def __init__(self, *graphs: ir.Model) -> None:
         self.shapes: dict[str, tuple[int, int]] = {}
         self.tensors: dict[str, ir.TensorProtocol] = {}
         self.ends: set[str] = set()
         self.multiplied: set[str] = set()
         otherwise: set[str] = set()
-        for view in views(graph.graph):
+        for view in itertools.chain.from_iterable(views(graph.graph) for graph in graphs):
             for matrix, value in zip(view.op.matrices, view.all(view.op.matrices), strict=True):
                 tensor = value.const_value if value is not None else None
                 if tensor is None or not value.name or len(tensor.shape) != 2:
@@ -63,9 +64,9 @@ class Uses:
 def make_plan(
     method: Method, graph: ir.Model, model: nn.Module, rows: Sequence[Sequence[int]],
     calibration: Sequence[Sequence[int]] = (), progress: Progress = lambda what, share: None,
-    weights: object = None,
+    weights: object = None, *, encoder: ir.Model | None = None,
 ) -> Plan:  # fmt: skip
-    """The plan that a method makes for a captured graph whose passes are done; smoothing changes the graph.
+    """The plan that a method makes for captured graphs whose passes are done; smoothing changes the graphs.
 
     Args:
         method: what to do.
@@ -75,13 +76,15 @@ def make_plan(
         calibration: more of them; weights of fewer than 8 bits are then chosen with GPTQ.
         progress: told what is done, and how much of it.
         weights: where the model's parameters are read from; some may be stored as codes.
+        encoder: the graph that shares the model's weights with it, if there is one.
 
     Raises:
         QuantizeError: too little text, codes of which none can be kept, or weights that no format can hold.
     """
+    graphs = (graph,) if encoder is None else (graph, encoder)
     if calibration:
         check_windows(calibration)
-    uses = Uses(graph)
+    uses = Uses(*graphs)
     if method.keep:
         return _keeping(uses, weights, partial(progress, "looking at weights"))
     if method.layers is None or method.ends is None:
@@ -90,7 +93,8 @@ def make_plan(
     if method.smooth or method.fixed_inputs:
         seen = largest_inputs(model, calibration or rows, partial(progress, "looking at inputs"))
     if method.smooth:
-        done = smoothed(graph, seen)
+        for each in graphs:
+            smoothed(each, seen, done)
     schemes = schemes_for(method, uses)
     plan = plan_of(schemes, done, model, calibration, progress)
     plan.floats = {name: shape for name, shape in uses.shapes.items() if name not in schemes}
@@ -131,9 +135,18 @@ def _input_scales(
     return found
 
 
-def smoothed(graph: ir.Model, largest: Mapping[str, NDArray[np.float32]]) -> Smoothing:
-    """Smooth a graph, in place, by what its layers were seen to read: magnitudes by the names of their weights."""
-    return smooth(graph, lambda names: next((largest[n] for n in names if n in largest), None))
+def smoothed(
+    graph: ir.Model, largest: Mapping[str, NDArray[np.float32]], done: Smoothing | None = None
+) -> Smoothing:  # fmt: skip
+    """Smooth a graph, in place, by what its layers were seen to read: magnitudes by the names of their weights.
+
+    ``done``, where it is given, is added to.
+    """
+    made = smooth(graph, lambda names: next((largest[n] for n in names if n in largest), None))
+    if done is not None:
+        done.columns.update(made.columns)
+        done.rows.update(made.rows)
+    return made
 
 
 def plan_of(

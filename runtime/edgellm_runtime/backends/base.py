@@ -14,7 +14,7 @@ from edgellm_runtime.spec import UPDATES, Signature
 from edgellm_runtime.state import State
 from edgellm_runtime.state.storage import HOST, Storage
 
-__all__ = ["Backend", "Candidates", "HostBackend", "check_updates"]
+__all__ = ["Backend", "Candidates", "HostBackend", "WithoutEncoder", "check_updates"]
 
 Array = NDArray[Any]
 
@@ -41,6 +41,19 @@ class Backend(Protocol):
     storage: Storage  # where its states live
     updates: Collection[str]  # of states, those that it can keep
     candidates: int  # how many tokens of a row it can choose by itself; 0: it hands out logits only
+
+    def encode(self, source: NDArray[np.int64], lengths: NDArray[np.int32], state: State) -> None:
+        """Run the encoder, and write what it makes of the sources into a state.
+
+        Args:
+            source: (batch, tokens).
+            lengths: (batch,), how many of them are valid in each row.
+            state: of as many rows, and made for sources of that length.
+
+        Raises:
+            BackendError: the library failed, or the device has no memory left.
+        """
+        ...
 
     def run(
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
@@ -77,7 +90,19 @@ class Backend(Protocol):
         ...
 
 
-class HostBackend:
+class WithoutEncoder:
+    """What backends share that run no encoder; loading refuses a bundle that has one before any is asked."""
+
+    def encode(self, source: NDArray[np.int64], lengths: NDArray[np.int32], state: State) -> None:
+        """Refused.
+
+        Raises:
+            BackendError: always.
+        """
+        raise BackendError(f"{type(self).__name__} runs no encoder; load the bundle on device cpu")
+
+
+class HostBackend(WithoutEncoder):
     """What a backend that computes in this process's memory shares with others of its kind."""
 
     storage: Storage = HOST

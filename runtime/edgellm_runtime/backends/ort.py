@@ -78,6 +78,7 @@ class OrtBackend(HostBackend):
             bits, ONNX Runtime 1.32 computes wrong products of quantized weights then, and ends the process over a Scan.
         profile: how the name of a file begins that tells what each kernel took; None for no such file.
         fetch: names of further values of the graph, which :attr:`fetched` holds after each step.
+        encoder: the graph that reads sources, already checked; None: the model reads none.
 
     Raises:
         BackendError: the library is missing, or refuses the graph.
@@ -85,7 +86,7 @@ class OrtBackend(HostBackend):
 
     def __init__(
         self, graph: Path, signature: Signature, *, threads: int | None = None, device: str = "cpu",
-        fusions: bool = True, profile: Path | None = None, fetch: Sequence[str] = (),
+        fusions: bool = True, profile: Path | None = None, fetch: Sequence[str] = (), encoder: Path | None = None,
     ) -> None:  # fmt: skip
         ort = library()
         options = ort.SessionOptions()
@@ -107,12 +108,31 @@ class OrtBackend(HostBackend):
         if fetch:
             source = with_outputs(graph.read_bytes(), fetch)
             options.add_session_config_entry(_FOLDER, str(graph.parent))
+        self._session = self._load(source, graph, options)
+        self._inputs = check_names(self._session, signature, fetch)
+        self._encoder = None if encoder is None else self._load(str(encoder), encoder, options)
+        if self._encoder is not None:
+            check_names(self._encoder, signature.encoder)
+
+    def _load(self, source: str | bytes, graph: Path, options: Any) -> Any:
         try:
             with _attention_in_one_piece():
-                self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+                return self._ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the library raises many kinds of its own
-            raise load_fault(f"ONNX Runtime {ort.__version__}", graph, error) from error
-        self._inputs = check_names(self._session, signature, fetch)
+            raise load_fault(f"ONNX Runtime {self._ort.__version__}", graph, error) from error
+
+    def encode(self, source: NDArray[np.int64], lengths: NDArray[np.int32], state: State) -> None:
+        """See :meth:`edgellm_runtime.backends.Backend.encode`."""
+        assert self._encoder is not None, "a session asks for what the manifest has"
+        try:
+            binding, value = self._encoder.io_binding(), self._ort.OrtValue.ortvalue_from_numpy
+            for name, array in (("source", source), ("source_lengths", lengths)):
+                binding.bind_ortvalue_input(name, value(array))
+            for spec in self._signature.encoded:
+                binding.bind_ortvalue_output(spec.present_name, value(state.tensors[spec.name]))
+            self._encoder.run_with_iobinding(binding)
+        except Exception as error:
+            raise step_fault("ONNX Runtime", error) from error
 
     def run(
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
@@ -188,7 +208,8 @@ class _Binding:
             present = past if spec.in_place else value(state.spares[spec.name])
             if spec.past_name in inputs:
                 self.io.bind_ortvalue_input(spec.past_name, past)
-            self.io.bind_ortvalue_output(spec.present_name, present)
+            if not spec.encoded:
+                self.io.bind_ortvalue_output(spec.present_name, present)
         self.io.bind_ortvalue_output(logits.name, value(self.logits))
 
 
@@ -205,7 +226,7 @@ def check_names(session: Any, signature: Signature, fetch: Sequence[str] = ()) -
     found = {i.name for i in session.get_inputs()}
     if not found <= expected:
         raise BackendError(f"the graph asks for {sorted(found - expected)}, which the manifest does not know")
-    outputs = {t.name for t in signature.outputs} | {s.present_name for s in signature.state} | {*fetch}
+    outputs = {t.name for t in signature.outputs} | {s.present_name for s in signature.carried} | {*fetch}
     if outputs != {o.name for o in session.get_outputs()}:
         raise BackendError("the graph's outputs are not those of the manifest; export the model again")
     return found

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_runtime.backends import cuda
-from edgellm_runtime.backends.base import Candidates
+from edgellm_runtime.backends.base import Candidates, WithoutEncoder
 from edgellm_runtime.backends.faults import first_line, load_fault, step_fault
 from edgellm_runtime.backends.ort import check_names, library
 from edgellm_runtime.backends.ort_choice import Chooser
@@ -34,7 +34,7 @@ _UNCAPTURED = -1
 _REFUSED = "cuda graph"  # what ONNX Runtime's message holds when a graph cannot be captured
 
 
-class OrtDeviceBackend:
+class OrtDeviceBackend(WithoutEncoder):
     """Follows :class:`edgellm_runtime.backends.Backend`.
 
     Args:

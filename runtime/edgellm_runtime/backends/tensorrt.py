@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_runtime.backends.base import Candidates
+from edgellm_runtime.backends.base import Candidates, WithoutEncoder
 from edgellm_runtime.backends.caches import CacheFile
 from edgellm_runtime.backends.cuda_memory import Captured, Cuda, CudaStorage, DeviceArray, bindings
 from edgellm_runtime.backends.graph_roles import GraphRole, GraphRoles
@@ -69,7 +69,7 @@ def open_engines(bundle: Bundle, *, device_id: int = 0) -> TensorRTBackend:
     return backend
 
 
-class TensorRTBackend:
+class TensorRTBackend(WithoutEncoder):
     """Follows :class:`edgellm_runtime.backends.Backend`.
 
     Args:

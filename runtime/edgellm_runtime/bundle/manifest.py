@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from edgellm_runtime.bundle.encoder_info import EncoderInfo
 from edgellm_runtime.bundle.engine_info import ROLES, ChooserInfo, EngineInfo, GraphInfo
 from edgellm_runtime.bundle.limits import MAX_WIDTH
 from edgellm_runtime.errors import BundleError, first_line
@@ -47,6 +48,7 @@ class TokenizerInfo:
         add_bos: whether plain text begins with ``bos_token_id``.
         has_chat_template: whether there is a ``chat_template.jinja``.
         special_tokens: the tokenizer's own names of its special tokens, such as ``{"pad_token": "<pad>"}``.
+        add_eos: whether a plain source ends with the first of ``eos_token_ids``; of models with an encoder only.
     """
 
     bos_token_id: int | None = None
@@ -54,11 +56,13 @@ class TokenizerInfo:
     add_bos: bool = False
     has_chat_template: bool = False
     special_tokens: Mapping[str, str] = field(default_factory=dict)
+    add_eos: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {
             "bos_token_id": self.bos_token_id, "eos_token_ids": list(self.eos_token_ids), "add_bos": self.add_bos,
             "has_chat_template": self.has_chat_template, "special_tokens": dict(self.special_tokens),
+            "add_eos": self.add_eos,
         }  # fmt: skip
 
 
@@ -90,6 +94,7 @@ class Manifest:
         capacity: slots that each row of the state must have, for such graphs; None: the caller's choice.
         engines: built from those graphs.
         choosers: engines that choose tokens from the logits of one position.
+        encoder: of a model that answers sources; None: it goes on with texts.
     """
 
     name: str
@@ -113,11 +118,17 @@ class Manifest:
     capacity: int | None = None
     engines: tuple[EngineInfo, ...] = ()
     choosers: tuple[ChooserInfo, ...] = ()
+    encoder: EncoderInfo | None = None
 
     @property
     def graph_files(self) -> tuple[str, ...]:
         """The names of the graphs."""
-        return tuple(graph.file for graph in self.graphs.values()) or (GRAPH,)
+        steps = tuple(graph.file for graph in self.graphs.values()) or (GRAPH,)
+        return steps if self.encoder is None else (*steps, self.encoder.file)
+
+    def signature_of(self, graph: str) -> Signature:
+        """What a graph of that name takes and gives."""
+        return self.signature.encoder if self.encoder and graph == self.encoder.file else self.signature
 
     @property
     def width(self) -> int:
@@ -153,6 +164,7 @@ class Manifest:
             **({"generation": dict(self.generation)} if self.generation else {}),
             "vocab_size": self.vocab_size,
             **self._roles_json(),
+            **({} if self.encoder is None else {"encoder": self.encoder.to_json()}),
             "files": {name: {"bytes": f.bytes, "sha256": f.sha256} for name, f in self.files.items()},
             "signature": self.signature.to_json(),
         }
@@ -207,6 +219,7 @@ class Manifest:
                 None if bos is None else _whole(bos), tuple(_whole(t) for t in tokenizer["eos_token_ids"]),
                 _a(bool, tokenizer["add_bos"]), _a(bool, tokenizer["has_chat_template"]),
                 {name: _a(str, text) for name, text in _a(dict, tokenizer.get("special_tokens", {})).items()},
+                _a(bool, tokenizer.get("add_eos", False)),
             )  # fmt: skip
         signature = Signature.from_json(data["signature"])
         if len(signature.outputs) != 1 or type(signature.outputs[0].shape[-1]) is not int:
@@ -234,7 +247,7 @@ class Manifest:
             },
             measured={k: _number(v) for k, v in _a(dict, data.get("measured", {})).items()},
             task=task, generation=_generation(data, width), vocab_size=_whole(data.get("vocab_size", 0)),
-            **_roles(data, files, width),
+            **_roles(data, files, width), encoder=_encoder(data, files, signature),
         )  # fmt: skip
 
 
@@ -243,6 +256,22 @@ def _generation(data: dict[str, Any], width: int) -> dict[str, Any]:
     found = check_defaults(_a(dict, data.get("generation", {})), _whole(data.get("vocab_size", 0)) or width)
     if found.get("stop") and data.get("tokenizer") is None:
         raise ValueError("generation has stop, but there is no tokenizer")
+    return found
+
+
+def _encoder(data: dict[str, Any], files: Mapping[str, FileInfo], signature: Signature) -> EncoderInfo | None:
+    """The encoder, which is there if it makes a state."""
+    given = data.get("encoder")
+    if (given is not None) != bool(signature.encoded):
+        raise ValueError(f"an encoder {given!r} and {len(signature.encoded)} states of sources: one without the other")
+    if given is None:
+        return None
+    if data.get("graphs"):
+        raise ValueError("an encoder beside graphs of fixed sizes")
+    size = _whole(data.get("vocab_size", 0)) or int(signature.outputs[0].shape[-1])
+    found = EncoderInfo.from_json(_a(dict, given), vocab_size=size, max_context=_whole(data["max_context"], least=1))
+    if found.file not in files or found.file == GRAPH:
+        raise ValueError(f"an encoder in {found.file!r}, which is not a further one of the files")
     return found
 
 

@@ -78,7 +78,7 @@ def _tensors(graph: Path, manifest: Manifest) -> list[StoredTensor]:
             )
     try:
         check_rules(model, str(manifest.target["name"]))
-        check_interface(model, manifest.signature)
+        check_interface(model, manifest.signature_of(graph.name))
     except ValueError as error:
         raise BundleError(
             f"{graph}: not a graph for this runtime ({first_line(error)}); export the model again"

@@ -162,12 +162,17 @@ def run_round(session: Session, workload: Workload, seed: int) -> Round:
     sampler = Sampler(SamplingOptions(), rows=rows, vocab_size=session.vocab_size)
     tokens, chosen = np.empty((rows, 1), dtype=np.int64), []
     ticks = np.empty(workload.new_tokens + 1)
-    start = time.perf_counter()
-    state = session.new_state(rows, workload.tokens)
-    if workload.depth:
-        session.step(prompts[:, : workload.depth], state, logits="none")
+    start, depth = time.perf_counter(), workload.depth
+    if session.encoder is not None:  # of sources, what is read before is a part
+        depth = 0
+        state = session.new_state(capacity=workload.tokens, sources=prompts.tolist())
+        prompts = np.array([session.encoder.start] * rows)
+    else:
+        state = session.new_state(rows, workload.tokens)
+    if depth:
+        session.step(prompts[:, :depth], state, logits="none")
         start = time.perf_counter()
-    tokens[:, 0] = sampler(session.step(prompts[:, workload.depth :], state)[:, 0])
+    tokens[:, 0] = sampler(session.step(prompts[:, depth:], state)[:, 0])
     ticks[0] = time.perf_counter()
     for i in range(1, workload.new_tokens + 1):
         chosen.append(tokens.copy())

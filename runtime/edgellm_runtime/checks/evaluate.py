@@ -89,10 +89,12 @@ def evaluate(
         progress: told the share that is done.
 
     Raises:
-        OptionError: the model labels tokens and predicts none.
+        OptionError: the model labels tokens and predicts none, or answers sources.
     """
     if not session.predicts_tokens:
         raise OptionError("the model labels tokens and predicts no text; evaluate it at its task")
+    if session.encoder is not None:
+        raise OptionError("the model answers sources and goes on with no text; evaluate it at its task")
     total, done = sum(len(window) - 1 for window in windows), 0
     nlls = []
     for window in windows:

@@ -32,6 +32,12 @@ class Golden:
     logsumexp: Array  # (time,)
     greedy: Array  # (new,): what PyTorch says next
     state: Mapping[str, tuple[Array, Array]]  # flat indices into the row's state (slots in use), and the values there
+    source: Array | None = None  # (source tokens,): what the row answers; None: it goes on with nothing
+
+    @property
+    def sources(self) -> list[Array] | None:
+        """As a session's new state takes them."""
+        return None if self.source is None else [self.source]
 
 
 def goldens_file(bundle: Bundle) -> dict[str, Any]:
@@ -63,7 +69,7 @@ def read_goldens(bundle: Bundle, key: str = "traces") -> list[Golden]:
         traces = read_json(file, limit_of(GOLDENS))[key]
         if len(traces) > _MAX_TRACES:
             raise ValueError(f"{len(traces)} rows, of at most {_MAX_TRACES}")
-        goldens = [_parse(trace, vocab) for trace in traces]
+        goldens = [_parse(trace, vocab, bundle.manifest.encoder is not None) for trace in traces]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise BundleError(f"{file}: not goldens of this model ({first_line(error)}); export the model again") from error
     if not goldens:
@@ -76,7 +82,7 @@ def read_goldens(bundle: Bundle, key: str = "traces") -> list[Golden]:
     return goldens
 
 
-def _parse(trace: Any, vocab: int) -> Golden:
+def _parse(trace: Any, vocab: int, sourced: bool) -> Golden:
     def array(value: Any, dtype: type, dims: int) -> Array:
         made: Array = np.asarray(value, dtype=dtype)
         if made.ndim != dims or not np.isfinite(made).all():
@@ -99,4 +105,7 @@ def _parse(trace: Any, vocab: int) -> Golden:
     }
     if any(len(index) != len(values) for index, values in state.values()):
         raise ValueError("state samples of unequal length")
-    return Golden(tokens, ids, logits, sums, array(trace["greedy"], np.int64, 1), state)
+    source = None if trace.get("source") is None else array(trace["source"], np.int64, 1)
+    if (source is not None) != sourced or (source is not None and not 0 < len(source) <= _MAX_TOKENS):
+        raise ValueError("a row with a source where the model has no encoder, the other way round, or one too long")
+    return Golden(tokens, ids, logits, sums, array(trace["greedy"], np.int64, 1), state, source)

@@ -99,6 +99,8 @@ def check_target(path: str | Path) -> None:
     from edgellm_runtime.bundle import Bundle
 
     target = Bundle(path, checksums=False).manifest.target["name"]
+    if Bundle(path, checksums=False).manifest.encoder is not None:
+        raise BackendError(f"{path}: answers sources, and profiles are of models that go on with texts; use bench")
     if target not in _ON_CPU:
         raise BackendError(
             f"{path}: was exported for target {target}, and only ONNX Runtime on CPU tells what each kernel takes; "

@@ -217,7 +217,7 @@ def exact_figures(session: Session, goldens: Sequence[Golden]) -> dict[str, floa
     for golden in goldens:
         length = len(golden.tokens)
         for cuts in ((0, length), (0, *range(length // 2, length + 1))):
-            state, parts = session.new_state(1, length), []
+            state, parts = session.new_state(1, length, sources=golden.sources), []
             for start, end in itertools.pairwise(cuts):
                 parts.append(session.step(golden.tokens[None, start:end], state, logits="all")[0].copy())
             for name, value in distance(golden, np.concatenate(parts), _carried(golden, state)).items():
@@ -226,7 +226,7 @@ def exact_figures(session: Session, goldens: Sequence[Golden]) -> dict[str, floa
 
 
 def _figures(session: Session, golden: Golden) -> dict[str, float]:
-    state = session.new_state(1, len(golden.tokens) + len(golden.greedy))
+    state = session.new_state(1, len(golden.tokens) + len(golden.greedy), sources=golden.sources)
     logits = session.step(golden.tokens[None], state, logits="all")[0].copy()  # further steps may overwrite it
     if wrong := float((~np.isfinite(logits)).mean()) or float(not logits.any()):
         return {"finite": wrong}
@@ -292,7 +292,7 @@ def _split(session: Session, golden: Golden, whole: Array) -> float:
 
     The way back shows whether a state holds what its spec says: a ring whose window is larger than it says does not.
     """
-    state, worst = session.new_state(1, len(golden.tokens)), 0.0
+    state, worst = session.new_state(1, len(golden.tokens), sources=golden.sources), 0.0
     cuts = sorted(
         {0, len(golden.tokens) // 3, len(golden.tokens) // 2, *range(len(golden.tokens) // 2, len(golden.tokens))}
     )
@@ -309,17 +309,19 @@ def _split(session: Session, golden: Golden, whole: Array) -> float:
 
 def _batch(session: Session, goldens: Sequence[Golden]) -> float:
     """The goldens cut to unequal lengths as one batch, then one more token each."""
-    rows = [g.tokens[: max(2, len(g.tokens) - 3 * i)] for i, g in enumerate([*goldens, goldens[0]])]
+    all_of = [*goldens, goldens[0]]
+    rows = [g.tokens[: max(2, len(g.tokens) - 3 * i)] for i, g in enumerate(all_of)]
     lengths = np.array([len(r) - 1 for r in rows], dtype=np.int32)
     padded = np.zeros((len(rows), lengths.max()), dtype=np.int64)
     for i, row in enumerate(rows):
         padded[i, : lengths[i]] = row[:-1]
-    together = session.new_state(len(rows), int(lengths.max()) + 1)
+    sources = [g.source[: max(1, len(g.source) - i)] for i, g in enumerate(all_of) if g.source is not None] or None
+    together = session.new_state(len(rows), int(lengths.max()) + 1, sources=sources)
     first = session.step(padded, together, lengths=lengths).copy()
     second = session.step(np.array([[row[-1]] for row in rows]), together).copy()
     worst = 0.0
     for i, row in enumerate(rows):
-        alone = session.new_state(1, len(row))
+        alone = session.new_state(1, len(row), sources=None if sources is None else [sources[i]])
         for tokens, found in ((row[:-1], first[i]), (row[-1:], second[i])):
             expected = session.step(tokens[None], alone)[0]
             worst = float(np.maximum(worst, _relative(np.abs(found - expected).max(), expected)))

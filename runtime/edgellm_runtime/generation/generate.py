@@ -54,7 +54,7 @@ def check_fits(
         ContextError: a prompt is longer than the context.
         OptionError: an option that needs a tokenizer without one, or a stop token that the model does not have.
     """
-    context = session.max_context
+    context = session.max_context if session.encoder is None else session.encoder.max_source
     for prompt in prompts:
         if len(prompt) > context:
             raise ContextError(
@@ -64,6 +64,8 @@ def check_fits(
         raise OptionError(f"stop is {options.stop!r}, but the bundle has no tokenizer; leave stop out")
     if options.echo and tokenizer is None:
         raise OptionError("echo is True, but the bundle has no tokenizer, and so no text; leave echo out")
+    if options.echo and session.encoder is not None:
+        raise OptionError("echo is True, but an answer to a source does not begin with it; leave echo out")
     last, vocabulary = max(options.stop_tokens, default=0), session.vocab_size
     if last >= vocabulary:
         raise OptionError(f"stop_tokens has token {last}, outside the vocabulary of {vocabulary}; name its own")
@@ -120,7 +122,10 @@ class Run:
         text_state: TextState | None = None, answers: int = 1, prefixes: Prefixes | None = None,
     ) -> None:  # fmt: skip
         check_fits(session, tokenizer, prompts, options)
-        context = session.max_context
+        context, encoder = session.max_context, session.encoder
+        self._sources = None if encoder is None else list(prompts)
+        if encoder is not None:  # which reads them before the first step; answers all begin alike
+            prompts = [encoder.start] * len(prompts)
         self._session, self._given, self._resumed, self._answers = session, state, text_state, answers
         self._options, self._cancelled = options, threading.Event()
         self._deadline = None if options.deadline is None else time.monotonic() + options.deadline
@@ -131,7 +136,7 @@ class Run:
         if state is not None:
             self._reused = int(state.lengths[0])
         self._sampler = Sampler(options, rows=len(self._rows), vocab_size=session.vocab_size, ends=self._rows[0].ends)
-        self._prefixes, self._cached = prefixes, 0
+        self._prefixes, self._cached = prefixes if encoder is None else None, 0  # a source is no part of a prompt
         self._ttft_s = self._prefill_s = self._decode_s = 0.0
         self._state: State | None = None
         self._stepping = False  # stays True where an error left a step: nobody knows then what the state has read
@@ -178,7 +183,8 @@ class Run:
         """A row's answer, once :meth:`chunks` has come to its end, or was left."""
         r = self._rows[row]
         assert r.finish_reason is not None
-        read, later = len(r.prompt) - self._reused if self._ttft_s else 0, max(len(r.tokens) - 1, 0)
+        given = len(r.prompt) if self._sources is None else len(self._sources[row % len(self._sources)])
+        read, later = given - self._reused if self._ttft_s else 0, max(len(r.tokens) - 1, 0)
         timings = Timings(
             prefill_s=self._prefill_s,
             decode_s=r.decode_s,
@@ -187,7 +193,7 @@ class Run:
             decode_tokens_per_s=later / r.decode_s if r.decode_s else 0.0,
         )
         return Generation(
-            text="".join(r.texts), tokens=tuple(r.tokens), prompt_tokens=len(r.prompt),
+            text="".join(r.texts), tokens=tuple(r.tokens), prompt_tokens=given,
             finish_reason=r.finish_reason, timings=timings,
             logprobs=None if self._options.logprobs is None else tuple(r.logprobs), state=self._text_state(row),
             cached_tokens=self._cached,
@@ -217,8 +223,12 @@ class Run:
             self._state = self._given
         elif self._resumed is not None:
             self._state = self._resumed.resumed(self._session, capacity)
-        else:
+        elif self._sources is None:
             self._state = self._session.new_state(1 if self._answers > 1 else len(self._batch), capacity)
+        else:
+            start, rows = time.perf_counter(), self._batch[:1] if self._answers > 1 else self._batch
+            self._state = self._session.new_state(capacity=capacity, sources=[self._sources[i] for i in rows])
+            self._prefill_s = time.perf_counter() - start
         stops: Sequence[int] = ()
         if self._prefixes is not None and self._state.batch == 1 and not self._state.lengths[0]:
             self._trail = self._trail or Trail(self._session.signature.state)
@@ -241,7 +251,7 @@ class Run:
         else:
             logits = self._read_batch([self._rows[i].prompt for i in self._batch], state)
         self._stepping = False
-        self._prefill_s = time.perf_counter() - start
+        self._prefill_s += time.perf_counter() - start
         if self._answers > 1:
             self._keep()
             self._state, logits = state.take([0] * self._answers), np.repeat(logits, self._answers, axis=0)

@@ -37,7 +37,7 @@ def prompt_tokens(
     if isinstance(prompt, str):
         if tokenizer is None:
             raise OptionError(f"{name} is a text, but the bundle has no tokenizer; pass token ids")
-        tokens = tokenizer.encode(prompt, bos=tokenizer.add_bos and not before)
+        tokens = tokenizer.encode(prompt, bos=tokenizer.add_bos and not before) + tokenizer.source_end
     elif is_sequence(prompt):
         try:
             tokens = check_tokens(prompt, session.vocab_size)
@@ -46,7 +46,7 @@ def prompt_tokens(
     else:
         raise OptionError(f"{name} is {shown(prompt)}; it must be a text or a list of token ids")
     tokens = [*before, *tokens]
-    if len(tokens) > session.max_context:
+    if session.encoder is None and len(tokens) > session.max_context:  # whoever reads sources looks at these
         name = f"{name}, with the text before it," if before else name
         raise ContextError(
             f"{name} has {len(tokens)} tokens, but the model's context holds {session.max_context}; shorten the prompt"

@@ -25,7 +25,7 @@ class MemoryNeed:
         rows: of the state.
         weights: bytes of the files with weights.
         state_per_token: bytes that a row's state grows by with each token.
-        state_fixed: bytes of a row's state for any number of tokens.
+        state_fixed: bytes of a row's state for any number of tokens; what an encoder makes, of the longest source.
         slots: for tokens, that are set aside in each row: somewhat more than the context.
     """
 
@@ -67,7 +67,8 @@ def memory_need(manifest: Manifest, device: str, context: int | None = None, row
     """
     context = manifest.max_context if context is None else check_integer("context", context, 1, manifest.max_context)
     rows = check_integer("rows", rows, 1, _MOST)
-    specs = manifest.signature.state
+    longest = None if manifest.encoder is None else manifest.encoder.max_source
+    specs = [spec.of_source(longest) for spec in manifest.signature.state]
     # what a step cannot write where it reads is there twice
     bytes_of = {slots: sum(s.nbytes(1, slots) * (1 if s.in_place else 2) for s in specs) for slots in (1, 2)}
     per_token = bytes_of[2] - bytes_of[1]

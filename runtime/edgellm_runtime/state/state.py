@@ -45,23 +45,28 @@ class State:
         batch: rows.
         capacity: slots for tokens in each row; grows when more are needed.
         storage: where the tensors are; this process's memory unless a backend says otherwise.
+        source: the tokens of the longest source, where an encoder makes some of them.
     """
 
-    def __init__(self, specs: Sequence[StateSpec], batch: int, capacity: int, storage: Storage = HOST) -> None:
+    def __init__(
+        self, specs: Sequence[StateSpec], batch: int, capacity: int, storage: Storage = HOST, source: int | None = None
+    ) -> None:
         batch = check_integer("batch", batch, None, _COUNTABLE)
         capacity = check_integer("capacity", capacity, None, _COUNTABLE)
         specs = check_list("specs", specs, "StateSpecs", _check_spec)
         if batch < 1 or capacity < 1:
             raise StateError(f"a state needs at least one row and one slot, not {batch} and {capacity}")
-        buffers = storage.acquire(tuple(specs), batch, capacity)
+        sized = tuple(spec.of_source(source) for spec in specs)
+        buffers = storage.acquire(sized, batch, capacity)
         empty = np.zeros(batch, dtype=np.int32)
-        self._set(tuple(specs), batch, capacity, storage, buffers, empty, empty)
+        self._set(sized, tuple(specs), batch, capacity, storage, buffers, empty, empty)
 
     def _set(
-        self, specs: tuple[StateSpec, ...], batch: int, capacity: int, storage: Storage, buffers: Buffers,
-        lengths: NDArray[np.int32], written: NDArray[np.int32],
+        self, specs: tuple[StateSpec, ...], declared: tuple[StateSpec, ...], batch: int, capacity: int,
+        storage: Storage, buffers: Buffers, lengths: NDArray[np.int32], written: NDArray[np.int32],
     ) -> None:  # fmt: skip
         self.specs, self.batch, self.capacity = specs, batch, capacity
+        self.declared = declared  # the specs as the model has them, for sources of any length
         self.storage, self.buffers, self.lengths = storage, buffers, lengths.copy()
         self.about: dict[str, Any] = {}  # of a loaded one, what was written beside it; believed by nobody yet
         self.snapshots: tuple[Snapshot, ...] = ()  # likewise, in form what they must be
@@ -138,7 +143,7 @@ class State:
         index, copy = list(rows), State.__new__(State)
         buffers = self.storage.taken(self.specs, self.buffers, index, self.capacity)
         kept = self.lengths[index], self._written[index]
-        copy._set(self.specs, len(index), self.capacity, self.storage, buffers, *kept)
+        copy._set(self.specs, self.declared, len(index), self.capacity, self.storage, buffers, *kept)
         return copy
 
     def first(self, rows: int) -> State:
@@ -152,7 +157,7 @@ class State:
         view = State.__new__(State)
         tensors, spares = ({name: a[:rows] for name, a in each.items()} for each in (self.tensors, self.spares))
         kept = self.lengths[:rows], self._written[:rows]
-        view._set(self.specs, rows, self.capacity, self.storage, Buffers(tensors, spares), *kept)
+        view._set(self.specs, self.declared, rows, self.capacity, self.storage, Buffers(tensors, spares), *kept)
         return view
 
     def settle(self, view: State) -> None:
@@ -315,7 +320,9 @@ class State:
         try:
             data = read_arrays(path)
             header = json.loads(str(data["__header__"]))
-            known = header["format"] == _FORMAT and header["specs"] == [s.to_json() for s in specs]
+            source = _source_of(header["specs"])
+            sized = [s.of_source(source) for s in specs]
+            known = header["format"] == _FORMAT and header["specs"] == [s.to_json() for s in sized]
             lengths, arrays = data["__lengths__"], {spec.name: data[spec.name] for spec in specs if known}
             written = data["__written__"] if known and _has_ring(specs) else lengths
             about = dict(header.get("about", {}))
@@ -338,10 +345,10 @@ class State:
             raise StateError(f"{path}: its snapshots are damaged ({error}); read the prompt again") from error
         used = max(int(lengths.max()), 1)
         for spec in specs:
-            found, expected = arrays[spec.name], _shape_of_used(spec, len(lengths), used)
+            found, expected = arrays[spec.name], _shape_of_used(spec.of_source(source), len(lengths), used)
             if found.shape != expected or found.dtype != host_dtype(spec.dtype):
                 raise StateError(f"{path}: {spec.name} is {found.dtype} {found.shape}, not {spec.dtype} {expected}")
-        state = cls(specs, len(lengths), storage.rounded(used), storage)
+        state = cls(specs, len(lengths), storage.rounded(used), storage, source)
         state.lengths, state._written, state.about, state.snapshots = lengths, written, about, snapshots
         for spec in specs:
             storage.write(spec, state.tensors[spec.name], arrays[spec.name])
@@ -362,6 +369,15 @@ def _header(specs: Sequence[StateSpec], about: dict[str, Any]) -> str:
         return json.dumps(header | ({"about": about} if about else {}), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise OptionError(f"about is {shown(about)}; it must be a dict of JSON's types") from error
+
+
+def _source_of(specs: Any) -> int | None:
+    """The length of the sources that a saved state was made of, as its header says; None: of none."""
+    found = {spec.get("source") for spec in specs} - {None}
+    (source,) = found or {None}
+    if source is not None and (type(source) is not int or not 0 < source <= _MOST):
+        raise ValueError(f"sources of {shown(source)} tokens")
+    return source
 
 
 def _has_ring(specs: Sequence[StateSpec]) -> bool:

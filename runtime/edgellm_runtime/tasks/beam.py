@@ -61,7 +61,7 @@ def read_prompts(session: Session, prompts: Sequence[Sequence[int]], room: int) 
 
     Args:
         session: of the model.
-        prompts: token ids, at least one each.
+        prompts: token ids, at least one each; sources, where the model has an encoder.
         room: tokens that are to follow.
 
     Returns:
@@ -70,6 +70,10 @@ def read_prompts(session: Session, prompts: Sequence[Sequence[int]], room: int) 
     Raises:
         ContextError: no room for one more token after a prompt.
     """
+    if session.encoder is not None:
+        start = np.array([session.encoder.start] * len(prompts))
+        state = session.new_state(capacity=min(start.shape[1] + room, session.max_context), sources=prompts)
+        return state, log_softmax(session.step(start, state)[:, -1])
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int32)
     if lengths.max() >= session.max_context:
         raise ContextError(
@@ -107,7 +111,8 @@ def beam_search(
     beams = check_integer("beams", beams, 1, session.width)
     max_new_tokens = check_integer("max_new_tokens", max_new_tokens, 1)
     length_penalty = check_number("length_penalty", length_penalty, -10, 10)
-    limit = min(max_new_tokens, session.max_context - max(map(len, prompts)))
+    taken = max(map(len, prompts)) if session.encoder is None else len(session.encoder.start)
+    limit = min(max_new_tokens, session.max_context - taken)
     state, next_ones = read_prompts(session, prompts, limit)
     rows = [_Row(i, [Hypothesis((), 0.0, False)]) for i in range(len(prompts))]
     done: list[_Row] = []

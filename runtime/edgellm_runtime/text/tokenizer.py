@@ -51,6 +51,7 @@ class Tokenizer:
         self.eos_token_ids = frozenset(info.eos_token_ids)
         self.special_tokens = dict(info.special_tokens)  # by the names that templates have for them
         self.add_bos = info.add_bos and info.bos_token_id is not None
+        self.source_end = list(info.eos_token_ids[:1]) if info.add_eos else []  # what a plain source ends with
         check_info(path, info, vocab_size)
         added = self._library.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, t in added.items() if t.special)

@@ -1,0 +1,121 @@
+"""Tiny models that answer sources: of transformers, with scrambled weights, and bundles of them that tests share."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_bundles import text_assets
+from torch import nn
+
+from edgellm.models.bart import Bart, BartConfig
+from edgellm.models.t5 import T5, T5Config
+from edgellm_exporters.export import ExportOptions, export
+
+VOCAB, CONTEXT = 101, 40
+T5_SIZES: Mapping[str, Any] = {
+    "vocab_size": VOCAB, "d_model": 48, "d_ff": 64, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 3,
+    "d_kv": 16, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "pad_token_id": 0,
+    "eos_token_id": 1, "decoder_start_token_id": 0,
+}  # fmt: skip
+BART_SIZES: Mapping[str, Any] = {
+    "vocab_size": VOCAB, "d_model": 48, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 3, "encoder_ffn_dim": 64, "decoder_ffn_dim": 80, "max_position_embeddings": 64,
+    "pad_token_id": 0, "bos_token_id": 3, "eos_token_id": 1, "decoder_start_token_id": 2,
+}  # fmt: skip
+FOREIGN: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "t5": ("t5", T5_SIZES),
+    "t5, gated": ("t5", T5_SIZES | {"feed_forward_proj": "gated-gelu"}),
+    "t5, an output that is not scaled": ("t5", T5_SIZES | {"tie_word_embeddings": False}),
+    "bart": ("bart", BART_SIZES | {"scale_embedding": True, "activation_function": "gelu"}),
+    "marian": ("marian", BART_SIZES | {"activation_function": "swish", "decoder_start_token_id": 0}),
+}
+
+
+def foreign(name: str, folder: Path) -> Any:
+    """A model of transformers in which no weight is what it is made with, saved in a folder."""
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    kind, sizes = FOREIGN[name]
+    torch.manual_seed(0)
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(kind, **sizes))
+    _scramble(model, 0.15)
+    if "final_logits_bias" in dict(model.named_buffers()):
+        model.final_logits_bias.normal_(std=0.3, generator=torch.Generator().manual_seed(5))
+    model.generation_config.forced_eos_token_id = None
+    model.float().eval().save_pretrained(folder)
+    return model
+
+
+def _scramble(model: nn.Module, size: float) -> None:
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "embed_positions" in name and not p.requires_grad:
+                continue  # waves
+            drawn = torch.randn(p.shape, generator=noise)
+            p.copy_(size * drawn if p.dim() >= 2 else p + 0.1 * drawn)
+
+
+def ragged(count: int = 3, longest: int = 26) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sources (count, longest), and their lengths, all unequal."""
+    drawn = torch.randint(4, VOCAB, (count, longest), generator=torch.Generator().manual_seed(1))
+    return drawn, torch.tensor([longest - 9 * i for i in range(count)], dtype=torch.int32)
+
+
+def t5_model(vocab_size: int = VOCAB) -> nn.Module:
+    torch.manual_seed(4)
+    config = T5Config(
+        vocab_size=vocab_size, width=48, encoder_layers=1, decoder_layers=2, num_heads=2, head_dim=16, mlp_width=64,
+        max_context=CONTEXT, max_source=24, num_buckets=8, max_distance=12, gated=True, start_tokens=(3, 0),
+    )  # fmt: skip
+    model = T5(config).eval()
+    _scramble(model, 0.15)
+    return model
+
+
+def bart_model() -> nn.Module:
+    torch.manual_seed(4)
+    config = BartConfig(
+        vocab_size=VOCAB, width=64, encoder_layers=1, decoder_layers=2, encoder_heads=2, decoder_heads=4,
+        encoder_mlp_width=64, decoder_mlp_width=64, max_context=CONTEXT,
+    )  # fmt: skip
+    model = Bart(config).eval()
+    _scramble(model, 0.15)
+    return model
+
+
+@functools.cache
+def t5_bundle(target: str = "cpu") -> Path:
+    """Biases by distance; token ids only; sources of 24 tokens at most; every answer begins with 3, 0."""
+    return _made(t5_model(), target)
+
+
+@functools.cache
+def bart_bundle(target: str = "cpu") -> Path:
+    """Learned positions, and heads that the kernel of attention takes; token ids only."""
+    return _made(bart_model(), target)
+
+
+@functools.cache
+def text_bundle() -> Path:
+    """As the first, with a tokenizer, whose plain sources end with token 2."""
+    from dataclasses import replace
+
+    from generation_fakes import byte_level
+
+    assets = replace(text_assets(), chat_template=None, add_eos=True)
+    return _made(t5_model(byte_level().get_vocab_size()), "cpu", assets)
+
+
+def _made(model: Any, target: str, text: Any = None) -> Path:
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    export(model, folder / "bundle", options=ExportOptions(target=target), text=text)
+    return folder / "bundle"
