@@ -26,6 +26,9 @@ from edgellm.models.lfm2 import LFM2, LFM2Config
 from edgellm.models.mamba import MambaConfig, mamba
 from edgellm.models.mamba2 import Mamba2Config, mamba2
 from edgellm.models.qwen3_next import Qwen3NextConfig, qwen3_next
+from edgellm.models.recurrent_gemma import RecurrentGemmaConfig, recurrent_gemma
+from edgellm.models.rwkv import RWKV, RWKVConfig
+from edgellm.models.xlstm import XLSTMConfig, xlstm
 
 VOCAB, CONTEXT = 101, 64
 
@@ -124,6 +127,36 @@ def delta(*pattern: str) -> Callable[[], nn.Module]:
     return lambda: qwen3_next(config)
 
 
+def gated(*pattern: str) -> Callable[[], nn.Module]:
+    config = RecurrentGemmaConfig(
+        vocab_size=VOCAB, width=64, pattern=pattern, recurrent_width=96, num_heads=4, num_kv_heads=2, head_dim=32,
+        rotated=16, window=9, mlp_width=96, max_context=CONTEXT, logit_cap=12.0,
+    )  # fmt: skip
+    return lambda: recurrent_gemma(config)
+
+
+def averages() -> Callable[[], nn.Module]:
+    config = RWKVConfig(
+        vocab_size=VOCAB, width=64, num_layers=2, mixed_width=96, hidden=128, halved_every=1, max_context=CONTEXT
+    )
+
+    def make() -> RWKV:
+        model = RWKV(config)
+        for layer in model.layers:
+            layer.time.decay.data.clamp_(min=-1.0)  # the largest exponent falls by this: 16 bits hold no slow fall
+        return model
+
+    return make
+
+
+def matrices() -> Callable[[], nn.Module]:
+    config = XLSTMConfig(
+        vocab_size=VOCAB, width=64, num_layers=2, num_heads=4, key_width=64, value_width=96, mlp_width=96,
+        gate_cap=3.0, logit_cap=12.0, max_context=CONTEXT, norm_eps=0.1,  # of memories that hold little
+    )  # fmt: skip
+    return lambda: xlstm(config)
+
+
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "rnn_tanh": hybrid("rnn_tanh", "rnn_tanh"),
     "rnn_relu": hybrid("rnn_relu", "rnn_relu"),
@@ -152,6 +185,9 @@ FURTHER: dict[str, Callable[[], nn.Module]] = {
     "selective state space, attention, experts": scans_and_experts,
     "state space and attention that turns half": lambda: bamba(BambaConfig(**SPACE, rotated=8, mlp_bias=True)),
     "state space, attention, experts": spaces_and_experts,
+    "gated linear recurrence and windows": gated("recurrent", "attention"),
+    "fading averages": averages(),
+    "matrix memories": matrices(),
     "state space beside attention": side_by_side(norm="before the gate", bias=True),
 }
 EVERY = FAMILIES | FURTHER

@@ -81,6 +81,16 @@ ENTRIES: Mapping[str, Entry] = {
         module="edgellm.models.qwen3_next", about="gated delta rule and attention", presets=("tiny",),
         huggingface=("qwen3_next", "qwen3_5_text"),
     ),
+    "recurrent_gemma": Entry(
+        module="edgellm.models.recurrent_gemma", about="linear recurrences and windows", presets=("tiny",),
+        huggingface=("recurrent_gemma",),
+    ),
+    "rwkv": Entry(
+        module="edgellm.models.rwkv", about="fading averages", presets=("tiny",), huggingface=("rwkv",),
+    ),
+    "xlstm": Entry(
+        module="edgellm.models.xlstm", about="matrix memories", presets=("tiny",), huggingface=("xlstm",),
+    ),
     "bart": Entry(
         module="edgellm.models.bart", about="encoder and decoder, positions added", presets=("tiny",),
         huggingface=("bart", "marian"),

@@ -7,6 +7,7 @@ from edgellm.ops.linear_attention import LINEAR_ATTENTION, linear_attention
 from edgellm.ops.norm import ADD_RMS_NORM, RMS_NORM
 from edgellm.ops.positions import TAKE_POSITIONS, take_positions
 from edgellm.ops.recurrence import GRU, LSTM, RNN, RecurrentWeights, elman, gru, lstm
+from edgellm.ops.running import running_max
 from edgellm.ops.schema import REQUIRED, Op
 from edgellm.ops.selective_scan import SELECTIVE_SCAN, selective_scan
 from edgellm.ops.source_attention import SOURCE_ATTENTION, source_attention, source_mask
@@ -37,6 +38,7 @@ __all__ = [
     "gru",
     "linear_attention",
     "lstm",
+    "running_max",
     "selective_scan",
     "source_attention",
     "source_mask",

@@ -57,6 +57,11 @@ QWEN3_5 = HEADS | {
     "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
     "rms_norm_eps": 1e-3,
 }  # fmt: skip
+RECURRENT_GEMMA = HEADS | {
+    "hidden_size": 48, "intermediate_size": 160, "num_hidden_layers": 4, "lru_width": 60, "attention_window_size": 7,
+}  # fmt: skip
+RWKV = {"hidden_size": 48, "num_hidden_layers": 3, "attention_hidden_size": 40, "intermediate_size": 80}
+XLSTM = {"hidden_size": 48, "num_hidden_layers": 2, "num_heads": 4, "embedding_dim": 48, "num_blocks": 2}
 QWEN3_NEXT = QWEN3_5 | {
     "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16,
 }  # fmt: skip
@@ -124,6 +129,17 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("Qwen3Next", QWEN3_NEXT),
     ("Qwen3Next", QWEN3_NEXT | {"mlp_only_layers": [1], "norm_topk_prob": False, "linear_num_value_heads": 2}),
     ("Qwen3Next", QWEN3_NEXT | {"decoder_sparse_step": 2, "layer_types": None, "num_hidden_layers": 4}),
+    ("RecurrentGemma", RECURRENT_GEMMA),
+    (
+        "RecurrentGemma",
+        RECURRENT_GEMMA | {"block_types": ["attention", "recurrent"], "attention_bias": True, "conv1d_width": 2},
+    ),
+    ("RecurrentGemma", RECURRENT_GEMMA | {"logits_soft_cap": 2.0, "lru_width": None, "tie_word_embeddings": False}),
+    ("Rwkv", RWKV),
+    ("Rwkv", RWKV | {"rescale_every": 1, "tie_word_embeddings": True, "attention_hidden_size": None}),
+    ("Rwkv", RWKV | {"rescale_every": 0, "layer_norm_epsilon": 0.01, "intermediate_size": None}),
+    ("xLSTM", XLSTM),
+    ("xLSTM", XLSTM | {"gate_soft_cap": 2.0, "output_logit_soft_cap": 1.5, "eps": 0.1, "qk_dim_factor": 0.75}),
 ]
 
 
@@ -154,7 +170,7 @@ def test_logits_equal_transformers_whole_and_in_steps(kind: str, options: dict[s
     theirs = scrambled(kind, options)
     theirs.save_pretrained(tmp_path)
     tokens = torch.randint(0, VOCAB, (3, 41), generator=torch.Generator().manual_seed(1))  # longer than the windows
-    expected = theirs(tokens).logits
+    expected = theirs(tokens, use_cache=False).logits
     model = load_checkpoint(tmp_path).model
     close = CLOSE.get(kind, 5e-6) * float(expected.abs().max())
     assert (model(tokens)[0] - expected).abs().max() < close
@@ -212,6 +228,14 @@ def test_logits_equal_transformers_whole_and_in_steps(kind: str, options: dict[s
         ("Qwen3_5", {"num_experts": 4}, "num_experts is 4"),
         ("Qwen3_5", {"rope_parameters": {"rope_theta": 5.0, "partial_rotary_factor": 0.3}}, "factor is 0.3"),
         ("Qwen3Next", {"num_experts_per_tok": 6}, "num_chosen is 6, of num_experts 5"),
+        ("RecurrentGemma", {"block_types": ["recurrent", "conv"]}, "block_types is 'conv'"),
+        ("RecurrentGemma", {"hidden_activation": "silu"}, "hidden_activation is 'silu'"),
+        ("RecurrentGemma", {"lru_width": 50}, "recurrent_width 50"),
+        ("Rwkv", {"rescale_every": 1.5}, "rescale_every is 1.5"),
+        ("xLSTM", {"weight_mode": "fused"}, "weight_mode is 'fused'"),
+        ("xLSTM", {"use_bias": True}, "use_bias is True"),
+        ("xLSTM", {"num_blocks": 3}, "num_blocks is 3"),
+        ("xLSTM", {"num_heads": 7}, "num_heads 7"),
     ],
 )
 def test_what_a_family_cannot_represent_is_refused_by_name(

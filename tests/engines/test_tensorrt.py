@@ -17,6 +17,8 @@ from families import CONTEXT, EVERY, FAMILIES, VOCAB, make, planned
 
 from edgellm.cli import run
 from edgellm.models.layers import GatedDeltaMixer, RecurrentMixer, SelectiveMixer, SelfAttention
+from edgellm.models.recurrent_gemma import GatedRecurrence
+from edgellm.models.rwkv import TimeMixing
 from edgellm_exporters.engines import tensorrt
 from edgellm_exporters.engines.fixed_sizes import write_roles
 from edgellm_exporters.engines.lint import TRAPS
@@ -40,7 +42,8 @@ BOUNDS = {
     "float16": (0.9999, 0.99), "bfloat16": (0.99999, 1.0), "int8": (0.9999, 0.99), "int4": (0.9999, 0.97),
     "w8a8": (0.997, 0.85), "fp8": (0.99, 0.85),
 }  # fmt: skip
-LOOPS = (RecurrentMixer, SelectiveMixer, GatedDeltaMixer)  # of which a prompt is a loop over its tokens
+# Of these a prompt is a loop over its tokens.
+LOOPS = (RecurrentMixer, SelectiveMixer, GatedDeltaMixer, GatedRecurrence, TimeMixing)
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from edgellm.models.layers import CausalConv
 from edgellm.models.protocol import Step
-from edgellm.ops import linear_attention
+from edgellm.ops import linear_attention, running_max
 
 BATCH, HEADS, KEYS, VALUES = 2, 4, 5, 3
 
@@ -122,3 +122,12 @@ def test_a_convolution_goes_on_from_each_rows_last_valid_token(lengths: list[int
         rest = {name: value[row : row + 1] for name, value in state.items()}
         following, _ = read(conv, x[row : row + 1, first + n :], rest, [1])
         torch.testing.assert_close(following[0], whole[row, first + n :])
+
+
+def test_the_largest_so_far_is_the_same_in_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x, first = torch.randn(2, 9, 3), torch.randn(2, 3)
+    expected = torch.stack([torch.cat([first[:, None], x[:, : t + 1]], 1).amax(1) for t in range(9)], 1)
+    assert torch.equal(running_max(x, first), expected)
+    monkeypatch.setattr("edgellm.ops.running.capturing", lambda: True)
+    assert torch.equal(running_max(x, first), expected)

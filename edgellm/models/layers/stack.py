@@ -84,14 +84,16 @@ class Stack(nn.Module):
         rotary: positions that every attention turns by; None for none.
         embedding_scale: factor on embeddings.
         logit_scale: factor on logits.
+        logit_cap: logits x become cap * tanh(x / cap); 0 for no cap.
     """
 
     def __init__(
         self, config: StackConfig, blocks: Iterable[Block], *, rotary: RotaryTable | None = None,
-        embedding_scale: float = 1.0, logit_scale: float = 1.0,
+        embedding_scale: float = 1.0, logit_scale: float = 1.0, logit_cap: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.config, self.embedding_scale, self.logit_scale = config, embedding_scale, logit_scale
+        self.config, self.embedding_scale = config, embedding_scale
+        self.logit_scale, self.logit_cap = logit_scale, logit_cap
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
@@ -118,7 +120,8 @@ class Stack(nn.Module):
             x, new = layer(x, state, f"layers.{i}", step, self.rotary)
             present |= new
         logits = self.head(take_positions(self.norm(x), step.logit_positions))
-        return _scaled(logits, self.logit_scale), present
+        logits, cap = _scaled(logits, self.logit_scale), self.logit_cap
+        return logits if not cap else cap * (logits / cap).tanh(), present
 
 
 def _scaled(x: torch.Tensor, factor: float) -> Tensor:

@@ -13,6 +13,7 @@ from edgellm_exporters.lowering.context import lower
 from edgellm_exporters.lowering.fixed_form import DECODE, Form
 from edgellm_exporters.lowering.in_float32 import compute_in_float32
 from edgellm_exporters.lowering.precision import narrow
+from edgellm_exporters.passes.distinct_outputs import DistinctOutputs
 from edgellm_exporters.passes.drop_neutral import DropNeutral
 from edgellm_exporters.passes.find_linears import FindLinears
 from edgellm_exporters.passes.fold_constants import FoldConstants
@@ -89,8 +90,8 @@ def lower_to(
             UnrollSingleSteps()(captured)
     lower(captured, target.rules, plan, form, rounded or dtype)
     ir.passes.Sequential(
-        common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(), common.TopologicalSortPass(),
-        common.NameFixPass(),
+        common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(), DistinctOutputs(),
+        common.TopologicalSortPass(), common.NameFixPass(),
     )(captured)  # fmt: skip
     if form is not None or dtype != "float32" or rounded:
         narrow(captured, dtype, rounded)

@@ -1,0 +1,266 @@
+"""RWKV, version 4: each feature an average of what came before, that fades, and mixes with the token before.
+
+Peng et al. 2023, arXiv:2305.13048. Embedding -> norm -> N layers, each a norm and a time mixing, then a norm and a
+channel mixing, each beside a residual -> norm -> head. A time mixing averages values with the weights exp(k); the
+numerator, the denominator and the largest exponent, by which both are divided, are its state. No state grows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edgellm.models.config import Shape
+from edgellm.models.foreign import (
+    MAX_CONTEXT,
+    MAX_LAYERS,
+    Fields,
+    HuggingFace,
+    Names,
+    Values,
+    Variant,
+    flag,
+    positive,
+    refuse,
+    whole,
+)
+from edgellm.models.protocol import State, Step
+from edgellm.models.registry import Architecture
+from edgellm.ops import take_positions, token_by_token
+from edgellm_runtime.spec import BATCH, StateSpec
+
+__all__ = ["ARCHITECTURE", "PRESETS", "RWKV", "RWKVConfig", "TimeMixing"]
+
+_NONE = -30000.0  # the largest exponent of no token at all; 16 bits hold it
+_LAST_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class RWKVConfig(Shape):
+    """The shape of an :class:`RWKV`.
+
+    Args:
+        vocab_size: tokens.
+        width: features between layers.
+        num_layers: layers.
+        mixed_width: features that are averaged.
+        hidden: features within a channel mixing.
+        halved_every: after so many layers transformers halves the features, which norms undo but for their eps.
+        norm_eps: added to the variance in the norms.
+        tie_embeddings: whether the vocabulary projection is the embedding.
+        max_context: the most tokens that a row may hold; the model itself has no limit.
+    """
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    mixed_width: int
+    hidden: int
+    halved_every: int = MAX_LAYERS
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    max_context: int = 2**20
+
+    def eps(self, layer: int, eps: float) -> float:
+        """Of a layer's norms: that of features which were halved, for such as were not."""
+        return eps * 4.0 ** (layer // self.halved_every)
+
+
+PRESETS: Mapping[str, RWKVConfig] = {
+    "tiny": RWKVConfig(vocab_size=1024, width=128, num_layers=4, mixed_width=128, hidden=512, tie_embeddings=True),
+}
+
+
+class Shift(nn.Module):
+    """Tokens beside the token before each, and shares of both for several uses."""
+
+    def __init__(self, width: int, uses: tuple[str, ...]) -> None:
+        super().__init__()
+        self.width, self.uses = width, uses
+        for use in uses:
+            self.register_parameter(use, nn.Parameter(torch.rand(1, 1, width)))
+
+    def state_specs(self, prefix: str, dtype: str) -> list[StateSpec]:
+        """The token before."""
+        return [StateSpec(prefix, (BATCH, 1, self.width), dtype, "replace")]
+
+    def forward(self, x: Tensor, state: State, name: str, step: Step) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """One (batch, time, width) for each use, and the token that the next step begins after."""
+        past = state[name] if state else torch.zeros_like(x[:, :1])
+        seen = torch.cat([past, x], dim=1)  # (batch, 1 + time, width)
+        before = seen[:, :-1]
+        shares = [getattr(self, use) for use in self.uses]
+        mixed = [x * share + before * (1 - share) for share in shares]
+        last = step.lengths.long()[:, None, None].expand(-1, 1, self.width)
+        return mixed, {name: seen.gather(1, last)} if state else {}
+
+
+class TimeMixing(nn.Module):
+    """out(sigmoid(r) * average(k, v))."""
+
+    def __init__(self, config: RWKVConfig) -> None:
+        super().__init__()
+        width, self.mixed_width = config.width, config.mixed_width
+        self.shift = Shift(width, ("key", "value", "receptance"))
+        self.k_proj, self.v_proj, self.r_proj = (nn.Linear(width, self.mixed_width, bias=False) for _ in range(3))
+        self.decay = nn.Parameter(torch.linspace(-5.0, 3.0, self.mixed_width))
+        self.first = nn.Parameter(torch.randn(self.mixed_width) * 0.5)  # what a token's own value has in addition
+        self.out_proj = nn.Linear(self.mixed_width, width, bias=False)
+
+    def state_specs(self, prefix: str, dtype: str) -> list[StateSpec]:
+        """Numerator, denominator and largest exponent, and the token before."""
+        names = [f"{prefix}.{name}" for name in ("num", "den", "top")]
+        specs = [StateSpec(name, (BATCH, self.mixed_width), dtype, "replace") for name in names]
+        return [*specs, *self.shift.state_specs(f"{prefix}.before", dtype)]
+
+    def forward(self, x: Tensor, state: State, prefix: str, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """(batch, time, width) to the same shape, and this layer's part of the new state."""
+        (k, v, r), present = self.shift(x, state, f"{prefix}.before", step)
+        k, v = self.k_proj(k), self.v_proj(v)
+        valid = (torch.arange(x.shape[1], device=x.device) < step.lengths[:, None])[:, :, None]
+        names = [f"{prefix}.{name}" for name in ("num", "den", "top")]
+        num, den, top = (state[name] for name in names) if state else (torch.zeros_like(k[:, 0]),) * 3
+        top = torch.where(den > 0, top, _NONE)
+        *new, y = token_by_token(_average, [num, den, top], [k, v, valid], [-self.decay.exp(), self.first])
+        out: Tensor = self.out_proj(torch.sigmoid(self.r_proj(r)) * y)
+        return out, present | dict(zip(names, new, strict=True)) if state else {}
+
+
+def _average(
+    num: Tensor, den: Tensor, top: Tensor, k: Tensor, v: Tensor, valid: Tensor, decay: Tensor, first: Tensor
+) -> tuple[Tensor, ...]:
+    """One token: the states and k, v (batch, features), valid (batch, 1); the average comes last."""
+    own = k + first
+    most = torch.maximum(top, own)
+    past, now = (top - most).exp(), (own - most).exp()
+    y = (past * num + now * v) / (past * den + now)
+    most = torch.maximum(top + decay, k)
+    past, now = (top + decay - most).exp(), (k - most).exp()
+    new = (past * num + now * v, past * den + now, most)
+    return (*(torch.where(valid, n, o) for n, o in zip(new, (num, den, top), strict=True)), y)
+
+
+class ChannelMixing(nn.Module):
+    """sigmoid(r) * value(relu(k)^2)."""
+
+    def __init__(self, config: RWKVConfig) -> None:
+        super().__init__()
+        self.shift = Shift(config.width, ("key", "receptance"))
+        self.k_proj = nn.Linear(config.width, config.hidden, bias=False)
+        self.r_proj = nn.Linear(config.width, config.width, bias=False)
+        self.v_proj = nn.Linear(config.hidden, config.width, bias=False)
+
+    def state_specs(self, prefix: str, dtype: str) -> list[StateSpec]:
+        """The token before."""
+        return self.shift.state_specs(f"{prefix}.channel", dtype)
+
+    def forward(self, x: Tensor, state: State, prefix: str, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """(batch, time, width) to the same shape, and this layer's part of the new state."""
+        (k, r), present = self.shift(x, state, f"{prefix}.channel", step)
+        y: Tensor = torch.sigmoid(self.r_proj(r)) * self.v_proj(self.k_proj(k).relu().square())
+        return y, present
+
+
+class Layer(nn.Module):
+    """Both mixings, each behind a norm and beside a residual."""
+
+    def __init__(self, config: RWKVConfig, number: int) -> None:
+        super().__init__()
+        eps = config.eps(number, config.norm_eps)
+        self.time_norm, self.channel_norm = (nn.LayerNorm(config.width, eps=eps) for _ in range(2))
+        self.time, self.channel = TimeMixing(config), ChannelMixing(config)
+
+    def state_specs(self, prefix: str, dtype: str) -> list[StateSpec]:
+        """Those of both."""
+        return [*self.time.state_specs(prefix, dtype), *self.channel.state_specs(prefix, dtype)]
+
+    def forward(self, x: Tensor, state: State, prefix: str, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """(batch, time, width) to the same shape, and this layer's part of the new state."""
+        y, present = self.time(self.time_norm(x), state, prefix, step)
+        x = x + y
+        y, more = self.channel(self.channel_norm(x), state, prefix, step)
+        return x + y, present | more
+
+
+class RWKV(nn.Module):
+    """See the module's description; follows :class:`edgellm.models.protocol.LanguageModel`."""
+
+    def __init__(self, config: RWKVConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.embedding = nn.Embedding(c.vocab_size, c.width)
+        self.embedding_norm = nn.LayerNorm(c.width, eps=c.norm_eps)
+        self.layers = nn.ModuleList(Layer(c, number) for number in range(c.num_layers))
+        self.norm = nn.LayerNorm(c.width, eps=c.eps(c.num_layers, _LAST_NORM_EPS))
+        self.head = nn.Linear(c.width, c.vocab_size, bias=False)
+        nn.init.normal_(self.embedding.weight, std=c.width**-0.5)
+        if c.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def state_specs(self) -> list[StateSpec]:
+        """Those of each layer."""
+        dtype = str(self.embedding.weight.dtype).removeprefix("torch.")
+        layers = [layer for layer in self.layers if isinstance(layer, Layer)]
+        return [spec for i, layer in enumerate(layers) for spec in layer.state_specs(f"layers.{i}", dtype)]
+
+    def forward(
+        self, tokens: Tensor, state: State | None = None, step: Step | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Tokens (batch, time) to logits (batch, count, vocab_size) and the new state."""
+        state, step = state or {}, step or Step.whole(tokens)
+        x = self.embedding_norm(self.embedding(tokens))  # (batch, time, width)
+        present: dict[str, Tensor] = {}
+        for i, layer in enumerate(self.layers):
+            x, new = layer(x, state, f"layers.{i}", step)
+            present |= new
+        return self.head(take_positions(self.norm(x), step.logit_positions)), present
+
+
+def _halved(name: str, values: Values, fields: Fields) -> None:
+    every = values.get(name, 6)
+    if type(every) is not int:
+        raise refuse(name, every)
+    fields["halved_every"] = every if every > 0 else MAX_LAYERS
+
+
+HUGGING_FACE = HuggingFace(
+    types={"rwkv": Variant()},
+    keys={
+        "vocab_size": whole("vocab_size", default=50277),
+        "hidden_size": whole("width", default=4096),
+        "num_hidden_layers": whole("num_layers", default=32, limit=MAX_LAYERS),
+        "attention_hidden_size": whole("mixed_width", default=lambda fields: fields["width"]),
+        "intermediate_size": whole("hidden", default=lambda fields: 4 * fields["width"]),
+        "rescale_every": _halved,
+        "context_length": whole("max_context", default=1024, limit=MAX_CONTEXT),
+        "layer_norm_epsilon": positive("norm_eps", default=1e-5),
+        "tie_word_embeddings": flag("tie_embeddings", default=False),
+    },
+    names=Names(
+        {
+            "embedding": "rwkv.embeddings",
+            "embedding_norm": "rwkv.blocks.0.pre_ln",
+            "norm": "rwkv.ln_out",
+            "head": "head",
+            "time_norm": "ln1",
+            "channel_norm": "ln2",
+            **{f"time.shift.{x}": f"attention.time_mix_{x}" for x in ("key", "value", "receptance")},
+            "time.k_proj": "attention.key",
+            "time.v_proj": "attention.value",
+            "time.r_proj": "attention.receptance",
+            "time.decay": "attention.time_decay",
+            "time.first": "attention.time_first",
+            "time.out_proj": "attention.output",
+            **{f"channel.shift.{x}": f"feed_forward.time_mix_{x}" for x in ("key", "receptance")},
+            "channel.k_proj": "feed_forward.key",
+            "channel.r_proj": "feed_forward.receptance",
+            "channel.v_proj": "feed_forward.value",
+        },
+        layers="rwkv.blocks",
+    ),
+)
+
+ARCHITECTURE = Architecture(name="rwkv", config=RWKVConfig, build=RWKV, presets=PRESETS, huggingface=HUGGING_FACE)
