@@ -27,6 +27,9 @@ __all__ = ["serve"]
 @click.option("--exact", is_flag=True, help="Give each answer the very bits that it has alone; several times slower.")
 @click.option("--max-memory", type=int, default=None, show_default=False, help="Bytes that weights and states of all "
               "bundles may take, as predicted; contexts are shortened to it.  [default: no limit]")  # fmt: skip
+@click.option("--prefix-cache", type=int, default=None, show_default=False, help="Bytes, among those, for what prompts "
+              "begin with, which is then read once; 0 keeps nothing.  [default: 256 MiB, or a quarter of what weights "
+              "leave of --max-memory]")  # fmt: skip
 @click.option("--max-body", type=int, default=4 * 2**20, help="Bytes of a request.")
 @click.option("--rate", type=int, default=0, help="Requests a minute of a caller; 0 is any number.")
 @click.option("--timeout", type=float, default=None, show_default=False, help="Seconds after which a request is ended."
@@ -41,9 +44,9 @@ __all__ = ["serve"]
 @device_option
 def serve(
     bundles: tuple[str, ...], host: str, port: int, api_keys: tuple[str, ...], open_to_all: bool, rows: int, queue: int,
-    piece: int | None, exact: bool, max_memory: int | None, max_body: int, rate: int, timeout: float | None,
-    drain: float, allow_hosts: tuple[str, ...], allow_origins: tuple[str, ...], log_contents: bool,
-    threads: int | None, device: str,
+    piece: int | None, exact: bool, max_memory: int | None, prefix_cache: int | None, max_body: int, rate: int,
+    timeout: float | None, drain: float, allow_hosts: tuple[str, ...], allow_origins: tuple[str, ...],
+    log_contents: bool, threads: int | None, device: str,
 ) -> None:  # fmt: skip
     """Serve each BUNDLE over HTTP, with the interfaces of OpenAI and Anthropic, and a page to chat at /.
 
@@ -65,7 +68,7 @@ def serve(
     from edgellm_runtime.server.host import open_host
 
     run.log_to_stderr()
-    opened = open_host(named, batch, device=device, threads=threads, max_memory=max_memory)
+    opened = open_host(named, batch, device=device, threads=threads, max_memory=max_memory, prefix_cache=prefix_cache)
     for hosted in opened:
         context = hosted.scheduler.context
         shortened = "" if context == hosted.model.session.max_context else ", shortened to --max-memory"

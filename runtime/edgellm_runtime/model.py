@@ -353,7 +353,10 @@ class Model(TaskMethods, GrammarMethods):
 
         self._check_goes_on()
         checked = BatchOptions(**options)
-        return Scheduler(self.session, self.tokenizer, self._tokens, checked, defaults=self.generation_defaults)
+        return Scheduler(
+            self.session, self.tokenizer, self._tokens, checked, defaults=self.generation_defaults,
+            prefixes=self._prefixes,
+        )  # fmt: skip
 
     @property
     def has_chat_template(self) -> bool:

@@ -26,6 +26,7 @@ from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.errors import BusyError
 from edgellm_runtime.generation.answer import Generation
 from edgellm_runtime.generation.generate import GenerationOptions
+from edgellm_runtime.generation.prefix_cache import PrefixCache, Prefixes
 from edgellm_runtime.model import Model
 from edgellm_runtime.session import Session
 
@@ -141,6 +142,46 @@ def test_logits_of_rows_are_those_of_the_row_alone(
         assert np.array_equal(found[1], expected)
         for together in (found[0], found[2]):
             np.testing.assert_allclose(together, expected, rtol=0, atol=1e-5 * float(np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("kind", ["attention", "local", "lstm", "mixed"])
+@pytest.mark.parametrize("together", [True, False])
+def test_what_prompts_have_in_common_is_read_once(kind: str, together: bool) -> None:
+    model, cache = model_of(kind), PrefixCache(1 << 24)
+    batcher = Batcher(
+        model.session, BatchOptions(rows=3), prefixes=Prefixes(cache, model.session, model.bundle.fingerprint)
+    )
+    common = [(7 * i) % VOCAB for i in range(33)]
+    prompts = [[*common, i, i + 1] for i in range(3)] + [[*common[:20], 5]]
+    jobs = []
+    for prompt in prompts:
+        jobs.append(job_of(model.session, prompt, max_new_tokens=6))
+        batcher.add(jobs[-1])
+        if not together:
+            run(batcher)
+    run(batcher)
+    answers = [job.sink.answers[0] for job in jobs]  # type: ignore[attr-defined]
+    assert [a.tokens for a in answers] == [model.generate(p, max_new_tokens=6).tokens for p in prompts]
+    found = [a.cached_tokens for a in answers]
+    assert together or found == [0, 32, 32, 0]
+    assert found[0] == found[3] == 0
+    assert batcher.counts["prompt_tokens"] == sum(map(len, prompts)) - sum(found)
+
+
+def test_the_next_turn_of_a_chat_reads_only_what_is_new() -> None:
+    model = model_of("attention")
+    prefixes = Prefixes(PrefixCache(1 << 24), model.session, model.bundle.fingerprint)
+    batcher = Batcher(model.session, BatchOptions(), prefixes=prefixes)
+    first = job_of(model.session, list(range(20)), max_new_tokens=20)
+    batcher.add(first)
+    run(batcher)
+    prompt = [*range(20), *first.sink.answers[0].tokens, 3, 4]  # type: ignore[attr-defined]
+    second = job_of(model.session, prompt, max_new_tokens=4)
+    batcher.add(second)
+    run(batcher)
+    (answer,) = second.sink.answers  # type: ignore[attr-defined]
+    assert answer.cached_tokens == 32
+    assert answer.tokens == model.generate(prompt, max_new_tokens=4).tokens
 
 
 @pytest.mark.parametrize("kind", ["attention", "local", "lstm", "memory"])

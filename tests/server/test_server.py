@@ -265,11 +265,22 @@ def test_memory_is_shared_out_or_refused() -> None:
     two = {"one": attention_bundle(), "two": attention_bundle()}
     with pytest.raises(OptionError, match="weights take"):
         open_host(two, BatchOptions(), max_memory=2 * need.weights)
-    host = open_host(two, BatchOptions(), threads=1, max_memory=2 * (need.weights + 2 * 64 * need.state_per_token))
+    room = 2 * (need.weights + 2 * 64 * need.state_per_token)
+    with pytest.raises(OptionError, match="prefix_cache is"):
+        open_host(two, BatchOptions(), max_memory=room, prefix_cache=room)
+    host = open_host(two, BatchOptions(), threads=1, max_memory=room, prefix_cache=0)
     try:
         assert [hosted.scheduler.context for hosted in host] == [64, 64]
     finally:
         host.close()
+
+
+def test_the_beginning_of_a_prompt_is_read_once() -> None:
+    with serving(tiny()) as served:
+        prompt = {"model": "tiny", "prompt": [5] * 40, "max_tokens": 2, "temperature": 0}
+        usage = [served.post("/v1/completions", prompt).json()["usage"] for _ in range(2)]
+    assert [u["prompt_tokens_details"]["cached_tokens"] for u in usage] == [0, 32]
+    assert [u["prompt_tokens"] for u in usage] == [40, 40]
 
 
 def test_fields_are_read_or_told() -> None:

@@ -9,17 +9,23 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_runtime.batching.job import Answer, Job
 from edgellm_runtime.batching.options import BatchOptions
+from edgellm_runtime.batching.reading import Reading
 from edgellm_runtime.batching.rows import rows_for
+from edgellm_runtime.errors import StateError
 from edgellm_runtime.generation.answer import Chunk, FinishReason
 from edgellm_runtime.generation.logprobs import logprobs_of
+from edgellm_runtime.generation.prefix_cache import Prefixes
+from edgellm_runtime.generation.trail import Trail
 from edgellm_runtime.session import Session
 from edgellm_runtime.state import State
+from edgellm_runtime.state.snapshot import overwritten
 from edgellm_runtime.state.storage import GROWTH
 
 __all__ = ["Batcher", "context_within", "state_bytes"]
@@ -65,11 +71,17 @@ class Batcher:
         session: steps the model.
         options: how many at once.
         clock: tells seconds.
+        prefixes: what prompts began with before; None, and always where bits must be those of being alone: nothing.
     """
 
-    def __init__(self, session: Session, options: BatchOptions, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, session: Session, options: BatchOptions, clock: Callable[[], float] = time.perf_counter,
+        prefixes: Prefixes | None = None,
+    ) -> None:  # fmt: skip
         self._session, self._options, self.clock = session, options, clock
         self._piece = min(options.piece or session.chunk, session.chunk)
+        self._prefixes = None if options.exact else prefixes
+        self._keeps = self._prefixes is not None and not overwritten(session.signature.state)
         self._rows = rows_for(session, options.rows, exact=options.exact)
         self._running: list[_Running] = []  # in the order of the rows
         self._waiting: deque[Job] = deque()
@@ -94,7 +106,7 @@ class Batcher:
     @property
     def nbytes(self) -> int:
         """Bytes that states take."""
-        return self._rows.nbytes + sum(r.state.nbytes for r in self._reading if r.state is not None)
+        return self._rows.nbytes + sum(job.reading.state.nbytes for job in self._reading if job.reading is not None)
 
     def add(self, job: Job) -> None:
         """Let a job wait for its place; those before it come first."""
@@ -153,7 +165,7 @@ class Batcher:
         for queue in (self._waiting, self._reading):
             for job in [r for r in queue if self._reason(r) is not None]:
                 queue.remove(job)
-                job.state = None
+                job.reading = None
                 for answer in job.answers:
                     self._end(job, answer, self._reason(job) or "cancelled")
         for at in range(len(self._running) - 1, -1, -1):
@@ -177,9 +189,19 @@ class Batcher:
         self.counts[f"ended_{reason}"] += 1
 
     def _leave(self, at: int) -> None:
+        job, answer = self._running[at]
+        if self._keeps and not job.failed:
+            self._keep(at, [*job.prompt, *answer.row.tokens])
         self._rows.remove(at)
         self._running[at] = self._running[-1]
         self._running.pop()
+
+    def _keep(self, at: int, tokens: list[int]) -> None:
+        """Leave an answer to the prompt that will have it in it, such as the next one of a chat."""
+        assert self._prefixes is not None
+        with suppress(MemoryError, StateError, OSError):  # then the next one reads it again
+            state = self._rows.take(at)
+            self._prefixes.keep(tokens[: int(state.lengths[0])], state, Trail(self._session.signature.state))
 
     # tokens
 
@@ -254,22 +276,22 @@ class Batcher:
     def _read_piece(self, job: Job) -> NDArray[np.float32] | None:
         """The logits (1, vocab) of the prompt's last token, once that has been read."""
         start = self.clock()
-        if job.state is None:
-            job.state = self._session.new_state(1, job.room)
-        piece = job.prompt[job.read : job.read + self._piece]
-        last = job.read + len(piece) == len(job.prompt)
-        logits = self._session.step(np.array([piece], dtype=np.int64), job.state, logits="last" if last else "none")
-        job.read += len(piece)
-        self.counts["prompt_tokens"] += len(piece)
+        if job.reading is None:
+            job.reading = Reading(self._session, job.prompt, job.room, self._piece, self._prefixes)
+            job.cached = job.reading.cached
+            self.counts["cached_tokens"] += job.cached
+        reading, before = job.reading, job.reading.read
+        logits = reading.go_on()
+        self.counts["prompt_tokens"] += reading.read - before
         job.prefill_s += self.clock() - start
         if (progress := job.options.progress) is not None:
-            progress(job.read, len(job.prompt))
-        return logits[:, 0] if last else None
+            progress(reading.read, len(job.prompt))
+        return logits
 
     def _start(self, job: Job, logits: NDArray[np.float32]) -> None:
         """Choose the first token of each answer; those that go on join the rows."""
-        assert job.state is not None
-        state, job.state = job.state, None
+        assert job.reading is not None
+        state, job.reading = job.reading.state, None
         tokens = [_chosen(answer, logits[0]) for answer in job.answers]
         now = self.clock()
         job.ttft_s = now - job.submitted

@@ -6,13 +6,13 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from edgellm_runtime.batching.reading import Reading
 from edgellm_runtime.errors import OptionError
 from edgellm_runtime.generation.answer import Chunk, Generation, Timings
 from edgellm_runtime.generation.options import GenerationOptions
 from edgellm_runtime.generation.row import Row
 from edgellm_runtime.generation.sampling import Sampler
 from edgellm_runtime.session import Session
-from edgellm_runtime.state import State
 from edgellm_runtime.text.tokenizer import Tokenizer
 
 __all__ = ["Answer", "Event", "Job", "Sink"]
@@ -79,8 +79,8 @@ class Job:
         self.submitted = now
         self.deadline = None if options.deadline is None else now + options.deadline
         self.cancelled = threading.Event() if options.cancel is None else options.cancel
-        self.state: State | None = None  # of the prompt, while it is read
-        self.read = 0  # of the prompt's tokens
+        self.reading: Reading | None = None  # while the prompt is read
+        self.cached = 0  # tokens of the prompt that had been read before
         self.prefill_s = self.ttft_s = 0.0
         self.failed = False
         seeds = options.seed
@@ -118,7 +118,7 @@ class Job:
         """End every answer with an error."""
         if self.failed:
             return
-        self.failed, self.state = True, None
+        self.failed, self.reading = True, None
         try:
             self.sink(Event(0, error=error))
         except Exception:  # see tell
@@ -130,11 +130,11 @@ class Job:
         decode_s = max(now - answer.began, 0.0) if len(row.tokens) > 1 else 0.0
         timings = Timings(
             prefill_s=self.prefill_s, decode_s=decode_s, ttft_ms=1e3 * self.ttft_s,
-            prefill_tokens_per_s=len(self.prompt) / self.prefill_s if self.prefill_s else 0.0,
+            prefill_tokens_per_s=(len(self.prompt) - self.cached) / self.prefill_s if self.prefill_s else 0.0,
             decode_tokens_per_s=(len(row.tokens) - 1) / decode_s if decode_s else 0.0,
         )  # fmt: skip
         return Generation(
             text="".join(row.texts), tokens=tuple(row.tokens), prompt_tokens=len(row.prompt),
             finish_reason=row.finish_reason, timings=timings,
-            logprobs=None if self.options.logprobs is None else tuple(row.logprobs),
+            logprobs=None if self.options.logprobs is None else tuple(row.logprobs), cached_tokens=self.cached,
         )  # fmt: skip

@@ -38,6 +38,10 @@ class Rows(Protocol):
         """
         ...
 
+    def take(self, at: int) -> State:
+        """A copy of a row."""
+        ...
+
     def remove(self, at: int) -> None:
         """Let a row go."""
         ...
@@ -110,6 +114,10 @@ class SharedRows:
         whole = self._settled(int(row.lengths[0]) + 1)
         whole.put(len(self._rooms) - 1, row)
 
+    def take(self, at: int) -> State:
+        """See :class:`Rows`."""
+        return self._settled(0).take([at])
+
     def remove(self, at: int) -> None:
         """See :class:`Rows`."""
         whole, last = self._settled(0), len(self._rooms) - 1
@@ -181,6 +189,11 @@ class CopiedRows:
         """See :class:`Rows`."""
         self._batch = row if self._batch is None else joined([self._batch, row])
 
+    def take(self, at: int) -> State:
+        """See :class:`Rows`."""
+        assert self._batch is not None
+        return self._batch.take([at])
+
     def remove(self, at: int) -> None:
         """See :class:`Rows`."""
         assert self._batch is not None
@@ -220,6 +233,10 @@ class ApartRows:
     def add(self, row: State, room: int) -> None:
         """See :class:`Rows`."""
         self._states.append(row)
+
+    def take(self, at: int) -> State:
+        """See :class:`Rows`."""
+        return self._states[at].fork()
 
     def remove(self, at: int) -> None:
         """See :class:`Rows`."""

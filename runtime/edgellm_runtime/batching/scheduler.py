@@ -17,6 +17,7 @@ from edgellm_runtime.errors import BusyError, ContextError, OptionError
 from edgellm_runtime.generation.answer import Chunk, Generation
 from edgellm_runtime.generation.generate import check_fits
 from edgellm_runtime.generation.options import GenerationOptions, OptionKeywords, with_defaults
+from edgellm_runtime.generation.prefix_cache import Prefixes
 from edgellm_runtime.session import Session
 from edgellm_runtime.text.tokenizer import Tokenizer
 
@@ -31,7 +32,8 @@ class Load:
         running: answers that run, and those whose prompt is being read.
         waiting: requests without a place.
         state_bytes: what states take.
-        counts: since the start: ``requests``, ``prompt_tokens``, ``tokens``, ``steps``, ``refused``, ``failed``, and
+        counts: since the start: ``requests``, ``prompt_tokens`` that were read, ``cached_tokens`` that
+            had been before, ``tokens``, ``steps``, ``refused``, ``failed``, and
             ``ended_`` with each reason.
     """
 
@@ -94,15 +96,16 @@ class Scheduler:
         encode: gives the tokens of a prompt.
         options: how many at once.
         defaults: options of generation that the model itself sets.
+        prefixes: what prompts began with before.
     """
 
     def __init__(
         self, session: Session, tokenizer: Tokenizer | None, encode: Callable[[Any], list[int]], options: BatchOptions,
-        *, defaults: Mapping[str, Any],
+        *, defaults: Mapping[str, Any], prefixes: Prefixes | None = None,
     ) -> None:  # fmt: skip
         self._session, self._tokenizer, self._encode, self.options = session, tokenizer, encode, options
         self._defaults = defaults
-        self._batcher = Batcher(session, options)
+        self._batcher = Batcher(session, options, prefixes=prefixes)
         self.context = context_within(session, options.state_bytes)
         if self.context < 2:
             raise OptionError(

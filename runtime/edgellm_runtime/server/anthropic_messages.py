@@ -93,7 +93,7 @@ def _messages(fields: Fields) -> list[dict[str, Any]]:
 
 
 def _usage(asked: Asked) -> dict[str, Any]:
-    return {"input_tokens": asked.prompt_tokens, "output_tokens": asked.answer_tokens}
+    return {"input_tokens": asked.prompt_tokens, "output_tokens": asked.answer_tokens}  # those read before among them
 
 
 def _reason(hosted: Hosted, asked: Asked, answer: Generation, stops: Sequence[str]) -> tuple[str, str | None]:

@@ -66,6 +66,11 @@ class Asked:
         return len(self.prompt)
 
     @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that had been read before, as far as an answer is whole."""
+        return max((generation.cached_tokens for generation in self._found.values()), default=0)
+
+    @property
     def answer_tokens(self) -> int:
         """Tokens of all whole answers."""
         return sum(len(generation.tokens) for generation in self._found.values())

@@ -7,17 +7,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgellm_runtime.arguments import shown
+from edgellm_runtime.arguments import check_integer, shown
 from edgellm_runtime.batching.options import BatchOptions
 from edgellm_runtime.batching.scheduler import Scheduler
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.errors import OptionError
+from edgellm_runtime.generation.prefix_cache import PrefixCache
 from edgellm_runtime.loading import device_of, load
 from edgellm_runtime.model import Model
 from edgellm_runtime.server.faults import ApiError
 from edgellm_runtime.state.memory_need import memory_need
 
 __all__ = ["Host", "Hosted", "open_host"]
+
+_PREFIX_CACHE = 256 << 20
+_LEAST_CACHE = 1 << 16  # bytes; less holds nothing
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Host:
 
 def open_host(
     bundles: Mapping[str, Path], batch: BatchOptions, *, device: str = "auto", threads: int | None = None,
-    max_memory: int | None = None,
+    max_memory: int | None = None, prefix_cache: int | None = None,
 ) -> Host:  # fmt: skip
     """Load bundles.
 
@@ -85,16 +89,26 @@ def open_host(
         device: as for :func:`edgellm_runtime.load`.
         threads: likewise.
         max_memory: bytes that weights and states of all may take, as predicted; what weights leave is divided evenly.
+        prefix_cache: bytes, among those, for what prompts begin with; 0: nothing is kept; None: 256 MiB, or a quarter
+            of what weights leave if that is less.
 
     Raises:
         OptionError: they do not fit.
         BundleError: a bundle cannot be used.
     """
+    cached = _PREFIX_CACHE if prefix_cache is None else check_integer("prefix_cache", prefix_cache, 0)
     if max_memory is not None:
-        batch = replace(batch, state_bytes=_state_bytes(bundles, device, max_memory))
+        left = _left(bundles, device, max_memory)
+        cached = min(cached, left // 4) if prefix_cache is None else cached
+        if (own := (left - cached) // len(bundles)) <= 0:
+            raise OptionError(
+                f"prefix_cache is {cached:,} bytes, but of max_memory weights leave {left:,}; make it smaller"
+            )
+        batch = replace(batch, state_bytes=own)
+    cache = PrefixCache(cached) if cached >= _LEAST_CACHE and not batch.exact else None
     hosted = []
     for name, path in bundles.items():
-        model = load(path, device=device, threads=threads)
+        model = load(path, device=device, threads=threads, prefix_cache=cache)
         scheduler = model.scheduler(
             rows=batch.rows, queue=batch.queue, piece=batch.piece, exact=batch.exact, state_bytes=batch.state_bytes
         )
@@ -102,13 +116,13 @@ def open_host(
     return Host(hosted)
 
 
-def _state_bytes(bundles: Mapping[str, Path], device: str, most: int) -> int:
-    """What states of each model may take, after all weights."""
+def _left(bundles: Mapping[str, Path], device: str, most: int) -> int:
+    """What weights leave."""
     weights = {}
     for name, path in bundles.items():
         bundle = Bundle(path, checksums=False)
         weights[name] = memory_need(bundle.manifest, device_of(bundle, device), 1).weights
-    left = (most - sum(weights.values())) // len(weights)
+    left = most - sum(weights.values())
     if left <= 0:
         each = ", ".join(f"{name} {size:,}" for name, size in weights.items())
         raise OptionError(

@@ -100,7 +100,8 @@ class Journal:
             for model, value in values.items():
                 yield f"{name}{{{_labels(model=model)}}} {value}"
         for name, about in (
-            ("prompt_tokens", "Tokens of prompts that were read."), ("tokens", "Tokens that were made."),
+            ("prompt_tokens", "Tokens of prompts that were read."),
+            ("cached_tokens", "Tokens of prompts that had been read before."), ("tokens", "Tokens that were made."),
             ("steps", "Steps that made them."), ("refused", "Requests refused by a full queue."),
             ("failed", "Requests that ended with an error."),
         ):  # fmt: skip

@@ -128,8 +128,9 @@ class _Made:
 
     def _usage(self) -> dict[str, Any]:
         read, made = self._asked.prompt_tokens, self._asked.answer_tokens
+        cached = {"cached_tokens": self._asked.cached_tokens, "cache_write_tokens": 0}
         return {
-            "input_tokens": read, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "input_tokens": read, "input_tokens_details": cached,
             "output_tokens": made, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": read + made,
         }  # fmt: skip
 

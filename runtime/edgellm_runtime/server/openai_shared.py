@@ -40,7 +40,11 @@ def wants_usage(fields: Fields, *, stream: bool) -> bool:
 def usage_of(asked: Sequence[Asked]) -> dict[str, Any]:
     """Tokens read and made."""
     prompt, made = sum(a.prompt_tokens for a in asked), sum(a.answer_tokens for a in asked)
-    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+    details = {"cached_tokens": sum(a.cached_tokens for a in asked)}
+    return {
+        "prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
+        "prompt_tokens_details": details,
+    }  # fmt: skip
 
 
 def reason_of(reason: FinishReason | None) -> str | None:
