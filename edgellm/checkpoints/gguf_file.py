@@ -6,6 +6,7 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 from __future__ import annotations
 
 import math
+import re
 import struct
 import sys
 from collections import Counter
@@ -96,27 +97,40 @@ class _Reader(gguf.GGUFReader):  # type: ignore[misc]
 
 
 class GGUFSource:
-    """The tensors and metadata of a GGUF file.
+    """The tensors and metadata of a GGUF file, or of one in several parts.
 
     Args:
-        path: the file.
+        path: the file, or any of the parts, which are named ``NAME-00001-of-00003.gguf`` and lie in one folder.
 
     Raises:
-        CheckpointError: it is not a whole GGUF file of this machine's byte order.
+        CheckpointError: it is not a whole GGUF file of this machine's byte order, or a part is missing.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            reader = _Reader(path)
-            self.metadata: Mapping[str, Any] = reader.metadata
-            self._tensors = {tensor.name: _Stored.of(tensor) for tensor in reader.tensors}
-        except (ValueError, LookupError, OverflowError, OSError, MemoryError) as error:
-            raise CheckpointError(f"{path} is not a whole GGUF file ({error}); copy it again") from error
-        if reader.byte_order == "S":
-            raise CheckpointError(f"{path} has the other byte order; convert it with gguf-convert-endian")
-        if self.metadata.get("split.count", 1) > 1:
-            raise CheckpointError(f"{path} is one of several parts; merge them with llama-gguf-split --merge")
+        self.metadata, self._tensors = _opened(path)
+        count = self.metadata.get("split.count", 1)
+        if type(count) is not int or not 0 <= count <= _MOST_PARTS:
+            raise CheckpointError(f"{path} says that it is one of {count!r} parts; copy it again")
+        if count > 1:
+            self._join(_parts(path, count))
+
+    def _join(self, parts: list[Path]) -> None:
+        """Take the metadata of the first part and the tensors of all."""
+        wanted = self.metadata.get("split.tensors.count")
+        self._tensors = {}
+        for number, part in enumerate(parts):
+            metadata, tensors = _opened(part)
+            if metadata.get("split.no") != number:
+                raise CheckpointError(f"{part} is part {metadata.get('split.no')!r} and not {number}; name it rightly")
+            if number == 0:
+                self.metadata = metadata
+            if twice := self._tensors.keys() & tensors.keys():
+                raise CheckpointError(f"{part}: tensor {min(twice)} is in an earlier part too; copy the parts again")
+            self._tensors |= tensors
+        if wanted is not None and len(self._tensors) != wanted:
+            raise CheckpointError(
+                f"{parts[0]} and its parts have {len(self._tensors)} tensors instead of {wanted}; copy them again"
+            )
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -142,33 +156,66 @@ class GGUFSource:
         shape = (stop - start, *tensor.shape[1:])
         size = tensor.nbytes // tensor.shape[0]  # rows are whole blocks, one after the other
         try:
-            stored = np.fromfile(self._path, np.uint8, size * shape[0], offset=tensor.offset + size * start)
+            stored = np.fromfile(tensor.path, np.uint8, size * shape[0], offset=tensor.offset + size * start)
             if len(stored) != size * shape[0]:
                 raise ValueError("the file ends early")
             array = _dequantized(stored, tensor.kind)
         except (NotImplementedError, ValueError, OSError) as error:
             kind = tensor.kind.name
-            raise CheckpointError(f"{self._path}: tensor {name} of type {kind} cannot be read ({error})") from error
+            raise CheckpointError(f"{tensor.path}: tensor {name} of type {kind} cannot be read ({error})") from error
         return torch.from_numpy(np.require(array.reshape(shape), np.float32, requirements=["C", "W"]))
 
 
 class _Stored(NamedTuple):
     """Where a tensor is; gguf's own object would hold on to the mapping of the whole file."""
 
+    path: Path
     shape: tuple[int, ...]  # outermost dimension first
     kind: Any
     offset: int
     nbytes: int
 
     @classmethod
-    def of(cls, tensor: Any) -> _Stored:
+    def of(cls, path: Path, tensor: Any) -> _Stored:
         shape = tuple(int(n) for n in reversed(tensor.shape))
-        return cls(shape, tensor.tensor_type, int(tensor.data_offset), int(tensor.n_bytes))
+        return cls(path, shape, tensor.tensor_type, int(tensor.data_offset), int(tensor.n_bytes))
+
+
+_MOST_PARTS = 4096
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+
+
+def _opened(path: Path) -> tuple[Mapping[str, Any], dict[str, _Stored]]:
+    """One file's metadata, and where its tensors are."""
+    try:
+        reader = _Reader(path)
+        metadata = reader.metadata
+        tensors = {tensor.name: _Stored.of(path, tensor) for tensor in reader.tensors}
+    except (ValueError, LookupError, OverflowError, OSError, MemoryError) as error:
+        raise CheckpointError(f"{path} is not a whole GGUF file ({error}); copy it again") from error
+    if reader.byte_order == "S":
+        raise CheckpointError(f"{path} has the other byte order; convert it with gguf-convert-endian")
+    return metadata, tensors
+
+
+def _parts(path: Path, count: int) -> list[Path]:
+    """All parts of the file that one part is of."""
+    named = _PART.fullmatch(path.name)
+    if named is None or int(named[3]) != count:
+        raise CheckpointError(
+            f"{path} is one of {count} parts, which are named NAME-00001-of-{count:05}.gguf; give them their names back"
+        )
+    parts = [path.with_name(f"{named[1]}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+    if absent := [part.name for part in parts if not part.is_file()]:
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise CheckpointError(f"{path}: {absent[0]}{more} of its {count} parts not beside it; copy all of them there")
+    return parts
 
 
 _PLAIN: Mapping[Any, Any] = {
     gguf.GGMLQuantizationType.F16: np.float16,
     gguf.GGMLQuantizationType.F32: np.float32,
+    gguf.GGMLQuantizationType.F64: np.float64,
 }
 _CHUNK = 1 << 17  # numbers at a time: gguf's scratch memory stays small, and its loops over short rows are slow
 
@@ -199,7 +246,11 @@ def open_gguf(path: Path, *, dtype: torch.dtype) -> Checkpoint:
         return stored if convert is None else convert(config, metadata, name, stored)
 
     told = frozenset(architecture.gguf.numbers.values())  # those that the configuration holds
-    layout = Layout(name=architecture.gguf.names, tensor=tensor, ignored=told.__contains__)
+    reshaped = architecture.gguf.reshaped
+    layout = Layout(
+        name=architecture.gguf.names, tensor=tensor, ignored=told.__contains__,
+        reshaped=lambda name: name.endswith(reshaped),
+    )  # fmt: skip
     model, weights = assemble(architecture, config, source, layout, dtype=dtype, path=path)
     bos = token_ids(metadata, "tokenizer.ggml.bos_token_id", path)
     ends = [token_ids(metadata, f"tokenizer.ggml.{kind}_token_id", path) for kind in ("eos", "eot", "eom")]

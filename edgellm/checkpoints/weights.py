@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,11 +55,13 @@ class Layout:
         tensor: our parameter name and a tensor as stored, to the tensor in our layout and of the same shape; where the
             two do not differ, the very tensor it was given.
         ignored: whether a tensor of that name means nothing to the model.
+        reshaped: whether our parameter of that name is stored as the same numbers in another shape.
     """
 
     name: Callable[[str], str] = _same
     tensor: Callable[[str, Tensor], Tensor] = _as_stored
     ignored: Callable[[str], bool] = lambda _: False
+    reshaped: Callable[[str], bool] = lambda _: False
 
 
 class CheckpointWeights:
@@ -109,7 +112,7 @@ class CheckpointWeights:
             f"tensor {stored} has shape {found[stored]}, its configuration says {self._shapes[group[0]]}"
             for group in groups
             for stored in map(self._layout.name, self._stored[group[0]])
-            if found[stored] != self._shapes[group[0]]
+            if found[stored] != self._shapes[group[0]] and not self._is_reshaped(group[0], found[stored])
         ]
         return [f"{_some(wrong)}, so the two do not belong together"] if wrong else []
 
@@ -128,10 +131,10 @@ class CheckpointWeights:
             CheckpointError: it cannot be read, is not finite, or differs under two names that mean one tensor.
         """
         first, *others = self._stored[name]
-        tensor = self._layout.tensor(first, self._source.read(self._layout.name(first)))
+        tensor = self._whole(first)
         if first not in self._sound:
             for other in others:
-                self._check_equal(tensor, self._layout.tensor(other, self._source.read(self._layout.name(other))), name)
+                self._check_equal(tensor, self._whole(other), name)
         tensor = tensor.to(self._dtype)
         if first not in self._sound:
             self._check_finite(tensor, first)
@@ -173,7 +176,16 @@ class CheckpointWeights:
         assert isinstance(self._source, CodedWeights)
         return self._source.codes(self._layout.name(self._stored[name][0]))
 
+    def _whole(self, name: str) -> Tensor:
+        stored = self._source.read(self._layout.name(name)).reshape(self._shapes[name])
+        return self._layout.tensor(name, stored)
+
+    def _is_reshaped(self, name: str, shape: tuple[int, ...]) -> bool:
+        return self._layout.reshaped(name) and math.prod(shape) == math.prod(self._shapes[name])
+
     def _is_stored_by_rows(self, name: str) -> bool:
+        if self._layout.reshaped(name):
+            return False
         probe = torch.empty(self._shapes[name], device="meta")
         return self._layout.tensor(name, probe) is probe
 

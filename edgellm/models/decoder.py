@@ -35,9 +35,9 @@ from edgellm.models.foreign import (
     lacks,
     no_window,
     positive,
-    refuse,
     rotary,
     rows_of,
+    same_as,
     whole,
 )
 from edgellm.models.layers import GatedMLP, RotaryTable, SelfAttention
@@ -258,11 +258,6 @@ HUGGING_FACE = HuggingFace(
 )
 
 
-def _gguf_head_dim(name: str, values: Values, fields: Fields) -> None:
-    if values.get(name, fields["head_dim"]) != fields["head_dim"]:
-        raise refuse(name, values[name])
-
-
 def _gguf_tensor(config: DecoderConfig, metadata: Values, name: str, tensor: Tensor) -> Tensor:
     """Rows of q and k from neighbouring pairs, as llama.cpp rotates this one architecture, to the two halves."""
     if metadata["general.architecture"] != "llama" or (".q_proj." not in name and ".k_proj." not in name):
@@ -281,8 +276,8 @@ GGUF_FILES = GGUF(
         "attention.head_count": whole("num_heads"),
         "attention.head_count_kv": whole("num_kv_heads", default=_same_heads),
         "attention.key_length": whole("head_dim", default=_divided),
-        "attention.value_length": _gguf_head_dim,
-        "rope.dimension_count": _gguf_head_dim,
+        "attention.value_length": same_as("head_dim"),
+        "rope.dimension_count": same_as("head_dim"),
         "rope.freq_base": positive("rope_theta", default=10000.0),
         "attention.layer_norm_rms_epsilon": positive("norm_eps"),
     },

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from edgellm.errors import ConfigError
 from edgellm.models.config import Shape, check_heads
 from edgellm.models.foreign import (
+    GGUF,
+    GGUF_PARTS,
     HUGGING_FACE_PARTS,
     MAX_CONTEXT,
     MAX_LAYERS,
@@ -27,10 +29,13 @@ from edgellm.models.foreign import (
     Values,
     Variant,
     flag,
+    lacks,
     neutral,
     positive,
     refuse,
     rotary,
+    rows_of,
+    same_as,
     whole,
 )
 from edgellm.models.foreign.keys import checked_positive, checked_whole
@@ -229,4 +234,52 @@ HUGGING_FACE = HuggingFace(
     ),
 )
 
-ARCHITECTURE = Architecture(name="gemma2", config=Gemma2Config, build=Gemma2, presets=PRESETS, huggingface=HUGGING_FACE)
+
+def _gguf_windows(name: str, values: Values, fields: Fields) -> None:
+    """A window in every other layer, from the first."""
+    count = checked_whole(name, values.get(name), MAX_LAYERS)
+    window = checked_whole("attention.sliding_window", values.get("attention.sliding_window", 4096))
+    fields["windows"] = tuple((window, 0)[i % 2] for i in range(count))
+
+
+def _gguf_divisor(name: str, values: Values, fields: Fields) -> None:
+    """What scores are divided by has no key: it is the head's features, but for the largest of these models."""
+    whole("head_dim")(name, values, fields)
+    largest = len(fields["windows"]) == _LARGEST
+    fields["score_divisor"] = float(fields["width"] // fields["num_heads"] if largest else fields["head_dim"])
+
+
+def _gguf_tensor(_config: Gemma2Config, _metadata: Values, name: str, tensor: Tensor) -> Tensor:
+    """The file has 1 + w of each norm."""
+    return tensor - 1 if name.endswith("norm.weight") else tensor
+
+
+_LARGEST = 46  # layers
+GGUF_FILES = GGUF(
+    types={"gemma2": Variant()},
+    keys={
+        "block_count": _gguf_windows,
+        "context_length": whole("max_context", limit=MAX_CONTEXT),
+        "embedding_length": whole("width"),
+        "feed_forward_length": whole("mlp_width"),
+        "attention.head_count": whole("num_heads"),
+        "attention.head_count_kv": whole("num_kv_heads", default=lambda fields: fields["num_heads"]),
+        "attention.key_length": _gguf_divisor,
+        "attention.value_length": same_as("head_dim"),
+        "rope.dimension_count": same_as("head_dim"),
+        "rope.freq_base": positive("rope_theta", default=10000.0),
+        "attention.layer_norm_rms_epsilon": positive("norm_eps"),
+        "attention.sliding_window": METADATA,  # read with the layers
+        "attn_logit_softcapping": positive("score_cap", default=0.0),
+        "final_logit_softcapping": positive("logit_cap", default=0.0),
+    },
+    names=Names(
+        {**GGUF_PARTS, "attention_post_norm": "post_attention_norm", "mlp_post_norm": "post_ffw_norm"}, layers="blk"
+    ),
+    tensors={"vocab_size": rows_of("token_embd.weight"), "tie_embeddings": lacks("output.weight")},
+    tensor=_gguf_tensor,
+)
+
+ARCHITECTURE = Architecture(
+    name="gemma2", config=Gemma2Config, build=Gemma2, presets=PRESETS, huggingface=HUGGING_FACE, gguf=GGUF_FILES
+)

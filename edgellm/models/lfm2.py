@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from edgellm.errors import ConfigError
 from edgellm.models.config import Shape, check_heads
 from edgellm.models.foreign import (
+    GGUF,
+    GGUF_PARTS,
     HUGGING_FACE_PARTS,
     MAX_CONTEXT,
     MAX_LAYERS,
@@ -25,9 +27,12 @@ from edgellm.models.foreign import (
     Values,
     Variant,
     flag,
+    lacks,
     positive,
     refuse,
     rotary,
+    rows_of,
+    same_as,
     whole,
 )
 from edgellm.models.foreign.keys import checked_positive, checked_whole
@@ -262,4 +267,53 @@ HUGGING_FACE = HuggingFace(
     ),
 )
 
-ARCHITECTURE = Architecture(name="lfm2", config=LFM2Config, build=LFM2, presets=PRESETS, huggingface=HUGGING_FACE)
+
+def _gguf_pattern(name: str, values: Values, fields: Fields) -> None:
+    """A number of key and value heads for each layer: 0 of those with a convolution."""
+    heads, count = values.get(name), checked_whole("block_count", values.get("block_count"), MAX_LAYERS)
+    if not isinstance(heads, list) or len(heads) != count or any(type(n) is not int or n < 0 for n in heads):
+        raise refuse(name, heads)
+    if len(kinds := {n for n in heads if n}) > 1:
+        raise refuse(name, heads)
+    fields["num_kv_heads"] = kinds.pop() if kinds else fields["num_heads"]
+    fields["pattern"] = tuple("attention" if n else "conv" for n in heads)
+
+
+GGUF_FILES = GGUF(
+    types={"lfm2": Variant()},
+    keys={
+        "context_length": whole("max_context", limit=MAX_CONTEXT),
+        "embedding_length": whole("width"),
+        "feed_forward_length": whole("mlp_width"),
+        "attention.head_count": whole("num_heads"),
+        "attention.head_count_kv": _gguf_pattern,
+        "block_count": METADATA,  # read with the pattern
+        "attention.key_length": whole("head_dim", default=lambda fields: fields["width"] // fields["num_heads"]),
+        "attention.value_length": same_as("head_dim"),
+        "rope.dimension_count": same_as("head_dim"),
+        "rope.freq_base": positive("rope_theta", default=1000000.0),
+        "attention.layer_norm_rms_epsilon": positive("norm_eps"),
+        "shortconv.l_cache": whole("conv_taps"),
+    },
+    names=Names(
+        {
+            **{ours.replace("attention.", "mixer."): name for ours, name in GGUF_PARTS.items()},
+            "norm": "token_embd_norm",
+            "mixer_norm": "attn_norm",
+            "mixer.in_proj": "shortconv.in_proj",
+            "mixer.conv": "shortconv.conv",
+            "mixer.out_proj": "shortconv.out_proj",
+        },
+        layers="blk",
+    ),
+    tensors={
+        "vocab_size": rows_of("token_embd.weight"),
+        "tie_embeddings": lacks("output.weight"),
+        "conv_bias": lambda shapes: any(name.endswith("shortconv.in_proj.bias") for name in shapes),
+    },
+    reshaped=("mixer.conv.weight",),
+)
+
+ARCHITECTURE = Architecture(
+    name="lfm2", config=LFM2Config, build=LFM2, presets=PRESETS, huggingface=HUGGING_FACE, gguf=GGUF_FILES
+)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from edgellm.errors import ConfigError
 from edgellm.models.config import Shape
 from edgellm.models.foreign import (
+    GGUF,
+    MAX_CONTEXT,
     MAX_LAYERS,
     METADATA,
     Fields,
@@ -20,13 +22,17 @@ from edgellm.models.foreign import (
     Values,
     Variant,
     flag,
+    has,
+    lacks,
     neutral,
     positive,
+    rows_of,
     whole,
 )
 from edgellm.models.foreign.keys import checked_whole
 from edgellm.models.layers import Block, SelectiveMixer, Stack
 from edgellm.models.registry import Architecture
+from edgellm.models.state_spaces import gguf_decay
 
 __all__ = ["ARCHITECTURE", "PRESETS", "MambaConfig", "mamba", "time_step_rank"]
 
@@ -150,4 +156,52 @@ HUGGING_FACE = HuggingFace(
     ),
 )
 
-ARCHITECTURE = Architecture(name="mamba", config=MambaConfig, build=mamba, presets=PRESETS, huggingface=HUGGING_FACE)
+
+def _gguf_norms(name: str, values: Values, fields: Fields) -> None:
+    flag("mixer_norms", default=False)(name, values, fields)
+    fields["mixer_norm_eps"] = fields["norm_eps"]  # the file has one for all
+
+
+GGUF_FILES = GGUF(
+    types={"mamba": Variant()},
+    keys={
+        "block_count": whole("num_layers", limit=MAX_LAYERS),
+        "context_length": whole("max_context", limit=MAX_CONTEXT),
+        "embedding_length": whole("width"),
+        "ssm.inner_size": whole("inner"),
+        "ssm.state_size": whole("state_size"),
+        "ssm.time_step_rank": whole("rank"),
+        "ssm.conv_kernel": whole("conv_taps"),
+        "attention.layer_norm_rms_epsilon": positive("norm_eps"),
+        "ssm.dt_b_c_rms": _gguf_norms,
+        **dict.fromkeys(("feed_forward_length", "attention.head_count", "attention.head_count_kv"), neutral(0)),
+    },
+    names=Names(
+        {
+            "embedding": "token_embd",
+            "norm": "output_norm",
+            "head": "output",
+            "mixer_norm": "attn_norm",
+            "mixer.in_proj": "ssm_in",
+            "mixer.conv": "ssm_conv1d",
+            "mixer.x_proj": "ssm_x",
+            "mixer.dt_proj": "ssm_dt",
+            "mixer.a_log": "ssm_a",
+            "mixer.d": "ssm_d",
+            "mixer.out_proj": "ssm_out",
+        },
+        layers="blk",
+    ),
+    tensors={
+        "vocab_size": rows_of("token_embd.weight"),
+        "tie_embeddings": lacks("output.weight"),
+        "conv_bias": has("blk.0.ssm_conv1d.bias"),
+        "bias": has("blk.0.ssm_in.bias"),
+    },
+    tensor=gguf_decay,
+    reshaped=("mixer.conv.weight",),
+)
+
+ARCHITECTURE = Architecture(
+    name="mamba", config=MambaConfig, build=mamba, presets=PRESETS, huggingface=HUGGING_FACE, gguf=GGUF_FILES
+)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from edgellm.errors import ConfigError
 from edgellm.models.config import Shape
 from edgellm.models.foreign import (
+    GGUF,
+    MAX_CONTEXT,
     MAX_LAYERS,
     METADATA,
     Fields,
@@ -19,15 +21,18 @@ from edgellm.models.foreign import (
     Values,
     Variant,
     flag,
+    has,
+    lacks,
     neutral,
     positive,
     refuse,
+    rows_of,
     whole,
 )
 from edgellm.models.foreign.keys import checked_whole
 from edgellm.models.layers import Block, Stack, StateSpaceMixer
 from edgellm.models.registry import Architecture
-from edgellm.models.state_spaces import mixer_parts, no_step_limit
+from edgellm.models.state_spaces import gguf_decay, mixer_parts, no_step_limit
 
 __all__ = ["ARCHITECTURE", "PRESETS", "Mamba2Config", "mamba2"]
 
@@ -138,4 +143,56 @@ HUGGING_FACE = HuggingFace(
     ),
 )
 
-ARCHITECTURE = Architecture(name="mamba2", config=Mamba2Config, build=mamba2, presets=PRESETS, huggingface=HUGGING_FACE)
+
+def _gguf_heads(name: str, values: Values, fields: Fields) -> None:
+    """As many heads as dt has features, which share the inner features."""
+    fields["num_heads"] = checked_whole(name, values.get(name))
+    inner = checked_whole("ssm.inner_size", values.get("ssm.inner_size"))
+    if inner % fields["num_heads"]:
+        raise refuse("ssm.inner_size", inner)
+    fields["head_dim"] = inner // fields["num_heads"]
+
+
+GGUF_FILES = GGUF(
+    types={"mamba2": Variant()},
+    keys={
+        "block_count": whole("num_layers", limit=MAX_LAYERS),
+        "context_length": whole("max_context", limit=MAX_CONTEXT),
+        "embedding_length": whole("width"),
+        "ssm.time_step_rank": _gguf_heads,
+        "ssm.inner_size": METADATA,  # read with the heads
+        "ssm.state_size": whole("state_size"),
+        "ssm.group_count": whole("num_groups", default=1),
+        "ssm.conv_kernel": whole("conv_taps"),
+        "attention.layer_norm_rms_epsilon": positive("norm_eps"),
+        **dict.fromkeys(("feed_forward_length", "attention.head_count", "attention.head_count_kv"), neutral(0)),
+    },
+    names=Names(
+        {
+            "embedding": "token_embd",
+            "norm": "output_norm",
+            "head": "output",
+            "mixer_norm": "attn_norm",
+            "mixer.in_proj": "ssm_in",
+            "mixer.conv": "ssm_conv1d",
+            "mixer.dt_offset": "ssm_dt.bias",
+            "mixer.a_log": "ssm_a",
+            "mixer.d": "ssm_d",
+            "mixer.norm": "ssm_norm.weight",
+            "mixer.out_proj": "ssm_out",
+        },
+        layers="blk",
+    ),
+    tensors={
+        "vocab_size": rows_of("token_embd.weight"),
+        "tie_embeddings": lacks("output.weight"),
+        "conv_bias": has("blk.0.ssm_conv1d.bias"),
+        "bias": has("blk.0.ssm_in.bias"),
+    },
+    tensor=gguf_decay,
+    reshaped=("mixer.conv.weight", "mixer.a_log", "mixer.d", "mixer.norm"),
+)
+
+ARCHITECTURE = Architecture(
+    name="mamba2", config=Mamba2Config, build=mamba2, presets=PRESETS, huggingface=HUGGING_FACE, gguf=GGUF_FILES
+)

@@ -56,7 +56,7 @@ ENTRIES: Mapping[str, Entry] = {
     ),
     "gemma2": Entry(
         module="edgellm.models.gemma2", about="transformer with windows and soft caps", presets=("tiny",),
-        huggingface=("gemma2",),
+        huggingface=("gemma2",), gguf=("gemma2",),
     ),
     "granitemoehybrid": Entry(
         module="edgellm.models.granitemoehybrid", about="state space, attention, experts", presets=("tiny",),
@@ -68,14 +68,15 @@ ENTRIES: Mapping[str, Entry] = {
     ),
     "lfm2": Entry(
         module="edgellm.models.lfm2", about="short convolutions and attention", presets=("tiny",),
-        huggingface=("lfm2",),
+        huggingface=("lfm2",), gguf=("lfm2",),
     ),
     "mamba": Entry(
         module="edgellm.models.mamba", about="selective state space", presets=("tiny",),
-        huggingface=("mamba", "falcon_mamba"),
+        huggingface=("mamba", "falcon_mamba"), gguf=("mamba",),
     ),
     "mamba2": Entry(
         module="edgellm.models.mamba2", about="state space", presets=("tiny",), huggingface=("mamba2",),
+        gguf=("mamba2",),
     ),
     "qwen3_next": Entry(
         module="edgellm.models.qwen3_next", about="gated delta rule and attention", presets=("tiny",),

@@ -6,13 +6,17 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from edgellm.errors import ConfigError
 from edgellm.models.config import Shape, check_heads
 from edgellm.models.foreign import MAX_LAYERS, METADATA, Fields, Key, Values, flag, neutral, refuse, whole
 from edgellm.models.foreign.keys import checked_whole
 from edgellm.models.layers import RotaryTable, SelfAttention, StateSpaceMixer
 
-__all__ = ["HybridShape", "check_pattern", "mixer_keys", "mixer_parts", "no_step_limit", "pattern_key"]
+__all__ = [
+    "HybridShape", "check_pattern", "gguf_decay", "mixer_keys", "mixer_parts", "no_step_limit", "pattern_key",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +102,11 @@ class HybridShape(Shape):
             turning, self.max_context, self.rope_theta, factors=self.rope_factors, amplitude=self.rope_amplitude,
             still=self.head_dim - turning,
         )  # fmt: skip
+
+
+def gguf_decay(_config: Any, _metadata: Values, name: str, tensor: Tensor) -> Tensor:
+    """GGUF files have A itself, below 0, and we the logarithm of -A."""
+    return (-tensor).log() if name.endswith("a_log") else tensor
 
 
 def no_step_limit(name: str, values: Values, fields: Fields) -> None:

@@ -230,14 +230,8 @@ def test_norms_of_queries_and_keys_must_be_where_they_are_used_and_nowhere_else(
 
 
 def test_an_unknown_architecture_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="unknown architecture 'mamba'; edgellm loads llama, qwen2, qwen3"):
-        load_checkpoint(write(tmp_path / "m.gguf", tiny(), architecture="mamba"))
-
-
-def test_one_of_several_parts_is_refused(tmp_path):
-    path = write(tmp_path / "m.gguf", tiny(), edit=lambda writer: writer.add_uint16("split.count", 2))
-    with pytest.raises(CheckpointError, match="one of several parts"):
-        load_checkpoint(path)
+    with pytest.raises(CheckpointError, match="unknown architecture 'mambo'; edgellm loads gemma2, lfm2, llama"):
+        load_checkpoint(write(tmp_path / "m.gguf", tiny(), architecture="mambo"))
 
 
 def test_the_other_byte_order_is_refused(tmp_path):

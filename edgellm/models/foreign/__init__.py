@@ -20,6 +20,7 @@ from edgellm.models.foreign.keys import (
     positive,
     read_keys,
     refuse,
+    same_as,
     whole,
 )
 from edgellm.models.foreign.names import Names, Stacks
@@ -54,5 +55,6 @@ __all__ = [
     "refuse",
     "rotary",
     "rows_of",
+    "same_as",
     "whole",
 ]

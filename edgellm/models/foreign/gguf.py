@@ -69,6 +69,7 @@ class GGUF:
             same shape in our layout; where the two do not differ, the very tensor it was given. None: all are stored
             as we do.
         numbers: fields that are the numbers of a small tensor, where the file has it.
+        reshaped: ends of our names of parameters that are stored as the same numbers in another shape.
     """
 
     types: Mapping[str, Variant]
@@ -77,6 +78,7 @@ class GGUF:
     tensors: Mapping[str, Callable[[Shapes], Any]] = field(default_factory=dict)
     tensor: Callable[[Any, Values, str, Tensor], Tensor] | None = None
     numbers: Mapping[str, str] = field(default_factory=dict)
+    reshaped: tuple[str, ...] = ()
 
     def read(self, metadata: Values, shapes: Shapes, numbers: Callable[[str], Sequence[float]]) -> Fields:
         """The fields of our configuration.

@@ -29,6 +29,7 @@ __all__ = [
     "positive",
     "read_keys",
     "refuse",
+    "same_as",
     "whole",
 ]
 
@@ -112,6 +113,16 @@ def flag(into: str, *, default: Default = _REQUIRED) -> Key:
         return value
 
     return _read(into, default, check)
+
+
+def same_as(field: str) -> Key:
+    """A key that must say what a field that was read before it says, or nothing."""
+
+    def take(name: str, values: Values, fields: Fields) -> None:
+        if values.get(name, fields[field]) != fields[field]:
+            raise refuse(name, values[name])
+
+    return take
 
 
 def choice(into: str, choices: Mapping[str, Any], *, default: Default = _REQUIRED) -> Key:
