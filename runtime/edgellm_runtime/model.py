@@ -7,14 +7,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
-from edgellm_runtime.arguments import check_instance, check_progress
 from edgellm_runtime.errors import OptionError
 from edgellm_runtime.generation.conversation import Conversation, TemplateInputs
+from edgellm_runtime.generation.drafting import check_vocabulary
 from edgellm_runtime.generation.generate import Generation, GenerationOptions, OptionKeywords, Run
 from edgellm_runtime.generation.grammar_methods import GrammarMethods
 from edgellm_runtime.generation.options import with_defaults
-from edgellm_runtime.generation.prefix_cache import PrefixCache, Prefixes
-from edgellm_runtime.generation.prompts import Tokens, is_batch, prompt_tokens
+from edgellm_runtime.generation.prefix_cache import PrefixCache
+from edgellm_runtime.generation.prompts import Tokens, is_batch
 from edgellm_runtime.generation.request import Counts, Request
 from edgellm_runtime.generation.stream import AsyncStream, Stream, in_worker
 from edgellm_runtime.generation.text_state import TextState
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Model"]
 
 
-class Model(TaskMethods, GrammarMethods):
+class Model(TaskMethods, GrammarMethods, StateMethods):
     """A language model on this device. Made by :func:`edgellm_runtime.load`.
 
     Every generating method takes the keywords of :class:`GenerationOptions`, among them ``max_new_tokens=256``,
@@ -95,41 +95,6 @@ class Model(TaskMethods, GrammarMethods):
         """
         return memory_need(self.bundle.manifest, self.device, context, rows)
 
-    def new_state(self) -> TextState:
-        """The state of an empty text, to be given to :meth:`generate`, :meth:`stream` or :meth:`read`."""
-        self._check_goes_on()
-        return TextState(self.session, self.bundle)
-
-    def load_state(self, path: str | Path) -> TextState:
-        """A state that ``TextState.save`` wrote, here or in another process, with this very bundle.
-
-        Raises:
-            StateError: no such file, a damaged one, or the state of another model or of another version of it.
-        """
-        self._check_goes_on()
-        return TextState.load(path, self.session, self.bundle)
-
-    def read(
-        self, prompt: str | Tokens, *, state: TextState | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> TextState:  # fmt: skip
-        """Read a prompt and answer nothing: a state that answers to what follows can go on from.
-
-        Args:
-            prompt: a text or token ids.
-            state: what it goes on from, which stays as it is; None: an empty text.
-            progress: as of :class:`GenerationOptions`.
-
-        Raises:
-            OptionError: as for :meth:`generate`.
-            ContextError: likewise.
-            StateError: likewise.
-        """
-        check_progress(progress)
-        before = self.new_state() if state is None else state
-        tokens = self._text(prompt, before)
-        return before.read(tokens, self._prefixes, progress)
-
     @overload
     def generate(
         self, prompt: str | Tokens, *, state: TextState | None = None, best_of: int | None = None,
@@ -174,9 +139,7 @@ class Model(TaskMethods, GrammarMethods):
             ContextError: a prompt is longer than the context.
             StateError: the state is another model's.
         """
-        return self._request(
-            prompt, state, Counts(n, best_of), with_defaults(self.generation_defaults, options)
-        ).answer()
+        return self._request(prompt, state, Counts(n, best_of), self._options(options)).answer()
 
     @overload
     async def agenerate(
@@ -208,7 +171,7 @@ class Model(TaskMethods, GrammarMethods):
             best_of: likewise.
             **options: those of :class:`GenerationOptions`.
         """
-        request = self._request(prompt, state, Counts(n, best_of), with_defaults(self.generation_defaults, options))
+        request = self._request(prompt, state, Counts(n, best_of), self._options(options))
         return await in_worker(request.answer, request.cancel)
 
     def _request(self, prompt: Any, state: TextState | None, counts: Counts, options: GenerationOptions) -> Request:
@@ -216,9 +179,8 @@ class Model(TaskMethods, GrammarMethods):
         many = is_batch(prompt) and (len(prompt) > 0 or state is None)  # nothing, to a state, is an empty prompt
         if many:
             counts.check_single(state is not None, len(prompt))
-        if many and not len(prompt):
-            return Request(None, 0, counts, options)
-        if many:
+            if not len(prompt):
+                return Request(None, 0, counts, options)
             prompts = [self._tokens(p, f"prompt {i}") for i, p in enumerate(prompt)]
         else:
             prompts = [self._tokens(prompt) if state is None else self._text(prompt, state)]
@@ -244,9 +206,8 @@ class Model(TaskMethods, GrammarMethods):
         """
         self._check_predicts()
         tokens = self._tokens(prompt) if state is None else self._text(prompt, state)
-        checked = with_defaults(self.generation_defaults, options)
-        run = Run(self.session, self.tokenizer, [tokens], checked, text_state=state, prefixes=self._prefixes)
-        return Stream(run)
+        checked, prefixes = self._options(options), self._prefixes
+        return Stream(Run(self.session, self.tokenizer, [tokens], checked, text_state=state, prefixes=prefixes))
 
     def astream(
         self, prompt: str | Tokens, *, state: TextState | None = None, **options: Unpack[OptionKeywords]
@@ -375,29 +336,9 @@ class Model(TaskMethods, GrammarMethods):
             raise OptionError(f"{self.bundle.manifest.name} has no chat template; use generate with a plain prompt")
         return ChatTemplate(self.bundle.file("chat_template.jinja"), self.tokenizer, self._template)
 
-    @property
-    def _prefixes(self) -> Prefixes | None:
-        """The cache as this model uses it."""
-        cache = self.prefix_cache
-        return None if cache is None else Prefixes(cache, self.session, self.bundle.fingerprint)
-
-    def _check_goes_on(self) -> None:
-        self._check_predicts()
-        if self.session.encoder is not None:
-            raise OptionError(
-                f"{self.bundle.manifest.name} answers sources and goes on with no text; use generate, with a list of "
-                "sources for a batch"
-            )
-
-    def _check_predicts(self) -> None:
-        if not self.session.predicts_tokens:
-            raise OptionError(f"{self.bundle.manifest.name} labels words and writes no text; use label_roles")
-
-    def _text(self, prompt: Any, state: TextState) -> list[int]:
-        """The tokens of a state's text and a prompt that goes on with it."""
-        check_instance("state", state, TextState, "model.new_state() makes one")
-        state.check_for(self.session, self.bundle)
-        return self._tokens(prompt, before=state.tokens)
-
-    def _tokens(self, prompt: Any, name: str = "the prompt", before: Sequence[int] = ()) -> list[int]:
-        return prompt_tokens(prompt, self.session, self.tokenizer, name=name, before=before)
+    def _options(self, options: OptionKeywords) -> GenerationOptions:
+        """A caller's options, and the model's own for those that the caller does not name."""
+        checked = with_defaults(self.generation_defaults, options)
+        if isinstance(checked.draft, Model):
+            check_vocabulary(checked.draft.bundle, self.bundle)
+        return checked

@@ -195,7 +195,7 @@ def test_an_unknown_option_is_an_error():
 
 def test_generation_is_json(model):
     data = json.loads(json.dumps(model.generate("hello", max_new_tokens=3).to_json()))
-    assert set(data) == {"text", "tokens", "prompt_tokens", "finish_reason", "timings"}
+    assert set(data) == {"text", "tokens", "prompt_tokens", "finish_reason", "timings", "cached_tokens"}
     assert set(data["timings"]) == {
         "prefill_s", "decode_s", "ttft_ms", "prefill_tokens_per_s", "decode_tokens_per_s",
     }  # fmt: skip

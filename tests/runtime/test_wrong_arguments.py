@@ -97,6 +97,7 @@ OPTIONS = {
     "logits_processors": "functions", "presence_penalty": "number", "frequency_penalty": "number",
     "no_repeat_ngram": "integer", "logit_bias": "bias", "banned_tokens": "ids", "min_tokens": "small integer",
     "stop_tokens": "ids", "logprobs": "small integer or None", "skip_special_tokens": "flag", "echo": "flag",
+    "draft": "object or None",
     "progress": "function or None", "deadline": "number or None", "cancel": "object or None", "typical_p": "number",
     "penalty_window": "integer", "forced_tokens": "ids", "grammar": "object or None",
 }  # fmt: skip
@@ -132,6 +133,7 @@ TABLE: dict[str, dict[str, str]] = {
     "Scheduler.submit": {"prompt": "one prompt", "answers": "small integer", "wait": "flag",
                          "sink": "function or None", **OPTIONS},
     "Model.new_state": {},
+    "Model.drafter": {},
     "Model.load_state": {"path": "path"},
     "Model.load_conversation": {"path": "path"},
     "TextState.fork": {},

@@ -9,6 +9,7 @@ from edgellm_runtime.arguments import shown
 
 if TYPE_CHECKING:
     from edgellm_runtime.generation.logprobs import TokenLogprobs
+    from edgellm_runtime.generation.speculation import Speculation
     from edgellm_runtime.generation.text_state import TextState
 
 __all__ = ["Chunk", "FinishReason", "Generation", "Timings"]
@@ -49,6 +50,7 @@ class Generation:
         logprobs: one for each token, where they were asked for.
         state: the text with its answer, to go on from; None where no state was given.
         cached_tokens: of the prompt, those that a prefix cache had.
+        speculation: what drafts were worth, where they were asked for.
     """
 
     text: str
@@ -59,6 +61,7 @@ class Generation:
     logprobs: tuple[TokenLogprobs, ...] | None = None
     state: TextState | None = field(default=None, repr=False, compare=False)
     cached_tokens: int = 0
+    speculation: Speculation | None = None
 
     def __repr__(self) -> str:
         speed = f"{self.timings.decode_tokens_per_s:.1f} tokens/s"
@@ -67,7 +70,7 @@ class Generation:
     def to_json(self) -> dict[str, Any]:
         """The same as JSON's types, without what was not asked for, and without the state, which has its own file."""
         found = asdict(replace(self, state=None))
-        return {k: v for k, v in found.items() if k != "state" and not (k == "logprobs" and v is None)}
+        return {k: v for k, v in found.items() if k != "state" and not (k in ("logprobs", "speculation") and v is None)}
 
 
 @dataclass(frozen=True, slots=True)

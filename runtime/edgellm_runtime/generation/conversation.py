@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -245,10 +246,11 @@ class Conversation:
         tokens = list(prompt)
         clean = False
         try:
-            for _, chunk in run.chunks():
-                said.append(chunk.text)
-                tokens += chunk.token_ids
-                yield chunk
+            with closing(run.chunks()) as chunks:
+                for _, chunk in chunks:
+                    said.append(chunk.text)
+                    tokens += chunk.token_ids
+                    yield chunk
             self.last = run.result()
             clean = True
         except GeneratorExit:  # the reader left between two steps

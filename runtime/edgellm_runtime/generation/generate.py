@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from typing import Literal
 
@@ -15,11 +16,13 @@ from numpy.typing import NDArray
 
 from edgellm_runtime.errors import ContextError, OptionError
 from edgellm_runtime.generation.answer import Chunk, FinishReason, Generation, Timings
+from edgellm_runtime.generation.drafting import Drafting, PromptLookup
 from edgellm_runtime.generation.logprobs import logprobs_of
 from edgellm_runtime.generation.options import GenerationOptions, OptionKeywords
 from edgellm_runtime.generation.prefix_cache import Prefixes
 from edgellm_runtime.generation.row import Row
 from edgellm_runtime.generation.sampling import Sampler
+from edgellm_runtime.generation.speculation import Choice, Speculator
 from edgellm_runtime.generation.text_state import TextState
 from edgellm_runtime.generation.trail import Trail, read_text
 from edgellm_runtime.session import Session
@@ -137,6 +140,9 @@ class Run:
             self._reused = int(state.lengths[0])
         self._sampler = Sampler(options, rows=len(self._rows), vocab_size=session.vocab_size, ends=self._rows[0].ends)
         self._prefixes, self._cached = prefixes if encoder is None else None, 0  # a source is no part of a prompt
+        self._drafting = options.draft if len(self._rows) == 1 else None
+        self._speculator: Speculator | None = None  # made with the second token
+        self._ahead: deque[Choice] = deque()  # chosen already, and still to be handed out
         self._ttft_s = self._prefill_s = self._decode_s = 0.0
         self._state: State | None = None
         self._stepping = False  # stays True where an error left a step: nobody knows then what the state has read
@@ -158,6 +164,7 @@ class Run:
                 yield from self._hand_out(chosen)
                 chosen = self._next(chosen)
         finally:
+            self._settle()
             self._keep()
         for i in self._batch:
             if self._rows[i].finish_reason is None:
@@ -196,7 +203,7 @@ class Run:
             text="".join(r.texts), tokens=tuple(r.tokens), prompt_tokens=given,
             finish_reason=r.finish_reason, timings=timings,
             logprobs=None if self._options.logprobs is None else tuple(r.logprobs), state=self._text_state(row),
-            cached_tokens=self._cached,
+            cached_tokens=self._cached, speculation=None if self._speculator is None else self._speculator.found,
         )  # fmt: skip
 
     def _text_state(self, row: int) -> TextState | None:
@@ -291,8 +298,10 @@ class Run:
     def _hand_out(self, chosen: NDArray[np.int64]) -> Iterator[tuple[int, Chunk]]:
         for i, token in zip(self._batch, chosen.tolist(), strict=True):
             row = self._rows[i]
-            row.decode_s = self._decode_s
-            yield i, row.push(token)
+            row.decode_s, chunk = self._decode_s, row.push(token)
+            if chunk.finish_reason:
+                self._settle()
+            yield i, chunk
 
     def _next(self, chosen: NDArray[np.int64]) -> NDArray[np.int64] | None:
         """Read the tokens chosen, and choose the next; None when all rows have ended, or the run was ended."""
@@ -307,13 +316,52 @@ class Run:
                     self._rows[self._batch[at]].state = state.take([at])
             self._state = state = state.take(keep)
             chosen, self._batch = chosen[keep], [self._batch[at] for at in keep]
-        self._stepping = True
-        if self._options.logprobs is None:
+        self._stepping, told = True, not self._ahead
+        if self._drafting is not None:
+            chosen = self._drafted(self._drafting, int(chosen[0]), state)
+        elif self._options.logprobs is None:
             chosen = next_tokens(self._session, self._sampler, chosen[:, None], state, self._batch)
         else:  # which are of all tokens, wherever they are chosen
             chosen = self._chosen(self._session.step(chosen[:, None], state)[:, 0])
-        if self._trail is not None and self._answers == 1:
+        if self._trail is not None and self._answers == 1 and told:
             self._trail.note(state)
         self._stepping = False
         self._decode_s += time.perf_counter() - start
         return chosen
+
+    def _drafted(self, draft: Drafting, token: int, state: State) -> NDArray[np.int64]:
+        """The only row's next token, of a step that may give several."""
+        row = self._rows[0]
+        if self._speculator is None:
+            drafter = PromptLookup() if isinstance(draft, str) else draft.drafter()
+            self._speculator = Speculator(self._session, drafter, self._choice, self._plain_choice, row.ends)
+            self._speculator.begin([*row.prompt, *row.tokens[:-1]], token)
+        if not self._ahead:
+            self._ahead.extend(self._speculator.step(state, row.left))
+        found = self._ahead.popleft()
+        if found.logprobs is not None:
+            row.logprobs.append(found.logprobs)
+        return np.array([found.token])
+
+    def _choice(self, logits: NDArray[np.float32]) -> Choice:
+        """The only row's next token, chosen from logits (vocab,)."""
+        token, count = int(self._sampler(logits[None], [0])[0]), self._options.logprobs
+        return Choice(token, None if count is None else logprobs_of(logits, token, count))
+
+    def _plain_choice(self, token: int) -> Choice:
+        """The same, of a step over the one token before it."""
+        assert self._state is not None
+        if self._options.logprobs is not None:
+            return self._choice(self._session.step(np.array([[token]]), self._state)[0, 0])
+        return Choice(int(next_tokens(self._session, self._sampler, np.array([[token]]), self._state, [0])[0]), None)
+
+    def _settle(self) -> None:
+        """Take back what a step over drafts has read ahead of what was handed out: it is no part of the text."""
+        state = self._state
+        if self._speculator is None or self._stepping or state is None:
+            return
+        most = len(self._rows[0].prompt) + len(self._rows[0].tokens) - 1  # a text's last token is not read
+        if int(state.lengths[0]) > most:
+            trail = self._trail or Trail(self._session.signature.state)
+            trail.adopt([] if self._speculator.snapshot is None else [self._speculator.snapshot])
+            trail.rewind(state, most)

@@ -15,8 +15,10 @@ from edgellm_runtime.arguments import (
     check_list,
     check_number,
     check_progress,
+    shown,
 )
 from edgellm_runtime.errors import OptionError
+from edgellm_runtime.generation.drafting import Drafting
 from edgellm_runtime.generation.grammar import Grammar
 from edgellm_runtime.generation.processors import LogitsProcessor
 from edgellm_runtime.generation.sampling_options import SamplingOptions
@@ -47,6 +49,7 @@ class OptionKeywords(TypedDict, total=False):
     skip_special_tokens: bool
     echo: bool
     progress: Callable[[int, int], None] | None
+    draft: Drafting | None
     deadline: float | None
     cancel: threading.Event | None
     typical_p: float
@@ -72,6 +75,9 @@ class GenerationOptions(SamplingOptions):
         echo: the answer's text begins with the prompt's.
         progress: is told, between two pieces of a long prompt, how many of how many tokens have been read. What it
             raises ends the call and comes through.
+        draft: proposes tokens that the model then checks, several in one step: ``"lookup"``, what followed the same
+            words before, or a smaller model of the same vocabulary. The tokens stay what they are; where drafts do not
+            pay, none are made. For one answer to one prompt; others go without.
         deadline: seconds after the call at which the answer ends, between two tokens or two pieces of a long prompt;
             ``finish_reason`` is then ``deadline``. What it has by then is the answer.
         cancel: ends the answer at the same points once it is set, by whichever thread.
@@ -88,6 +94,7 @@ class GenerationOptions(SamplingOptions):
     skip_special_tokens: bool = True
     echo: bool = False
     progress: Callable[[int, int], None] | None = None
+    draft: Drafting | None = None
     deadline: float | None = None
     cancel: threading.Event | None = None
 
@@ -105,6 +112,11 @@ class GenerationOptions(SamplingOptions):
         check_integer("min_tokens", self.min_tokens, 0, self.max_new_tokens)
         if self.grammar is not None and self.ignore_eos:
             raise OptionError("an answer of a grammar ends with an end token; leave ignore_eos out")
+        drafts = (
+            self.draft == "lookup" if isinstance(self.draft, str) else callable(getattr(self.draft, "drafter", None))
+        )
+        if self.draft is not None and not drafts:
+            raise OptionError(f"draft is {shown(self.draft)}; it must be 'lookup', a Model, or None")
         if self.cancel is not None:
             check_instance("cancel", self.cancel, threading.Event, "threading.Event() makes one")
         check_progress(self.progress)

@@ -46,6 +46,11 @@ class Row:
         if self._limit == 0:
             self.finish_reason = "length"
 
+    @property
+    def left(self) -> int:
+        """How many tokens may still come."""
+        return self._limit - len(self.tokens)
+
     def echo(self) -> Chunk:
         """The prompt's text, which the answer's is to begin with."""
         assert self._tokenizer is not None

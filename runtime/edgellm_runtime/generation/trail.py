@@ -79,12 +79,13 @@ class Trail:
             state: of one row.
         """
         length = int(state.lengths[0])
-        if not self.on or length % BLOCK:
+        far = length - max(self._kept, default=0) >= EVERY  # a step of several tokens may have passed a multiple by
+        if not self.on or (length % BLOCK and not far):
             return
         if self._passing is not None:
             self._kept.pop(self._passing, None)
         self._add(state.snapshot())
-        self._passing = length if length % EVERY else None
+        self._passing = None if far or length % EVERY == 0 else length
 
     def stops(self, start: int, end: int, more: Iterable[int] = ()) -> list[int]:
         """Where a reading of tokens from ``start`` to ``end`` is to pause for a snapshot, ``more`` among them."""

@@ -1,0 +1,164 @@
+"""What proposes the next tokens of a text, cheaply, for a model to check: the text itself, or a smaller model.
+
+Whoever drafts may be wrong at any time: a draft costs time, never a token. It is told what was chosen, and asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from edgellm_runtime.bundle import Bundle
+from edgellm_runtime.errors import OptionError
+from edgellm_runtime.session import Session
+from edgellm_runtime.state import State
+from edgellm_runtime.state.snapshot import Snapshot, overwritten
+
+__all__ = ["BundleDrafter", "Draft", "DraftSource", "Drafter", "Drafting", "PromptLookup", "check_vocabulary"]
+
+_TOKENIZER = "tokenizer.json"
+
+
+class Draft(NamedTuple):
+    """Proposed tokens.
+
+    Args:
+        tokens: that may come next, none where there is no idea.
+        kind: how it came about; each kind is held to what came of it before.
+    """
+
+    tokens: Sequence[int]
+    kind: str
+
+
+class Drafter(Protocol):
+    """Drafts for one text."""
+
+    def observe(self, tokens: Sequence[int], /) -> None:
+        """Take note of the text's next tokens: at first its prompt, later what was chosen."""
+        ...
+
+    def propose(self, wanted: Callable[[str], int], /) -> Draft:
+        """Tokens that may come next.
+
+        Args:
+            wanted: says at most how many, for the kind of draft that can be had.
+        """
+        ...
+
+
+class DraftSource(Protocol):
+    """Makes a drafter for each text; a ``Model`` is one."""
+
+    def drafter(self) -> Drafter:
+        """A new one, which has seen nothing."""
+        ...
+
+
+Drafting = Literal["lookup"] | DraftSource
+
+
+class PromptLookup:
+    """Proposes what followed the last time that the text had its last tokens (Saxena 2023, prompt lookup decoding)."""
+
+    _SIZES = (5, 3, 2)  # tokens that must agree; the longest agreement counts
+
+    def __init__(self) -> None:
+        self._text: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}  # a run of tokens to where the text went on after it
+
+    def observe(self, tokens: Sequence[int], /) -> None:
+        """See :class:`Drafter`."""
+        text = self._text
+        for token in tokens:
+            at = len(text)
+            for size in self._SIZES:
+                if at >= size:
+                    self._after[tuple(text[at - size :])] = at
+            text.append(token)
+
+    def propose(self, wanted: Callable[[str], int], /) -> Draft:
+        """See :class:`Drafter`."""
+        text = self._text
+        for size in self._SIZES:
+            start = self._after.get(tuple(text[-size:])) if len(text) >= size else None
+            if start is not None:
+                kind, period = f"{size} tokens", len(text) - start  # beyond its end a text is taken to go round
+                return Draft([text[start + i % period] for i in range(wanted(kind))], kind)
+        return Draft((), "")
+
+
+class BundleDrafter:
+    """Proposes what a smaller model of the same vocabulary finds most probable.
+
+    Args:
+        session: steps the smaller model.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._text: list[int] = []
+        self._read: list[int] = []  # by the state: of the text, and then what was drafted last
+        self._state: State | None = None
+        self._fork: Snapshot | None = None  # of the state before it read what it drafted itself
+        self._overwrites = bool(overwritten(session.signature.state))
+
+    def observe(self, tokens: Sequence[int], /) -> None:
+        """See :class:`Drafter`."""
+        self._text += tokens
+
+    def propose(self, wanted: Callable[[str], int], /) -> Draft:
+        """See :class:`Drafter`."""
+        count = wanted("bundle")
+        if not count or len(self._text) + count > self._session.max_context:
+            return Draft((), "bundle")
+        if self._state is None:
+            self._state = self._session.new_state(1, len(self._text) + count)
+        self._go_back(self._state)
+        drafted = [self._best(self._text[len(self._read) :])]
+        self._fork = self._state.snapshot() if self._overwrites and count > 1 else None
+        while len(drafted) < count:
+            drafted.append(self._best(drafted[-1:]))
+        return Draft(drafted, "bundle")
+
+    def _go_back(self, state: State) -> None:
+        """Let the state hold a proper beginning of the text."""
+        agreed = min(len(self._read), len(self._text) - 1)
+        if self._read[:agreed] != self._text[:agreed]:
+            pairs = zip(self._read, self._text[:agreed], strict=False)
+            agreed = next(i for i, (read, token) in enumerate(pairs) if read != token)
+        if agreed == len(self._read):
+            return
+        if agreed == 0 or agreed >= state.earliest[0]:
+            state.rewind(agreed)
+        elif self._fork is not None and self._fork.length <= agreed:
+            state.restore(self._fork)
+        else:
+            state.rewind(0)
+        del self._read[int(state.lengths[0]) :]
+
+    def _best(self, tokens: Sequence[int]) -> int:
+        assert self._state is not None
+        logits = self._session.step(np.array([tokens]), self._state)[0, 0]
+        self._read += tokens
+        return int(logits.argmax())
+
+
+def check_vocabulary(draft: Bundle, target: Bundle) -> None:
+    """See that one model's tokens are another's.
+
+    Args:
+        draft: of the model that proposes.
+        target: of the model that checks.
+
+    Raises:
+        OptionError: their vocabularies differ in size, or their tokenizers' files do.
+    """
+    ours, theirs = draft.manifest, target.manifest
+    files = [m.files[_TOKENIZER].sha256 for m in (ours, theirs) if _TOKENIZER in m.files]
+    if ours.vocab_size != theirs.vocab_size or (len(files) == 2 and files[0] != files[1]):
+        raise OptionError(
+            f"draft is {ours.name}, whose vocabulary is not {theirs.name}'s; give a model with the same tokenizer"
+        )
