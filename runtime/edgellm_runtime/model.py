@@ -16,6 +16,7 @@ from edgellm_runtime.generation.options import with_defaults
 from edgellm_runtime.generation.prefix_cache import PrefixCache
 from edgellm_runtime.generation.prompts import Tokens, is_batch
 from edgellm_runtime.generation.request import Counts, Request
+from edgellm_runtime.generation.state_methods import StateMethods
 from edgellm_runtime.generation.stream import AsyncStream, Stream, in_worker
 from edgellm_runtime.generation.text_state import TextState
 from edgellm_runtime.session import Session

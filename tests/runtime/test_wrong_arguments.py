@@ -155,7 +155,7 @@ TABLE: dict[str, dict[str, str]] = {
     "Conversation.edit": {"messages": "history"},
     "Conversation.save": {"path": "path"},
     "Conversation.restore": {"path": "path"},
-    "Session.new_state": {"batch": "small integer", "capacity": "integer"},
+    "Session.new_state": {"batch": "small integer", "capacity": "integer", "sources": "integers or None"},
     "Session.step": {"tokens": "array", "state": "object", "lengths": "integers or None", "logits": "choice",
                      "progress": "function or None"},
     "Session.best": {"tokens": "array", "state": "object", "count": "small integer"},
