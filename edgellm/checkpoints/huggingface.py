@@ -63,7 +63,7 @@ def _source(path: Path, config: Mapping[str, Any]) -> tuple[TensorSource, str, l
     """The weights as floats, what they are stored in, and what to tell of it."""
     stored = find_weights(path)
     try:
-        found = dequantized(config, stored)
+        found = dequantized(config, stored, path)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if found is None:

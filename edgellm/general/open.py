@@ -15,9 +15,11 @@ import torch
 from edgellm.checkpoints import Checkpoint
 from edgellm.checkpoints.assemble import fill
 from edgellm.checkpoints.files import read_json
+from edgellm.checkpoints.find_weights import find_weights
 from edgellm.checkpoints.huggingface_text import read_text_files
 from edgellm.checkpoints.lora_source import ADAPTER_CONFIG
-from edgellm.checkpoints.weights import CheckpointWeights
+from edgellm.checkpoints.quantized.find import dequantized
+from edgellm.checkpoints.weights import CheckpointWeights, TensorSource
 from edgellm.errors import CheckpointError, UnsupportedError
 from edgellm.general.model import GeneralModel
 from edgellm.general.probe import FOREIGN_FAULTS, told
@@ -56,7 +58,7 @@ def open_general(path: Path, *, trust_remote_code: bool = False, fused: bool = T
 
     Returns:
         The checkpoint, its model's parameters on the meta device, with ``weights`` to read them one by one; where
-        transformers had to load them itself (a quantized folder, an adapter), in memory and without.
+        transformers had to load them itself (a folder that only it can dequantize, an adapter), in memory and without.
 
     Raises:
         CheckpointError: transformers is not installed or does not know the model, or it has no form here.
@@ -75,7 +77,8 @@ def open_general(path: Path, *, trust_remote_code: bool = False, fused: bool = T
         )
     _check_beside(path, config, trust_remote_code)
     _check_known(path, kind, config, trust_remote_code)
-    model, source, weights = _opened(path, config, trust_remote_code)
+    floats, stored_as = (None, ()) if (path / ADAPTER_CONFIG).exists() else _as_floats(path, config)
+    model, source, weights = _opened(path, floats, trust_remote_code)
     tokens = _tokens(model)
     vocab = int(model.config.get_text_config().vocab_size)
     with torch.no_grad(), resident(model, weights or OwnWeights(model), vocab_size=vocab):
@@ -96,7 +99,7 @@ def open_general(path: Path, *, trust_remote_code: bool = False, fused: bool = T
         architecture=kind, model=ours, tokenizer_json=text.tokenizer_json, chat_template=text.chat_template,
         bos_token_id=text.bos_token_id, eos_token_ids=text.eos_token_ids, add_bos=text.add_bos,
         source=f"Hugging Face, {kind}, through transformers", special_tokens=text.special_tokens,
-        weights=weights, generation=text.generation, notes=(note, *ours.notes, *text.notes),
+        weights=weights, generation=text.generation, notes=(note, *stored_as, *ours.notes, *text.notes),
     )  # fmt: skip
 
 
@@ -134,20 +137,22 @@ def _registered(kind: str) -> bool:
 
 
 def _opened(
-    path: Path, config: Mapping[str, Any], trust_remote_code: bool
+    path: Path, floats: TensorSource | None, trust_remote_code: bool
 ) -> tuple[Any, Converted | None, CheckpointWeights | None]:
     """Transformers' model and where its weights are; None where it holds them, because it had to load them itself."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with _offline(), _told(path):
-        if config.get("quantization_config") is None and not (path / ADAPTER_CONFIG).exists():
+        if floats is not None:
             found = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+            if hasattr(found, "quantization_config"):  # the weights are read as the floats that they stand for
+                del found.quantization_config
             with built_without_weights():
                 model = AutoModelForCausalLM.from_config(
                     found, trust_remote_code=trust_remote_code, dtype=torch.float32
                 ).eval()
             with contextlib.suppress(CannotStream):
-                return model, *weights_of(model, path)
+                return model, *weights_of(model, floats, path)
         model, said = AutoModelForCausalLM.from_pretrained(
             path, local_files_only=True, trust_remote_code=trust_remote_code, dtype=torch.float32,
             output_loading_info=True,
@@ -155,6 +160,16 @@ def _opened(
     if absent := sorted(said["missing_keys"]):
         raise CheckpointError(f"{path}: tensor {absent[0]} and {len(absent) - 1} more are missing; copy it again")
     return model.eval(), None, None
+
+
+def _as_floats(path: Path, config: Mapping[str, Any]) -> tuple[TensorSource | None, tuple[str, ...]]:
+    """The folder's tensors, quantized ones as floats, and a note on it; None where transformers alone may know how."""
+    stored = find_weights(path)
+    try:
+        found = dequantized(config, stored, path)
+    except CheckpointError:
+        return None, ()
+    return (stored, ()) if found is None else (found.source, (found.note,))
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from edgellm.checkpoints.assemble import shared_names
-from edgellm.checkpoints.find_weights import find_weights
 from edgellm.checkpoints.weights import CheckpointWeights, Layout, TensorSource
+from edgellm.codes import CodedWeights, CodeFormat, StoredCodes
 from edgellm.errors import CheckpointError
 
 __all__ = ["CannotStream", "Converted", "built_without_weights", "renamed", "weights_of"]
@@ -80,6 +80,17 @@ class Converted:
             return self._source.read(self._renamed[name], rows)
         made = self._run(self._converted[name], lambda source, stored: source.read(stored).float())[name]
         return made if rows is None else made[rows[0] : rows[1]]
+
+    def code_format(self, name: str) -> CodeFormat | None:
+        """See :class:`edgellm.codes.CodedWeights`; none of what is put together."""
+        if name not in self._renamed or not isinstance(self._source, CodedWeights):
+            return None
+        return self._source.code_format(self._renamed[name])
+
+    def codes(self, name: str) -> StoredCodes:
+        """See :class:`edgellm.codes.CodedWeights`."""
+        assert isinstance(self._source, CodedWeights)
+        return self._source.codes(self._renamed[name])
 
     def _run(self, group: _Group, read: Any) -> dict[str, Tensor]:
         """All that a group makes, of what ``read`` gives for a stored name."""
@@ -154,12 +165,13 @@ def _ignored(model: Any) -> str:
     return "|".join(f"({pattern})" for pattern in sorted({*said, r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"}))
 
 
-def weights_of(model: Any, path: Path) -> tuple[Converted, CheckpointWeights]:
+def weights_of(model: Any, stored: TensorSource, path: Path) -> tuple[Converted, CheckpointWeights]:
     """Where the weights of a model that was built without are; buffers that are stored are read into it.
 
     Args:
         model: of transformers, its parameters on the meta device.
-        path: the folder.
+        stored: the folder's tensors.
+        path: the folder, for messages.
 
     Returns:
         The tensors, and the model's parameters among them.
@@ -168,12 +180,12 @@ def weights_of(model: Any, path: Path) -> tuple[Converted, CheckpointWeights]:
         CannotStream: as :class:`Converted`.
         CheckpointError: a tensor is missing, unknown, or of another shape.
     """
-    source = Converted(find_weights(path), model)
+    source = Converted(stored, model)
     weights = CheckpointWeights(*_expected(model, source), source, Layout(), dtype=torch.float32, path=path)
-    stored = {name: t for name, t in model.state_dict().items() if not t.is_meta and name in source.shapes}
-    if odd := next((name for name, tensor in stored.items() if not tensor.is_floating_point()), None):
-        raise CannotStream(f"{odd} is a buffer of {stored[odd].dtype}")
-    model.load_state_dict({name: weights.read(name) for name in stored}, assign=True, strict=False)
+    buffers = {name: t for name, t in model.state_dict().items() if not t.is_meta and name in source.shapes}
+    if odd := next((name for name, tensor in buffers.items() if not tensor.is_floating_point()), None):
+        raise CannotStream(f"{odd} is a buffer of {buffers[odd].dtype}")
+    model.load_state_dict({name: weights.read(name) for name in buffers}, assign=True, strict=False)
     return source, weights
 
 

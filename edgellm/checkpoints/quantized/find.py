@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from edgellm.checkpoints.files import read_json
 from edgellm.checkpoints.quantized.awq import find_awq
 from edgellm.checkpoints.quantized.bitsandbytes import find_bitsandbytes
 from edgellm.checkpoints.quantized.compressed_tensors import find_compressed_tensors
@@ -28,6 +30,7 @@ _METHODS: Mapping[str, _Find] = {
     "bitsandbytes": find_bitsandbytes,
     "mxfp4": find_mxfp4,
 }
+_OLDER: Mapping[str, str] = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _AUTO_ROUND: Mapping[str, str] = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}
 
 
@@ -39,17 +42,22 @@ class Dequantized(NamedTuple):
     note: str
 
 
-def dequantized(config: Mapping[str, Any], stored: RawSource) -> Dequantized | None:
+def dequantized(
+    config: Mapping[str, Any], stored: RawSource, folder: Path | None = None
+) -> Dequantized | None:  # fmt: skip
     """Read a checkpoint's tensors as floats where it was quantized; None where it was not.
 
     Args:
         config: its ``config.json``.
         stored: what its files hold.
+        folder: where older tools put the settings in a file of their own.
 
     Raises:
         CheckpointError: a method or a setting that is not known, or tensors that do not belong together.
     """
     settings = next((config[key] for key in KEYS if config.get(key)), None)
+    if settings is None and folder is not None:
+        settings = _beside(folder)
     if settings is None:
         return None
     if not isinstance(settings, dict):
@@ -60,6 +68,14 @@ def dequantized(config: Mapping[str, Any], stored: RawSource) -> Dequantized | N
     count = f"{len(weights)} matrices are" if len(weights) > 1 else "1 matrix is"
     note = f"{count} stored as {method}, and read as the floats that this stands for"
     return Dequantized(QuantizedSource(stored, weights, ignored), method, note)
+
+
+def _beside(folder: Path) -> dict[str, Any] | None:
+    """The settings in a file of their own, which says no method's name."""
+    for name, method in _OLDER.items():
+        if (folder / name).exists():
+            return {"quant_method": method, **read_json(folder / name)}
+    return None
 
 
 def _method(settings: Mapping[str, Any]) -> _Find:
