@@ -210,23 +210,46 @@ def _tensor(config: Qwen3NextConfig, _values: Values, name: str, tensor: Tensor)
     return tensor
 
 
-def _experts() -> dict[str, Key]:
+def _experts(count: int, chosen: int, **more: Key) -> dict[str, Key]:
+    """The keys of mixtures of experts.
+
+    Args:
+        count: experts where the file does not say.
+        chosen: of them, a token's.
+        more: which layers have a mixture, and how its experts are weighted.
+    """
     return {
-        "decoder_sparse_step": _sparse,
-        "mlp_only_layers": METADATA,
-        "num_experts": whole("num_experts", default=512),
-        "num_experts_per_tok": whole("num_chosen", default=10),
+        "num_experts": whole("num_experts", default=count),
+        "num_experts_per_tok": whole("num_chosen", default=chosen),
         "moe_intermediate_size": whole("expert_width", default=512),
         "shared_expert_intermediate_size": whole("shared_width", default=512),
-        "norm_topk_prob": flag("normalised", default=True),
         **dict.fromkeys(("router_aux_loss_coef", "output_router_logits"), METADATA),  # of training
         **dict.fromkeys(("num_local_experts", "n_routed_experts"), METADATA),  # the same number again
+        **more,
     }
 
 
 HUGGING_FACE = HuggingFace(
     types={
-        "qwen3_next": Variant(keys=_experts()),
+        "qwen3_next": Variant(
+            keys=_experts(
+                512,
+                10,
+                decoder_sparse_step=_sparse,
+                mlp_only_layers=METADATA,
+                norm_topk_prob=flag("normalised", default=True),
+            )
+        ),
+        "qwen3_5_moe_text": Variant(
+            fields={"packed": False},
+            keys={
+                "vocab_size": whole("vocab_size", default=248320),
+                "layer_types": _pattern(40),
+                **_experts(256, 8),
+                "decoder_sparse_step": _sparse,  # every layer, for the file does not say
+                "intermediate_size": whole("mlp_width", default=1),  # of no layer
+            },
+        ),
         "qwen3_5_text": Variant(
             fields={"packed": False},
             keys={

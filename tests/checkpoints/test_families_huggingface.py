@@ -129,6 +129,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("Qwen3Next", QWEN3_NEXT),
     ("Qwen3Next", QWEN3_NEXT | {"mlp_only_layers": [1], "norm_topk_prob": False, "linear_num_value_heads": 2}),
     ("Qwen3Next", QWEN3_NEXT | {"decoder_sparse_step": 2, "layer_types": None, "num_hidden_layers": 4}),
+    ("Qwen3_5Moe", {name: value for name, value in QWEN3_NEXT.items() if name != "intermediate_size"}),
     ("RecurrentGemma", RECURRENT_GEMMA),
     (
         "RecurrentGemma",
@@ -144,8 +145,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 
 # A norm over what a memory has just begun to hold: transformers' own float32 is 7e-6 from float64 there.
-CLOSE = {"Qwen3_5": 2e-5, "Qwen3Next": 2e-5}
-CONFIGS = {"Qwen3_5": "Qwen3_5TextConfig"}  # of models whose configuration has another name
+CLOSE = {"Qwen3_5": 2e-5, "Qwen3_5Moe": 2e-5, "Qwen3Next": 2e-5}
+CONFIGS = {
+    "Qwen3_5": "Qwen3_5TextConfig",
+    "Qwen3_5Moe": "Qwen3_5MoeTextConfig",
+}  # of models whose configuration has another name
 
 
 def scrambled(kind: str, options: dict[str, Any]) -> Any:
