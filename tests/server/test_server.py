@@ -53,7 +53,7 @@ def test_wrong_bodies_are_told_and_the_next_request_is_answered() -> None:
             (b'{"messages": []}', 400, "'model'"), (b'{"model": "tiny"}', 400, "'messages'"),
             (b'{"model": "tiny", "messages": []}', 400, "at least one message"),
             (b'{"model": "tiny", "messages": ["x"]}', 400, "must be an object"),
-            (b'{"model": "tiny", "messages": [{"role": "tool", "content": "x"}]}', 400, "must be one of"),
+            (b'{"model": "tiny", "messages": [{"role": "robot", "content": "x"}]}', 400, "must be one of"),
             (b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}', 400, "surrogate"),
             (json.dumps({**CHAT, "user": "x" * 3000}).encode(), 413, "larger than 2048 bytes"),
         ):  # fmt: skip

@@ -55,6 +55,10 @@ class Asked:
                 raise ApiError("The request was ended.", 503, code="cancelled")
             yield event.answer, event.chunk
 
+    def answer(self, index: int) -> Generation:
+        """One that is whole."""
+        return self._found[index]
+
     @property
     def found(self) -> list[Generation]:
         """The answers that are whole."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from edgellm_runtime.arguments import shown
 from edgellm_runtime.server.faults import ApiError
+from edgellm_runtime.server.tools import with_calls
 
 __all__ = ["messages_of", "text_of"]
 
@@ -37,16 +38,30 @@ def messages_of(given: Any, *, roles: tuple[str, ...]) -> list[dict[str, Any]]:
         if role not in roles:
             raise ApiError(f"Invalid value for '{where}.role': {shown(role)}; it must be one of {', '.join(roles)}.",
                            param=f"{where}.role", code="invalid_value")  # fmt: skip
-        for name in ("tool_calls", "tool_call_id", "function_call", "audio"):
+        for name in ("function_call", "audio"):
             if message.get(name):
                 raise ApiError(f"'{where}.{name}' is not supported by this server.", param=f"{where}.{name}",
                                code="unsupported_parameter")  # fmt: skip
         if unknown := sorted(message.keys() - _KNOWN):
             raise ApiError(f"Unrecognized request argument supplied: {where}.{unknown[0][:100]}",
                            param=where, code="unknown_parameter")  # fmt: skip
-        content = text_of(message.get("content"), f"{where}.content")
-        found.append({"role": "system" if role in _SYSTEM else role, "content": content})
+        found.append(_message(message, "system" if role in _SYSTEM else role, where))
     return found
+
+
+def _message(message: dict[str, Any], role: str, where: str) -> dict[str, Any]:
+    if role == "assistant" and message.get("tool_calls"):
+        content = message.get("content")
+        text = text_of(content, f"{where}.content") if content else ""
+        return {"role": role, "content": text, "tool_calls": with_calls(message, where)}
+    if message.get("tool_calls"):
+        raise ApiError(f"'{where}.tool_calls' is for the assistant's messages.", param=f"{where}.tool_calls")
+    made: dict[str, Any] = {"role": role, "content": text_of(message.get("content"), f"{where}.content")}
+    if role == "tool":
+        made["tool_call_id"] = str(message.get("tool_call_id") or "")
+        if message.get("name"):
+            made["name"] = str(message["name"])
+    return made
 
 
 def text_of(content: Any, where: str) -> str:

@@ -17,14 +17,17 @@ from edgellm_runtime.server.asking import Asked, ask
 from edgellm_runtime.server.call import Call, JsonText, event
 from edgellm_runtime.server.faults import ApiError
 from edgellm_runtime.server.fields import Fields
+from edgellm_runtime.server.forms import grammar_for, wanted_schema
 from edgellm_runtime.server.host import Hosted
 from edgellm_runtime.server.messages_fields import messages_of
-from edgellm_runtime.server.openai_shared import chat_logprobs, reason_of, refuse_later, usage_of, wants_usage
+from edgellm_runtime.server.openai_shared import chat_logprobs, reason_of, usage_of, wants_usage
 from edgellm_runtime.server.sampling_fields import openai_options
+from edgellm_runtime.server.tools import Held, Tools, openai_tools, parts_of, tool_call
+from edgellm_runtime.text.answer_parts import AnswerParts
 
 __all__ = ["chat"]
 
-_ROLES = ("system", "developer", "user", "assistant")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 _MOST_TOP = 20  # most probable tokens beside each
 
 
@@ -38,6 +41,8 @@ class _Wanted:
     answers: int
     stream: bool
     usage: bool
+    tools: Tools
+    schema: Any
 
 
 async def chat(call: Call) -> Response:
@@ -45,34 +50,51 @@ async def chat(call: Call) -> Response:
     hosted = call.host.find(call.fields.need("model"))
     call.model = hosted.name
     wanted = _wanted(call.fields, hosted)
-    template = hosted.model.chat_template
-    asked = await ask(
-        hosted, lambda: template.encode(wanted.messages, template_variables=wanted.variables), answers=wanted.answers,
-        timeout=call.options.timeout, options=wanted.options,
-    )  # fmt: skip
+    template, tools = hosted.model.chat_template, wanted.tools
+    if wanted.schema is not None:
+        wanted.options["grammar"] = await grammar_for(hosted, wanted.schema)
+
+    def prompt() -> list[int]:
+        tools.check_template(hosted)
+        return template.encode(wanted.messages, tools=list(tools.offered) or None, template_variables=wanted.variables)
+
+    asked = await ask(hosted, prompt, answers=wanted.answers, timeout=call.options.timeout, options=wanted.options)
     call.asked.append(asked)
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": hosted.name,
         "system_fingerprint": hosted.fingerprint,
     }  # fmt: skip
     if wanted.stream:
-        return streamed(call, _events(call, asked, hosted, head, usage=wanted.usage))
+        return streamed(call, _events(call, asked, hosted, head, tools, usage=wanted.usage))
     answers = await completed(call)
     choices = [
         {
             "index": i,
-            "message": {"role": "assistant", "content": a.text, "refusal": None},
+            "message": _said(parts),
             "logprobs": _logprobs(hosted, a),
-            "finish_reason": reason_of(a.finish_reason),
+            "finish_reason": "tool_calls" if parts.tool_calls else reason_of(a.finish_reason),
         }
-        for i, a in enumerate(answers)
-    ]
+        for i, a in enumerate(answers) for parts in [parts_of(hosted, a, tools)]
+    ]  # fmt: skip
     return JsonText({**head, "object": "chat.completion", "choices": choices, "usage": usage_of([asked])})
 
 
+def _said(parts: AnswerParts) -> dict[str, Any]:
+    """The assistant's message."""
+    said: dict[str, Any] = {"role": "assistant", "content": parts.content, "refusal": None}
+    if parts.tool_calls:
+        said["content"] = parts.content or None
+        said["tool_calls"] = [tool_call(c.name, c.json_arguments) for c in parts.tool_calls]
+    return said
+
+
 def _wanted(fields: Fields, hosted: Hosted) -> _Wanted:
-    refuse_later(fields)
+    tools, schema = openai_tools(fields), wanted_schema(fields.object("response_format"), "response_format")
+    if tools.required:
+        schema = tools.schema
     fields.refuse(
+        functions=([],),
+        function_call=("none", "auto"),
         audio=(),
         modalities=(["text"],),
         prediction=(),
@@ -103,6 +125,8 @@ def _wanted(fields: Fields, hosted: Hosted) -> _Wanted:
         answers=fields.integer("n", 1, hosted.scheduler.options.rows) or 1,
         stream=stream,
         usage=wants_usage(fields, stream=stream),
+        tools=tools,
+        schema=schema,
     )
     fields.done()
     return wanted
@@ -116,26 +140,34 @@ def _logprobs(hosted: Hosted, answer: Generation) -> dict[str, Any] | None:
 
 
 async def _events(
-    call: Call, asked: Asked, hosted: Hosted, head: dict[str, Any], *, usage: bool
+    call: Call, asked: Asked, hosted: Hosted, head: dict[str, Any], tools: Tools, *, usage: bool
 ) -> AsyncIterator[bytes]:
-    """The answers as events; choices take turns as they come."""
+    """The answers as events; choices take turns as they come. What may be a call is held back until it is whole."""
     head = {**head, "object": "chat.completion.chunk", **({"usage": None} if usage else {})}
 
     def choice(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> bytes:
         made = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return event({**head, "choices": [made]})
 
-    started = set[int]()
+    started, held = set[int](), dict[int, Held]()
     async for index, chunk in asked.chunks():
         call.token_came()
         if index not in started:
             started.add(index)
             yield choice(index, {"role": "assistant", "content": "", "refusal": None})
-        logprobs = _chunk_logprobs(hosted, chunk)
-        if chunk.text or logprobs:
-            yield choice(index, {"content": chunk.text}, None, logprobs)
+        logprobs, text = _chunk_logprobs(hosted, chunk), chunk.text
+        if tools.offered:
+            text = held.setdefault(index, Held()).push(text)
+        if text or logprobs:
+            yield choice(index, {"content": text}, None, logprobs)
         if chunk.finish_reason:
-            yield choice(index, {}, reason_of(chunk.finish_reason))
+            parts = parts_of(hosted, asked.answer(index), tools) if tools.offered else AnswerParts("")
+            if rest := held[index].rest(parts) if tools.offered else "":
+                yield choice(index, {"content": rest})
+            for at, made in enumerate(parts.tool_calls):
+                one = {"index": at, **tool_call(made.name, made.json_arguments)}
+                yield choice(index, {"tool_calls": [one]})
+            yield choice(index, {}, "tool_calls" if parts.tool_calls else reason_of(chunk.finish_reason))
     if usage:
         yield event({**head, "choices": [], "usage": usage_of([asked])})
     yield event("[DONE]")

@@ -15,6 +15,7 @@ from edgellm_runtime.server.asking import Asked, ask
 from edgellm_runtime.server.call import Call, JsonText, event
 from edgellm_runtime.server.faults import ApiError
 from edgellm_runtime.server.fields import Fields
+from edgellm_runtime.server.forms import grammar_for, wanted_schema
 from edgellm_runtime.server.messages_fields import messages_of
 from edgellm_runtime.server.sampling_fields import common_options
 
@@ -36,8 +37,10 @@ async def responses(call: Call) -> Response:
     instructions, given = fields.text("instructions"), _messages(fields.need("input"))
     if instructions is not None:
         given = [{"role": "system", "content": instructions}, *given]
-    stream = fields.flag("stream")
+    stream, schema = fields.flag("stream"), _schema(fields)
     fields.done()
+    if schema is not None:
+        options["grammar"] = await grammar_for(hosted, schema)
     template = hosted.model.chat_template
     asked = await ask(hosted, lambda: template.encode(given), timeout=call.options.timeout, options=options)
     call.asked.append(asked)
@@ -48,15 +51,18 @@ async def responses(call: Call) -> Response:
     return JsonText(made.response("incomplete" if answer.finish_reason == "length" else "completed", answer.text))
 
 
-def _refuse(fields: Fields) -> None:
+def _schema(fields: Fields) -> Any:
+    """The JSON schema that the answer is to be of; None: it is a text."""
     text = fields.object("text")
-    if text is not None:
-        form = text.get("format")
-        if form is not None and form != {"type": "text"}:
-            raise ApiError("'text.format' other than text is not supported by this server; leave it out.",
-                           param="text.format", code="unsupported_parameter")  # fmt: skip
-        text.refuse(verbosity=())
-        text.done()
+    if text is None:
+        return None
+    schema = wanted_schema(text.object("format"), "text.format")
+    text.refuse(verbosity=())
+    text.done()
+    return schema
+
+
+def _refuse(fields: Fields) -> None:
     fields.refuse(
         tools=([],), tool_choice=("none", "auto"), previous_response_id=(), conversation=(), background=(False,),
         include=([],), reasoning=({},), prompt=(), max_tool_calls=(), truncation=("disabled",), top_logprobs=(0,),
@@ -100,7 +106,7 @@ class _Made:
         self._said = {
             "model": model, "instructions": instructions, "max_output_tokens": most,
             "temperature": fields.get("temperature"), "top_p": fields.get("top_p"),
-            "metadata": fields.get("metadata") or {},
+            "metadata": fields.get("metadata") or {}, "text": fields.get("text") or {"format": {"type": "text"}},
         }  # fmt: skip
 
     def response(self, status: str, text: str | None) -> dict[str, Any]:
@@ -115,7 +121,7 @@ class _Made:
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None, **self._said,
             "output": [] if text is None else [self._message(status, text)], "parallel_tool_calls": False,
             "previous_response_id": None, "reasoning": {"effort": None, "summary": None}, "store": False,
-            "text": {"format": {"type": "text"}}, "tool_choice": "none", "tools": [], "truncation": "disabled",
+            "tool_choice": "none", "tools": [], "truncation": "disabled",
             "usage": None if text is None else self._usage(),
         }  # fmt: skip
 

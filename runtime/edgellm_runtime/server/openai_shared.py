@@ -12,16 +12,7 @@ from edgellm_runtime.server.faults import ApiError
 from edgellm_runtime.server.fields import Fields
 from edgellm_runtime.text.tokenizer import Tokenizer
 
-__all__ = ["chat_logprobs", "reason_of", "refuse_later", "usage_of", "wants_usage"]
-
-
-def refuse_later(fields: Fields) -> None:
-    """Refuse by name what is not there yet: tools, and answers of a given form."""
-    form = fields.get("response_format")
-    if form is not None and form != {"type": "text"}:
-        raise ApiError("'response_format' other than text is not supported by this server; leave it out.",
-                       param="response_format", code="unsupported_parameter")  # fmt: skip
-    fields.refuse(tools=([],), tool_choice=("none", "auto"), functions=([],), function_call=("none", "auto"))
+__all__ = ["chat_logprobs", "reason_of", "usage_of", "wants_usage"]
 
 
 def wants_usage(fields: Fields, *, stream: bool) -> bool:
