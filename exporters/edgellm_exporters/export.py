@@ -33,6 +33,7 @@ from edgellm_exporters.graph.targets import Target, find_target
 from edgellm_exporters.graph.write import WEIGHTS_FILE, Progress
 from edgellm_exporters.graph_sets import graph_set
 from edgellm_exporters.options import ExportOptions, TextAssets, check_encoder_options
+from edgellm_exporters.proof.far_row import FarStart, far_bounds, far_row, far_start
 from edgellm_exporters.proof.goldens import GREEDY, write_goldens
 from edgellm_exporters.proof.layer_bounds import layer_bounds, layers_in
 from edgellm_exporters.proof.parity import ParityReport, measure, unequal
@@ -170,14 +171,19 @@ def _build(
             traces, said = take_traces(
                 model, open_one, rows, GREEDY, whole="greedy" in bounds, max_context=made.context, sources=sources
             )  # fmt: skip
+            made_up = standing_in is None and sources is None
+            start = far_start(model, traces[0], made.context) if made_up else None
+            quantized = bool(plan.schemes or plan.cache)
+            far = None if start is None or quantized else far_row(model, start, {})
         bounds = {**bounds_with_a_favourite(bounds, traces), MEANING: 0.0}
         give_back()
         same, manifest = _same_numbers(
-            model, weights, plan, dataclasses.replace(manifest, bounds=bounds), rows, progress, sources
+            model, weights, plan, dataclasses.replace(manifest, bounds=bounds), rows, start, progress, sources
         )
         manifest = _write_manifest(scratch, manifest)
+        far = far or same.far
         layers = layers_in(scratch, traces[0]) if standing_in is None else []
-        write_goldens(traces, said, scratch, same.rows, meaning_of(Bundle(scratch, checksums=False)), layers)
+        write_goldens(traces, said, scratch, same.rows, meaning_of(Bundle(scratch, checksums=False)), layers, far)
         manifest = _write_manifest(scratch, manifest)
         del plan
         give_back()
@@ -190,6 +196,9 @@ def _build(
         first, copies = (same.rows or traces)[0], same.copies[: len(same.copies) // max(1, len(same.rows))]
         found = layer_bounds(Bundle(scratch, checksums=False), layers, first, copies, traces[0])
         manifest = dataclasses.replace(manifest, layers=found)
+    if far is not None:
+        held_far = far_bounds(Bundle(scratch, checksums=False), manifest.exact_bounds)
+        manifest = dataclasses.replace(manifest, far=held_far)
     manifest = _write_manifest(scratch, dataclasses.replace(manifest, measured=measured))
     manifest = _write_manifest(scratch, made.finish(scratch, manifest, progress))
     weight_bytes = sum(manifest.files[n].bytes for n in (*manifest.graph_files, WEIGHTS_FILE))
@@ -212,14 +221,14 @@ def _checked_generation(options: Mapping[str, Any], model: LanguageModel, text: 
 
 def _same_numbers(
     model: LanguageModel, weights: Weights, plan: Plan, manifest: Manifest, rows: Sequence[Sequence[int]],
-    progress: Progress, sources: Sources,
+    start: FarStart | None, progress: Progress, sources: Sources,
 ) -> tuple[ExactTraces, Manifest]:  # fmt: skip
     """PyTorch's traces with the numbers of a quantized bundle; in the manifest, why there are none."""
     if not plan.schemes and not plan.cache:
         return ExactTraces(), manifest
     progress("running PyTorch with the same numbers", 0.0)
     try:
-        return exact_traces(model, weights, plan, manifest.target["name"], rows, sources), manifest
+        return exact_traces(model, weights, plan, manifest.target["name"], rows, sources, start), manifest
     except QuantizeError as error:
         said = {**manifest.quantization, _FLOAT_ONLY: str(error)}
         return ExactTraces(), dataclasses.replace(manifest, quantization=said)

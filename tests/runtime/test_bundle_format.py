@@ -152,7 +152,7 @@ def test_graph_has_the_documented_inputs_and_outputs(make: Any) -> None:
 def test_goldens_are_as_documented(make: Any) -> None:
     bundle = make()
     data = json.loads((bundle / "goldens.json").read_text())
-    assert data.keys() == {"format", "traces", "meaning", "layers"}
+    assert data.keys() == {"format", "traces", "meaning", "layers", "far"}
     assert data["format"] == 1
     keys = table("| key | shape | meaning |").keys()
     for trace in data["traces"]:

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from edgellm_exporters.proof.far_row import FarRow
 from edgellm_exporters.proof.traces import Continuation, Trace, check_finite
+from edgellm_runtime.checks.far import FAR
 from edgellm_runtime.checks.layers import LAYERS, sampled_layer
 from edgellm_runtime.checks.meaning import MEANING
 from edgellm_runtime.checks.verify import GOLDENS
@@ -24,7 +26,7 @@ _TOP, _STATE_SAMPLES = 8, 16
 
 def write_goldens(
     traces: Sequence[Trace], said: Sequence[Continuation], directory: Path, exact: Sequence[Trace] = (),
-    meaning: Mapping[str, Any] | None = None, layers: Collection[str] = (),
+    meaning: Mapping[str, Any] | None = None, layers: Collection[str] = (), far: FarRow | None = None,
 ) -> None:  # fmt: skip
     """Write samples of what PyTorch computed.
 
@@ -34,12 +36,17 @@ def write_goldens(
         directory: of the bundle.
         exact: of PyTorch with the bundle's own numbers, where there are such.
         layers: paths of those whose outputs the bundle's graph names; samples are of the first row.
+        far: a row that begins far into the context.
         meaning: of the bundle's tokens and texts, as its loader has it.
     """
     sampled = [_sampled(trace, after) for trace, after in zip(traces, said, strict=True)]
     same = {"exact": [_sampled(trace, Continuation((), 1.0)) for trace in exact]} if exact else {}
     told = {MEANING: finite(meaning)} if meaning is not None else {}
-    data = {"format": 1, "traces": sampled, **same, **told, **_layers((exact or traces)[0], layers)}
+    data: dict[str, Any] = {"format": 1, "traces": sampled, **same, **told, **_layers((exact or traces)[0], layers)}
+    if far is not None:
+        sampled_far = _sampled(far.trace, Continuation((), 1.0))
+        del sampled_far["greedy"]
+        data[FAR] = {"past": far.start.past, "scales": dict(far.start.scales), **sampled_far}
     (directory / GOLDENS).write_text(json.dumps(data, allow_nan=False))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from edgellm.models.protocol import LanguageModel
 from edgellm.streaming import Weights, resident
 from edgellm_exporters.errors import QuantizeError
+from edgellm_exporters.proof.far_row import FarRow, FarStart, far_row
 from edgellm_exporters.proof.traces import Sources, Trace, traces
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.quantize.quantized_model import same_numbers
@@ -38,15 +39,17 @@ class ExactTraces:
     Args:
         rows: the trace of each row.
         copies: further traces of the same rows, in turn, as sums in another order might make them.
+        far: a row that begins far into the context.
     """
 
     rows: Sequence[Trace] = ()
     copies: Sequence[Trace] = ()
+    far: FarRow | None = None
 
 
 def exact_traces(
     model: LanguageModel, weights: Weights, plan: Plan, target: str, rows: Sequence[Sequence[int]],
-    sources: Sources = None,
+    sources: Sources = None, start: FarStart | None = None,
 ) -> ExactTraces:  # fmt: skip
     """What PyTorch computes with a plan's numbers, weights read one by one where the model's are.
 
@@ -57,6 +60,7 @@ def exact_traces(
         target: the bundle's.
         rows: token ids.
         sources: what they answer, where the model answers sources.
+        start: of a row far into the context, or None for no such row.
 
     Raises:
         QuantizeError: this reference cannot be had, and why.
@@ -70,9 +74,10 @@ def exact_traces(
     theirs = None if sources is None else [source for source in sources for _ in range(times)]
     with resident(found.model, found.weights):
         each = list(traces(found.model, repeated, theirs))  # type: ignore[arg-type]
+        far = None if start is None else far_row(found.model, start, plan.cache)  # type: ignore[arg-type]
     each = [dataclasses.replace(t, state={n: x for n, x in t.state.items() if n not in plan.cache}) for t in each]
     count = len(repeated) // len(rows)
-    return ExactTraces(each[::count], [trace for i, trace in enumerate(each) if i % count])
+    return ExactTraces(each[::count], [trace for i, trace in enumerate(each) if i % count], far)
 
 
 class _Noise:

@@ -86,6 +86,7 @@ class Manifest:
         layers: by the path of a layer whose output the graph names, what ``verify`` holds it to: ``bound``, of its
             samples' distance from PyTorch with its very numbers, ``rounding``, the most that sums in another order make
             of a token's output, and ``distance``, what the exporter found from the float model.
+        far: what it must hold to at a row that begins far into the context, likewise.
         measured: what the exporter measured against PyTorch, for people.
         task: what the model was trained to do; None: to go on with a text.
         generation: options of generation for whoever names no others; see :mod:`edgellm_runtime.option_ranges`.
@@ -110,6 +111,7 @@ class Manifest:
     bounds: Mapping[str, float] = field(default_factory=dict)
     exact_bounds: Mapping[str, float] = field(default_factory=dict)
     layers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    far: Mapping[str, float] = field(default_factory=dict)
     measured: Mapping[str, float] = field(default_factory=dict)
     task: TaskSpec | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
@@ -159,6 +161,7 @@ class Manifest:
             "bounds": dict(self.bounds),
             "exact_bounds": dict(self.exact_bounds),
             "layers": {path: dict(figures) for path, figures in self.layers.items()},
+            "far": dict(self.far),
             "measured": dict(self.measured),
             "task": None if self.task is None else self.task.to_json(),
             **({"generation": dict(self.generation)} if self.generation else {}),
@@ -245,6 +248,7 @@ class Manifest:
                 path: {k: _number(_a(dict, figures)[k]) for k in ("bound", "rounding", "distance")}
                 for path, figures in _a(dict, data.get("layers", {})).items()
             },
+            far={k: _number(v) for k, v in _a(dict, data.get("far", {})).items()},
             measured={k: _number(v) for k, v in _a(dict, data.get("measured", {})).items()},
             task=task, generation=_generation(data, width), vocab_size=_whole(data.get("vocab_size", 0)),
             **_roles(data, files, width), encoder=_encoder(data, files, signature),

@@ -13,7 +13,7 @@ from edgellm_runtime.bundle import MANIFEST, Bundle
 from edgellm_runtime.bundle.limits import limit_of, read_json
 from edgellm_runtime.errors import BundleError, first_line
 
-__all__ = ["EXACT", "GOLDENS", "Golden", "goldens_file", "read_goldens"]
+__all__ = ["EXACT", "GOLDENS", "Golden", "goldens_file", "parse_golden", "read_goldens"]
 
 GOLDENS = "goldens.json"
 EXACT = "exact"  # goldens of the same numbers, beside the float model's
@@ -69,7 +69,7 @@ def read_goldens(bundle: Bundle, key: str = "traces") -> list[Golden]:
         traces = read_json(file, limit_of(GOLDENS))[key]
         if len(traces) > _MAX_TRACES:
             raise ValueError(f"{len(traces)} rows, of at most {_MAX_TRACES}")
-        goldens = [_parse(trace, vocab, bundle.manifest.encoder is not None) for trace in traces]
+        goldens = [parse_golden(trace, vocab, bundle.manifest.encoder is not None) for trace in traces]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise BundleError(f"{file}: not goldens of this model ({first_line(error)}); export the model again") from error
     if not goldens:
@@ -82,7 +82,13 @@ def read_goldens(bundle: Bundle, key: str = "traces") -> list[Golden]:
     return goldens
 
 
-def _parse(trace: Any, vocab: int, sourced: bool) -> Golden:
+def parse_golden(trace: Any, vocab: int, sourced: bool = False) -> Golden:
+    """One golden as a file has it.
+
+    Raises:
+        ValueError: it is none of a model with so many logits.
+    """
+
     def array(value: Any, dtype: type, dims: int) -> Array:
         made: Array = np.asarray(value, dtype=dtype)
         if made.ndim != dims or not np.isfinite(made).all():

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from edgellm_runtime.bundle import GRAPH, Bundle
 from edgellm_runtime.checks.evaluate import logsumexp
+from edgellm_runtime.checks.far import FAR, far_golden, far_outputs
 from edgellm_runtime.checks.goldens import EXACT, GOLDENS, Golden, goldens_file, read_goldens
 from edgellm_runtime.checks.layers import LAYERS, layer_difference, layer_goldens, tapped
 from edgellm_runtime.checks.meaning import MEANING, differences
@@ -49,6 +50,9 @@ _WHAT = {
     "exact.kl": "the same numbers in PyTorch: mean KL divergence, nats a token",
     "exact.state": "the same numbers in PyTorch: carried state, relative difference",
     "kernels": "products of the library's kernels against NumPy's, largest relative difference; rounding is 0.006",
+    "far.logits": "logits against PyTorch's, largest difference relative to the largest logit",
+    "far.kl": "mean KL divergence from PyTorch's distribution, nats a token",
+    "far.state": "what was written to the state, relative difference from PyTorch's",
     "layers": "outputs of the layers against PyTorch's, times their bounds",
     "meaning": "tokens, texts, template and limits are those of the export",
     "greedy": "greedy continuations equal to PyTorch's, share of tokens",
@@ -130,6 +134,8 @@ def verify(
         checks += _exact(bundle, session)
         progress("layers")
         checks += _layers(bundle, session)
+        progress("far into the context")
+        checks += _far(bundle, session)
     return Verification((*checks, *_kernels(bundle, session)))
 
 
@@ -204,6 +210,24 @@ def _layers(bundle: Bundle, session: Session) -> list[Check]:
     off = [path for path, share in shares.items() if not share <= 1]
     found = held(LAYERS, float(np.max(list(shares.values()))), 1.0)
     return [replace(found, what=f"the first layer that is off is {off[0]}; {found.what}") if off else found]
+
+
+def _far(bundle: Bundle, session: Session) -> list[Check]:
+    """A row that begins far into the context, all at once and token by token."""
+    bounds = bundle.manifest.far
+    if not bounds or not _of_these_kernels(bundle, session):
+        return []
+    try:
+        far = far_golden(goldens_file(bundle)[FAR], session.width, session)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise BundleError(
+            f"{bundle.path}: no row far into its context ({first_line(error)}); export it again"
+        ) from error
+    found = [distance(far.golden, *far_outputs(session, far, single=single)) for single in (False, True)]
+    values = {name: float(np.max([figures[name] for figures in found])) for name in found[0]}
+    where = f"after {far.past} made-up tokens, "
+    made = (held(f"{FAR}.{name}", values.get(name, math.nan), bound) for name, bound in bounds.items())
+    return [replace(check, what=where + check.what) for check in made]
 
 
 def exact_figures(session: Session, goldens: Sequence[Golden]) -> dict[str, float]:

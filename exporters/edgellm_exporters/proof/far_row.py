@@ -1,0 +1,123 @@
+"""PyTorch's side of a row that begins far into the context, over a made-up past."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgellm.models.protocol import LanguageModel, Step
+from edgellm_exporters.proof.traces import Trace
+from edgellm_runtime.bundle import Bundle
+from edgellm_runtime.checks.far import FAR, far_golden, far_outputs, made_up, written_slots
+from edgellm_runtime.checks.goldens import goldens_file
+from edgellm_runtime.checks.verify import MARGIN, distance
+from edgellm_runtime.loading import open_session
+from edgellm_runtime.spec import StateSpec
+
+__all__ = ["FarRow", "FarStart", "far_bounds", "far_row", "far_start"]
+
+_TOKENS = 12
+_STATE_BYTES = 192 << 20  # of a row's past: what grows with it is as far into the context as this goes
+_SPREAD = 3**-0.5  # the standard deviation of what is even between -1 and 1
+_FLOORS: Mapping[str, Mapping[str, float]] = {  # what sums in another order cost
+    "float32": {"logits": 1e-4, "kl": 1e-6, "state": 1e-4}, "float16": {"logits": 0.02, "kl": 1e-4, "state": 0.01},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FarStart:
+    """Where a far row begins: tokens before it, the scales of its made-up state, and what it reads."""
+
+    past: int
+    scales: Mapping[str, float]
+    tokens: Sequence[int]
+
+
+@dataclass(frozen=True)
+class FarRow:
+    """What PyTorch computes for such a row; the trace's state is what its tokens write."""
+
+    start: FarStart
+    trace: Trace
+
+
+def far_start(model: LanguageModel, trace: Trace, max_context: int) -> FarStart | None:
+    """Where a far row may begin; None where the context is too short, or a state holds no float32 numbers.
+
+    Args:
+        model: the float model.
+        trace: of a short row; made-up numbers are as large as those of its state.
+        max_context: of the bundle.
+    """
+    specs, tokens = model.state_specs(), trace.tokens[:_TOKENS]
+    if not specs or any(spec.dtype != "float32" for spec in specs):
+        return None
+    grows = sum(spec.nbytes(1, 2) - spec.nbytes(1, 1) for spec in specs)
+    past = min(max_context - len(tokens), _STATE_BYTES // grows if grows else max_context)
+    if past <= len(trace.tokens) // 2:
+        return None
+    return FarStart(past, {spec.name: _scale(trace.state[spec.name]) for spec in specs}, tokens)
+
+
+def _scale(tensor: Tensor) -> float:
+    """A power of two, so that every dtype holds the made-up numbers."""
+    found = float(tensor.double().std(correction=0)) if tensor.numel() else 0.0
+    return 2.0 ** round(math.log2(found / _SPREAD)) if found > 1e-6 and math.isfinite(found) else 1.0
+
+
+@torch.no_grad()
+def far_row(model: LanguageModel, start: FarStart, codes: Mapping[str, NDArray[Any]]) -> FarRow | None:
+    """Run a far row; None where it gives no finite logits, for the model may not be made for such a past.
+
+    Args:
+        model: able to run.
+        start: of the row.
+        codes: scales of the caches that the bundle keeps in 8 bits, by state name.
+    """
+    length, specs = len(start.tokens), model.state_specs()
+    tokens = torch.tensor([list(start.tokens)])
+    lengths = torch.tensor([length], dtype=torch.int32)
+    step = Step(torch.tensor([start.past], dtype=torch.int32), lengths, torch.arange(length)[None])
+    past = {spec.name: _past(spec, start, length, codes.get(spec.name)) for spec in specs}
+    logits, state = model(tokens, past, step)
+    if not bool(logits.isfinite().all()):
+        return None
+    written = {s.name: state[s.name][written_slots(s, start.past, length)][0].clone() for s in specs}
+    return FarRow(start, Trace(list(start.tokens), logits[0], {n: t for n, t in written.items() if n not in codes}))
+
+
+def _past(spec: StateSpec, start: FarStart, length: int, scales: NDArray[Any] | None) -> Tensor:
+    whole = np.zeros(spec.resolve(1, start.past + length), dtype=np.float32)
+    if scales is None:
+        where, numbers = made_up(spec, start.past, start.scales[spec.name])
+    else:
+        where, numbers = made_up(dataclasses.replace(spec, dtype="int8"), start.past, 1.0)
+        numbers = numbers * scales.reshape(1, whole.shape[1], 1, whole.shape[3])
+    whole[where] = numbers
+    return torch.from_numpy(whole)
+
+
+def far_bounds(bundle: Bundle, bounds: Mapping[str, float]) -> dict[str, float]:
+    """What a finished bundle is held to at its far row: as the short rows are, or as far as measured with a margin.
+
+    Args:
+        bundle: its goldens written.
+        bounds: of the short rows' goldens, where they were measured.
+    """
+    data, found = goldens_file(bundle)[FAR], list[dict[str, float]]()
+    for threads in (1, 2):
+        session = open_session(bundle, device="cpu", threads=threads)
+        far = far_golden(data, bundle.manifest.width, session)
+        for single in (False, True):
+            found.append(distance(far.golden, *far_outputs(session, far, single=single)))
+    floors = _FLOORS[bundle.manifest.dtype]
+    names = [name for name in floors if name != "state" or far.golden.state]
+    return {n: max(MARGIN * max(f[n] for f in found), bounds.get(n, 0.0), floors[n]) for n in names}

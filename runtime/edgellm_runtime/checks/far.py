@@ -1,0 +1,140 @@
+"""A row that begins far into the context, over a past that both sides make from numbers alone.
+
+To read thousands of tokens would take PyTorch minutes. A step does not ask how its past came about: it is given a state
+whose numbers come from a counter, and reads a few tokens after it. So positions, windows and slots are tried where
+goldens of short rows never come.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellm_runtime.checks.goldens import Golden, parse_golden
+from edgellm_runtime.session import Session
+from edgellm_runtime.spec import StateSpec
+from edgellm_runtime.state import State
+from edgellm_runtime.state.storage import HOST
+
+__all__ = ["FAR", "FarGolden", "far_golden", "far_outputs", "made_up", "slots_filled", "written_slots"]
+
+FAR = "far"  # in the goldens
+_NEAR, _SPREAD = 32, 32  # slots before the new tokens, and slots before those, that hold something
+_LEVELS = 64  # of numbers, on either side of 0: every float holds them, and so do codes of a cache
+_MOST_BYTES = 1 << 30  # of a state that goldens ask for
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class FarGolden:
+    """What PyTorch computes for a row after a made-up past.
+
+    Args:
+        past: tokens that the row holds before.
+        scales: of the made-up numbers, by state name.
+        golden: of the tokens after it; its state is what these write.
+    """
+
+    past: int
+    scales: Mapping[str, float]
+    golden: Golden
+
+
+def far_golden(data: Mapping[str, Any], vocab: int, session: Session) -> FarGolden:
+    """Read one as a goldens file has it.
+
+    Raises:
+        ValueError: it does not fit the session's signature.
+    """
+    golden, past = parse_golden({**data, "greedy": []}, vocab), int(data["past"])
+    scales = {str(name): float(scale) for name, scale in data["scales"].items()}
+    total = past + len(golden.tokens)
+    if not 0 < past < total <= session.max_context or not all(map(math.isfinite, scales.values())):
+        raise ValueError(f"a past of {past} tokens in a context of {session.max_context}")
+    if missing := {spec.name for spec in session.signature.state} - scales.keys():
+        raise ValueError(f"no scale of {sorted(missing)}")
+    if sum(spec.nbytes(1, total) for spec in session.signature.state) > _MOST_BYTES:
+        raise ValueError(f"a state of more than {_MOST_BYTES} bytes")
+    return FarGolden(past, scales, golden)
+
+
+def slots_filled(past: int) -> Array:
+    """Which slots of a made-up past hold something: those just before its end, and some all over it."""
+    near = np.arange(max(0, past - _NEAR), past)
+    spread = np.linspace(0, max(0, past - _NEAR - 1), min(past, _SPREAD)).astype(np.int64)
+    return np.unique(np.concatenate([spread, near]))
+
+
+def made_up(spec: StateSpec, past: int, scale: float) -> tuple[tuple[Any, ...], Array]:
+    """Where a made-up past of one row has numbers, as an index into (1, ...), and these numbers.
+
+    Codes of a cache in 8 bits are whole numbers, whatever the scale.
+    """
+    shape = list(spec.resolve(1, 1))
+    axis = spec.axis if spec.update == "ring" else spec.capacity_axis
+    where: tuple[Any, ...] = (slice(None),)
+    if axis is not None:
+        slots = np.arange(min(past, spec.resolve(1, 1)[axis])) if spec.update == "ring" else slots_filled(past)
+        shape[axis] = len(slots)
+        where = (*[slice(None)] * axis, slots)
+    numbers = _numbers(spec.name, math.prod(shape)).reshape(shape)
+    return where, numbers if spec.dtype == "int8" else numbers / _LEVELS * scale
+
+
+def _numbers(name: str, count: int) -> Array:
+    """Whole numbers from -64 to 63 that follow from a name: splitmix64 of a counter (Steele et al. 2014)."""
+    with np.errstate(over="ignore"):
+        x = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(zlib.crc32(name.encode()))
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (x >> np.uint64(57)).astype(np.int64) - _LEVELS
+
+
+def far_outputs(session: Session, far: FarGolden, *, single: bool) -> tuple[Array, dict[str, Array]]:
+    """Read a far row's tokens, all at once or, the second half, one by one.
+
+    Returns:
+        Logits (time, vocab), and what the tokens wrote by state name; not of a cache in 8 bits.
+    """
+    length = len(far.golden.tokens)
+    state = _past_state(session, far, length)
+    cuts = (0, *range(length // 2, length + 1)) if single else (0, length)
+    parts = []
+    for start, end in itertools.pairwise(cuts):
+        parts.append(session.step(far.golden.tokens[None, start:end], state, logits="all")[0].copy())
+    written = {
+        s.name: np.asarray(state.read(s.name)[written_slots(s, far.past, length)][0])
+        for s in state.specs
+        if s.dtype != "int8"
+    }
+    return np.concatenate(parts), written
+
+
+def written_slots(spec: StateSpec, past: int, length: int) -> tuple[Any, ...]:
+    """Where, in a state (1, ...), is what the tokens after a past have written: all of it, unless slots are added."""
+    axis = spec.capacity_axis
+    if axis is None or spec.update == "ring":
+        return ()
+    return (*[slice(None)] * axis, slice(past, past + length))
+
+
+def _past_state(session: Session, far: FarGolden, length: int) -> State:
+    state = session.new_state(1, far.past + length)
+    for spec in state.specs:
+        where, numbers = made_up(spec, far.past, far.scales[spec.name])
+        tensor = state.tensors[spec.name]
+        if state.storage is HOST:  # pages of zeros that are never written take no memory
+            tensor[where] = numbers
+        else:
+            whole = np.zeros(spec.resolve(1, state.capacity), dtype=np.float32)
+            whole[where] = numbers
+            state.storage.write(spec, tensor, whole)
+    state.lengths[:] = far.past
+    return state

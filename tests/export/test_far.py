@@ -1,0 +1,86 @@
+"""A row that begins near the end of the context finds what short rows cannot see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from families import CONTEXT, make
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mutations import Numbers
+from tiny_files import copied
+
+from edgellm_exporters.export import ExportOptions, export
+from edgellm_runtime import open_session
+from edgellm_runtime.bundle import Bundle
+from edgellm_runtime.checks.far import FAR, far_golden, made_up, slots_filled
+from edgellm_runtime.checks.goldens import goldens_file
+from edgellm_runtime.checks.verify import Check, verify
+from edgellm_runtime.spec import StateSpec
+
+CACHE = StateSpec("layers.0.k", ("batch", 2, "capacity", 4), "float32", "append")
+
+
+def checked(path: Path, threads: int = 1) -> dict[str, Check]:
+    bundle = Bundle(path)
+    session = open_session(bundle, device="cpu", threads=threads)
+    return {check.name: check for check in verify(bundle, session).checks}
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("local and mixed", ExportOptions()), ("state space", ExportOptions(quantize="int4")),
+        ("decoder", ExportOptions(kv_cache="int8")), ("memory", ExportOptions(target="onnx", quantize="int8")),
+        ("decoder", ExportOptions(target="cuda", dtype="float16")),
+    ],
+)  # fmt: skip
+def test_a_bundle_holds_near_the_end_of_its_context(family: str, options: ExportOptions, tmp_path: Path) -> None:
+    export(make(family), tmp_path / "b", options=options)
+    found = checked(tmp_path / "b", threads=2)
+    assert all(check.ok for check in found.values())
+    assert "far.logits" in found
+    assert f"after {CONTEXT - 12} made-up tokens" in found["far.kl"].what
+
+
+def test_the_far_end_of_a_rotary_table_is_tried(tmp_path: Path) -> None:
+    export(make("decoder"), tmp_path / "source", options=ExportOptions(quantize="int8"))
+    numbers = Numbers(copied(tmp_path / "source", tmp_path))
+    table = numbers.get("rotary.cos")
+    table[CONTEXT - 8 :] *= -1
+    numbers.put("rotary.cos", table)
+    numbers.write()
+    wrong = {name for name, check in checked(tmp_path / "bundle").items() if not check.ok}
+    assert wrong == {"far.logits", "far.kl", "far.state"}
+
+
+def test_a_made_up_past_is_the_same_wherever_it_is_made() -> None:
+    where, numbers = made_up(CACHE, 5, 2.0)
+    assert numbers.shape == (1, 2, 5, 4)
+    assert np.zeros((1, 2, 9, 4))[where].shape == numbers.shape
+    np.testing.assert_array_equal(numbers.reshape(-1)[:4], FIRST)
+    assert not np.array_equal(
+        made_up(StateSpec("h", ("batch", 4), "float32", "replace"), 5, 1.0)[1][0], numbers[0, 0, 0]
+    )
+
+
+FIRST = [1.53125, -1.4375, 0.125, -1.78125]
+
+
+@given(st.integers(1, 5000))
+@settings(max_examples=50, deadline=None)
+def test_slots_are_filled_to_the_end_of_the_past_and_never_beyond(past: int) -> None:
+    slots = slots_filled(past)
+    assert slots[-1] == past - 1
+    assert slots[0] == 0
+    assert len(slots) == min(past, len(slots)) <= 64
+
+
+def test_a_past_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    bundle = export(make("decoder"), tmp_path / "b").bundle
+    data, session = goldens_file(bundle)[FAR], open_session(bundle)
+    for changed in ({"past": CONTEXT}, {"past": 0}, {"scales": {}}, {"past": 1 << 40}):
+        with pytest.raises(ValueError, match=r"past|scale"):
+            far_golden({**data, **changed}, session.width, session)
