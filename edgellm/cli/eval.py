@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,25 @@ _MARGIN = 64  # tokens before a cut that the cut may have changed
               "no model, learned from these training examples.")  # fmt: skip
 @click.option("--predictions", type=click.Path(path_type=Path), metavar="FILE", help="With --task: write each answer "
               "there, JSON Lines.")  # fmt: skip
+@click.option("--write-receipt", is_flag=True, help="With --text and --against: write what was measured into the "
+              "bundle, for others to measure again.")  # fmt: skip
+@click.option("--receipt", is_flag=True, help="With --text: measure again what the bundle's receipt says, as it says; "
+              "with --against, the distance too.")  # fmt: skip
 @device_option
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 @click.pass_context
 def evaluate(
     context: click.Context, /, bundle: Path, file: Path | None, against: Path | None, tokens: int, window: int,
-    device: str, threads: int | None, as_json: bool, **of_task: Any,
-) -> None:  # fmt: skip
+    write_receipt: bool, receipt: bool, device: str, threads: int | None, as_json: bool, **of_task: Any,
+) -> int:  # fmt: skip
     """Measure how well BUNDLE predicts a text, or does its task.
 
     With --text: perplexity; with --against too, the KL divergence from the checkpoint's distribution (mean and 99th
     percentile, nats) and how often both have the same most likely token.
+
+    With --receipt: the figures of the bundle's receipt, over the very text (its sha256 is compared). The exit status is
+    0 if all are within 2%, 1 if one is not, and what may be why is printed; 2 if they cannot be compared.
 
     With --task and --data: the task's scores over examples asked one at a time, with the time that each takes and the
     memory. BUNDLE may be a checkpoint then, which PyTorch runs.
@@ -56,25 +64,40 @@ def evaluate(
     if of_task["task"] is not None:
         from edgellm.cli.eval_task import evaluate_model, print_report
 
-        _refuse(given & {"file", "against", "tokens"}, "goes without --task, which scores examples and no text")
+        _refuse(
+            given & {"file", "against", "tokens", "receipt", "write_receipt"},
+            "goes without --task, which scores examples and no text",
+        )
         if of_task["data"] is None:
             raise click.UsageError("--task needs its test data: --data FILE")
         with stages() as tell:
             result = evaluate_model(bundle, **of_task, window=window, device=device, threads=threads, tell=tell)
         print_json(result) if as_json else print_report(result)
-        return
+        return 0
     _refuse(given & of_task.keys(), "belongs to --task NAME, which is not given")
     if file is None:
         raise click.UsageError("nothing to measure; give --text FILE, or --task NAME and --data FILE")
+    if write_receipt and (receipt or against is None):
+        raise click.UsageError("--write-receipt needs --against CHECKPOINT, and goes without --receipt")
+    measure = partial(evaluate_bundle, bundle, file, against, device=device, threads=threads)
+    if receipt:
+        from edgellm.cli.receipt import measure_again
+
+        _refuse(given & {"tokens", "window"}, "goes without --receipt, which says how much to read")
+        with stages() as tell:
+            return measure_again(bundle, file, partial(measure, tell=tell), as_json=as_json)
     with stages() as tell:
-        result = evaluate_bundle(
-            bundle, file, against, tokens=tokens, window=window, device=device, threads=threads, tell=tell
-        )
+        result = measure(tokens=tokens, window=window, tell=tell)
+    if write_receipt:
+        from edgellm.cli.receipt import add_receipt
+
+        add_receipt(bundle, file, result, tokens=tokens, window=window)
     if as_json:
         print_json(result)
-        return
+        return 0
     for name, value in result.items():
         click.echo(f"{name:>22}  {value:.6g}" if isinstance(value, float) else f"{name:>22}  {value}")
+    return 0
 
 
 def _given(context: click.Context) -> set[str]:
@@ -119,7 +142,8 @@ def evaluate_bundle(
     report = compare(reference, model.session, windows, progress=lambda share: tell("comparing", share))
     return {
         "perplexity": report.perplexity, "tokens": report.tokens, "reference_perplexity": report.reference_perplexity,
-        "kl_mean": report.kl, "kl_p99": report.kl_p99, "top1_agreement": report.top1,
+        "kl_mean": report.kl, "kl_low": report.kl_interval[0], "kl_high": report.kl_interval[1],
+        "kl_p99": report.kl_p99, "top1_agreement": report.top1,
     }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edgellm.models.protocol import LanguageModel
 from edgellm_exporters.errors import ParityError
 from edgellm_exporters.proof.traces import Continuation, Sources, Trace, check_finite, continuations, traces
-from edgellm_runtime.checks.evaluate import distances, piece_length
+from edgellm_runtime.checks.evaluate import distances, mean_interval, piece_length
 from edgellm_runtime.checks.verify import Check, held
 from edgellm_runtime.session import Session
 from edgellm_runtime.state import State
@@ -38,6 +38,7 @@ class ParityReport:
         perplexity: the bundle's over the text.
         reference_perplexity: PyTorch's.
         first_divergence: window and position where the most likely tokens first differ, or None.
+        kl_interval: a 95% interval of ``kl``.
     """
 
     tokens: int
@@ -50,6 +51,7 @@ class ParityReport:
     perplexity: float
     reference_perplexity: float
     first_divergence: tuple[int, int] | None
+    kl_interval: tuple[float, float] = (float("nan"), float("nan"))
 
     def checks(self, bounds: dict[str, float]) -> list[Check]:
         """Its figures held to those bounds that it has a figure for."""
@@ -124,7 +126,7 @@ def measure(
         greedy=float(np.mean([s.agreed for s in said])) if said else 1.0,
         perplexity=_perplexity([p.nll for p in parts]),
         reference_perplexity=_perplexity([p.reference_nll for p in parts]),
-        first_divergence=first,
+        first_divergence=first, kl_interval=mean_interval(kl),
     )  # fmt: skip
 
 

@@ -108,7 +108,11 @@ class Bundle:
 
         It is of what the manifest says of the model and of its files, checksums included.
         """
-        said = {key: value for key, value in self.manifest.to_json().items() if key not in ("provenance", "measured")}
+        said = {
+            key: value
+            for key, value in self.manifest.to_json().items()
+            if key not in ("provenance", "measured", "receipt")
+        }
         return hashlib.sha256(json_text(said).encode()).hexdigest()
 
     def file(self, name: str) -> Path:

@@ -88,6 +88,7 @@ class Manifest:
             of a token's output, and ``distance``, what the exporter found from the float model.
         far: what it must hold to at a row that begins far into the context, likewise.
         measured: what the exporter measured against PyTorch, for people.
+        receipt: how well it predicts a text, for people and for whoever measures it again.
         task: what the model was trained to do; None: to go on with a text.
         generation: options of generation for whoever names no others; see :mod:`edgellm_runtime.option_ranges`.
         vocab_size: how many tokens there are; 0: as many as logits, which only a model that labels tokens differs from.
@@ -113,6 +114,7 @@ class Manifest:
     layers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     far: Mapping[str, float] = field(default_factory=dict)
     measured: Mapping[str, float] = field(default_factory=dict)
+    receipt: Mapping[str, Any] = field(default_factory=dict)
     task: TaskSpec | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
     vocab_size: int = 0
@@ -163,6 +165,7 @@ class Manifest:
             "layers": {path: dict(figures) for path, figures in self.layers.items()},
             "far": dict(self.far),
             "measured": dict(self.measured),
+            **({"receipt": dict(self.receipt)} if self.receipt else {}),
             "task": None if self.task is None else self.task.to_json(),
             **({"generation": dict(self.generation)} if self.generation else {}),
             "vocab_size": self.vocab_size,
@@ -250,6 +253,7 @@ class Manifest:
             },
             far={k: _number(v) for k, v in _a(dict, data.get("far", {})).items()},
             measured={k: _number(v) for k, v in _a(dict, data.get("measured", {})).items()},
+            receipt=_a(dict, data.get("receipt", {})),
             task=task, generation=_generation(data, width), vocab_size=_whole(data.get("vocab_size", 0)),
             **_roles(data, files, width), encoder=_encoder(data, files, signature),
         )  # fmt: skip
