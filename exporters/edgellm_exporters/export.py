@@ -33,11 +33,12 @@ from edgellm_exporters.graph.targets import Target, find_target
 from edgellm_exporters.graph.write import WEIGHTS_FILE, Progress
 from edgellm_exporters.graph_sets import graph_set
 from edgellm_exporters.options import ExportOptions, TextAssets, check_encoder_options
-from edgellm_exporters.proof.far_row import FarStart, far_bounds, far_row, far_start
+from edgellm_exporters.proof.far_row import FarStart, far_row, far_start
 from edgellm_exporters.proof.goldens import GREEDY, write_goldens
-from edgellm_exporters.proof.layer_bounds import layer_bounds, layers_in
+from edgellm_exporters.proof.layer_bounds import layers_in
+from edgellm_exporters.proof.measured_bounds import with_measured_bounds
 from edgellm_exporters.proof.parity import ParityReport, measure, unequal
-from edgellm_exporters.proof.same_numbers import ExactTraces, exact_traces, measured_exactly
+from edgellm_exporters.proof.same_numbers import ExactTraces, exact_traces
 from edgellm_exporters.proof.samples import golden_rows
 from edgellm_exporters.proof.stand_in import bounds_in, proved_on, stand_in, stand_in_session
 from edgellm_exporters.proof.text import TEMPLATE, TOKENIZER, check_text
@@ -52,7 +53,7 @@ from edgellm_exporters.weights.widened import widened
 from edgellm_runtime.backends.ort import library
 from edgellm_runtime.bundle import MANIFEST, Bundle, FileInfo, Manifest, sha256_of
 from edgellm_runtime.checks.meaning import MEANING, meaning_of
-from edgellm_runtime.checks.verify import EXACT, Verification, exact_bounds, verify
+from edgellm_runtime.checks.verify import Verification, verify
 from edgellm_runtime.errors import OptionError
 from edgellm_runtime.loading import open_session
 from edgellm_runtime.option_ranges import check_defaults
@@ -189,16 +190,8 @@ def _build(
         give_back()
         parity, verification = _prove(Bundle(scratch), open_one(), traces, said, progress)
     measured = {k: getattr(parity, k) for k in ("logits", "kl", "top1", "state", "greedy")} | {"tokens": parity.tokens}
-    if same.rows:
-        manifest, exact = _held_exactly(scratch, manifest, same.copies)
-        measured |= exact
-    if layers:
-        first, copies = (same.rows or traces)[0], same.copies[: len(same.copies) // max(1, len(same.rows))]
-        found = layer_bounds(Bundle(scratch, checksums=False), layers, first, copies, traces[0])
-        manifest = dataclasses.replace(manifest, layers=found)
-    if far is not None:
-        held_far = far_bounds(Bundle(scratch, checksums=False), manifest.exact_bounds)
-        manifest = dataclasses.replace(manifest, far=held_far)
+    manifest, exact = with_measured_bounds(scratch, manifest, same, traces[0], layers, far)
+    measured |= exact
     manifest = _write_manifest(scratch, dataclasses.replace(manifest, measured=measured))
     manifest = _write_manifest(scratch, made.finish(scratch, manifest, progress))
     weight_bytes = sum(manifest.files[n].bytes for n in (*manifest.graph_files, WEIGHTS_FILE))
@@ -232,13 +225,6 @@ def _same_numbers(
     except QuantizeError as error:
         said = {**manifest.quantization, _FLOAT_ONLY: str(error)}
         return ExactTraces(), dataclasses.replace(manifest, quantization=said)
-
-
-def _held_exactly(scratch: Path, manifest: Manifest, copies: Sequence[Trace]) -> tuple[Manifest, dict[str, float]]:
-    """The manifest with bounds for the goldens of the same numbers; and what was measured for them."""
-    measured = measured_exactly(scratch, copies)
-    bounded = dataclasses.replace(manifest, exact_bounds=exact_bounds(measured))
-    return bounded, {f"{EXACT}.{name}": value for name, value in measured.items()}
 
 
 def _floats_named(quantization: Mapping[str, Any]) -> list[str]:
