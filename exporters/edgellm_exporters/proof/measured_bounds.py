@@ -1,4 +1,4 @@
-"""The bounds that a finished bundle is held to wherever it runs on a processor of this kind: measured, never constants."""
+"""The bounds of a finished bundle on processors of the export's kind: measured, never constants."""
 
 from __future__ import annotations
 
