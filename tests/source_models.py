@@ -15,6 +15,7 @@ from tiny_bundles import text_assets
 from torch import nn
 
 from edgellm.models.bart import Bart, BartConfig
+from edgellm.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from edgellm.models.t5 import T5, T5Config
 from edgellm_exporters.export import ExportOptions, export
 
@@ -78,6 +79,24 @@ def t5_model(vocab_size: int = VOCAB) -> nn.Module:
     model = T5(config).eval()
     _scramble(model, 0.15)
     return model
+
+
+def own_model(kind: str) -> nn.Module:
+    """edgellm's own: an encoder of ``kind``, and a decoder of a recurrence and attention."""
+    torch.manual_seed(4)
+    config = EncoderDecoderConfig(
+        vocab_size=VOCAB, width=32, encoder=(kind, "attention"), decoder=("lstm", "attention"), num_heads=2,
+        recurrent_width=24, mlp_width=48, max_context=CONTEXT, max_source=30, tie_embeddings=False,
+    )  # fmt: skip
+    model = EncoderDecoder(config).eval()
+    _scramble(model, 0.3)
+    return model
+
+
+@functools.cache
+def own_bundle(target: str = "cpu") -> Path:
+    """A recurrence each way in the encoder, a recurrence and attention in the decoder; token ids only."""
+    return _made(own_model("gru"), target)
 
 
 def bart_model() -> nn.Module:

@@ -92,6 +92,10 @@ ENTRIES: Mapping[str, Entry] = {
     "xlstm": Entry(
         module="edgellm.models.xlstm", about="matrix memories", presets=("tiny",), huggingface=("xlstm",),
     ),
+    "encoder_decoder": Entry(
+        module="edgellm.models.encoder_decoder", about="encoder, recurrent or attentive decoder",
+        presets=("tiny", "recurrent"),
+    ),
     "bart": Entry(
         module="edgellm.models.bart", about="encoder and decoder, positions added", presets=("tiny",),
         huggingface=("bart", "marian"),

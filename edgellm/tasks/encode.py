@@ -20,11 +20,17 @@ __all__ = ["Encoded", "EncodedExamples", "class_weights_of", "encode_examples"]
 
 
 class Encoded(NamedTuple):
-    """One example: inputs, targets and weights are (time,)."""
+    """One example: inputs, targets and weights are (time,), a source (source,); it is empty where there is none."""
 
     inputs: npt.NDArray[np.int32]
     targets: npt.NDArray[np.int32]
     weights: npt.NDArray[np.float32]
+    source: npt.NDArray[np.int32] = np.zeros(0, np.int32)
+
+    @property
+    def size(self) -> int:
+        """Tokens to read."""
+        return len(self.inputs) + len(self.source)
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class EncodedExamples:
 
 def encode_examples(
     spec: TaskSpec, encode: Encode, token_id: TokenId, end: int, examples: Iterable[Example], *,
-    prompt_loss: float = 0.0, class_weights: Mapping[str, float] | None = None,
+    prompt_loss: float = 0.0, class_weights: Mapping[str, float] | None = None, start: Sequence[int] = (),
 ) -> EncodedExamples:  # fmt: skip
     """Encode examples for training.
 
@@ -56,6 +62,7 @@ def encode_examples(
         examples: of that task.
         prompt_loss: how much a prompt's tokens count beside the answer's.
         class_weights: how much examples with these answers, or words with these labels, count; None: all alike.
+        start: what answers begin with in a model that reads prompts as sources; none: prompt and answer are one row.
     """
     rows: list[Encoded] = []
     shortened = dropped = 0
@@ -65,7 +72,7 @@ def encode_examples(
             if spec.name == "srl":
                 rows.append(_labelled(spec, cached, token_id, example, class_weights or {}))
                 continue
-            row, cut = _answered(spec, cached, token_id, end, example, prompt_loss, class_weights or {})
+            row, cut = _answered(spec, cached, token_id, end, example, prompt_loss, class_weights or {}, start)
         except ContextError:
             dropped += 1
             continue
@@ -103,7 +110,7 @@ class _Cached:
 
 def _answered(
     spec: TaskSpec, encode: Encode, token_id: TokenId, end: int, example: Example, prompt_loss: float,
-    class_weights: Mapping[str, float],
+    class_weights: Mapping[str, float], start: Sequence[int],
 ) -> tuple[Encoded, bool]:  # fmt: skip
     answer = target_of(spec.name, example)
     fields = {name: str(example.get(name, "")) for name in FIELDS[spec.name]}
@@ -113,10 +120,12 @@ def _answered(
     target = [*encode(answer), end]
     if len(target) > spec.max_new_tokens:
         raise ContextError("the answer is too long")
-    tokens = np.array([*prompt.tokens, *target], dtype=np.int32)
-    weights = np.full(len(tokens) - 1, prompt_loss, dtype=np.float32)
-    weights[len(prompt.tokens) - 1 :] = class_weights.get(answer, 1.0)
-    return Encoded(tokens[:-1], tokens[1:], weights), prompt.cut
+    before = start or prompt.tokens
+    tokens = np.array([*before, *target], dtype=np.int32)
+    weights = np.full(len(tokens) - 1, 0.0 if start else prompt_loss, dtype=np.float32)
+    weights[len(before) - 1 :] = class_weights.get(answer, 1.0)
+    source = np.array(prompt.tokens if start else [], dtype=np.int32)
+    return Encoded(tokens[:-1], tokens[1:], weights, source), prompt.cut
 
 
 def _labelled(

@@ -28,11 +28,22 @@ class Batch:
         inputs: (rows, time) int64.
         targets: (rows, time) int64: what the logits at each position are to say.
         weights: (rows, time) float32, how much each position counts; None: every one alike.
+        sources: (rows, source) int64, what the rows answer, padded at the end; None: they go on with nothing.
+        source_lengths: (rows,) int32, how many tokens of each are valid.
     """
 
     inputs: Tensor
     targets: Tensor
     weights: Tensor | None = None
+    sources: Tensor | None = None
+    source_lengths: Tensor | None = None
+
+    @property
+    def given(self) -> tuple[Tensor, ...]:
+        """What :class:`edgellm.training.forward.Forward` takes."""
+        if self.sources is None or self.source_lengths is None:
+            return (self.inputs,)
+        return self.inputs, self.sources, self.source_lengths
 
     @property
     def weight(self) -> float:
@@ -42,7 +53,7 @@ class Batch:
     @property
     def tokens(self) -> int:
         """Tokens read, padding included."""
-        return self.inputs.numel()
+        return self.inputs.numel() + (0 if self.sources is None else self.sources.numel())
 
 
 class Batches(Protocol):

@@ -64,7 +64,7 @@ class ExampleBatches:
         for name, part in (("training", self._train), ("validation", self._validation)):
             if not part:
                 raise TrainingError(f"no {name} example fits; raise the context, or give shorter examples")
-        longest = max(len(row.inputs) for row in (*self._train, *self._validation))
+        longest = max(row.size for row in (*self._train, *self._validation))
         if longest > options.batch_tokens:
             raise TrainingError(
                 f"an example takes {longest} tokens, over batch_tokens {options.batch_tokens}; raise batch_tokens"
@@ -77,7 +77,7 @@ class ExampleBatches:
 
     def validation(self, options: TrainOptions, world: World) -> Iterator[Batch]:
         """At most ``eval_batches`` batches for each process, evenly spread over the lengths."""
-        order = np.argsort([len(row.inputs) for row in self._validation], kind="stable")
+        order = np.argsort([row.size for row in self._validation], kind="stable")
         batches = self._divided(self._validation, order, options.batch_tokens)
         count = min(len(batches), options.eval_batches * world.size)
         chosen = [batches[i * len(batches) // count] for i in range(count)]
@@ -96,7 +96,7 @@ class ExampleBatches:
         if key not in self._epochs:
             generator = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64)))
             order = generator.permutation(len(self._train))
-            lengths = np.array([len(row.inputs) for row in self._train])
+            lengths = np.array([row.size for row in self._train])
             batches = []
             for start in range(0, len(order), _POOL):
                 pool = order[start : start + _POOL]
@@ -109,11 +109,16 @@ class ExampleBatches:
         rows: Sequence[Encoded], order: npt.NDArray[np.int64], budget: int
     ) -> list[npt.NDArray[np.int64]]:  # fmt: skip
         """Rows, shortest first, into batches whose padded size keeps to a budget."""
-        batches, begin = [], 0
-        for end in range(1, len(order) + 1):
-            if end == len(order) or (end + 1 - begin) * len(rows[order[end]].inputs) > budget:
+        batches, begin, widest = [], 0, (0, 0)  # of the batch at hand, tokens of the longest row and source
+        for end, number in enumerate(order):
+            own = len(rows[number].inputs), len(rows[number].source)
+            grown = max(widest[0], own[0]), max(widest[1], own[1])
+            if end > begin and (end + 1 - begin) * sum(grown) > budget:
                 batches.append(order[begin:end])
-                begin = end
+                begin, grown = end, own
+            widest = grown
+        if begin < len(order):
+            batches.append(order[begin:])
         return batches
 
     @staticmethod
@@ -125,4 +130,10 @@ class ExampleBatches:
         for i, row in enumerate(picked):
             inputs[i, : len(row.inputs)], targets[i, : len(row.inputs)] = row.inputs, row.targets
             weights[i, : len(row.inputs)] = row.weights
-        return Batch(*(torch.from_numpy(a).to(world.device, non_blocking=True) for a in (inputs, targets, weights)))
+        arrays = [inputs, targets, weights]
+        if longest := max(len(row.source) for row in picked):
+            sources = np.zeros((len(picked), longest), np.int64)
+            for into, row in zip(sources, picked, strict=True):
+                into[: len(row.source)] = row.source
+            arrays += [sources, np.array([len(row.source) for row in picked], np.int32)]
+        return Batch(*(torch.from_numpy(a).to(world.device, non_blocking=True) for a in arrays))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 from edgellm.checkpoints import load_checkpoint
 from edgellm.errors import TrainingError
 from edgellm.models import registry
+from edgellm.models.protocol import answers_sources
 from edgellm.training.lora import adapt
 from edgellm.training.run_config import DATA, TOKENIZER, RunConfig
 from edgellm.training.tokenizer import end_of_text_id, read_tokenizer_file, train_tokenizer
@@ -31,6 +33,7 @@ class Start:
         end: the token that ends a text.
         text: what checkpoints say of the tokenizer: keywords of :func:`edgellm.checkpoints.save_checkpoint`.
         source: the checkpoint, or None for fresh weights.
+        start_tokens: what answers begin with, of a model that answers sources; none: it goes on with texts.
     """
 
     build: Callable[..., nn.Module]
@@ -39,6 +42,7 @@ class Start:
     end: int
     text: dict[str, Any] = field(default_factory=dict)
     source: Path | None = None
+    start_tokens: tuple[int, ...] = ()
 
 
 def prepare_tokenizer(
@@ -87,19 +91,23 @@ def start_of(config: RunConfig, out: Path) -> Start:
         adapt(model, config.lora, config.lora_alpha or 2.0 * config.lora)
         return model
 
-    return Start(build, found.architecture, found.tokenizer, found.end, found.text, found.source)
+    return dataclasses.replace(found, build=build)
 
 
 def _fresh(config: RunConfig, out: Path) -> Start:
     tokenizer = Tokenizer.from_file(str(out / DATA / TOKENIZER))
     architecture = registry.find(config.architecture)
-    size = {"vocab_size": tokenizer.get_vocab_size()}
+    size: dict[str, Any] = {"vocab_size": tokenizer.get_vocab_size()}
+    end = end_of_text_id(tokenizer)
+    answers = any(field.name == "start_tokens" for field in dataclasses.fields(architecture.config))
+    if answers:
+        size["start_tokens"] = [end]  # which ends the source, so to say, and begins the answer
 
     def build(**fields: Any) -> nn.Module:
         return architecture.build(architecture.config.from_json({**config.model, **size, **fields}))
 
-    end = end_of_text_id(tokenizer)
-    return Start(build, config.architecture, tokenizer, end, {"eos_token_ids": (end,)})
+    start = (end,) if answers else ()
+    return Start(build, config.architecture, tokenizer, end, {"eos_token_ids": (end,)}, start_tokens=start)
 
 
 def _from_checkpoint(path: Path) -> Start:
@@ -108,8 +116,7 @@ def _from_checkpoint(path: Path) -> Start:
         raise TrainingError(f"{path} has no tokenizer, or none with an end token; begin with another checkpoint")
     text = {
         "eos_token_ids": loaded.eos_token_ids, "bos_token_id": loaded.bos_token_id, "add_bos": loaded.add_bos,
-        "add_eos": loaded.add_eos,
-        "chat_template": loaded.chat_template, "special_tokens": loaded.special_tokens,
+        "add_eos": loaded.add_eos, "chat_template": loaded.chat_template, "special_tokens": loaded.special_tokens,
         "generation": loaded.generation,
     }  # fmt: skip
 
@@ -119,4 +126,6 @@ def _from_checkpoint(path: Path) -> Start:
         return loaded.model.float()
 
     tokenizer = Tokenizer.from_str(loaded.tokenizer_json)
-    return Start(build, loaded.architecture, tokenizer, loaded.eos_token_ids[0], text, path)
+    config: Any = loaded.model.config
+    start = tuple(config.start_tokens) if answers_sources(loaded.model) else ()
+    return Start(build, loaded.architecture, tokenizer, loaded.eos_token_ids[0], text, path, start)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from edgellm.errors import TrainingError
+from edgellm.models.protocol import answers_sources
 from edgellm.tasks.encode import EncodedExamples, class_weights_of, encode_examples
 from edgellm.tasks.examples import Example, read_examples
 from edgellm.tasks.specs import make_spec, target_of, texts_of
@@ -50,10 +52,20 @@ def train_task(
         spec, batches = _encoded(config, start, training, validation, say if say and world.is_first else _silent)
         torch.manual_seed(config.options.seed)
         model = start.build(**({"num_labels": len(spec.labels), "tie_embeddings": False} if spec.labels else {}))
+        _check_room(model, config.options.context)
         return train(
             model, batches, config.options, out, architecture=start.architecture, tokenizer=start.tokenizer, task=spec,
             text=start.text, resume=resume, on_progress=on_progress,
         )  # fmt: skip
+
+
+def _check_room(model: Any, context: int) -> None:
+    """Make sure that a model that answers sources takes those of such a context."""
+    if answers_sources(model) and context > (most := min(model.config.max_source, model.config.max_context)):
+        raise TrainingError(
+            f"context {context} is over the model's {most} tokens of a source or of an answer; lower it, or raise "
+            "max_source and max_context"
+        )
 
 
 def _silent(sentence: str) -> None:
@@ -97,19 +109,28 @@ def _encoded(
     answers = 1
     if config.task != "srl":
         lengths = sorted(len(encode(target_of(config.task, e))) + 1 for e in training[:: max(1, len(training) // 5000)])
-        answers = min(lengths[int(_LONGEST_SHARE * (len(lengths) - 1))], options.context // 2)
+        most = options.context - len(start.start_tokens) if start.start_tokens else options.context // 2
+        answers = min(lengths[int(_LONGEST_SHARE * (len(lengths) - 1))], most)
+    prompts = options.context if start.start_tokens else options.context - answers  # sources are rows of their own
     spec = make_spec(
-        config.task, training, added.get, max_prompt=options.context - answers, max_new_tokens=answers
+        config.task, training, added.get, max_prompt=prompts, max_new_tokens=answers
     )  # fmt: skip
     weights = class_weights_of(spec, training) if options.class_weights == "balanced" else None
     parts: list[EncodedExamples] = [
         encode_examples(
-            spec, encode, added.get, start.end, examples, prompt_loss=options.prompt_loss, class_weights=weights
+            spec,
+            encode,
+            added.get,
+            start.end,
+            examples,
+            prompt_loss=options.prompt_loss,
+            class_weights=weights,
+            start=start.start_tokens,
         )
         for examples in (training, validation)
     ]
     for name, part in zip(("train", "validate"), parts, strict=True):
-        tokens = sum(len(row.inputs) for row in part.rows)
+        tokens = sum(row.size for row in part.rows)
         fates = f"{part.shortened:,} shortened and {part.dropped:,} too long for a context of {options.context}"
         say(f"{len(part.rows):,} examples to {name} on, {tokens:,} tokens; {fates}")
     size = tokenizer.get_vocab_size()

@@ -20,7 +20,7 @@ from torch import nn
 from edgellm.checkpoints import checkpoint_directory, save_checkpoint
 from edgellm.errors import TrainingError
 from edgellm.models import registry
-from edgellm.models.protocol import LanguageModel
+from edgellm.models.protocol import LanguageModel, answers_sources
 from edgellm.torch_threads import limit_torch_threads
 from edgellm.training.adapter_files import Adapters, load_adapters
 from edgellm.training.batches import Batches, WindowBatches
@@ -136,6 +136,10 @@ def _check(model: nn.Module, data: Batches, options: TrainOptions, out_dir: Path
         name = type(model).__name__
         raise TrainingError(f"{name} has no config or no state_specs(); see edgellm.models.protocol.LanguageModel")
     config = model.config
+    if isinstance(data, WindowBatches) and answers_sources(model):
+        raise TrainingError(
+            f"{type(model).__name__} answers sources, and a text has none; train it with --task, such as translation"
+        )
     if isinstance(data, WindowBatches) and options.context > config.max_context:
         raise TrainingError(f"context {options.context} is over the model's max_context {config.max_context}; lower it")
     if data.vocab_size > config.vocab_size:

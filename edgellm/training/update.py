@@ -12,6 +12,7 @@ from torch import nn
 from edgellm.training.batches import Batch
 from edgellm.training.distributed import World
 from edgellm.training.evaluation import autocast
+from edgellm.training.forward import Forward
 from edgellm.training.loss import batch_loss
 from edgellm.training.optimization import make_optimizer
 from edgellm.training.options import TrainOptions
@@ -33,7 +34,7 @@ class Updater:
         self.model, self.options, self.world = model, options, world
         self.optimizer = make_optimizer(model, options, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=options.precision == "float16")
-        self._wrapped = world.wrap(model)
+        self._wrapped = world.wrap(Forward(model))
 
     def backward(self, batches: Sequence[Batch], step: int, *, stop: bool) -> tuple[float, bool]:
         """Gradients of the step's batches.
@@ -62,7 +63,7 @@ class Updater:
         parallel = wrapped if isinstance(wrapped, nn.parallel.DistributedDataParallel) else None
         with nullcontext() if parallel is None or last else parallel.no_sync():
             with autocast(options.precision, self.world.device):
-                logits, _ = wrapped(batch.inputs)
+                logits = wrapped(*batch.given)
             loss = batch_loss(logits, batch, options.label_smoothing) / count
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch's stubs lack it
         return loss.detach()

@@ -8,6 +8,7 @@ from torch import nn
 from edgellm.training.batches import Batches
 from edgellm.training.distributed import World
 from edgellm.training.evaluation import autocast
+from edgellm.training.forward import Forward
 from edgellm.training.loss import batch_loss
 from edgellm.training.options import TrainOptions
 
@@ -24,12 +25,12 @@ def validation_loss(model: nn.Module, data: Batches, options: TrainOptions, worl
         world: the processes.
     """
     total = torch.zeros(2, dtype=torch.float64)  # summed loss, weight
-    training = model.training
+    training, forward = model.training, Forward(model)
     model.eval()
     with torch.no_grad():
         for batch in data.validation(options, world):
             with autocast(options.precision, world.device):
-                logits, _ = model(batch.inputs)
+                logits = forward(*batch.given)
             total += torch.tensor([batch_loss(logits, batch).item() * batch.weight, batch.weight])
     model.train(training)
     summed, weight = world.sum(total).tolist()

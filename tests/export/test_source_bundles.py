@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import onnx
 import pytest
 import torch
 from families import cpu_targets
-from source_models import CONTEXT, VOCAB, bart_bundle, bart_model, foreign, ragged, t5_bundle, t5_model
+from source_models import CONTEXT, VOCAB, bart_bundle, bart_model, foreign, own_model, ragged, t5_bundle, t5_model
 from tiny_bundles import attention_model
 
 from edgellm.cli import run
@@ -51,14 +52,15 @@ def test_greedy_answers_to_a_ragged_batch_equal_transformers(name: str, target: 
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("target", cpu_targets())
-@pytest.mark.parametrize("method", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("target", "method"), [*itertools.product(cpu_targets(), ["int8", "int4"]), ("cpu", "w8a8")]
+)  # fmt: skip
 def test_a_quantized_bundle_computes_what_pytorch_does_with_its_numbers(
     target: str, method: str, tmp_path: Path
 ) -> None:
-    made = export(t5_model() if method == "int8" else bart_model(), tmp_path / "b", options=ExportOptions(
-        target=target, quantize=method, bounds={"top1": 0.0},  # random weights have no favourite
-    ))  # fmt: skip
+    model = {"int8": t5_model, "int4": bart_model, "w8a8": lambda: own_model("lstm")}[method]()
+    options = ExportOptions(target=target, quantize=method, bounds={"top1": 0.0})  # random weights have no favourite
+    made = export(model, tmp_path / "b", options=options)
     checks = {check.name: check for check in verify(made.bundle, open_session(made.bundle, threads=1)).checks}
     assert {"exact.logits", "exact.kl", "exact.state", "split", "batch"} <= checks.keys()
     assert all(check.ok for check in checks.values())

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from source_models import CONTEXT, VOCAB, bart_bundle, t5_bundle, text_bundle
+from source_models import CONTEXT, VOCAB, bart_bundle, own_bundle, t5_bundle, text_bundle
 from tiny_bundles import attention_bundle
 from tiny_files import copied, edit_manifest, sign
 
@@ -77,7 +77,7 @@ def test_whatever_is_done_with_a_state_its_rows_answer_their_own_sources(data: s
         assert close(logits, alone(source, [*row, 7]))
 
 
-@pytest.mark.parametrize("bundle", [t5_bundle, bart_bundle])
+@pytest.mark.parametrize("bundle", [t5_bundle, bart_bundle, own_bundle])
 def test_a_batch_of_ragged_sources_is_answered_as_each_alone(bundle: Any) -> None:
     model = load(bundle(), threads=1)
     together = model.generate(SOURCES, max_new_tokens=9)

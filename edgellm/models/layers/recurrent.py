@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from edgellm.models.protocol import State, Step
 from edgellm.ops import RecurrentWeights, elman, gru, lstm
+from edgellm.ops.canonical import capturing
 from edgellm_runtime.spec import BATCH, StateSpec
 
 __all__ = ["KINDS", "RecurrentMixer"]
@@ -49,7 +50,8 @@ class RecurrentMixer(nn.Module):
         """Run over x (batch, time, width); gives the same shape and its part of the new state."""
         names = [spec.name for spec in self.state_specs(prefix, "float32")]
         past = [state[n] if n in state else x.new_zeros(x.shape[0], self.hidden) for n in names]
-        lengths = step.lengths if state else None  # without a state nobody reads what padding leaves behind
+        # without a state nobody reads what padding leaves behind; a graph serves every use
+        lengths = step.lengths if state or capturing() else None
         if self.kind == "lstm":
             y, *present = lstm(x, past[0], past[1], self.weights, lengths)
         elif self.kind == "gru":

@@ -1,0 +1,240 @@
+"""The encoder-decoder of edgellm's own: an encoder that reads both ways, a recurrent or attentive decoder.
+
+Encoder: embedding -> N blocks, each a norm and one mixer (self-attention over the whole source, or a recurrence each
+way) with a residual, and a norm and a gated MLP with a residual -> norm. Decoder: as the hybrid model, with a norm and
+attention to the encoder's output between mixer and MLP (Bahdanau et al. 2014, arXiv:1409.0473; Vaswani
+et al. 2017, arXiv:1706.03762).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edgellm.errors import ConfigError
+from edgellm.models.config import Shape
+from edgellm.models.layers import GatedMLP, RecurrentMixer, RotaryTable, SelfAttention, SourceAttention, mask_spec
+from edgellm.models.layers.recurrent import KINDS
+from edgellm.models.layers.source_attention import SOURCE_MASK
+from edgellm.models.protocol import State, Step
+from edgellm.models.registry import Architecture
+from edgellm.ops import source_mask, take_positions
+from edgellm_runtime.spec import StateSpec
+
+__all__ = ["ARCHITECTURE", "PRESETS", "EncoderDecoder", "EncoderDecoderConfig"]
+
+MIXERS = (*KINDS, "attention")
+
+
+@dataclass(frozen=True)
+class EncoderDecoderConfig(Shape):
+    """The shape of an :class:`EncoderDecoder`.
+
+    Args:
+        vocab_size: tokens, of sources and of answers.
+        width: features between blocks.
+        encoder: one mixer a block of the encoder; each of rnn_tanh, rnn_relu, lstm, gru, attention.
+        decoder: likewise of the decoder.
+        num_heads: attention heads; divides ``width``.
+        recurrent_width: hidden features of each recurrence, in each direction.
+        mlp_width: hidden features of the gated MLPs.
+        max_context: the most tokens of an answer, its start among them.
+        max_source: the most tokens of a source.
+        rope_theta: base of the rotary frequencies of self-attention.
+        dropout: probability in training, after embeddings, mixers, attention to the source and MLPs.
+        tie_embeddings: whether the vocabulary projection is the embedding.
+        norm_eps: added to the mean square in the norms.
+        start_tokens: what every answer begins with.
+    """
+
+    vocab_size: int
+    width: int = 256
+    encoder: Sequence[str] = ("attention",) * 3
+    decoder: Sequence[str] = ("gru", "attention")
+    num_heads: int = 4
+    recurrent_width: int = 256
+    mlp_width: int = 704
+    max_context: int = 512
+    max_source: int = 512
+    rope_theta: float = 10000.0
+    dropout: float = 0.0
+    tie_embeddings: bool = True
+    norm_eps: float = 1e-5
+    start_tokens: Sequence[int] = (0,)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("encoder", "decoder"):
+            found = getattr(self, name)
+            if not found or (unknown := [mixer for mixer in found if mixer not in MIXERS]):
+                raise ConfigError(f"{name} has {unknown if found else 'no block'}; each is one of {', '.join(MIXERS)}")
+        if self.width % self.num_heads or self.head_dim % 2:
+            raise ConfigError(
+                f"width {self.width} must be a multiple of num_heads {self.num_heads}, and head_dim {self.head_dim} "
+                "even"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout is {self.dropout}; it must be in [0, 1)")
+
+    @property
+    def head_dim(self) -> int:
+        """Features of one attention head."""
+        return self.width // self.num_heads
+
+
+PRESETS: Mapping[str, EncoderDecoderConfig] = {
+    "tiny": EncoderDecoderConfig(
+        vocab_size=1024, width=128, encoder=("attention",) * 2, recurrent_width=192, mlp_width=256
+    ),
+    "recurrent": EncoderDecoderConfig(
+        vocab_size=1024, width=128, encoder=("lstm",), decoder=("lstm",) * 2, recurrent_width=192, mlp_width=256
+    ),
+}
+
+
+class BothWays(nn.Module):
+    """A recurrence over a source from its first token, and one from its last; their outputs are added."""
+
+    def __init__(self, kind: str, width: int, hidden: int) -> None:
+        super().__init__()
+        self.forwards, self.backwards = (RecurrentMixer(kind, width, hidden) for _ in range(2))
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """(batch, source, width), of which ``lengths`` (batch,) int32 are valid, to the same shape."""
+        steps = torch.arange(x.shape[1], device=x.device)[None]
+        last = lengths.long()[:, None] - 1
+        turned = torch.where(steps <= last, last - steps, steps)[:, :, None].expand_as(x)  # padding stays where it is
+        step = Step(torch.zeros_like(lengths), lengths, steps)
+        there, _ = self.forwards(x, {}, "source", step)
+        back, _ = self.backwards(x.gather(1, turned), {}, "source", step)
+        y: Tensor = there + back.gather(1, turned)
+        return y
+
+
+class Block(nn.Module):
+    """What blocks of both sides share: a mixer's norm, an MLP with its norm, dropout."""
+
+    def __init__(self, config: EncoderDecoderConfig) -> None:
+        super().__init__()
+        c = config
+        self.norm = nn.RMSNorm(c.width, eps=c.norm_eps)
+        self.mlp_norm = nn.RMSNorm(c.width, eps=c.norm_eps)
+        self.mlp = GatedMLP(c.width, c.mlp_width)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The MLP with its residual."""
+        y: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        return y
+
+
+class EncoderBlock(Block):
+    """One mixer over the whole source, and an MLP."""
+
+    def __init__(self, config: EncoderDecoderConfig, mixer: str) -> None:
+        super().__init__(config)
+        c = config
+        self.mixer: SourceAttention | BothWays = (
+            SourceAttention(c.width, c.num_heads, c.head_dim)
+            if mixer == "attention"
+            else BothWays(mixer, c.width, c.recurrent_width)
+        )
+
+    def forward(self, x: Tensor, lengths: Tensor, mask: Tensor, positions: Tensor, table: RotaryTable) -> Tensor:
+        """(batch, source, width) to the same shape."""
+        y = self.norm(x)
+        if isinstance(self.mixer, SourceAttention):
+            y = self.mixer(y, *self.mixer.keys(y, positions, table), mask, None, positions, table)
+        else:
+            y = self.mixer(y, lengths)
+        return self.finish(x + self.dropout(y))
+
+
+class DecoderBlock(Block):
+    """One mixer over the answer so far, attention to the source, and an MLP."""
+
+    def __init__(self, config: EncoderDecoderConfig, mixer: str) -> None:
+        super().__init__(config)
+        c = config
+        self.mixer: SelfAttention | RecurrentMixer = (
+            SelfAttention(c.width, c.num_heads, c.num_heads, c.head_dim, bias=False)
+            if mixer == "attention"
+            else RecurrentMixer(mixer, c.width, c.recurrent_width)
+        )
+        self.cross_norm = nn.RMSNorm(c.width, eps=c.norm_eps)
+        self.cross = SourceAttention(c.width, c.num_heads, c.head_dim)
+
+    def forward(
+        self, x: Tensor, state: State, carried: State, prefix: str, step: Step, table: RotaryTable
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(batch, time, width) to the same shape, and this block's part of the new state."""
+        y = self.norm(x)
+        if isinstance(self.mixer, SelfAttention):
+            y, present = self.mixer(y, carried, prefix, step, table)
+        else:
+            y, present = self.mixer(y, carried, prefix, step)
+        x = x + self.dropout(y)
+        x = x + self.dropout(self.cross.answer(self.cross_norm(x), state, prefix))
+        return self.finish(x), present
+
+
+class EncoderDecoder(nn.Module):
+    """See the module's description; follows :class:`edgellm.models.protocol.SourceModel`."""
+
+    def __init__(self, config: EncoderDecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.encoder = nn.ModuleList(EncoderBlock(config, mixer) for mixer in config.encoder)
+        self.encoder_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.decoder = nn.ModuleList(DecoderBlock(config, mixer) for mixer in config.decoder)
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.rotary = RotaryTable(config.head_dim, max(config.max_context, config.max_source), config.rope_theta)
+        self.dropout = nn.Dropout(config.dropout)
+        nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def _blocks(self) -> list[tuple[str, DecoderBlock]]:
+        return [(f"blocks.{i}", block) for i, block in enumerate(self.decoder) if isinstance(block, DecoderBlock)]
+
+    def state_specs(self) -> list[StateSpec]:
+        """What each block's mixer carries, and its keys and values of the source."""
+        dtype = str(self.embedding.weight.dtype).removeprefix("torch.")
+        specs = [mask_spec()]
+        for prefix, block in self._blocks():
+            specs += [*block.mixer.state_specs(prefix, dtype), *block.cross.state_specs(prefix, dtype)]
+        return specs
+
+    def encode(self, source: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+        """The mask of sources (batch, source), and each decoder block's keys and values of them."""
+        mask = source_mask(source, lengths)
+        positions = torch.arange(source.shape[1], device=source.device).expand_as(source)
+        x = self.dropout(self.embedding(source))  # (batch, source, width)
+        for block in self.encoder:
+            x = block(x, lengths, mask, positions, self.rotary)
+        x = self.encoder_norm(x)
+        made = {SOURCE_MASK: mask}
+        for prefix, decoder in self._blocks():
+            made |= decoder.cross.states(x, prefix)
+        return made
+
+    def forward(self, tokens: Tensor, state: State, step: Step | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Tokens (batch, time) to logits (batch, count, vocab_size) and the new state."""
+        step = step or Step.whole(tokens)
+        carried = {name: t for name, t in state.items() if name != SOURCE_MASK and ".cross_" not in name}
+        x = self.dropout(self.embedding(tokens))  # (batch, time, width)
+        present: dict[str, Tensor] = {}
+        for prefix, block in self._blocks():
+            x, new = block(x, state, carried, prefix, step, self.rotary)
+            present |= new
+        return self.head(take_positions(self.norm(x), step.logit_positions)), present
+
+
+ARCHITECTURE = Architecture(
+    name="encoder_decoder", config=EncoderDecoderConfig, build=EncoderDecoder, presets=PRESETS
+)  # fmt: skip
