@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edgellm_runtime.generation.answer import Generation
     from edgellm_runtime.generation.conversation import Conversation
     from edgellm_runtime.generation.prefix_cache import PrefixCache
+    from edgellm_runtime.generation.scoring import Score
     from edgellm_runtime.generation.stream import AsyncStream, Stream
     from edgellm_runtime.generation.text_state import TextState
     from edgellm_runtime.model import Model
@@ -45,6 +46,7 @@ __all__ = [
     "PrefixCache",
     "RuntimeFault",
     "Scheduler",
+    "Score",
     "Signature",
     "StateError",
     "StateSpec",
@@ -60,7 +62,8 @@ __all__ = [
 _WITH_NUMPY = {  # where the names are that load more than this package
     "AsyncStream": "generation.stream", "Conversation": "generation.conversation", "Generation": "generation.answer",
     "Model": "model", "PrefixCache": "generation.prefix_cache", "Scheduler": "batching.scheduler",
-    "Stream": "generation.stream", "TextState": "generation.text_state", "Ticket": "batching.scheduler",
+    "Score": "generation.scoring", "Stream": "generation.stream", "TextState": "generation.text_state",
+    "Ticket": "batching.scheduler",
 }  # fmt: skip
 
 

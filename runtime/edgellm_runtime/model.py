@@ -16,6 +16,7 @@ from edgellm_runtime.generation.options import with_defaults
 from edgellm_runtime.generation.prefix_cache import PrefixCache
 from edgellm_runtime.generation.prompts import Tokens, is_batch
 from edgellm_runtime.generation.request import Counts, Request
+from edgellm_runtime.generation.scoring import ScoringMethods
 from edgellm_runtime.generation.state_methods import StateMethods
 from edgellm_runtime.generation.stream import AsyncStream, Stream, in_worker
 from edgellm_runtime.generation.text_state import TextState
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["Model"]
 
 
-class Model(TaskMethods, GrammarMethods, StateMethods):
+class Model(TaskMethods, GrammarMethods, StateMethods, ScoringMethods):
     """A language model on this device. Made by :func:`edgellm_runtime.load`.
 
     Every generating method takes the keywords of :class:`GenerationOptions`, among them ``max_new_tokens=256``,

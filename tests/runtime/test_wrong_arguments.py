@@ -84,6 +84,7 @@ KINDS: dict[str, set[str]] = {
     "memory or None": {"None", "2**70", "10**6000", "10**9"},
     "memory": {"2**70", "10**6000", "10**9"},
     "path or None": {"None", "'zz'", "'no'"},
+    "scored": {"[]", "array([])", "array(text)", "[[1], [1, 2]]"},
     "bias": {"{}", "None"},
     "ids": {"[]", "array([])"},
     "function or None": {"None", "function"},
@@ -134,6 +135,7 @@ TABLE: dict[str, dict[str, str]] = {
                          "sink": "function or None", **OPTIONS},
     "Model.new_state": {},
     "Model.drafter": {},
+    "Model.score": {"texts": "scored", "bos": "flag"},
     "Model.load_state": {"path": "path"},
     "Model.load_conversation": {"path": "path"},
     "TextState.fork": {},
@@ -236,6 +238,8 @@ class Fixtures:
         if owner in ("load", "open_session"):
             given = {"path": attention_bundle()} if owner == "load" else {"bundle": self.bundle}
             return getattr(edgellm_runtime, owner), {**given, "threads": 1}
+        if (owner, method) == ("Model", "score"):
+            return self.texts.score, {"texts": ["hello"]}
         loading = ("read", "new_state", "load_state", "memory", "load_conversation")
         if owner == "Conversation" and method in ("save", "restore"):
             return getattr(self.texts.conversation(), method), {"path": self.talk_file}
