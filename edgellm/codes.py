@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -19,13 +19,18 @@ class CodeFormat:
         bits: of one code.
         group: how many neighbours in a row share a scale; the columns, where all do.
         symmetric: whether every zero is the middle code, 2 ** (bits - 1).
-        ordered: whether a group's columns are neighbours; otherwise each column says which group it is in.
+        groups: of each column, (columns,), where a group's columns are no neighbours; else None.
     """
 
     bits: int
     group: int
     symmetric: bool
-    ordered: bool = True
+    groups: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def ordered(self) -> bool:
+        """Whether a group's columns are neighbours."""
+        return self.groups is None
 
     def __str__(self) -> str:
         return f"{self.bits} bits in groups of {self.group}{'' if self.ordered else ' in an order of their own'}"
@@ -40,18 +45,17 @@ class StoredCodes:
         codes: (rows, columns), each below 2 ** bits.
         scales: (rows, groups).
         zeros: (rows, groups).
-        groups: of each column, (columns,), where they are not in order; else None.
     """
 
     format: CodeFormat
     codes: NDArray[np.uint8]
     scales: NDArray[np.float32]
     zeros: NDArray[np.uint8]
-    groups: NDArray[np.int64] | None = None
 
     def dequantize(self) -> NDArray[np.float32]:
         """The float32 weight, (rows, columns)."""
-        of = np.arange(self.codes.shape[1]) // self.format.group if self.groups is None else self.groups
+        groups = self.format.groups
+        of = np.arange(self.codes.shape[1]) // self.format.group if groups is None else groups
         wide = self.codes.astype(np.float32)
         np.subtract(wide, self.zeros.astype(np.float32)[:, of], out=wide)
         return np.multiply(wide, self.scales[:, of], out=wide)

@@ -43,11 +43,11 @@ def weight_of(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, of: np.n
 
 def gptq(
     shape: tuple[int, int], seed: int, *, bits: int = 4, group: int = 32, symmetric: bool = True, v2: bool = False,
-    shuffled: bool = False, g_idx: bool = True,
+    shuffled: bool = False, alike: bool = True, g_idx: bool = True,
 ) -> Packed:  # fmt: skip
     codes, scales, zeros, of = drawn(shape, bits, group if group > 0 else shape[1], symmetric, seed)
-    if shuffled:
-        of = np.random.default_rng(seed).permutation(of)
+    if shuffled:  # alike for all weights that read one input, as GPTQ does, unless they are to be told apart
+        of = np.random.default_rng(shape[1] if alike else seed).permutation(of)
     stored = {
         "qweight": words(codes, bits).T.contiguous(),
         "qzeros": words((zeros if v2 else zeros - 1).T, bits),

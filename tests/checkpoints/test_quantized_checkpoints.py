@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from edgellm.checkpoints import load_checkpoint, open_checkpoint
 from edgellm.checkpoints.quantized.find import dequantized
 from edgellm.cli.export import export_checkpoint
+from edgellm.codes import CodeFormat
 from edgellm.errors import CheckpointError
 from edgellm.models.decoder import ARCHITECTURE, Decoder, DecoderConfig
 from edgellm.streaming import OwnWeights, resident
@@ -169,7 +170,7 @@ def test_kept_codes_are_the_checkpoints_own_in_a_format_of_kernels(folder, tmp_p
         "layers.0.mlp.down_proj.weight": (WIDTH, MLP),
         "embedding.weight": (96, WIDTH),
     }
-    found = kept(weights, graph, {"embedding.weight"})
+    found = kept(weights, graph, {"embedding.weight"}, set(graph))
     row = kind in ("gptq, a row", "compressed-tensors, 8 bits, rows", "compressed-tensors, whole numbers",
                    "bitsandbytes, 8 bits")  # fmt: skip
     wider = KEPT[kind].replace("128", "256") if row else KEPT[kind]
@@ -183,16 +184,28 @@ def test_kept_codes_are_the_checkpoints_own_in_a_format_of_kernels(folder, tmp_p
     assert set(found.schemes) == set(list(graph)[:2]) and not found.left
 
 
+def put_embedding_on_a_grid(folder: Path) -> str:
+    """Give the embedding numbers that 8 bits hold as they are; its name."""
+    tensors, name = load_file(folder / "model.safetensors"), "model.embed_tokens.weight"
+    whole = torch.randint(-127, 128, tensors[name].shape)
+    whole[:, ::32] = 127
+    save_file(tensors | {name: whole / 128}, folder / "model.safetensors")
+    return name
+
+
 @pytest.mark.parametrize("target", ["cpu", "onnx"])
-@pytest.mark.parametrize("kind", ["gptq, asymmetric", "awq", "compressed-tensors, 8 bits, asymmetric", "gptq, 3 bits"])
+@pytest.mark.parametrize("kind", ["gptq, act-order", "awq", "compressed-tensors, 8 bits, asymmetric", "gptq, 3 bits"])
 def test_a_bundle_that_keeps_codes_computes_what_the_floats_compute(folder, tmp_path, kind, target):
-    files.write(folder, tmp_path / "plain", *EVERY[kind], which=lambda name: True)  # the tables outside as well
+    held = put_embedding_on_a_grid(folder)  # rows of act-order's groups cannot be looked up
+    which = (lambda name: name != held) if "act-order" in kind else lambda name: True  # the tables outside as well
+    files.write(folder, tmp_path / "plain", *EVERY[kind], which=which)
     said = export_checkpoint(folder, tmp_path / "kept", target=target, quantize="keep", tell=lambda *_: None)
-    assert "9 matrices keep the checkpoint's own codes" in said["notes"]
+    count = 8 if "act-order" in kind else 9
+    assert f"{count} matrices keep the checkpoint's own codes" in said["notes"]
     with torch.inference_mode():
         expected = load_checkpoint(tmp_path / "plain").model(TOKENS)[0].numpy()
     bundle = Bundle(tmp_path / "kept")
-    assert bundle.manifest.quantization["kept"] == 9 and "left" not in bundle.manifest.quantization
+    assert bundle.manifest.quantization["kept"] == count and "left" not in bundle.manifest.quantization
     session = open_session(bundle)
     found = session.step(TOKENS.numpy(), session.new_state(2, 32), logits="all")
     most = {"cpu": 0.05, "onnx": 1e-5}[target]  # on cpu kernels round what they read
@@ -217,15 +230,45 @@ def test_the_codes_in_a_bundles_file_are_those_in_the_checkpoints(folder, tmp_pa
     assert (scales == own.scales).all()
 
 
-def test_codes_that_no_kernel_holds_are_refused_where_they_were_to_be_kept(folder, tmp_path):
+def test_groups_in_an_order_of_their_own_are_gathered_before_the_product(folder, tmp_path):
     files.write(folder, tmp_path / "plain", *EVERY["gptq, act-order"])
-    export = partial(export_checkpoint, folder, target="cpu", tell=lambda *_: None)
-    with pytest.raises(
-        QuantizeError, match=r"cannot keep its codes: its groups are in an order of their own \(g_idx\)"
-    ):
-        export(tmp_path / "kept", quantize="keep")
-    assert not (tmp_path / "kept").exists()
-    assert export(tmp_path / "floats", quantize="none")["parity"]["kl_mean"] < 1e-6
+    export_checkpoint(folder, tmp_path / "kept", target="cpu", quantize="keep", tell=lambda *_: None)
+    graph = onnx.load(tmp_path / "kept" / "model.onnx").graph
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    (node,) = (n for n in graph.node if n.op_type == "MatMulNBits" and "down_proj" in n.input[1])
+    (gather,) = (n for n in graph.node if node.input[0] in n.output)
+    own, order = open_checkpoint(folder).weights.codes("layers.0.mlp.down_proj.weight"), stored[gather.input[1]]
+    assert gather.op_type == "Gather" and (np.sort(order) == np.arange(MLP)).all()
+    assert (own.format.groups[order] == np.arange(MLP) // 32).all()
+    packed = stored[node.input[1]]
+    assert (np.stack([packed & 15, packed >> 4], axis=-1).reshape(own.codes.shape) == own.codes[:, order]).all()
+
+
+def test_weights_of_one_input_with_groups_of_different_columns_do_not_keep_their_codes(folder, tmp_path):
+    shuffled = partial(files.gptq, symmetric=False, shuffled=True, alike=False)
+    files.write(folder, tmp_path / "plain", shuffled, GPTQ | {"desc_act": True})
+    said = export_checkpoint(folder, tmp_path / "kept", target="cpu", quantize="keep", tell=lambda *_: None)
+    assert "2 matrices keep the checkpoint's own codes" in said["notes"]
+    assert any(note.endswith("have groups (g_idx) of different columns") for note in said["notes"])
+
+
+def test_groups_of_unequal_sizes_have_no_order(folder, tmp_path):
+    weights = FakeCoded(CodeFormat(4, 32, True, np.array([0] * 40 + [1] * 24)))
+    found = kept(weights, {"w": (8, 64)}, set(), {"w"})
+    assert not found.schemes and found.left == {"w": "its groups (g_idx) are of unequal sizes"}
+    looked_up = kept(FakeCoded(CodeFormat(4, 32, True, np.arange(64) % 2)), {"w": (8, 64)}, {"w"}, set())
+    assert looked_up.left == {"w": "its groups are no neighbours, and rows are looked up"}
+
+
+class FakeCoded:
+    def __init__(self, form: CodeFormat) -> None:
+        self._form = form
+
+    def code_format(self, name: str) -> CodeFormat:
+        return self._form
+
+    def codes(self, name: str):
+        raise AssertionError
 
 
 def test_a_group_of_eight_is_refused_and_one_of_several_weights_told_of(folder, tmp_path):

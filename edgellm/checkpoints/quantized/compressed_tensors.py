@@ -129,12 +129,12 @@ def _packed(stored: RawSource, module: str, schemes: list[Mapping[str, Any]]) ->
         return None if (found == np.arange(columns) // group).all() else found
 
     def form() -> CodeFormat:
-        return CodeFormat(bits, group, bool((zeros() == middle).all()), order() is None)
+        return CodeFormat(bits, group, bool((zeros() == middle).all()), order())
 
     def codes(some: Rows) -> StoredCodes:
         cut = slice(*some) if some else slice(None)
         found = unpacked(words_of(stored.raw(names["packed"], some)), bits, columns)
-        return StoredCodes(form(), found, as_float(stored.raw(names["scale"], some)), zeros()[cut], order())
+        return StoredCodes(form(), found, as_float(stored.raw(names["scale"], some)), zeros()[cut])
 
     parts = tuple(name for name in names.values() if name in stored.shapes)
     return PackedWeight(shape=(rows, columns), parts=parts, codes=codes, format=form)

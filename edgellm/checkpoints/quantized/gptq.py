@@ -99,7 +99,7 @@ class _Reader:
     def format(self, has_groups: bool) -> CodeFormat:
         groups = self.groups() if has_groups else None
         middle = 2 ** (self._bits - 1)
-        return CodeFormat(self._bits, self._group, bool((self.zeros() == middle).all()), groups is None)
+        return CodeFormat(self._bits, self._group, bool((self.zeros() == middle).all()), groups)
 
     def groups(self) -> NDArray[np.int64] | None:
         """Of each column, or None where they are in order."""
@@ -125,9 +125,6 @@ class _Reader:
     def codes(self, rows: Rows) -> StoredCodes:
         words = words_of(self._stored.raw(self._codes)).T[slice(*rows) if rows else slice(None)]
         cut = slice(*rows) if rows else slice(None)
-        scales, zeros, groups = as_float(self._stored.raw(self._scales)).T[cut], self.zeros()[cut], self.groups()
-        symmetric = bool((zeros == 2 ** (self._bits - 1)).all())
-        form = CodeFormat(self._bits, self._group, symmetric, groups is None)
-        return StoredCodes(
-            form, unpacked(words, self._bits, self._columns), np.ascontiguousarray(scales), zeros, groups
-        )
+        scales, zeros = as_float(self._stored.raw(self._scales)).T[cut], self.zeros()[cut]
+        form = CodeFormat(self._bits, self._group, bool((zeros == 2 ** (self._bits - 1)).all()), self.groups())
+        return StoredCodes(form, unpacked(words, self._bits, self._columns), np.ascontiguousarray(scales), zeros)

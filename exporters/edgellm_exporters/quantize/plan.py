@@ -229,6 +229,8 @@ class Plan:
         floats: matrices that the method would quantize, but whose rows divide into no block, with their shapes.
         kept: weights whose codes are the checkpoint's own, by the names of the parts that were merged.
         left: weights that the checkpoint stores as codes which cannot be kept, with the reasons.
+        orders: of weights that keep codes whose groups are no neighbours, the order of columns in which they are, by
+            the names of the parts that were merged; what is multiplied with them is put into that order.
         by_rows: weights whose rows may be quantized some at a time, so that a vocabulary's table is never whole.
     """
 
@@ -241,6 +243,7 @@ class Plan:
     floats: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     kept: frozenset[str] = frozenset()
     left: Mapping[str, str] = field(default_factory=dict)
+    orders: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
     by_rows: frozenset[str] = frozenset()
     _last: tuple[str, Codes] | None = field(default=None, repr=False)
 

@@ -23,7 +23,7 @@ from edgellm_exporters.quantize.named_weights import named_weights
 from edgellm_exporters.quantize.plan import ROW, Codes, Plan, Scheme, joined
 from edgellm_exporters.quantize.rtn import round_to_nearest
 from edgellm_exporters.quantize.smooth import Smoothing, by_part, smooth
-from edgellm_exporters.quantize.stored import kept
+from edgellm_exporters.quantize.stored import in_order, kept
 
 __all__ = ["Uses", "make_plan", "plan_of", "schemes_for", "smoothed"]
 
@@ -86,7 +86,7 @@ def make_plan(
         check_windows(calibration)
     uses = Uses(*graphs)
     if method.keep:
-        return _keeping(uses, weights, partial(progress, "looking at weights"))
+        return _keeping(uses, graphs, weights, partial(progress, "looking at weights"))
     if method.layers is None or method.ends is None:
         return Plan()
     done, seen = Smoothing(), dict[str, NDArray[np.float32]]()
@@ -109,16 +109,21 @@ def make_plan(
     return plan
 
 
-def _keeping(uses: Uses, weights: object, progress: Callable[[float], None]) -> Plan:
+def _keeping(uses: Uses, graphs: Sequence[ir.Model], weights: object, progress: Callable[[float], None]) -> Plan:
     """What is stored as codes keeps them; of the rest, each weight gets the smallest format that holds it."""
-    stored = kept(weights, uses.shapes, uses.ends)
+    stored = kept(weights, uses.shapes, uses.ends, uses.products)
     if stored.left and not stored.schemes:
         name, why = next(iter(stored.left.items()))
         raise QuantizeError(f"{name} cannot keep its codes: {why}; quantize to none, int8 or int4 instead")
     rest = {name: tensor for name, tensor in uses.tensors.items() if name not in stored.schemes}
     schemes = {**stored.schemes, **smallest_holding(rest, uses.ends, progress)}
     alone = frozenset(rest) if stored.schemes else frozenset[str]()
-    return Plan(schemes, _rounded(stored.codes), by_rows=alone, kept=frozenset(stored.codes), left=stored.left)
+    for graph in graphs:
+        in_order(graph, stored.orders)
+    return Plan(
+        schemes, _rounded(stored.codes), by_rows=alone, kept=frozenset(stored.codes), left=stored.left,
+        orders={part: order for name, order in stored.orders.items() for part in parts_of(name)},
+    )  # fmt: skip
 
 
 def _input_scales(

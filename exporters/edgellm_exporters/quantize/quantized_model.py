@@ -156,6 +156,7 @@ class _Numbers:
         self.inputs = {part: scale for name, scale in plan.inputs.items() for part in parts_of(name)}
         self.by_rows = {part for name in plan.by_rows for part in parts_of(name)}
         self._columns = {part: f for name, f in plan.smoothing.columns.items() for part in parts_of(name)}
+        self.orders = {name: torch.from_numpy(order) for name, order in plan.orders.items()}
         self._shifts: dict[str, Tensor] = {}
         self.keeps = False  # set where weights are read anew for each run
         self._kept: dict[tuple[str, int, int], Codes] = {}
@@ -180,7 +181,10 @@ class _Numbers:
         codes = self._codes(name, smoothed, start)
         if codes.columns:
             self._shifts[name] = torch.from_numpy(codes.shifts().copy())
-        return torch.from_numpy(codes.dequantize()) / column / row[:, None]
+        found = torch.from_numpy(codes.dequantize())
+        if name in self.orders:
+            found = found[:, self.orders[name].argsort()]
+        return found / column / row[:, None]
 
     def _codes(self, name: str, smoothed: NDArray[np.float32], start: int) -> Codes:
         """Codes of a weight or of some rows; as many as :data:`_KEPT_BYTES` hold are kept for the next time."""
@@ -246,6 +250,8 @@ def _round_products(
         kernel = _rounding(scheme, numbers.inputs.get(name), integer_products, block_products)
         if kernel is None:
             continue
+        if name in numbers.orders:
+            kernel = partial(_in_order, kernel, numbers.orders[name])
         roundings[name] = numbers.rounding(name, by_name[name].shape, kernel, noise)
         for module, own in _owners(model, by_name[name]):
             if isinstance(module, nn.Linear):
@@ -257,6 +263,11 @@ def _round_products(
         round_recurrence(module, {own: roundings[name] for own, name in names.items()}, met[module])
     if apart:
         _check_met(model, [(name, own, met[module]) for module, names in apart.items() for own, name in names.items()])
+
+
+def _in_order(kernel: Callable[[Tensor], Tensor], order: Tensor, x: Tensor) -> Tensor:
+    """What a kernel makes of an input whose features are put into an order before, in the order that they had."""
+    return kernel(x[..., order])[..., order.argsort()]
 
 
 def _check_met(model: nn.Module, expected: Sequence[tuple[str, str, set[str]]]) -> None:
