@@ -18,8 +18,8 @@ from training_models import TEXT, data, options
 
 from edgellm.models.protocol import LanguageModel, Step, empty_state
 from edgellm.training import train
-from edgellm_exporters import export as export_module
 from edgellm_exporters.export import Exported, ExportOptions, TextAssets, export
+from edgellm_exporters.graph import capture_encoder
 from edgellm_exporters.graph.capture import capture
 from edgellm_exporters.proof.parity import compare
 from edgellm_exporters.quantize.methods import METHODS
@@ -51,7 +51,7 @@ def _traced_once() -> Iterator[None]:
         return kept[id(model)][1].clone()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_module, "capture", capture_once)
+        patch.setattr(capture_encoder, "capture", capture_once)
         yield
 
 
