@@ -170,6 +170,20 @@ def test_a_client_that_goes_away_ends_its_request(stream: bool, caplog: pytest.L
         assert served.post("/v1/chat/completions", CHAT).status_code == 200
 
 
+def test_a_stream_without_news_says_that_it_is_still_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgellm_runtime.server.call._SILENCE_S", 0.01)
+    with serving(tiny()) as served:
+        gate = Gate(served.model)
+        body = {**CHAT, "stream": True}
+        with httpx.stream("POST", f"{served.address}/v1/chat/completions", json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            before = next(line for line in lines if line.startswith(":"))
+            gate.open.set()
+            rest = [line for line in lines if line.startswith("data:")]
+    assert before == ": still here"
+    assert rest[-1] == "data: [DONE]"
+
+
 def test_a_request_has_its_time() -> None:
     with serving(tiny(), timeout=1e-9) as served:
         found = served.post("/v1/chat/completions", CHAT)

@@ -22,6 +22,7 @@ from edgellm_runtime.server.options import ServerOptions
 
 __all__ = ["Call", "EventStream", "JsonText", "event", "until_gone"]
 
+_SILENCE_S = 15.0
 Handler = Callable[["Call"], Awaitable[Response]]
 
 
@@ -84,6 +85,28 @@ def event(data: Any, name: str = "") -> bytes:
     return f"{f'event: {name}' + chr(10) if name else ''}data: {text}\n\n".encode()
 
 
+async def _with_comments(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The events, and comments while none comes: what lies between might take silence for the end."""
+    waiting: asyncio.Future[bytes] | None = None
+    try:
+        while True:
+            waiting = waiting or asyncio.ensure_future(anext(events))
+            done, _ = await asyncio.wait({waiting}, timeout=_SILENCE_S)
+            if not done:
+                yield b": still here\n\n"
+                continue
+            try:
+                event = waiting.result()
+            except StopAsyncIteration:
+                return
+            finally:
+                waiting = None
+            yield event
+    finally:
+        if waiting is not None:
+            waiting.cancel()
+
+
 async def until_gone(receive: Receive) -> None:
     """Return when the client has gone; its body has been read before."""
     while (await receive())["type"] != "http.disconnect":
@@ -113,7 +136,7 @@ class EventStream(Response):
         gone.add_done_callback(lambda _: self._call.leave())
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for event in self._events:
+            async for event in _with_comments(self._events):
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except OSError:  # the client has gone

@@ -13,6 +13,7 @@ from edgellm_runtime.server.faults import ApiError
 __all__ = ["Fields", "json_object"]
 
 _DEEPEST = 64
+_LONGEST = 1024  # characters of a text that is one of a list
 _ABSENT: Final = object()
 
 
@@ -119,8 +120,9 @@ class Fields:
         """A text, or a list of them."""
         value = self.get(name)
         found = [] if value is None else [value] if isinstance(value, str) else value
-        if not isinstance(found, list) or len(found) > most or not all(isinstance(t, str) and t for t in found):
-            raise self.wrong(name, value, f"a string, or a list of at most {most} strings")
+        right = isinstance(found, list) and len(found) <= most
+        if not right or not all(isinstance(t, str) and 0 < len(t) <= _LONGEST for t in found):
+            raise self.wrong(name, value, f"a string, or a list of at most {most}, of 1 to {_LONGEST} characters")
         return found
 
     def all(self) -> dict[str, Any]:
