@@ -78,6 +78,7 @@ class Client(threading.Thread):
             if found.status_code != 503:
                 return found
             self.counts["come again"] += 1
+            time.sleep(0.1 * self._random.random())
 
     def _same(self, prompt: str, text: str) -> None:
         if text != self._expected[prompt]:

@@ -11,6 +11,7 @@ from typing import Any
 from starlette.responses import Response
 
 from edgellm_runtime.arguments import shown
+from edgellm_runtime.errors import BusyError
 from edgellm_runtime.generation.logprobs import TokenLogprobs
 from edgellm_runtime.generation.options import OptionKeywords
 from edgellm_runtime.server.answering import completed, streamed
@@ -37,9 +38,7 @@ async def completions(call: Call) -> Response:
     options, answers, stream, usage = _wanted(call.fields, hosted)
     prompts = _prompts(call.fields.need("prompt"))
     call.fields.done()
-    if len(prompts) > hosted.scheduler.options.queue:
-        raise ApiError(f"There are {len(prompts)} prompts, but {hosted.scheduler.options.queue} may wait; send fewer.",
-                       param="prompt", code="too_many_prompts")  # fmt: skip
+    _check_room(hosted, len(prompts))
     for prompt in prompts:
         call.asked.append(await _asked(call, hosted, prompt, answers, options))
     head = {
@@ -54,6 +53,16 @@ async def completions(call: Call) -> Response:
         for i, a in enumerate(await completed(call))
     ]  # fmt: skip
     return JsonText({**head, "choices": choices, "usage": usage_of(call.asked)})
+
+
+def _check_room(hosted: Hosted, prompts: int) -> None:
+    """See that all prompts may wait, before the first is asked for nothing."""
+    most = hosted.scheduler.options.queue
+    if prompts > most:
+        raise ApiError(f"There are {prompts} prompts, but {most} may wait; send fewer.", param="prompt",
+                       code="too_many_prompts")  # fmt: skip
+    if hosted.scheduler.load.waiting + prompts > most:
+        raise BusyError(f"{prompts} prompts find no place among {most} that may wait; try again later")
 
 
 async def _asked(call: Call, hosted: Hosted, prompt: Any, answers: int, options: OptionKeywords) -> Asked:
