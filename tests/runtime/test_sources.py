@@ -86,6 +86,8 @@ def test_a_batch_of_ragged_sources_is_answered_as_each_alone(bundle: Any) -> Non
     assert len({a.tokens for a in together}) > 1
     stream = model.stream(SOURCES[0], max_new_tokens=9)
     assert [t for chunk in stream for t in chunk.token_ids] == list(together[0].tokens)
+    drafted = model.generate(SOURCES[0], max_new_tokens=9, draft="lookup")  # recurrences go back to snapshots
+    assert drafted.tokens == together[0].tokens
     several = model.generate(SOURCES[0], n=3, temperature=1.0, seed=4, max_new_tokens=9)
     alone = [model.generate(SOURCES[0], temperature=1.0, seed=4 + i, max_new_tokens=9).tokens for i in range(3)]
     assert [a.tokens for a in several] == alone
@@ -175,6 +177,8 @@ def test_what_a_model_that_answers_sources_is_not_asked_for() -> None:
         (lambda: goes_on.session.new_state(sources=[[4]]), OptionError, "this one has none"),
         (lambda: evaluate(model.session, [[4, 5, 6]]), OptionError, "answers sources"),
         (lambda: model.read([4]), OptionError, "answers sources"),
+        (lambda: model.scheduler(), OptionError, "answers sources"),
+        (lambda: model.generate([4], draft=model), OptionError, "answers sources"),
     ):
         with pytest.raises(error, match=words):
             call()
