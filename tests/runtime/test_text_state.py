@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from families import CONTEXT, VOCAB, make
+from family_bundles import model_of
 from generation_fakes import fake_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,13 +28,6 @@ from edgellm_runtime.model import Model
 KINDS = ["attention", "local", "lstm", "memory", "short convolutions and attention", "state space", "mixed"]
 REWOUND = ["attention", "memory"]  # to any length
 texts = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12)
-
-
-@functools.cache
-def model_of(kind: str) -> Model:
-    folder = Path(tempfile.mkdtemp(), "bundle")
-    export(make(kind), folder, options=ExportOptions(target="onnx"))
-    return load(folder, threads=1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

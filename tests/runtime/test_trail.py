@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from families import VOCAB, make
+from families import VOCAB
+from family_bundles import model_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from state_fakes import APPENDED, REPLACED, STATIC, exact_session, ring
 from state_fakes import VOCAB as EXACT
 
-from edgellm_exporters.export import ExportOptions, export
-from edgellm_runtime import StateError, load
+from edgellm_runtime import StateError
 from edgellm_runtime.generation import trail as module
 from edgellm_runtime.generation.trail import Trail, read_text
-from edgellm_runtime.model import Model
 
 KINDS = ["attention", "local", "lstm", "gru", "short convolutions and attention", "state space", "mixed", "memory"]
 CARRIED = [(REPLACED,), (ring(8, 8),), (ring(12, 8),), (APPENDED, REPLACED, ring(8, 5, "near"), STATIC), (APPENDED,)]
@@ -29,13 +27,6 @@ CARRIED = [(REPLACED,), (ring(8, 8),), (ring(12, 8),), (APPENDED, REPLACED, ring
 def _close_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BLOCK", 4)
     monkeypatch.setattr(module, "EVERY", 8)
-
-
-@functools.cache
-def model_of(kind: str) -> Model:
-    folder = Path(tempfile.mkdtemp(), "bundle")
-    export(make(kind), folder, options=ExportOptions(target="onnx"))
-    return load(folder, threads=1)
 
 
 def counted(session: Any, tokens: list[int]) -> Any:
