@@ -25,6 +25,7 @@ COMMANDS = {
     "build": "Build the engines of a bundle for this device's GPU.",
     "verify": "Check that a bundle still computes what PyTorch computed.",
     "diff": "Find the first layer and step at which a bundle parts from another model.",
+    "sign": "Sign a bundle, so that others can know whose it is.",
     "generate": "Go on from a prompt, or answer it.",
     "chat": "Talk to a model.",
     "serve": "Serve bundles over HTTP, with OpenAI's and Anthropic's interfaces.",

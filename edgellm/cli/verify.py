@@ -24,15 +24,25 @@ __all__ = ["verify", "verify_bundle"]
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--against", type=click.Path(path_type=Path), metavar="CHECKPOINT",
               help="Also compare with this checkpoint in PyTorch, if it is installed.")  # fmt: skip
+@click.option("--key", "keys", type=click.Path(path_type=Path), multiple=True, metavar="FILE",
+              help="Public key; one of those given must have signed BUNDLE (extra sign).")  # fmt: skip
 @device_option
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-def verify(bundle: Path, against: Path | None, device: str, threads: int | None, as_json: bool) -> int:
+def verify(
+    bundle: Path, against: Path | None, keys: tuple[Path, ...], device: str, threads: int | None, as_json: bool
+) -> int:
     """Check BUNDLE on this device; the exit status is 0 only if every check holds.
 
     Files are compared with their checksums, and the traces that the exporter took from PyTorch are run again. Needs no
     PyTorch, unless --against is given.
     """
+    if keys:
+        from edgellm_runtime.bundle.signature import check_signature
+
+        signed = check_signature(bundle, keys)
+        if not as_json:
+            click.echo(f"Signed by {signed}, and unchanged since.")
     with stages() as tell:
         checks = verify_bundle(bundle, against, device=device, threads=threads, tell=tell)
     ok = all(c.ok for c in checks)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from edgellm_exporters.errors import ExportError
 from edgellm_runtime.bundle import MANIFEST, Manifest
+from edgellm_runtime.bundle.signature import SIGNATURE
 from edgellm_runtime.errors import BundleError
 
 try:
@@ -49,7 +50,9 @@ def check_destination(destination: Path, *, force: bool = False) -> None:
             f"{destination}: holds {_some(there)}, and {MANIFEST} is not one that edgellm reads ({error}); choose an "
             "empty or new directory, or delete this one yourself"
         ) from error
-    if foreign := [name for name in there if name not in (MANIFEST, *manifest.files) or (destination / name).is_dir()]:
+    if foreign := [
+        name for name in there if name not in (MANIFEST, SIGNATURE, *manifest.files) or (destination / name).is_dir()
+    ]:
         raise ExportError(
             f"{destination}: holds {_some(foreign)} beside the bundle {manifest.name!r}; move that away, or choose "
             "another directory"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from edgellm_runtime.model import Model
     from edgellm_runtime.session import Session
 
-__all__ = ["DEVICES", "device_of", "load", "open_session", "session_of"]
+__all__ = ["DEVICES", "device_of", "load", "open_session", "session_of", "unchecked_session"]
 
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 _VERSION = re.compile(r"[0-9]{1,5}(\.[0-9]{1,9}){0,3}")
@@ -28,6 +29,7 @@ _CPU_CHUNK = 256  # tokens of a prompt in one step: more are no faster, and take
 def load(
     path: str | Path, *, device: str = "auto", threads: int | None = None, checksums: bool = True,
     isolate: bool = False, max_memory: int | None = None, prefix_cache: PrefixCache | None = None,
+    trusted_keys: Sequence[str | Path] | None = None,
 ) -> Model:  # fmt: skip
     """Open a bundle, ready to generate.
 
@@ -46,6 +48,10 @@ def load(
         prefix_cache: keeps what prompts begin with from call to call; models may share one, and ``model.prefix_cache``
             may be set later.
 
+        trusted_keys: files of public keys, of which one must have signed the bundle; None for those that the variable
+            ``EDGELLM_TRUSTED_KEYS`` names, or for any bundle where it is not set. Engines are then those of signed
+            bundles only. Needs model-signing (extra ``sign``).
+
     Returns:
         A model with ``generate``, ``stream``, ``chat`` and ``conversation``. Its tokenizer is parsed with the first
         text, and a file that is none is refused then; nothing is read from the folder any more.
@@ -60,6 +66,7 @@ def load(
     from edgellm_runtime.generation.prefix_cache import PrefixCache
 
     path, checksums = check_path("path", path), check_flag("checksums", checksums)
+    _check_trust(Path(path), trusted_keys)
     threads = thread_count(threads)
     max_memory = None if max_memory is None else check_integer("max_memory", max_memory, 1)
     if prefix_cache is not None:
@@ -71,7 +78,7 @@ def load(
     with Bundle.while_checking(path, checksums=checksums) as bundle:
         if max_memory is not None:
             _check_memory(bundle, device, max_memory)
-        session = open_session(bundle, device=device, threads=threads)
+        session = unchecked_session(bundle, device=device, threads=threads)
     model = _model(session, bundle)
     model.prefix_cache = prefix_cache
     return model
@@ -109,6 +116,20 @@ def open_session(bundle: Bundle, *, device: str = "auto", threads: int | None = 
     from edgellm_runtime.bundle import Bundle
 
     check_instance("bundle", bundle, Bundle, "edgellm_runtime.bundle.Bundle(path) opens one")
+    _check_trust(bundle.path, None)
+    return unchecked_session(bundle, device=device, threads=threads)
+
+
+def _check_trust(path: Path, keys: Sequence[str | Path] | None) -> None:
+    """Hold a bundle to the policy, if there is one."""
+    from edgellm_runtime.bundle.signature import check_signature, policy
+
+    if (trusted := policy(keys)) is not None:
+        check_signature(path, trusted)
+
+
+def unchecked_session(bundle: Bundle, *, device: str = "auto", threads: int | None = None) -> Session:
+    """Steps of an opened bundle, whoever signed it: of one's own making, or held to the policy before."""
     if check_text("device", device) not in DEVICES:
         raise BackendError(f"unknown device {device!r}; this runtime has {', '.join(DEVICES)}")
     threads = thread_count(threads)

@@ -68,6 +68,7 @@ KINDS: dict[str, set[str]] = {
     "texts": TEXT | {"[]", "array(text)", "array([])"},
     "schema or None": {"None", "{}"},
     "texts or None": {"None", "array(text)"},
+    "files or None": {"None"},
     "tokens": {"[]", "generator", "array([])"},
     "token or None": WHOLE | {"None"},
     "messages": set(),
@@ -119,7 +120,8 @@ BATCH = {"rows": "small integer", "queue": "small integer", "piece": "small inte
 # Each parameter of each public function and method, and a call that is right
 TABLE: dict[str, dict[str, str]] = {
     "load": {"path": "path", "device": "choice", "threads": "small integer or None", "checksums": "flag",
-             "isolate": "flag", "max_memory": "memory or None", "prefix_cache": "object or None"},
+             "isolate": "flag", "max_memory": "memory or None", "prefix_cache": "object or None",
+             "trusted_keys": "files or None"},
     "PrefixCache": {"max_bytes": "memory", "directory": "path or None", "max_disk_bytes": "memory"},
     "open_session": {"bundle": "object", "device": "choice", "threads": "small integer or None"},
     "Model.generate": {"prompt": "prompt", **COUNTS, **OPTIONS},
