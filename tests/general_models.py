@@ -58,6 +58,16 @@ FOREIGN: Mapping[str, Mapping[str, Any]] = {
         "max_position_embeddings": CONTEXT, "bos_token_id": 1, "eos_token_id": 2,
     },  # one key for all heads, attention of its own
     "diffllama": COMMON | HEADS,  # attends twice
+    "deepseek_v32": COMMON | LATENT | EXPERTS | {
+        "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_routed_experts": 4,
+        "index_topk": 7, "index_n_heads": 24, "index_head_dim": 16,
+    },  # each token attends to seven that a second set of keys chooses
+    "mbart": {
+        "vocab_size": VOCAB, "d_model": 36, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 56, "decoder_ffn_dim": 56, "is_decoder": True,
+        "max_position_embeddings": CONTEXT,
+    },  # positions counted from what its cache holds
+    "hunyuan_v1_dense": COMMON | HEADS,  # a norm of each head after its rotation
     "openai-gpt": GPT,  # no cache at all
     "granite": COMMON | HEADS | {
         "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1, "logits_scaling": 8.0,

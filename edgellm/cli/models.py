@@ -38,6 +38,7 @@ def models(type_name: str | None, as_json: bool) -> None:
 
 
 def _everything() -> dict[str, Any]:
+    from edgellm.general.types import refused
     from edgellm.models.registry import ENTRIES, foreign_names
 
     native = [
@@ -48,8 +49,13 @@ def _everything() -> dict[str, Any]:
         for name, entry in ENTRIES.items()
     ]  # fmt: skip
     version, known = _transformers()
-    general = [name for name in known if name not in foreign_names("huggingface")]
-    return {"native": native, "general": {"transformers": version, "count": len(general), "types": general}}
+    others = [name for name in known if name not in foreign_names("huggingface")]
+    tried, why = refused()
+    general = [name for name in others if name not in why]
+    return {
+        "native": native, "general": {"transformers": version, "count": len(general), "types": general},
+        "refused": {"transformers": tried, "types": {name: why[name] for name in others if name in why}},
+    }  # fmt: skip
 
 
 def _answer(kind: str) -> dict[str, Any]:
@@ -68,9 +74,12 @@ def _answer(kind: str) -> dict[str, Any]:
 
 def _general_answer(kind: str) -> dict[str, Any]:
     from edgellm.errors import UnsupportedError
-    from edgellm.general.types import nearest
+    from edgellm.general.types import nearest, refused
 
     version, known = _transformers()
+    tried, reasons = refused()
+    if kind in known and kind in reasons:
+        return {"type": kind, "road": "refused", "transformers": tried, "why": reasons[kind]}
     if kind in known:
         return {"type": kind, "road": "general", "transformers": version}
     why = (
@@ -95,6 +104,11 @@ _SOURCES = {"edgellm": "checkpoints of edgellm", "huggingface": "Hugging Face fo
 
 
 def _print_answer(found: dict[str, Any]) -> None:
+    if found["road"] == "refused":
+        click.echo(
+            f"{found['type']}: refused when it was tried with transformers {found['transformers']}: {found['why']}"
+        )
+        return
     if found["road"] == "general":
         click.echo(f"{found['type']}: general road. {_GENERAL}")
         return
@@ -124,3 +138,7 @@ def _print_everything(found: dict[str, Any]) -> None:
         "language model of. Export refuses in one sentence what has no form, such as a recurrence."
     )
     click.echo(textwrap.fill(", ".join(general["types"]), width=100, break_on_hyphens=False))
+    others = found["refused"]
+    if others["types"]:
+        click.echo(f"Refused, when they were tried with transformers {others['transformers']} (TYPE says why):")
+        click.echo(textwrap.fill(", ".join(others["types"]), width=100, break_on_hyphens=False))

@@ -17,7 +17,18 @@ from torch import Tensor
 
 from edgellm.errors import CheckpointError
 
-__all__ = ["NAME", "OWN", "Call", "Mask", "attended", "inputs_of", "register", "strange", "under_way"]
+__all__ = [
+    "NAME",
+    "OWN",
+    "Call",
+    "Mask",
+    "attended",
+    "inputs_of",
+    "positions_under_way",
+    "register",
+    "strange",
+    "under_way",
+]
 
 NAME = "edgellm"  # of our attention, in transformers' interfaces
 OWN = "edgellm-own"  # of plain attention under our masks, for models that do more than attend
@@ -57,6 +68,7 @@ class Call(abc.ABC):
     """One run of a model through our attention."""
 
     def __init__(self) -> None:
+        self.positions: Tensor | None = None  # (batch, time), of the tokens under way
         self.waiting: list[int] = []  # layers whose cache was updated and that have not attended yet
 
     @abc.abstractmethod
@@ -79,6 +91,10 @@ class Call(abc.ABC):
         """What a layer's cache gives for new keys and values (batch, kv_heads, time, head_dim)."""
         self.waiting.append(layer)
         return k, v
+
+    def update_index(self, layer: int, k: Tensor) -> Tensor:
+        """What a layer's cache gives for new keys (batch, time, dim), by which it chooses what it attends to."""
+        raise CheckpointError("its layers choose the tokens that they attend to")
 
     def kept(self) -> int:
         """Tokens that a cache says it holds, before the new ones."""
@@ -134,12 +150,22 @@ def _plain(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, scaling: float | None = None,
     dropout: float = 0.0, **keywords: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """softmax(q k + mask) v; a window is in the mask."""
-    if odd := strange(keywords, "sliding_window"):
+    """softmax(q k + mask) v, over the keys that the layer chose, with its sinks; a window is in the mask."""
+    if odd := strange(keywords, "sliding_window", "indices", "s_aux"):
         raise CheckpointError(f"its attention is given {', '.join(odd)}, which is not understood here")
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
-    return ((scores + attention_mask).softmax(-1) @ value).transpose(1, 2).contiguous(), None
+    scores = scores + attention_mask
+    if (chosen := keywords.get("indices")) is not None:  # (batch, time, keys that each token attends to)
+        least = torch.finfo(scores.dtype).min
+        others = torch.full_like(scores[:, 0], least).scatter(-1, chosen.long(), 0.0)
+        scores = (scores + others[:, None]).clamp(min=least)
+    if (sinks := keywords.get("s_aux")) is None:
+        weights = scores.softmax(-1)
+    else:
+        sink = sinks[:, None, None].to(scores.dtype).expand(*scores.shape[:3], 1)
+        weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
+    return (weights @ value).transpose(1, 2).contiguous(), None
 
 
 def attended(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -154,6 +180,13 @@ def strange(keywords: Mapping[str, Any], *known: str) -> list[str]:
     return sorted(n for n, value in keywords.items() if value is not None and n not in NEUTRAL and n not in known)
 
 
+def positions_under_way() -> Tensor:
+    """(batch, time): of the tokens that the call under way reads."""
+    found = _STACK[-1].positions
+    assert found is not None
+    return found
+
+
 def inputs_of(model: Any, tokens: Tensor, positions: Tensor, layers: int) -> dict[str, Any]:
     """What a model of transformers is called with for one step.
 
@@ -163,6 +196,7 @@ def inputs_of(model: Any, tokens: Tensor, positions: Tensor, layers: int) -> dic
         positions: (batch, time) int64.
         layers: how many it has.
     """
+    _STACK[-1].positions = positions
     named = inspect.signature(model.forward).parameters
     cache = "cache" if "cache" in named else "past_key_values"  # its name before transformers 5.24
     every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in named.values())
@@ -197,6 +231,9 @@ def _slots_of(layers: int) -> Any:
             return -1
 
     class Slots(Cache):  # type: ignore[misc]
+        def update_indexer(self, key_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+            return _STACK[-1].update_index(layer_idx, key_states)
+
         get_conv_state = update_conv_state = get_recurrent_state = update_recurrent_state = _refuse_state
 
         def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:

@@ -14,6 +14,7 @@ from edgellm.errors import CheckpointError
 from edgellm.general.cacheless import replace_attention
 from edgellm.general.calls import NAME, OWN, Call, inputs_of, register, under_way
 from edgellm.general.own_attention import OwnRun, probe_own
+from edgellm.general.places import replace_places
 from edgellm.general.probe import Layer, Seen, probe
 from edgellm.general.recognise import Rotation, Tables, find_rotations, put, replace_norms
 from edgellm.general.turns import Turn, find_turn
@@ -64,7 +65,8 @@ class GeneralModel(nn.Module):
         self._count = int(text.num_hidden_layers)
         if foreign.get_output_embeddings() is None:
             raise CheckpointError(f"{text.model_type} has no vocabulary projection that could be asked for positions")
-        context = next((int(n) for key in _CONTEXT if (n := getattr(text, key, None))), _DEFAULT_CONTEXT)
+        context = next((int(n) for key in _CONTEXT if (n := getattr(text, key, None) or 0) > 0), _DEFAULT_CONTEXT)
+        replace_places(model, context)
         before, rotations, self.context = self._look(context)
         self.own = not before
         self.notes: list[str] = []
@@ -98,7 +100,8 @@ class GeneralModel(nn.Module):
                 self.layers = tuple(kept)
             except CheckpointError as other:
                 text = self.model.config.get_text_config()
-                if replace_attention(self.model, text.hidden_size, text.num_attention_heads) != self._count:
+                heads = getattr(text, "num_attention_heads", 0)
+                if not heads or replace_attention(self.model, text.hidden_size, heads) != self._count:
                     raise (error if _attends(self.model) else other) from error
                 found = find_rotations(self.model, lambda: before.extend(probe(self.model, self._count)), context)
                 self.layers = tuple(seen.layer for seen in before)
@@ -145,17 +148,20 @@ class GeneralModel(nn.Module):
         return name
 
     def state_specs(self) -> list[StateSpec]:
-        """Keys and values of every layer."""
+        """Keys and values of every layer, and what it chooses by."""
         return [
-            StateSpec(f"layers.{i}.{part}", (BATCH, layer.num_kv_heads, CAPACITY, width), "float32", "append")
+            StateSpec(f"layers.{i}.{part}", (BATCH, heads, CAPACITY, width), "float32", "append")
             for i, layer in enumerate(self.layers)
-            for part, width in self._widths(layer)
+            for part, heads, width in self._parts(layer)
         ]
 
-    def _widths(self, layer: Layer) -> tuple[tuple[str, int], tuple[str, int]]:
-        if self.own:
-            return ("k", layer.key_dim), ("v", layer.value_dim)
-        return ("k", _head_dim(layer)), ("v", _head_dim(layer))
+    def _parts(self, layer: Layer) -> list[tuple[str, int, int]]:
+        """What a layer keeps: names, heads and their widths."""
+        heads, wide = layer.num_kv_heads, _head_dim(layer)
+        if not self.own:
+            return [("k", heads, wide), ("v", heads, wide)]
+        chosen = [("index", 1, layer.index_dim)] if layer.index_dim else []
+        return [("k", heads, layer.key_dim), ("v", heads, layer.value_dim), *chosen]
 
     def forward(
         self, tokens: Tensor, state: State | None = None, step: Step | None = None

@@ -82,7 +82,11 @@ def open_general(path: Path, *, trust_remote_code: bool = False, fused: bool = T
     tokens = _tokens(model)
     vocab = int(model.config.get_text_config().vocab_size)
     with torch.no_grad(), resident(model, weights or OwnWeights(model), vocab_size=vocab):
-        wanted = model(input_ids=tokens, use_cache=False).logits
+        try:
+            wanted = model(input_ids=tokens, use_cache=False).logits
+        except FOREIGN_FAULTS as error:
+            why = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{path}: {kind}: transformers cannot run it on tokens alone ({why})") from error
         try:
             ours = GeneralModel(model, fused=fused).eval()
         except CheckpointError as error:
@@ -188,7 +192,8 @@ def _tokens(model: Any) -> torch.Tensor:
     """Rows of random tokens, as long as a window needs to be left."""
     text = model.config.get_text_config()
     window = getattr(text, "sliding_window", None) or 0
-    context = int(getattr(text, "max_position_embeddings", 0) or _LOOKED_AT)
+    stated = int(getattr(text, "max_position_embeddings", 0) or 0)  # some say -1 for no bound
+    context = stated if stated > 0 else _LOOKED_AT
     length = min(context, _MOST_LOOKED_AT, max(_LOOKED_AT, 2 * window))
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, text.vocab_size, (1, length), generator=generator)

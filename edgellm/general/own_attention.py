@@ -37,6 +37,7 @@ class OwnRun(Call):
         self._slots = context if state else time
         self.present: dict[str, Tensor] = {}
         self.shapes: dict[int, tuple[torch.Size, torch.Size]] = {}
+        self.chosen_by: dict[int, int] = {}  # features of the keys by which a layer chooses tokens
 
     def attend(self, layer: int, q: Tensor, *_: Any, **__: Any) -> Tensor:
         raise CheckpointError("it attends by its own modules in some layers and through transformers in others")
@@ -47,6 +48,10 @@ class OwnRun(Call):
             raise CheckpointError(f"its keys have {k.dim()} dimensions; only (batch, heads, time, head_dim) has a form")
         self.shapes[layer] = k.shape, v.shape
         return self._all(f"layers.{layer}.k", k), self._all(f"layers.{layer}.v", v)
+
+    def update_index(self, layer: int, k: Tensor) -> Tensor:
+        self.chosen_by[layer] = k.shape[2]
+        return self._all(f"layers.{layer}.index", k[:, None])[:, 0]
 
     def kept(self) -> int:
         return self._slots - self._time
@@ -104,6 +109,15 @@ def probe_own(model: Any, layers: int) -> list[Layer]:
             "is recurrent, or has a cache of its own"
         )
     return [
-        Layer(num_heads=k[1], num_kv_heads=k[1], key_dim=k[3], value_dim=v[3], scale=1.0, window=0, softcap=0.0)
-        for k, v in (run.shapes[i] for i in range(layers))
+        Layer(
+            num_heads=k[1],
+            num_kv_heads=k[1],
+            key_dim=k[3],
+            value_dim=v[3],
+            scale=1.0,
+            window=0,
+            softcap=0.0,
+            index_dim=run.chosen_by.get(i, 0),
+        )
+        for i, (k, v) in ((i, run.shapes[i]) for i in range(layers))
     ]

@@ -31,6 +31,7 @@ class Layer:
         scale: factor on the scores.
         window: tokens that a token sees, its own among them; 0 for all.
         softcap: a bound that scores approach; 0 for none.
+        index_dim: features of the keys by which it chooses the tokens that it attends to; 0: it attends to all.
     """
 
     num_heads: int
@@ -40,6 +41,7 @@ class Layer:
     scale: float
     window: int
     softcap: float
+    index_dim: int = 0
 
 
 @dataclass(frozen=True)

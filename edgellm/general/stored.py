@@ -198,7 +198,8 @@ def renamed(model: nn.Module, source: Converted, inside: str, path: Path) -> Che
         inside: what the module calls the model.
         path: the folder, for messages.
     """
-    layout = Layout(name=lambda name: name.removeprefix(f"{inside}."))
+    # what has no place in the model was told before; a module may since have been replaced by what it computes
+    layout = Layout(name=lambda name: name.removeprefix(f"{inside}."), ignored=lambda _: True)
     return CheckpointWeights(*_expected(model, source, layout), source, layout, dtype=torch.float32, path=path)
 
 

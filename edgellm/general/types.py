@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import importlib.resources
+import json
+from collections.abc import Mapping, Sequence
 
 from edgellm.models.registry import foreign_names
 
-__all__ = ["causal_types", "nearest", "transformers_version"]
+__all__ = ["causal_types", "nearest", "refused", "transformers_version"]
 
 
 def causal_types() -> list[str]:
@@ -23,6 +25,16 @@ def transformers_version() -> str:
 
     version: str = transformers.__version__
     return version
+
+
+def refused() -> tuple[str, Mapping[str, str]]:
+    """Types that were tried at tiny size and that the general road refused: transformers' version then, and why each.
+
+    ``make families`` writes the file.
+    """
+    file = importlib.resources.files("edgellm.general") / "refused.json"
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return found["transformers"], found["types"]
 
 
 def nearest(kind: str, others: Sequence[str] = ()) -> list[str]:

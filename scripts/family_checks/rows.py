@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["CONTEXT", "ROWS", "VOCAB"]
+__all__ = ["CONTEXT", "ENCODED", "ROWS", "VOCAB", "WINDOW"]
 
 Config = Mapping[str, Any]
 
@@ -42,6 +42,11 @@ BEHIND: Config = {
     "decoder_attention_heads": 4, "encoder_ffn_dim": 56, "decoder_ffn_dim": 56, "max_position_embeddings": CONTEXT,
     "is_decoder": True, **SPECIAL,
 }  # fmt: skip
+CHOSEN = {
+    "index_topk": 12,
+    "index_n_heads": 24,
+    "index_head_dim": 16,
+}  # each token attends to 12; heads enough for no ties
 SLIDING = {"sliding_window": WINDOW}
 BOTH = {"layer_types": ["sliding_attention", "full_attention"]}
 DELTA = {
@@ -159,10 +164,6 @@ GPT_LIKE: Mapping[str, Config] = {
     "starcoder2": COMMON,
     "nemotron": COMMON,
     "jais2": COMMON,
-    "cpmant": {
-        "vocab_size": VOCAB, "hidden_size": 36, "num_attention_heads": 4, "dim_head": 9, "dim_ff": 56,
-        "num_hidden_layers": 2, "prompt_types": 2, "prompt_length": 2, "segment_types": 2,
-    },
     "xlm": {"vocab_size": VOCAB, "emb_dim": 36, "n_layers": 2, "n_heads": 4, "causal": True, "n_langs": 1},
     "xlnet": {"vocab_size": VOCAB, "d_model": 36, "n_layer": 2, "n_head": 4, "d_inner": 56},
     "reformer": {
@@ -179,7 +180,7 @@ LATER: Mapping[str, Config] = {
     "arcee": COMMON,
     "aria_text": COMMON | EXPERTS | {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
     "axk1": COMMON | LATENT | EXPERTS | GROUPS,
-    "axk2": COMMON | LATENT | EXPERTS | GROUPS,
+    "axk2": COMMON | LATENT | EXPERTS | GROUPS | CHOSEN,
     "beam": COMMON | HEADS | EXPERTS,
     "bitnet": COMMON,
     "cohere": COMMON | HEADS,
@@ -193,7 +194,7 @@ LATER: Mapping[str, Config] = {
     },
     "deepseek_v2": COMMON | LATENT | EXPERTS | GROUPS,
     "deepseek_v3": COMMON | LATENT | EXPERTS | GROUPS,
-    "deepseek_v32": COMMON | LATENT | EXPERTS | GROUPS,
+    "deepseek_v32": COMMON | LATENT | EXPERTS | GROUPS | CHOSEN,
     "deepseek_v4": COMMON | EXPERTS | HEADS,
     "diffllama": COMMON,
     "doge": COMMON | HEADS,
@@ -208,14 +209,14 @@ LATER: Mapping[str, Config] = {
     "glm4": COMMON | HEADS,
     "glm4_moe": COMMON | HEADS | EXPERTS | GROUPS,
     "glm4_moe_lite": COMMON | LATENT | EXPERTS | GROUPS,
-    "glm_moe_dsa": COMMON | LATENT | EXPERTS | GROUPS,
+    "glm_moe_dsa": COMMON | LATENT | EXPERTS | GROUPS | CHOSEN,
     "gpt_oss": COMMON | HEADS | SLIDING | BOTH | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "helium": COMMON | HEADS,
     "hrm_text": COMMON | HEADS,
     "hunyuan_v1_dense": COMMON | HEADS,
     "hunyuan_v1_moe": COMMON | HEADS | EXPERTS,
     "hy_v3": COMMON | HEADS | EXPERTS | GROUPS,
-    "hy_v4": COMMON | HEADS | EXPERTS | GROUPS,
+    "hy_v4": COMMON | HEADS | EXPERTS | GROUPS | CHOSEN,
     "hyperclovax": COMMON | HEADS,
     "iquestcoder": COMMON | HEADS,
     "jetmoe": COMMON | EXPERTS | {"kv_channels": 16},
@@ -232,7 +233,8 @@ LATER: Mapping[str, Config] = {
     "longcat_flash": COMMON
     | LATENT
     | EXPERTS
-    | {"num_layers": 1, "ffn_hidden_size": 88, "expert_ffn_hidden_size": 24, "zero_expert_num": 1, "moe_topk": 2},
+    | {"num_layers": 1, "head_dim": 8, "ffn_hidden_size": 88, "expert_ffn_hidden_size": 24}
+    | {"zero_expert_num": 1, "moe_topk": 2},
     "mellum": COMMON | HEADS | EXPERTS | SLIDING,
     "mimo_v2_flash": COMMON | HEADS | EXPERTS | SLIDING,
     "minicpm3": COMMON | LATENT,
@@ -311,7 +313,7 @@ DECODERS: Mapping[str, Config] = {
     "megatron-bert(decoder)": BERT,
     "rembert(decoder)": BERT | {"input_embedding_size": 20, "output_embedding_size": 20},
     "roberta(decoder)": BERT,
-    "roformer(decoder)": BERT,
+    "roformer(decoder)": BERT | {"hidden_size": 64, "embedding_size": 64},
     "blenderbot(decoder)": BEHIND,
     "mbart(decoder)": BEHIND,
     "mvp(decoder)": BEHIND,

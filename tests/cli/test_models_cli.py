@@ -70,3 +70,18 @@ def test_without_transformers_the_native_ones_are_listed_and_the_extra_is_named(
     assert told(capsys, "llama")["road"] == "native"
     assert run(["models", "gpt2"]) == 1
     assert "install the extra hf" in capsys.readouterr().err
+
+
+def test_a_type_that_was_tried_and_refused_is_told_with_the_reason(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgellm.general.types.refused", lambda: ("5.1.0", {"gpt2": "it is recurrent", "llama": "no"}))
+    found = told(capsys)
+    assert found["refused"] == {"transformers": "5.1.0", "types": {"gpt2": "it is recurrent"}}  # llama is native
+    assert "gpt2" not in found["general"]["types"]
+    assert told(capsys, "gpt2")["why"] == "it is recurrent"
+    assert told(capsys, "llama")["road"] == "native"
+    assert run(["models", "gpt2"]) == 0
+    assert "refused when it was tried with transformers 5.1.0: it is recurrent" in capsys.readouterr().out
+    assert run(["models"]) == 0
+    assert "Refused, when they were tried with transformers 5.1.0" in capsys.readouterr().out

@@ -140,7 +140,7 @@ def test_the_translation_of_plain_pytorch_computes_what_pytorchs_exporters_does(
 
 
 def by_pytorch(
-    program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], *, opset: int
+    program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], *, opset: int, named: Any
 ) -> ir.Model:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -105,6 +105,7 @@ def test_windows_and_caps_are_found() -> None:
         ("gpt_oss", "onnx"),
         ("deepseek_v2", "onnx"),
         ("bloom", "cpu"),
+        ("hunyuan_v1_dense", "cpu"),
         ("gpt_neo", "onnx"),
         ("openai-gpt", "cpu"),
     ],

@@ -169,7 +169,7 @@ def _trace(model: LanguageModel, signature: Signature) -> torch.export.ExportedP
     wrapped, ran = _OneGraph(model, signature.state).eval(), dict[str, nn.Module]()
     try:
         with quiet(), _noted(model, ran):
-            program = traced(wrapped, _example(model, signature), _dynamic_shapes(signature, model.config.max_context))
+            program = _of_any_time(wrapped, _example(model, signature), signature, model.config.max_context)
         for name in program.graph_signature.buffers_to_mutate.values():
             raise writes_to(name.removeprefix("model."))
         return program
@@ -236,10 +236,23 @@ def _example(model: LanguageModel, signature: Signature) -> tuple[Any, ...]:
     )
 
 
-def _dynamic_shapes(signature: Signature, max_context: int) -> tuple[Any, ...]:
-    # a model may cut its tables to as many tokens as it is given: no more than it takes, which runtimes hold to
-    most = {"time": max_context} if max_context > _EXAMPLE["time"] else {}
-    dims = {name: torch.export.Dim(name, max=most.get(name)) for name in _EXAMPLE}
+def _of_any_time(
+    wrapped: nn.Module, example: tuple[Any, ...], signature: Signature, max_context: int
+) -> torch.export.ExportedProgram:
+    """The program for any number of tokens; for no more than the context, where a model cuts its tables to them."""
+    try:
+        return traced(wrapped, example, _dynamic_shapes(signature))
+    except Exception as error:
+        if not is_about_sizes(error) or max_context <= _EXAMPLE["time"]:
+            raise
+        try:
+            return traced(wrapped, example, _dynamic_shapes(signature, max_context))
+        except Exception:
+            raise error from None
+
+
+def _dynamic_shapes(signature: Signature, most: int | None = None) -> tuple[Any, ...]:
+    dims = {name: torch.export.Dim(name, max=most if name == "time" else None) for name in _EXAMPLE}
 
     def dynamic(shape: Sequence[int | str]) -> dict[int, Any]:
         return {axis: dims[dim] for axis, dim in enumerate(shape) if isinstance(dim, str)}

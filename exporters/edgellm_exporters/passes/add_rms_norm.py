@@ -9,12 +9,14 @@ from edgellm.ops.schema import View, views
 
 __all__ = ["FuseAddRMSNorm"]
 
+_AXES = 3  # (batch, time, width): what kernels take; a norm of each head after its rotation is of a sum of four axes
+
 
 class FuseAddRMSNorm(ir.passes.InPlacePass):
     """``Add -> RMSNorm`` becomes ``AddRMSNorm``, which gives the norm and the sum.
 
-    Before: canonical graph. After: an RMSNorm whose input was a sum of two tensors of one shape is fused with it; other
-    users of the sum read the second output.
+    Before: canonical graph. After: an RMSNorm whose input was a sum of two tensors of one shape, of at most three axes,
+    is fused with it; other users of the sum read the second output.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -48,4 +50,4 @@ def _sum_before(norm: View) -> ir.Node | None:
 
 def _same_shape(add: ir.Node) -> bool:
     a, b = (value.shape if value is not None else None for value in add.inputs)
-    return a is not None and b is not None and len(a) == len(b) and a == b
+    return a is not None and b is not None and len(a) == len(b) <= _AXES and a == b

@@ -85,7 +85,9 @@ def traces(model: LanguageModel, rows: Sequence[Tokens], sources: Sources = None
             logits, state = model(tokens, empty_state(model, len(tokens), length), Step.whole(tokens))
         for i, row in enumerate(same):
             used = {spec.name: state[spec.name][spec.used(length)][i] for spec in model.state_specs()}
-            yield Trace(list(row), logits[i], used, {path: tensor[i] for path, tensor in layers.items()})
+            # a list may hold other modules than layers, such as one that makes the same table for every row
+            given = {path: tensor[i] for path, tensor in layers.items() if tensor.shape[:2] == tokens.shape}
+            yield Trace(list(row), logits[i], used, given)
         start += len(same)
 
 
