@@ -156,5 +156,5 @@ def test_wheel_holds_exactly_the_three_packages(tmp_path: Path) -> None:
     assert any(name.endswith("/licenses/LICENSE") for name in metadata)
     files = ((n, p) for n in PACKAGES for ends in ("*.py", "*.html") for p in PACKAGES[n].rglob(ends))
     shipped = {str(p.relative_to(PACKAGES[n].parent)) for n, p in files}
-    shipped |= {f"{n}/py.typed" for n in PACKAGES}
+    shipped |= {f"{n}/py.typed" for n in PACKAGES} | {"edgellm_runtime/server/page.html"}
     assert names - metadata == shipped
