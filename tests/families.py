@@ -25,6 +25,7 @@ from edgellm.models.jamba import JambaConfig, jamba
 from edgellm.models.lfm2 import LFM2, LFM2Config
 from edgellm.models.mamba import MambaConfig, mamba
 from edgellm.models.mamba2 import Mamba2Config, mamba2
+from edgellm.models.nemotron_h import NemotronHConfig, nemotron_h
 from edgellm.models.qwen3_next import Qwen3NextConfig, qwen3_next
 from edgellm.models.recurrent_gemma import RecurrentGemmaConfig, recurrent_gemma
 from edgellm.models.rwkv import RWKV, RWKVConfig
@@ -95,6 +96,15 @@ def spaces_and_experts() -> nn.Module:
         GraniteMoeHybridConfig(
             **SPACE, score_scale=0.3, num_experts=4, num_chosen=2, shared_width=40, embedding_scale=2.0,
             logit_scale=0.5, norm_eps=0.1,
+        )
+    )  # fmt: skip
+
+
+def one_thing_a_layer() -> nn.Module:
+    return nemotron_h(
+        NemotronHConfig(
+            **SPACE | {"pattern": ("space", "experts", "attention", "mlp")}, num_experts=6, num_chosen=4, num_sets=3,
+            sets_chosen=2, expert_width=24, shared_width=44, latent_width=32, norm_eps=0.1,
         )
     )  # fmt: skip
 
@@ -188,6 +198,7 @@ FURTHER: dict[str, Callable[[], nn.Module]] = {
     "gated linear recurrence and windows": gated("recurrent", "attention"),
     "fading averages": averages(),
     "matrix memories": matrices(),
+    "state space, attention, MLP or experts": one_thing_a_layer,
     "state space beside attention": side_by_side(norm="before the gate", bias=True),
 }
 EVERY = FAMILIES | FURTHER

@@ -78,6 +78,10 @@ ENTRIES: Mapping[str, Entry] = {
         module="edgellm.models.mamba2", about="state space", presets=("tiny",), huggingface=("mamba2",),
         gguf=("mamba2",),
     ),
+    "nemotron_h": Entry(
+        module="edgellm.models.nemotron_h", about="state space, attention, MLP or experts", presets=("tiny",),
+        huggingface=("nemotron_h",),
+    ),
     "qwen3_next": Entry(
         module="edgellm.models.qwen3_next", about="gated delta rule and attention", presets=("tiny",),
         huggingface=("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),

@@ -44,9 +44,17 @@ GRANITE = HEADS | {
     "num_experts_per_tok": 2, "mamba_n_heads": 8, "mamba_d_state": 10, "mamba_chunk_size": 16, "rms_norm_eps": 0.1,
     "embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2, "logits_scaling": 2.0,
 }  # fmt: skip
+NEMOTRON_H = HEADS | {
+    "hidden_size": 48, "head_dim": 10, "intermediate_size": 80, "ssm_state_size": 10, "mamba_num_heads": 8,
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "mamba_head_dim": 6, "n_groups": 2,
+    "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "chunk_size": 16,
+    "moe_shared_expert_intermediate_size": 30, "time_step_min": 0.5, "layer_norm_epsilon": 0.1,
+    "routed_scaling_factor": 1.5,
+}  # fmt: skip
 FALCON_H1 = HEADS | {
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "mamba_d_ssm": 40, "mamba_n_heads": 8,
     "mamba_d_state": 10, "mamba_chunk_size": 16, "embedding_multiplier": 3.0, "lm_head_multiplier": 0.3,
+    "rms_norm_eps": 0.01,
     "attention_in_multiplier": 0.7, "attention_out_multiplier": 1.3, "key_multiplier": 0.4, "ssm_in_multiplier": 1.2,
     "ssm_out_multiplier": 0.6, "mlp_multipliers": [0.8, 1.4], "ssm_multipliers": [0.9, 1.2, 0.7, 1.1, 0.5],
 }  # fmt: skip
@@ -91,6 +99,14 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("GraniteMoeHybrid", GRANITE),
     ("GraniteMoeHybrid", GRANITE | {"num_local_experts": 0, "position_embedding_type": "rope", "attention_bias": True}),
     ("GraniteMoeHybrid", GRANITE | {"tie_word_embeddings": True, "num_experts_per_tok": 1, "mamba_n_groups": 4}),
+    ("NemotronH", NEMOTRON_H),
+    ("NemotronH", NEMOTRON_H | {"n_group": 3, "topk_group": 2, "norm_topk_prob": False, "mlp_hidden_act": "silu"}),
+    (
+        "NemotronH",
+        NEMOTRON_H
+        | {"moe_latent_size": 24, "mlp_bias": True, "use_bias": True, "use_conv_bias": False, "conv_kernel": 3}
+        | {"num_experts_per_tok": 6, "tie_word_embeddings": True},
+    ),
     ("FalconH1", FALCON_H1),
     (
         "FalconH1",
@@ -216,6 +232,9 @@ def test_logits_equal_transformers_whole_and_in_steps(kind: str, options: dict[s
         ("GraniteMoeHybrid", {"layer_types": ["mamba", "moe", "mamba"]}, "layer_types is 'moe'"),
         ("GraniteMoeHybrid", {"position_embedding_type": "alibi"}, "position_embedding_type is 'alibi'"),
         ("GraniteMoeHybrid", {"num_local_experts": 4}, "block_sparse_moe.router.layer.weight has shape"),
+        ("NemotronH", {"layers_block_type": ["mamba", "conv"]}, "layers_block_type is 'conv'"),
+        ("NemotronH", {"n_group": 3, "topk_group": 1, "num_experts_per_tok": 3}, "num_chosen 3: of 6 experts"),
+        ("NemotronH", {"num_nextn_predict_layers": 1}, "num_nextn_predict_layers is 1"),
         ("FalconH1", {"mamba_d_head": 6}, "mamba_d_head is 6"),
         ("FalconH1", {"ssm_multipliers": [1.0, 2.0]}, r"ssm_multipliers is \[1.0, 2.0\]; it must be 5 finite numbers"),
         ("FalconH1", {"key_multiplier": float("nan")}, "key_multiplier is nan"),

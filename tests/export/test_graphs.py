@@ -122,7 +122,7 @@ def captured_twice(model: Any) -> tuple[ir.Model, ir.Model]:
         return ours, capture(model)
 
 
-@pytest.mark.parametrize("family", sorted(PLAIN))
+@pytest.mark.parametrize("family", sorted(PLAIN & FAMILIES.keys()))
 def test_the_translation_of_plain_pytorch_computes_what_pytorchs_exporters_does(family: str) -> None:
     """Both write the same operators in their own way."""
     import onnxruntime as ort

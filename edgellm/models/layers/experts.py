@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from edgellm.models.layers.mlp import GatedMLP, PackedMLP
 
-__all__ = ["Experts"]
+__all__ = ["Experts", "mixture"]
 
 
 class Experts(nn.Module):
@@ -47,8 +49,19 @@ class Experts(nn.Module):
         if self.normalised:
             best = best / best.sum(-1, keepdim=True)
         shares = torch.zeros_like(shares).scatter(-1, which, best)
-        y = torch.stack([expert(x) * shares[..., i : i + 1] for i, expert in enumerate(self.experts)]).sum(0)
+        y = mixture(self.experts, x, shares)
         if self.shared is None:
             return y
         every: Tensor = self.shared(x)
         return y + (every if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * every)
+
+
+def mixture(experts: Iterable[nn.Module], x: Tensor, shares: Tensor) -> Tensor:
+    """What every expert makes of x, times its share, summed.
+
+    Args:
+        experts: modules of one token's features.
+        x: (batch, time, width).
+        shares: (batch, time, experts), 0 where one is not chosen.
+    """
+    return torch.stack([expert(x) * shares[..., i : i + 1] for i, expert in enumerate(experts)]).sum(0)

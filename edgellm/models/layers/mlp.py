@@ -17,6 +17,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
 }
 
 
@@ -87,9 +88,7 @@ class PackedMLP(nn.Module):
 
     def __init__(self, width: int, hidden: int, *, bias: bool = False, activation: str = "silu") -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ConfigError(f"activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
-        self.activation = ACTIVATIONS[activation]
+        self.activation = activation_of(activation)
         self.in_proj = nn.Linear(width, 2 * hidden, bias=bias)
         self.out_proj = nn.Linear(hidden, width, bias=bias)
 

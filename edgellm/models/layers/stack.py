@@ -63,16 +63,27 @@ class Block(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(batch, time, width) to the same shape, and this block's part of the new state."""
         present: dict[str, Tensor] = {}
-        if self.mixer_norm is not None:
-            before = self.mixer_norm(x)
-            for name in self.mixers:
-                mixer = getattr(self, name)
-                turned = (rotary,) if isinstance(mixer, SelfAttention) else ()
-                y, new = mixer(before, state, prefix, step, *turned)
-                x, present = x + y, present | new
+        if self.mixers:
+            y, present = self.mixed(x, state, prefix, step, rotary)
+            x = x + y
         if self.mlp is not None and self.mlp_norm is not None:
             x = x + self.mlp(self.mlp_norm(x))
         return x, present
+
+    def mixed(
+        self, x: Tensor, state: State, prefix: str, step: Step, rotary: RotaryTable | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the mixers, of which there is one at least, make of x behind the norm, without the residual."""
+        assert self.mixer_norm is not None
+        before, total = self.mixer_norm(x), None
+        present: dict[str, Tensor] = {}
+        for name in self.mixers:
+            mixer = getattr(self, name)
+            turned = (rotary,) if isinstance(mixer, SelfAttention) else ()
+            y, new = mixer(before, state, prefix, step, *turned)
+            total, present = y if total is None else total + y, present | new
+        assert total is not None
+        return total, present
 
 
 class Stack(nn.Module):
