@@ -84,7 +84,7 @@ ENTRIES: Mapping[str, Entry] = {
     ),
     "qwen3_next": Entry(
         module="edgellm.models.qwen3_next", about="gated delta rule and attention", presets=("tiny",),
-        huggingface=("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
+        huggingface=("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text"),
     ),
     "recurrent_gemma": Entry(
         module="edgellm.models.recurrent_gemma", about="linear recurrences and windows", presets=("tiny",),
