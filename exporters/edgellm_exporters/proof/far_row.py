@@ -25,7 +25,7 @@ from edgellm_runtime.spec import StateSpec
 __all__ = ["FarRow", "FarStart", "far_bounds", "far_row", "far_start"]
 
 _TOKENS = 12
-_STATE_BYTES = 192 << 20  # of a row's past: what grows with it is as far into the context as this goes
+_STATE_BYTES = 64 << 20  # of a row's past: what grows with it is as far into the context as this goes
 _SPREAD = 3**-0.5  # the standard deviation of what is even between -1 and 1
 _GENTLE = 0.25  # of a state's own spread: made-up keys as large as real ones make attention choose at random
 _TELLS = 0.1  # a KL divergence of the bundle from the very same numbers at which a far row proves nothing

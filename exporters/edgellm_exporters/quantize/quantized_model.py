@@ -32,7 +32,7 @@ from edgellm_exporters.quantize.smooth import by_part
 
 __all__ = ["RoundedWeights", "SameNumbers", "quantized_model", "quantized_stream", "same_numbers"]
 
-_KEPT_BYTES = 192 << 20  # of codes: to search scales takes ten times as long as to read them
+_KEPT_BYTES = 64 << 20  # of codes: to search scales takes ten times as long as to read them
 
 
 @dataclass(frozen=True)

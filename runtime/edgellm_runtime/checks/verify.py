@@ -28,7 +28,7 @@ from edgellm_runtime.state import State
 
 __all__ = [
     "AT_LEAST", "EXACT", "GOLDENS", "Check", "Golden", "Verification", "distance", "exact_figures", "held",
-    "read_goldens", "verify",
+    "read_goldens", "verify", "verify_quickly",
 ]  # fmt: skip
 
 MARGIN = 3.0  # of a bound, to the largest difference from the same numbers that an export measured
@@ -148,6 +148,35 @@ def _kernels(bundle: Bundle, session: Session) -> list[Check]:
 
     forms = forms_in(read_model(bundle.file(GRAPH).read_bytes()))
     return [held("kernels", max(map(kernel_error, forms)), BOUND)] if forms else []
+
+
+def verify_quickly(bundle: Bundle, session: Session) -> Verification:
+    """One golden in one step: for applications that look at each start whether this machine computes what it should.
+
+    Held to PyTorch with the bundle's own numbers where it can be, else to the float model.
+
+    Args:
+        bundle: opened with checksums, or checked before.
+        session: of that bundle.
+
+    Raises:
+        BundleError: the bundle has no goldens.
+    """
+    exact = bool(bundle.manifest.exact_bounds) and _of_these_kernels(bundle, session)
+    goldens = read_goldens(bundle, EXACT if exact else "traces")
+    bounds, prefix = (bundle.manifest.exact_bounds, f"{EXACT}.") if exact else (bundle.manifest.bounds, "")
+    golden = goldens[0]
+    state = session.new_state(1, len(golden.tokens), sources=golden.sources)
+    logits = session.step(golden.tokens[None], state, logits="all")[0]
+    figures = distance(golden, logits, _carried(golden, state))
+    # a mean over goldens is bounded, so that one of them may be as many times further off
+    times = {"kl": 1.0 if exact else float(len(goldens))}
+    checks = (
+        held(f"{prefix}{name}", figures[name], bounds[name] * times.get(name, 1.0))
+        for name in figures
+        if name in bounds
+    )
+    return Verification((held("files", 0.0, 0.0), *checks))
 
 
 def _meaning(bundle: Bundle) -> Check:
