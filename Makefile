@@ -19,7 +19,7 @@ SERVE_ARGS ?=
 BUNDLE    ?=
 WORKERS   ?= 2
 MINUTES   ?= 20
-SEEDS     ?= 3
+SEEDS     ?= 2
 FAMILIES  ?=
 BUNDLES   ?= $(wildcard runs/demo/*/bundles/*)
 
@@ -57,7 +57,7 @@ test-real: .venv/.installed-reference  ## the tests on the real checkpoint, agai
 fuzz: .venv/.installed  ## spoil small bundles at random for MINUTES=20; a case that crashes or hangs is reported
 	$(BIN)/python scripts/fuzz.py --minutes $(MINUTES)
 
-mutations: .venv/.installed  ## change tiny bundles' numbers, SEEDS=3 times in each way; count what verify finds
+mutations: .venv/.installed  ## change tiny bundles' numbers and meaning, SEEDS=2 times in each way; count what is found
 	$(BIN)/python scripts/mutate.py --seeds $(SEEDS)
 
 families: .venv/.installed  ## every family of transformers, tiny, against transformers, into docs/families.md
