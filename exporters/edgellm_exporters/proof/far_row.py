@@ -116,14 +116,17 @@ def far_bounds(bundle: Bundle, bounds: Mapping[str, float]) -> dict[str, float]:
         bundle: its goldens written.
         bounds: of the short rows' goldens, where they were measured.
     """
-    data, found = goldens_file(bundle)[FAR], list[dict[str, float]]()
-    for threads in (1, 2):
-        session = open_session(bundle, device="cpu", threads=threads)
-        far = far_golden(data, bundle.manifest.width, session)
-        for single in (False, True):
-            found.append(distance(far.golden, *far_outputs(session, far, single=single)))
+    data = goldens_file(bundle)[FAR]
+    found = [figures for threads in (1, 2) for figures in _figures(bundle, data, threads)]
     floors = _FLOORS[bundle.manifest.dtype]
     if not max(f["kl"] for f in found) <= _TELLS:
         return {}
-    names = [name for name in floors if name != "state" or far.golden.state]
+    names = [name for name in floors if name != "state" or data["state"]]
     return {n: max(MARGIN * max(f[n] for f in found), bounds.get(n, 0.0), floors[n]) for n in names}
+
+
+def _figures(bundle: Bundle, data: Mapping[str, Any], threads: int) -> list[dict[str, float]]:
+    """How far a bundle is from its far row, all at once and token by token; its session goes before another is made."""
+    session = open_session(bundle, device="cpu", threads=threads)
+    far = far_golden(data, bundle.manifest.width, session)
+    return [distance(far.golden, *far_outputs(session, far, single=single)) for single in (False, True)]

@@ -10,6 +10,7 @@ from edgellm_exporters.proof.far_row import FarRow, far_bounds
 from edgellm_exporters.proof.layer_bounds import layer_bounds
 from edgellm_exporters.proof.same_numbers import ExactTraces, measured_exactly
 from edgellm_exporters.proof.traces import Trace
+from edgellm_exporters.weights.memory import give_back
 from edgellm_runtime.bundle import Bundle, Manifest
 from edgellm_runtime.checks.verify import EXACT, exact_bounds
 
@@ -34,10 +35,12 @@ def with_measured_bounds(
         found = measured_exactly(scratch, same.copies)
         manifest = dataclasses.replace(manifest, exact_bounds=exact_bounds(found))
         measured = {f"{EXACT}.{name}": value for name, value in found.items()}
+    give_back()
     bundle = Bundle(scratch, checksums=False)
     if layers:
         first, copies = (same.rows or [trace])[0], same.copies[: len(same.copies) // max(1, len(same.rows))]
         manifest = dataclasses.replace(manifest, layers=layer_bounds(bundle, layers, first, copies, trace))
+    give_back()
     if far is not None:
         manifest = dataclasses.replace(manifest, far=far_bounds(bundle, manifest.exact_bounds))
     return manifest, measured
