@@ -211,7 +211,7 @@ def test_demo_goes_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [f"[{i}/9]" in printed.err for i in range(1, 10)] == [True] * 9
 
 
-COMPUTE = ("demo", "train", "export", "verify", "generate", "chat", "serve", "bench", "eval")
+COMPUTE = ("demo", "train", "export", "verify", "diff", "generate", "chat", "serve", "bench", "eval")
 
 
 def test_every_command_that_computes_has_the_same_option_for_threads() -> None:
@@ -233,7 +233,7 @@ def test_impossible_number_of_threads_is_refused_before_any_work(
     name: str, threads: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = {"train": ["t.txt", "-o", str(tmp_path / "o")], "export": ["x", "-o", str(tmp_path / "o")], "demo": []}
-    arguments["generate"] = ["x", "prompt"]
+    arguments |= {"generate": ["x", "prompt"], "diff": ["x", "--against", "y"]}
     assert run([name, *arguments.get(name, ["x"]), "--threads", threads]) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"Error: threads is {threads}; it must be an integer from 1 to ")

@@ -73,8 +73,9 @@ def exact_traces(
     repeated = [row for row in rows for _ in range(times)]
     theirs = None if sources is None else [source for source in sources for _ in range(times)]
     with resident(found.model, found.weights):
-        each = list(traces(found.model, repeated, theirs))  # type: ignore[arg-type]
+        # first, for what it takes is given back before there are logits
         far = None if start is None else far_row(found.model, start, plan.cache)  # type: ignore[arg-type]
+        each = list(traces(found.model, repeated, theirs))  # type: ignore[arg-type]
     each = [dataclasses.replace(t, state={n: x for n, x in t.state.items() if n not in plan.cache}) for t in each]
     count = len(repeated) // len(rows)
     return ExactTraces(each[::count], [trace for i, trace in enumerate(each) if i % count], far)
