@@ -216,7 +216,7 @@ LATER: Mapping[str, Config] = {
     "hunyuan_v1_dense": COMMON | HEADS,
     "hunyuan_v1_moe": COMMON | HEADS | EXPERTS,
     "hy_v3": COMMON | HEADS | EXPERTS | GROUPS,
-    "hy_v4": COMMON | HEADS | EXPERTS | GROUPS | CHOSEN,
+    "hy_v4": COMMON | HEADS | EXPERTS | GROUPS,
     "hyperclovax": COMMON | HEADS,
     "iquestcoder": COMMON | HEADS,
     "jetmoe": COMMON | EXPERTS | {"kv_channels": 16},
@@ -293,6 +293,12 @@ RECURRENT: Mapping[str, Config] = {
         "attention_hidden_size": 36, "intermediate_size": 56,
     },
     "xlstm": {
+        # transformers' own cache of it needs widths of queries, keys and values that are multiples of 64
+        "vocab_size": VOCAB, "hidden_size": 128, "embedding_dim": 128, "num_hidden_layers": 2, "num_blocks": 2,
+        "num_heads": 4, "chunkwise_kernel": "chunkwise--native_autograd", "sequence_kernel": "native_sequence__native",
+        "step_kernel": "native",
+    },
+    "xlstm(width 128)": {
         # transformers' own cache of it needs widths of queries, keys and values that are multiples of 64
         "vocab_size": VOCAB, "hidden_size": 128, "embedding_dim": 128, "num_hidden_layers": 2, "num_blocks": 2,
         "num_heads": 4, "chunkwise_kernel": "chunkwise--native_autograd", "sequence_kernel": "native_sequence__native",
