@@ -335,7 +335,8 @@ ENCODED: Mapping[str, Config] = {
         "eos_token_id": 1, "decoder_start_token_id": 0,
     },
     "t5(gated, untied)": {
-        "vocab_size": VOCAB, "d_model": 36, "d_ff": 56, "num_layers": 2, "num_heads": 4, "d_kv": 9, "feed_forward_proj": "gated-gelu",
+        "vocab_size": VOCAB, "d_model": 36, "d_ff": 56, "num_layers": 2, "num_heads": 4, "d_kv": 9,
+        "feed_forward_proj": "gated-gelu",
         "tie_word_embeddings": False, "pad_token_id": 0,
         "eos_token_id": 1, "decoder_start_token_id": 0,
     },
