@@ -63,6 +63,8 @@ class GeneralModel(nn.Module):
         text = foreign.config.get_text_config()
         self.model: Any = foreign
         self._count = int(text.num_hidden_layers)
+        if getattr(text, "is_causal", None) is False:
+            raise CheckpointError("its attention is not causal; only causal models can be exported")
         if foreign.get_output_embeddings() is None:
             raise CheckpointError(f"{text.model_type} has no vocabulary projection that could be asked for positions")
         context = next((int(n) for key in _CONTEXT if (n := getattr(text, key, None) or 0) > 0), _DEFAULT_CONTEXT)

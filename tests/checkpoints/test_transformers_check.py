@@ -14,7 +14,7 @@ from test_checkpoints import save, tiny
 from test_checkpoints_gguf import tiny as tiny_decoder
 from test_checkpoints_gguf import write
 from test_checkpoints_huggingface import LLAMA3, edit, rope, transformers_model
-from test_families_huggingface import CASES, scrambled
+from test_families_huggingface import CASES, CONFIGS, scrambled
 
 from edgellm.checkpoints import open_checkpoint
 from edgellm.cli import run
@@ -32,7 +32,7 @@ def small_model(kind: str, folder: Path):
     if kind in source_models.FOREIGN:
         return source_models.foreign(kind, folder)
     for name, options in CASES:
-        if getattr(transformers, f"{name}Config").model_type == kind:
+        if getattr(transformers, CONFIGS.get(name, f"{name}Config")).model_type == kind:
             return scrambled(name, options)
     return transformers_model({"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind])
 

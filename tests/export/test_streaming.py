@@ -162,7 +162,7 @@ def test_a_pass_that_fails_leaves_no_weights_behind(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_weights_that_a_parent_reads_are_there_too() -> None:
-    from test_bad_input_models import Sound
+    from own_models import Sound
 
     model = Sound().eval()
     weights = OwnWeights(model)
@@ -231,7 +231,8 @@ class Parrot:
     def __init__(self, propose: Callable[[list[int]], int]) -> None:
         self._propose = propose
 
-    def new_state(self, batch: int, capacity: int) -> list[int]:
+    def new_state(self, batch: int, capacity: int, *, sources: Any = None) -> list[int]:
+        assert sources is None
         return []
 
     def step(self, tokens: Any, state: list[int]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from own_models import Config, Sound
 from refusals import only
 from torch import Tensor, nn
 
@@ -22,40 +22,6 @@ from edgellm_exporters.graph.capture import capture
 from edgellm_exporters.proof.parity import unequal
 from edgellm_runtime import BackendError, StateSpec, load
 from edgellm_runtime.checks.verify import held
-
-
-@dataclass(frozen=True)
-class Config:
-    vocab_size: int = 61
-    max_context: int = 32
-
-
-class Sound(nn.Module):
-    """A recurrence that can be exported; the others below spoil one thing in it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.config = Config()
-        self.embedding = nn.Embedding(61, 32)
-        self.cell = nn.LSTM(32, 32, batch_first=True)
-        self.head = nn.Linear(32, 61)
-
-    def state_specs(self) -> list[StateSpec]:
-        return [StateSpec(name, ("batch", 32), "float32", "replace") for name in ("h", "c")]
-
-    def run(self, x: Tensor, state: State, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        y, h, c = lstm(x, state["h"], state["c"], self.weights(), step.lengths)
-        return y, {"h": h, "c": c}
-
-    def weights(self) -> RecurrentWeights:
-        c = self.cell
-        return RecurrentWeights(c.weight_ih_l0, c.weight_hh_l0, c.bias_ih_l0, c.bias_hh_l0)
-
-    def forward(self, tokens: Tensor, state: State | None = None, step: Step | None = None) -> Any:
-        step = step or Step.whole(tokens)
-        zeros = torch.zeros(tokens.shape[0], 32)
-        y, present = self.run(self.embedding(tokens), state or {"h": zeros, "c": zeros}, step)
-        return self.head(take_positions(y, step.logit_positions)), present
 
 
 class TorchLSTM(Sound):
@@ -221,7 +187,7 @@ class NoVocabulary(Sound):
         (NoContext, "NoContext.config has no max_context; give it the most that one row holds, a whole number of at"),
         (
             Untranslatable,
-            r"aten.special_bessel_j0; use other operators in its forward \(test_bad_input_models.py:\d+, y, present",
+            r"aten.special_bessel_j0; use other operators in its forward \(own_models.py:\d+, y, present",
         ),
         (LogitsOnly, r"the model's forward gave a \w*Tensor; it must give \(logits, state\)"),
         (EveryPosition, r"logits: the forward gives shape \(batch, time, 61\), but must give \(batch, count, 61\)"),

@@ -14,14 +14,14 @@ from edgellm_runtime.bundle.encoder_info import EncoderInfo
 from edgellm_runtime.bundle.engine_info import ROLES, ChooserInfo, EngineInfo, GraphInfo
 from edgellm_runtime.bundle.limits import MAX_WIDTH
 from edgellm_runtime.errors import BundleError, first_line
+from edgellm_runtime.graphs.operators import TARGETS
 from edgellm_runtime.option_ranges import check_defaults
 from edgellm_runtime.spec import Signature, SpecError
 from edgellm_runtime.task_spec import TaskSpec
 
-__all__ = ["FORMAT", "GRAPH", "MANIFEST", "TARGETS", "TEXT_FILES", "FileInfo", "Manifest", "TokenizerInfo"]
+__all__ = ["FORMAT", "GRAPH", "MANIFEST", "TEXT_FILES", "FileInfo", "Manifest", "TokenizerInfo"]
 
 FORMAT = 1
-TARGETS = ("cpu", "onnx", "cuda", "tensorrt")
 MANIFEST, GRAPH = "manifest.json", "model.onnx"
 TEXT_FILES = ("tokenizer.json", "chat_template.jinja", "goldens.json")
 _MAX_NAME = 255
