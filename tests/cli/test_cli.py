@@ -25,7 +25,7 @@ from edgellm_runtime.threads import thread_count
 REPOSITORY = Path(__file__).parents[2]
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "transformers", "tokenizers", "safetensors", "gguf",
          "matplotlib"}  # fmt: skip
-INTERACTIVE = {"chat", "serve"}  # answers as it goes, so there is no one object to print
+INTERACTIVE = {"chat", "serve", "sign"}  # answer as they go, or make a file: there is no one object to print
 
 
 def command(name: str) -> click.Command:

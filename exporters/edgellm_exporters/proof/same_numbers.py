@@ -21,6 +21,7 @@ from edgellm_exporters.proof.far_row import FarRow, FarStart, far_row
 from edgellm_exporters.proof.traces import Sources, Trace, traces
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.quantize.quantized_model import same_numbers
+from edgellm_exporters.weights.memory import give_back
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.checks.verify import EXACT, distance, exact_figures, read_goldens
 from edgellm_runtime.loading import unchecked_session
@@ -75,6 +76,7 @@ def exact_traces(
     with resident(found.model, found.weights):
         # first, for what it takes is given back before there are logits
         far = None if start is None else far_row(found.model, start, plan.cache)  # type: ignore[arg-type]
+        give_back()
         each = list(traces(found.model, repeated, theirs))  # type: ignore[arg-type]
     each = [dataclasses.replace(t, state={n: x for n, x in t.state.items() if n not in plan.cache}) for t in each]
     count = len(repeated) // len(rows)

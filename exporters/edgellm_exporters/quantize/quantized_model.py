@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -18,7 +16,7 @@ from edgellm.streaming import OwnWeights, Weights
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.passes.merge_linears import parts_of
 from edgellm_exporters.quantize.named_weights import is_parametrized, named_weights
-from edgellm_exporters.quantize.plan import ROW, Codes, Plan, Scheme
+from edgellm_exporters.quantize.plan import ROW, Plan, Scheme
 from edgellm_exporters.quantize.rounded_products import (
     ProductRounding,
     round_blocks,
@@ -31,8 +29,6 @@ from edgellm_exporters.quantize.rounded_products import (
 from edgellm_exporters.quantize.smooth import by_part
 
 __all__ = ["RoundedWeights", "SameNumbers", "quantized_model", "quantized_stream", "same_numbers"]
-
-_KEPT_BYTES = 64 << 20  # of codes: to search scales takes ten times as long as to read them
 
 
 @dataclass(frozen=True)
@@ -158,8 +154,6 @@ class _Numbers:
         self._columns = {part: f for name, f in plan.smoothing.columns.items() for part in parts_of(name)}
         self.orders = {name: torch.from_numpy(order) for name, order in plan.orders.items()}
         self._shifts: dict[str, Tensor] = {}
-        self.keeps = False  # set where weights are read anew for each run
-        self._kept: dict[tuple[str, int, int], Codes] = {}
         self._rows = by_part(plan.smoothing.rows, {name: len(w) for name, w in named_weights(model).items()})
 
     def check(self, found: Mapping[str, Any]) -> None:
@@ -178,23 +172,13 @@ class _Numbers:
         if name in self._rows:
             row = torch.from_numpy(self._rows[name])[start : start + len(weight)]
         smoothed = (weight * column * row[:, None]).numpy()
-        codes = self._codes(name, smoothed, start)
+        codes = self._quantize(name, smoothed, self.schemes[name])
         if codes.columns:
             self._shifts[name] = torch.from_numpy(codes.shifts().copy())
         found = torch.from_numpy(codes.dequantize())
         if name in self.orders:
             found = found[:, self.orders[name].argsort()]
         return found / column / row[:, None]
-
-    def _codes(self, name: str, smoothed: NDArray[np.float32], start: int) -> Codes:
-        """Codes of a weight or of some rows; as many as :data:`_KEPT_BYTES` hold are kept for the next time."""
-        key = (name, start, len(smoothed))
-        if key not in self._kept:
-            made = self._quantize(name, smoothed, self.schemes[name])
-            if not self.keeps or sum(c.codes.nbytes for c in self._kept.values()) + made.codes.nbytes > _KEPT_BYTES:
-                return made
-            self._kept[key] = made
-        return self._kept[key]
 
     def rounding(
         self, name: str, shape: Sequence[int], kernel: Callable[[Tensor], Tensor], noise: Callable[[Tensor], Tensor]
@@ -219,7 +203,6 @@ class RoundedWeights:
 
     def __init__(self, weights: Weights, numbers: _Numbers, model: nn.Module) -> None:
         self._weights, self._numbers = weights, numbers
-        numbers.keeps = True
         named = {id(p): n for n, p in model.named_parameters(remove_duplicate=False) if n in numbers.schemes}
         self._planned = {n: named[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if id(p) in named}
 
