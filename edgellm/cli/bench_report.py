@@ -21,7 +21,7 @@ _STYLE = (
     "padding:0 1rem}"
     "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.2rem .7rem;text-align:right;"
     "border-bottom:1px solid #8884}td:first-child,th:first-child{text-align:left}"
-    "svg{width:100%;height:auto}svg text{font-size:12px;fill:currentColor}"
+    ".wide{overflow-x:auto}svg{width:100%;height:auto}svg text{font-size:12px;fill:currentColor}"
 )
 _WIDTH, _ROW, _LEFT = 900, 34, 220
 
@@ -111,7 +111,8 @@ def _page(result: dict[str, Any]) -> str:
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>edgellm bench</title><style>{_STYLE}</style><h1>edgellm bench</h1>"
-        f"<p>{html.escape(_machine_line(result))}</p><table><tr>{head}</tr>{body}</table><ul>{said}</ul>{plots}"
+        f"<p>{html.escape(_machine_line(result))}</p>"
+        f'<div class="wide"><table><tr>{head}</tr>{body}</table></div><ul>{said}</ul>{plots}'
         "</html>\n"
     )
 
