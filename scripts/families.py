@@ -44,7 +44,9 @@ def main() -> int:
         ordered = {name: rows[name] for name in ROWS if name in rows}
         options.page.write_text(render(ordered, vocab=VOCAB, context=CONTEXT, window=WINDOW), encoding="utf-8")
     if options.page == _PAGE:
-        _REFUSED.write_text(json.dumps(refusals(rows), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        _REFUSED.write_text(
+            json.dumps(refusals(rows), indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
+        )
     good = {"works", "refused"}
     return int(any(outcome.word not in good for _, outcomes in rows.values() for outcome in outcomes.values()))
 

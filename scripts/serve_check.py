@@ -59,11 +59,11 @@ class Browser:
         asked = {"id": self._number, "method": method, "params": parameters}
         if self._session:
             asked["sessionId"] = self._session
-        os.write(self._out, json.dumps(asked).encode() + b"\0")
+        os.write(self._out, json.dumps(asked, allow_nan=False).encode() + b"\0")
         while True:
             found = self._next()
             if found.get("method") == "Runtime.exceptionThrown":
-                self.complaints.append(json.dumps(found["params"])[:600])
+                self.complaints.append(json.dumps(found["params"], allow_nan=False)[:600])
             if found.get("method") == "Log.entryAdded" and found["params"]["entry"]["level"] == "error":
                 self.complaints.append(found["params"]["entry"]["text"])
             if found.get("id") == self._number:
@@ -120,11 +120,12 @@ def check(browser: Browser, served: Served, pictures: Path | None) -> None:
     idle = "!document.querySelector('#send').hidden"
 
     def say(text: str) -> None:
-        b.js(f"document.querySelector('#text').value = {json.dumps(text)}; document.querySelector('#send').click()")
+        value = json.dumps(text, allow_nan=False)
+        b.js(f"document.querySelector('#text').value = {value}; document.querySelector('#send').click()")
 
     def press(label: str, turn: int) -> None:
         found = f"[...document.querySelectorAll('.turn')[{turn}].querySelectorAll('button')]"
-        b.js(f"{found}.find((button) => button.textContent === {json.dumps(label)}).click()")
+        b.js(f"{found}.find((button) => button.textContent === {json.dumps(label, allow_nan=False)}).click()")
 
     def that(true: bool, what: str) -> None:
         if not true:

@@ -112,7 +112,7 @@ class Client(threading.Thread):
         self._stream(leave_after=self._random.randrange(6))
 
     def _malformed(self) -> None:
-        wrong = [b"{", b"[]", b'{"model": 1}', b"\xff" * 20, json.dumps(self._body("x", n=0)).encode()]
+        wrong = [b"{", b"[]", b'{"model": 1}', b"\xff" * 20, json.dumps(self._body("x", n=0), allow_nan=False).encode()]
         content = self._random.choice(wrong)
         found = self._http.post(f"{self._served.address}/v1/completions", content=content,
                                 headers={"content-type": "application/json"})  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer as Library
@@ -52,7 +53,7 @@ class FakeSession:
         self.table = np.random.default_rng(7).normal(size=(61, vocab_size)).astype(np.float32) * 2
         self.read = 0  # tokens read in all, to see what was not read again
         self.fail_at: int | None = None
-        self._out = np.empty(0, dtype=np.float32)
+        self._outs: dict[int, Any] = {}  # of each state, as of each its own binding
 
     def new_state(self, batch: int = 1, capacity: int = 0) -> State:
         return State(self.specs, batch, max(capacity, 1))
@@ -65,8 +66,9 @@ class FakeSession:
         if (state.lengths + valid).max() > self.max_context:
             raise ContextError("over the context")
         state.reserve(int((state.lengths + valid).max()))
-        self._out[...] = np.nan  # the last step's logits are no longer to be looked at
-        self._out = np.empty((batch, 1, self.vocab_size), dtype=np.float32)
+        if (before := self._outs.get(id(state))) is not None:
+            before[...] = np.nan  # the last step's logits are no longer to be looked at
+        out = self._outs[id(state)] = np.empty((batch, 1, self.vocab_size), dtype=np.float32)
         for row in range(batch):
             for token in tokens[row, : valid[row]]:
                 if self.fail_at is not None and self.read == self.fail_at:
@@ -75,8 +77,8 @@ class FakeSession:
                 state.tensors["k"][row, state.lengths[row]] = token
                 state.lengths[row] += 1
                 self.read += 1
-            self._out[row, 0] = self.table[self._hash(state, row)]
-        return self._out
+            out[row, 0] = self.table[self._hash(state, row)]
+        return out
 
     def _hash(self, state: State, row: int) -> int:
         h = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,14 @@ def render(rows: Mapping[str, Row], *, vocab: int, context: int, window: int) ->
         context: of the models.
         window: of those that have one.
     """
-    import onnxruntime
     import torch
     import transformers
 
     head = _HEAD.format(
         vocab=vocab, context=context, window=window, close=CLOSE, short=LENGTHS[0], long=LENGTHS[1], greedy=GREEDY,
         torch=torch.__version__.partition("+")[0], transformers=transformers.__version__,
-        onnxruntime=onnxruntime.__version__, machine=f"{platform.system()}, {platform.machine()}", count=len(rows),
+        onnxruntime=metadata.version("onnxruntime"), machine=f"{platform.system()}, {platform.machine()}",
+        count=len(rows),
         summary="; ".join(_summary(target, rows) for target in TARGETS),
         targets=" | ".join(f"`{target}`" for target in TARGETS), bars="---|" * len(TARGETS),
     )  # fmt: skip

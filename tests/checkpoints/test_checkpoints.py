@@ -40,7 +40,7 @@ def saved(tmp_path: Path) -> Path:
 
 def test_exports_are_the_public_names():
     assert {
-        "Checkpoint", "CheckpointWeights", "checkpoint_directory", "load_checkpoint", "open_checkpoint",
+        "Checkpoint", "CheckpointWeights", "adapted", "checkpoint_directory", "load_checkpoint", "open_checkpoint",
         "save_checkpoint",
     } == set(checkpoints.__all__)  # fmt: skip
 

@@ -12,6 +12,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -180,19 +181,23 @@ def there() -> Path:
 @pytest.fixture
 def graphless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the seconds of tracing; what is tested comes after."""
-    monkeypatch.setattr(export_module, "_planned", lambda *_: (None, Plan()))
+    monkeypatch.setattr(export_module, "_planned", lambda *_: (SimpleNamespace(step=None, encoder=None), Plan()))
     monkeypatch.setattr(graph_sets, "lower_to", lambda *_, **__: None)
     monkeypatch.setattr(graph_sets, "narrow_caches", lambda *_: None)
-    monkeypatch.setattr(graph_sets, "write_graph", lambda *_: None)
+    monkeypatch.setattr(graph_sets, "write_graphs", lambda *_: None)
     monkeypatch.setattr(export_module, "_session", lambda *_: None)
-    monkeypatch.setattr(export_module, "take_traces", lambda *_, **__: ([], []))
+    monkeypatch.setattr(export_module, "take_traces", lambda *_, **__: ([None], []))
+    monkeypatch.setattr(export_module, "bounds_with_a_favourite", lambda bounds, _: bounds)
+    monkeypatch.setattr(export_module, "far_start", lambda *_: None)
+    monkeypatch.setattr(export_module, "layers_in", lambda *_: [])
+    monkeypatch.setattr(export_module, "meaning_of", lambda _: {})
 
 
 def test_failed_export_leaves_the_bundle_that_was_there(
     there: Path, graphless: None, capsys: pytest.CaptureFixture[str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = copied(there, checkpoint.parent).rename(checkpoint.parent / "out")
-    monkeypatch.setattr(graph_sets, "write_graph", full)
+    monkeypatch.setattr(graph_sets, "write_graphs", full)
     assert "No space left on device" in refused(capsys, checkpoint, "--force")
     assert Bundle(out).manifest == Bundle(there).manifest
 
@@ -205,25 +210,25 @@ def full(*_: object) -> None:
 
 
 @pytest.mark.usefixtures("graphless")
-@pytest.mark.parametrize("step", ["write_graph", "write_goldens", "_write_text", "_write_manifest"])
+@pytest.mark.parametrize("step", ["write_graphs", "write_goldens", "_write_text", "_write_manifest"])
 def test_full_disk(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    monkeypatch.setattr(graph_sets if step == "write_graph" else export_module, step, full)
+    monkeypatch.setattr(graph_sets if step == "write_graphs" else export_module, step, full)
     message = refused(capsys, checkpoint)
     out = checkpoint.parent / "out"
     assert message == f"{out}: cannot be written (No space left on device); free some space or choose another place"
 
 
 @pytest.mark.usefixtures("graphless")
-@pytest.mark.parametrize("step", ["write_graph", "write_goldens", "_write_manifest"])
+@pytest.mark.parametrize("step", ["write_graphs", "write_goldens", "_write_manifest"])
 def test_interrupt_at_any_step_leaves_nothing(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(graph_sets if step == "write_graph" else export_module, step, interrupt)
+    monkeypatch.setattr(graph_sets if step == "write_graphs" else export_module, step, interrupt)
     assert run(["export", str(checkpoint), "-o", str(checkpoint.parent / "out")]) == 130
     assert capsys.readouterr().err.endswith("Error: interrupted\n")
     only(checkpoint.parent, "checkpoint")

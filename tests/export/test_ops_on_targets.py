@@ -22,7 +22,7 @@ from edgellm_exporters.lowering.fixed_form import DECODE, PREFILL, Form
 from edgellm_exporters.quantize.plan import Plan
 
 BATCH, PAST, CAPACITY = 2, 6, 12
-HEADS, KV_HEADS, DIM, FEATURES, HIDDEN = 4, 2, 16, 32, 24
+HEADS, KV_HEADS, DIM, FEATURES, HIDDEN, SOURCE = 4, 2, 16, 32, 24, 7
 WEIGHTS = {"weight", "bias", "q_norm", "k_norm", "sinks", "cos", "sin", "w_ih", "w_hh", "b_ih", "b_hh"}
 
 
@@ -63,6 +63,13 @@ def around(time: int) -> dict[str, Any]:
         **attending(time), "past_k": numbers(*ring) * there, "past_v": numbers(*ring) * there,
         "past_lengths": torch.full((BATCH,), past, dtype=torch.int32), "window": 4,
     }  # fmt: skip
+
+
+def looking(time: int) -> dict[str, Any]:
+    """Any tokens over sources of which one has padding."""
+    k, v = (numbers(BATCH, KV_HEADS, SOURCE, DIM) for _ in range(2))
+    mask = torch.arange(SOURCE) < torch.tensor([[SOURCE], [4]])
+    return {"q": numbers(BATCH, HEADS, time, DIM), "k": k, "v": v, "mask": mask, "scale": 0.3}
 
 
 def fading(time: int) -> dict[str, Any]:
@@ -106,6 +113,7 @@ def plain(op: str, time: int) -> dict[str, Any]:
         "SelectiveScan": lambda: scanned(time),
         "LinearAttention": lambda: fading(time),
         "GatedDelta": lambda: corrected(time),
+        "SourceAttention": lambda: looking(time),
     }
     return every[op]()
 
@@ -137,6 +145,8 @@ MORE: dict[tuple[str, str], Any] = {  # what a node may have besides: by op and 
     ("Attention", "sinks"): lambda: {"sinks": numbers(HEADS) * 3},
     ("Attention", "sinks and window"): lambda: {"sinks": numbers(HEADS) * 3, "window": 3},
     ("Attention", "sinks and softcap"): lambda: {"sinks": numbers(HEADS), "softcap": 1.5},
+    ("Attention", "distances"): lambda: {"distances": numbers(5, HEADS) * 2},
+    ("SourceAttention", "bias"): lambda: {"bias": numbers(1, HEADS, 1, SOURCE) * 2},
     ("LinearAttention", "past"): lambda: {"past": None},
     ("GatedDelta", "past"): lambda: {"past": None},
     ("SelectiveScan", "past"): lambda: {"past": None},

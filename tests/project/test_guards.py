@@ -154,7 +154,7 @@ def test_wheel_holds_exactly_the_three_packages(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     metadata = {name for name in names if name.split("/")[0].endswith(".dist-info")}
     assert any(name.endswith("/licenses/LICENSE") for name in metadata)
-    files = ((n, p) for n in PACKAGES for ends in ("*.py", "*.html") for p in PACKAGES[n].rglob(ends))
+    files = ((n, p) for n in PACKAGES for ends in ("*.py", "*.html", "*.json") for p in PACKAGES[n].rglob(ends))
     shipped = {str(p.relative_to(PACKAGES[n].parent)) for n, p in files}
     shipped |= {f"{n}/py.typed" for n in PACKAGES} | {"edgellm_runtime/server/page.html"}
     assert names - metadata == shipped

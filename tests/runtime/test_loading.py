@@ -41,9 +41,9 @@ def test_weights_are_compared_while_the_session_is_made_and_all_else_before(monk
         making.set()
         return open_session(*args, **options)
 
-    open_session = loading_module.open_session
+    open_session = loading_module.unchecked_session
     monkeypatch.setattr(bundle_module, "sha256_of", slowly)
-    monkeypatch.setattr(loading_module, "open_session", making_session)
+    monkeypatch.setattr(loading_module, "unchecked_session", making_session)
     model = load(bundle, threads=1)
     assert sorted(seen) == sorted(model.bundle.manifest.files.keys() - {WEIGHTS})
     assert seen[0] == "model.onnx"  # before it is asked what the weights are
@@ -62,7 +62,7 @@ def test_damaged_weights_are_the_error_whatever_the_session_says(
             raise error
         return object()
 
-    monkeypatch.setattr(loading_module, "open_session", making_session)
+    monkeypatch.setattr(loading_module, "unchecked_session", making_session)
     with pytest.raises(BundleError, match=f"{WEIGHTS}: checksum .* copy it again"):
         load(spoiled)
 
@@ -73,7 +73,7 @@ def test_no_session_is_made_when_anything_but_weights_is_damaged(
 ) -> None:
     spoiled = copied(attention_bundle(), tmp_path)
     spoil(spoiled, name)
-    monkeypatch.setattr(loading_module, "open_session", lambda *_, **__: pytest.fail("a session was made"))
+    monkeypatch.setattr(loading_module, "unchecked_session", lambda *_, **__: pytest.fail("a session was made"))
     with pytest.raises(BundleError, match=f"{name}: checksum"):
         load(spoiled)
 
@@ -82,7 +82,7 @@ def test_a_session_error_over_sound_weights_is_told(monkeypatch: pytest.MonkeyPa
     def making_session(*args, **options):
         raise BackendError("no such device")
 
-    monkeypatch.setattr(loading_module, "open_session", making_session)
+    monkeypatch.setattr(loading_module, "unchecked_session", making_session)
     with pytest.raises(BackendError, match="no such device"):
         load(recurrent_bundle())
 
