@@ -191,6 +191,7 @@ def graphless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export_module, "far_start", lambda *_: None)
     monkeypatch.setattr(export_module, "layers_in", lambda *_: [])
     monkeypatch.setattr(export_module, "meaning_of", lambda _: {})
+    monkeypatch.setattr(export_module, "Bundle", lambda *_, **__: None)
 
 
 def test_failed_export_leaves_the_bundle_that_was_there(
