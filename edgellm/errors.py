@@ -13,8 +13,18 @@ from __future__ import annotations
 __all__ = ["CheckpointError", "ConfigError", "ModelError", "OpError", "TrainingError", "UnsupportedError"]
 
 
+_LONGEST, _ENDS = 1500, 700  # characters of a text, and of each of its ends where it is longer
+
+
 class ModelError(Exception):
-    """Base of this package's errors; its text is one sentence with the thing, the value and the remedy."""
+    """Base of this package's errors; its text is one sentence with the thing, the value and the remedy.
+
+    A value out of someone's file may be a million characters long: the middle of such a text is left out.
+    """
+
+    def __str__(self) -> str:
+        said = super().__str__()
+        return said if len(said) <= _LONGEST else f"{said[:_ENDS]} … {said[-_ENDS:]}"
 
 
 class ConfigError(ModelError, ValueError):

@@ -1,14 +1,13 @@
-"""Tiny bundles and saved states spoiled at random, and used as a program uses them, in a process of its own.
+"""Tiny bundles, states and checkpoints spoiled at random, and used as a program uses them, in a process of its own.
 
 Each case is made from its number alone. The process says when a case begins and how it ended, so that the one that
-watches it knows which case crashed, hung or raised what nobody expects. Run as a program: SOURCE FOLDER FIRST COUNT.
+watches it knows which case crashed, hung, took too much or raised what nobody expects. Run as a program: SOURCE FOLDER
+FIRST COUNT.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import math
 import os
 import queue
 import random
@@ -17,240 +16,97 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import fuzzing_bundles
+import fuzzing_checkpoints
 from tiny_files import sign
 
-from edgellm_runtime import RuntimeFault, load
-from edgellm_runtime.bundle import Bundle
-from edgellm_runtime.checks.verify import verify
-from edgellm_runtime.state import State
+from edgellm.errors import ModelError
+from edgellm_runtime import RuntimeFault
 
-MEMORY, SECONDS = 6 << 30, 60
-STATE = "saved-state"
-VALUES: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 255, 2**31 - 1, 2**31, -(2**31), 2**62, 2**63, 10**400, 0.5, -0.0, 1e308, 1e-308,
-    math.inf, math.nan, "", "a", "\0", "\ud800", "9" * 5000, "batch", "capacity", "float64", "bfloat16", "append",
-    "replace", "ring", "static", "onnx", "cuda", "tensorrt", "model.onnx", "../x", "x" * 70_000, [], {}, [[]],
-    [0] * 5000, {"a": {}}, {"type": "Replace", "pattern": {"String": ""}, "content": "x"}, {"Regex": "(a+)+$"},
-]  # fmt: skip
-SNIPPETS = [
-    "{{ messages }}", "{{ 'a' * 99999999 }}", "{% for i in range(99999) %}", "{% endfor %}", "{% set x = [x, x] %}",
-    "{{ x|batch(99999999) }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ ''.__class__ }}",
-    "{{ 10**9999999 }}", "{{ x|tojson(indent=99999999) }}", "{{ [1]|sum(start=x) }}", "{{ raise_exception(x) }}",
-    "{{ strftime_now('%999999999d') }}", "{{ messages|map('center', 99999999)|list }}", "{{ loop.cycle(*messages) }}",
-    "{% generation %}", "{% if x %}", "{% endif %}", "{{ '%s' % messages }}", "{{ '{0.a}'.format(x) }}",
-    "{{ namespace(a=messages) }}", "{{ messages|groupby('x') }}", "{#", "{{", "{{ strftime_now(messages) }}",
-    "{{ bos_token + eos_token }}", "{% set ns = namespace() %}", "{{ messages[::-1]|string }}",
-]  # fmt: skip
+ADDRESSES = 8 << 30  # bytes of a process's address space, of which PyTorch alone takes some
+RESIDENT = 1 << 30  # bytes of memory that a case may have filled
+SECONDS, HANGS = 2.0, 60  # of the processor's time; of the clock's, which other work on the machine makes longer
+_FOREIGN = "checkpoint"  # how the names of sources begin that are no bundles
+_SHARE, _WHOLE = 0.4, 0.3  # of checkpoints among cases, and of bundles that are verified whole
+_UNSIGNED = ("manifest.json", fuzzing_bundles.STATE)
 
 
-def changed_bytes(draw: random.Random, data: bytes) -> bytes:
-    """Bits flipped, bytes lost, repeated or moved."""
-    made = bytearray(data)
-    for _ in range(draw.choice([1, 1, 2, 8])):
-        at, other = draw.randrange(len(made) + 1), draw.randrange(len(made) + 1)
-        kind = draw.randrange(6)
-        if kind == 0:
-            del made[at:]
-        elif kind == 1:
-            del made[min(at, other) : min(at, other) + draw.choice([1, 2, 8, 100])]
-        elif kind == 2:
-            made[at:at] = made[other : other + draw.choice([1, 4, 64])]
-        elif kind == 3:
-            made[at:at] = draw.choice([b"\xff" * 10, b"\0" * 8, b"\x80\x80\x00", b"[" * 900, b"{", b'"', b"9" * 5000])
-        elif made and at < len(made):
-            made[at] ^= 1 << draw.randrange(8)
-    return bytes(made)
-
-
-def changed_json(draw: random.Random, value: Any) -> Any:
-    """One place becomes something else, is lost, or comes twice."""
-    if isinstance(value, (dict, list)) and value and draw.random() < 0.9:
-        key = draw.choice(list(value) if isinstance(value, dict) else range(len(value)))
-        kind = draw.randrange(12)
-        if kind == 0:
-            del value[key]
-        elif kind == 1 and isinstance(value, dict):
-            value[draw.choice(["", "x", "type", *value])] = value.pop(key)
-        elif kind == 2 and isinstance(value, list):
-            value += value[:1] * draw.choice([1, 50])
-        elif kind == 3:
-            value[key] = copy.deepcopy(draw.choice(list(value.values()) if isinstance(value, dict) else value))
-        else:
-            value[key] = changed_json(draw, value[key])
-        return value
-    if type(value) is int and draw.random() < 0.5:
-        return draw.choice([value + 1, value - 1, -value, value * 2, value << 20, value << 40])
-    return copy.deepcopy(draw.choice(VALUES))
-
-
-def as_json(draw: random.Random, data: bytes) -> bytes:
-    value = json.loads(data)
-    for _ in range(draw.choice([1, 1, 1, 3])):
-        value = changed_json(draw, value)
-    return json.dumps(value).encode()
-
-
-def as_template(draw: random.Random, data: bytes) -> bytes:
-    text = data.decode()
-    for _ in range(draw.randrange(1, 5)):
-        at = draw.randrange(len(text) + 1)
-        text = text[:at] + draw.choice(SNIPPETS) + text[at:]
-    return text.encode()
-
-
-def as_graph(draw: random.Random, data: bytes) -> bytes:
-    """Attributes, operators, names and sizes of a graph become others, such as the runtime's lists let through."""
-    import onnx
-
-    from edgellm_runtime.graphs.operators import TARGETS
-
-    model = onnx.ModelProto.FromString(data)
-    for _ in range(draw.choice([1, 1, 2, 4])):
-        nodes = model.graph.node
-        node, kind = draw.choice(nodes), draw.randrange(9)
-        if kind == 0:
-            node.domain, node.op_type = draw.choice(sorted(TARGETS["cpu"]))
-        elif kind == 1 and node.attribute:
-            attribute = draw.choice(node.attribute)
-            attribute.i = draw.choice([-1, 0, 1, 2, 7, -8, 64, 65536, 2**24, 2**31, -(2**31), 2**63 - 1])
-        elif kind == 2 and node.input:
-            node.input[draw.randrange(len(node.input))] = draw.choice(
-                [o for n in nodes for o in n.output] + ["tokens", ""]
-            )
-        elif kind == 3 and node.input:
-            del node.input[draw.randrange(len(node.input))]
-        elif kind == 4 and model.graph.initializer:
-            tensor = draw.choice(model.graph.initializer)
-            if tensor.dims:
-                tensor.dims[draw.randrange(len(tensor.dims))] = draw.choice([0, 1, 2, -1, 2**20, 2**31, 2**40])
-        elif kind == 5 and model.graph.initializer:
-            tensor = draw.choice(model.graph.initializer)
-            if tensor.raw_data:
-                array = np.frombuffer(tensor.raw_data, dtype=np.uint8).copy()
-                array[draw.randrange(len(array))] ^= 1 << draw.randrange(8)
-                tensor.raw_data = array.tobytes()
-        elif kind == 6:
-            name = draw.choice(
-                ["axis", "block_size", "bits", "num_heads", "kv_num_heads", "K", "N", "batch_dims", "to"]
-            )
-            node.attribute.append(onnx.helper.make_attribute(name, draw.choice([-1, 0, 1, 2, 3, 16, 64, 1000])))
-        elif kind == 7 and node.attribute:
-            del node.attribute[draw.randrange(len(node.attribute))]
-        else:
-            at = draw.randrange(len(nodes))
-            nodes.insert(at, copy.deepcopy(node))
-    return model.SerializeToString()
-
-
-def as_weights(draw: random.Random, data: bytes) -> bytes:
-    array = np.frombuffer(data[: len(data) // 4 * 4], dtype=np.float32).copy()
-    array[:: draw.choice([1, 7, 100])] = draw.choice([0, np.nan, np.inf, 1e38, -1e38, 1e-40])
-    return array.tobytes() + data[len(data) // 4 * 4 :]
-
-
-def as_archive(draw: random.Random, data: bytes) -> bytes:
-    """Members of a saved state lost, changed, or packed."""
-    import io
-
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    name = draw.choice(list(members))
-    kind = draw.randrange(4)
-    if kind == 0:
-        del members[name]
-    elif kind == 1:
-        members[name] = members[draw.choice(list(members))]
-    else:
-        members[name] = changed_bytes(draw, members[name])
-    made = io.BytesIO()
-    with zipfile.ZipFile(
-        made, "w", draw.choice([zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-    ) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return made.getvalue()
-
-
-SPOILERS: dict[str, list[Callable[[random.Random, bytes], bytes]]] = {
-    "manifest.json": [as_json, as_json, changed_bytes],
-    "model.onnx": [as_graph, as_graph, as_graph, changed_bytes],
-    "tokenizer.json": [as_json, as_json, as_json, changed_bytes],
-    "chat_template.jinja": [as_template, as_template, changed_bytes],
-    "goldens.json": [as_json, as_json, changed_bytes],
-    "model.onnx.data": [as_weights],
-    STATE: [as_archive, changed_bytes],
-}
-
-
-def spoiled(source: Path, folder: Path, number: int) -> Path:
-    """Case ``number``: a copy of one of the bundles in ``source`` with one file, sometimes two, of another content."""
+def spoiled(source: Path, folder: Path, number: int) -> Callable[[], None]:
+    """Case ``number``: a copy of one of ``source`` with one file, sometimes two, of another content; gives its use."""
     draw = random.Random(number)
-    original = draw.choice(sorted(source.iterdir()))
+    foreign = draw.random() < _SHARE
+    original = draw.choice([path for path in sorted(source.iterdir()) if path.name.startswith(_FOREIGN) == foreign])
+    spoilers = (fuzzing_checkpoints if foreign else fuzzing_bundles).SPOILERS
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(original, folder)
-    for name in draw.sample([n for n in SPOILERS if (folder / n).is_file()], draw.choice([1, 1, 1, 2])):
-        data = draw.choice(SPOILERS[name])(draw, (folder / name).read_bytes())
-        (folder / name).write_bytes(data)
-        if name not in ("manifest.json", STATE) and draw.random() < 0.95:
+    there = [name for name in spoilers if (folder / name).is_file()]
+    for name in draw.sample(there, min(len(there), draw.choice([1, 1, 1, 2]))):
+        (folder / name).write_bytes(draw.choice(spoilers[name])(draw, (folder / name).read_bytes()))
+        if not foreign and name not in _UNSIGNED and draw.random() < 0.95:
             with suppress(ValueError, TypeError, KeyError, AttributeError):  # the manifest may be none by now
                 sign(folder, name)
-    return folder
+    whole = draw.random() < _WHOLE
+    if foreign:
+        return lambda: fuzzing_checkpoints.use_checkpoint(folder, attempt)
+    return lambda: fuzzing_bundles.use_bundle(folder, attempt, whole=whole)
 
 
-def use(folder: Path) -> None:
-    """Each part of a bundle, as a program uses it; the first fault does not hide the others."""
-
-    def step(function: Callable[[], Any]) -> Any:
-        try:
-            return function()
-        except RuntimeFault as fault:
-            said = str(fault).strip()
-        if not 0 < len(said) < 2000:
-            raise AssertionError(f"a fault of {len(said)} characters: {said[:200]}")
-        return None
-
-    opened = step(lambda: Bundle(folder))
-    if opened is None:
-        return
-    json.dumps(opened.manifest.to_json())
-    model = step(lambda: load(folder, threads=1, checksums=False))
-    if model is None:
-        return
-    step(lambda: verify(opened, model.session))
-    step(lambda: State.load(folder / STATE, opened.manifest.signature.state))
-    step(lambda: model.generate([1, 2], max_new_tokens=3))
-    if step(lambda: model.tokenizer) is not None:
-        step(lambda: model.tokenizer.decode(model.tokenizer.encode("Hello <|im_end|> world")))
-        step(lambda: model.tokenizer.decode(range(min(300, model.session.vocab_size))))
-        step(lambda: model.generate("Hello", max_new_tokens=3).text)
-        if model.has_chat_template:
-            messages = [{"role": "user", "content": "Hello <|im_end|>"}]
-            step(lambda: model.chat(messages, max_new_tokens=2).text)
+def attempt(function: Callable[[], Any]) -> Any:
+    """What a part of a use gives; None where it is refused in a sentence, so that the next part has its turn."""
+    try:
+        return function()
+    except (RuntimeFault, ModelError) as fault:
+        said = str(fault).strip()
+    if not 0 < len(said) < 2000:
+        raise AssertionError(f"a fault of {len(said)} characters: {said[:200]}")
+    return None
 
 
 def child(source: Path, folder: Path, first: int, count: int) -> None:
-    """Run cases; one line before each, one after."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    """Run cases; one line before each, one after. Ends early once a case has filled too much memory."""
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     warnings.simplefilter("ignore")
+    _settle(source, folder)
     for number in range(first, first + count):
         print("begin", number, flush=True)
         try:
-            use(spoiled(source, folder, number))
+            use, start = spoiled(source, folder, number), time.process_time()
+            use()
+            took, filled = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+            assert took <= SECONDS, f"took {took:.1f} s of the processor's time"
+            assert filled <= RESIDENT, f"filled {filled >> 20} MB"
             said = "ok"
         except BaseException as error:
             said = json.dumps(f"{type(error).__name__}: {error}"[:300] + "\n" + traceback.format_exc()[-3000:])
         print("end", number, said, flush=True)
+        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10 > RESIDENT:
+            return
+
+
+def _settle(source: Path, folder: Path) -> None:
+    """Use each source as it is, so that no case is charged with what libraries do once."""
+    import onnxruntime
+    import torch
+
+    onnxruntime.set_default_logger_severity(4)
+    torch.set_num_threads(1)
+    for original in sorted(source.iterdir()):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(original, folder)
+        if original.name.startswith(_FOREIGN):
+            fuzzing_checkpoints.use_checkpoint(folder, lambda function: function())
+        else:
+            fuzzing_bundles.use_bundle(folder, lambda function: function(), whole=True)
 
 
 @dataclass(frozen=True)
@@ -279,19 +135,24 @@ def run_cases(source: Path, scratch: Path, first: int, count: int) -> Iterator[F
         ]
         for reader in readers:
             reader.start()
+        begun = 0
         while number < end:
             try:
-                line = lines.get(timeout=SECONDS)
+                line = lines.get(timeout=HANGS)
             except queue.Empty:
-                yield Failure(number, f"took more than {SECONDS} s")
+                yield Failure(number, f"took more than {HANGS} s")
                 number += 1
                 break
             kind, _, rest = line.partition(" ")
             if not kind:
+                if begun > 0 and process.wait() == 0 and number > begun:
+                    break  # it ended on purpose, after a case that was told of
                 yield Failure(number, f"ended its process ({process.wait()}): {''.join(errors)[-2000:]}")
                 number += 1
                 break
-            if kind == "end":
+            if kind == "begin":
+                begun = int(rest)
+            elif kind == "end":
                 said = rest.partition(" ")[2].strip()
                 if said != "ok":
                     yield Failure(number, json.loads(said))
@@ -311,17 +172,9 @@ def _pass_on(stream: Any, put: Callable[[str], Any]) -> None:
 
 
 def make_source(folder: Path) -> Path:
-    """The bundles that are spoiled, each with a state of its own."""
-    from tiny_bundles import attention_bundle, recurrent_bundle
-
-    for name, bundle in (
-        ("attention", attention_bundle()), ("plain", attention_bundle("onnx")), ("recurrent", recurrent_bundle())
-    ):  # fmt: skip
-        shutil.copytree(bundle, folder / name)
-        session = load(bundle, threads=1).session
-        state = session.new_state()
-        session.step(np.array([[1, 2, 3]]), state)
-        state.save(folder / name / STATE)
+    """What is spoiled."""
+    fuzzing_bundles.make_bundles(folder)
+    fuzzing_checkpoints.make_checkpoints(folder)
     return folder
 
 

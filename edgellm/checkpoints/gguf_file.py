@@ -154,16 +154,18 @@ class GGUFSource:
         tensor = self._tensors[name]
         start, stop = rows or (0, tensor.shape[0])
         shape = (stop - start, *tensor.shape[1:])
-        size = tensor.nbytes // tensor.shape[0]  # rows are whole blocks, one after the other
+        size, rest = divmod(tensor.nbytes, tensor.shape[0])
         try:
+            if rest:
+                raise ValueError("its rows are no whole blocks")
             stored = np.fromfile(tensor.path, np.uint8, size * shape[0], offset=tensor.offset + size * start)
             if len(stored) != size * shape[0]:
                 raise ValueError("the file ends early")
-            array = _dequantized(stored, tensor.kind)
+            array = _dequantized(stored, tensor.kind).reshape(shape)
         except (NotImplementedError, ValueError, OSError) as error:
             kind = tensor.kind.name
             raise CheckpointError(f"{tensor.path}: tensor {name} of type {kind} cannot be read ({error})") from error
-        return torch.from_numpy(np.require(array.reshape(shape), np.float32, requirements=["C", "W"]))
+        return torch.from_numpy(np.require(array, np.float32, requirements=["C", "W"]))
 
 
 class _Stored(NamedTuple):

@@ -28,6 +28,7 @@ from edgellm.checkpoints.safetensors_source import SINGLE
 from edgellm.checkpoints.weights import Layout
 from edgellm.errors import CheckpointError, ConfigError
 from edgellm.models import registry
+from edgellm.models.config import check_kinds
 from edgellm_runtime.errors import OptionError
 from edgellm_runtime.option_ranges import check_defaults
 from edgellm_runtime.spec import SpecError
@@ -121,6 +122,7 @@ def open_native(path: Path, *, dtype: torch.dtype) -> Checkpoint:
         raise CheckpointError(f"{manifest}: format {found!r}, this edgellm reads up to {FORMAT}; update edgellm")
     try:
         architecture = registry.find(data["architecture"])
+        check_kinds(architecture.config, data["config"])
         config = architecture.config.from_json(data["config"])
         task = None if data.get("task") is None else TaskSpec.from_json(data["task"])
     except KeyError as error:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Self
 
 from edgellm.errors import ConfigError
 
-__all__ = ["Shape", "check_heads"]
+__all__ = ["Shape", "check_heads", "check_kinds"]
+
+_KINDS: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 
 
 class Shape:
@@ -53,3 +56,22 @@ def check_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         raise ConfigError(
             f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}, and head_dim {head_dim} even"
         )
+
+
+def check_kinds(config: type, data: Mapping[str, Any]) -> None:
+    """Make sure that a file has numbers, flags and texts where a configuration has them, before that computes with them.
+
+    Args:
+        config: a dataclass; fields of other types than these it checks itself.
+        data: names and values.
+
+    Raises:
+        ConfigError: a value of another type, or a number that is not finite.
+    """
+    for field in dataclasses.fields(config):
+        wanted = _KINDS.get(str(field.type).removesuffix(" | None"))
+        value = data.get(field.name)
+        if wanted is None or value is None:
+            continue
+        if type(value) not in wanted or (float in wanted and not math.isfinite(value)):
+            raise ConfigError(f"{field.name} is {value!r}; it must be of type {field.type}, and finite")

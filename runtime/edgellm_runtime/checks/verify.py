@@ -229,6 +229,8 @@ def _layers(bundle: Bundle, session: Session) -> list[Check]:
     try:
         data = goldens_file(bundle)[LAYERS]
         row, samples = np.asarray(data["tokens"], dtype=np.int64), layer_goldens(data[LAYERS])
+        if row.ndim != 1 or not 0 < len(row) <= bundle.manifest.max_context:
+            raise ValueError(f"a row of shape {list(row.shape)}")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise BundleError(f"{bundle.path}: no samples of its layers ({first_line(error)}); export it again") from error
     outputs = tapped(bundle, threads=getattr(session, "threads", None)).read(row)[1]
