@@ -59,7 +59,7 @@ def check_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
 
 
 def check_kinds(config: type, data: Mapping[str, Any]) -> None:
-    """Make sure that a file has numbers, flags and texts where a configuration has them, before that computes with them.
+    """Make sure that a file has numbers, flags and texts where a configuration has them.
 
     Args:
         config: a dataclass; fields of other types than these it checks itself.
