@@ -104,6 +104,29 @@ def device_session(bundle: Bundle, **options: Any) -> Session:
     )  # fmt: skip
 
 
+CALL_TOKENS = ["<tool_call>", "</tool_call>"]
+TELLS = (  # tools, thinking and calls, and opens thinking where it is asked to
+    "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}{% for m in messages %}{{ m.reasoning_content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments.n }}{{ c.id }}{% endfor %}"
+    "{{ m.tool_call_id }}{% endfor %}"
+) + TEMPLATE.replace("assistant\\n' }}", "assistant\\n' }}{{ '<think>' if enable_thinking }}")
+
+
+@functools.cache
+def talking_bundle() -> Path:
+    """A context of 1,024, a template that tells of tools and thinking, and special tokens around calls."""
+    library = byte_level()
+    library.add_special_tokens(CALL_TOKENS)
+    assets = TextAssets(tokenizer_json=library.to_str(), chat_template=TELLS, eos_token_ids=(2, 0))
+
+    def model() -> nn.Module:
+        torch.manual_seed(4)
+        sizes = {"width": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "mlp_width": 32}
+        return Decoder(DecoderConfig(vocab_size=library.get_vocab_size(), max_context=1024, **sizes)).eval()
+
+    return _make(model, "cpu", assets)
+
+
 def _make(model: Callable[[], Any], target: str, text: TextAssets | None, dtype: str = "") -> Path:
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

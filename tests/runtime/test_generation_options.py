@@ -171,6 +171,19 @@ def test_special_tokens_have_their_names_where_they_are_asked_for(tmp_path):
     )
 
 
+def test_chosen_special_tokens_have_their_names_and_the_others_have_none(tmp_path):
+    model = fake_model(tmp_path, max_context=200)
+    forced = [1, 40, 0, 40, 2]
+    known = model.tokenizer.decode([40])
+    for shown, text in (((), known * 2), ((1,), "<|im_start|>" + known * 2), ((0, 2), known + "<|endoftext|>" + known)):
+        assert model.generate("hello", forced_tokens=forced, shown_tokens=shown, ignore_eos=not shown,
+                              max_new_tokens=5).text == text  # fmt: skip
+    stopped = model.generate("hello", forced_tokens=forced, shown_tokens=(1,), stop=["start|>"], max_new_tokens=5)
+    assert (stopped.text, stopped.finish_reason) == ("<|im_", "stop")
+    with pytest.raises(OptionError, match="shown_tokens"):
+        model.generate("hello", shown_tokens=["<think>"])
+
+
 def test_an_echo_begins_with_the_prompt(model):
     plain = model.generate("hello", max_new_tokens=5)
     stream = model.stream("hello", max_new_tokens=5, echo=True)

@@ -47,6 +47,7 @@ class OptionKeywords(TypedDict, total=False):
     stop_tokens: Sequence[int]
     logprobs: int | None
     skip_special_tokens: bool
+    shown_tokens: Sequence[int]
     echo: bool
     progress: Callable[[int, int], None] | None
     draft: Drafting | None
@@ -72,6 +73,7 @@ class GenerationOptions(SamplingOptions):
         logprobs: so many of the most probable tokens are given for each token of the answer with their
             log-probabilities, beside the token's own; None: none of it. The logits then always come to the CPU.
         skip_special_tokens: whether special tokens, the end token among them, have no text.
+        shown_tokens: special tokens that have their names as a text all the same, such as those around thinking.
         echo: the answer's text begins with the prompt's.
         progress: is told, between two pieces of a long prompt, how many of how many tokens have been read. What it
             raises ends the call and comes through.
@@ -92,6 +94,7 @@ class GenerationOptions(SamplingOptions):
     stop_tokens: Sequence[int] = ()
     logprobs: int | None = None
     skip_special_tokens: bool = True
+    shown_tokens: Sequence[int] = ()
     echo: bool = False
     progress: Callable[[int, int], None] | None = None
     draft: Drafting | None = None
@@ -106,6 +109,7 @@ class GenerationOptions(SamplingOptions):
             "stop_tokens": tuple(check_list("stop_tokens", self.stop_tokens, "token ids", check_token)),
             "logprobs": None if self.logprobs is None else check_integer("logprobs", self.logprobs, 0, 2**20),
             "skip_special_tokens": check_flag("skip_special_tokens", self.skip_special_tokens),
+            "shown_tokens": tuple(check_list("shown_tokens", self.shown_tokens, "token ids", check_token)),
             "echo": check_flag("echo", self.echo),
             "deadline": None if self.deadline is None else check_number("deadline", self.deadline, 0, 1e9),
         }

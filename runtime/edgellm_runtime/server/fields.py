@@ -125,6 +125,10 @@ class Fields:
             raise self.wrong(name, value, f"a string, or a list of at most {most}, of 1 to {_LONGEST} characters")
         return found
 
+    def name(self, name: str) -> str:
+        """A field's whole name, for messages."""
+        return self._where + name
+
     def all(self) -> dict[str, Any]:
         """All fields as they are, read hereby."""
         self._read.update(self._data)
@@ -143,8 +147,12 @@ class Fields:
         for name, idle in fields.items():
             value = self.get(name)
             if value is not None and value not in idle:
-                raise ApiError(f"'{self._where}{name}' is not supported by this server; leave it out.",
-                               param=self._where + name, code="unsupported_parameter")  # fmt: skip
+                raise self.unsupported(name)
+
+    def unsupported(self, name: str, whom: str = "by this server") -> ApiError:
+        """The error of a field that asks for what is not there."""
+        return ApiError(f"'{self._where}{name}' is not supported {whom}; leave it out.",
+                        param=self._where + name, code="unsupported_parameter")  # fmt: skip
 
     def done(self) -> None:
         """Refuse what nobody has read."""

@@ -8,12 +8,12 @@ from edgellm_runtime.arguments import shown
 from edgellm_runtime.server.faults import ApiError
 from edgellm_runtime.server.tools import with_calls
 
-__all__ = ["messages_of", "text_of"]
+__all__ = ["MOST_MESSAGES", "messages_of", "text_of"]
 
 _SYSTEM = ("system", "developer")
-_KNOWN = {"role", "content", "name", "refusal", "annotations", "reasoning_content", "tool_calls", "tool_call_id",
-          "function_call", "audio"}  # fmt: skip
-_MOST = 4096  # messages, or parts of one
+_KNOWN = {"role", "content", "name", "refusal", "annotations", "reasoning_content", "reasoning", "tool_calls",
+          "tool_call_id", "function_call", "audio"}  # fmt: skip
+MOST_MESSAGES = 4096  # messages, or parts of one
 
 
 def messages_of(given: Any, *, roles: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -26,7 +26,7 @@ def messages_of(given: Any, *, roles: tuple[str, ...]) -> list[dict[str, Any]]:
     Raises:
         ApiError: another form, an unknown role, or parts that are no text.
     """
-    if not isinstance(given, list) or not 0 < len(given) <= _MOST:
+    if not isinstance(given, list) or not 0 < len(given) <= MOST_MESSAGES:
         raise ApiError(f"Invalid value for 'messages': {shown(given)}; it must be a list of at least one message.",
                        param="messages", code="invalid_value")  # fmt: skip
     found = []
@@ -50,6 +50,16 @@ def messages_of(given: Any, *, roles: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def _message(message: dict[str, Any], role: str, where: str) -> dict[str, Any]:
+    made = _said(message, role, where)
+    thought = message.get("reasoning_content", message.get("reasoning"))
+    if role == "assistant" and thought is not None:
+        if not isinstance(thought, str):
+            raise ApiError(f"'{where}.reasoning_content' is {shown(thought)}; it must be a string.", param=where)
+        made["reasoning_content"] = thought
+    return made
+
+
+def _said(message: dict[str, Any], role: str, where: str) -> dict[str, Any]:
     if role == "assistant" and message.get("tool_calls"):
         content = message.get("content")
         text = text_of(content, f"{where}.content") if content else ""
@@ -72,7 +82,7 @@ def text_of(content: Any, where: str) -> str:
     """
     if isinstance(content, str):
         return content
-    if not isinstance(content, list) or not 0 < len(content) <= _MOST:
+    if not isinstance(content, list) or not 0 < len(content) <= MOST_MESSAGES:
         raise ApiError(f"Invalid value for '{where}': {shown(content)}; it must be a string or a list of text parts.",
                        param=where, code="invalid_value")  # fmt: skip
     parts = []

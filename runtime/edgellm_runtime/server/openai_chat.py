@@ -21,8 +21,9 @@ from edgellm_runtime.server.forms import grammar_for, wanted_schema
 from edgellm_runtime.server.host import Hosted
 from edgellm_runtime.server.messages_fields import messages_of
 from edgellm_runtime.server.openai_shared import chat_logprobs, reason_of, usage_of, wants_usage
+from edgellm_runtime.server.parts import Sorting, chat_prompt, thinking_variables
 from edgellm_runtime.server.sampling_fields import openai_options
-from edgellm_runtime.server.tools import Held, Tools, openai_tools, parts_of, tool_call
+from edgellm_runtime.server.tools import Tools, openai_tools, tool_call
 from edgellm_runtime.text.answer_parts import AnswerParts
 
 __all__ = ["chat"]
@@ -50,22 +51,23 @@ async def chat(call: Call) -> Response:
     hosted = call.host.find(call.fields.need("model"))
     call.model = hosted.name
     wanted = _wanted(call.fields, hosted)
-    template, tools = hosted.model.chat_template, wanted.tools
-    if wanted.schema is not None:
+    form, tools = wanted.schema is not None, wanted.tools
+    if form:
         wanted.options["grammar"] = await grammar_for(hosted, wanted.schema)
+    sorting = Sorting(hosted, tools, form=form)
 
     def prompt() -> list[int]:
-        tools.check_template(hosted)
-        return template.encode(wanted.messages, tools=list(tools.offered) or None, template_variables=wanted.variables)
+        return chat_prompt(hosted, wanted.messages, tools, wanted.variables, form=form)
 
-    asked = await ask(hosted, prompt, answers=wanted.answers, timeout=call.options.timeout, options=wanted.options)
+    asked = await ask(hosted, prompt, answers=wanted.answers, timeout=call.options.timeout,
+                      options={**wanted.options, **sorting.options})  # fmt: skip
     call.asked.append(asked)
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": hosted.name,
         "system_fingerprint": hosted.fingerprint,
     }  # fmt: skip
     if wanted.stream:
-        return streamed(call, _events(call, asked, hosted, head, tools, usage=wanted.usage))
+        return streamed(call, _events(call, asked, hosted, head, sorting, usage=wanted.usage))
     answers = await completed(call)
     choices = [
         {
@@ -74,14 +76,17 @@ async def chat(call: Call) -> Response:
             "logprobs": _logprobs(hosted, a),
             "finish_reason": "tool_calls" if parts.tool_calls else reason_of(a.finish_reason),
         }
-        for i, a in enumerate(answers) for parts in [parts_of(hosted, a, tools)]
+        for i, a in enumerate(answers) for parts in [sorting.parts(asked, a)]
     ]  # fmt: skip
-    return JsonText({**head, "object": "chat.completion", "choices": choices, "usage": usage_of([asked])})
+    usage = usage_of([asked], sorting.reasoning_tokens(asked))
+    return JsonText({**head, "object": "chat.completion", "choices": choices, "usage": usage})
 
 
 def _said(parts: AnswerParts) -> dict[str, Any]:
     """The assistant's message."""
     said: dict[str, Any] = {"role": "assistant", "content": parts.content, "refusal": None}
+    if parts.reasoning:
+        said["reasoning_content"] = parts.reasoning
     if parts.tool_calls:
         said["content"] = parts.content or None
         said["tool_calls"] = [tool_call(c.name, c.json_arguments) for c in parts.tool_calls]
@@ -99,12 +104,11 @@ def _wanted(fields: Fields, hosted: Hosted) -> _Wanted:
         modalities=(["text"],),
         prediction=(),
         web_search_options=(),
-        reasoning_effort=(),
         verbosity=(),
         moderation=(),
     )
     fields.ignore(
-        "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
+        "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
         "prompt_cache_retention", "prompt_cache_options",
     )  # fmt: skip
     options = openai_options(fields, hosted)
@@ -116,11 +120,13 @@ def _wanted(fields: Fields, hosted: Hosted) -> _Wanted:
         options["logprobs"] = top or 0
     elif top is not None:
         raise ApiError("'top_logprobs' needs 'logprobs'; set it to true.", param="top_logprobs")
-    variables = fields.object("chat_template_kwargs")
+    given = fields.object("chat_template_kwargs")
+    effort = thinking_variables(fields, "reasoning_effort", fields.get("reasoning_effort"), hosted)
+    variables = effort if given is None else {**effort, **given.all()}
     stream = fields.flag("stream")
     wanted = _Wanted(
         messages=messages_of(fields.need("messages"), roles=_ROLES),
-        variables=None if variables is None else variables.all(),
+        variables=variables or None,
         options=options,
         answers=fields.integer("n", 1, hosted.scheduler.options.rows) or 1,
         stream=stream,
@@ -140,7 +146,7 @@ def _logprobs(hosted: Hosted, answer: Generation) -> dict[str, Any] | None:
 
 
 async def _events(
-    call: Call, asked: Asked, hosted: Hosted, head: dict[str, Any], tools: Tools, *, usage: bool
+    call: Call, asked: Asked, hosted: Hosted, head: dict[str, Any], sorting: Sorting, *, usage: bool
 ) -> AsyncIterator[bytes]:
     """The answers as events; choices take turns as they come. What may be a call is held back until it is whole."""
     head = {**head, "object": "chat.completion.chunk", **({"usage": None} if usage else {})}
@@ -149,27 +155,25 @@ async def _events(
         made = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return event({**head, "choices": [made]})
 
-    started, held = set[int](), dict[int, Held]()
-    async for index, chunk in asked.chunks():
-        call.token_came()
+    started = set[int]()
+    async for found in sorting.pieces(call, asked):
+        index, logprobs = found.answer, _chunk_logprobs(hosted, found.chunk)
         if index not in started:
             started.add(index)
             yield choice(index, {"role": "assistant", "content": "", "refusal": None})
-        logprobs, text = _chunk_logprobs(hosted, chunk), chunk.text
-        if tools.offered:
-            text = held.setdefault(index, Held()).push(text)
-        if text or logprobs:
-            yield choice(index, {"content": text}, None, logprobs)
-        if chunk.finish_reason:
-            parts = parts_of(hosted, asked.answer(index), tools) if tools.offered else AnswerParts("")
-            if rest := held[index].rest(parts) if tools.offered else "":
-                yield choice(index, {"content": rest})
+        for piece in found.pieces:
+            name = "content" if piece.kind == "content" else "reasoning_content"
+            yield choice(index, {name: piece.text}, None, logprobs)
+            logprobs = None
+        if logprobs:
+            yield choice(index, {"content": ""}, None, logprobs)
+        if (parts := found.parts) is not None:
             for at, made in enumerate(parts.tool_calls):
                 one = {"index": at, **tool_call(made.name, made.json_arguments)}
                 yield choice(index, {"tool_calls": [one]})
-            yield choice(index, {}, "tool_calls" if parts.tool_calls else reason_of(chunk.finish_reason))
+            yield choice(index, {}, "tool_calls" if parts.tool_calls else reason_of(found.chunk.finish_reason))
     if usage:
-        yield event({**head, "choices": [], "usage": usage_of([asked])})
+        yield event({**head, "choices": [], "usage": usage_of([asked], sorting.reasoning_tokens(asked))})
     yield event("[DONE]")
 
 

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import time
-import uuid
-from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.responses import Response
 
-from edgellm_runtime.arguments import shown
 from edgellm_runtime.server.answering import completed, streamed
-from edgellm_runtime.server.asking import Asked, ask
-from edgellm_runtime.server.call import Call, JsonText, event
-from edgellm_runtime.server.faults import ApiError
+from edgellm_runtime.server.asking import ask
+from edgellm_runtime.server.call import Call, JsonText
 from edgellm_runtime.server.fields import Fields
 from edgellm_runtime.server.forms import grammar_for, wanted_schema
-from edgellm_runtime.server.messages_fields import messages_of
+from edgellm_runtime.server.host import Hosted
+from edgellm_runtime.server.parts import Sorting, chat_prompt, thinking_variables
+from edgellm_runtime.server.response_maker import ResponseMaker
+from edgellm_runtime.server.responses_fields import input_messages
 from edgellm_runtime.server.sampling_fields import common_options
+from edgellm_runtime.server.tools import responses_tools
 
 __all__ = ["responses"]
-
-_ROLES = ("system", "developer", "user", "assistant")
-_OF_ITEMS = ("type", "id", "status", "phase")  # what an item of an earlier response has besides its message
 
 
 async def responses(call: Call) -> Response:
@@ -34,21 +30,35 @@ async def responses(call: Call) -> Response:
     options = common_options(fields, hosted, highest=2.0)
     most = fields.integer("max_output_tokens", 1, 2**31 - 1)
     options["max_new_tokens"] = most or hosted.scheduler.context
-    instructions, given = fields.text("instructions"), _messages(fields.need("input"))
+    instructions, given, variables = fields.text("instructions"), input_messages(fields), _variables(fields, hosted)
     if instructions is not None:
         given = [{"role": "system", "content": instructions}, *given]
-    stream, schema = fields.flag("stream"), _schema(fields)
+    stream, tools, schema = fields.flag("stream"), responses_tools(fields), _schema(fields)
     fields.done()
-    if schema is not None:
+    schema = tools.schema if tools.required else schema
+    form = schema is not None
+    if form:
         options["grammar"] = await grammar_for(hosted, schema)
-    template = hosted.model.chat_template
-    asked = await ask(hosted, lambda: template.encode(given), timeout=call.options.timeout, options=options)
+    sorting = Sorting(hosted, tools, form=form)
+    asked = await ask(hosted, lambda: chat_prompt(hosted, given, tools, variables or None, form=form),
+                      timeout=call.options.timeout, options={**options, **sorting.options})  # fmt: skip
     call.asked.append(asked)
-    made = _Made(asked, hosted.name, instructions, most, fields)
+    made = ResponseMaker(asked, sorting, hosted.name, fields)
     if stream:
         return streamed(call, made.events(call))
     (answer,) = await completed(call)
-    return JsonText(made.response("incomplete" if answer.finish_reason == "length" else "completed", answer.text))
+    return JsonText(made.whole(answer))
+
+
+def _variables(fields: Fields, hosted: Hosted) -> dict[str, Any]:
+    """What the template is told of how much to think."""
+    own = fields.object("reasoning")
+    if own is None:
+        return {}
+    own.ignore("summary", "generate_summary")  # the thinking itself comes
+    found = thinking_variables(own, "effort", own.get("effort"), hosted)
+    own.done()
+    return found
 
 
 def _schema(fields: Fields) -> Any:
@@ -64,103 +74,10 @@ def _schema(fields: Fields) -> Any:
 
 def _refuse(fields: Fields) -> None:
     fields.refuse(
-        tools=([],), tool_choice=("none", "auto"), previous_response_id=(), conversation=(), background=(False,),
-        include=([],), reasoning=({},), prompt=(), max_tool_calls=(), truncation=("disabled",), top_logprobs=(0,),
+        previous_response_id=(), conversation=(), background=(False,), include=([], ["reasoning.encrypted_content"]),
+        prompt=(), max_tool_calls=(), truncation=("disabled",), top_logprobs=(0,),
     )  # fmt: skip
     fields.ignore(
-        "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
+        "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
         "prompt_cache_retention", "stream_options",
     )  # fmt: skip
-
-
-def _messages(given: Any) -> list[dict[str, Any]]:
-    if isinstance(given, str):
-        return [{"role": "user", "content": given}]
-    if not isinstance(given, list):
-        raise ApiError(f"Invalid value for 'input': {shown(given)}; it must be a string or a list of messages.",
-                       param="input", code="invalid_value")  # fmt: skip
-    for i, item in enumerate(given):
-        if isinstance(item, dict) and item.get("type", "message") != "message":
-            raise ApiError(f"'input[{i}]' is of type {shown(item['type'])}; this server takes messages only.",
-                           param=f"input[{i}]", code="unsupported_content")  # fmt: skip
-    plain = [
-        {k: v for k, v in item.items() if k not in _OF_ITEMS} if isinstance(item, dict) else item for item in given
-    ]
-    return messages_of(plain, roles=_ROLES)
-
-
-class _Made:
-    """A response in the making.
-
-    Args:
-        asked: what answers.
-        model: its name.
-        instructions: of the request.
-        most: tokens of the answer; None: no limit of its own.
-        fields: of the request.
-    """
-
-    def __init__(self, asked: Asked, model: str, instructions: str | None, most: int | None, fields: Fields) -> None:
-        self._asked, self._created = asked, int(time.time())
-        self._id, self._item = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
-        self._said = {
-            "model": model, "instructions": instructions, "max_output_tokens": most,
-            "temperature": fields.get("temperature"), "top_p": fields.get("top_p"),
-            "metadata": fields.get("metadata") or {}, "text": fields.get("text") or {"format": {"type": "text"}},
-        }  # fmt: skip
-
-    def response(self, status: str, text: str | None) -> dict[str, Any]:
-        """The whole response.
-
-        Args:
-            status: of it.
-            text: its answer; None: none yet.
-        """
-        return {
-            "id": self._id, "object": "response", "created_at": self._created, "status": status, "error": None,
-            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None, **self._said,
-            "output": [] if text is None else [self._message(status, text)], "parallel_tool_calls": False,
-            "previous_response_id": None, "reasoning": {"effort": None, "summary": None}, "store": False,
-            "tool_choice": "none", "tools": [], "truncation": "disabled",
-            "usage": None if text is None else self._usage(),
-        }  # fmt: skip
-
-    def _message(self, status: str, text: str | None) -> dict[str, Any]:
-        content = [] if text is None else [self._part(text)]
-        return {"id": self._item, "type": "message", "role": "assistant", "status": status, "content": content}
-
-    def _part(self, text: str) -> dict[str, Any]:
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-    def _usage(self) -> dict[str, Any]:
-        read, made = self._asked.prompt_tokens, self._asked.answer_tokens
-        cached = {"cached_tokens": self._asked.cached_tokens, "cache_write_tokens": 0}
-        return {
-            "input_tokens": read, "input_tokens_details": cached,
-            "output_tokens": made, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": read + made,
-        }  # fmt: skip
-
-    async def events(self, call: Call) -> AsyncIterator[bytes]:
-        """The response as numbered events."""
-        number = -1
-
-        def made(kind: str, **fields: Any) -> bytes:
-            nonlocal number
-            number += 1
-            return event({"type": kind, "sequence_number": number, **fields}, kind)
-
-        where = {"item_id": self._item, "output_index": 0, "content_index": 0}
-        for kind in ("response.created", "response.in_progress"):
-            yield made(kind, response=self.response("in_progress", None))
-        yield made("response.output_item.added", output_index=0, item=self._message("in_progress", None))
-        yield made("response.content_part.added", **where, part=self._part(""))
-        async for _, chunk in self._asked.chunks():
-            call.token_came()
-            if chunk.text:
-                yield made("response.output_text.delta", **where, delta=chunk.text, logprobs=[])
-        (answer,) = self._asked.found
-        status = "incomplete" if answer.finish_reason == "length" else "completed"
-        yield made("response.output_text.done", **where, text=answer.text, logprobs=[])
-        yield made("response.content_part.done", **where, part=self._part(answer.text))
-        yield made("response.output_item.done", output_index=0, item=self._message(status, answer.text))
-        yield made(f"response.{status}", response=self.response(status, answer.text))

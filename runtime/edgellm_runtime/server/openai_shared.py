@@ -28,13 +28,18 @@ def wants_usage(fields: Fields, *, stream: bool) -> bool:
     return wanted
 
 
-def usage_of(asked: Sequence[Asked]) -> dict[str, Any]:
-    """Tokens read and made."""
+def usage_of(asked: Sequence[Asked], reasoning: int = 0) -> dict[str, Any]:
+    """Tokens read and made.
+
+    Args:
+        asked: all that a request asked.
+        reasoning: of those made, the thinking's.
+    """
     prompt, made = sum(a.prompt_tokens for a in asked), sum(a.answer_tokens for a in asked)
     details = {"cached_tokens": sum(a.cached_tokens for a in asked)}
     return {
         "prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
-        "prompt_tokens_details": details,
+        "prompt_tokens_details": details, "completion_tokens_details": {"reasoning_tokens": reasoning},
     }  # fmt: skip
 
 

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from edgellm_runtime.arguments import shown
-from edgellm_runtime.generation.answer import Generation
 from edgellm_runtime.server.faults import ApiError
 from edgellm_runtime.server.fields import Fields
 from edgellm_runtime.server.host import Hosted
-from edgellm_runtime.text.answer_parts import AnswerParts, answer_parts
 
-__all__ = ["Held", "Tools", "openai_tools", "parts_of", "tool_call", "with_calls"]
+__all__ = [
+    "Tools", "arguments_of", "call_of", "function_of", "openai_tools", "required_of", "responses_tools", "tool_call",
+    "tool_list", "with_calls",
+]  # fmt: skip
 
 _MOST = 128
 _ANY = {"type": "object"}
-_MARKS = "<[{"  # with one of these each way of writing a call begins
+_LONGEST_NAME = 128
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,12 @@ class Tools:
     Args:
         offered: as templates want them: ``{"type": "function", "function": {"name", "description", "parameters"}}``.
         required: names of those of which one must be called; empty: none must.
+        single: whether an answer may make one call only.
     """
 
     offered: Sequence[Mapping[str, Any]] = ()
     required: Sequence[str] = ()
+    single: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -73,48 +76,105 @@ def openai_tools(fields: Fields) -> Tools:
     Raises:
         ApiError: something that is no function, or a choice of one that is not offered.
     """
-    given = fields.get("tools")
-    choice = fields.get("tool_choice")
-    if not given:
+
+    def one(own: Fields, where: str) -> dict[str, Any]:
+        function = own.object("function")
+        if own.need("type") != "function" or function is None:
+            raise ApiError(f"'{where}' is no function; it must be of type function.", param=where)
+        found = function_of(function, "parameters")
+        own.done()
+        return found
+
+    return _tools(fields, one)
+
+
+def responses_tools(fields: Fields) -> Tools:
+    """Those of OpenAI's responses, whose functions lie a level higher.
+
+    Raises:
+        ApiError: likewise.
+    """
+
+    def one(own: Fields, where: str) -> dict[str, Any]:
+        if (kind := own.need("type")) != "function":
+            raise ApiError(f"'{where}' is of type {shown(kind)}; it must be of type function.", param=where)
+        return function_of(own, "parameters")
+
+    return _tools(fields, one)
+
+
+def _tools(fields: Fields, one: Callable[[Fields, str], dict[str, Any]]) -> Tools:
+    choice, single = fields.get("tool_choice"), fields.get("parallel_tool_calls") is not None
+    single = single and not fields.flag("parallel_tool_calls")
+    if not (offered := tool_list(fields, one)):
         if choice not in (None, "none", "auto"):
             raise ApiError("'tool_choice' needs 'tools'; name them, or leave it out.", param="tool_choice")
         return Tools()
-    if not isinstance(given, list) or len(given) > _MOST:
-        raise fields.wrong("tools", given, f"a list of at most {_MOST} functions")
-    offered: list[dict[str, Any]] = []
-    for i, tool in enumerate(given):
-        own = Fields(tool if isinstance(tool, dict) else {}, f"tools[{i}].")
-        function = own.object("function")
-        if own.need("type") != "function" or function is None:
-            raise ApiError(f"'tools[{i}]' is {shown(tool)}; it must be of type function.", param=f"tools[{i}]")
-        offered.append({"type": "function", "function": _function(function)})
-        own.done()
     if choice == "none":
         return Tools()
-    return Tools(offered, _required(fields, choice, [tool["function"]["name"] for tool in offered]))
+    names = [tool["function"]["name"] for tool in offered]
+    if choice in (None, "auto"):
+        return Tools(offered, single=single)
+    if choice == "required":
+        return Tools(offered, names, single)
+    named = choice.get("function", choice) if isinstance(choice, dict) else {}
+    name = named.get("name") if isinstance(named, dict) else None
+    return Tools(offered, required_of(fields, choice, name, names, "auto, none, required"), single)
 
 
-def _function(fields: Fields) -> dict[str, Any]:
+def tool_list(fields: Fields, one: Callable[[Fields, str], dict[str, Any]]) -> list[dict[str, Any]]:
+    """The field ``tools``, as templates want it.
+
+    Args:
+        fields: that have it.
+        one: reads one of them, of a name for messages.
+
+    Raises:
+        ApiError: no list, or something that is no function.
+    """
+    given = fields.get("tools")
+    if not given:
+        return []
+    if not isinstance(given, list) or len(given) > _MOST:
+        raise fields.wrong("tools", given, f"a list of at most {_MOST} functions")
+    offered = []
+    for i, tool in enumerate(given):
+        if not isinstance(tool, dict):
+            raise ApiError(f"'tools[{i}]' is {shown(tool)}; it must be of type function.", param=f"tools[{i}]")
+        own = Fields(tool, f"tools[{i}].")
+        offered.append({"type": "function", "function": one(own, f"tools[{i}]")})
+    return offered
+
+
+def function_of(fields: Fields, parameters: str) -> dict[str, Any]:
+    """A function that is offered.
+
+    Args:
+        fields: that describe it.
+        parameters: the name of the field that has the schema of its arguments.
+
+    Raises:
+        ApiError: it has no name, or other fields.
+    """
     name = fields.text("name")
-    if not name or len(name) > 64:
-        raise fields.wrong("name", name, "a name of at most 64 characters")
-    fields.ignore("strict")
+    if not name or len(name) > _LONGEST_NAME:
+        raise fields.wrong("name", name, f"a name of at most {_LONGEST_NAME} characters")
+    fields.ignore("strict", "cache_control", "eager_input_streaming", "input_examples", "defer_loading")
     found: dict[str, Any] = {"name": name, "description": fields.text("description") or ""}
-    parameters = fields.object("parameters")
-    found["parameters"] = {"type": "object", "properties": {}} if parameters is None else parameters.all()
+    schema = fields.object(parameters)
+    found["parameters"] = {"type": "object", "properties": {}} if schema is None else schema.all()
     fields.done()
     return found
 
 
-def _required(fields: Fields, choice: Any, names: Sequence[str]) -> Sequence[str]:
-    if choice in (None, "auto"):
-        return ()
-    if choice == "required":
-        return names
-    named = choice.get("function", {}) if isinstance(choice, dict) else {}
-    name = named.get("name") if isinstance(named, dict) else None
+def required_of(fields: Fields, choice: Any, name: Any, names: Sequence[str], words: str) -> list[str]:
+    """The one function that a choice names.
+
+    Raises:
+        ApiError: it is not offered.
+    """
     if not isinstance(name, str) or name not in names:
-        raise fields.wrong("tool_choice", choice, f"auto, none, required, or one of {', '.join(names)}")
+        raise fields.wrong("tool_choice", choice, f"{words}, or one of {', '.join(names)}")
     return [name]
 
 
@@ -136,49 +196,32 @@ def with_calls(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
             raise ApiError(
                 f"'{where}.tool_calls[{i}]' is {shown(call)}; it must be the call of a function.", param=where
             )
-        arguments = function.text("arguments") or "{}"
-        try:
-            values = json.loads(arguments)
-        except (ValueError, RecursionError):
-            values = None
-        if not isinstance(values, dict):
-            raise function.wrong("arguments", arguments, "a JSON object, as a string")
-        named = {"name": str(function.need("name")), "arguments": values}
-        found.append({"id": str(own.get("id") or ""), "type": "function", "function": named})
+        name, arguments = str(function.need("name")), function.text("arguments") or "{}"
+        found.append(call_of(str(own.get("id") or ""), name, arguments_of(function, arguments)))
     return found
 
 
-def parts_of(hosted: Hosted, answer: Generation, tools: Tools) -> AnswerParts:
-    """An answer taken apart; its special tokens count, for some models mark calls with them."""
-    tokenizer = hosted.model.tokenizer
-    if not tools.offered or tokenizer is None:
-        return AnswerParts(answer.text)
-    tokens = [token for token in answer.tokens if token not in tokenizer.eos_token_ids]
-    parts = answer_parts(tokenizer.decode(tokens, skip_special=False), tools=tools.names)
-    return parts if parts.tool_calls else AnswerParts(answer.text)
+def call_of(call_id: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A call as templates want it."""
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def arguments_of(fields: Fields, text: str) -> dict[str, Any]:
+    """A call's arguments, which are JSON in a text.
+
+    Raises:
+        ApiError: they are no object.
+    """
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise fields.wrong("arguments", text, "a JSON object, as a string")
+    return values
 
 
 def tool_call(name: str, arguments: str) -> dict[str, Any]:
     """A call as OpenAI's interface has it."""
     return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function",
             "function": {"name": name, "arguments": arguments}}  # fmt: skip
-
-
-class Held:
-    """Text of a stream, held back from where a call may begin."""
-
-    def __init__(self) -> None:
-        self._holds, self._sent = False, ""
-
-    def push(self, text: str) -> str:
-        """What of it can go out."""
-        if self._holds:
-            return ""
-        at = min((i for i in map(text.find, _MARKS) if i >= 0), default=len(text))
-        self._holds = at < len(text)
-        self._sent += text[:at]
-        return text[:at]
-
-    def rest(self, parts: AnswerParts) -> str:
-        """What of the content has not gone out when all of it is known."""
-        return parts.content.removeprefix(self._sent.strip() if parts.tool_calls else self._sent)

@@ -15,11 +15,12 @@ from typing import Any
 
 from edgellm_runtime.arguments import check_flag, check_list, check_text
 
-__all__ = ["AnswerParts", "ToolCall", "answer_parts"]
+__all__ = ["CALL_MARKS", "THINKING_MARKS", "AnswerParts", "ToolCall", "answer_parts"]
 
 _MOST = 1 << 16  # characters that are looked at: the marks' patterns are quadratic in what is not closed
 _NO_CALLS = (ValueError, TypeError, KeyError, AttributeError, SyntaxError, RecursionError, MemoryError)
-_OPEN, _CLOSE = "<think>", "</think>"
+THINKING_MARKS = ("<think>", "</think>")
+_OPEN, _CLOSE = THINKING_MARKS
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,10 @@ _CALL = {
         "over": f"calls{_UNDER}end",
     }.items()
 }  # fmt: skip
+# what calls begin with where they are not all that there is; others stand within them
+CALL_MARKS = (
+    "<tool_call>", "<|tool_call_start|>", "[TOOL_CALLS]", "<|tool_call|>", "<|python_tag|>", _CALL["all"], _CALL["one"],
+)  # fmt: skip
 _FENCED = (
     f"(?:{_CALL['all']})?{_CALL['one']}(?:function{_CALL['sep']})?([\\w.-]+)(?:{_CALL['sep']}|\\n```json\\n)"
     f"(.*?)(?:\\n```)?{_CALL['end']}(?:{_CALL['over']})?"

@@ -116,6 +116,20 @@ class ChatTemplate:
             "cannot be told from a special token of its own; take it out of the message"
         )
 
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """Names that the template reads and does not set: ``messages``, and such as ``tools`` or ``enable_thinking``.
+
+        Raises:
+            BundleError: the template is broken.
+        """
+        from jinja2 import meta
+
+        from edgellm_runtime.text.template_language import environment
+
+        assert self._template  # so that what is broken is told as broken
+        return frozenset(meta.find_undeclared_variables(environment().parse(self._source)))
+
     def _given(
         self, messages: Sequence[Message], add_generation_prompt: bool, tools: Objects | None,
         documents: Objects | None, variables: Mapping[str, Any] | None,

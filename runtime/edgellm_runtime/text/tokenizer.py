@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Tokenizer", "check_info", "check_tokens"]
 
 _MAX_GROWTH = 4096  # times that a text may grow when it is normalised, or a token when it is decoded
+_CHOICES = 16  # of special tokens that are shown, whose pieces are kept
 
 
 class Tokenizer:
@@ -57,6 +58,7 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, t in added.items() if t.special)
         self._unknown = self._library.token_to_id(getattr(self._library.model, "unk_token", None) or "")
         self._pieces = self._guard(lambda: Pieces(self._library, self.special_ids, self._guard))
+        self._chosen: dict[frozenset[int], Pieces] = {}
 
     def encode(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
         """Token ids of a text.
@@ -102,15 +104,27 @@ class Tokenizer:
         stream = self.stream(after=self.check(after), skip_special=skip_special)
         return "".join([stream.push(t) for t in self.check(tokens)]) + stream.finish()
 
-    def stream(self, *, after: Sequence[int] = (), skip_special: bool = True) -> StreamDecoder:
+    def stream(
+        self, *, after: Sequence[int] = (), skip_special: bool = True, shown: Set[int] = frozenset()
+    ) -> StreamDecoder:
         """A decoder for tokens that come one by one.
 
         Args:
             after: the tokens of the text that they go on with.
             skip_special: as for :meth:`decode`.
+            shown: special tokens that are not skipped.
         """
         pieces = self._pieces if check_flag("skip_special", skip_special) else self._all_pieces
+        if skip_special and not shown.isdisjoint(self.special_ids):
+            pieces = self._pieces_without(self.special_ids - shown)
         return StreamDecoder(pieces, self.check(after))
+
+    def _pieces_without(self, hidden: frozenset[int]) -> Pieces:
+        """Pieces of a choice of special tokens; servers make the same few again and again."""
+        if hidden not in self._chosen and len(self._chosen) < _CHOICES:
+            self._chosen[hidden] = self._guard(lambda: Pieces(self._library, hidden, self._guard))
+        found = self._chosen.get(hidden)
+        return self._guard(lambda: Pieces(self._library, hidden, self._guard)) if found is None else found
 
     @cached_property
     def _all_pieces(self) -> Pieces:
