@@ -30,6 +30,7 @@ COMMANDS = {
     "chat": "Talk to a model.",
     "serve": "Serve bundles over HTTP, with OpenAI's and Anthropic's interfaces.",
     "bench": "Measure a bundle's speed and memory on this device.",
+    "profile": "Tell where a bundle's time goes, by operator and by layer.",
     "eval": "Measure how well a bundle predicts a text, or does its task.",
     "inspect": "Show what a bundle holds.",
     "doctor": "Find what is wrong, or slow, on this machine.",

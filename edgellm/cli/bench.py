@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import json
@@ -19,14 +18,10 @@ from edgellm.cli.threads import threads_option
 from edgellm_runtime.errors import OptionError
 
 if TYPE_CHECKING:
-    from edgellm_runtime.checks.profile import KernelTime
     from edgellm_runtime.checks.study import Cell
-
-    Kernels = dict[str, list[KernelTime]]
 
 __all__ = ["bench"]
 
-_PROFILED = 32  # tokens at most: each leaves hundreds of notes
 _MOST_BYTES = 64 << 20  # of a result
 _DIFF = "diff"
 
@@ -69,8 +64,7 @@ _NUMBERS = _Numbers()
 @click.option("--output", "outputs", type=click.Path(path_type=Path), multiple=True, metavar="FILE",
               help="Write the result there, as its suffix says: .json with every round, .csv, .md, or .html with "
               "plots; may be given several times.")  # fmt: skip
-@click.option("--profile", "profiled", is_flag=True, help="Also tell which kernels a prompt and a token spend their "
-              "time in, from a second, slower run (one bundle and workload, for ONNX Runtime on CPU).")  # fmt: skip
+@click.option("--profile", "profiled", is_flag=True, hidden=True)  # what it was is a command now
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def bench(
     bundles: tuple[str, ...], prompt_tokens: list[int], new_tokens: list[int], depth: list[int], batch: list[int],
@@ -89,15 +83,12 @@ def bench(
     if bundles[0] == _DIFF and not Path(_DIFF).is_dir():
         _diff(bundles[1:], outputs, as_json)
         return
+    if profiled:
+        raise OptionError("bench has no --profile any more; use 'edgellm profile BUNDLE'")
     from edgellm_runtime.checks.bench import Workload
-    from edgellm_runtime.checks.profile import check_target, profile
     from edgellm_runtime.checks.study import Plan, comparisons, machine_now, measure
 
     workloads = [Workload(*w) for w in itertools.product(prompt_tokens, new_tokens, depth, batch)]
-    if profiled:
-        if len(bundles) * len(workloads) > 1:
-            raise OptionError("--profile is for one bundle and one workload; leave the others out")
-        check_target(bundles[0])
     plan = Plan(
         bundles, workloads, sweep_threads or [threads], rounds, precision / 100, max(most_rounds, rounds), device, seed
     )
@@ -105,22 +96,11 @@ def bench(
     before = machine_now()
     cells = _measured(plan, measure)
     result: dict[str, Any] = _result(cells, comparisons(cells), {"before": before, "after": machine_now()})
-    kernels: Kernels = {}
-    if profiled:
-        (w,) = workloads
-        kernels = profile(
-            bundles[0], prompt_tokens=w.prompt_tokens, new_tokens=min(w.new_tokens, _PROFILED), threads=threads,
-            seed=seed,
-        )  # fmt: skip
-        result["profile"] = {what: list(map(dataclasses.asdict, each)) for what, each in kernels.items()}
     _write(result, outputs)
     if as_json:
         print_json(_flat(result))
         return
     _print(result)
-    for what, title in (("prompt", f"a prompt of {prompt_tokens[0]}"), ("token", "a token")):
-        if what in kernels:
-            _print_kernels(title, kernels[what])
 
 
 def _measured(plan: Any, measure: Any) -> list[Cell]:
@@ -245,18 +225,6 @@ def _doubts(result: dict[str, Any]) -> list[str]:
     if before["throttled"] is not None and (times := (after["throttled"] or 0) - before["throttled"]) > 0:
         found.append(f"the quota of its control group stopped it {times} times")
     return found
-
-
-def _print_kernels(title: str, kernels: list[KernelTime]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("kernel", "runs", "ms", "share", title=title, caption="counting makes small kernels look larger")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for kernel in kernels:
-        table.add_row(kernel.kernel, str(kernel.count), f"{kernel.ms:.3f}", f"{kernel.share:.1%}")
-    Console().print(table)
 
 
 def _print_table(cell: dict[str, Any], versions: dict[str, Any]) -> None:

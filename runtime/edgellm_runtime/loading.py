@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from edgellm_runtime.model import Model
     from edgellm_runtime.session import Session
 
-__all__ = ["DEVICES", "device_of", "load", "open_session", "session_of", "unchecked_session"]
+__all__ = ["DEVICES", "device_of", "load", "open_profiled", "open_session", "session_of", "unchecked_session"]
 
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 _VERSION = re.compile(r"[0-9]{1,5}(\.[0-9]{1,9}){0,3}")
@@ -120,6 +120,35 @@ def open_session(bundle: Bundle, *, device: str = "auto", threads: int | None = 
     return unchecked_session(bundle, device=device, threads=threads)
 
 
+def open_profiled(
+    bundle: Bundle, notes: Path, *, device: str = "auto", threads: int | None = None
+) -> tuple[Session, Callable[[], Path]]:
+    """Steps of an opened bundle of which ONNX Runtime notes what each kernel takes, one by one and slower for it.
+
+    Args:
+        bundle: for a target that runs on ONNX Runtime.
+        notes: how the name of the file with the notes begins.
+        device: as for :func:`load`.
+        threads: likewise.
+
+    Returns:
+        The session, and what ends the notes and gives their file.
+
+    Raises:
+        BackendError: another library runs the bundle there; or as for :func:`load`.
+    """
+    _check_trust(bundle.path, None)
+    where = device_of(bundle, device)
+    if where == "tensorrt" or bundle.manifest.graphs:
+        raise BackendError(f"{bundle.path}: ONNX Runtime does not run it as one graph; profile a bundle for target cpu")
+    from edgellm_runtime.backends.ort import OrtBackend
+    from edgellm_runtime.backends.ort_device import OrtDeviceBackend
+
+    backend = _backend(bundle, where, thread_count(threads), notes)
+    assert isinstance(backend, OrtBackend | OrtDeviceBackend), "all others were refused"
+    return session_of(bundle, backend), backend.end_profile
+
+
 def _check_trust(path: Path, keys: Sequence[str | Path] | None) -> None:
     """Hold a bundle to the policy, if there is one."""
     from edgellm_runtime.bundle.signature import check_signature, policy
@@ -171,8 +200,11 @@ def device_of(bundle: Bundle, device: str) -> str:
     return "cpu"
 
 
-def _backend(bundle: Bundle, device: str, threads: int | None) -> Backend:
-    """What runs the bundle's graphs there; never another device than that one."""
+def _backend(bundle: Bundle, device: str, threads: int | None, notes: Path | None = None) -> Backend:
+    """What runs the bundle's graphs there; never another device than that one.
+
+    With ``notes``, what ONNX Runtime notes of each kernel goes to files whose names begin so.
+    """
     _check_requirements(bundle, device)
     from edgellm_runtime.bundle import GRAPH
 
@@ -186,7 +218,10 @@ def _backend(bundle: Bundle, device: str, threads: int | None) -> Backend:
     if device == "cuda":
         from edgellm_runtime.backends.ort_device import OrtDeviceBackend
 
-        return OrtDeviceBackend(bundle.file(GRAPH), manifest.signature, max_context=manifest.max_context)
+        return OrtDeviceBackend(
+            bundle.file(GRAPH), manifest.signature, max_context=manifest.max_context, capture=notes is None,
+            profile=notes,
+        )  # fmt: skip
     if manifest.graphs:
         from edgellm_runtime.backends.graph_roles import GraphRoles
         from edgellm_runtime.backends.ort_roles import OrtRolesBackend
@@ -200,7 +235,9 @@ def _backend(bundle: Bundle, device: str, threads: int | None) -> Backend:
         check_kernels(bundle.file(GRAPH), manifest.files[GRAPH].sha256)
     fusions = manifest.dtype == "float32"
     encoder = None if manifest.encoder is None else bundle.file(manifest.encoder.file)
-    return OrtBackend(bundle.file(GRAPH), manifest.signature, threads=threads, fusions=fusions, encoder=encoder)
+    return OrtBackend(
+        bundle.file(GRAPH), manifest.signature, threads=threads, fusions=fusions, profile=notes, encoder=encoder
+    )
 
 
 def _check_requirements(bundle: Bundle, device: str) -> None:

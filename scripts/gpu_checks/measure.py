@@ -232,7 +232,7 @@ class Check:
         state = session.new_state(1, 16)
         for _ in range(4):
             session.best(np.array([[1]]), state, 1)
-        events = json.loads(Path(session._backend.end_profiling()).read_text())
+        events = json.loads(Path(session._backend.end_profile()).read_text())
         self.result["copies"].append({"model": what, "copies": copies_in_profile(events)})
 
     def engines(self, folder: Path) -> None:

@@ -152,7 +152,7 @@ def test_the_command_compares_writes_and_reads_again(
         (["diff", "none.json", "r.json"], "none.json: cannot be read as a result"),
         (["a", "--output", "r.txt"], "r.txt: results are written as .json, .csv, .md, .html"),
         (["a", "--output", "none/r.md"], "its folder does not exist"),
-        (["a", "b", "--profile"], "--profile is for one bundle"),
+        (["a", "--profile"], "use 'edgellm profile BUNDLE'"),
         (["a", "--batch", "0"], "batch is 0; it must be an integer of at least 1"),
     ],
 )

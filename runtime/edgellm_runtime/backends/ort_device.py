@@ -44,7 +44,7 @@ class OrtDeviceBackend(WithoutEncoder):
         device: ``cuda``, or ``cpu`` to run the same code there.
         device_id: which GPU.
         capture: whether to capture decode steps.
-        profile: how the name of ONNX Runtime's profile begins, for :meth:`end_profiling`; None for none.
+        profile: how the name of ONNX Runtime's profile begins, for :meth:`end_profile`; None for none.
 
     Raises:
         BackendError: CUDA is not there, the library refuses the graph, or the GPU has no memory for it.
@@ -121,7 +121,7 @@ class OrtDeviceBackend(WithoutEncoder):
         binding = self._step(tokens, lengths, logit_positions, state)
         return self._chooser.best(binding.logits, count, lambda: self._here(binding.logits)[:, 0])
 
-    def end_profiling(self) -> Path:
+    def end_profile(self) -> Path:
         """The file that ONNX Runtime has written its profile to, as JSON."""
         return Path(self._session.end_profiling())
 
