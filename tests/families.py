@@ -199,6 +199,17 @@ FURTHER: dict[str, Callable[[], nn.Module]] = {
     "fading averages": averages(),
     "matrix memories": matrices(),
     "state space, attention, MLP or experts": one_thing_a_layer,
+    "decoder that turns in part, with windows and factors": decoder(
+        kv_heads=2,
+        tie=True,
+        bias=False,
+        rotated=16,
+        unturned=(1,),
+        windows=(9, 0),
+        embedding_scale=2.0,
+        residual_scale=0.6,
+        logit_scale=0.5,
+    ),
     "state space beside attention": side_by_side(norm="before the gate", bias=True),
 }
 EVERY = FAMILIES | FURTHER

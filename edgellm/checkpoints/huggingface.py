@@ -15,6 +15,7 @@ from edgellm.checkpoints.files import read_json
 from edgellm.checkpoints.find_weights import find_weights
 from edgellm.checkpoints.huggingface_text import read_text_files
 from edgellm.checkpoints.lora_source import ADAPTER_CONFIG, with_adapter
+from edgellm.checkpoints.packed_source import PackedSource
 from edgellm.checkpoints.quantized.find import KEYS, dequantized
 from edgellm.checkpoints.stacked_source import StackedSource
 from edgellm.checkpoints.weights import Layout, TensorSource
@@ -37,8 +38,11 @@ def open_huggingface(path: Path, *, dtype: torch.dtype) -> Checkpoint:
         source, changed = adapted, adapted.changed
         notes.append(f"the adapter beside the weights was merged into {len(changed)} tensors")
     layout = _layout(architecture, ours, config)
-    if architecture.huggingface is not None and architecture.huggingface.stacked:
-        source = StackedSource(source, architecture.huggingface.stacked)
+    source = _unpacked(source, architecture, ours)
+    if (said := config.get("max_position_embeddings", 0)) > ours.max_context:
+        notes.append(
+            f"texts of over {ours.max_context} tokens, of {said}, would be rotated otherwise; the context ends there"
+        )
     model, weights = assemble(architecture, ours, source, layout, dtype=dtype, path=path)
     _check_tied(model, layout, changed, path / ADAPTER_CONFIG)
     text = read_text_files(path, config)
@@ -69,6 +73,15 @@ def _source(path: Path, config: Mapping[str, Any]) -> tuple[TensorSource, str, l
     if found is None:
         return stored, stored.dtype, []
     return found.source, found.method, [found.note]
+
+
+def _unpacked(source: TensorSource, architecture: Architecture, ours: Any) -> TensorSource:
+    """What the file packs into one tensor, apart."""
+    reader = architecture.huggingface
+    assert reader is not None
+    if reader.packed is not None:
+        source = PackedSource(source, reader.packed(ours))
+    return StackedSource(source, reader.stacked) if reader.stacked else source
 
 
 def _layout(architecture: Architecture, ours: Any, config: Mapping[str, Any]) -> Layout:

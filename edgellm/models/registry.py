@@ -45,7 +45,10 @@ ENTRIES: Mapping[str, Entry] = {
     ),
     "decoder": Entry(
         module="edgellm.models.decoder", about="transformer", presets=("tiny",),
-        huggingface=("llama", "mistral", "qwen2", "qwen3"), gguf=("llama", "qwen2", "qwen3"),
+        huggingface=(
+            "llama", "mistral", "ministral", "qwen2", "qwen3", "phi3", "granite", "smollm3", "seed_oss",
+        ),
+        gguf=("llama", "qwen2", "qwen3"),
     ),
     "bamba": Entry(
         module="edgellm.models.bamba", about="state space and attention", presets=("tiny",), huggingface=("bamba",),

@@ -193,7 +193,7 @@ def test_what_cannot_be_represented_is_refused(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"rope_freqs.weight": np.ones(7, np.float32)}, "rope_factors has 7 numbers; head_dim 16 has 8"),
+        ({"rope_freqs.weight": np.ones(7, np.float32)}, "rope_factors has 7 numbers; 16 features"),
         ({"rope_freqs.weight": np.zeros(8, np.float32)}, "rope_factors has 0.0"),
         ({"rope_freqs.weight": np.ones((8, 8), np.float32)}, r"rope_freqs.weight has shape \(8, 8\)"),
         ({"blk.1.attn_output.bias": np.ones(64, np.float32)}, "tensors blk.1.attn_output.bias have no place"),

@@ -16,6 +16,17 @@ from edgellm.models.protocol import Step, empty_state
 
 VOCAB, CONTEXT = 101, 64
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
+DECODER = HEADS | {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3}
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3, "logits_scaling": 0.5,
+}  # fmt: skip
+
+
+def rope(kind: str, **numbers: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **numbers}}
+
+
+LONG = {"short_factor": [1.0, 1.3, 1.7, 2.0], "long_factor": [2.0] * 4}
 GEMMA2 = HEADS | {
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "head_dim": 10, "sliding_window": 7,
     "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
@@ -75,6 +86,30 @@ QWEN3_NEXT = QWEN3_5 | {
 }  # fmt: skip
 
 CASES: list[tuple[str, dict[str, Any]]] = [
+    ("Llama", DECODER | rope("dynamic", factor=2.5)),
+    ("Mistral", DECODER | {"sliding_window": 7}),
+    (
+        "Ministral",
+        DECODER
+        | {"sliding_window": 7, "head_dim": 12, "layer_types": ["sliding_attention", "full_attention"] * 2}
+        | {"num_hidden_layers": 4},
+    ),
+    ("Qwen2", DECODER | {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1}),
+    ("Qwen3", DECODER | {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 2, "head_dim": 12}),
+    ("Granite", DECODER | MULTIPLIERS),
+    ("Granite", DECODER | MULTIPLIERS | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    ("SmolLM3", DECODER | {"no_rope_layers": [1, 0, 1]}),
+    ("SmolLM3", DECODER | {"no_rope_layer_interval": 2, "tie_word_embeddings": False, "attention_bias": True}),
+    ("SeedOss", DECODER | {"head_dim": 10, "attention_out_bias": True, "mlp_bias": True}),
+    ("Phi3", DECODER),
+    ("Phi3", DECODER | {"sliding_window": 7} | rope("default", partial_rotary_factor=0.5)),
+    ("Phi3", DECODER | rope("longrope", **LONG) | {"original_max_position_embeddings": 48}),
+    (
+        "Phi3",
+        DECODER
+        | rope("longrope", **{name: n[:2] for name, n in LONG.items()}, partial_rotary_factor=0.5)
+        | {"original_max_position_embeddings": 48, "tie_word_embeddings": True},
+    ),
     ("Gemma2", GEMMA2),
     ("Gemma2", GEMMA2 | {"attn_logit_softcapping": None, "num_key_value_heads": 6}),
     ("Gemma2", GEMMA2 | {"final_logit_softcapping": None, "tie_word_embeddings": False}),
@@ -207,6 +242,22 @@ def test_logits_equal_transformers_whole_and_in_steps(kind: str, options: dict[s
 @pytest.mark.parametrize(
     ("kind", "changes", "said"),
     [
+        ("Llama", rope("dynamic", factor=0), "rope_parameters.factor is 0"),
+        ("Mistral", {"sliding_window": -1}, "sliding_window is -1"),
+        ("Ministral", {"layer_types": ["full_attention"]}, r"layer_types is \['full_attention'\]"),
+        ("Ministral", {"sliding_window": None}, "layer_types is 'sliding_attention'"),
+        ("Granite", {"residual_multiplier": 0.0}, "residual_multiplier is 0.0"),
+        ("Granite", {"logits_scaling": 0}, "logits_scaling is 0"),
+        ("Qwen2", {"max_window_layers": -1}, "max_window_layers is -1"),
+        ("SmolLM3", {"no_rope_layers": [1]}, r"no_rope_layers is \[1\]"),
+        ("SmolLM3", {"use_sliding_window": True}, "use_sliding_window is True"),
+        ("Phi3", {"intermediate_size": 81}, "mlp.gate_proj.weight of shape .81, 48. .*are missing"),
+        (
+            "Phi3",
+            rope("longrope", short_factor=[1.0], long_factor=[1.0]),
+            r"short_factor is \[1.0\]; it must be a list",
+        ),
+        ("Phi3", rope("default", partial_rotary_factor=0.4), "partial_rotary_factor is 0.4"),
         (
             "Gemma2",
             {"layer_types": ["full_attention"] * 2 + ["chunked_attention"]},

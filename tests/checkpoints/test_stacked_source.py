@@ -1,4 +1,4 @@
-"""A tensor of several matrices is read as each of them, and nothing else of it is read."""
+"""A tensor of several matrices or modules is read as each of them, and nothing else of it is read."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from edgellm.checkpoints.packed_source import PackedSource
 from edgellm.checkpoints.stacked_source import StackedSource
 
 TENSORS = {
@@ -43,3 +44,16 @@ def test_each_matrix_has_a_name_and_is_read_by_itself() -> None:
 def test_a_header_that_says_millions_of_matrices_is_not_believed() -> None:
     base = Source({"a.experts.weight": (10**9, 0, 4)})
     assert list(StackedSource(base, (".experts.weight",)).shapes) == ["a.experts.weight"]
+
+
+def test_rows_of_several_modules_are_read_as_each_of_them() -> None:
+    base = Source({"a.norm.weight": (3,), "a.other.weight": (2, 3, 4), "a.experts.weight": (2, 3, 4)})
+    source = PackedSource(base, {"other": {"left": 1, "right": 1}, "experts": {"all": 3}})
+    assert source.shapes == {
+        "a.norm.weight": (3,), "a.left.weight": (1, 3, 4), "a.right.weight": (1, 3, 4), "a.experts.weight": (2, 3, 4),
+    }  # fmt: skip
+    assert torch.equal(source.read("a.right.weight"), TENSORS["a.other.weight"][1:])
+    assert torch.equal(source.read("a.right.weight", (0, 1)), TENSORS["a.other.weight"][1:])
+    assert torch.equal(source.read("a.norm.weight", (1, 2)), TENSORS["a.norm.weight"][1:2])
+    assert base.asked == [("a.other.weight", (1, 2)), ("a.other.weight", (1, 2)), ("a.norm.weight", (1, 2))]
+    assert source.code_format("a.left.weight") is None

@@ -114,7 +114,11 @@ def test_a_gguf_key_that_no_table_has_is_refused() -> None:
     ("changes", "message"),
     [
         ({"activation": "swish"}, "activation is 'swish'; it must be one of silu, gelu"),
-        ({"rope_factors": [1.0]}, "rope_factors has 1 numbers; head_dim 32 has 16"),
+        ({"rope_factors": [1.0]}, "rope_factors has 1 numbers; 32 features"),
+        ({"rotated": 34}, "rotated is 34; it must be even and at most head_dim 32"),
+        ({"windows": [4]}, r"windows is \(4,\)"),
+        ({"unturned": [4]}, r"unturned is \(4,\); it must name layers from 0 to 3"),
+        ({"residual_scale": 0}, "residual_scale has 0"),
         ({"rope_factors": [0.0] * 16}, "rope_factors has 0.0"),
         ({"rope_amplitude": -1.0}, "rope_amplitude has -1.0"),
         ({"attention_scale": float("inf")}, "attention_scale has inf"),

@@ -26,7 +26,7 @@ from edgellm.models.foreign.keys import (
 from edgellm.models.foreign.names import Names, Stacks
 from edgellm.models.foreign.rope import rotary
 from edgellm.models.foreign.usual import GGUF_PARTS, HUGGING_FACE_PARTS, hidden_act
-from edgellm.models.foreign.windows import full_attention, no_window
+from edgellm.models.foreign.windows import full_attention, no_window, windows
 
 __all__ = [
     "GGUF",
@@ -57,4 +57,5 @@ __all__ = [
     "rows_of",
     "same_as",
     "whole",
+    "windows",
 ]

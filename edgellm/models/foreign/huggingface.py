@@ -94,6 +94,8 @@ class HuggingFace:
             stored as we do.
         stacked: how the names of tensors end that hold a matrix for each of several modules; ``a.weight`` is read as
             ``a.0.weight`` and so on.
+        packed: from our configuration, the modules of the file that stand for several, see
+            :class:`edgellm.checkpoints.packed_source.PackedSource`. None: there are no such.
         ignored: the ends of names of tensors that mean nothing to the model, such as tables that are computed here.
     """
 
@@ -102,6 +104,7 @@ class HuggingFace:
     names: Names | Stacks
     tensor: Callable[[Any, Values, str, Tensor], Tensor] | None = None
     stacked: tuple[str, ...] = ()
+    packed: Callable[[Any], Mapping[str, Mapping[str, int]]] | None = None
     ignored: tuple[str, ...] = ()
 
     def read(self, values: Values) -> tuple[Fields, list[str]]:

@@ -1,13 +1,15 @@
 """Rotary frequencies that foreign configurations scale, as one factor for each frequency and one for the table.
 
 ``linear``: Chen et al. 2023, arXiv:2306.15595; ``yarn``: Peng et al. 2023, arXiv:2309.00071; ``llama3``: Grattafiori et
-al. 2024, arXiv:2407.21783. Forms that change with the length of the text (``dynamic``, ``longrope``) are refused.
+al. 2024, arXiv:2407.21783; ``longrope``: Ding et al. 2024, arXiv:2402.13753. Of forms that change with the length of
+the text, what holds for all texts of the context is read: ``dynamic`` turns as it was trained up to the context that
+the file names, and ``longrope`` has its short factors up to the context of its first training, where ours then ends.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from edgellm.errors import CheckpointError
@@ -21,6 +23,7 @@ class _Scaled(NamedTuple):
 
     factors: tuple[float, ...] = ()  # (head_dim / 2,): each frequency is divided by its own; empty for ones
     amplitude: float = 1.0  # factor on cosines and sines
+    context: int | None = None  # the most positions that this holds for; None: for all
 
 
 class _Rope(NamedTuple):
@@ -91,13 +94,33 @@ def _yarn(rope: _Rope) -> _Scaled:
     return _Scaled(tuple(divisor(i) for i in range(rope.dim // 2)), rope.number("attention_factor", usual))
 
 
+def _dynamic(rope: _Rope) -> _Scaled:
+    rope.number("factor")  # of longer texts
+    return _Scaled()
+
+
+def _longrope(rope: _Rope) -> _Scaled:
+    trained = rope.number("original_max_position_embeddings")
+    factor = rope.number("factor", rope.context / trained)
+    for key in ("short_factor", "long_factor"):
+        numbers = rope.said.get(key)
+        if not isinstance(numbers, Sequence) or len(numbers) != rope.dim // 2:
+            raise CheckpointError(f"{rope.name}.{key} is {numbers!r}; it must be a list of {rope.dim // 2} numbers")
+    short = tuple(checked_positive(f"{rope.name}.short_factor", number) for number in rope.said["short_factor"])
+    usual = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
+    return _Scaled(short, rope.number("attention_factor", usual), min(rope.context, int(trained)))
+
+
 _FORMS: Mapping[str, Callable[[_Rope], _Scaled]] = {
-    "default": _plain, "linear": _linear, "llama3": _llama3, "yarn": _yarn,
+    "default": _plain, "linear": _linear, "llama3": _llama3, "yarn": _yarn, "dynamic": _dynamic, "longrope": _longrope,
 }  # fmt: skip
+_TRAINED = ("llama3", "yarn", "longrope")  # read the context of the first training, which may stand beside
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _READ: Mapping[str, set[str]] = {  # what each form makes something of
     "default": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},  # or does not
     "linear": {"factor", "original_max_position_embeddings"},
+    "dynamic": {"factor", "original_max_position_embeddings"},
+    "longrope": {"factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {
         "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
@@ -107,8 +130,9 @@ _READ: Mapping[str, set[str]] = {  # what each form makes something of
 
 
 def rotary(
-    *, theta: float = 10000.0, share: float | None = None, without_effect: Collection[str] = ()
-) -> dict[str, Key]:
+    *, theta: float = 10000.0, share: float | None = None, without_effect: Collection[str] = (),
+    synonyms: Mapping[str, str] | None = None,
+) -> dict[str, Key]:  # fmt: skip
     """The keys from which ``rope_theta``, ``rope_factors`` and ``rope_amplitude`` are read.
 
     The fields ``head_dim`` and ``max_context`` must have been read before. ``rope_scaling``, where it says anything,
@@ -119,6 +143,7 @@ def rotary(
         share: of each head's features that turn, where the file does not say; the field ``rotated`` is then read too,
             which is how many do. None for a family whose heads turn as a whole.
         without_effect: keys of the file's dictionary that change nothing.
+        synonyms: other names of forms.
     """
 
     def take(_name: str, values: Values, fields: Fields) -> None:
@@ -127,6 +152,7 @@ def rotary(
         if not isinstance(said, Mapping) or any(isinstance(value, Mapping) for value in said.values()):
             raise refuse(name, said)
         kind = said.get("rope_type") or said.get("type") or "default"
+        kind = (synonyms or {}).get(kind, kind)
         part = said.get("partial_rotary_factor", values.get("partial_rotary_factor"))
         if kind not in _FORMS or said.keys() - _COMMON - _READ[kind] - {*without_effect}:
             raise refuse(name, dict(said))
@@ -138,12 +164,13 @@ def rotary(
                 raise refuse("partial_rotary_factor", part)
         elif part not in (None, 1):
             raise refuse("partial_rotary_factor", part)
-        if (trained := values.get("original_max_position_embeddings")) is not None and kind in ("llama3", "yarn"):
+        if (trained := values.get("original_max_position_embeddings")) is not None and kind in _TRAINED:
             said = {**said, "original_max_position_embeddings": trained}
         base = next((v for v in (said.get("rope_theta"), values.get("rope_theta")) if v is not None), theta)
         fields["rope_theta"] = checked_positive("rope_theta", base)
         rope = _Rope(name, said, fields["rope_theta"], turning, fields["max_context"])
-        fields["rope_factors"], fields["rope_amplitude"] = _FORMS[kind](rope)
+        fields["rope_factors"], fields["rope_amplitude"], context = _FORMS[kind](rope)
+        fields["max_context"] = context or fields["max_context"]
 
     return {
         "rope_parameters": take, "rope_scaling": METADATA, "rope_theta": METADATA, "partial_rotary_factor": METADATA,

@@ -1,13 +1,13 @@
-"""Attention windows, for families whose attention has none: a window as wide as the context changes nothing."""
+"""Attention windows, read or refused; one as wide as the context changes nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from edgellm.models.foreign.keys import Fields, Key, Values, refuse
+from edgellm.models.foreign.keys import Fields, Key, Values, checked_whole, refuse
 
-__all__ = ["full_attention", "no_window"]
+__all__ = ["full_attention", "no_window", "windows"]
 
 
 def no_window(*, default: int | None = None, used: Callable[[Values], bool] = lambda _: True) -> Key:
@@ -31,3 +31,39 @@ def full_attention(name: str, values: Values, _fields: Fields) -> None:
     kinds: Any = values.get(name) or ()
     if other := [kind for kind in kinds if kind != "full_attention"]:
         raise refuse(name, other[0])
+
+
+def windows(
+    *, default: int | None = None, used: Callable[[Values], bool] = lambda _: True,
+    first: tuple[str, int] = ("", 0),
+) -> Key:  # fmt: skip
+    """``layer_types`` and ``sliding_window`` into the field ``windows``, empty where every layer sees all.
+
+    The fields ``num_layers`` and ``max_context`` were read before.
+
+    Args:
+        default: the window where the file does not say.
+        used: whether the file's other keys put the window to use.
+        first: the key of the first layer that has the window, where the file has no list of the layers' kinds, and the
+            number where it has no such key either.
+    """
+
+    def take(name: str, values: Values, fields: Fields) -> None:
+        count, window = fields["num_layers"], values.get("sliding_window", default)
+        start = values.get(*first)
+        if type(start) is not int or start < 0:
+            raise refuse(first[0], start)
+        slides = used(values) and window is not None
+        kinds: Any = values.get(name) or [_KINDS[slides and i >= start] for i in range(count)]
+        if len(kinds) != count or (other := [kind for kind in kinds if kind not in _KINDS]):
+            raise refuse(name, other[0] if len(kinds) == count else kinds)
+        if not slides and _KINDS[True] in kinds:
+            raise refuse(name, _KINDS[True])
+        width = checked_whole("sliding_window", window) if slides else 0
+        own = tuple(width if kind == _KINDS[True] and width < fields["max_context"] else 0 for kind in kinds)
+        fields["windows"] = own if any(own) else ()
+
+    return take
+
+
+_KINDS = ("full_attention", "sliding_attention")  # by whether a layer has the window

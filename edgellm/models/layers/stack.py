@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from edgellm.models.layers.attention import SelfAttention
@@ -14,7 +13,7 @@ from edgellm.models.protocol import State, Step
 from edgellm.ops import take_positions
 from edgellm_runtime.spec import StateSpec
 
-__all__ = ["Block", "Stack", "StackConfig"]
+__all__ = ["Block", "Stack", "StackConfig", "scaled"]
 
 
 class StackConfig(Protocol):
@@ -125,15 +124,16 @@ class Stack(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Tokens (batch, time) to logits (batch, count, vocab_size) and the new state."""
         state, step = state or {}, step or Step.whole(tokens)
-        x = _scaled(self.embedding(tokens), self.embedding_scale)  # (batch, time, width)
+        x = scaled(self.embedding(tokens), self.embedding_scale)  # (batch, time, width)
         present: dict[str, Tensor] = {}
         for i, layer in enumerate(self.layers):
             x, new = layer(x, state, f"layers.{i}", step, self.rotary)
             present |= new
         logits = self.head(take_positions(self.norm(x), step.logit_positions))
-        logits, cap = _scaled(logits, self.logit_scale), self.logit_cap
+        logits, cap = scaled(logits, self.logit_scale), self.logit_cap
         return logits if not cap else cap * (logits / cap).tanh(), present
 
 
-def _scaled(x: torch.Tensor, factor: float) -> Tensor:
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """X times a factor, where there is one."""
     return x if factor == 1 else x * factor
