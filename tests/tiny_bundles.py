@@ -92,6 +92,19 @@ def recurrent_bundle(target: str = "cpu") -> Path:
     return _make(recurrent_model, target, None)
 
 
+@functools.cache
+def hidden_bundle(kind: str = "attention", target: str = "cpu", quantize: str = "none") -> Path:
+    """``attention`` (with text), ``recurrent`` or ``window``, whose steps give hidden states."""
+    model, text = HIDDEN_KINDS[kind]
+    return _make(model, target, text(), hidden=True, quantize=quantize)
+
+
+HIDDEN_KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], TextAssets | None]]] = {
+    "attention": (attention_model, text_assets), "recurrent": (recurrent_model, lambda: None),
+    "window": (window_model, text_assets),
+}  # fmt: skip
+
+
 def device_session(bundle: Bundle, **options: Any) -> Session:
     """A session whose state is on a device: the code of CUDA, run by the CPU's kernels."""
     manifest = bundle.manifest
@@ -127,9 +140,10 @@ def talking_bundle() -> Path:
     return _make(model, "cpu", assets)
 
 
-def _make(model: Callable[[], Any], target: str, text: TextAssets | None, dtype: str = "") -> Path:
+def _make(model: Callable[[], Any], target: str, text: TextAssets | None, dtype: str = "", **options: Any) -> Path:
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     engine = EngineOptions(build=False) if TARGETS[target].roles else None
-    options = ExportOptions(target=target, dtype=dtype or TARGETS[target].dtypes[0], engine=engine)
-    return export(model(), folder / "bundle", options=options, text=text).bundle.path
+    dtype = dtype or TARGETS[target].dtypes[0]
+    wanted = ExportOptions(target=target, dtype=dtype, engine=engine, **options)
+    return export(model(), folder / "bundle", options=wanted, text=text).bundle.path

@@ -28,6 +28,7 @@ COMMANDS = {
     "sign": "Sign a bundle, so that others can know whose it is.",
     "generate": "Go on from a prompt, or answer it.",
     "chat": "Talk to a model.",
+    "embed": "Print texts as vectors.",
     "serve": "Serve bundles over HTTP, with OpenAI's and Anthropic's interfaces.",
     "bench": "Measure a bundle's speed and memory on this device.",
     "profile": "Tell where a bundle's time goes, by operator and by layer.",

@@ -56,6 +56,8 @@ within the stated bounds.
 @click.option("--kv-cache", default="float32", help="What attention keeps keys and values in: float32, or int8, a "
               "quarter of the memory of long contexts. What no kernel holds so stays float, and the summary names "
               "it.")  # fmt: skip
+@click.option("--hidden", is_flag=True, help="Let steps give the model's last hidden states, too: embeddings need "
+              "them. A step that does not ask for them costs no more.")  # fmt: skip
 @click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE", help="UTF-8 text like the model's work: "
               "int4 weights are then chosen with GPTQ instead of rounded to nearest.")  # fmt: skip
 @click.option("--max-kl", type=float, default=None, metavar="NATS", show_default=False, help="With --quantize auto: "
@@ -87,10 +89,10 @@ within the stated bounds.
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def export(
     checkpoint: Path, output: Path, target: str, dtype: str | None, quantize: str, kv_cache: str,
-    calibrate: Path | None, max_kl: float | None, max_size_mb: float | None, prefer: str | None, max_batch: int | None,
-    compute_capability: str, workspace_mb: int | None, max_context: int | None, no_engine: bool, name: str,
-    force: bool, road: str, trust_remote_code: bool, threads: int | None, check: str | None, adapter: tuple[Path, ...],
-    as_json: bool,
+    hidden: bool, calibrate: Path | None, max_kl: float | None, max_size_mb: float | None, prefer: str | None,
+    max_batch: int | None, compute_capability: str, workspace_mb: int | None, max_context: int | None, no_engine: bool,
+    name: str, force: bool, road: str, trust_remote_code: bool, threads: int | None, check: str | None,
+    adapter: tuple[Path, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """See :data:`_HELP`."""
     engine = EngineFlags(
@@ -102,8 +104,8 @@ def export(
     with stages() as tell:
         result = export_checkpoint(
             checkpoint, output, target=target, dtype=dtype, quantize=quantize, calibrate=calibrate, max_kl=max_kl,
-            max_size_mb=max_size_mb, prefer=prefer, kv_cache=kv_cache, engine=engine, name=name, force=force,
-            check=check, adapters=adapter, road=road, trust_remote_code=trust_remote_code, tell=tell,
+            max_size_mb=max_size_mb, prefer=prefer, kv_cache=kv_cache, hidden=hidden, engine=engine, name=name,
+            force=force, check=check, adapters=adapter, road=road, trust_remote_code=trust_remote_code, tell=tell,
         )  # fmt: skip
     if as_json:
         print_json(result)
@@ -114,8 +116,8 @@ def export(
 def export_checkpoint(
     checkpoint: Path, output: Path, *, target: str, dtype: str | None = None, quantize: str,
     calibrate: Path | None = None, max_kl: float | None = None, max_size_mb: float | None = None,
-    prefer: str | None = None, kv_cache: str = "float32", engine: EngineFlags = _NO_FLAGS, name: str = "",
-    force: bool = False, check: str | None = None, adapters: Sequence[Path] = (), road: str = "auto",
+    prefer: str | None = None, kv_cache: str = "float32", hidden: bool = False, engine: EngineFlags = _NO_FLAGS,
+    name: str = "", force: bool = False, check: str | None = None, adapters: Sequence[Path] = (), road: str = "auto",
     trust_remote_code: bool = False, tell: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Read, export and sum up; the keys are those of ``--json``."""
@@ -131,7 +133,7 @@ def export_checkpoint(
     dtype = dtype or find_target(target).dtypes[0]
     options = ExportOptions(
         target=target, dtype=dtype, quantize=quantize, kv_cache=kv_cache, name=name, budget=budget,
-        engine=engine.options(),
+        engine=engine.options(), hidden=hidden,
     )  # fmt: skip
     check_destination(output, force=force)
     tell("importing PyTorch", 0.0)

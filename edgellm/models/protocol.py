@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from edgellm.ops.positions import positions_noted
 from edgellm_runtime.spec import StateSpec
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "empty_state",
     "logit_width",
     "read_rows",
+    "with_hidden",
 ]
 
 State = Mapping[str, Tensor]
@@ -162,6 +164,24 @@ def read_rows(model: Any, tokens: Tensor, sources: Tensor | None = None) -> tupl
     lengths = torch.full((len(read),), read.shape[1], dtype=torch.int32, device=read.device)
     found = model(tokens, model.encode(read, lengths))
     return found
+
+
+def with_hidden(model: Any, tokens: Tensor, state: State, step: Step) -> tuple[Any, Tensor | None]:
+    """A step of a model, and its last hidden state: of what it takes the step's positions before it projects them.
+
+    Args:
+        model: follows :class:`LanguageModel`.
+        tokens: (batch, time) int64.
+        state: as the model takes it.
+        step: likewise.
+
+    Returns:
+        What the model gave, and (batch, time, features); None for a model that picks positions otherwise than by
+        :func:`edgellm.ops.take_positions`.
+    """
+    with positions_noted() as seen:
+        given = model(tokens, state, step)
+    return given, next((x for x, positions in reversed(seen) if positions is step.logit_positions), None)
 
 
 def empty_state(

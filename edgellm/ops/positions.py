@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 from torch import Tensor
 
 from edgellm.ops.schema import Op
 
-__all__ = ["TAKE_POSITIONS", "take_positions"]
+__all__ = ["TAKE_POSITIONS", "positions_noted", "take_positions"]
+
+_Taken = list[tuple[Tensor, Tensor]]
+_noted: ContextVar[_Taken | None] = ContextVar("_noted", default=None)
 
 
 def take_positions_reference(hidden: Tensor, positions: Tensor) -> Tensor:
@@ -33,5 +40,18 @@ def take_positions(hidden: Tensor, positions: Tensor) -> Tensor:
     Returns:
         (batch, count, features).
     """
+    if (seen := _noted.get()) is not None:
+        seen.append((hidden, positions))
     taken: Tensor = TAKE_POSITIONS(hidden, positions)
     return taken
+
+
+@contextmanager
+def positions_noted() -> Iterator[_Taken]:
+    """What :func:`take_positions` is given meanwhile, call by call: so a model's last hidden state is found."""
+    seen: _Taken = []
+    token = _noted.set(seen)
+    try:
+        yield seen
+    finally:
+        _noted.reset(token)

@@ -26,7 +26,7 @@ from edgellm_exporters.auto.budget import AUTO, bounds_of
 from edgellm_exporters.engines.options import EngineOptions
 from edgellm_exporters.engines.tensorrt import check_engine_options
 from edgellm_exporters.errors import ExportError, ParityError, QuantizeError
-from edgellm_exporters.graph.capture import check_model, signature_of
+from edgellm_exporters.graph.capture import capture, check_model, hidden_of, signature_of
 from edgellm_exporters.graph.capture_encoder import Graphs, capture_graphs
 from edgellm_exporters.graph.lower import kernel_notes, prepare
 from edgellm_exporters.graph.targets import Target, find_target
@@ -58,7 +58,7 @@ from edgellm_runtime.errors import OptionError
 from edgellm_runtime.loading import unchecked_session
 from edgellm_runtime.option_ranges import check_defaults
 from edgellm_runtime.session import Session
-from edgellm_runtime.spec import Signature
+from edgellm_runtime.spec import Signature, TensorSpec
 
 __all__ = ["ExportOptions", "Exported", "TextAssets", "bounds_with_a_favourite", "export"]
 
@@ -146,13 +146,15 @@ def _build(
     with stand_in(scratch, options.dtype) as standing_in:
         write = partial(made.write, directory=scratch, stand_in=standing_in, progress=progress)
         notes = [note] if note else []
-        quantization, own_bounds, plan = _write_weights(
+        quantization, own_bounds, plan, hidden = _write_weights(
             model, weights, target, options, rows, scratch, write, notes, progress
         )  # fmt: skip
-        signature = _signature(model, quantization, options.dtype, target)
+        signature = _signature(model, quantization, options.dtype, target, hidden)
         bounds = {**bounds_in(_held_by(own_bounds, signature), options.dtype), **options.bounds}
         if logit_width(model.config) != model.config.vocab_size:
             bounds.pop("greedy", None)  # labels are nothing to go on with
+        if hidden is None:
+            bounds.pop("hidden", None)
         manifest = Manifest(
             name=name, target={"name": target.name, "requires": dict(target.requires)},
             signature=signature, max_context=made.context, ragged_chunks=target.ragged_chunks,
@@ -184,7 +186,8 @@ def _build(
         manifest = _write_manifest(scratch, manifest)
         far = far or same.far
         layers = layers_in(scratch, traces[0]) if standing_in is None else []
-        write_goldens(traces, said, scratch, same.rows, meaning_of(Bundle(scratch, checksums=False)), layers, far)
+        means, shown = meaning_of(Bundle(scratch, checksums=False)), options.hidden
+        write_goldens(traces, said, scratch, same.rows, means, layers, far, hidden=shown)
         manifest = _write_manifest(scratch, manifest)
         del plan
         give_back()
@@ -251,23 +254,24 @@ def _count(model: LanguageModel) -> int:
 def _write_weights(
     model: LanguageModel, weights: Weights, target: Target, options: ExportOptions, rows: Sequence[Sequence[int]],
     scratch: Path, write: Callable[[Graphs, Plan], None], notes: list[str], progress: Progress,
-) -> tuple[dict[str, Any], Mapping[str, float], Plan]:  # fmt: skip
-    """The graph with its weights into ``scratch``; what the manifest says of them, what they must hold to, and their
-    plan.
-    """
+) -> tuple[dict[str, Any], Mapping[str, float], Plan, TensorSpec | None]:  # fmt: skip
+    """The graph with its weights into ``scratch``; what the manifest says, bounds, plan, output of hidden states."""
     if options.budget is None:
         graphs, plan = _planned(model, weights, target, options, rows, notes, progress)
+        hidden = hidden_of(graphs.step)
         write(graphs, plan)
-        return _quantization(options, plan), find_method(options.quantize, target.methods).bounds, plan
+        return _quantization(options, plan), find_method(options.quantize, target.methods).bounds, plan, hidden
+    hidden = hidden_of(capture(model, weights, hidden=True)) if options.hidden else None
     job = Automatic(
-        model=model, weights=weights, target=target, calibration=options.calibration, held_out=options.held_out
-    )
+        model=model, weights=weights, target=target, calibration=options.calibration, held_out=options.held_out,
+        hidden=hidden,
+    )  # fmt: skip
     if options.kv_cache != "float32":
         raise ExportError("an 8-bit cache is not part of what the search measures; use it with another --quantize")
     others = sum(file.stat().st_size for file in scratch.iterdir())
     notes += kernel_notes(job.graph(), target)
     found = quantize_within(options.budget, job, scratch, others, progress)
-    return {"method": AUTO, **found.record}, bounds_of(options.budget, found.schemes), found.plan
+    return {"method": AUTO, **found.record}, bounds_of(options.budget, found.schemes), found.plan, hidden
 
 
 def _planned(
@@ -275,7 +279,7 @@ def _planned(
     notes: list[str], progress: Progress,
 ) -> tuple[Graphs, Plan]:  # fmt: skip
     """The graphs before lowering, and which of its weights to quantize how; to ``notes``, what lacks a kernel."""
-    graphs = capture_graphs(model, weights)
+    graphs = capture_graphs(model, weights, hidden=options.hidden)
     for each in graphs.all:
         prepare(each, target)
     captured = graphs.step
@@ -300,9 +304,11 @@ def _planned(
     return graphs, plan
 
 
-def _signature(model: LanguageModel, quantization: Mapping[str, Any], dtype: str, target: Target) -> Signature:
+def _signature(
+    model: LanguageModel, quantization: Mapping[str, Any], dtype: str, target: Target, hidden: TensorSpec | None
+) -> Signature:
     """The model's, with the state in the target's precision or, where it is kept in 8 bits, in that."""
-    whole, narrow = signature_of(model), frozenset(quantization.get("cache", ()))
+    whole, narrow = signature_of(model, hidden), frozenset(quantization.get("cache", ()))
     state = [
         dataclasses.replace(s, dtype="int8" if s.name in narrow else dtype if s.dtype == "float32" else s.dtype)
         for s in whole.state

@@ -36,6 +36,7 @@ class ExportOptions:
         engine: what engines are built for, by a target that has them; None for what :class:`EngineOptions` says.
         generation: options of generation that the bundle sets for whoever names no others, such as
             ``{"temperature": 0.7}``; see :mod:`edgellm_runtime.option_ranges`.
+        hidden: whether steps can be asked for the last hidden states, too, which embeddings are made of.
     """
 
     target: str = "cpu"
@@ -49,6 +50,7 @@ class ExportOptions:
     kv_cache: str = "float32"
     engine: EngineOptions | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
+    hidden: bool = False
 
     def __post_init__(self) -> None:
         target = find_target(self.target)

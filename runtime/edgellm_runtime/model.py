@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 from edgellm_runtime.errors import OptionError
 from edgellm_runtime.generation.conversation import Conversation, TemplateInputs
 from edgellm_runtime.generation.drafting import check_vocabulary
+from edgellm_runtime.generation.embedding import EmbeddingMethods
 from edgellm_runtime.generation.generate import Generation, GenerationOptions, OptionKeywords, Run
 from edgellm_runtime.generation.grammar_methods import GrammarMethods
 from edgellm_runtime.generation.options import with_defaults
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Model"]
 
 
-class Model(TaskMethods, GrammarMethods, StateMethods, ScoringMethods):
+class Model(TaskMethods, GrammarMethods, StateMethods, ScoringMethods, EmbeddingMethods):
     """A language model on this device. Made by :func:`edgellm_runtime.load`.
 
     Every generating method takes the keywords of :class:`GenerationOptions`, among them ``max_new_tokens=256``,

@@ -147,6 +147,13 @@ class Session:
             OptionError: tokens outside the vocabulary, lengths outside the chunk, or an argument of the wrong kind.
             StateError: another number of rows than the state's, or the state of another model.
         """
+        return self._step(tokens, state, lengths, logits, progress, None)
+
+    def _step(
+        self, tokens: Array, state: State, lengths: Array | None, logits: Wanted, progress: _Progress | None,
+        hidden: list[Array] | None,
+    ) -> NDArray[np.float32]:  # fmt: skip
+        """One step; into ``hidden``, if it is wanted, the hidden states piece by piece."""
         tokens = _whole_numbers(tokens)
         batch, time = self._check(tokens, state)
         check_choice("logits", logits, get_args(Wanted))
@@ -168,13 +175,58 @@ class Session:
             )
         state.reserve(self._capacity or int(state.lengths.max()) + time)
         if time > 1 and batch > 1 and not self._ragged_chunks and (state.lengths.any() or time > self.chunk):
-            return self._rows(tokens, valid, state, logits, progress)
+            return self._rows(tokens, valid, state, logits, progress, hidden)
         if time <= self.chunk:
-            result = self._run(tokens, valid, state, logits)
+            result = self._run(tokens, valid, state, logits, hidden)
             if progress is not None:
                 progress(int(valid.sum()), int(valid.sum()))
             return result
-        return self._chunks(tokens, valid, state, logits, progress)
+        return self._chunks(tokens, valid, state, logits, progress, hidden)
+
+    @property
+    def fixed_capacity(self) -> bool:
+        """Whether each row of a state takes the memory of the whole context from the start."""
+        return self._capacity is not None
+
+    @property
+    def hidden_width(self) -> int:
+        """Features of a hidden state; 0: the bundle gives none."""
+        spec = self.signature.hidden
+        return 0 if spec is None else int(spec.shape[-1])
+
+    def step_hidden(
+        self, tokens: Array, state: State, *, lengths: Array | None = None, logits: Wanted = "last",
+        progress: _Progress | None = None,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:  # fmt: skip
+        """:meth:`step`, and what the logits are projected from: the model's last hidden state, behind its last norm.
+
+        Args:
+            tokens: as for :meth:`step`, which see for what is raised too.
+            state: likewise.
+            lengths: likewise.
+            logits: likewise.
+            progress: likewise.
+
+        Returns:
+            The logits, and hidden states (batch, longest row, :attr:`hidden_width`), those of padding without meaning.
+            The next step may overwrite the logits.
+
+        Raises:
+            OptionError: the bundle gives no hidden states.
+        """
+        self.check_hidden()
+        pieces: list[Array] = []
+        found = self._step(tokens, state, lengths, logits, progress, pieces)
+        return found, np.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0]
+
+    def check_hidden(self) -> None:
+        """See that the bundle gives hidden states.
+
+        Raises:
+            OptionError: it does not.
+        """
+        if not self.hidden_width:
+            raise OptionError("the bundle gives no hidden states; export the model again with --hidden")
 
     def best(self, tokens: Array, state: State, count: int) -> Candidates:
         """Read one token a row into the state; the likeliest next ones, chosen where the logits are.
@@ -224,41 +276,56 @@ class Session:
             )
         return tokens.shape[0], tokens.shape[1]
 
-    def _run(self, tokens: Array, lengths: Array, state: State, logits: Wanted) -> Array:
+    def _run(self, tokens: Array, lengths: Array, state: State, logits: Wanted, hidden: list[Array] | None) -> Array:
         batch, time = tokens.shape
         # one row of logits costs little, and a graph with none at all is nothing to rely on
         every = logits == "all"
         positions = np.broadcast_to(np.arange(time), (batch, time)) if every else (lengths - 1)[:, None]
-        result = self._backend.run(tokens, lengths, positions, state)
+        if hidden is None:
+            result = self._backend.run(tokens, lengths, positions, state)
+        else:
+            result, given = self._backend.run_hidden(tokens, lengths, positions, state)
+            hidden.append(given.copy())
         state.lengths += lengths
         return result if logits != "none" else result[:, :0]
 
-    def _chunks(self, tokens: Array, lengths: Array, state: State, logits: Wanted, progress: _Progress | None) -> Array:
+    def _chunks(
+        self, tokens: Array, lengths: Array, state: State, logits: Wanted, progress: _Progress | None,
+        hidden: list[Array] | None,
+    ) -> Array:  # fmt: skip
         """One step after another over pieces of a long chunk; rows that have ended wait."""
         batch, time = tokens.shape
         if batch > 1 and (lengths != time).any():
-            return self._rows(tokens, lengths, state, logits, progress)
+            return self._rows(tokens, lengths, state, logits, progress, hidden)
         pieces: list[Array] = []
         for start in range(0, time, self.chunk):
             piece = tokens[:, start : start + self.chunk]
             last = start + self.chunk >= time
             wanted: Wanted = logits if logits == "all" or last else "none"
             valid = np.minimum(lengths - start, piece.shape[1]).astype(np.int32)
-            out = self._run(piece, valid, state, wanted)
+            out = self._run(piece, valid, state, wanted, hidden)
             if progress is not None:
                 progress(batch * min(start + self.chunk, time), batch * time)
             pieces.append(out.copy() if logits == "all" and not last else out)
         return np.concatenate(pieces, axis=1) if logits == "all" else pieces[-1]
 
-    def _rows(self, tokens: Array, lengths: Array, state: State, logits: Wanted, progress: _Progress | None) -> Array:
+    def _rows(
+        self, tokens: Array, lengths: Array, state: State, logits: Wanted, progress: _Progress | None,
+        hidden: list[Array] | None,
+    ) -> Array:  # fmt: skip
         """Each row on its own, its padding left away."""
         count = {"last": 1, "all": tokens.shape[1], "none": 0}[logits]
         result = np.zeros((state.batch, count, self.width), dtype=np.float32)
+        if hidden is not None:
+            hidden.append(np.zeros((*tokens.shape, self.hidden_width), dtype=np.float32))
         for row in range(state.batch):
             alone = state.take([row])
             told = None if progress is None else _after(progress, int(lengths[:row].sum()), int(lengths.sum()))
-            out = self.step(tokens[row : row + 1, : lengths[row]], alone, logits=logits, progress=told)
+            own: list[Array] | None = None if hidden is None else []
+            out = self._step(tokens[row : row + 1, : lengths[row]], alone, None, logits, told, own)
             result[row, : out.shape[1]] = out[0]
+            if hidden is not None and own is not None:
+                hidden[-1][row, : lengths[row]] = np.concatenate(own, axis=1)[0]
             state.put(row, alone)
         return result
 

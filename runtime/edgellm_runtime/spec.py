@@ -16,6 +16,7 @@ __all__ = [
     "CAPACITY",
     "DTYPE_BYTES",
     "ENCODER_INPUTS",
+    "HIDDEN",
     "SOURCE",
     "UPDATES",
     "Signature",
@@ -28,6 +29,7 @@ __all__ = [
 BATCH = "batch"
 CAPACITY = "capacity"
 SOURCE = "source"
+HIDDEN = "hidden"  # the output of a graph that gives what its logits are projected from
 Dim = int | str
 Update = Literal["append", "ring", "replace", "static"]
 UPDATES: tuple[str, ...] = get_args(Update)
@@ -219,6 +221,16 @@ class Signature:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     state: tuple[StateSpec, ...]
+
+    @property
+    def logits(self) -> TensorSpec:
+        """The output that every graph has, the first."""
+        return self.outputs[0]
+
+    @property
+    def hidden(self) -> TensorSpec | None:
+        """The last hidden state of every new token, (batch, time, features) in float32; None: no graph gives it."""
+        return next((spec for spec in self.outputs[1:] if spec.name == HIDDEN), None)
 
     @property
     def encoded(self) -> tuple[StateSpec, ...]:

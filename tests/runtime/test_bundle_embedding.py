@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_bundles import attention_bundle, copied, recurrent_bundle
+from tiny_bundles import attention_bundle, copied, hidden_bundle, recurrent_bundle
 
 import edgellm_runtime
 from edgellm_runtime import errors, load
@@ -22,7 +22,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "embedding.md"
 
 
 def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    copied(attention_bundle(), tmp_path)
+    copied(hidden_bundle(), tmp_path)
     monkeypatch.chdir(tmp_path)
     page = ModuleType("embedding_page")  # dataclasses look their module up
     monkeypatch.setitem(sys.modules, page.__name__, page)

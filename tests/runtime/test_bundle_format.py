@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx
 import pytest
-from tiny_bundles import CONTEXT, attention_bundle, recurrent_bundle, window_bundle
+from tiny_bundles import CONTEXT, attention_bundle, hidden_bundle, recurrent_bundle, window_bundle
 
 from edgellm_exporters.graph.capture import INPUTS
 from edgellm_exporters.quantize.methods import METHODS
@@ -26,7 +26,7 @@ from edgellm_runtime.spec import DTYPE_BYTES
 from edgellm_runtime.task_spec import TaskSpec
 
 PAGE = (Path(__file__).parents[2] / "docs" / "bundle-format.md").read_text(encoding="utf-8")
-BOTH = pytest.mark.parametrize("make", [attention_bundle, recurrent_bundle, window_bundle])
+BOTH = pytest.mark.parametrize("make", [attention_bundle, recurrent_bundle, window_bundle, hidden_bundle])
 
 
 def table(header: str) -> dict[str, list[str]]:
@@ -109,7 +109,9 @@ def test_signature_is_as_documented(make: Any) -> None:
             kind = "state`, of a ring" if row.get("update") == "ring" else name
             assert row.keys() == set(re.findall(r"`(\w+)`", entries[kind][0]))
     graph = table("| name | shape | dtype |")
-    assert [t.name for t in INPUTS] == [n for n in graph if "NAME" not in n and n not in ("logits", "total_length")]
+    assert [t.name for t in INPUTS] == [
+        n for n in graph if "NAME" not in n and n not in ("logits", "hidden", "total_length")
+    ]
     for spec in INPUTS:
         shape, dtype, _ = graph[spec.name]
         assert shape == f"({', '.join(map(str, spec.shape))})"
@@ -140,7 +142,9 @@ def test_graph_has_the_documented_inputs_and_outputs(make: Any) -> None:
     states = [s["name"] for s in manifest(bundle)["signature"]["state"]]
     inputs, outputs = {i.name for i in graph.input}, {o.name for o in graph.output}
     assert inputs <= {t.name for t in INPUTS} | {f"past.{name}" for name in states}
-    assert outputs == {"logits"} | {f"present.{name}" for name in states}
+    given = {row["name"] for row in manifest(bundle)["signature"]["outputs"]}
+    assert given == ({"logits", "hidden"} if make is hidden_bundle else {"logits"})
+    assert outputs == given | {f"present.{name}" for name in states}
     assert external_files((bundle / "model.onnx").read_bytes()) == {"model.onnx.data"}
     for tensor in graph.initializer:
         place = {entry.key: entry.value for entry in tensor.external_data}
@@ -156,7 +160,7 @@ def test_goldens_are_as_documented(make: Any) -> None:
     assert data["format"] == 1
     keys = table("| key | shape | meaning |").keys()
     for trace in data["traces"]:
-        assert trace.keys() == keys - {"source"}
+        assert trace.keys() == keys - {"source"} - ({"hidden"} if make is not hidden_bundle else set())
         assert trace["state"].keys() == {s["name"] for s in manifest(bundle)["signature"]["state"]}
         assert all(sample.keys() == {"index", "values"} for sample in trace["state"].values())
         assert len(trace["tokens"]) <= CONTEXT

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
+import numpy as np
 import openai
 import pytest
 from served import Served, serving
-from tiny_bundles import attention_bundle, recurrent_bundle
+from tiny_bundles import attention_bundle, hidden_bundle, recurrent_bundle
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    with serving({"tiny": attention_bundle(), "ids": recurrent_bundle()}) as found:
+    with serving({"tiny": attention_bundle(), "ids": recurrent_bundle(), "vectors": hidden_bundle()}) as found:
         yield found
 
 
@@ -122,7 +123,7 @@ def test_log_probabilities_of_completions_say_where_tokens_begin(client: openai.
 
 
 def test_models_are_listed_by_name(served: Served, client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["tiny", "ids"]
+    assert [model.id for model in client.models.list()] == ["tiny", "ids", "vectors"]
     assert client.models.retrieve("ids").object == "model"
     found = client.completions.create(model="ids", prompt=[5, 6, 7], temperature=0, max_tokens=4)
     assert found.choices[0].text == ""  # a bundle without a tokenizer
@@ -184,9 +185,34 @@ def test_what_is_not_there_yet_is_refused_by_name(client: openai.OpenAI) -> None
             model="tiny",
             messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}],
         )
-    with pytest.raises(openai.APIStatusError) as status:
+
+
+def test_embeddings_are_the_models(served: Served, client: openai.OpenAI) -> None:
+    model = served.host.find("vectors").model
+    texts = ["hello", "a longer text"]
+    expected = model.embed(texts)
+    many = client.embeddings.create(model="vectors", input=texts)  # which asks for base64
+    np.testing.assert_allclose([entry.embedding for entry in many.data], expected, atol=1e-6)
+    assert [entry.index for entry in many.data] == [0, 1]
+    tokens = model.text_tokens(texts)
+    assert (many.usage.prompt_tokens, many.usage.total_tokens) == (sum(map(len, tokens)),) * 2
+    for given in ("hello", tokens[0], [tokens[0]]):
+        one = client.embeddings.create(model="vectors", input=given, encoding_format="float")
+        np.testing.assert_allclose(one.data[0].embedding, expected[0], atol=1e-6)
+
+
+def test_embeddings_that_cannot_be_had_are_refused_with_the_reason(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="export its bundle with --hidden") as none:
         client.embeddings.create(model="tiny", input="hello")
-    assert status.value.status_code == 501
+    assert none.value.code == "no_embeddings"
+    with pytest.raises(openai.BadRequestError, match="'dimensions' is not supported"):
+        client.embeddings.create(model="vectors", input="hello", dimensions=8)
+    with pytest.raises(openai.BadRequestError, match=r"[Tt]ext 1 has .* tokens"):
+        client.embeddings.create(model="vectors", input=["short", "long " * 400])
+    with pytest.raises(openai.BadRequestError, match="'input'"):
+        client.embeddings.create(model="vectors", input=[])
+    with pytest.raises(openai.BadRequestError, match="float or base64"):
+        client.embeddings.create(model="vectors", input="hello", encoding_format="int8")  # type: ignore[arg-type]
 
 
 def test_errors_are_those_the_client_knows(client: openai.OpenAI) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from served import serving
 from starlette.routing import Route
-from tiny_bundles import attention_bundle
+from tiny_bundles import attention_bundle, hidden_bundle
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 
@@ -17,7 +17,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="u
 def test_its_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert len(blocks) == 2
-    with serving({"tiny": attention_bundle()}) as served:
+    with serving({"tiny": hidden_bundle()}) as served:
         known: dict[str, Any] = {"address": served.address, "name": "tiny"}
         for block in blocks:
             exec(compile(block, "docs/serving.md", "exec"), known)

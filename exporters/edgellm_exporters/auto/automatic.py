@@ -40,6 +40,7 @@ from edgellm_exporters.quantize.planning import Uses, plan_of, smoothed
 from edgellm_runtime.backends.ort import OrtBackend
 from edgellm_runtime.bundle import GRAPH
 from edgellm_runtime.session import Session
+from edgellm_runtime.spec import TensorSpec
 
 __all__ = ["Automatic", "Outcome", "none_better_than_held", "quantize_within"]
 
@@ -73,6 +74,7 @@ class Automatic:
         target: what to build for.
         calibration: windows of token ids to choose with.
         held_out: windows of token ids to judge with, none of them among the others.
+        hidden: the graph's output for hidden states; None: it gives none.
     """
 
     model: LanguageModel
@@ -80,10 +82,11 @@ class Automatic:
     target: Target
     calibration: Sequence[Sequence[int]]
     held_out: Sequence[Sequence[int]]
+    hidden: TensorSpec | None = None
 
     def graph(self) -> ir.Model:
         """A captured graph after the target's passes."""
-        return prepare(capture(self.model, self.weights), self.target)
+        return prepare(capture(self.model, self.weights, hidden=self.hidden is not None), self.target)
 
     def largest(self, progress: Progress) -> dict[str, Any]:
         """The magnitudes of layers' inputs, which smoothing goes by."""
@@ -103,7 +106,7 @@ class Automatic:
 
     def measure(self, directory: Path, progress: Progress) -> ParityReport:
         """Compare a built graph with the float model on the held-out text."""
-        signature = signature_of(self.model)
+        signature = signature_of(self.model, self.hidden)
         session = Session(
             OrtBackend(directory / GRAPH, signature), signature, max_context=self.model.config.max_context,
             ragged_chunks=self.target.ragged_chunks,

@@ -14,7 +14,15 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from edgellm.models.protocol import LanguageModel, SourceConfig, SourceModel, Step, answers_sources, logit_width
+from edgellm.models.protocol import (
+    LanguageModel,
+    SourceConfig,
+    SourceModel,
+    Step,
+    answers_sources,
+    logit_width,
+    with_hidden,
+)
 from edgellm.ops.canonical import DOMAIN
 from edgellm.streaming import OwnWeights, Weights
 from edgellm_exporters.errors import CaptureError
@@ -32,10 +40,11 @@ from edgellm_exporters.graph.layers import layer_modules, layer_nodes
 from edgellm_exporters.graph.tracing import CanonicalFunctions, canonical, fake_parameters, no_collection
 from edgellm_exporters.graph.translate import translated
 from edgellm_exporters.weights.lazy import LazyWeight
-from edgellm_runtime.spec import BATCH, CAPACITY, SOURCE, Signature, SpecError, StateSpec, TensorSpec
+from edgellm_runtime.spec import BATCH, CAPACITY, HIDDEN, SOURCE, Signature, SpecError, StateSpec, TensorSpec
 
 __all__ = [
-    "INPUTS", "OPSET", "capture", "check_model", "name_dimensions", "name_weights", "signature_of", "traced",
+    "INPUTS", "OPSET", "capture", "check_model", "hidden_of", "name_dimensions", "name_weights", "signature_of",
+    "traced",
 ]  # fmt: skip
 
 OPSET = 23
@@ -92,8 +101,12 @@ def _check_sources(model: LanguageModel) -> None:
         raise CaptureError(f"{kind}.config has {start} as start_tokens; give it one token or more of its vocabulary")
 
 
-def signature_of(model: LanguageModel) -> Signature:
+def signature_of(model: LanguageModel, hidden: TensorSpec | None = None) -> Signature:
     """What the captured graph takes, gives and carries.
+
+    Args:
+        model: follows :class:`edgellm.models.protocol.LanguageModel`.
+        hidden: a further output, of :func:`hidden_of`.
 
     Raises:
         CaptureError: the model's configuration or state specs describe no graph.
@@ -101,19 +114,32 @@ def signature_of(model: LanguageModel) -> Signature:
     dtype = next((str(p.dtype).removeprefix("torch.") for _, p in model.named_parameters()), "float32")
     try:
         logits = TensorSpec("logits", (BATCH, "count", logit_width(model.config)), dtype)
-        return Signature(INPUTS, (logits,), tuple(model.state_specs()))
+        outputs = (logits,) if hidden is None else (logits, hidden)
+        return Signature(INPUTS, outputs, tuple(model.state_specs()))
     except (SpecError, AttributeError) as error:
         raise CaptureError(
             f"{type(model).__name__} declares what no graph can have: {error}; correct its config or state_specs()"
         ) from error
 
 
-def capture(model: LanguageModel, weights: Weights | None = None) -> ir.Model:
+def hidden_of(captured: ir.Model) -> TensorSpec | None:
+    """What the signature says of a captured graph's hidden states; None where it gives none."""
+    value = next((v for v in captured.graph.outputs if v.name == HIDDEN), None)
+    if value is None:
+        return None
+    assert value.shape is not None
+    if not isinstance(width := value.shape[-1], int):
+        raise CaptureError(f"the last hidden state has {width} features; --hidden needs a number that is fixed")
+    return TensorSpec(HIDDEN, (BATCH, "time", width), "float32")
+
+
+def capture(model: LanguageModel, weights: Weights | None = None, *, hidden: bool = False) -> ir.Model:
     """Trace a model once, without a look at its weights.
 
     Args:
         model: follows :class:`edgellm.models.protocol.LanguageModel`; in eval mode, on any device.
         weights: where the parameters are read from; None for the model's own.
+        hidden: whether the graph gives the last hidden state of every token, too.
 
     Returns:
         A graph of canonical ops (domain ``edgellm``) and plain ONNX ops, its inputs and outputs named by the signature;
@@ -126,31 +152,31 @@ def capture(model: LanguageModel, weights: Weights | None = None) -> ir.Model:
     signature = signature_of(model)
     assert isinstance(model, nn.Module)
     names = [t.name for t in signature.inputs] + [s.past_name for s in signature.state]
-    outputs = [t.name for t in signature.outputs] + [s.present_name for s in signature.carried]
+    outputs = [t.name for t in signature.outputs] + [HIDDEN] * hidden + [s.present_name for s in signature.carried]
     with fake_parameters(model), no_collection():
-        program = _trace(model, signature)
+        program = _trace(model, signature, hidden=hidden)
         layers = layer_nodes(program.graph, layer_modules(model), "model.")
         captured = translated(program, names, outputs, opset=OPSET, named=layers)
     captured.opset_imports.setdefault(DOMAIN, 1)
     name_weights(captured, model, weights or OwnWeights(model))
-    name_dimensions(captured, signature)
+    name_dimensions(captured, signature_of(model, hidden_of(captured)) if hidden else signature)
     return captured
 
 
 class _OneGraph(nn.Module):
-    """The model with its state as a flat list, in the order of its specs."""
+    """The model with its state as a flat list, in the order of its specs; if wanted, with its last hidden state."""
 
-    def __init__(self, model: nn.Module, specs: Sequence[StateSpec]) -> None:
+    def __init__(self, model: nn.Module, specs: Sequence[StateSpec], *, hidden: bool) -> None:
         super().__init__()
-        self.model, self.specs = model, specs
+        self.model, self.specs, self.hidden = model, specs, hidden
 
     def forward(
         self, tokens: Tensor, past_lengths: Tensor, lengths: Tensor, logit_positions: Tensor, state: list[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Any, ...]:
         past = {spec.name: tensor for spec, tensor in zip(self.specs, state, strict=True)}
         kept = kept_tensors(self.model)
         with CanonicalFunctions():
-            result = self.model(tokens, past, Step(past_lengths, lengths, logit_positions))
+            result, last = with_hidden(self.model, tokens, past, Step(past_lengths, lengths, logit_positions))
         check_keeps_nothing(self.model, kept)
         if not isinstance(result, tuple) or len(result) != 2:
             raise CaptureError(f"the model's forward gave a {type(result).__name__}; it must give (logits, state)")
@@ -160,13 +186,18 @@ class _OneGraph(nn.Module):
             raise CaptureError(f"the model's forward gave no new state for {missing}, which state_specs() declares")
         if undeclared := sorted(present.keys() - set(carried)):
             raise CaptureError(f"the model's forward gave a state {undeclared} that state_specs() does not declare")
-        return logits, [present[name] for name in carried]
+        if self.hidden and last is None:
+            raise CaptureError(
+                f"{type(self.model).__name__} picks positions without take_positions(x, step.logit_positions), which "
+                "shows its last hidden state; use it, or leave --hidden out"
+            )
+        return logits, *([last] if self.hidden else []), [present[name] for name in carried]
 
 
-def _trace(model: LanguageModel, signature: Signature) -> torch.export.ExportedProgram:
+def _trace(model: LanguageModel, signature: Signature, *, hidden: bool) -> torch.export.ExportedProgram:
     assert isinstance(model, nn.Module)
     was_training = model.training
-    wrapped, ran = _OneGraph(model, signature.state).eval(), dict[str, nn.Module]()
+    wrapped, ran = _OneGraph(model, signature.state, hidden=hidden).eval(), dict[str, nn.Module]()
     try:
         with quiet(), _noted(model, ran):
             program = _of_any_time(wrapped, _example(model, signature), signature, model.config.max_context)

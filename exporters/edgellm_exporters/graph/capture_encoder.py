@@ -44,9 +44,10 @@ class Graphs(NamedTuple):
         return (self.step,) if self.encoder is None else (self.step, self.encoder)
 
 
-def capture_graphs(model: LanguageModel, weights: Weights | None = None) -> Graphs:
+def capture_graphs(model: LanguageModel, weights: Weights | None = None, *, hidden: bool = False) -> Graphs:
     """Trace a model once, and its encoder if it has one; arguments and errors as :func:`capture`."""
-    return Graphs(capture(model, weights), capture_encoder(model, weights) if answers_sources(model) else None)
+    encoder = capture_encoder(model, weights) if answers_sources(model) else None
+    return Graphs(capture(model, weights, hidden=hidden), encoder)
 
 
 def capture_encoder(model: LanguageModel, weights: Weights | None = None) -> ir.Model:

@@ -16,6 +16,7 @@ __all__ = ["FLOATS", "narrow", "to_dtype"]
 FLOATS = {
     "float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16,
 }  # fmt: skip
+_STATE = "present."
 _NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -25,39 +26,43 @@ def to_dtype(array: NDArray[np.generic], dtype: str, rounded: str = "") -> NDArr
 
 
 def narrow(model: ir.Model, dtype: str, rounded: str = "") -> None:
-    """Turn every float32 of a graph into ``dtype``, bodies of loops too, but the logits, which stay float32. In place.
+    """Turn every float32 of a graph into ``dtype``, bodies of loops too, but what it gives besides the state. In place.
 
     Before: a lowered graph whose floats are all float32. After: the same graph in ``dtype``; weights are converted when
     they are written, and what is wider than float16 holds is refused by the proof, not here.
 
     Args:
-        model: a lowered graph whose first output is the logits.
+        model: a lowered graph; its logits, and hidden states if it gives them, stay float32.
         dtype: ``float16``, ``bfloat16`` or ``float32``.
         rounded: a narrower dtype that weights are rounded to first; empty for none.
     """
-    wanted, logits = FLOATS[dtype], model.graph.outputs[0]
+    wanted = FLOATS[dtype]
+    given = [at for at, value in enumerate(model.graph.outputs) if not str(value.name).startswith(_STATE)]
     if dtype != "float32":
-        _keep_float(model.graph, logits)
+        for at in given:
+            _keep_float(model.graph, at)
+    kept = [model.graph.outputs[at] for at in given]
     for graph in _graphs(model.graph):
         for value in graph.initializers.values():
             if value.dtype == ir.DataType.FLOAT and value.const_value is not None:
                 value.const_value = _converted(value.const_value, wanted, dtype, rounded)
         for value in _values(graph):
-            if value.dtype == ir.DataType.FLOAT and value is not model.graph.outputs[0]:
+            if value.dtype == ir.DataType.FLOAT and not any(value is other for other in kept):
                 value.type = ir.TensorType(wanted)
         for node in graph:
-            _retype(node, wanted, dtype, rounded, keep=node.outputs[0] is model.graph.outputs[0])
+            _retype(node, wanted, dtype, rounded, keep=any(node.outputs[0] is other for other in kept))
 
 
-def _keep_float(graph: ir.Graph, logits: ir.Value) -> None:
-    """Put a cast between what computes the logits and the graph's output."""
-    name, shape = logits.name, logits.shape
-    cast = ir.node("Cast", [logits], attributes={"to": int(ir.DataType.FLOAT)})
-    logits.name = f"{name}.narrow"
+def _keep_float(graph: ir.Graph, at: int) -> None:
+    """Put a cast between what computes an output and the output."""
+    value = graph.outputs[at]
+    name, shape = value.name, value.shape
+    cast = ir.node("Cast", [value], attributes={"to": int(ir.DataType.FLOAT)})
+    value.name = f"{name}.narrow"
     cast.outputs[0].name, cast.outputs[0].shape = name, shape
     cast.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
     graph.append(cast)
-    graph.outputs[0] = cast.outputs[0]
+    graph.outputs[at] = cast.outputs[0]
 
 
 def _graphs(graph: ir.Graph) -> Iterator[ir.Graph]:

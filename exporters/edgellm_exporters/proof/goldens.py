@@ -17,6 +17,7 @@ from edgellm_runtime.checks.layers import LAYERS, sampled_layer
 from edgellm_runtime.checks.meaning import MEANING
 from edgellm_runtime.checks.verify import GOLDENS
 from edgellm_runtime.json_text import finite
+from edgellm_runtime.spec import HIDDEN
 
 __all__ = ["GREEDY", "write_goldens"]
 
@@ -26,7 +27,8 @@ _TOP, _STATE_SAMPLES = 8, 16
 
 def write_goldens(
     traces: Sequence[Trace], said: Sequence[Continuation], directory: Path, exact: Sequence[Trace] = (),
-    meaning: Mapping[str, Any] | None = None, layers: Collection[str] = (), far: FarRow | None = None,
+    meaning: Mapping[str, Any] | None = None, layers: Collection[str] = (), far: FarRow | None = None, *,
+    hidden: bool = False,
 ) -> None:  # fmt: skip
     """Write samples of what PyTorch computed.
 
@@ -38,9 +40,10 @@ def write_goldens(
         layers: paths of those whose outputs the bundle's graph names; samples are of the first row.
         far: a row that begins far into the context.
         meaning: of the bundle's tokens and texts, as its loader has it.
+        hidden: whether the bundle gives hidden states.
     """
-    sampled = [_sampled(trace, after) for trace, after in zip(traces, said, strict=True)]
-    same = {"exact": [_sampled(trace, Continuation((), 1.0)) for trace in exact]} if exact else {}
+    sampled = [_sampled(trace, after, hidden=hidden) for trace, after in zip(traces, said, strict=True)]
+    same = {"exact": [_sampled(trace, Continuation((), 1.0), hidden=hidden) for trace in exact]} if exact else {}
     told = {MEANING: finite(meaning)} if meaning is not None else {}
     data: dict[str, Any] = {"format": 1, "traces": sampled, **same, **told, **_layers((exact or traces)[0], layers)}
     if far is not None:
@@ -50,7 +53,7 @@ def write_goldens(
     (directory / GOLDENS).write_text(json.dumps(data, allow_nan=False))
 
 
-def _sampled(trace: Trace, after: Continuation) -> dict[str, Any]:
+def _sampled(trace: Trace, after: Continuation, *, hidden: bool = False) -> dict[str, Any]:
     check_finite(trace.logits.float().numpy(), 0)
     tops = [row.double().topk(min(_TOP, len(row))) for row in trace.logits]  # row by row: a vocabulary is long
     generator = np.random.default_rng(0)
@@ -67,6 +70,7 @@ def _sampled(trace: Trace, after: Continuation) -> dict[str, Any]:
         "logsumexp": [float(row.double().logsumexp(-1)) for row in trace.logits],
         "greedy": list(after.tokens),
         "state": samples,
+        **({HIDDEN: _layer_samples(trace.hidden)} if hidden and trace.hidden is not None else {}),
     }
 
 
@@ -76,9 +80,13 @@ def _layers(trace: Trace, paths: Collection[str]) -> dict[str, Any]:
         return {}
     found = {}
     for path in paths:
-        golden = sampled_layer(trace.layers[path].float().numpy())
-        found[path] = {
-            "norms": [float(f"{x:.7g}") for x in golden.norms], "index": golden.index.tolist(),
-            "values": golden.values.tolist(),
-        }  # fmt: skip
+        found[path] = _layer_samples(trace.layers[path])
     return {LAYERS: {"tokens": trace.tokens, "layers": found}}
+
+
+def _layer_samples(output: torch.Tensor) -> dict[str, Any]:
+    golden = sampled_layer(output.float().numpy())
+    return {
+        "norms": [float(f"{x:.7g}") for x in golden.norms], "index": golden.index.tolist(),
+        "values": golden.values.tolist(),
+    }  # fmt: skip

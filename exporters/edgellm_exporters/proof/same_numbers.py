@@ -110,6 +110,7 @@ def measured_exactly(scratch: Path, copies: Sequence[Trace]) -> dict[str, float]
     found = [exact_figures(unchecked_session(bundle, device="cpu", threads=count), goldens) for count in _THREADS]
     for golden, trace in zip((g for g in goldens for _ in range(_COPIES)), copies, strict=bool(copies)):
         state = {name: tensor.numpy() for name, tensor in trace.state.items()}
-        found.append(distance(golden, trace.logits.numpy(), state))
+        hidden = None if trace.hidden is None else trace.hidden.numpy()
+        found.append(distance(golden, trace.logits.numpy(), state, hidden))
     names = [name for name in found[0] if name != "state" or any(golden.state for golden in goldens)]
     return {name: max(figures[name] for figures in found) for name in names}

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from edgellm.models.protocol import LanguageModel, SourceModel, Step, answers_sources
+from edgellm.models.protocol import LanguageModel, SourceModel, Step, answers_sources, with_hidden
 from edgellm_exporters.graph.capture import check_model, signature_of
 from edgellm_runtime.backends.base import HostBackend
 from edgellm_runtime.bundle.encoder_info import ENCODER, EncoderInfo
@@ -43,14 +43,27 @@ class TorchBackend(HostBackend):
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
     ) -> NDArray[Any]:
         """One step; what the model gives takes the place of the state's arrays, without a copy."""
+        return self._step(tokens, lengths, logit_positions, state)[0]
+
+    def run_hidden(
+        self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The same with the last hidden states."""
+        logits, hidden = self._step(tokens, lengths, logit_positions, state)
+        assert hidden is not None
+        return logits, hidden
+
+    def _step(
+        self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
+    ) -> tuple[NDArray[Any], NDArray[Any] | None]:
         past = {name: torch.from_numpy(array) for name, array in state.tensors.items()}
         step = Step(*(torch.from_numpy(np.array(a)) for a in (state.lengths, lengths, logit_positions)))
         with torch.inference_mode():
-            logits, present = self._model(torch.from_numpy(np.ascontiguousarray(tokens)), past, step)
+            read = torch.from_numpy(np.ascontiguousarray(tokens))
+            (logits, present), hidden = with_hidden(self._model, read, past, step)
         for name, tensor in present.items():
             state.tensors[name] = tensor.contiguous().numpy()
-        found: NDArray[Any] = logits.numpy()
-        return found
+        return logits.numpy(), None if hidden is None else hidden.numpy()
 
 
 def encoder_info(model: LanguageModel) -> EncoderInfo | None:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgellm.models.protocol import LanguageModel, SourceModel, Step, empty_state, logit_width
+from edgellm.models.protocol import LanguageModel, SourceModel, Step, empty_state, logit_width, with_hidden
 from edgellm_exporters.errors import ParityError
 from edgellm_exporters.graph.layers import layers_recorded
 from edgellm_exporters.weights.memory import give_back
@@ -49,6 +49,7 @@ class Trace:
         state: after the last token, by the specs' names: (...) of this row, its slots in use.
         layers: what each layer gave, by path: (time, features).
         source: what the row answers; None: nothing.
+        hidden: (time, features), what logits are projected from; None where the model does not show it.
     """
 
     tokens: list[int]
@@ -56,6 +57,7 @@ class Trace:
     state: Mapping[str, Tensor]
     layers: Mapping[str, Tensor] = field(default_factory=dict)
     source: list[int] | None = None
+    hidden: Tensor | None = None
 
     @property
     def sources(self) -> list[list[int]] | None:
@@ -82,12 +84,13 @@ def traces(model: LanguageModel, rows: Sequence[Tokens], sources: Sources = None
         same = list(itertools.takewhile(lambda row: len(row) == length, rows[start : start + most]))  # noqa: B023
         tokens = torch.tensor([list(row) for row in same])  # (batch, time)
         with layers_recorded(model) as layers:  # type: ignore[arg-type]
-            logits, state = model(tokens, empty_state(model, len(tokens), length), Step.whole(tokens))
+            empty = empty_state(model, len(tokens), length)
+            (logits, state), hidden = with_hidden(model, tokens, empty, Step.whole(tokens))
         for i, row in enumerate(same):
             used = {spec.name: state[spec.name][spec.used(length)][i] for spec in model.state_specs()}
             # a list may hold other modules than layers, such as one that makes the same table for every row
             given = {path: tensor[i] for path, tensor in layers.items() if tensor.shape[:2] == tokens.shape}
-            yield Trace(list(row), logits[i], used, given)
+            yield Trace(list(row), logits[i], used, given, hidden=None if hidden is None else hidden[i])
         start += len(same)
 
 
@@ -96,10 +99,12 @@ def _answered(model: LanguageModel, row: Tokens, source: Tokens) -> Trace:
     assert isinstance(model, SourceModel)
     tokens, read = torch.tensor([list(row)]), torch.tensor([list(source)])
     made = model.encode(read, torch.tensor([len(source)], dtype=torch.int32))
-    logits, state = model(tokens, {**empty_state(model, 1, len(row)), **made}, Step.whole(tokens))
+    past = {**empty_state(model, 1, len(row)), **made}
+    (logits, state), hidden = with_hidden(model, tokens, past, Step.whole(tokens))
     state = {**made, **state}
     used = {spec.name: state[spec.name][spec.used(len(row))][0] for spec in model.state_specs()}
-    return Trace(list(row), logits[0], used, source=list(source))
+    last = None if hidden is None else hidden[0]
+    return Trace(list(row), logits[0], used, source=list(source), hidden=last)
 
 
 def take_traces(
@@ -197,7 +202,8 @@ def _cut(model: LanguageModel, trace: Trace, length: int) -> Trace:
     axes = {spec.name: spec.capacity_axis for spec in model.state_specs()}
     state = {n: t if axes[n] is None else t.narrow(axes[n] - 1, 0, length) for n, t in trace.state.items()}  # type: ignore[operator]
     layers = {path: tensor[:length] for path, tensor in trace.layers.items()}
-    return Trace(trace.tokens[:length], trace.logits[:length], state, layers, trace.source)
+    hidden = None if trace.hidden is None else trace.hidden[:length]
+    return Trace(trace.tokens[:length], trace.logits[:length], state, layers, trace.source, hidden)
 
 
 def check_finite(logits: NDArray[Any], start: int) -> None:

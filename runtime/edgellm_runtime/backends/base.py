@@ -74,6 +74,15 @@ class Backend(Protocol):
         """
         ...
 
+    def run_hidden(
+        self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
+    ) -> tuple[Array, Array]:
+        """The same step, of a signature that has hidden states: logits, and (batch, time, features) in float32.
+
+        The next step may overwrite both.
+        """
+        ...
+
     def best(
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State,
         count: int,
@@ -108,6 +117,12 @@ class HostBackend(WithoutEncoder):
     storage: Storage = HOST
     updates: Collection[str] = UPDATES
     candidates = 0
+
+    def run_hidden(
+        self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
+    ) -> tuple[Array, Array]:
+        """Never asked for, where no signature has hidden states."""
+        raise AssertionError(f"{type(self).__name__} was asked for hidden states")
 
     def best(
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State,

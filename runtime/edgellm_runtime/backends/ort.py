@@ -138,8 +138,22 @@ class OrtBackend(HostBackend):
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
     ) -> Array:
         """See :meth:`edgellm_runtime.backends.Backend.run`."""
+        return self._step(tokens, lengths, logit_positions, state, hidden=False).floats
+
+    def run_hidden(
+        self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
+    ) -> tuple[Array, Array]:
+        """See :meth:`edgellm_runtime.backends.Backend.run_hidden`."""
+        binding = self._step(tokens, lengths, logit_positions, state, hidden=True)
+        assert binding.hidden is not None
+        return binding.floats, binding.hidden
+
+    def _step(
+        self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State,
+        *, hidden: bool,
+    ) -> _Binding:  # fmt: skip
         try:
-            binding = self._binding(tokens.shape, logit_positions.shape, state)
+            binding = self._binding(tokens.shape, logit_positions.shape, state, hidden=hidden)
         except MemoryError as error:
             raise step_fault("ONNX Runtime", error) from error
         binding.tokens[...] = tokens
@@ -157,21 +171,23 @@ class OrtBackend(HostBackend):
             given = binding.io.get_outputs()[-len(self._fetch) :]  # in the order in which they were bound
             self.fetched = {name: value.numpy() for name, value in zip(self._fetch, given, strict=True)}
         state.swap()
-        return binding.logits if binding.logits.dtype == np.float32 else binding.logits.astype(np.float32)
+        return binding
 
     def end_profile(self) -> Path:
         """Write what each kernel took until now, if that was asked for; the file's path."""
         return Path(self._session.end_profiling())
 
-    def _binding(self, tokens: tuple[int, ...], positions: tuple[int, ...], state: State) -> _Binding:
+    def _binding(self, tokens: tuple[int, ...], positions: tuple[int, ...], state: State, *, hidden: bool) -> _Binding:
         # What is not written in place is written beside it, so two bindings take turns: told apart by what is read.
         turn = next((id(state.tensors[name]) for name in state.spares), 0)
-        key = (id(self), turn, tokens, positions)
+        key = (id(self), turn, tokens, positions, hidden)
         found: _Binding | None = state.attachments.get(key)
         if found is None:
             while len(state.attachments) >= _KEPT:
                 state.attachments.pop(next(iter(state.attachments)))
-            found = _Binding(self._ort, self._session, self._signature, self._inputs, tokens, positions, state)
+            found = _Binding(
+                self._ort, self._session, self._signature, self._inputs, tokens, positions, state, hidden=hidden
+            )
             state.attachments[key] = found
         return found
 
@@ -181,7 +197,7 @@ class _Binding:
 
     def __init__(
         self, ort: Any, session: Any, signature: Signature, inputs: set[str], tokens: tuple[int, ...],
-        positions: tuple[int, ...], state: State,
+        positions: tuple[int, ...], state: State, *, hidden: bool,
     ) -> None:  # fmt: skip
         batch = tokens[0]
         self.tokens = np.zeros(tokens, dtype=np.int64)
@@ -189,7 +205,7 @@ class _Binding:
         self.lengths = np.zeros(batch, dtype=np.int32)
         self.logit_positions = np.zeros(positions, dtype=np.int64)
         self.total_length = np.zeros((), dtype=np.int32)
-        (logits,) = signature.outputs
+        logits = signature.logits
         self.logits = np.zeros((*positions, int(logits.shape[-1])), dtype=host_dtype(logits.dtype))
         self.io = session.io_binding()
         self._values: list[Any] = []
@@ -211,6 +227,15 @@ class _Binding:
             if not spec.encoded:
                 self.io.bind_ortvalue_output(spec.present_name, present)
         self.io.bind_ortvalue_output(logits.name, value(self.logits))
+        self.hidden: Array | None = None
+        if hidden and signature.hidden is not None:  # what is not bound is not copied out
+            self.hidden = np.zeros((*tokens, int(signature.hidden.shape[-1])), dtype=np.float32)
+            self.io.bind_ortvalue_output(signature.hidden.name, value(self.hidden))
+
+    @property
+    def floats(self) -> Array:
+        """The logits in float32."""
+        return self.logits if self.logits.dtype == np.float32 else self.logits.astype(np.float32)
 
 
 def check_names(session: Any, signature: Signature, fetch: Sequence[str] = ()) -> set[str]:

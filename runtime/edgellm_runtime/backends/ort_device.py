@@ -110,8 +110,14 @@ class OrtDeviceBackend(WithoutEncoder):
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
     ) -> Array:
         """See :meth:`edgellm_runtime.backends.Backend.run`."""
-        binding = self._step(tokens, lengths, logit_positions, state)
-        return self._here(binding.logits)
+        return self._here(self._step(tokens, lengths, logit_positions, state).logits)
+
+    def run_hidden(
+        self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
+    ) -> tuple[Array, Array]:
+        """See :meth:`edgellm_runtime.backends.Backend.run_hidden`."""
+        binding = self._step(tokens, lengths, logit_positions, state, hidden=True)
+        return self._here(binding.logits), self._here(binding.hidden)
 
     def best(
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State,
@@ -132,9 +138,10 @@ class OrtDeviceBackend(WithoutEncoder):
             raise step_fault("ONNX Runtime", error) from error
 
     def _step(
-        self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
-    ) -> _Binding:
-        binding = self._binding(tokens.shape, logit_positions.shape, state)
+        self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State,
+        *, hidden: bool = False,
+    ) -> _Binding:  # fmt: skip
+        binding = self._binding(tokens.shape, logit_positions.shape, state, hidden=hidden)
         longest = int((state.lengths + lengths).max())
         try:
             binding.fill(tokens, state.lengths, lengths, logit_positions, longest)
@@ -144,15 +151,15 @@ class OrtDeviceBackend(WithoutEncoder):
                 raise step_fault("ONNX Runtime", error) from error
             self._without_capture(error)  # a step may be run again: it reads what it has not changed
             state.attachments.clear()
-            return self._step(tokens, lengths, logit_positions, state)
+            return self._step(tokens, lengths, logit_positions, state, hidden=hidden)
         binding.first = False
         state.swap()
         return binding
 
-    def _binding(self, tokens: tuple[int, ...], positions: tuple[int, ...], state: State) -> _Binding:
+    def _binding(self, tokens: tuple[int, ...], positions: tuple[int, ...], state: State, *, hidden: bool) -> _Binding:
         # What is not written in place is written beside it, so two bindings take turns: told apart by what is read.
         turn = next((state.tensors[name].data_ptr() for name in state.spares), 0)
-        key = (id(self), self._sessions_made, turn, tokens, positions)
+        key = (id(self), self._sessions_made, turn, tokens, positions, hidden)
         found: _Binding | None = state.attachments.get(key)
         if found is None:
             _make_room(state.attachments)
@@ -162,7 +169,7 @@ class OrtDeviceBackend(WithoutEncoder):
             slots = min(state.capacity, self._context)
             found = _Binding(
                 self._ort, self._session, self._kernels.empty, self._signature, self._inputs, tokens, positions, state,
-                graph_id, slots,
+                graph_id, slots, hidden=hidden,
             )  # fmt: skip
             state.attachments[key] = found
         return found
@@ -184,7 +191,7 @@ class _Binding:
 
     def __init__(
         self, ort: Any, session: Any, empty: Callable[..., Any], signature: Signature, inputs: set[str],
-        tokens: tuple[int, ...], positions: tuple[int, ...], state: State, graph_id: int, slots: int,
+        tokens: tuple[int, ...], positions: tuple[int, ...], state: State, graph_id: int, slots: int, *, hidden: bool,
     ) -> None:  # fmt: skip
         self.graph_id, self.first, self._slots = graph_id, True, slots
         self.options = ort.RunOptions()
@@ -206,9 +213,12 @@ class _Binding:
                 self.io.bind_ortvalue_input(spec.past_name, past)
             present = past if spec.in_place else state.spares[spec.name]
             self.io.bind_ortvalue_output(spec.present_name, present)
-        (logits,) = signature.outputs
+        logits, self.hidden = signature.logits, None
         self.logits = empty((*positions, int(logits.shape[-1])), logits.dtype)
         self.io.bind_ortvalue_output(logits.name, self.logits)
+        if hidden and signature.hidden is not None:
+            self.hidden = empty((*tokens, int(signature.hidden.shape[-1])), signature.hidden.dtype)
+            self.io.bind_ortvalue_output(signature.hidden.name, self.hidden)
 
     def fill(
         self, tokens: Array, past_lengths: Array, lengths: Array, logit_positions: Array, longest: int

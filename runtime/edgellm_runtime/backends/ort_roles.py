@@ -47,3 +47,11 @@ class OrtRolesBackend(HostBackend):
         """See :meth:`edgellm_runtime.backends.Backend.run`."""
         role = self.roles.choose(tokens.shape[1])
         return self._graphs[role.name].run(role.pad(tokens), lengths, logit_positions, state)
+
+    def run_hidden(
+        self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """See :meth:`edgellm_runtime.backends.Backend.run_hidden`."""
+        role = self.roles.choose(tokens.shape[1])
+        logits, hidden = self._graphs[role.name].run_hidden(role.pad(tokens), lengths, logit_positions, state)
+        return logits, hidden[:, : tokens.shape[1]]

@@ -113,6 +113,16 @@ class TensorRTBackend(WithoutEncoder):
         state.swap()  # only now: work on the GPU fails where it is waited for
         return logits
 
+    def run_hidden(
+        self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
+    ) -> tuple[Array, Array]:
+        """See :meth:`edgellm_runtime.backends.Backend.run_hidden`."""
+        binding = self._step(tokens, lengths, logit_positions, state, 0)
+        assert binding.hidden is not None
+        logits, hidden = self._logits(binding), self._cuda.download(binding.hidden)
+        state.swap()
+        return logits, hidden[:, : tokens.shape[1]]
+
     def best(
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State,
         count: int,
@@ -224,9 +234,12 @@ class _Binding:
             for spec in signature.inputs
             if spec.name in engine.inputs
         }
-        (logits,) = signature.outputs
+        logits, self.hidden = signature.logits, None
         self.logits = cuda.empty((*positions, int(logits.shape[-1])), engine.dtypes[logits.name])
         self._places: dict[str, DeviceArray] = {**self.inputs, logits.name: self.logits}
+        if signature.hidden is not None:  # an engine writes all that it gives, asked or not
+            self.hidden = cuda.empty((batch, role.time, int(signature.hidden.shape[-1])), "float32")
+            self._places[signature.hidden.name] = self.hidden
         for spec in signature.state:
             past = state.tensors[spec.name]
             if spec.past_name in engine.inputs:

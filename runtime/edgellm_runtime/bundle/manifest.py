@@ -16,7 +16,7 @@ from edgellm_runtime.bundle.limits import MAX_WIDTH
 from edgellm_runtime.errors import BundleError, first_line
 from edgellm_runtime.graphs.operators import TARGETS
 from edgellm_runtime.option_ranges import check_defaults
-from edgellm_runtime.spec import Signature, SpecError
+from edgellm_runtime.spec import BATCH, HIDDEN, Signature, SpecError, TensorSpec
 from edgellm_runtime.task_spec import TaskSpec
 
 __all__ = ["FORMAT", "GRAPH", "MANIFEST", "TEXT_FILES", "FileInfo", "Manifest", "TokenizerInfo"]
@@ -228,8 +228,10 @@ class Manifest:
                 _a(bool, tokenizer.get("add_eos", False)),
             )  # fmt: skip
         signature = Signature.from_json(data["signature"])
-        if len(signature.outputs) != 1 or type(signature.outputs[0].shape[-1]) is not int:
-            raise ValueError("the signature must have one output, logits over a vocabulary of known size")
+        if not signature.outputs or type(signature.outputs[0].shape[-1]) is not int:
+            raise ValueError("the signature must have an output, logits over a vocabulary of known size")
+        if wrong := [t.name for t in signature.outputs[1:] if not _is_hidden(t)]:
+            raise ValueError(f"the signature has a further output {wrong[0]!r}; only hidden states may be one")
         if signature.outputs[0].shape[-1] > MAX_WIDTH:
             raise ValueError(f"logits over {signature.outputs[0].shape[-1]}, of at most {MAX_WIDTH}")
         task = None if data.get("task") is None else TaskSpec.from_json(data["task"])
@@ -257,6 +259,11 @@ class Manifest:
             task=task, generation=_generation(data, width), vocab_size=_whole(data.get("vocab_size", 0)),
             **_roles(data, files, width), encoder=_encoder(data, files, signature),
         )  # fmt: skip
+
+
+def _is_hidden(tensor: TensorSpec) -> bool:
+    known = (tensor.name, tensor.shape[:-1], tensor.dtype) == (HIDDEN, (BATCH, "time"), "float32")
+    return known and type(tensor.shape[-1]) is int and tensor.shape[-1] <= MAX_WIDTH
 
 
 def _generation(data: dict[str, Any], width: int) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 from edgellm_runtime.bundle import MANIFEST, Bundle
 from edgellm_runtime.bundle.limits import limit_of, read_json
+from edgellm_runtime.checks.layers import LayerGolden, layer_goldens
 from edgellm_runtime.errors import BundleError, first_line
+from edgellm_runtime.spec import HIDDEN
 
 __all__ = ["EXACT", "GOLDENS", "Golden", "goldens_file", "parse_golden", "read_goldens"]
 
@@ -33,6 +35,7 @@ class Golden:
     greedy: Array  # (new,): what PyTorch says next
     state: Mapping[str, tuple[Array, Array]]  # flat indices into the row's state (slots in use), and the values there
     source: Array | None = None  # (source tokens,): what the row answers; None: it goes on with nothing
+    hidden: LayerGolden | None = None  # samples of the last hidden states; None: the bundle gives none
 
     @property
     def sources(self) -> list[Array] | None:
@@ -114,4 +117,5 @@ def parse_golden(trace: Any, vocab: int, sourced: bool = False) -> Golden:
     source = None if trace.get("source") is None else array(trace["source"], np.int64, 1)
     if (source is not None) != sourced or (source is not None and not 0 < len(source) <= _MAX_TOKENS):
         raise ValueError("a row with a source where the model has no encoder, the other way round, or one too long")
-    return Golden(tokens, ids, logits, sums, array(trace["greedy"], np.int64, 1), state, source)
+    hidden = layer_goldens({HIDDEN: trace[HIDDEN]})[HIDDEN] if HIDDEN in trace else None
+    return Golden(tokens, ids, logits, sums, array(trace["greedy"], np.int64, 1), state, source, hidden)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_runtime.bundle import GRAPH, Bundle
-from edgellm_runtime.checks.evaluate import logsumexp
+from edgellm_runtime.checks.distance import distance
 from edgellm_runtime.checks.far import FAR, far_golden, far_outputs
 from edgellm_runtime.checks.goldens import EXACT, GOLDENS, Golden, goldens_file, read_goldens
 from edgellm_runtime.checks.layers import LAYERS, layer_difference, layer_goldens, tapped
@@ -33,7 +33,7 @@ __all__ = [
 
 MARGIN = 3.0  # of a bound, to the largest difference from the same numbers that an export measured
 # What sums in another order cost: no such bound is tighter than the one that a float bundle is held to.
-ROUNDING: Mapping[str, float] = {"logits": 1e-4, "kl": 1e-6, "state": 1e-4}
+ROUNDING: Mapping[str, float] = {"logits": 1e-4, "kl": 1e-6, "state": 1e-4, "hidden": 1e-4}
 Array = NDArray[Any]
 AT_LEAST = frozenset({"top1", "greedy"})  # figures that must not fall below their bound; all others must not exceed it
 _WHAT = {
@@ -48,6 +48,8 @@ _WHAT = {
     "exact": "goldens of the same numbers without bounds",
     "exact.logits": "the same numbers in PyTorch: logits, largest difference relative to the largest logit",
     "exact.kl": "the same numbers in PyTorch: mean KL divergence, nats a token",
+    "hidden": "last hidden states against PyTorch's: norms, and some of their numbers, relative difference",
+    "exact.hidden": "the same numbers in PyTorch: last hidden states, relative difference",
     "exact.state": "the same numbers in PyTorch: carried state, relative difference",
     "kernels": "products of the library's kernels against NumPy's, largest relative difference; rounding is 0.006",
     "far.logits": "logits against PyTorch's, largest difference relative to the largest logit",
@@ -167,8 +169,8 @@ def verify_quickly(bundle: Bundle, session: Session) -> Verification:
     bounds, prefix = (bundle.manifest.exact_bounds, f"{EXACT}.") if exact else (bundle.manifest.bounds, "")
     golden = goldens[0]
     state = session.new_state(1, len(golden.tokens), sources=golden.sources)
-    logits = session.step(golden.tokens[None], state, logits="all")[0]
-    figures = distance(golden, logits, _carried(golden, state))
+    logits, hidden = _outputs(session, golden.tokens, state)
+    figures = distance(golden, logits, _carried(golden, state), hidden)
     # a mean over goldens is bounded, so that one of them may be as many times further off
     times = {"kl": 1.0 if exact else float(len(goldens))}
     checks = (
@@ -270,21 +272,21 @@ def exact_figures(session: Session, goldens: Sequence[Golden]) -> dict[str, floa
     for golden in goldens:
         length = len(golden.tokens)
         for cuts in ((0, length), (0, *range(length // 2, length + 1))):
-            state, parts = session.new_state(1, length, sources=golden.sources), []
-            for start, end in itertools.pairwise(cuts):
-                parts.append(session.step(golden.tokens[None, start:end], state, logits="all")[0].copy())
-            for name, value in distance(golden, np.concatenate(parts), _carried(golden, state)).items():
+            state = session.new_state(1, length, sources=golden.sources)
+            parts = [_outputs(session, golden.tokens[start:end], state) for start, end in itertools.pairwise(cuts)]
+            logits, hidden = (np.concatenate(pieces) for pieces in zip(*parts, strict=True))
+            for name, value in distance(golden, logits, _carried(golden, state), hidden).items():
                 found.setdefault(name, []).append(value)
     return {name: float(np.max(values)) for name, values in found.items()}  # numpy's lets no NaN pass unseen
 
 
 def _figures(session: Session, golden: Golden) -> dict[str, float]:
     state = session.new_state(1, len(golden.tokens) + len(golden.greedy), sources=golden.sources)
-    logits = session.step(golden.tokens[None], state, logits="all")[0].copy()  # further steps may overwrite it
+    logits, hidden = _outputs(session, golden.tokens, state)
     if wrong := float((~np.isfinite(logits)).mean()) or float(not logits.any()):
         return {"finite": wrong}
     figures = {
-        **distance(golden, logits, _carried(golden, state)),
+        **distance(golden, logits, _carried(golden, state), hidden),
         "top1": float((logits.argmax(axis=1) == golden.top_ids[:, 0]).mean()),
         "split": _split(session, golden, logits),
     }
@@ -294,50 +296,18 @@ def _figures(session: Session, golden: Golden) -> dict[str, float]:
     return figures
 
 
-def distance(golden: Golden, logits: Array, state: Mapping[str, Array]) -> dict[str, float]:
-    """How far a row's logits and the state after it are from a golden: ``logits``, ``kl`` and ``state``.
-
-    Args:
-        golden: of the row.
-        logits: (time, vocab).
-        state: by name, the slots in use; empty where none can be compared.
-    """
-    found = np.take_along_axis(logits, golden.top_ids, axis=1).astype(np.float64)
-    return {
-        "logits": float(np.abs(found - golden.top_logits).max()) / float(np.abs(golden.top_logits).max()),
-        "kl": _coarse_kl(golden, found - logsumexp(logits)[:, None]),
-        "state": _state_difference(golden, state),
-    }
+def _outputs(session: Session, tokens: Array, state: State) -> tuple[Array, Array]:
+    """Logits (time, vocab) and hidden states (time, features), of no features where there are none; copies."""
+    if not session.hidden_width:
+        logits = session.step(tokens[None], state, logits="all")[0].copy()
+        return logits, np.zeros((len(tokens), 0), dtype=np.float32)
+    logits, hidden = session.step_hidden(tokens[None], state, logits="all")
+    return logits[0].copy(), hidden[0]
 
 
 def _carried(golden: Golden, state: State) -> dict[str, Array]:
     """The one row of each carried tensor; not of a cache in 8 bits, whose loss shows in the logits."""
     return {s.name: state.read(s.name)[s.used(len(golden.tokens))][0] for s in state.specs if s.dtype != "int8"}
-
-
-def _coarse_kl(golden: Golden, found: Array) -> float:
-    """KL over the sampled tokens, whose log-probabilities are found, and one bucket for all others.
-
-    It is never more than the true one.
-    """
-    p, q = np.exp(golden.top_logits - golden.logsumexp[:, None]), np.exp(found)
-    p, q = (np.concatenate([x, np.maximum(1 - x.sum(1, keepdims=True), 1e-12)], axis=1) for x in (p, q))
-    return float((p * (np.log(p) - np.log(np.maximum(q, 1e-300)))).sum(axis=1).mean())
-
-
-def _state_difference(golden: Golden, state: Mapping[str, Array]) -> float:
-    if golden.state and not state:
-        return float("nan")
-    worst = 0.0
-    for name, used in state.items():
-        if name not in golden.state:
-            return float("nan")
-        index, expected = golden.state[name]
-        if not len(index) or index.min() < 0 or index.max() >= used.size:
-            return float("nan")
-        difference = np.linalg.norm(used.reshape(-1)[index] - expected)
-        worst = float(np.maximum(worst, difference / (np.linalg.norm(expected) + 1e-12)))
-    return worst
 
 
 def _split(session: Session, golden: Golden, whole: Array) -> float:

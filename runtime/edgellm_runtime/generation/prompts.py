@@ -19,8 +19,9 @@ Tokens = Sequence[int] | NDArray[np.integer[Any]]
 
 
 def prompt_tokens(
-    prompt: Any, session: Session, tokenizer: Tokenizer | None, *, name: str = "the prompt", before: Sequence[int] = ()
-) -> list[int]:
+    prompt: Any, session: Session, tokenizer: Tokenizer | None, *, name: str = "the prompt", before: Sequence[int] = (),
+    cut: bool = False,
+) -> list[int]:  # fmt: skip
     """The tokens of a prompt, with those that it goes on from.
 
     Args:
@@ -29,6 +30,7 @@ def prompt_tokens(
         tokenizer: of the model, or None.
         name: of the prompt, for errors.
         before: tokens that it goes on from.
+        cut: whether of one that is longer than the context its beginning is taken.
 
     Raises:
         OptionError: neither a text nor token ids, tokens outside the vocabulary, or nothing to begin with.
@@ -45,7 +47,7 @@ def prompt_tokens(
             raise OptionError(f"{name}: {error}") from error
     else:
         raise OptionError(f"{name} is {shown(prompt)}; it must be a text or a list of token ids")
-    tokens = [*before, *tokens]
+    tokens = [*before, *tokens][: session.max_context if cut else None]
     if session.encoder is None and len(tokens) > session.max_context:  # whoever reads sources looks at these
         name = f"{name}, with the text before it," if before else name
         raise ContextError(

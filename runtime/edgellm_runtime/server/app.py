@@ -24,7 +24,8 @@ from edgellm_runtime.server.journal import Journal
 from edgellm_runtime.server.limits import Limits, read_body
 from edgellm_runtime.server.openai_chat import chat
 from edgellm_runtime.server.openai_completions import completions
-from edgellm_runtime.server.openai_models import embeddings, list_models, show_model
+from edgellm_runtime.server.openai_embeddings import Turns, embeddings
+from edgellm_runtime.server.openai_models import list_models, show_model
 from edgellm_runtime.server.openai_responses import responses
 from edgellm_runtime.server.options import ServerOptions
 from edgellm_runtime.server.page import page
@@ -68,7 +69,7 @@ def application(host: Host, options: ServerOptions) -> Starlette:
         routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _not_found},
         middleware=[cors] if origins else [],
     )  # fmt: skip
-    app.state.host, app.state.options = host, options
+    app.state.host, app.state.options, app.state.turns = host, options, Turns()
     app.state.limits, app.state.journal = Limits(options), Journal(host, contents=options.log_contents)
     return app
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from starlette.responses import Response
 
-from edgellm_runtime.arguments import shown
 from edgellm_runtime.errors import BusyError
 from edgellm_runtime.generation.logprobs import TokenLogprobs
 from edgellm_runtime.generation.options import OptionKeywords
@@ -20,7 +19,7 @@ from edgellm_runtime.server.call import Call, JsonText, event
 from edgellm_runtime.server.faults import ApiError
 from edgellm_runtime.server.fields import Fields
 from edgellm_runtime.server.host import Hosted
-from edgellm_runtime.server.openai_shared import reason_of, usage_of, wants_usage
+from edgellm_runtime.server.openai_shared import reason_of, texts_of, usage_of, wants_usage
 from edgellm_runtime.server.sampling_fields import openai_options
 from edgellm_runtime.text.tokenizer import Tokenizer
 
@@ -36,7 +35,7 @@ async def completions(call: Call) -> Response:
     hosted = call.host.find(call.fields.need("model"))
     call.model = hosted.name
     options, answers, stream, usage = _wanted(call.fields, hosted)
-    prompts = _prompts(call.fields.need("prompt"))
+    prompts = texts_of(call.fields, "prompt", _MOST_PROMPTS)
     call.fields.done()
     _check_room(hosted, len(prompts))
     for prompt in prompts:
@@ -94,20 +93,6 @@ def _wanted(fields: Fields, hosted: Hosted) -> tuple[OptionKeywords, int, bool, 
         options["echo"] = True
     stream = fields.flag("stream")
     return options, answers, stream, wants_usage(fields, stream=stream)
-
-
-def _prompts(given: Any) -> list[Any]:
-    """A text, token ids, or a list of either, as a list of prompts."""
-    if isinstance(given, str):
-        return [given]
-    if not isinstance(given, list) or not given:
-        raise ApiError(f"Invalid value for 'prompt': {shown(given)}; it must be a string, token ids or a list.",
-                       param="prompt", code="invalid_value")  # fmt: skip
-    prompts = [given] if all(type(token) is int for token in given) else given
-    if len(prompts) > _MOST_PROMPTS or not all(isinstance(prompt, (str, list)) for prompt in prompts):
-        raise ApiError(f"Invalid value for 'prompt': {shown(given)}; it must be at most {_MOST_PROMPTS} strings or "
-                       "lists of token ids.", param="prompt", code="invalid_value")  # fmt: skip
-    return prompts
 
 
 async def _events(

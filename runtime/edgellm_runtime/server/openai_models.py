@@ -1,4 +1,4 @@
-"""Which models there are, in OpenAI's form and in Anthropic's; and what this server has no answer to yet."""
+"""Which models there are, in OpenAI's form and in Anthropic's."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 from starlette.responses import Response
 
 from edgellm_runtime.server.call import Call, JsonText
-from edgellm_runtime.server.faults import ApiError
 from edgellm_runtime.server.host import Hosted
 
-__all__ = ["embeddings", "list_models", "show_model"]
+__all__ = ["list_models", "show_model"]
 
 
 async def list_models(call: Call) -> Response:
@@ -27,11 +26,6 @@ async def list_models(call: Call) -> Response:
 async def show_model(call: Call) -> Response:
     """One of them."""
     return JsonText(_entry(call, call.host.find(call.request.path_params["model"])))
-
-
-async def embeddings(call: Call) -> Response:
-    """Refused until the runtime has embeddings."""
-    raise ApiError("This server has no embeddings.", 501, code="not_implemented")
 
 
 def _entry(call: Call, hosted: Hosted) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from edgellm_runtime.server.faults import ApiError
 from edgellm_runtime.server.fields import Fields
 from edgellm_runtime.text.tokenizer import Tokenizer
 
-__all__ = ["chat_logprobs", "reason_of", "usage_of", "wants_usage"]
+__all__ = ["chat_logprobs", "reason_of", "texts_of", "usage_of", "wants_usage"]
 
 
 def wants_usage(fields: Fields, *, stream: bool) -> bool:
@@ -26,6 +26,19 @@ def wants_usage(fields: Fields, *, stream: bool) -> bool:
     options.ignore("include_obfuscation")
     options.done()
     return wanted
+
+
+def texts_of(fields: Fields, name: str, most: int) -> list[Any]:
+    """A text, token ids, or a list of either, as a list of at most so many."""
+    given = fields.need(name)
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, list) or not given:
+        raise fields.wrong(name, given, "a string, token ids or a list")
+    texts = [given] if all(type(token) is int for token in given) else given
+    if len(texts) > most or not all(isinstance(text, (str, list)) for text in texts):
+        raise fields.wrong(name, given, f"at most {most} strings or lists of token ids")
+    return texts
 
 
 def usage_of(asked: Sequence[Asked], reasoning: int = 0) -> dict[str, Any]:
