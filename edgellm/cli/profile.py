@@ -26,8 +26,8 @@ _TITLES = {"prefill": "a prompt of {} tokens", "decode": "a token"}
 @click.option("--prompt-tokens", type=int, default=128, help="Prompt length.")
 @click.option("--new-tokens", type=int, default=16, help="Steps after it.")
 @click.option("--depth", type=int, default=0, help="Tokens read before the prompt, unmeasured.")
-@click.option("--rounds", type=int, default=3, help="Rounds with the profiler and without it, in turn, after one that "
-              "is not measured.")  # fmt: skip
+@click.option("--rounds", type=int, default=5, help="Rounds with the profiler and without it, in turn, after one that "
+              "does not count; the faster half of each step's counts.")  # fmt: skip
 @device_option
 @threads_option
 @click.option("--seed", type=int, default=0, help="Of the random prompts.")
@@ -142,12 +142,12 @@ def _sentences(result: dict[str, Any]) -> list[str]:
     for name, p in result["phases"].items():
         step = p["step"]
         lines.append(
-            f"{name}: {step['plain_ms']:.2f} ms a step, {known(step['gb_per_s'], '.1f')} GB/s, roof "
+            f"{name}: {p['plain_ms']:.2f} ms a step, {known(step['gb_per_s'], '.1f')} GB/s, roof "
             f"{known(step['roof_share'], '.0%')}; profiled {p['step_ms']:.2f} ms ({p['profiler_overhead']:+.1%}), of "
             f"which kernels {p['kernels_ms']:.2f}, between them {p['between_kernels_ms']:.2f}, outside ONNX Runtime "
             f"{p['outside_onnxruntime_ms']:.2f}."
         )
-    return lines
+    return [*lines, *(f"Note: {what}." for what in result["doubts"])]
 
 
 def _roof_text(row: dict[str, Any]) -> str:

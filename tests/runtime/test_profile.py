@@ -12,12 +12,13 @@ from tiny_bundles import attention_bundle, copied, edit_manifest, recurrent_bund
 
 from edgellm.cli import run
 from edgellm_runtime.bundle import Bundle
-from edgellm_runtime.checks import profile as module
+from edgellm_runtime.checks import profile_rounds
 from edgellm_runtime.checks.bench import Workload
 from edgellm_runtime.checks.kernel_events import Kernel, Run, node_of, read_runs, runs_of
 from edgellm_runtime.checks.kernel_times import Spent, grouped, mean_of
 from edgellm_runtime.checks.profile import NOT_KNOWN, Phase, Profile, TimedRun, profile
 from edgellm_runtime.checks.profile_page import profile_page
+from edgellm_runtime.checks.profile_rounds import Read, Rounds
 from edgellm_runtime.checks.profile_report import report
 from edgellm_runtime.checks.profile_trace import profile_trace
 from edgellm_runtime.checks.roofline import Roof, measure_roof
@@ -30,7 +31,7 @@ _ROOF = Roof(bytes_per_s=1e9, operations_per_s=1e10, threads=2, array_bytes=64 <
 
 @pytest.fixture
 def _known_roof(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "measure_roof", lambda _threads: _ROOF)
+    monkeypatch.setattr(profile_rounds, "measure_roof", lambda _threads: _ROOF)
 
 
 @pytest.mark.usefixtures("_known_roof")
@@ -43,7 +44,7 @@ def test_every_kernel_is_told_with_its_layer_and_its_bytes(bundle: Any, layers: 
     assert [name for name in found.layers if name != SHARED] == [EMBEDDING, *layers, HEAD]
     assert {phase.name for phase in found.phases} == {"prefill", "decode"}
     for phase in found.phases:
-        assert len(phase.plain_ms) == len(phase.profiled_ms) == 2
+        assert len(phase.plain_rounds_ms) == len(phase.profiled_rounds_ms) == 2
         assert {kernel.layer for kernel in phase.kernels} <= found.layers.keys()
         assert all(kernel.count == 1 for kernel in phase.kernels)  # one graph, and each of its kernels once a step
         assert all(not kernel.unknown_ms for kernel in phase.kernels)
@@ -63,6 +64,30 @@ def test_the_state_is_read_as_far_as_it_is_in_use() -> None:
     specs = Bundle(attention_bundle()).manifest.signature.state
     for phase, slots in zip(found.phases, (4 + 5, 9 + 1), strict=True):
         assert sum(kernel.traffic.state for kernel in phase.kernels) == sum(spec.nbytes(1, slots) for spec in specs)
+
+
+def _reads(*seconds: float) -> list[Read]:
+    """A prompt in two pieces, and tokens after it."""
+    prompt = Read("prefill", seconds[0], [Step(0, 256, 512), Step(256, 44, 512)])
+    return [prompt, *(Read("decode", each, [Step(300, 1, 512)]) for each in seconds[1:])]
+
+
+def test_of_each_step_the_faster_half_of_its_rounds_counts() -> None:
+    """So that later steps, which are slower for what they hold, count as often as earlier ones."""
+    rounds = [_reads(3.0, 0.1, 0.2), _reads(2.0, 0.4, 0.3), _reads(9.0, 0.2, 0.5)]
+    assert [read.seconds for read in Rounds.kept(rounds, "prefill")] == [2.0, 3.0]
+    assert [read.seconds for read in Rounds.kept(rounds, "decode")] == [0.1, 0.2, 0.2, 0.3]
+
+
+def test_runs_are_handed_to_the_steps_that_they_were_for() -> None:
+    runs = [Run(float(at), 1.0, ()) for at in range(11)]
+    rounds = Rounds([], [_reads(1.0, 1.0), _reads(1.0, 1.0)], warm=5, roof=_ROOF)
+    rounds.give_runs(runs)
+    assert [[run.start_us for run in read.runs] for each in rounds.profiled for read in each] == [
+        [5.0, 6.0], [7.0], [8.0, 9.0], [10.0],
+    ]  # fmt: skip
+    with pytest.raises(BackendError, match="tells of 10 runs, and there were 11"):
+        rounds.give_runs(runs[1:])
 
 
 def _event(name: str, ts: int, dur: int, op: str = "MatMul", **args: Any) -> dict[str, Any]:
@@ -151,13 +176,13 @@ def _fake(bundle_layers: dict[str, int] | None = None) -> Profile:
         _spent("<Scan>", "h.1", 3.0),
         _spent("Gather", EMBEDDING, 1.0, Traffic(weights=1e6)),
     )
-    phases = tuple(Phase(name, tokens, (10.0, 10.0), (11.0, 13.0), 9.0, kernels)
+    phases = tuple(Phase(name, tokens, (10.0, 10.5), (11.0, 13.0), 10.0, 12.0, 9.0, kernels)
                    for name, tokens in (("prefill", 5), ("decode", 1)))  # fmt: skip
     run = Run(100.0, 90.0, (Kernel("g", "Gather", 0, 105.0, 10.0), Kernel("m", "MatMul", 1, 120.0, 40.0, ((1, 2), ())),
                             Kernel("n", "Add", 2, 161.0, 9.0)))  # fmt: skip
     timeline = (TimedRun("prefill", Step(0, 5, 16), run),)
     layers = bundle_layers or {EMBEDDING: 1, "h.0": 2, "h.1": 1, HEAD: 3}
-    names = {"g": EMBEDDING, "m": "h.0", "n": "h.0"}
+    names = {("g", 0): EMBEDDING, ("m", 1): "h.0", ("n", 2): "h.0"}
     return Profile(Workload(5, 1), "cpu", 2, _ROOF, layers, phases, timeline, names)
 
 
@@ -166,6 +191,7 @@ def test_the_parts_of_a_step_add_up_and_the_profiler_is_told_beside_them() -> No
     assert phase["step_ms"] == 12.0
     assert phase["kernels_ms"] + phase["between_kernels_ms"] + phase["outside_onnxruntime_ms"] == phase["step_ms"]
     assert phase["profiler_overhead"] == pytest.approx(0.2)
+    assert report(_fake(), "b")["doubts"][0].startswith("rounds differ by more than 10%")
     assert [sum(row["ms"] for row in phase[part]) for part in ("operators", "layers", "kernels")] == [8.0, 8.0, 8.0]
     assert [(row["name"], row["nodes"], row["ms"]) for row in phase["layers"]] == [
         (EMBEDDING, 1, 1.0), ("h.0", 2, 4.0), ("h.1", 1, 3.0), (HEAD, 3, 0.0),
@@ -228,7 +254,7 @@ def test_what_cannot_be_profiled_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ContextError, match="do not fit"):
         profile(bundle, prompt_tokens=10**6)
     edit_manifest(bundle, target={"name": "cuda", "requires": {}})
-    monkeypatch.setattr(module, "measure_roof", None)  # nothing is measured before it is told
+    monkeypatch.setattr(profile_rounds, "measure_roof", None)  # nothing is measured before it is told
     with pytest.raises(BackendError, match=r"target cuda, and only ONNX Runtime on CPU tells .* profile a bundle for"):
         profile(bundle)
     assert run(["profile", str(bundle)]) == 1

@@ -52,6 +52,11 @@ class Kernel:
     def end_us(self) -> float:
         return self.start_us + self.us
 
+    @property
+    def key(self) -> tuple[str, int | None]:
+        """What tells it from other kernels of its graph."""
+        return self.name, self.index
+
 
 @dataclass(frozen=True)
 class Run:

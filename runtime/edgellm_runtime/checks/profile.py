@@ -1,63 +1,60 @@
 """Where the time of a prompt and of a token goes: each kernel's part, its layer, and the least that it could take.
 
 Two sessions of the bundle take their rounds in turn, one with ONNX Runtime's profiler and one without, so that what the
-profiler costs is known. Times of kernels are means over all rounds: their sum is that of the very steps whose time is
-told beside them. Between rounds this machine's memory and arithmetic are measured, see
-:mod:`edgellm_runtime.checks.roofline`.
+profiler costs is known. Times of kernels are means over the very steps whose time is told beside them. Between rounds
+this machine's memory and arithmetic are measured, see :mod:`edgellm_runtime.checks.roofline`.
 """
 
 from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from edgellm_runtime.arguments import check_integer
 from edgellm_runtime.bundle import GRAPH, Bundle
-from edgellm_runtime.checks.bench import Workload, random_prompts
+from edgellm_runtime.checks.bench import Workload
 from edgellm_runtime.checks.kernel_events import Kernel, Run, node_of, read_runs
 from edgellm_runtime.checks.kernel_times import Spent, mean_of
 from edgellm_runtime.checks.layers import LAYER
-from edgellm_runtime.checks.roofline import Roof, measure_roof
+from edgellm_runtime.checks.profile_rounds import PHASES, Read, Rounds, Tell, take_turns
+from edgellm_runtime.checks.roofline import Roof
 from edgellm_runtime.checks.traffic import GraphTraffic, Step, Traffic
 from edgellm_runtime.errors import BackendError
 from edgellm_runtime.graphs.layer_map import EMBEDDING, HEAD, SHARED, graph_nodes, layer_map
 from edgellm_runtime.graphs.onnx_file import read_model
-from edgellm_runtime.session import Session
 from edgellm_runtime.threads import thread_count
 
-__all__ = ["NOT_KNOWN", "PHASES", "Phase", "Profile", "TimedRun", "check_target", "profile"]
+__all__ = ["NOT_KNOWN", "Phase", "Profile", "TimedRun", "check_target", "profile"]
 
-PHASES = ("prefill", "decode")
 NOT_KNOWN = "not known"
 _ON_CPU = ("cpu", "onnx")  # targets
-Tell = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of all rounds.
+    """One phase of all rounds, of whose steps the faster half counts.
 
     Args:
         name: ``prefill`` or ``decode``.
         tokens: that a step reads.
-        plain_ms: of each round, a step's time without the profiler.
-        profiled_ms: and with it.
-        run_ms: of that, the time within ONNX Runtime, mean.
+        plain_rounds_ms: of each round, a step's time without the profiler.
+        profiled_rounds_ms: and with it.
+        plain_ms: of a step that counts, without the profiler, mean.
+        step_ms: and with it: what the times of kernels are part of.
+        run_ms: of that, the time within ONNX Runtime.
         kernels: each kernel's part of a step.
     """
 
     name: str
     tokens: int
-    plain_ms: tuple[float, ...]
-    profiled_ms: tuple[float, ...]
+    plain_rounds_ms: tuple[float, ...]
+    profiled_rounds_ms: tuple[float, ...]
+    plain_ms: float
+    step_ms: float
     run_ms: float
     kernels: tuple[Spent, ...]
 
@@ -67,14 +64,9 @@ class Phase:
         return sum(kernel.ms for kernel in self.kernels)
 
     @property
-    def step_ms(self) -> float:
-        """A step with the profiler, mean: what the times of kernels are part of."""
-        return statistics.fmean(self.profiled_ms)
-
-    @property
     def overhead(self) -> float:
-        """By what part the profiler makes a step longer, in the round in the middle."""
-        return statistics.median(p / q for p, q in zip(self.profiled_ms, self.plain_ms, strict=True)) - 1
+        """By what part the profiler makes a step longer."""
+        return self.step_ms / self.plain_ms - 1
 
 
 @dataclass(frozen=True)
@@ -104,7 +96,7 @@ class Profile:
         layers: of the model in their order, with the number of the graph's nodes in each.
         phases: prefill and decode.
         timeline: the last round.
-        layer_of: the layer of each kernel, by its name.
+        layer_of: the layer of each kernel, by its key.
     """
 
     workload: Workload
@@ -114,11 +106,11 @@ class Profile:
     layers: Mapping[str, int]
     phases: tuple[Phase, ...]
     timeline: tuple[TimedRun, ...]
-    layer_of: Mapping[str, str]
+    layer_of: Mapping[tuple[str, int | None], str]
 
 
 def profile(
-    path: str | Path, *, prompt_tokens: int = 128, new_tokens: int = 16, depth: int = 0, rounds: int = 3,
+    path: str | Path, *, prompt_tokens: int = 128, new_tokens: int = 16, depth: int = 0, rounds: int = 5,
     threads: int | None = None, device: str = "auto", seed: int = 0, tell: Tell = lambda _what, _share: None,
 ) -> Profile:  # fmt: skip
     """Profile a bundle with random prompts, after a round that is not measured.
@@ -151,34 +143,18 @@ def profile(
     with tempfile.TemporaryDirectory() as scratch:
         plain = open_session(bundle, device=device, threads=threads)
         noted, end = open_profiled(bundle, Path(scratch) / "run", device=device, threads=threads)
-        walls: dict[bool, list[_Walls]] = {True: [], False: []}
-        steps: list[list[tuple[str, Step]]] = []
-        roofs = []
-        for number in range(rounds + 1):
-            tell("measuring", number / (rounds + 1))
-            for session in (noted, plain) if number % 2 else (plain, noted):
-                taken, done = _round(session, workload, seed + number)
-                walls[session is noted].append(taken)
-                if session is noted:
-                    steps.append(done)
-            if number:
-                roofs.append(measure_roof(threads))
-        runs = read_runs(end())
-    tell("reading the profile", 1.0)
-    first = len(steps[0])
-    if len(runs) != sum(map(len, steps)):
-        raise BackendError(f"ONNX Runtime tells of {len(runs)} runs, and there were {sum(map(len, steps))}; try again")
-    measured = [(*what, run) for what, run in zip([w for each in steps[1:] for w in each], runs[first:], strict=True)]
-    graph = _GraphView(bundle, [run for _, _, run in measured])
-    roof = replace(max(roofs, key=lambda r: r.bytes_per_s), operations_per_s=max(r.operations_per_s for r in roofs))
-    found = tuple(
-        _phase(name, workload, [w[name] for w in walls[False][1:]], [w[name] for w in walls[True][1:]],
-               [(step, run) for phase, step, run in measured if phase == name], graph, roof)
-        for name in PHASES
-    )  # fmt: skip
-    last = [TimedRun(*each) for each in measured[-len(steps[-1]) :] if each[0] in PHASES]
+        turns = take_turns(plain, noted, workload, rounds, threads=threads, seed=seed, tell=tell)
+        tell("reading the profile", 1.0)
+        turns.give_runs(read_runs(end()))
+    graph = _GraphView(bundle, [run for each in turns.profiled for read in each for run in read.runs])
+    timeline = [
+        TimedRun(read.phase, step, run)
+        for read in turns.profiled[-1] if read.phase in PHASES
+        for step, run in zip(read.steps, read.runs, strict=True)
+    ]  # fmt: skip
     return Profile(
-        workload, noted.device, threads, roof, graph.sizes(), found, tuple(last), graph.layer_of
+        workload, noted.device, threads, turns.roof, graph.sizes(),
+        tuple(_phase(name, turns, graph) for name in PHASES), tuple(timeline), graph.layer_of,
     )  # fmt: skip
 
 
@@ -199,38 +175,6 @@ def check_target(path: str | Path) -> None:
         )
 
 
-_Walls = dict[str, list[float]]  # by phase, the seconds of each step
-
-
-def _round(session: Session, workload: Workload, seed: int) -> tuple[_Walls, list[tuple[str, Step]]]:
-    """Depth, prompt and new tokens once: seconds of the steps, and each run of the graph with its phase."""
-    walls: _Walls = {name: [] for name in ("depth", *PHASES)}
-    runs: list[tuple[str, Step]] = []
-    state = session.new_state(1, workload.tokens)
-    held = 0
-
-    def read(phase: str, tokens: Any) -> Any:
-        before = held
-
-        def piece(done: int, _all: int) -> None:
-            nonlocal held
-            runs.append((phase, Step(held, before + done - held, state.capacity)))
-            held = before + done
-
-        start = time.perf_counter()
-        logits = session.step(tokens, state, progress=piece)
-        walls[phase].append(time.perf_counter() - start)
-        return logits[:, 0].argmax(-1)[:, None] % session.vocab_size
-
-    prompt = random_prompts(session.vocab_size, workload.depth + workload.prompt_tokens, seed)()
-    if workload.depth:
-        read("depth", prompt[:, : workload.depth])
-    token = read("prefill", prompt[:, workload.depth :])
-    for _ in range(workload.new_tokens):
-        token = read("decode", np.asarray(token, np.int64))
-    return walls, runs
-
-
 class _GraphView:
     """What the graph tells of the kernels that ran.
 
@@ -244,11 +188,11 @@ class _GraphView:
         self._nodes = graph_nodes(model)
         self._layers = layer_map(model, bundle.manifest.layers, LAYER)
         names = Counter(node.name for node in self._nodes)
-        kernels = {kernel.name: kernel for run in runs for kernel in run.kernels}
-        self._place = {name: node_of(kernel, self._nodes, names) for name, kernel in kernels.items()}
+        kernels = {kernel.key: kernel for run in runs for kernel in run.kernels}
+        self._place = {key: node_of(kernel, self._nodes, names) for key, kernel in kernels.items()}
         ran = {place for place in self._place.values() if place is not None}
         self._traffic = GraphTraffic(model, self._nodes, bundle.manifest.signature.state, ran)
-        self.layer_of = {n: NOT_KNOWN if place is None else self._layers[place] for n, place in self._place.items()}
+        self.layer_of = {k: NOT_KNOWN if place is None else self._layers[place] for k, place in self._place.items()}
 
     def sizes(self) -> dict[str, int]:
         """The layers in the model's order, and how many nodes of the graph each has."""
@@ -259,25 +203,32 @@ class _GraphView:
         return found | ({NOT_KNOWN: 0} if NOT_KNOWN in self.layer_of.values() else {})
 
     def traffic(self, kernel: Kernel, step: Step) -> Traffic | None:
-        return self._traffic.of(kernel, self._place[kernel.name], step)
+        return self._traffic.of(kernel, self._place[kernel.key], step)
 
 
-def _phase(
-    name: str, workload: Workload, plain: Sequence[Sequence[float]], profiled: Sequence[Sequence[float]],
-    runs: Sequence[tuple[Step, Run]], graph: _GraphView, roof: Roof,
-) -> Phase:  # fmt: skip
-    steps = sum(map(len, profiled))
-    each: dict[str, list[Spent]] = defaultdict(list)
-    for step, run in runs:
-        for kernel in run.kernels:
-            each[kernel.name].append(_spent(kernel, graph.layer_of[kernel.name], graph.traffic(kernel, step), roof))
-    kernels = [mean_of(found, steps) for found in each.values()]
-    without, with_it = (tuple(1e3 * statistics.fmean(taken) for taken in rounds) for rounds in (plain, profiled))
+def _phase(name: str, rounds: Rounds, graph: _GraphView) -> Phase:
+    kept = Rounds.kept(rounds.profiled, name)
+    each: dict[tuple[str, int | None], list[Spent]] = defaultdict(list)
+    for read in kept:
+        for step, run in zip(read.steps, read.runs, strict=True):
+            for kernel in run.kernels:
+                layer, traffic = graph.layer_of[kernel.key], graph.traffic(kernel, step)
+                each[kernel.key].append(_spent(kernel, layer, traffic, rounds.roof))
+    kernels = [mean_of(found, len(kept)) for found in each.values()]
     return Phase(
-        name, workload.prompt_tokens if name == "prefill" else 1, without, with_it,
-        sum(run.us for _, run in runs) / steps / 1e3,
+        name, sum(step.time for step in kept[0].steps), _each_round(rounds.plain, name),
+        _each_round(rounds.profiled, name), _mean_ms(Rounds.kept(rounds.plain, name)), _mean_ms(kept),
+        sum(run.us for read in kept for run in read.runs) / len(kept) / 1e3,
         tuple(sorted(kernels, key=lambda kernel: kernel.ms, reverse=True)),
     )  # fmt: skip
+
+
+def _mean_ms(reads: Sequence[Read]) -> float:
+    return 1e3 * statistics.fmean(read.seconds for read in reads)
+
+
+def _each_round(rounds: Sequence[Sequence[Read]], phase: str) -> tuple[float, ...]:
+    return tuple(_mean_ms([read for read in each if read.phase == phase]) for each in rounds)
 
 
 def _spent(kernel: Kernel, layer: str, traffic: Traffic | None, roof: Roof) -> Spent:

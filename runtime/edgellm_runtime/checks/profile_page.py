@@ -20,18 +20,20 @@ body{font:15px/1.5 system-ui,sans-serif;color:var(--text);background:var(--page)
 padding:1.2rem}
 h1{font-size:1.5rem;margin:.2rem 0}h2{font-size:1.2rem;margin:2.2rem 0 .4rem}h3{font-size:1rem;margin:1.2rem 0 .4rem}
 p{margin:.3rem 0}.dim{color:var(--dim)}.wide{overflow-x:auto}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(9rem,1fr));gap:.6rem;margin:.8rem 0}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(8rem,1fr));gap:.6rem;margin:.8rem 0}
 .card{background:var(--card);border-radius:.5rem;padding:.6rem .8rem}.card b{display:block;font-size:1.25rem}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-td,th{padding:.22rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-th{color:var(--dim);font-weight:500}td:first-child,th:first-child{text-align:left;padding-left:0}
+table{border-collapse:collapse;width:100%;font-size:.88rem;font-variant-numeric:tabular-nums}
+td,th{padding:.22rem .5rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th{color:var(--dim);font-weight:500}td:first-child,th:first-child{text-align:left;padding-left:0;
+white-space:normal;overflow-wrap:anywhere;min-width:7.5rem}
 .key{display:flex;flex-wrap:wrap;gap:.2rem 1rem;margin:.4rem 0}.key span::before,td.op::before{content:"";display:
 inline-block;width:.7em;height:.7em;border-radius:.15em;background:var(--c);margin-right:.4em}
 .bars{display:grid;grid-template-columns:max-content 1fr max-content;gap:2px .6rem;align-items:center;font-size:.85rem}
 .bar{display:flex;height:1.05em;min-width:0}.bar i{display:block;background:var(--c);height:100%}
 .bar i:first-child{border-radius:.2em 0 0 .2em}.bar i:last-child{border-radius:0 .2em .2em 0}
+.doubt{border-left:.25rem solid #e08a1e;padding-left:.6rem}
 .num{text-align:right;font-variant-numeric:tabular-nums;color:var(--dim)}
-svg{width:100%;height:auto;display:block}svg text{font:12px system-ui,sans-serif;fill:currentColor}
+svg{width:100%;max-width:40rem;height:auto;display:block}svg text{font:12px system-ui,sans-serif;fill:currentColor}
 """
 
 
@@ -68,8 +70,8 @@ def _head(result: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items() if v)
     after = f" after {result['depth']}" if result["depth"] else ""
     cards = [
-        (f"{result['phases']['prefill']['step']['plain_ms']:.1f} ms", f"a prompt of {result['prompt_tokens']}{after}"),
-        (f"{result['phases']['decode']['step']['plain_ms']:.2f} ms", "a token"),
+        (f"{result['phases']['prefill']['plain_ms']:.1f} ms", f"a prompt of {result['prompt_tokens']}{after}"),
+        (f"{result['phases']['decode']['plain_ms']:.2f} ms", "a token"),
         (f"{roof['gb_per_s']:.1f} GB/s", "memory, read"),
         (f"{roof['gflop_per_s']:.0f} GFLOP/s", "float32 product"),
     ]
@@ -78,6 +80,7 @@ def _head(result: Mapping[str, Any]) -> str:
     return (
         f'<p class="dim">{html.escape(result["processor"])}, {html.escape(result["device"])}, {result["threads"]} '
         f'thread{plural}; {html.escape(versions)}; {result["rounds"]} rounds.</p><div class="cards">{told}</div>'
+        + "".join(f'<p class="doubt">Note: {html.escape(what)}.</p>' for what in result["doubts"])
     )
 
 
@@ -85,7 +88,7 @@ def _phase(name: str, phase: Mapping[str, Any], result: Mapping[str, Any], colou
     overhead = f"{phase['profiler_overhead']:+.1%}"
     return (
         f"<h2>{html.escape(_TITLES[name].format(phase['tokens']))}</h2>"
-        f"<p>{phase['step']['plain_ms']:.2f} ms without the profiler. With it {phase['step_ms']:.2f} ms ({overhead}): "
+        f"<p>{phase['plain_ms']:.2f} ms without the profiler. With it {phase['step_ms']:.2f} ms ({overhead}): "
         f"kernels {phase['kernels_ms']:.2f}, between them {phase['between_kernels_ms']:.2f}, outside ONNX Runtime "
         f"{phase['outside_onnxruntime_ms']:.2f}. Of the roof: {known(phase['step']['roof_share'], '.0%')}.</p>"
         f"<h3>Layers</h3>{_key(phase, colours)}{_bars(phase, colours)}"
@@ -130,14 +133,14 @@ def _bars(phase: Mapping[str, Any], colours: Mapping[str, str]) -> str:
 
 def _table(phase: Mapping[str, Any], colours: Mapping[str, str]) -> str:
     rows = "".join(
-        f'<tr><td class="op" style="--c:{colours[row["name"]]}">{html.escape(row["name"])}<td>{row["count"]:.4g}'
-        f"<td>{row['ms']:.3f}<td>{row['share']:.1%}<td>{_kinds(row)}<td>{known(row['gb_per_s'], '.1f')}"
-        f"<td>{known(row['gflop_per_s'], '.1f')}<td>{known(row['roof_share'], '.0%')}<td>{row['bound'] or ''}"
+        f'<tr><td class="op" style="--c:{colours[row["name"]]}">{html.escape(row["name"])}<td>{row["ms"]:.3f}'
+        f"<td>{row['share']:.1%}<td>{known(row['gb_per_s'], '.1f')}<td>{known(row['roof_share'], '.0%')}"
+        f"<td>{row['bound'] or ''}<td>{row['count']:.4g}<td>{_kinds(row)}<td>{known(row['gflop_per_s'], '.1f')}"
         for row in phase["operators"]
     )
     return (
-        '<div class="wide"><table><tr><th>operator<th>runs<th>ms<th>share<th>weights MB<th>state MB<th>other MB'
-        f"<th>GB/s<th>GFLOP/s<th>of the roof<th>bound by{rows}</table></div>"
+        '<div class="wide"><table><tr><th>operator<th>ms<th>share<th>GB/s<th>of the roof<th>bound by<th>runs'
+        f"<th>weights MB<th>state MB<th>other MB<th>GFLOP/s{rows}</table></div>"
     )
 
 
@@ -147,7 +150,7 @@ def _kinds(row: Mapping[str, Any]) -> str:
     return "<td>".join(f"{row['bytes'][kind] / 1e6:.2f}" for kind in ("weights", "state", "activations"))
 
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 720, 360, 64, 44, 16, 16
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 480, 300, 52, 44, 14, 14
 
 
 def _roofline(phase: Mapping[str, Any], roof: Mapping[str, Any], colours: Mapping[str, str]) -> str:

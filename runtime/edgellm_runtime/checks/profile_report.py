@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +11,12 @@ from edgellm_runtime.checks.kernel_times import Spent, grouped
 from edgellm_runtime.checks.profile import Phase, Profile
 from edgellm_runtime.checks.roofline import Roof
 from edgellm_runtime.checks.traffic import Traffic
+from edgellm_runtime.threads import available_cores
 
 __all__ = ["FORMAT", "report"]
 
 FORMAT = "edgellm profile 1"
+_NOISY = 0.1
 
 
 def report(found: Profile, bundle: str) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def report(found: Profile, bundle: str) -> dict[str, Any]:
         "format": FORMAT, "bundle": bundle, "device": found.device, "threads": found.threads,
         "processor": machine.processor_name(), "load": machine.other_load(), "versions": versions(),
         "prompt_tokens": work.prompt_tokens, "new_tokens": work.new_tokens, "depth": work.depth,
-        "rounds": len(found.phases[0].plain_ms),
+        "rounds": len(found.phases[0].plain_rounds_ms), "doubts": _doubts(found),
         "roof": {
             "gb_per_s": round(roof.bytes_per_s / 1e9, 2), "gflop_per_s": round(roof.operations_per_s / 1e9, 1),
             "array_mb": roof.array_bytes >> 20, "threads": roof.threads,
@@ -50,7 +51,8 @@ def _phase(phase: Phase, found: Profile) -> dict[str, Any]:
     ]
     (step,) = grouped(phase.kernels, lambda _: "step")
     return {
-        "tokens": phase.tokens, "plain_ms": _rounded(phase.plain_ms), "profiled_ms": _rounded(phase.profiled_ms),
+        "tokens": phase.tokens, "plain_rounds_ms": _rounded(phase.plain_rounds_ms),
+        "profiled_rounds_ms": _rounded(phase.profiled_rounds_ms), "plain_ms": round(phase.plain_ms, 4),
         "step_ms": round(phase.step_ms, 4), "onnxruntime_ms": round(phase.run_ms, 4),
         "kernels_ms": round(everything, 4), "between_kernels_ms": round(phase.run_ms - everything, 4),
         "outside_onnxruntime_ms": round(phase.step_ms - phase.run_ms, 4), "profiler_overhead": round(phase.overhead, 4),
@@ -64,11 +66,22 @@ def _phase(phase: Phase, found: Profile) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _doubts(found: Profile) -> list[str]:
+    """What speaks against the figures."""
+    told = []
+    if any(max(r) > (1 + _NOISY) * min(r) for p in found.phases for r in (p.plain_rounds_ms, p.profiled_rounds_ms)):
+        told.append("rounds differ by more than 10%: the machine is busy, or its clock changes")
+    load, cores = machine.other_load(), available_cores()
+    if load is not None and load > max(cores, found.threads) + 1:
+        told.append(f"{load} processes wanted to run in the minute before, on {cores} cores")
+    return told
+
+
 def _whole(step: Spent, phase: Phase) -> dict[str, Any]:
     """All kernels together against a step that is not profiled."""
-    plain = statistics.fmean(phase.plain_ms)
+    plain = phase.plain_ms
     return {
-        "plain_ms": round(plain, 4), "bytes": _bytes(step),
+        "bytes": _bytes(step),
         "gb_per_s": None if step.unknown_ms else _figure(step.traffic.bytes / plain / 1e6),
         "least_ms": _figure(step.least_ms), "roof_share": _figure(step.least_ms and step.least_ms / plain),
     }  # fmt: skip

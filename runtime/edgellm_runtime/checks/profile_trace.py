@@ -38,12 +38,12 @@ def _events(timed: TimedRun, found: Profile, zero: float) -> Iterator[dict[str, 
     run, step = timed.run, timed.step
     said: dict[str, Any] = {"tokens": step.time, "tokens before": step.past}
     yield _span(_STEPS, timed.phase, timed.phase, run.start_us - zero, run.us, said)
-    for layer, group in itertools.groupby(run.kernels, lambda kernel: found.layer_of[kernel.name]):
+    for layer, group in itertools.groupby(run.kernels, lambda kernel: found.layer_of[kernel.key]):
         inside = list(group)
         start = inside[0].start_us
         yield _span(_LAYERS, layer, timed.phase, start - zero, inside[-1].end_us - start, {"kernels": len(inside)})
     for kernel in run.kernels:
-        said = {"node": kernel.name, "layer": found.layer_of[kernel.name], **_shapes(kernel)}
+        said = {"node": kernel.name, "layer": found.layer_of[kernel.key], **_shapes(kernel)}
         yield _span(_KERNELS, kernel.op, timed.phase, kernel.start_us - zero, kernel.us, said)
 
 
