@@ -82,7 +82,7 @@ def _print_operators(title: str, phase: dict[str, Any]) -> None:
 
     from edgellm_runtime.checks.profile_page import known, megabytes
 
-    table = Table("operator", "runs", "ms", "share", "MB moved", "GB/s", "of the roof", title=title)
+    table = Table("operator", "runs", "ms", "share", "MB moved", "GB/s", "of roof", title=title)
     table.columns[0].overflow = "fold"
     for column in table.columns[1:]:
         column.justify = "right"
@@ -90,7 +90,7 @@ def _print_operators(title: str, phase: dict[str, Any]) -> None:
     for row in rows[:_MOST_ROWS]:
         table.add_row(
             row["name"], f"{row['count']:.4g}", f"{row['ms']:.3f}", f"{row['share']:.1%}", megabytes(row),
-            known(row["gb_per_s"], ".1f"), _roof_text(row),
+            known(row["gb_per_s"], ".1f"), known(row["roof_share"], ".0%"),
         )  # fmt: skip
     if rest := rows[_MOST_ROWS:]:
         spent = sum(row["ms"] for row in rest)
@@ -106,12 +106,12 @@ def _print_layers(phases: dict[str, Any]) -> None:
 
     from edgellm_runtime.checks.profile_page import known
 
-    table = Table("layer", *(f"{name} {unit}" for name in phases for unit in ("ms", "share")), "weights MB")
+    table = Table("layer", *(head for name in phases for head in (f"{name} ms", "%")), "weights MB")
     for column in table.columns[1:]:
         column.justify = "right"
     for title, rows in _layer_rows(phases):
         weights = rows[-1]["bytes"]["weights"] / 1e6 if rows[-1]["bytes"] else None
-        figures = [text for row in rows for text in (f"{row['ms']:.3f}", f"{row['share']:.1%}")]
+        figures = [text for row in rows for text in (f"{row['ms']:.3f}", f"{100 * row['share']:.1f}")]
         table.add_row(escape(title), *figures, known(weights, ".2f"))
     Console().print(table)
 
@@ -125,7 +125,7 @@ def _layer_rows(phases: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]
         return list(by_name.items())
     ranked = sorted(inner, key=lambda name: float(by_name[name][-1]["ms"]))
     middle, slowest = ranked[len(ranked) // 2], ranked[-1]
-    told = {f"{middle}, the middle of {len(inner)}": by_name[middle], f"{slowest}, the slowest": by_name[slowest]}
+    told = {f"{middle} (middle of {len(inner)})": by_name[middle], f"{slowest} (slowest)": by_name[slowest]}
     before, after = names[: names.index(inner[0])], names[names.index(inner[-1]) + 1 :]
     rows = {**{n: by_name[n] for n in before}, **told, **{n: by_name[n] for n in after}}
     return list(rows.items())
@@ -148,8 +148,3 @@ def _sentences(result: dict[str, Any]) -> list[str]:
             f"{p['outside_onnxruntime_ms']:.2f}."
         )
     return [*lines, *(f"Note: {what}." for what in result["doubts"])]
-
-
-def _roof_text(row: dict[str, Any]) -> str:
-    """How near the roof a row is, and which."""
-    return "not known" if row["roof_share"] is None else f"{row['roof_share']:.0%} {row['bound']}"

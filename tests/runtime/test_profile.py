@@ -18,8 +18,8 @@ from edgellm_runtime.checks.kernel_events import Kernel, Run, node_of, read_runs
 from edgellm_runtime.checks.kernel_times import Spent, grouped, mean_of
 from edgellm_runtime.checks.profile import NOT_KNOWN, Phase, Profile, TimedRun, profile
 from edgellm_runtime.checks.profile_page import profile_page
-from edgellm_runtime.checks.profile_rounds import Read, Rounds
 from edgellm_runtime.checks.profile_report import report
+from edgellm_runtime.checks.profile_rounds import Read, Rounds
 from edgellm_runtime.checks.profile_trace import profile_trace
 from edgellm_runtime.checks.roofline import Roof, measure_roof
 from edgellm_runtime.checks.traffic import Step, Traffic

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ __all__ = ["known", "megabytes", "profile_page"]
 _TITLES = {"prefill": "Prefill: a prompt of {} tokens", "decode": "Decode: a token"}
 # Told apart with any kind of colour vision, on white and on black; the last is for all others together.
 _COLOURS = ("#3b82c4", "#e08a1e", "#2f9e77", "#b65fa3", "#c9b21f", "#d1495b", "#5c6bc0", "#8a8f98")
+_HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _STYLE = """
 :root{color-scheme:light dark;--line:#8883;--dim:#667085;--card:#f6f7f9;--text:#1f2430;--page:#fff}
 @media(prefers-color-scheme:dark){:root{--dim:#9aa4b2;--card:#1c2027;--text:#e4e7ec;--page:#13161b}}
@@ -20,12 +22,13 @@ body{font:15px/1.5 system-ui,sans-serif;color:var(--text);background:var(--page)
 padding:1.2rem}
 h1{font-size:1.5rem;margin:.2rem 0}h2{font-size:1.2rem;margin:2.2rem 0 .4rem}h3{font-size:1rem;margin:1.2rem 0 .4rem}
 p{margin:.3rem 0}.dim{color:var(--dim)}.wide{overflow-x:auto}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(8rem,1fr));gap:.6rem;margin:.8rem 0}
-.card{background:var(--card);border-radius:.5rem;padding:.6rem .8rem}.card b{display:block;font-size:1.25rem}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.6rem;margin:.8rem 0}
+.card{background:var(--card);border-radius:.5rem;padding:.6rem .8rem}
+.card b{display:block;font-size:1.15rem;white-space:nowrap}
 table{border-collapse:collapse;width:100%;font-size:.88rem;font-variant-numeric:tabular-nums}
 td,th{padding:.22rem .5rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--dim);font-weight:500}td:first-child,th:first-child{text-align:left;padding-left:0;
-white-space:normal;overflow-wrap:anywhere;min-width:7.5rem}
+white-space:normal}
 .key{display:flex;flex-wrap:wrap;gap:.2rem 1rem;margin:.4rem 0}.key span::before,td.op::before{content:"";display:
 inline-block;width:.7em;height:.7em;border-radius:.15em;background:var(--c);margin-right:.4em}
 .bars{display:grid;grid-template-columns:max-content 1fr max-content;gap:2px .6rem;align-items:center;font-size:.85rem}
@@ -79,7 +82,7 @@ def _head(result: Mapping[str, Any]) -> str:
     plural = "s" if result["threads"] > 1 else ""
     return (
         f'<p class="dim">{html.escape(result["processor"])}, {html.escape(result["device"])}, {result["threads"]} '
-        f'thread{plural}; {html.escape(versions)}; {result["rounds"]} rounds.</p><div class="cards">{told}</div>'
+        f'thread{plural}; {html.escape(versions)}; {result["rounds"]} round{"s" if result["rounds"] > 1 else ""}.</p><div class="cards">{told}</div>'
         + "".join(f'<p class="doubt">Note: {html.escape(what)}.</p>' for what in result["doubts"])
     )
 
@@ -133,7 +136,7 @@ def _bars(phase: Mapping[str, Any], colours: Mapping[str, str]) -> str:
 
 def _table(phase: Mapping[str, Any], colours: Mapping[str, str]) -> str:
     rows = "".join(
-        f'<tr><td class="op" style="--c:{colours[row["name"]]}">{html.escape(row["name"])}<td>{row["ms"]:.3f}'
+        f'<tr><td class="op" style="--c:{colours[row["name"]]}">{_breakable(row["name"])}<td>{row["ms"]:.3f}'
         f"<td>{row['share']:.1%}<td>{known(row['gb_per_s'], '.1f')}<td>{known(row['roof_share'], '.0%')}"
         f"<td>{row['bound'] or ''}<td>{row['count']:.4g}<td>{_kinds(row)}<td>{known(row['gflop_per_s'], '.1f')}"
         for row in phase["operators"]
@@ -142,6 +145,11 @@ def _table(phase: Mapping[str, Any], colours: Mapping[str, str]) -> str:
         '<div class="wide"><table><tr><th>operator<th>ms<th>share<th>GB/s<th>of the roof<th>bound by<th>runs'
         f"<th>weights MB<th>state MB<th>other MB<th>GFLOP/s{rows}</table></div>"
     )
+
+
+def _breakable(name: str) -> str:
+    """A name that may go on in a new line where a word of it begins."""
+    return _HUMP.sub("<wbr>", html.escape(name))
 
 
 def _kinds(row: Mapping[str, Any]) -> str:
@@ -227,7 +235,7 @@ class _Plot:
 
 
 def _decades(values: Sequence[float]) -> tuple[int, int]:
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(1.5 * max(values)))
     return low, max(high, low + 1)
 
 
