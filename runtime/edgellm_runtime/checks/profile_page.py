@@ -79,12 +79,16 @@ def _head(result: Mapping[str, Any]) -> str:
         (f"{roof['gflop_per_s']:.0f} GFLOP/s", "float32 product"),
     ]
     told = "".join(f'<div class="card"><b>{html.escape(a)}</b>{html.escape(b)}</div>' for a, b in cards)
-    plural = "s" if result["threads"] > 1 else ""
+    doubts = "".join(f'<p class="doubt">Note: {html.escape(what)}.</p>' for what in result["doubts"])
     return (
-        f'<p class="dim">{html.escape(result["processor"])}, {html.escape(result["device"])}, {result["threads"]} '
-        f'thread{plural}; {html.escape(versions)}; {result["rounds"]} round{"s" if result["rounds"] > 1 else ""}.</p><div class="cards">{told}</div>'
-        + "".join(f'<p class="doubt">Note: {html.escape(what)}.</p>' for what in result["doubts"])
+        f'<p class="dim">{html.escape(result["processor"])}, {html.escape(result["device"])}, '
+        f"{_count(result['threads'], 'thread')}; {html.escape(versions)}; {_count(result['rounds'], 'round')}.</p>"
+        f'<div class="cards">{told}</div>{doubts}'
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number > 1 else ''}"
 
 
 def _phase(name: str, phase: Mapping[str, Any], result: Mapping[str, Any], colours: Mapping[str, str]) -> str:
