@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from fuzzing import make_source, run_cases
 
-_AT_ONCE = 2000  # in one process, if none of them ends it
+_AT_ONCE = 10_000  # in one process, if none of them ends it
 _IN_MEMORY = "/dev/shm"  # where there is one: each case is a folder of its own
 
 

@@ -34,7 +34,8 @@ from edgellm_runtime import RuntimeFault
 
 ADDRESSES = 8 << 30  # bytes of a process's address space, of which PyTorch alone takes some
 RESIDENT = 1 << 30  # bytes of memory that a case may have filled
-SECONDS, HANGS = 2.0, 60  # of the processor's time; of the clock's, which other work on the machine makes longer
+SECONDS = 2.0  # of the processor's time that a case may take
+HANGS, SILENT = 20.0, 600  # of the processor's time, and of the clock's, after which a silent process is ended
 _FOREIGN = "checkpoint"  # how the names of sources begin that are no bundles
 _SHARE, _WHOLE = 0.4, 0.3  # of checkpoints among cases, and of bundles that are verified whole
 _UNSIGNED = ("manifest.json", fuzzing_bundles.STATE)
@@ -137,10 +138,9 @@ def run_cases(source: Path, scratch: Path, first: int, count: int) -> Iterator[F
             reader.start()
         begun = 0
         while number < end:
-            try:
-                line = lines.get(timeout=HANGS)
-            except queue.Empty:
-                yield Failure(number, f"took more than {HANGS} s")
+            line = _next_line(lines, process.pid)
+            if line is None:
+                yield Failure(number, f"said nothing for {HANGS:g} s of the processor's time, or {SILENT} s")
                 number += 1
                 break
             kind, _, rest = line.partition(" ")
@@ -163,6 +163,23 @@ def run_cases(source: Path, scratch: Path, first: int, count: int) -> Iterator[F
         process.wait()
         process.stdout.close()
         process.stderr.close()
+
+
+def _next_line(lines: queue.Queue[str], process: int) -> str | None:
+    """What a process says next; None if it hangs. A busy machine may give it little of its time."""
+    start, spent = time.monotonic(), _spent(process)
+    while time.monotonic() - start < SILENT and _spent(process) - spent < HANGS:
+        with suppress(queue.Empty):
+            return lines.get(timeout=5)
+    return None
+
+
+def _spent(process: int) -> float:
+    """Seconds of the processor's time that a process has had; 0 where it has ended."""
+    with suppress(OSError):
+        user, system = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def _pass_on(stream: Any, put: Callable[[str], Any]) -> None:
