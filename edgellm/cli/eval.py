@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,6 @@ from edgellm.cli.standard_streams import print_json
 from edgellm.cli.threads import threads_option
 
 __all__ = ["evaluate", "evaluate_bundle"]
-
-_CHARACTERS = 16  # a token's share of the text that is encoded at first; more than most texts need
-_MARGIN = 64  # tokens before a cut that the cut may have changed
 
 
 @click.command("eval", context_settings={"show_default": True})
@@ -85,13 +81,14 @@ def evaluate(
 
         _refuse(given & {"tokens", "window"}, "goes without --receipt, which says how much to read")
         with stages() as tell:
-            return measure_again(bundle, file, partial(measure, tell=tell), as_json=as_json)
+            return measure_again(bundle, file, partial(measure, tell=tell), device=device, as_json=as_json)
     with stages() as tell:
         result = measure(tokens=tokens, window=window, tell=tell)
     if write_receipt:
         from edgellm.cli.receipt import add_receipt
+        from edgellm_runtime.checks.receipt import Asked
 
-        add_receipt(bundle, file, result, tokens=tokens, window=window)
+        add_receipt(bundle, file, result, Asked(tokens=tokens, window=window), device)
     if as_json:
         print_json(result)
         return 0
@@ -111,23 +108,22 @@ def _refuse(names: set[str], why: str) -> None:
 
 
 def evaluate_bundle(
-    path: Path, file: Path, against: Path | None = None, *, tokens: int = 4096, window: int = 512,
+    path: Path, file: Path, against: Path | None = None, *, tokens: int = 4096, window: int = 512, skip: int = 0,
     device: str = "auto", threads: int | None = None, tell: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """The figures; the keys are those of ``--json``."""
     from edgellm_runtime import OptionError, load
     from edgellm_runtime.checks.evaluate import evaluate as run
-    from edgellm_runtime.checks.evaluate import windows_of
+    from edgellm_runtime.checks.receipt import Asked, read_windows
 
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise OptionError(f"{file}: not UTF-8 at byte {error.start}; convert it first") from error
     model = load(path, device=device, threads=threads)
     if model.tokenizer is None:
         raise OptionError(f"{path}: has no tokenizer, so it cannot read a text; export it with one")
-    window = min(window, model.session.max_context)
-    windows = windows_of(_beginning(model.tokenizer.encode, text, tokens), window, tokens)
+    try:
+        asked = Asked(tokens=tokens, window=window, skip=skip)
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+    windows = read_windows(file, model.tokenizer.encode, asked, model.session.max_context)
     if against is None:
         found = run(model.session, windows, lambda share: tell("predicting", share))
         return {"perplexity": found.perplexity, "tokens": found.tokens}
@@ -137,22 +133,8 @@ def evaluate_bundle(
     limit_torch_threads()
     from edgellm.cli.against import read_reference
     from edgellm_exporters.proof.parity import compare
+    from edgellm_exporters.proof.receipt import figures
 
-    reference = read_reference(against, path, model.session, window)
+    reference = read_reference(against, path, model.session, max(map(len, windows)))
     report = compare(reference, model.session, windows, progress=lambda share: tell("comparing", share))
-    return {
-        "perplexity": report.perplexity, "tokens": report.tokens, "reference_perplexity": report.reference_perplexity,
-        "kl_mean": report.kl, "kl_low": report.kl_interval[0], "kl_high": report.kl_interval[1],
-        "kl_p99": report.kl_p99, "top1_agreement": report.top1,
-    }  # fmt: skip
-
-
-def _beginning(encode: Callable[[str], list[int]], text: str, limit: int) -> list[int]:
-    """At least the first ``limit`` tokens of a text (0: all), encoding little more of it than they need."""
-    size = _CHARACTERS * (limit + _MARGIN) if limit else len(text)
-    while size < len(text):
-        found = encode(text[:size])
-        if len(found) >= limit + _MARGIN:
-            return found
-        size *= 4
-    return encode(text)
+    return figures(report)

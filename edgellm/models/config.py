@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -73,5 +73,5 @@ def check_kinds(config: type, data: Mapping[str, Any]) -> None:
         value = data.get(field.name)
         if wanted is None or value is None:
             continue
-        if type(value) not in wanted or (float in wanted and not math.isfinite(value)):
+        if type(value) not in wanted or (float in wanted and not abs(value) <= sys.float_info.max):
             raise ConfigError(f"{field.name} is {value!r}; it must be of type {field.type}, and finite")

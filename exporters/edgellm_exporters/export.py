@@ -38,6 +38,7 @@ from edgellm_exporters.proof.goldens import GREEDY, write_goldens
 from edgellm_exporters.proof.layer_bounds import layers_in
 from edgellm_exporters.proof.measured_bounds import with_measured_bounds
 from edgellm_exporters.proof.parity import ParityReport, measure, unequal
+from edgellm_exporters.proof.receipt import check_receipt, measured_receipt
 from edgellm_exporters.proof.same_numbers import ExactTraces, exact_traces
 from edgellm_exporters.proof.samples import golden_rows
 from edgellm_exporters.proof.stand_in import bounds_in, proved_on, stand_in, stand_in_session
@@ -109,6 +110,8 @@ def export(
     check_model(model)
     generation = _checked_generation(options.generation, model, text)
     options = dataclasses.replace(options, generation=generation)
+    if options.receipt is not None:
+        check_receipt(model, text is not None, options.dtype)
     library()  # the proof at the end needs it, so its absence is told now
     if answers_sources(model):
         check_encoder_options(options)
@@ -178,6 +181,8 @@ def _build(
             start = far_start(model, traces[0], made.context) if made_up else None
             quantized = bool(plan.schemes or plan.cache)
             far = None if start is None or quantized else far_row(model, start, {})
+            info = text.info if text else None
+            receipt = measured_receipt(model, open_one, scratch, info, options.receipt, progress)
         bounds = {**bounds_with_a_favourite(bounds, traces), MEANING: 0.0}
         give_back()
         same, manifest = _same_numbers(
@@ -195,7 +200,7 @@ def _build(
     measured = {k: getattr(parity, k) for k in ("logits", "kl", "top1", "state", "greedy")} | {"tokens": parity.tokens}
     manifest, exact = with_measured_bounds(scratch, manifest, same, traces[0], layers, far)
     measured |= exact
-    manifest = _write_manifest(scratch, dataclasses.replace(manifest, measured=measured))
+    manifest = _write_manifest(scratch, dataclasses.replace(manifest, measured=measured, receipt=receipt))
     manifest = _write_manifest(scratch, made.finish(scratch, manifest, progress))
     weight_bytes = sum(manifest.files[n].bytes for n in (*manifest.graph_files, WEIGHTS_FILE))
     opened = Bundle(scratch, checksums=False)

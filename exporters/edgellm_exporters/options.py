@@ -10,6 +10,7 @@ from edgellm_exporters.auto.budget import AUTO, Budget
 from edgellm_exporters.engines.options import EngineOptions
 from edgellm_exporters.errors import ExportError
 from edgellm_exporters.graph.targets import TARGETS, find_target
+from edgellm_exporters.proof.receipt import ReceiptText
 from edgellm_exporters.quantize.methods import METHODS, find_method
 from edgellm_runtime.bundle import TokenizerInfo
 from edgellm_runtime.task_spec import TaskSpec
@@ -37,6 +38,7 @@ class ExportOptions:
         generation: options of generation that the bundle sets for whoever names no others, such as
             ``{"temperature": 0.7}``; see :mod:`edgellm_runtime.option_ranges`.
         hidden: whether steps can be asked for the last hidden states, too, which embeddings are made of.
+        receipt: a text that the bundle is measured on beside the model, for its receipt; None for no receipt.
     """
 
     target: str = "cpu"
@@ -51,6 +53,7 @@ class ExportOptions:
     engine: EngineOptions | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
     hidden: bool = False
+    receipt: ReceiptText | None = None
 
     def __post_init__(self) -> None:
         target = find_target(self.target)

@@ -17,6 +17,8 @@ from edgellm.models.foreign.keys import METADATA, Fields, Key, Values, checked_p
 
 __all__ = ["rotary"]
 
+_MOST_FEATURES = 1 << 14  # of a head: far more than any model has, and few enough to count their frequencies
+
 
 class _Scaled(NamedTuple):
     """What a form of scaling comes to."""
@@ -157,6 +159,8 @@ def rotary(
         if kind not in _FORMS or said.keys() - _COMMON - _READ[kind] - {*without_effect}:
             raise refuse(name, dict(said))
         turning = fields["head_dim"]
+        if turning > _MOST_FEATURES:
+            raise CheckpointError(f"head_dim is {turning}; it must be at most {_MOST_FEATURES}")
         if share is not None:
             part = checked_positive("partial_rotary_factor", share if part is None else part)
             turning = fields["rotated"] = int(turning * part)

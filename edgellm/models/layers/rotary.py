@@ -8,7 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgellm.errors import ConfigError
+
 __all__ = ["RotaryTable", "order_of_part"]
+
+_MOST_NUMBERS = 1 << 28  # 1 GB as float32: a context of a million tokens with heads of 256
 
 
 class RotaryTable(nn.Module):
@@ -31,6 +35,11 @@ class RotaryTable(nn.Module):
         still: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
+        if max_context * (head_dim + still) > _MOST_NUMBERS:
+            raise ConfigError(
+                f"max_context {max_context} and head_dim {head_dim + still} make a table of angles of over "
+                f"{_MOST_NUMBERS} numbers; correct one of them"
+            )
         # float64, then rounded once: every target gets the same table; on the CPU even while weights are on "meta"
         half = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu")
         frequencies = theta ** (-half / head_dim)
