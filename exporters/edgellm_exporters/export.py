@@ -47,6 +47,7 @@ from edgellm_exporters.proof.torch_backend import encoder_info
 from edgellm_exporters.proof.traces import Continuation, Sources, Trace, take_traces
 from edgellm_exporters.quantize.cache import cache_scales, cached_states
 from edgellm_exporters.quantize.methods import find_method
+from edgellm_exporters.quantize.notes import quantization_notes
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.quantize.planning import make_plan
 from edgellm_exporters.weights.memory import give_back
@@ -204,7 +205,7 @@ def _build(
     manifest = _write_manifest(scratch, made.finish(scratch, manifest, progress))
     weight_bytes = sum(manifest.files[n].bytes for n in (*manifest.graph_files, WEIGHTS_FILE))
     opened = Bundle(scratch, checksums=False)
-    notes += _floats_named(quantization) + _kept_named(quantization)
+    notes += quantization_notes(quantization)
     if why := manifest.quantization.get(_FLOAT_ONLY):
         notes.append(f"its goldens are the float model's alone, and hold it to their distance: {why}")
     return Exported(opened, parity, verification, _count(model), weight_bytes, tuple(notes))
@@ -233,23 +234,6 @@ def _same_numbers(
     except QuantizeError as error:
         said = {**manifest.quantization, _FLOAT_ONLY: str(error)}
         return ExactTraces(), dataclasses.replace(manifest, quantization=said)
-
-
-def _floats_named(quantization: Mapping[str, Any]) -> list[str]:
-    """A note on each matrix that no block fits."""
-    return [
-        f"{name} ({rows} x {columns}) stays float, because its rows divide into no block of the format"
-        for name, (rows, columns) in quantization.get("floats", {}).items()
-    ]
-
-
-def _kept_named(quantization: Mapping[str, Any]) -> list[str]:
-    """Notes on matrices that the checkpoint stores as codes: those that keep them, and why others do not."""
-    notes = [f"{count} matrices keep the checkpoint's own codes"] if (count := quantization.get("kept")) else []
-    left: dict[str, list[str]] = {}
-    for name, why in quantization.get("left", {}).items():
-        left.setdefault(why, []).append(name)
-    return notes + [f"{len(n)} matrices, such as {n[0]}, do not keep their codes: {why}" for why, n in left.items()]
 
 
 def _count(model: LanguageModel) -> int:

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from tiny_bundles import attention_bundle, recurrent_bundle
 
-from edgellm.cli.eval import _beginning, evaluate_bundle
+from edgellm.cli.eval import evaluate_bundle
 from edgellm_runtime import load
 from edgellm_runtime.checks import evaluate as module
 from edgellm_runtime.checks.evaluate import distances, evaluate, negative_log_likelihood, piece_length, windows_of
+from edgellm_runtime.checks.receipt import beginning_of
 from edgellm_runtime.softmax import log_softmax
 
 
@@ -109,18 +110,18 @@ def test_only_the_beginning_of_a_long_text_is_encoded() -> None:
         return [ord(c) for c in text]
 
     text = "abcdefghij" * 10_000
-    assert _beginning(encode, text, 100)[:100] == [ord(c) for c in text[:100]]
+    assert beginning_of(encode, text, 100)[:100] == [ord(c) for c in text[:100]]
     assert max(read) < 5000
-    assert len(_beginning(encode, text, 0)) == len(text)
+    assert len(beginning_of(encode, text, 0)) == len(text)
 
     def few(text: str) -> list[int]:  # long tokens: the first piece of the text does not hold enough of them
         read.append(len(text))
         return [len(text)] * (len(text) // 100)
 
     read.clear()
-    assert len(_beginning(few, text, 500)) >= 500
+    assert len(beginning_of(few, text, 500)) >= 500
     assert len(read) > 1
-    assert len(_beginning(few, text, 5000)) == 1000  # there are no more
+    assert len(beginning_of(few, text, 5000)) == 1000  # there are no more
 
 
 def test_evaluating_a_bundle_gives_perplexity_and_progress(tmp_path: Path) -> None:

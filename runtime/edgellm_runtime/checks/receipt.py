@@ -17,7 +17,16 @@ from edgellm_runtime.checks.evaluate import windows_of
 from edgellm_runtime.checks.machine import processor_name
 from edgellm_runtime.errors import OptionError
 
-__all__ = ["WITHIN", "Asked", "compared", "differences_from", "made_with", "make_receipt", "read_windows"]
+__all__ = [
+    "WITHIN",
+    "Asked",
+    "beginning_of",
+    "compared",
+    "differences_from",
+    "made_with",
+    "make_receipt",
+    "read_windows",
+]
 
 WITHIN = 0.02  # relative: other kernels' rounding, not another model
 _FIGURES = ("perplexity", "reference_perplexity", "kl_mean", "top1_agreement")
@@ -66,11 +75,11 @@ def read_windows(file: Path, encode: Callable[[str], list[int]], asked: Asked, m
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise OptionError(f"{file}: not UTF-8 at byte {error.start}; convert it first") from error
-    tokens = _beginning(encode, text, asked.skip + asked.tokens if asked.tokens else 0)
+    tokens = beginning_of(encode, text, asked.skip + asked.tokens if asked.tokens else 0)
     return windows_of(tokens[asked.skip :], min(asked.window, max_context), asked.tokens)
 
 
-def _beginning(encode: Callable[[str], list[int]], text: str, limit: int) -> list[int]:
+def beginning_of(encode: Callable[[str], list[int]], text: str, limit: int) -> list[int]:
     """At least the first ``limit`` tokens of a text (0: all), encoding little more of it than they need."""
     size = _CHARACTERS * (limit + _MARGIN) if limit else len(text)
     while size < len(text):
