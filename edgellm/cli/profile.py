@@ -135,16 +135,19 @@ def _sentences(result: dict[str, Any]) -> list[str]:
     from edgellm_runtime.checks.profile_page import known
 
     roof, lines = result["roof"], []
-    lines.append(
-        f"Roof, measured between the rounds with {roof['threads']} threads: {roof['gb_per_s']:.1f} GB/s read from "
-        f"memory, {roof['gflop_per_s']:.0f} GFLOP/s in float32."
-    )
+    if roof is None:
+        lines.append(f"Roof: {known(None, '')} on device {result['device']}, whose memory is not measured.")
+    else:
+        lines.append(
+            f"Roof, measured between the rounds with {roof['threads']} threads: {roof['gb_per_s']:.1f} GB/s read from "
+            f"memory, {roof['gflop_per_s']:.0f} GFLOP/s in float32."
+        )
     for name, p in result["phases"].items():
         step = p["step"]
         lines.append(
             f"{name}: {p['plain_ms']:.2f} ms a step, {known(step['gb_per_s'], '.1f')} GB/s, roof "
             f"{known(step['roof_share'], '.0%')}; profiled {p['step_ms']:.2f} ms ({p['profiler_overhead']:+.1%}), of "
-            f"which kernels {p['kernels_ms']:.2f}, between them {p['between_kernels_ms']:.2f}, outside ONNX Runtime "
-            f"{p['outside_onnxruntime_ms']:.2f}."
+            f"which kernels {p['kernels_ms']:.2f}, between them {known(p['between_kernels_ms'], '.2f')}, outside the "
+            f"library {known(p['outside_library_ms'], '.2f')}."
         )
     return [*lines, *(f"Note: {what}." for what in result["doubts"])]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,31 +122,18 @@ def open_session(bundle: Bundle, *, device: str = "auto", threads: int | None = 
 
 def open_profiled(
     bundle: Bundle, notes: Path, *, device: str = "auto", threads: int | None = None
-) -> tuple[Session, Callable[[], Path]]:
-    """Steps of an opened bundle of which ONNX Runtime notes what each kernel takes, one by one and slower for it.
+) -> tuple[Session, Any]:
+    """Steps of an opened bundle for whoever wants to know what each kernel takes, and the backend, which tells it.
 
     Args:
-        bundle: for a target that runs on ONNX Runtime.
-        notes: how the name of the file with the notes begins.
+        bundle: as for :func:`open_session`.
+        notes: how the names of ONNX Runtime's profiles begin, which its backends write from now on.
         device: as for :func:`load`.
         threads: likewise.
-
-    Returns:
-        The session, and what ends the notes and gives their file.
-
-    Raises:
-        BackendError: another library runs the bundle there; or as for :func:`load`.
     """
     _check_trust(bundle.path, None)
-    where = device_of(bundle, device)
-    if where == "tensorrt" or bundle.manifest.graphs:
-        raise BackendError(f"{bundle.path}: ONNX Runtime does not run it as one graph; profile a bundle for target cpu")
-    from edgellm_runtime.backends.ort import OrtBackend
-    from edgellm_runtime.backends.ort_device import OrtDeviceBackend
-
-    backend = _backend(bundle, where, thread_count(threads), notes)
-    assert isinstance(backend, OrtBackend | OrtDeviceBackend), "all others were refused"
-    return session_of(bundle, backend), backend.end_profile
+    backend = _backend(bundle, device_of(bundle, device), thread_count(threads), notes)
+    return session_of(bundle, backend), backend
 
 
 def _check_trust(path: Path, keys: Sequence[str | Path] | None) -> None:

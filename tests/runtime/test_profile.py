@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_bundles import attention_bundle, copied, edit_manifest, recurrent_bundle
+from tensorrt_bundles import machine_with_gpu, made
+from tiny_bundles import CONTEXT, attention_bundle, copied, edit_manifest, recurrent_bundle
 
 from edgellm.cli import run
-from edgellm_runtime.bundle import Bundle
+from edgellm_runtime import loading
+from edgellm_runtime.backends.ort_device import OrtDeviceBackend
+from edgellm_runtime.bundle import GRAPH, Bundle
 from edgellm_runtime.checks import profile_rounds
 from edgellm_runtime.checks.bench import Workload
 from edgellm_runtime.checks.kernel_events import Kernel, Run, node_of, read_runs, runs_of
 from edgellm_runtime.checks.kernel_times import Spent, grouped, mean_of
-from edgellm_runtime.checks.profile import NOT_KNOWN, Phase, Profile, TimedRun, profile
+from edgellm_runtime.checks.profile import Phase, Profile, TimedRun, profile
 from edgellm_runtime.checks.profile_page import profile_page
 from edgellm_runtime.checks.profile_report import report
 from edgellm_runtime.checks.profile_rounds import Read, Rounds
+from edgellm_runtime.checks.profile_sources import NOT_KNOWN
 from edgellm_runtime.checks.profile_trace import profile_trace
 from edgellm_runtime.checks.roofline import Roof, measure_roof
 from edgellm_runtime.checks.traffic import Step, Traffic
@@ -189,7 +194,7 @@ def _fake(bundle_layers: dict[str, int] | None = None) -> Profile:
 def test_the_parts_of_a_step_add_up_and_the_profiler_is_told_beside_them() -> None:
     phase = report(_fake(), "b")["phases"]["decode"]
     assert phase["step_ms"] == 12.0
-    assert phase["kernels_ms"] + phase["between_kernels_ms"] + phase["outside_onnxruntime_ms"] == phase["step_ms"]
+    assert phase["kernels_ms"] + phase["between_kernels_ms"] + phase["outside_library_ms"] == phase["step_ms"]
     assert phase["profiler_overhead"] == pytest.approx(0.2)
     assert report(_fake(), "b")["doubts"][0].startswith("rounds differ by more than 10%")
     assert [sum(row["ms"] for row in phase[part]) for part in ("operators", "layers", "kernels")] == [8.0, 8.0, 8.0]
@@ -253,9 +258,53 @@ def test_what_cannot_be_profiled_is_told(tmp_path: Path, monkeypatch: pytest.Mon
             profile(bundle, **wrong)
     with pytest.raises(ContextError, match="do not fit"):
         profile(bundle, prompt_tokens=10**6)
-    edit_manifest(bundle, target={"name": "cuda", "requires": {}})
     monkeypatch.setattr(profile_rounds, "measure_roof", None)  # nothing is measured before it is told
-    with pytest.raises(BackendError, match=r"target cuda, and only ONNX Runtime on CPU tells .* profile a bundle for"):
+    monkeypatch.delenv("CUDA_LAUNCH_BLOCKING", raising=False)
+    edit_manifest(bundle, target={"name": "cuda", "requires": {}})
+    with pytest.raises(BackendError, match=r"does not wait for its kernels on a GPU.* set CUDA_LAUNCH_BLOCKING=1"):
         profile(bundle)
     assert run(["profile", str(bundle)]) == 1
     assert run(["profile", str(bundle), "--html", str(tmp_path / "none" / "p.html")]) == 1
+
+
+def test_on_a_gpu_the_roof_is_not_known(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The code of CUDA, run by the CPU's kernels."""
+    bundle = Bundle(attention_bundle())
+
+    def backend(_bundle: Bundle, _device: str, _threads: int, notes: Path | None = None) -> OrtDeviceBackend:
+        made = OrtDeviceBackend(
+            bundle.file(GRAPH), bundle.manifest.signature, max_context=CONTEXT, device="cpu", profile=notes
+        )
+        made.device = "cuda"
+        return made
+
+    monkeypatch.setattr(loading, "_backend", backend)
+    monkeypatch.setattr(profile_rounds, "measure_roof", None)
+    arguments = ["profile", str(attention_bundle()), "--prompt-tokens", "4", "--new-tokens", "2", "--rounds", "1"]
+    assert run([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["device"], found["roof"]) == ("cuda", None)
+    for phase in found["phases"].values():
+        assert all(row["roof_share"] is row["bound"] is None for row in phase["operators"])
+        assert all(row["bytes"] is not None for row in phase["operators"])  # which no machine has a part in
+    assert "this device is not measured" in profile_page(found)
+    assert run(arguments) == 0
+    assert "Roof: not known on device cuda" in capsys.readouterr().out
+
+
+def test_layers_of_engines_are_told_as_far_as_their_names_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = machine_with_gpu(monkeypatch)
+    found = profile(made("attention"), prompt_tokens=40, new_tokens=3, rounds=1)
+    assert machine.cuda.recording is None
+    bundle = Bundle(made("attention")).manifest
+    pieces = math.ceil(40 / bundle.graphs["prefill"].time)
+    for phase, runs in zip(found.phases, (pieces, 1), strict=True):
+        assert (phase.run_ms, phase.kernels_ms) == (None, 4 * 0.5 * runs)
+        first, pair, several, own = sorted(phase.kernels, key=lambda k: ("Reformat" in k.name, "Foreign" in k.name,
+                                                                         "+" in k.name))  # fmt: skip
+        assert NOT_KNOWN not in (first.op, pair.op, first.layer)
+        assert several.op == own.op == several.layer == own.layer == NOT_KNOWN
+        assert all(kernel.unknown_ms == kernel.ms for kernel in phase.kernels)
+    page = report(found, "b")
+    assert page["roof"] is page["phases"]["decode"]["between_kernels_ms"] is None
+    assert page["phases"]["decode"]["operators"][0]["bytes"] is None

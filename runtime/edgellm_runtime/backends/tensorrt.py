@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from edgellm_runtime.state.storage import Storage, widened
 if TYPE_CHECKING:
     from edgellm_runtime.bundle import Bundle
 
-__all__ = ["TensorRTBackend", "open_engines"]
+__all__ = ["EngineRun", "TensorRTBackend", "open_engines"]
 
 Array = NDArray[Any]
 NO_CHOOSERS: Mapping[int, Engine] = {}
@@ -69,6 +70,19 @@ def open_engines(bundle: Bundle, *, device_id: int = 0) -> TensorRTBackend:
     return backend
 
 
+@dataclass(frozen=True)
+class EngineRun:
+    """What the layers of an engine took in one run.
+
+    Args:
+        role: of the engine.
+        layers: names and milliseconds, in the order in which they ran.
+    """
+
+    role: str
+    layers: list[tuple[str, float]] = field(default_factory=list)
+
+
 class TensorRTBackend(WithoutEncoder):
     """Follows :class:`edgellm_runtime.backends.Backend`.
 
@@ -103,6 +117,7 @@ class TensorRTBackend(WithoutEncoder):
         self.candidates = max(choosers, default=0)
         self.fetches = ""  # why logits are fetched where tokens could be chosen
         self._fresh = {id(e): e.kernels for e in (*engines.values(), *choosers.values()) if e.kernels is not None}
+        self._timed: list[EngineRun] | None = None
         weakref.finalize(self, _save, tuple(self._fresh.values()))  # shapes that came later make kernels too
 
     def run(
@@ -136,6 +151,14 @@ class TensorRTBackend(WithoutEncoder):
         self._keep(binding)
         return Candidates(ids[:, :count], values[:, :count], lambda: self._logits(binding)[:, 0])
 
+    def time_layers(self) -> Sequence[EngineRun]:
+        """Time the engines' layers from now on: a list that grows with each run. Steps are no longer recorded."""
+        timed = self._timed = list[EngineRun]()
+        self.captures, self.refusal = False, "the engines' layers are timed"
+        for engine in self._engines.values():
+            engine.time_layers(lambda name, ms: timed[-1].layers.append((name, ms)))
+        return timed
+
     def _step(
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State,
         chosen: int,
@@ -168,6 +191,8 @@ class TensorRTBackend(WithoutEncoder):
             binding.captured.launch()
             return
         binding.place()
+        if self._timed is not None:
+            self._timed.append(EngineRun(role.name))
         if role.time > 1 or not self.captures or not binding.warm:
             # the first run may still allocate, which cannot be recorded
             binding.enqueue(self._cuda.stream)

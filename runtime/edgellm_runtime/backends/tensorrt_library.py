@@ -7,7 +7,7 @@ numbers.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ API: Mapping[str, Sequence[str]] = {
         "num_io_tensors", "get_tensor_name", "get_tensor_mode", "get_tensor_dtype", "get_tensor_shape",
         "get_tensor_profile_shape", "create_execution_context",
     ),
-    "IExecutionContext": ("set_input_shape", "set_tensor_address", "execute_async_v3"),
+    "IExecutionContext": ("set_input_shape", "set_tensor_address", "execute_async_v3", "profiler"),
+    "IProfiler": ("report_layer_time",),
     "ILogger": ("log",),
     "TensorIOMode": ("INPUT", "OUTPUT"),
     "DataType": tuple(DTYPES),
@@ -126,6 +127,17 @@ def _recorder(module: Any, said: list[str]) -> Any:
     return Recorder()
 
 
+def _timer(module: Any, tell: Callable[[str, float], None]) -> Any:
+    class Timer(module.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            module.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            tell(layer_name, ms)
+
+    return Timer()
+
+
 class Engine:
     """One engine with one context of its own.
 
@@ -170,6 +182,11 @@ class Engine:
                                    f"{self._library.last_words()}")  # fmt: skip
             self._set[name] = tuple(shape)
         self._context.set_tensor_address(name, pointer)
+
+    def time_layers(self, tell: Callable[[str, float], None]) -> None:
+        """From now on, wait for each run, and tell the name of each of its layers and the milliseconds that it took."""
+        self._timer = _timer(self._library.module, tell)  # the library holds it, but not for Python
+        self._context.profiler = self._timer
 
     def enqueue(self, stream: Any) -> None:
         """Put one run on a stream.

@@ -27,7 +27,7 @@ class Kernel:
     Args:
         name: of the node that ONNX Runtime runs, which may be one that it has put in the place of several.
         op: the operator's name.
-        index: of that node in ONNX Runtime's graph; None where it does not say.
+        index: of that node in ONNX Runtime's graph, or of the engine that it is in; None where that is not told.
         start_us: microseconds from the start of the profile.
         us: how long it took.
         given: shapes of its inputs, without those that its kernel holds packed.

@@ -75,9 +75,11 @@ def _head(result: Mapping[str, Any]) -> str:
     cards = [
         (f"{result['phases']['prefill']['plain_ms']:.1f} ms", f"a prompt of {result['prompt_tokens']}{after}"),
         (f"{result['phases']['decode']['plain_ms']:.2f} ms", "a token"),
-        (f"{roof['gb_per_s']:.1f} GB/s", "memory, read"),
-        (f"{roof['gflop_per_s']:.0f} GFLOP/s", "float32 product"),
     ]
+    if roof is not None:
+        cards += [
+            (f"{roof['gb_per_s']:.1f} GB/s", "memory, read"), (f"{roof['gflop_per_s']:.0f} GFLOP/s", "float32 product")
+        ]  # fmt: skip
     told = "".join(f'<div class="card"><b>{html.escape(a)}</b>{html.escape(b)}</div>' for a, b in cards)
     doubts = "".join(f'<p class="doubt">Note: {html.escape(what)}.</p>' for what in result["doubts"])
     return (
@@ -92,12 +94,12 @@ def _count(number: int, noun: str) -> str:
 
 
 def _phase(name: str, phase: Mapping[str, Any], result: Mapping[str, Any], colours: Mapping[str, str]) -> str:
-    overhead = f"{phase['profiler_overhead']:+.1%}"
+    overhead, roof = f"{phase['profiler_overhead']:+.1%}", known(phase["step"]["roof_share"], ".0%")
     return (
         f"<h2>{html.escape(_TITLES[name].format(phase['tokens']))}</h2>"
         f"<p>{phase['plain_ms']:.2f} ms without the profiler. With it {phase['step_ms']:.2f} ms ({overhead}): "
-        f"kernels {phase['kernels_ms']:.2f}, between them {phase['between_kernels_ms']:.2f}, outside ONNX Runtime "
-        f"{phase['outside_onnxruntime_ms']:.2f}. Of the roof: {known(phase['step']['roof_share'], '.0%')}.</p>"
+        f"kernels {phase['kernels_ms']:.2f}, between them {known(phase['between_kernels_ms'], '.2f')}, outside the "
+        f"library {known(phase['outside_library_ms'], '.2f')}. Of the roof: {roof}.</p>"
         f"<h3>Layers</h3>{_key(phase, colours)}{_bars(phase, colours)}"
         f"<h3>Operators</h3>{_table(phase, colours)}"
         f"<h3>Roofline</h3>{_roofline(phase, result['roof'], colours)}"
@@ -165,8 +167,10 @@ def _kinds(row: Mapping[str, Any]) -> str:
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 480, 300, 52, 44, 14, 14
 
 
-def _roofline(phase: Mapping[str, Any], roof: Mapping[str, Any], colours: Mapping[str, str]) -> str:
+def _roofline(phase: Mapping[str, Any], roof: Mapping[str, Any] | None, colours: Mapping[str, str]) -> str:
     """Operations a byte from the left, operations a second from below, both in decades; a dot for each operator."""
+    if roof is None:
+        return '<p class="dim">Not known: the memory of this device is not measured.</p>'
     dots = [
         (row["name"], row["flops"] / sum(row["bytes"].values()), row["gflop_per_s"], row["share"])
         for row in phase["operators"]
@@ -244,10 +248,14 @@ def _decades(values: Sequence[float]) -> tuple[int, int]:
 
 
 def _notes(result: Mapping[str, Any]) -> str:
+    roof = result["roof"]
+    measured = "" if roof is None else (
+        f" The roof was measured between the rounds: {roof['array_mb']} MB read with "
+        f"{_count(roof['threads'], 'thread')}, and a product of float32 matrices. Caches and kernels of whole numbers "
+        "can be faster than it."
+    )  # fmt: skip
     return (
         "<h2>How to read this</h2><p>Bytes are those that must be moved at least: each weight, each slot of the state "
         "in use and each activation once. Operations are those of products; what is done once an element is not "
-        f"counted. The roof was measured between the rounds: {result['roof']['array_mb']} MB read with "
-        f"{result['roof']['threads']} threads, and a product of float32 matrices. Caches and kernels of whole numbers "
-        "can be faster than it. The profiler makes small kernels look larger than they are.</p>"
+        f"counted.{measured} The profiler makes small kernels look larger than they are.</p>"
     )

@@ -32,7 +32,7 @@ def report(found: Profile, bundle: str) -> dict[str, Any]:
         "processor": machine.processor_name(), "load": machine.other_load(), "versions": versions(),
         "prompt_tokens": work.prompt_tokens, "new_tokens": work.new_tokens, "depth": work.depth,
         "rounds": len(found.phases[0].plain_rounds_ms), "doubts": _doubts(found),
-        "roof": {
+        "roof": None if roof is None else {
             "gb_per_s": round(roof.bytes_per_s / 1e9, 2), "gflop_per_s": round(roof.operations_per_s / 1e9, 1),
             "array_mb": roof.array_bytes >> 20, "threads": roof.threads,
         },
@@ -49,13 +49,15 @@ def _phase(phase: Phase, found: Profile) -> dict[str, Any]:
         {**_part(layers[name], everything, found.roof), "nodes": nodes, "operators": _operators(phase, name)}
         for name, nodes in found.layers.items()
     ]
+    inside = None if phase.run_ms is None else round(phase.run_ms, 4)
     (step,) = grouped(phase.kernels, lambda _: "step")
     return {
         "tokens": phase.tokens, "plain_rounds_ms": _rounded(phase.plain_rounds_ms),
         "profiled_rounds_ms": _rounded(phase.profiled_rounds_ms), "plain_ms": round(phase.plain_ms, 4),
-        "step_ms": round(phase.step_ms, 4), "onnxruntime_ms": round(phase.run_ms, 4),
-        "kernels_ms": round(everything, 4), "between_kernels_ms": round(phase.run_ms - everything, 4),
-        "outside_onnxruntime_ms": round(phase.step_ms - phase.run_ms, 4), "profiler_overhead": round(phase.overhead, 4),
+        "step_ms": round(phase.step_ms, 4), "library_ms": inside, "kernels_ms": round(everything, 4),
+        "between_kernels_ms": None if inside is None else round(inside - everything, 4),
+        "outside_library_ms": None if inside is None else round(phase.step_ms - inside, 4),
+        "profiler_overhead": round(phase.overhead, 4),
         "step": _whole(step, phase),
         "operators": [_part(s, everything, found.roof) for s in grouped(phase.kernels, lambda kernel: kernel.op)],
         "layers": rows,
@@ -93,7 +95,7 @@ def _operators(phase: Phase, layer: str) -> dict[str, float]:
     return {spent.name: round(spent.ms, 4) for spent in grouped(inside, lambda kernel: kernel.op)}
 
 
-def _part(spent: Spent, everything: float, roof: Roof) -> dict[str, Any]:
+def _part(spent: Spent, everything: float, roof: Roof | None) -> dict[str, Any]:
     operations = spent.traffic.operations
     return {
         "name": spent.name, "count": round(spent.count, 3), "ms": round(spent.ms, 4),
@@ -102,7 +104,7 @@ def _part(spent: Spent, everything: float, roof: Roof) -> dict[str, Any]:
         "flops": None if operations is None else round(operations),
         "gflop_per_s": None if operations is None or not spent.ms else _figure(operations / spent.ms / 1e6),
         "least_ms": _figure(spent.least_ms), "roof_share": _figure(spent.roof_share),
-        "bound": roof.bound(spent.traffic) if spent.roof_share is not None else None,
+        "bound": roof.bound(spent.traffic) if roof is not None and spent.roof_share is not None else None,
     }  # fmt: skip
 
 

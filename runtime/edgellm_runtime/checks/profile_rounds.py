@@ -49,13 +49,13 @@ class Rounds:
         plain: steps without the profiler.
         profiled: and with it.
         warm: runs of the round that does not count, with the profiler.
-        roof: of the machine, the best of all rounds.
+        roof: of the machine, the best of all rounds; None where it was not measured.
     """
 
     plain: Sequence[Sequence[Read]]
     profiled: Sequence[Sequence[Read]]
     warm: int
-    roof: Roof
+    roof: Roof | None
 
     def give_runs(self, runs: Sequence[Run]) -> None:
         """Hand the profiler's runs, the unmeasured ones among them, to the steps that they were for.
@@ -80,7 +80,7 @@ class Rounds:
 
 
 def take_turns(
-    plain: Session, noted: Session, workload: Workload, rounds: int, *, threads: int, seed: int, tell: Tell
+    plain: Session, noted: Session, workload: Workload, rounds: int, *, threads: int | None, seed: int, tell: Tell
 ) -> Rounds:
     """Do a workload with two sessions in turn, after a round that does not count; measure the machine between.
 
@@ -89,7 +89,7 @@ def take_turns(
         noted: with the profiler.
         workload: what each round does, with one row.
         rounds: that count.
-        threads: that the sessions have, and with which the machine is measured.
+        threads: that the sessions have, and with which the machine is measured; None not to measure it.
         seed: of the random prompts, which both sessions read.
         tell: hears what is done, and the share that is done.
     """
@@ -99,11 +99,17 @@ def take_turns(
         tell("measuring", number / (rounds + 1))
         for session in (noted, plain) if number % 2 else (plain, noted):
             taken[session is noted].append(_round(session, workload, seed + number))
-        if number:
+        if number and threads is not None:
             roofs.append(measure_roof(threads))
-    best = replace(max(roofs, key=lambda r: r.bytes_per_s), operations_per_s=max(r.operations_per_s for r in roofs))
     warm, *profiled = taken[True]
-    return Rounds(taken[False][1:], profiled, sum(len(read.steps) for read in warm), best)
+    return Rounds(taken[False][1:], profiled, sum(len(read.steps) for read in warm), _best(roofs))
+
+
+def _best(roofs: Sequence[Roof]) -> Roof | None:
+    if not roofs:
+        return None
+    most = max(roof.operations_per_s for roof in roofs)
+    return replace(max(roofs, key=lambda roof: roof.bytes_per_s), operations_per_s=most)
 
 
 def _round(session: Session, workload: Workload, seed: int) -> list[Read]:
