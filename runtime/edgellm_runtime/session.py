@@ -25,7 +25,7 @@ from edgellm_runtime.state import State
 from edgellm_runtime.state.storage import Storage
 from edgellm_runtime.text.tokenizer import check_tokens
 
-__all__ = ["Session"]
+__all__ = ["Session", "Wanted"]
 
 Array = NDArray[Any]
 Wanted = Literal["last", "all", "none"]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
+import httpx2 as httpx
 import numpy as np
 import openai
 import pytest
 from served import Served, serving
 from tiny_bundles import attention_bundle, hidden_bundle, recurrent_bundle
+
+from edgellm_runtime import Model
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -232,3 +236,49 @@ def test_errors_are_those_the_client_knows(client: openai.OpenAI) -> None:
         assert caught.value.param == next(iter(wrong))
     with pytest.raises(openai.BadRequestError, match="no chat template"):
         client.chat.completions.create(model="ids", messages=MESSAGES)
+
+
+def test_an_echo_has_the_prompts_log_probabilities(served: Served, client: openai.OpenAI) -> None:
+    model = served.model.model
+    ids = model.tokenizer.encode("the user said hello to the world")
+    asked = {"model": "tiny", "prompt": [ids, ids[:5]], "echo": True, "logprobs": 2, "temperature": 0}
+    for most in (0, 1):
+        found = client.completions.create(**asked, max_tokens=most)
+        for choice, prompt in zip(found.choices, (ids, ids[:5]), strict=True):
+            (score,) = model.score([(prompt[:1], prompt[1:])])
+            made = [] if most == 0 else model.generate(prompt, max_new_tokens=1, logprobs=2).logprobs
+            expected = [*score.logprobs, *(place.logprob for place in made)]
+            places = choice.logprobs
+            assert places.token_logprobs[0] is None and places.top_logprobs[0] is None
+            assert places.token_logprobs[1:] == pytest.approx(expected, abs=1e-5)
+            assert [max(top.values()) == p for top, p in zip(places.top_logprobs[1:], places.token_logprobs[1:],
+                    strict=True)][: len(prompt) - 1].count(True) == _greedy(model, prompt)  # fmt: skip
+            assert len(places.tokens) == len(prompt) + len(made)
+            assert choice.text.startswith(model.tokenizer.decode(prompt))
+    with pytest.raises(openai.BadRequestError, match="in a stream"):
+        client.completions.create(**asked, stream=True)
+
+
+def _greedy(model: Model, prompt: list[int]) -> int:
+    """How many tokens of a prompt are the most probable at their place."""
+    return sum(model.score([(prompt[:at], prompt[at : at + 1])])[0].greedy for at in range(1, len(prompt)))
+
+
+def test_texts_become_tokens_and_tokens_texts(served: Served) -> None:
+    tokenizer = served.model.model.tokenizer
+    text = "the world<|im_end|>"
+
+    def post(path: str, **body: Any) -> Any:
+        return served.post(path, {"model": "tiny", **body}).json()
+
+    found = post("/tokenize", prompt=text, add_special_tokens=False)
+    assert found["tokens"] == tokenizer.encode(text, special=True) and found["tokens"][-1] == 2
+    assert (found["count"], found["max_model_len"]) == (len(found["tokens"]), 96)
+    assert post("/detokenize", tokens=found["tokens"])["prompt"] == text
+    assert post("/tokenize", messages=MESSAGES)["tokens"] == served.model.model.chat_template.encode(MESSAGES)
+    info = httpx.get(f"{served.address}/tokenizer_info", params={"model": "tiny"}).json()
+    assert (info["eos_token"], info["chat_template"]) == ("<|im_end|>", served.model.model.chat_template.source)
+    assert post("/tokenize", prompt="a", messages=MESSAGES)["error"]["code"] == "missing_required_parameter"
+    assert post("/tokenize", model=None, prompt="a")["error"]["message"].endswith("it is one of tiny, ids, vectors.")
+    assert post("/detokenize", tokens=[10**6])["error"]["message"].startswith("Token id 1000000 is outside")
+    assert post("/tokenize", model="ids", prompt="a")["error"]["code"] == "no_tokenizer"

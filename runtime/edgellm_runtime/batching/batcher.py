@@ -277,7 +277,7 @@ class Batcher:
         """The logits (1, vocab) of the prompt's last token, once that has been read."""
         start = self.clock()
         if job.reading is None:
-            job.reading = Reading(self._session, job.prompt, job.room, self._piece, self._prefixes)
+            job.reading = Reading(self._session, job.prompt, job.room, self._piece, self._prefixes, job.prompt_logprobs)
             job.cached = job.reading.cached
             self.counts["cached_tokens"] += job.cached
         reading, before = job.reading, job.reading.read
@@ -291,7 +291,13 @@ class Batcher:
     def _start(self, job: Job, logits: NDArray[np.float32]) -> None:
         """Choose the first token of each answer; those that go on join the rows."""
         assert job.reading is not None
-        state, job.reading = job.reading.state, None
+        state, job.read_logprobs = job.reading.state, job.reading.logprobs
+        job.reading = None
+        for answer in job.answers:
+            if answer.row.left <= 0:  # only the prompt was asked about
+                self._end(job, answer, "length")
+        if job.ended:
+            return
         tokens = [_chosen(answer, logits[0]) for answer in job.answers]
         now = self.clock()
         job.ttft_s = now - job.submitted

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from edgellm_runtime.batching.reading import Reading
 from edgellm_runtime.errors import OptionError
 from edgellm_runtime.generation.answer import Chunk, Generation, Timings
+from edgellm_runtime.generation.logprobs import TokenLogprobs
 from edgellm_runtime.generation.options import GenerationOptions
 from edgellm_runtime.generation.row import Row
 from edgellm_runtime.generation.sampling import Sampler
@@ -66,6 +67,8 @@ class Job:
         session: will step it.
         tokenizer: gives answers a text.
         context: the most tokens that prompt and answer may have.
+        prompt_logprobs: so many of the most probable tokens are wanted beside each of the prompt's; None: nothing is
+            said of the prompt, which need not be read where no token follows.
 
     Raises:
         OptionError: an option names a token that the model does not have, or another number of seeds.
@@ -73,13 +76,15 @@ class Job:
 
     def __init__(
         self, prompt: Sequence[int], options: GenerationOptions, answers: int, sink: Sink, now: float, *,
-        session: Session, tokenizer: Tokenizer | None, context: int,
+        session: Session, tokenizer: Tokenizer | None, context: int, prompt_logprobs: int | None = None,
     ) -> None:  # fmt: skip
         self.prompt, self.options, self.sink = tuple(prompt), options, sink
+        self.prompt_logprobs = prompt_logprobs
         self.submitted = now
         self.deadline = None if options.deadline is None else now + options.deadline
         self.cancelled = threading.Event() if options.cancel is None else options.cancel
         self.reading: Reading | None = None  # while the prompt is read
+        self.read_logprobs: list[TokenLogprobs] | None = None  # of the prompt, once it is read
         self.cached = 0  # tokens of the prompt that had been read before
         self.prefill_s = self.ttft_s = 0.0
         self.failed = False
@@ -93,6 +98,8 @@ class Job:
             row = Row(self.prompt, tokenizer, options, context - len(self.prompt))
             sampler = Sampler(own, rows=1, vocab_size=session.vocab_size, ends=row.ends)
             sampler.observe(0, self.prompt)
+            if self.must_be_read:
+                row.finish_reason = None  # however few tokens may follow
             made.append(Answer(index, row, sampler, options.logprobs))
         self.answers = tuple(made)
 
@@ -105,6 +112,11 @@ class Job:
     def ended(self) -> bool:
         """Whether nothing more will come of it."""
         return self.failed or all(answer.row.finish_reason is not None for answer in self.answers)
+
+    @property
+    def must_be_read(self) -> bool:
+        """Whether its prompt is asked about, even if no token is to follow."""
+        return self.prompt_logprobs is not None
 
     def tell(self, answer: Answer, chunk: Chunk, now: float) -> None:
         """Pass a piece of an answer on. One whose reader cannot be told is cancelled."""
@@ -137,4 +149,5 @@ class Job:
             text="".join(row.texts), tokens=tuple(row.tokens), prompt_tokens=len(row.prompt),
             finish_reason=row.finish_reason, timings=timings,
             logprobs=None if self.options.logprobs is None else tuple(row.logprobs), cached_tokens=self.cached,
+            prompt_logprobs=None if self.read_logprobs is None else tuple(self.read_logprobs),
         )  # fmt: skip

@@ -129,7 +129,7 @@ class Scheduler:
 
     def submit(
         self, prompt: Any, *, answers: int = 1, wait: bool = False, sink: Sink | None = None,
-        **options: Unpack[OptionKeywords],
+        prompt_logprobs: int | None = None, **options: Unpack[OptionKeywords],
     ) -> Ticket:  # fmt: skip
         """Hand in a request.
 
@@ -139,6 +139,8 @@ class Scheduler:
             wait: whether to wait for a place in the queue, and not to be refused.
             sink: is told of each piece instead of the ticket, which then has none, on the scheduler's thread, which it
                 must not hold up.
+            prompt_logprobs: answers have the log-probabilities of the prompt's tokens too, and of so many of the most
+                probable ones beside each; the prompt is then read whole, whatever is cached.
             **options: those of :class:`~edgellm_runtime.generation.options.GenerationOptions`; a ``deadline`` counts
                 from here.
 
@@ -152,12 +154,14 @@ class Scheduler:
         wait = check_flag("wait", wait)
         if sink is not None and not callable(sink):
             raise OptionError(f"sink is {shown(sink)}; it must be a function of an event, or None")
+        if prompt_logprobs is not None:
+            prompt_logprobs = check_integer("prompt_logprobs", prompt_logprobs, 0, 2**20)
         tokens = self._encode(prompt)
         self._check(tokens, checked)
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         job = Job(
             tokens, checked, answers, sink or events.put, self._batcher.clock(), session=self._session,
-            tokenizer=self._tokenizer, context=self.context,
+            tokenizer=self._tokenizer, context=self.context, prompt_logprobs=prompt_logprobs,
         )  # fmt: skip
         with self._changed:
             while wait and not self._closing and self._queued >= self.options.queue:

@@ -51,6 +51,7 @@ class Generation:
         state: the text with its answer, to go on from; None where no state was given.
         cached_tokens: of the prompt, those that a prefix cache had.
         speculation: what drafts were worth, where they were asked for.
+        prompt_logprobs: one for each token of the prompt after its first, where a scheduler was asked for them.
     """
 
     text: str
@@ -62,6 +63,7 @@ class Generation:
     state: TextState | None = field(default=None, repr=False, compare=False)
     cached_tokens: int = 0
     speculation: Speculation | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
     def __repr__(self) -> str:
         speed = f"{self.timings.decode_tokens_per_s:.1f} tokens/s"
@@ -70,7 +72,8 @@ class Generation:
     def to_json(self) -> dict[str, Any]:
         """The same as JSON's types, without what was not asked for, and without the state, which has its own file."""
         found = asdict(replace(self, state=None))
-        return {k: v for k, v in found.items() if k != "state" and not (k in ("logprobs", "speculation") and v is None)}
+        unasked = ("logprobs", "speculation", "prompt_logprobs")
+        return {k: v for k, v in found.items() if k != "state" and not (k in unasked and v is None)}
 
 
 @dataclass(frozen=True, slots=True)

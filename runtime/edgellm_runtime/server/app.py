@@ -29,6 +29,7 @@ from edgellm_runtime.server.openai_models import list_models, show_model
 from edgellm_runtime.server.openai_responses import responses
 from edgellm_runtime.server.options import ServerOptions
 from edgellm_runtime.server.page import page
+from edgellm_runtime.server.tokenizing import detokenize, tokenize, tokenizer_info
 
 __all__ = ["application"]
 
@@ -39,6 +40,8 @@ _POSTS: tuple[tuple[str, Dialect, Handler], ...] = (
     ("/v1/embeddings", "openai", embeddings),
     ("/v1/messages", "anthropic", messages),
     ("/v1/messages/count_tokens", "anthropic", count_tokens),
+    ("/tokenize", "openai", tokenize),
+    ("/detokenize", "openai", detokenize),
 )
 
 
@@ -53,6 +56,7 @@ def application(host: Host, options: ServerOptions) -> Starlette:
         *(Route(path, _endpoint(path, dialect, handler), methods=["POST"]) for path, dialect, handler in _POSTS),
         Route("/v1/models", _endpoint("/v1/models", None, list_models), methods=["GET"]),
         Route("/v1/models/{model:path}", _endpoint("/v1/models/{model}", None, show_model), methods=["GET"]),
+        Route("/tokenizer_info", _endpoint("/tokenizer_info", None, tokenizer_info), methods=["GET"]),
         Route("/", page, methods=["GET"]),
         Route("/health", _health, methods=["GET"]),
         Route("/metrics", _endpoint("/metrics", None, _metrics), methods=["GET"]),

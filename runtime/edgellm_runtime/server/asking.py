@@ -82,7 +82,7 @@ class Asked:
 
 async def ask(
     hosted: Hosted, prompt: Callable[[], Any], *, answers: int = 1, timeout: float | None = None,
-    options: OptionKeywords,
+    options: OptionKeywords, prompt_logprobs: int | None = None,
 ) -> Asked:  # fmt: skip
     """Hand in a request.
 
@@ -92,6 +92,7 @@ async def ask(
         answers: how many.
         timeout: seconds after which it is ended.
         options: how to choose, and when to end.
+        prompt_logprobs: as for :meth:`~edgellm_runtime.batching.scheduler.Scheduler.submit`.
 
     Raises:
         RuntimeFault: the request cannot be taken.
@@ -102,7 +103,11 @@ async def ask(
 
     def submit() -> None:
         ticket = hosted.scheduler.submit(
-            prompt(), answers=answers, sink=lambda event: _tell(loop, events, event), **own
+            prompt(),
+            answers=answers,
+            sink=lambda event: _tell(loop, events, event),
+            prompt_logprobs=prompt_logprobs,
+            **own,
         )
         asked.prompt = ticket.prompt
 

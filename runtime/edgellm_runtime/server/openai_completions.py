@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 from starlette.responses import Response
 
 from edgellm_runtime.errors import BusyError
+from edgellm_runtime.generation.answer import Generation
 from edgellm_runtime.generation.logprobs import TokenLogprobs
 from edgellm_runtime.generation.options import OptionKeywords
 from edgellm_runtime.server.answering import completed, streamed
@@ -47,9 +49,9 @@ async def completions(call: Call) -> Response:
     if stream:
         return streamed(call, _events(call, hosted, head, answers, usage=usage))
     choices = [
-        {"index": i, "text": a.text, "logprobs": _logprobs(hosted.model.tokenizer, a.logprobs, 0),
+        {"index": i, "text": a.text, "logprobs": _whole_logprobs(hosted.model.tokenizer, a, asked),
          "finish_reason": reason_of(a.finish_reason)}
-        for i, a in enumerate(await completed(call))
+        for i, (asked, a) in enumerate((asked, a) for asked in await _all(call) for a in asked.found)
     ]  # fmt: skip
     return JsonText({**head, "choices": choices, "usage": usage_of(call.asked)})
 
@@ -66,7 +68,9 @@ def _check_room(hosted: Hosted, prompts: int) -> None:
 
 async def _asked(call: Call, hosted: Hosted, prompt: Any, answers: int, options: OptionKeywords) -> Asked:
     try:
-        return await ask(hosted, lambda: prompt, answers=answers, timeout=call.options.timeout, options=options)
+        told = options.get("logprobs") if options.get("echo") else None  # the echo's too
+        return await ask(hosted, lambda: prompt, answers=answers, timeout=call.options.timeout, options=options,
+                         prompt_logprobs=told)  # fmt: skip
     except BaseException:  # those before it need not go on
         call.leave()
         raise
@@ -87,11 +91,11 @@ def _wanted(fields: Fields, hosted: Hosted) -> tuple[OptionKeywords, int, bool, 
     if logprobs is not None:
         options["logprobs"] = logprobs
     if fields.flag("echo"):
-        if logprobs is not None:
-            raise ApiError("'echo' with 'logprobs' is not supported by this server; leave one of them out.",
-                           param="echo", code="unsupported_parameter")  # fmt: skip
         options["echo"] = True
     stream = fields.flag("stream")
+    if stream and logprobs is not None and "echo" in options:
+        raise ApiError("'echo' with 'logprobs' is not supported by this server in a stream; leave one of them out.",
+                       param="echo", code="unsupported_parameter")  # fmt: skip
     return options, answers, stream, wants_usage(fields, stream=stream)
 
 
@@ -138,14 +142,34 @@ async def _events(
     yield event("[DONE]")
 
 
+async def _all(call: Call) -> list[Asked]:
+    """All that was asked, answered."""
+    await completed(call)
+    return call.asked
+
+
+def _whole_logprobs(tokenizer: Tokenizer | None, answer: Generation, asked: Asked) -> dict[str, Any] | None:
+    """An answer's log-probabilities, after those of its prompt where it begins with that; the first token has none."""
+    found = answer.prompt_logprobs
+    if found is None or answer.logprobs is None:
+        return _logprobs(tokenizer, answer.logprobs, 0)
+    first = TokenLogprobs(asked.prompt[0], 0.0, ())
+    made = _logprobs(tokenizer, [first, *found, *answer.logprobs], 0)
+    if made is not None:
+        made["token_logprobs"][0] = None
+        if made["top_logprobs"]:
+            made["top_logprobs"][0] = None
+    return made
+
+
 def _logprobs(tokenizer: Tokenizer | None, found: Sequence[TokenLogprobs] | None, offset: int) -> dict[str, Any] | None:
-    """Log-probabilities as completions have them."""
+    """Log-probabilities as completions have them; of tokens with one text the most probable is named."""
     if found is None or tokenizer is None:
         return None
     texts = [tokenizer.token_bytes(place.token).decode(errors="replace") for place in found]
-    offsets = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
+    offsets = list(itertools.accumulate(map(len, texts), initial=offset))[:-1]
     top = [
-        {tokenizer.token_bytes(token).decode(errors="replace"): logprob for token, logprob in place.top}
+        {tokenizer.token_bytes(token).decode(errors="replace"): logprob for token, logprob in reversed(place.top)}
         for place in found
     ]
     return {

@@ -128,14 +128,14 @@ class ChatTemplate:
         from edgellm_runtime.text.template_language import environment
 
         assert self._template  # so that what is broken is told as broken
-        return frozenset(meta.find_undeclared_variables(environment().parse(self._source)))
+        return frozenset(meta.find_undeclared_variables(environment().parse(self.source)))
 
     def _given(
         self, messages: Sequence[Message], add_generation_prompt: bool, tools: Objects | None,
         documents: Objects | None, variables: Mapping[str, Any] | None,
     ) -> dict[str, Any]:  # fmt: skip
         """What the template gets from the caller, checked and plain."""
-        checked = check_messages(messages, source=self._source)
+        checked = check_messages(messages, source=self.source)
         check_flag("add_generation_prompt", add_generation_prompt)
         others = check_inputs(tools, documents, variables)
         return {**others, "messages": checked, "add_generation_prompt": bool(add_generation_prompt)}
@@ -192,7 +192,7 @@ class ChatTemplate:
             The masked data; what each mark stands for; and for the escape that JSON has for a mark, which a template
             may write, the mark that stands for the name so written.
         """
-        used = set(self._source).union(*texts_of(given))
+        used = set(self.source).union(*texts_of(given))
         free = (chr(c) for c in _PRIVATE if chr(c) not in used)
         marks: dict[str, str] = {}
 
@@ -232,7 +232,12 @@ class ChatTemplate:
         return text
 
     @cached_property
-    def _source(self) -> str:
+    def source(self) -> str:
+        """The template's text.
+
+        Raises:
+            BundleError: the file cannot be read, or is too long.
+        """
         try:
             data = self._data
             if data is None:
@@ -259,7 +264,7 @@ class ChatTemplate:
 
         try:
             with rendering():  # constants are computed when it is compiled
-                template: Template = environment().from_string(self._source)
+                template: Template = environment().from_string(self.source)
         except (KeyboardInterrupt, SystemExit, BundleError):
             raise
         except Exception as e:  # besides syntax errors, the parser runs into Python's own limits
