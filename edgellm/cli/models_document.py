@@ -55,7 +55,7 @@ def _layers(name: str) -> tuple[str, str]:
     nodes = lower_to(prepare(capture(model), target), target, Plan()).graph.all_nodes()
     found = {node.op_type for node in nodes}
     kernels = [kernel for kernel in _KERNELS if kernel in found]
-    return grows, ", ".join([*kernels, *(["a Scan"] if "Scan" in found else [])]) or "plain operators"
+    return grows or "none", ", ".join([*kernels, *(["a Scan"] if "Scan" in found else [])]) or "plain operators"
 
 
 _STATES = {"append": "grows", "ring": "a window", "static": "of the first token", "replace": "of one size"}

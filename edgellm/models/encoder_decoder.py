@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from edgellm.errors import ConfigError
 from edgellm.models.config import Shape
-from edgellm.models.layers import GatedMLP, RecurrentMixer, RotaryTable, SelfAttention, SourceAttention, mask_spec
+from edgellm.models.layers import RecurrentMixer, RotaryTable, SelfAttention, SourceAttention, mask_spec
+from edgellm.models.layers.both_ways import EncoderBlock, NormedBlock
 from edgellm.models.layers.recurrent import KINDS
 from edgellm.models.layers.source_attention import SOURCE_MASK
 from edgellm.models.protocol import State, Step
@@ -95,65 +96,7 @@ PRESETS: Mapping[str, EncoderDecoderConfig] = {
 }
 
 
-class BothWays(nn.Module):
-    """A recurrence over a source from its first token, and one from its last; their outputs are added."""
-
-    def __init__(self, kind: str, width: int, hidden: int) -> None:
-        super().__init__()
-        self.forwards, self.backwards = (RecurrentMixer(kind, width, hidden) for _ in range(2))
-
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """(batch, source, width), of which ``lengths`` (batch,) int32 are valid, to the same shape."""
-        steps = torch.arange(x.shape[1], device=x.device)[None]
-        last = lengths.long()[:, None] - 1
-        turned = torch.where(steps <= last, last - steps, steps)[:, :, None].expand_as(x)  # padding stays where it is
-        step = Step(torch.zeros_like(lengths), lengths, steps)
-        there, _ = self.forwards(x, {}, "source", step)
-        back, _ = self.backwards(x.gather(1, turned), {}, "source", step)
-        y: Tensor = there + back.gather(1, turned)
-        return y
-
-
-class Block(nn.Module):
-    """What blocks of both sides share: a mixer's norm, an MLP with its norm, dropout."""
-
-    def __init__(self, config: EncoderDecoderConfig) -> None:
-        super().__init__()
-        c = config
-        self.norm = nn.RMSNorm(c.width, eps=c.norm_eps)
-        self.mlp_norm = nn.RMSNorm(c.width, eps=c.norm_eps)
-        self.mlp = GatedMLP(c.width, c.mlp_width)
-        self.dropout = nn.Dropout(c.dropout)
-
-    def finish(self, x: Tensor) -> Tensor:
-        """The MLP with its residual."""
-        y: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
-        return y
-
-
-class EncoderBlock(Block):
-    """One mixer over the whole source, and an MLP."""
-
-    def __init__(self, config: EncoderDecoderConfig, mixer: str) -> None:
-        super().__init__(config)
-        c = config
-        self.mixer: SourceAttention | BothWays = (
-            SourceAttention(c.width, c.num_heads, c.head_dim)
-            if mixer == "attention"
-            else BothWays(mixer, c.width, c.recurrent_width)
-        )
-
-    def forward(self, x: Tensor, lengths: Tensor, mask: Tensor, positions: Tensor, table: RotaryTable) -> Tensor:
-        """(batch, source, width) to the same shape."""
-        y = self.norm(x)
-        if isinstance(self.mixer, SourceAttention):
-            y = self.mixer(y, *self.mixer.keys(y, positions, table), mask, None, positions, table)
-        else:
-            y = self.mixer(y, lengths)
-        return self.finish(x + self.dropout(y))
-
-
-class DecoderBlock(Block):
+class DecoderBlock(NormedBlock):
     """One mixer over the answer so far, attention to the source, and an MLP."""
 
     def __init__(self, config: EncoderDecoderConfig, mixer: str) -> None:

@@ -18,6 +18,7 @@ __all__ = [
     "LabellingConfig",
     "LanguageModel",
     "ModelConfig",
+    "OnePassConfig",
     "SourceConfig",
     "SourceModel",
     "State",
@@ -26,6 +27,7 @@ __all__ = [
     "empty_state",
     "logit_width",
     "read_rows",
+    "reads_in_one_pass",
     "with_hidden",
 ]
 
@@ -74,6 +76,16 @@ class LabellingConfig(ModelConfig, Protocol):
     @property
     def num_labels(self) -> int:
         """How many labels the logits are over; 0: they are over the vocabulary."""
+        ...
+
+
+@runtime_checkable
+class OnePassConfig(ModelConfig, Protocol):
+    """The configuration of a model whose tokens may see those after them, so that a row is read in one step."""
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether they do: each step is then given whole rows, and nothing is carried to another."""
         ...
 
 
@@ -141,6 +153,11 @@ class SourceModel(LanguageModel, Protocol):
             lengths: (batch,) int32, how many tokens of each row are valid, at least 1; the rest is padding.
         """
         ...
+
+
+def reads_in_one_pass(config: ModelConfig) -> bool:
+    """Whether a model of that configuration must be given whole rows, for their tokens see those after them."""
+    return isinstance(config, OnePassConfig) and config.one_pass
 
 
 def answers_sources(model: Any) -> bool:

@@ -103,6 +103,9 @@ ENTRIES: Mapping[str, Entry] = {
         module="edgellm.models.encoder_decoder", about="encoder, recurrent or attentive decoder",
         presets=("tiny", "recurrent"),
     ),
+    "tagger": Entry(
+        module="edgellm.models.tagger", about="labels for tokens read both ways", presets=("tiny", "recurrent"),
+    ),
     "bart": Entry(
         module="edgellm.models.bart", about="encoder and decoder, positions added", presets=("tiny",),
         huggingface=("bart", "marian"),

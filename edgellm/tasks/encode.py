@@ -51,6 +51,7 @@ class EncodedExamples:
 def encode_examples(
     spec: TaskSpec, encode: Encode, token_id: TokenId, end: int, examples: Iterable[Example], *,
     prompt_loss: float = 0.0, class_weights: Mapping[str, float] | None = None, start: Sequence[int] = (),
+    once: bool = False,
 ) -> EncodedExamples:  # fmt: skip
     """Encode examples for training.
 
@@ -63,6 +64,7 @@ def encode_examples(
         prompt_loss: how much a prompt's tokens count beside the answer's.
         class_weights: how much examples with these answers, or words with these labels, count; None: all alike.
         start: what answers begin with in a model that reads prompts as sources; none: prompt and answer are one row.
+        once: whether the model reads words to label once, in one pass.
     """
     rows: list[Encoded] = []
     shortened = dropped = 0
@@ -70,7 +72,7 @@ def encode_examples(
     for example in examples:
         try:
             if spec.name == "srl":
-                rows.append(_labelled(spec, cached, token_id, example, class_weights or {}))
+                rows.append(_labelled(spec, cached, token_id, example, class_weights or {}, once))
                 continue
             row, cut = _answered(spec, cached, token_id, end, example, prompt_loss, class_weights or {}, start)
         except ContextError:
@@ -129,9 +131,9 @@ def _answered(
 
 
 def _labelled(
-    spec: TaskSpec, encode: Encode, token_id: TokenId, example: Example, class_weights: Mapping[str, float]
+    spec: TaskSpec, encode: Encode, token_id: TokenId, example: Example, class_weights: Mapping[str, float], once: bool
 ) -> Encoded:
-    prompt = encode_words(encode, token_id, example["words"], example["predicate"], limit=spec.max_prompt)
+    prompt = encode_words(encode, token_id, example["words"], example["predicate"], limit=spec.max_prompt, once=once)
     targets, weights = np.zeros(len(prompt.tokens), np.int32), np.zeros(len(prompt.tokens), np.float32)
     number = {label: i for i, label in enumerate(spec.labels)}
     kept = [(p, label) for p, label in zip(prompt.positions, example["labels"], strict=True) if label in number]

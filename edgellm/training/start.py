@@ -14,7 +14,7 @@ from torch import nn
 from edgellm.checkpoints import load_checkpoint
 from edgellm.errors import TrainingError
 from edgellm.models import registry
-from edgellm.models.protocol import answers_sources
+from edgellm.models.protocol import answers_sources, reads_in_one_pass
 from edgellm.training.lora import adapt
 from edgellm.training.run_config import DATA, TOKENIZER, RunConfig
 from edgellm.training.tokenizer import end_of_text_id, read_tokenizer_file, train_tokenizer
@@ -34,6 +34,7 @@ class Start:
         text: what checkpoints say of the tokenizer: keywords of :func:`edgellm.checkpoints.save_checkpoint`.
         source: the checkpoint, or None for fresh weights.
         start_tokens: what answers begin with, of a model that answers sources; none: it goes on with texts.
+        one_pass: whether the model reads rows in one pass.
     """
 
     build: Callable[..., nn.Module]
@@ -43,6 +44,7 @@ class Start:
     text: dict[str, Any] = field(default_factory=dict)
     source: Path | None = None
     start_tokens: tuple[int, ...] = ()
+    one_pass: bool = False
 
 
 def prepare_tokenizer(
@@ -83,6 +85,10 @@ def start_of(config: RunConfig, out: Path) -> Start:
         ConfigError: an impossible model.
     """
     found = _fresh(config, out) if config.init is None else _from_checkpoint(config.init)
+    if found.one_pass and config.task != "srl":
+        raise TrainingError(
+            f"the {found.architecture} model labels words and goes on with no text; train it with --task srl"
+        )
     if not config.lora:
         return found
 
@@ -99,15 +105,22 @@ def _fresh(config: RunConfig, out: Path) -> Start:
     architecture = registry.find(config.architecture)
     size: dict[str, Any] = {"vocab_size": tokenizer.get_vocab_size()}
     end = end_of_text_id(tokenizer)
-    answers = any(field.name == "start_tokens" for field in dataclasses.fields(architecture.config))
+    known = {field.name for field in dataclasses.fields(architecture.config)}
+    answers = "start_tokens" in known
     if answers:
         size["start_tokens"] = [end]  # which ends the source, so to say, and begins the answer
 
     def build(**fields: Any) -> nn.Module:
-        return architecture.build(architecture.config.from_json({**config.model, **size, **fields}))
+        if unknown := sorted(fields.keys() - known):
+            raise TrainingError(
+                f"the {architecture.name} model has no {unknown[0]}, so that it labels no words; use tagger or hybrid"
+            )
+        apart = {"tie_embeddings": False} if fields and "tie_embeddings" in known else {}  # labels are no tokens
+        return architecture.build(architecture.config.from_json({**config.model, **size, **apart, **fields}))
 
-    start = (end,) if answers else ()
-    return Start(build, config.architecture, tokenizer, end, {"eos_token_ids": (end,)}, start_tokens=start)
+    one_pass = reads_in_one_pass(architecture.config.from_json({**config.model, **size}))
+    start, text = (end,) if answers else (), {"eos_token_ids": (end,)}
+    return Start(build, config.architecture, tokenizer, end, text, start_tokens=start, one_pass=one_pass)
 
 
 def _from_checkpoint(path: Path) -> Start:
@@ -128,4 +141,5 @@ def _from_checkpoint(path: Path) -> Start:
     tokenizer = Tokenizer.from_str(loaded.tokenizer_json)
     config: Any = loaded.model.config
     start = tuple(config.start_tokens) if answers_sources(loaded.model) else ()
-    return Start(build, loaded.architecture, tokenizer, loaded.eos_token_ids[0], text, path, start)
+    one_pass = reads_in_one_pass(config)
+    return Start(build, loaded.architecture, tokenizer, loaded.eos_token_ids[0], text, path, start, one_pass)

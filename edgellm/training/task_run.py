@@ -51,7 +51,7 @@ def train_task(
         start = start_of(config, out)
         spec, batches = _encoded(config, start, training, validation, say if say and world.is_first else _silent)
         torch.manual_seed(config.options.seed)
-        model = start.build(**({"num_labels": len(spec.labels), "tie_embeddings": False} if spec.labels else {}))
+        model = start.build(**({"num_labels": len(spec.labels)} if spec.labels else {}))
         _check_room(model, config.options.context)
         return train(
             model, batches, config.options, out, architecture=start.architecture, tokenizer=start.tokenizer, task=spec,
@@ -126,6 +126,7 @@ def _encoded(
             prompt_loss=options.prompt_loss,
             class_weights=weights,
             start=start.start_tokens,
+            once=start.one_pass,
         )
         for examples in (training, validation)
     ]

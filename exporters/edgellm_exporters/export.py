@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgellm.models.protocol import LanguageModel, answers_sources, logit_width
+from edgellm.models.protocol import LanguageModel, answers_sources, logit_width, reads_in_one_pass
 from edgellm.streaming import OwnWeights, Weights, resident
 from edgellm_exporters.atomic import check_destination, whole_directory
 from edgellm_exporters.auto.automatic import Automatic, quantize_within
@@ -138,7 +138,8 @@ def _build(
     provenance: Mapping[str, Any], progress: Progress,
 ) -> Exported:  # fmt: skip
     target = find_target(options.target)
-    made = graph_set(target, options.dtype, options.engine, model.config.max_context)
+    whole = reads_in_one_pass(model.config)
+    made = graph_set(target, options.dtype, options.engine, model.config.max_context, one_pass=whole)
     progress("capturing", 0.0)
     _write_text(scratch, text)
     if text is not None:
@@ -159,6 +160,8 @@ def _build(
             bounds.pop("greedy", None)  # labels are nothing to go on with
         if hidden is None:
             bounds.pop("hidden", None)
+        if signature.one_pass:
+            bounds.pop("split", None)  # nor are rows that are read whole
         manifest = Manifest(
             name=name, target={"name": target.name, "requires": dict(target.requires)},
             signature=signature, max_context=made.context, ragged_chunks=target.ragged_chunks,

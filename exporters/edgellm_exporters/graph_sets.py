@@ -155,7 +155,9 @@ class FixedGraphs:
         return add_engines(directory, manifest, self.options, progress) if self.options.build else manifest
 
 
-def graph_set(target: Target, dtype: str, engine: EngineOptions | None, model_context: int) -> GraphSet:
+def graph_set(
+    target: Target, dtype: str, engine: EngineOptions | None, model_context: int, *, one_pass: bool = False
+) -> GraphSet:
     """The graphs that a target makes.
 
     Args:
@@ -163,6 +165,7 @@ def graph_set(target: Target, dtype: str, engine: EngineOptions | None, model_co
         dtype: of activations, state and weights that are not quantized.
         engine: what engines are built for; None for what :class:`EngineOptions` says.
         model_context: the most tokens of a row that the model takes.
+        one_pass: whether it reads a row in one step.
 
     Raises:
         ExportError: sizes that the model does not have.
@@ -170,4 +173,4 @@ def graph_set(target: Target, dtype: str, engine: EngineOptions | None, model_co
     if not target.roles:
         return OneGraph(target, dtype, model_context)
     options = engine or EngineOptions()
-    return FixedGraphs(target, dtype, sizes_of(options, model_context), options)
+    return FixedGraphs(target, dtype, sizes_of(options, model_context, one_pass=one_pass), options)

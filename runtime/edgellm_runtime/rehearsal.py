@@ -61,6 +61,6 @@ def _use(path: str, device: str, checksums: bool) -> None:
             model.chat_template.encode([{"role": "user", "content": "Hello"}])
     sources = None if model.session.encoder is None else [[0, 1 % model.session.vocab_size]]
     state = model.session.new_state(1, 3, sources=sources)
-    for tokens in ([[0, 1]], [[0]]):
+    for tokens in ([[0, 1]],) if model.session.one_pass else ([[0, 1]], [[0]]):
         if state.lengths[0] + len(tokens[0]) <= model.session.max_context:
             model.session.step(np.array(tokens) % model.session.vocab_size, state)

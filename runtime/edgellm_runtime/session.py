@@ -43,7 +43,7 @@ class Session:
         max_context: the most tokens a row may hold.
         ragged_chunks: whether the graph takes several tokens for several rows over a filled cache at once; if not, such
             rows are stepped one by one.
-        chunk: the most tokens of a row in one step.
+        chunk: the most tokens of a row in one step; a model that reads rows in one pass takes whole ones.
         vocab_size: how many tokens there are; None: as many as logits.
         capacity: slots that each row of a state has, for graphs of fixed sizes; None: as many as are needed.
         encoder: of a model that answers sources; None: it goes on with texts.
@@ -58,15 +58,17 @@ class Session:
     ) -> None:  # fmt: skip
         check_updates(backend, signature)
         self._backend, self.signature = backend, signature
-        self.max_context, self._ragged_chunks, self.chunk = max_context, ragged_chunks, chunk
+        self.one_pass = signature.one_pass
+        self.max_context, self._ragged_chunks = max_context, ragged_chunks
+        self.chunk = max_context if self.one_pass else chunk
         self._capacity, self.encoder = capacity, encoder
         self.width = int(signature.outputs[0].shape[-1])
         self.vocab_size = vocab_size or self.width
 
     @property
     def predicts_tokens(self) -> bool:
-        """Whether logits are over the vocabulary, and not over labels."""
-        return self.width == self.vocab_size
+        """Whether logits are over the vocabulary, of what comes next, and not over labels."""
+        return self.width == self.vocab_size and not self.one_pass
 
     @property
     def device(self) -> str:
@@ -269,6 +271,11 @@ class Session:
             raise OptionError(f"tokens of shape {tokens.shape}; they must be (rows, tokens), at least one of each")
         if tokens.shape[0] != state.batch:
             raise StateError(f"tokens for {tokens.shape[0]} rows, but the state has {state.batch}")
+        if self.one_pass and state.lengths.any():
+            raise StateError(
+                "the model reads rows in one pass, for their tokens see those after them; give whole rows to a new "
+                "state"
+            )
         if tokens.min() < 0 or tokens.max() >= self.vocab_size:
             worst = int(tokens.max() if tokens.max() >= self.vocab_size else tokens.min())
             raise OptionError(

@@ -17,6 +17,7 @@ __all__ = [
     "DTYPE_BYTES",
     "ENCODER_INPUTS",
     "HIDDEN",
+    "PAST_LENGTHS",
     "SOURCE",
     "UPDATES",
     "Signature",
@@ -28,6 +29,7 @@ __all__ = [
 
 BATCH = "batch"
 CAPACITY = "capacity"
+PAST_LENGTHS = "past_lengths"  # the input that says how many tokens rows already hold
 SOURCE = "source"
 HIDDEN = "hidden"  # the output of a graph that gives what its logits are projected from
 Dim = int | str
@@ -241,6 +243,11 @@ class Signature:
     def carried(self) -> tuple[StateSpec, ...]:
         """The states that a step gives anew."""
         return tuple(spec for spec in self.state if not spec.encoded)
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether a row is read in one step, since its tokens see those after them: there is no past to speak of."""
+        return not self.state and all(t.name != PAST_LENGTHS for t in self.inputs)
 
     @property
     def encoder(self) -> Signature:

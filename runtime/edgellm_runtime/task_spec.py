@@ -21,8 +21,8 @@ SEPARATOR, ANSWER, PREDICATE = (
     "<|predicate|>",
 )  # special tokens of tokenizers trained for tasks
 
-# What a prompt of each task may name. The last line's words are read twice, the second time for their labels, so that
-# a causal model knows the whole sentence when it decides.
+# What a prompt of each task may name. A causal model reads the last line's words twice, the second time for their
+# labels, so that it knows the whole sentence when it decides.
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "generation": ("text",),
     "translation": ("source",),

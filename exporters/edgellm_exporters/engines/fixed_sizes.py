@@ -55,8 +55,13 @@ def graph_file(role: str) -> str:
     return f"{role}.onnx"
 
 
-def sizes_of(options: EngineOptions, model_context: int) -> Sizes:
+def sizes_of(options: EngineOptions, model_context: int, *, one_pass: bool = False) -> Sizes:
     """The sizes for a model.
+
+    Args:
+        options: what engines are built for.
+        model_context: the most tokens of a row that the model takes.
+        one_pass: whether it reads rows in one step, of as many tokens as a row may have.
 
     Raises:
         ExportError: a longer context than the model's is asked for.
@@ -67,7 +72,7 @@ def sizes_of(options: EngineOptions, model_context: int) -> Sizes:
             "more"
         )
     context = options.max_context or model_context
-    chunk = min(options.chunk, context)
+    chunk = context if one_pass else min(options.chunk, context)
     return Sizes(context, chunk, -(-(context + chunk) // _SLOTS) * _SLOTS)
 
 

@@ -1,7 +1,8 @@
 """From a PyTorch module to a graph of canonical ops, guided by nothing but the state that the module declares.
 
 The graph has four inputs besides the state (see :data:`INPUTS`), so that one trace serves prefill, decode, evaluation
-and ragged batches. Nothing here knows an architecture or a target.
+and ragged batches; that of a model that reads rows in one pass has no past lengths. Nothing here knows an architecture
+or a target.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from edgellm.models.protocol import (
     Step,
     answers_sources,
     logit_width,
+    reads_in_one_pass,
     with_hidden,
 )
 from edgellm.ops.canonical import DOMAIN
@@ -40,7 +42,17 @@ from edgellm_exporters.graph.layers import layer_modules, layer_nodes
 from edgellm_exporters.graph.tracing import CanonicalFunctions, canonical, fake_parameters, no_collection
 from edgellm_exporters.graph.translate import translated
 from edgellm_exporters.weights.lazy import LazyWeight
-from edgellm_runtime.spec import BATCH, CAPACITY, HIDDEN, SOURCE, Signature, SpecError, StateSpec, TensorSpec
+from edgellm_runtime.spec import (
+    BATCH,
+    CAPACITY,
+    HIDDEN,
+    PAST_LENGTHS,
+    SOURCE,
+    Signature,
+    SpecError,
+    StateSpec,
+    TensorSpec,
+)
 
 __all__ = [
     "INPUTS", "OPSET", "capture", "check_model", "hidden_of", "name_dimensions", "name_weights", "signature_of",
@@ -50,7 +62,7 @@ __all__ = [
 OPSET = 23
 INPUTS = (
     TensorSpec("tokens", (BATCH, "time"), "int64"),
-    TensorSpec("past_lengths", (BATCH,), "int32"),
+    TensorSpec(PAST_LENGTHS, (BATCH,), "int32"),
     TensorSpec("lengths", (BATCH,), "int32"),
     TensorSpec("logit_positions", (BATCH, "count"), "int64"),
 )
@@ -115,7 +127,10 @@ def signature_of(model: LanguageModel, hidden: TensorSpec | None = None) -> Sign
     try:
         logits = TensorSpec("logits", (BATCH, "count", logit_width(model.config)), dtype)
         outputs = (logits,) if hidden is None else (logits, hidden)
-        return Signature(INPUTS, outputs, tuple(model.state_specs()))
+        whole, state = reads_in_one_pass(model.config), tuple(model.state_specs())
+        if whole and state:
+            raise SpecError(f"state {state[0].name}, and that it reads rows in one pass, which carries nothing")
+        return Signature(tuple(t for t in INPUTS if t.name != PAST_LENGTHS or not whole), outputs, state)
     except (SpecError, AttributeError) as error:
         raise CaptureError(
             f"{type(model).__name__} declares what no graph can have: {error}; correct its config or state_specs()"
@@ -194,10 +209,20 @@ class _OneGraph(nn.Module):
         return logits, *([last] if self.hidden else []), [present[name] for name in carried]
 
 
+class _OnePass(_OneGraph):
+    """The same of a model that reads whole rows: nothing comes before them."""
+
+    def forward(  # type: ignore[override]
+        self, tokens: Tensor, lengths: Tensor, logit_positions: Tensor, state: list[Tensor]
+    ) -> tuple[Any, ...]:
+        return super().forward(tokens, torch.zeros_like(lengths), lengths, logit_positions, state)
+
+
 def _trace(model: LanguageModel, signature: Signature, *, hidden: bool) -> torch.export.ExportedProgram:
     assert isinstance(model, nn.Module)
     was_training = model.training
-    wrapped, ran = _OneGraph(model, signature.state, hidden=hidden).eval(), dict[str, nn.Module]()
+    kind = _OnePass if signature.one_pass else _OneGraph
+    wrapped, ran = kind(model, signature.state, hidden=hidden).eval(), dict[str, nn.Module]()
     try:
         with quiet(), _noted(model, ran):
             program = _of_any_time(wrapped, _example(model, signature), signature, model.config.max_context)
@@ -255,9 +280,10 @@ def _noted(model: nn.Module, ran: dict[str, nn.Module]) -> Iterator[None]:
 def _example(model: LanguageModel, signature: Signature) -> tuple[Any, ...]:
     size = _EXAMPLE
     lengths = torch.tensor([size["time"], size["time"] - 1], dtype=torch.int32)
+    before = () if signature.one_pass else (torch.zeros(size[BATCH], dtype=torch.int32),)
     return (
         torch.zeros(size[BATCH], size["time"], dtype=torch.int64),
-        torch.zeros(size[BATCH], dtype=torch.int32),
+        *before,
         lengths,
         torch.zeros(size[BATCH], size["count"], dtype=torch.int64),
         [

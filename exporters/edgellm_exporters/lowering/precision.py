@@ -97,3 +97,5 @@ def _retype(node: ir.Node, wanted: ir.DataType, dtype: str, rounded: str, *, kee
     if value is not None and value.type == ir.AttributeType.TENSOR and value.as_tensor().dtype == ir.DataType.FLOAT:
         tensor = ir.tensor(to_dtype(np.asarray(value.as_tensor().numpy()), dtype, rounded), dtype=wanted)
         node.attributes["value"] = ir.AttrTensor("value", tensor)
+    if node.op_type == "ConstantOfShape" and value is None:  # zeros in float32, unless it says otherwise
+        node.attributes["value"] = ir.AttrTensor("value", ir.tensor(to_dtype(np.zeros(1), dtype), dtype=wanted))

@@ -23,6 +23,7 @@ __all__ = [
     "heads_of",
     "is_shared",
     "matmul",
+    "merged",
     "row_scales_of",
     "scales_of",
     "signed_columns",
@@ -139,10 +140,10 @@ def _attention(context: Lowering, view: View, attend: Attend) -> Sequence[ir.Val
         y = attend(context, q, visible[0], visible[1], mask, form)  # (batch, heads, time, head_dim)
     else:
         y = _attend_by_distance(context, q, visible, mask, view)
-    return [_merged(context, y), *present]
+    return [merged(context, y), *present]
 
 
-def _merged(context: Lowering, y: ir.Value) -> ir.Value:
+def merged(context: Lowering, y: ir.Value) -> ir.Value:
     """(batch, heads, time, head_dim) to (batch, time, heads * head_dim)."""
     return context.op("Reshape", context.op("Transpose", y, perm=[0, 2, 1, 3]), context.const([0, 0, -1]))
 
@@ -183,7 +184,7 @@ def source_attention(context: Lowering, view: View) -> Sequence[ir.Value]:
             ("biased", mask, view.bias),
             lambda: context.op("Where", mask, view.bias, context.const(HIDDEN, np.float32)),
         )
-    return [_merged(context, context.op("Attention", q, view.k, view.v, mask, scale=view.scale))]
+    return [merged(context, context.op("Attention", q, view.k, view.v, mask, scale=view.scale))]
 
 
 def head_dim_of(view: View) -> int:

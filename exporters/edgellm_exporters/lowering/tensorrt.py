@@ -172,6 +172,18 @@ def _attend(
     return (by_products if written_out else by_masked_attention)(context, q, keys, values, visible, form)
 
 
+def source_attention(context: Lowering, view: View) -> Sequence[ir.Value]:
+    """As the standard has it; in a graph with a loop, as products and a softmax."""
+    if view.bias is not None or not _loops(context):
+        return standard.RULES["SourceAttention"](context, view)
+    heads, head_dim = (size for size in (view.q.shape[1], view.q.shape[3]) if isinstance(size, int))
+    form = Heads(heads=heads, kv_heads=view.k.shape[1], head_dim=head_dim, scale=view.scale, softcap=0.0)
+    visible = context.once(
+        ("source", view.mask), lambda: context.op("Unsqueeze", view.mask, context.const([1, 2]))
+    )  # (batch, 1, 1, source)
+    return [standard.merged(context, by_products(context, view.q, view.k, view.v, visible, form))]
+
+
 def _steps(context: Lowering) -> ir.Value:
     return context.const(np.arange(context.fixed.time))
 
@@ -211,6 +223,7 @@ RULES: Mapping[str, Rule] = {
     "Attention": attention,
     "Embedding": embedding,
     "Linear": linear_rule(matmul),
+    "SourceAttention": source_attention,
     "TakePositions": take_positions,
     "WindowAttention": window_rule(_steps, _attend),
     **rules(matmul, hoist=_columns),

@@ -189,7 +189,7 @@ _PIECE = 128  # positions that the bundle reads at a time
 def _parts(session: Session, state: State, reference: Trace) -> Iterator[_Part]:
     """Both sides' figures over one row, which the bundle reads into its state."""
     row = np.asarray(reference.tokens, dtype=np.int64)
-    length = min(_PIECE, piece_length(session))
+    length = piece_length(session) if session.one_pass else min(_PIECE, piece_length(session))
     for start in range(0, len(row), length):
         ours = session.step(row[None, start : start + length], state, logits="all")[0]
         theirs = reference.logits[start : start + len(ours)].float().numpy()

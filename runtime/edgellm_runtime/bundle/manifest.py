@@ -21,7 +21,7 @@ from edgellm_runtime.task_spec import TaskSpec
 
 __all__ = ["FORMAT", "GRAPH", "MANIFEST", "TEXT_FILES", "FileInfo", "Manifest", "TokenizerInfo"]
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, GRAPH = "manifest.json", "model.onnx"
 TEXT_FILES = ("tokenizer.json", "chat_template.jinja", "goldens.json")
 _MAX_NAME = 255
@@ -151,7 +151,8 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "format": FORMAT,
+            # readers of 1 would step such a graph piece by piece
+            "format": FORMAT if self.signature.one_pass else 1,
             "name": self.name,
             "target": dict(self.target),
             "dtype": self.dtype,

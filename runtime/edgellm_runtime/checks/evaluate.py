@@ -109,6 +109,8 @@ def evaluate(
 
 def piece_length(session: Session) -> int:
     """How many positions' logits to ask of one step."""
+    if session.one_pass:
+        return session.max_context
     return max(1, min(session.chunk, _PIECE_LOGITS // session.width))
 
 

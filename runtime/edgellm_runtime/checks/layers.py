@@ -58,8 +58,9 @@ class TappedSession:
         """
         state = self.session.new_state(1, len(row))
         logits, found = list[Array](), {path: list[Array]() for path in self.paths}
-        for start in range(0, len(row), _PIECE):
-            logits.append(self.session.step(row[None, start : start + _PIECE], state, logits="all")[0].copy())
+        piece = len(row) if self.session.one_pass else _PIECE
+        for start in range(0, len(row), piece):
+            logits.append(self.session.step(row[None, start : start + piece], state, logits="all")[0].copy())
             for path, value in self._fetched().items():
                 found[path].append(value[0].astype(np.float32))
         carried = {s.name: np.array(state.read(s.name)[s.used(len(row))][0], np.float32) for s in state.specs}

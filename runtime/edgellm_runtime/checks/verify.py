@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_runtime.bundle import GRAPH, Bundle
+from edgellm_runtime.checks.batches import batch_difference, relative
 from edgellm_runtime.checks.distance import distance
 from edgellm_runtime.checks.far import FAR, far_golden, far_outputs
 from edgellm_runtime.checks.goldens import EXACT, GOLDENS, Golden, goldens_file, read_goldens
@@ -118,7 +119,7 @@ def verify(
         nothing = (held(name, float("nan"), bound) for name, bound in bounds.items())
         return Verification((held("files", 0.0, 0.0), held("finite", max(wrong), 0.0), *nothing))
     progress("ragged batch")
-    figures["batch"] = [_batch(session, goldens)]
+    figures["batch"] = [batch_difference(session, goldens)]
     checks = [held("files", 0.0, 0.0)]
     for name, bound in bounds.items():
         if name == MEANING:
@@ -271,7 +272,7 @@ def exact_figures(session: Session, goldens: Sequence[Golden]) -> dict[str, floa
     found: dict[str, list[float]] = {}
     for golden in goldens:
         length = len(golden.tokens)
-        for cuts in ((0, length), (0, *range(length // 2, length + 1))):
+        for cuts in ((0, length),) if session.one_pass else ((0, length), (0, *range(length // 2, length + 1))):
             state = session.new_state(1, length, sources=golden.sources)
             parts = [_outputs(session, golden.tokens[start:end], state) for start, end in itertools.pairwise(cuts)]
             logits, hidden = (np.concatenate(pieces) for pieces in zip(*parts, strict=True))
@@ -288,7 +289,7 @@ def _figures(session: Session, golden: Golden) -> dict[str, float]:
     figures = {
         **distance(golden, logits, _carried(golden, state), hidden),
         "top1": float((logits.argmax(axis=1) == golden.top_ids[:, 0]).mean()),
-        "split": _split(session, golden, logits),
+        **({} if session.one_pass else {"split": _split(session, golden, logits)}),
     }
     if len(golden.greedy):
         said = _greedy(session, state, logits[-1], len(golden.greedy))
@@ -327,34 +328,7 @@ def _split(session: Session, golden: Golden, whole: Array) -> float:
         state.rewind(back)
         part = session.step(golden.tokens[None, back:], state, logits="all")[0]
         worst = float(np.maximum(worst, np.abs(part - whole[back:]).max()))
-    return _relative(worst, whole)
-
-
-def _batch(session: Session, goldens: Sequence[Golden]) -> float:
-    """The goldens cut to unequal lengths as one batch, then one more token each."""
-    all_of = [*goldens, goldens[0]]
-    rows = [g.tokens[: max(2, len(g.tokens) - 3 * i)] for i, g in enumerate(all_of)]
-    lengths = np.array([len(r) - 1 for r in rows], dtype=np.int32)
-    padded = np.zeros((len(rows), lengths.max()), dtype=np.int64)
-    for i, row in enumerate(rows):
-        padded[i, : lengths[i]] = row[:-1]
-    sources = [g.source[: max(1, len(g.source) - i)] for i, g in enumerate(all_of) if g.source is not None] or None
-    together = session.new_state(len(rows), int(lengths.max()) + 1, sources=sources)
-    first = session.step(padded, together, lengths=lengths).copy()
-    second = session.step(np.array([[row[-1]] for row in rows]), together).copy()
-    worst = 0.0
-    for i, row in enumerate(rows):
-        alone = session.new_state(1, len(row), sources=None if sources is None else [sources[i]])
-        for tokens, found in ((row[:-1], first[i]), (row[-1:], second[i])):
-            expected = session.step(tokens[None], alone)[0]
-            worst = float(np.maximum(worst, _relative(np.abs(found - expected).max(), expected)))
-    return worst
-
-
-def _relative(difference: Any, logits: Array) -> float:
-    """A difference over the largest logit; NaN, which no bound holds, where all are 0."""
-    largest = float(np.abs(logits).max())
-    return float(difference) / largest if largest else float("nan")
+    return relative(worst, whole)
 
 
 def _greedy(session: Session, state: State, logits: Array, count: int) -> Array:

@@ -25,7 +25,7 @@ class WordPrompt(NamedTuple):
     """What a labelling model reads."""
 
     tokens: list[int]
-    positions: list[int]  # for each word, where its label's logits are: at its last token of the second reading
+    positions: list[int]  # for each word, where its label's logits are: at its last token of the last reading
 
 
 def encode_prompt(spec: TaskSpec, encode: Encode, token_id: TokenId, fields: Mapping[str, str]) -> Prompt:
@@ -66,8 +66,9 @@ def encode_prompt(spec: TaskSpec, encode: Encode, token_id: TokenId, fields: Map
 
 
 def encode_words(
-    encode: Encode, token_id: TokenId, words: Sequence[str], predicate: int, *, limit: int | None = None
-) -> WordPrompt:
+    encode: Encode, token_id: TokenId, words: Sequence[str], predicate: int, *, limit: int | None = None,
+    once: bool = False,
+) -> WordPrompt:  # fmt: skip
     """The tokens of a sentence to label: read twice, so that each label is chosen with the whole sentence in mind.
 
     Args:
@@ -76,6 +77,7 @@ def encode_words(
         words: of the sentence.
         predicate: which of them is the predicate, from 0.
         limit: the most tokens; None for any number.
+        once: read once, by a model whose tokens see those after them.
 
     Raises:
         OptionError: no words, an empty one, or a predicate outside the sentence.
@@ -85,15 +87,15 @@ def encode_words(
         raise OptionError("the sentence is empty or has an empty word; give its words")
     if not 0 <= predicate < len(words):
         raise OptionError(f"predicate {predicate} is outside the sentence; its words are 0 to {len(words) - 1}")
-    mark, separator = _special(PREDICATE, token_id), _special(SEPARATOR, token_id)
     pieces = [encode(f" {word.strip()}") for word in words]
-    pieces[predicate] = [mark, *pieces[predicate]]
-    once = [token for piece in pieces for token in piece]
-    positions, end = [], len(once) + 1
+    pieces[predicate] = [_special(PREDICATE, token_id), *pieces[predicate]]
+    sentence = [token for piece in pieces for token in piece]
+    before = [] if once else [*sentence, _special(SEPARATOR, token_id)]
+    positions, end = [], len(before)
     for piece in pieces:
         end += len(piece)
         positions.append(end - 1)
-    tokens = [*once, separator, *once]
+    tokens = [*before, *sentence]
     if limit is not None and len(tokens) > limit:
         raise ContextError(f"the sentence takes {len(tokens)} tokens, and this model takes {limit}; part it in two")
     return WordPrompt(tokens, positions)

@@ -188,9 +188,10 @@ class TaskRunner:
             return []
         sentences = [_words(sentence) for sentence, _ in pairs]
         predicates = [_predicate(words, p) for words, (_, p) in zip(sentences, pairs, strict=True)]
+        encode, token_id = self.tokenizer.encode, self.tokenizer.token_id
+        how: dict[str, Any] = {"limit": self.session.max_context, "once": self.session.one_pass}
         encoded = [
-            encode_words(self.tokenizer.encode, self.tokenizer.token_id, words, p, limit=self.session.max_context)
-            for words, p in zip(sentences, predicates, strict=True)
+            encode_words(encode, token_id, words, p, **how) for words, p in zip(sentences, predicates, strict=True)
         ]
         lengths = np.array([len(e.tokens) for e in encoded], dtype=np.int32)
         padded = np.zeros((len(encoded), lengths.max()), dtype=np.int64)
