@@ -138,8 +138,8 @@ def _build(
     provenance: Mapping[str, Any], progress: Progress,
 ) -> Exported:  # fmt: skip
     target = find_target(options.target)
-    whole = reads_in_one_pass(model.config)
-    made = graph_set(target, options.dtype, options.engine, model.config.max_context, one_pass=whole)
+    whole, most = reads_in_one_pass(model.config), model.config.max_context
+    made = graph_set(target, options.dtype, options.engine, most, one_pass=whole)
     progress("capturing", 0.0)
     _write_text(scratch, text)
     if text is not None:
@@ -156,12 +156,9 @@ def _build(
         )  # fmt: skip
         signature = _signature(model, quantization, options.dtype, target, hidden)
         bounds = {**bounds_in(_held_by(own_bounds, signature), options.dtype), **options.bounds}
-        if logit_width(model.config) != model.config.vocab_size:
-            bounds.pop("greedy", None)  # labels are nothing to go on with
-        if hidden is None:
-            bounds.pop("hidden", None)
-        if signature.one_pass:
-            bounds.pop("split", None)  # nor are rows that are read whole
+        labels = logit_width(model.config) != model.config.vocab_size  # which are nothing to go on with
+        unasked = {"greedy": labels, "hidden": hidden is None, "split": signature.one_pass}
+        bounds = {name: bound for name, bound in bounds.items() if not unasked.get(name)}
         manifest = Manifest(
             name=name, target={"name": target.name, "requires": dict(target.requires)},
             signature=signature, max_context=made.context, ragged_chunks=target.ragged_chunks,
