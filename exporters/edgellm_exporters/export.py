@@ -324,7 +324,7 @@ def bounds_with_a_favourite(bounds: Mapping[str, float], traces: Sequence[Trace]
 
 def _session(scratch: Path) -> Session:
     # its bytes were hashed while they were written; wherever it is to run, it is proved here
-    return unchecked_session(Bundle(scratch, checksums=False), device="cpu")
+    return unchecked_session(Bundle(scratch, checksums=False), device="cpu", kernels="onnxruntime")
 
 
 def _prove(

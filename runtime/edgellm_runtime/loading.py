@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from edgellm_runtime.arguments import check_flag, check_instance, check_integer, check_path, check_text, shown
 from edgellm_runtime.bundle.engine_info import LIBRARIES
 from edgellm_runtime.errors import BackendError, BundleError, OptionError
+from edgellm_runtime.kernel_choice import chosen_kernels
 from edgellm_runtime.threads import thread_count
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _CPU_CHUNK = 256  # tokens of a prompt in one step: more are no faster, and take
 def load(
     path: str | Path, *, device: str = "auto", threads: int | None = None, checksums: bool = True,
     isolate: bool = False, max_memory: int | None = None, prefix_cache: PrefixCache | None = None,
-    trusted_keys: Sequence[str | Path] | None = None,
+    trusted_keys: Sequence[str | Path] | None = None, kernels: str | None = None,
 ) -> Model:  # fmt: skip
     """Open a bundle, ready to generate.
 
@@ -47,10 +48,12 @@ def load(
             ``Model.memory`` predicts them; what would take more is refused before a graph is loaded.
         prefix_cache: keeps what prompts begin with from call to call; models may share one, and ``model.prefix_cache``
             may be set later.
-
         trusted_keys: files of public keys, of which one must have signed the bundle; None for those that the variable
             ``EDGELLM_TRUSTED_KEYS`` names, or for any bundle where it is not set. Engines are then those of signed
             bundles only. Needs model-signing (extra ``sign``).
+        kernels: ``own`` puts those of the package edgellm-kernels in the place of ONNX Runtime's where they can run,
+            ``onnxruntime`` does not; None for what the variable ``EDGELLM_KERNELS`` says, else ``onnxruntime``. Where
+            they are asked for and cannot run, a line is logged and ONNX Runtime's run.
 
     Returns:
         A model with ``generate``, ``stream``, ``chat`` and ``conversation``. Its tokenizer is parsed with the first
@@ -78,7 +81,7 @@ def load(
     with Bundle.while_checking(path, checksums=checksums) as bundle:
         if max_memory is not None:
             _check_memory(bundle, device, max_memory)
-        session = unchecked_session(bundle, device=device, threads=threads)
+        session = unchecked_session(bundle, device=device, threads=threads, kernels=kernels)
     model = _model(session, bundle)
     model.prefix_cache = prefix_cache
     return model
@@ -111,17 +114,19 @@ def _check_memory(bundle: Bundle, device: str, most: int) -> None:
         )
 
 
-def open_session(bundle: Bundle, *, device: str = "auto", threads: int | None = None) -> Session:
+def open_session(
+    bundle: Bundle, *, device: str = "auto", threads: int | None = None, kernels: str | None = None
+) -> Session:
     """Steps of an opened bundle, without text; arguments and errors as :func:`load`."""
     from edgellm_runtime.bundle import Bundle
 
     check_instance("bundle", bundle, Bundle, "edgellm_runtime.bundle.Bundle(path) opens one")
     _check_trust(bundle.path, None)
-    return unchecked_session(bundle, device=device, threads=threads)
+    return unchecked_session(bundle, device=device, threads=threads, kernels=kernels)
 
 
 def open_profiled(
-    bundle: Bundle, notes: Path, *, device: str = "auto", threads: int | None = None
+    bundle: Bundle, notes: Path, *, device: str = "auto", threads: int | None = None, kernels: str | None = None
 ) -> tuple[Session, Any]:
     """Steps of an opened bundle for whoever wants to know what each kernel takes, and the backend, which tells it.
 
@@ -130,9 +135,10 @@ def open_profiled(
         notes: how the names of ONNX Runtime's profiles begin, which its backends write from now on.
         device: as for :func:`load`.
         threads: likewise.
+        kernels: likewise.
     """
     _check_trust(bundle.path, None)
-    backend = _backend(bundle, device_of(bundle, device), thread_count(threads), notes)
+    backend = _backend(bundle, device_of(bundle, device), thread_count(threads), chosen_kernels(kernels), notes)
     return session_of(bundle, backend), backend
 
 
@@ -144,12 +150,14 @@ def _check_trust(path: Path, keys: Sequence[str | Path] | None) -> None:
         check_signature(path, trusted)
 
 
-def unchecked_session(bundle: Bundle, *, device: str = "auto", threads: int | None = None) -> Session:
+def unchecked_session(
+    bundle: Bundle, *, device: str = "auto", threads: int | None = None, kernels: str | None = None
+) -> Session:
     """Steps of an opened bundle, whoever signed it: of one's own making, or held to the policy before."""
     if check_text("device", device) not in DEVICES:
         raise BackendError(f"unknown device {device!r}; this runtime has {', '.join(DEVICES)}")
-    threads = thread_count(threads)
-    return session_of(bundle, _backend(bundle, device_of(bundle, device), threads))
+    threads, kernels = thread_count(threads), chosen_kernels(kernels)
+    return session_of(bundle, _backend(bundle, device_of(bundle, device), threads, kernels))
 
 
 def session_of(bundle: Bundle, backend: Backend) -> Session:
@@ -187,7 +195,7 @@ def device_of(bundle: Bundle, device: str) -> str:
     return "cpu"
 
 
-def _backend(bundle: Bundle, device: str, threads: int | None, notes: Path | None = None) -> Backend:
+def _backend(bundle: Bundle, device: str, threads: int | None, kernels: str, notes: Path | None = None) -> Backend:
     """What runs the bundle's graphs there; never another device than that one.
 
     With ``notes``, what ONNX Runtime notes of each kernel goes to files whose names begin so.
@@ -216,15 +224,18 @@ def _backend(bundle: Bundle, device: str, threads: int | None, notes: Path | Non
         return OrtRolesBackend(bundle.path, GraphRoles.of(manifest), manifest.signature, threads=threads)
     from edgellm_runtime.backends.ort import OrtBackend
 
+    own = None
     if manifest.quantization.get("method", "none") != "none":
-        from edgellm_runtime.backends.kernel_test import check_kernels
+        from edgellm_runtime.backends.kernel_test import check_kernels, usable_kernels
 
         check_kernels(bundle.file(GRAPH), manifest.files[GRAPH].sha256)
+        own = usable_kernels(bundle.file(GRAPH), kernels)
     fusions = manifest.dtype == "float32"
     encoder = None if manifest.encoder is None else bundle.file(manifest.encoder.file)
     return OrtBackend(
-        bundle.file(GRAPH), manifest.signature, threads=threads, fusions=fusions, profile=notes, encoder=encoder
-    )
+        bundle.file(GRAPH), manifest.signature, threads=threads, fusions=fusions, profile=notes, encoder=encoder,
+        kernels=own,
+    )  # fmt: skip
 
 
 def _check_requirements(bundle: Bundle, device: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ from edgellm_runtime.spec import Signature
 from edgellm_runtime.state import State
 from edgellm_runtime.state.storage import Storage
 from edgellm_runtime.text.tokenizer import check_tokens
+
+if TYPE_CHECKING:
+    from edgellm_runtime.backends.own_kernels import OwnKernels
 
 __all__ = ["Session", "Wanted"]
 
@@ -74,6 +77,12 @@ class Session:
     def device(self) -> str:
         """Where the graph runs."""
         return self._backend.device
+
+    @property
+    def kernels(self) -> OwnKernels | None:
+        """Those of edgellm's own that run some of its products; None where all are the library's."""
+        found: OwnKernels | None = getattr(self._backend, "kernels", None)
+        return found
 
     @property
     def storage(self) -> Storage:

@@ -175,6 +175,11 @@ def wrong_kernel(patch: pytest.MonkeyPatch, bundle: Path, root: Path) -> None:
     patch.setattr(kernel_test, "_packed", lambda codes, bits: right(codes[:, ::-1], bits))
 
 
+def no_own_kernels(patch: pytest.MonkeyPatch, bundle: Path, root: Path) -> None:
+    patch.setitem(sys.modules, "edgellm_kernels", None)
+    patch.setenv("EDGELLM_KERNELS", "own")
+
+
 FAULTS: list[tuple[str, Break, str]] = [
     ("EDGE001", no_library, "ONNX Runtime is not installed"),
     ("EDGE002", two_packages, r"onnxruntime 1\.32\.0 and onnxruntime-gpu 1\.30\.0 write into one folder"),
@@ -197,6 +202,7 @@ FAULTS: list[tuple[str, Break, str]] = [
     ("EDGE015", no_room, "has 3 MB free"),
     ("EDGE016", wrong_kernel, r"MatMulNBits of 4 bits in asymmetric blocks of 32 is off by \d+%"),
     ("EDGE017", memory_for_little, "the whole context takes"),
+    ("EDGE018", no_own_kernels, "edgellm-kernels is not installed .*; ONNX Runtime's kernels run instead"),
 ]
 
 

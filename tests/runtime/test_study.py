@@ -24,8 +24,9 @@ ORDER: list[tuple[str, int]] = []
 class Fake:
     """A worker that notes its turns; the bundle called slow takes twice as long."""
 
-    def __init__(self, bundle: str, *, threads: int, device: str) -> None:
-        self.bundle, self.loaded = bundle, {"load_s": 0.1, "max_context": 64, "device": "cpu"}
+    def __init__(self, bundle: str, *, threads: int, device: str, kernels: str) -> None:
+        self.bundle = bundle if kernels == "onnxruntime" else f"{bundle} {kernels}"
+        self.loaded = {"load_s": 0.1, "max_context": 64, "device": "cpu", "kernels": kernels}
 
     def __enter__(self) -> Fake:
         return self
@@ -54,6 +55,19 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bundles_take_turns_and_the_first_of_a_turn_is_the_last_of_the_next() -> None:
     measure(Plan(["a", "b"], [SMALL], rounds=3))
     assert ORDER == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("b", 2), ("a", 2), ("a", 3), ("b", 3)]
+
+
+@pytest.mark.usefixtures("fakes")
+def test_kernels_take_turns_as_bundles_do_and_are_told_apart() -> None:
+    cells = measure(Plan(["a"], [SMALL], rounds=2, kernels=["onnxruntime", "own"]))
+    assert ORDER == [("a", 0), ("a own", 0), ("a", 1), ("a own", 1), ("a own", 2), ("a", 2)]
+    (found,) = comparisons(cells)
+    assert (found["first"], found["second"]) == ("a", "a (own kernels)")
+    read = [Cell.from_json(cell.to_json()) for cell in cells]
+    assert [cell.name for cell in read] == ["a", "a (own kernels)"]
+    assert [(c["first"], c["second"]) for c in matched(cells, read)] == [
+        (name, name) for name in ("a", "a (own kernels)")
+    ]
 
 
 @pytest.mark.usefixtures("fakes")

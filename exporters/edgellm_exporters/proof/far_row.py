@@ -127,6 +127,6 @@ def far_bounds(bundle: Bundle, bounds: Mapping[str, float]) -> dict[str, float]:
 
 def _figures(bundle: Bundle, data: Mapping[str, Any], threads: int) -> list[dict[str, float]]:
     """How far a bundle is from its far row, all at once and token by token; its session goes before another is made."""
-    session = open_session(bundle, device="cpu", threads=threads)
+    session = open_session(bundle, device="cpu", threads=threads, kernels="onnxruntime")
     far = far_golden(data, bundle.manifest.width, session)
     return [distance(far.golden, *far_outputs(session, far, single=single)) for single in (False, True)]

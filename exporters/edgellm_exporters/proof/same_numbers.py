@@ -107,7 +107,10 @@ def measured_exactly(scratch: Path, copies: Sequence[Trace]) -> dict[str, float]
     """
     bundle = Bundle(scratch, checksums=False)
     goldens = read_goldens(bundle, EXACT)
-    found = [exact_figures(unchecked_session(bundle, device="cpu", threads=count), goldens) for count in _THREADS]
+    found = [
+        exact_figures(unchecked_session(bundle, device="cpu", threads=count, kernels="onnxruntime"), goldens)
+        for count in _THREADS
+    ]
     for golden, trace in zip((g for g in goldens for _ in range(_COPIES)), copies, strict=bool(copies)):
         state = {name: tensor.numpy() for name, tensor in trace.state.items()}
         hidden = None if trace.hidden is None else trace.hidden.numpy()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,9 @@ from edgellm_runtime.errors import BackendError
 from edgellm_runtime.spec import UPDATES, Signature
 from edgellm_runtime.state import State
 from edgellm_runtime.state.storage import HOST, Storage
+
+if TYPE_CHECKING:
+    from edgellm_runtime.backends.own_kernels import OwnKernels
 
 __all__ = ["Backend", "Candidates", "HostBackend", "WithoutEncoder", "check_updates"]
 
@@ -117,6 +120,7 @@ class HostBackend(WithoutEncoder):
     storage: Storage = HOST
     updates: Collection[str] = UPDATES
     candidates = 0
+    kernels: OwnKernels | None = None  # edgellm's own, which run some of the products
 
     def run_hidden(
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State

@@ -20,19 +20,21 @@ from numpy.typing import NDArray
 
 from edgellm_runtime.backends.caches import CacheFile
 from edgellm_runtime.backends.ort import library
+from edgellm_runtime.backends.own_kernels import DOMAIN, OP, OwnKernels, Unusable, find, tell
 from edgellm_runtime.errors import BackendError
 from edgellm_runtime.graphs.onnx_file import nodes_of, read_model
 from edgellm_runtime.graphs.wire import Message
 from edgellm_runtime.graphs.writer import Node, graph_bytes
+from edgellm_runtime.kernel_choice import chosen_kernels
 
-__all__ = ["ALL_ROWS", "KernelForm", "check_kernels", "forms_in", "kernel_error", "processor"]
+__all__ = ["ALL_ROWS", "KernelForm", "check_kernels", "forms_in", "kernel_error", "processor", "usable_kernels"]
 
 Array = NDArray[Any]
 BOUND = 0.03  # of a product's length; rounding inputs to 8 bits costs 0.006, a wrong kernel far more
 FEW_ROWS, ALL_ROWS = (1, 4), (1, 2, 3, 4, 8, 16, 17, 65)  # kernels for few rows of the input differ from those for many
 _DOMAIN = "com.microsoft"
 _OUTPUTS = 33  # of a product: no multiple of any kernel's width
-_KINDS = ("GatherBlockQuantized", "MatMulIntegerToFloat", "MatMulNBits")
+_KINDS = ("GatherBlockQuantized", "MatMulIntegerToFloat", "MatMulNBits", OP)
 _LARGEST_BLOCK = 4096
 
 
@@ -41,7 +43,7 @@ class KernelForm:
     """One kind of product with quantized weights.
 
     Args:
-        op: the operator of ONNX Runtime.
+        op: the operator, ONNX Runtime's or edgellm's own.
         bits: of a weight.
         block: weights that share a scale; 0: a row's.
         level: its ``accuracy_level``; 4 rounds inputs to 8 bits.
@@ -86,7 +88,7 @@ def _form(node: Message) -> KernelForm | None:
 
 
 def kernel_error(form: KernelForm, rows: Iterable[int] = ALL_ROWS) -> float:
-    """How far ONNX Runtime's product is from NumPy's, as a part of its length, at the worst number of rows.
+    """How far a product is from NumPy's, as a part of its length, at the worst number of rows.
 
     Args:
         form: the kind of product.
@@ -94,10 +96,13 @@ def kernel_error(form: KernelForm, rows: Iterable[int] = ALL_ROWS) -> float:
 
     Raises:
         BackendError: the library is missing.
+        Unusable: edgellm's own kernels cannot run here.
     """
     ort = library()
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, 1
+    if form.op == OP:
+        find(ort).add_to(options)
     draw = np.random.default_rng(7)
     graph, weight = _trial(form, draw)
     session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
@@ -155,7 +160,8 @@ def _trial(form: KernelForm, draw: np.random.Generator) -> tuple[bytes, Array]:
         return _graph(node, "int64", tensors), weight
     tensors["w"] = packed.reshape(_OUTPUTS, blocks, -1)
     sizes |= {"N": _OUTPUTS, "K": columns, "accuracy_level": form.level}
-    return _graph(Node(form.op, ["x", "w", "s", *more], ["y"], sizes, domain=_DOMAIN), "float32", tensors), weight
+    domain = DOMAIN if form.op == OP else _DOMAIN
+    return _graph(Node(form.op, ["x", "w", "s", *more], ["y"], sizes, domain=domain), "float32", tensors), weight
 
 
 def _graph(node: Node, dtype: str, tensors: dict[str, Array]) -> bytes:
@@ -169,6 +175,32 @@ def _packed(codes: Array, bits: int) -> Array:
     parts = padded.reshape(len(codes), -1, each) << (bits * np.arange(each, dtype=np.uint8))
     packed: Array = np.bitwise_or.reduce(parts, axis=2).astype(np.uint8)
     return packed
+
+
+def usable_kernels(graph: Path, asked: str | None = None) -> OwnKernels | None:
+    """Edgellm's own kernels, if they are asked for; where they cannot run or are wrong, that is told, and it is None.
+
+    Args:
+        graph: a ``model.onnx`` that was checked.
+        asked: as :func:`~edgellm_runtime.kernel_choice.chosen_kernels` takes it.
+
+    Raises:
+        OptionError: neither ``onnxruntime`` nor ``own``.
+    """
+    if chosen_kernels(asked) != "own":
+        return None
+    try:
+        kernels = find(library())
+        swapped, count = kernels.swapped(graph.read_bytes())
+        if not count:
+            raise Unusable(f"{graph.parent} has no product of 4 bits that edgellm-kernels computes")
+        for form in sorted(forms_in(read_model(swapped))):
+            if form.op == OP and (error := _known_error(form)) > BOUND:
+                raise Unusable(f"edgellm-kernels computes {form} wrong on this processor, by {error:.0%}")
+    except Unusable as reason:
+        tell(str(reason))
+        return None
+    return kernels
 
 
 def check_kernels(graph: Path, digest: str) -> None:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from edgellm_runtime.spec import Signature
 from edgellm_runtime.state import State
 from edgellm_runtime.state.storage import host_dtype
 from edgellm_runtime.threads import thread_count
+
+if TYPE_CHECKING:
+    from edgellm_runtime.backends.own_kernels import OwnKernels
 
 __all__ = ["OrtBackend", "check_names", "library"]
 
@@ -79,6 +82,7 @@ class OrtBackend(HostBackend):
         profile: how the name of a file begins that tells what each kernel took; None for no such file.
         fetch: names of further values of the graph, which :attr:`fetched` holds after each step.
         encoder: the graph that reads sources, already checked; None: the model reads none.
+        kernels: run the products that they can; None for ONNX Runtime's everywhere.
 
     Raises:
         BackendError: the library is missing, or refuses the graph.
@@ -87,6 +91,7 @@ class OrtBackend(HostBackend):
     def __init__(
         self, graph: Path, signature: Signature, *, threads: int | None = None, device: str = "cpu",
         fusions: bool = True, profile: Path | None = None, fetch: Sequence[str] = (), encoder: Path | None = None,
+        kernels: OwnKernels | None = None,
     ) -> None:  # fmt: skip
         ort = library()
         options = ort.SessionOptions()
@@ -101,12 +106,16 @@ class OrtBackend(HostBackend):
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
-        self.device, self.threads = device, options.intra_op_num_threads
+        self.device, self.threads, self.kernels = device, options.intra_op_num_threads, kernels
         self._ort, self._signature, self._fetch = ort, signature, tuple(fetch)
         self.fetched: dict[str, Array] = {}
         source: str | bytes = str(graph)
+        if kernels is not None:
+            kernels.add_to(options)
+            source, _ = kernels.swapped(graph.read_bytes())
         if fetch:
-            source = with_outputs(graph.read_bytes(), fetch)
+            source = with_outputs(source if isinstance(source, bytes) else graph.read_bytes(), fetch)
+        if isinstance(source, bytes):
             options.add_session_config_entry(_FOLDER, str(graph.parent))
         self._session = self._load(source, graph, options)
         self._inputs = check_names(self._session, signature, fetch)

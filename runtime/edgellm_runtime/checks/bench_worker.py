@@ -34,18 +34,19 @@ class Worker:
         bundle: its path.
         threads: for loading.
         device: for loading.
+        kernels: likewise.
 
     Raises:
         RuntimeFault: what loading raised there, of its kind.
     """
 
-    def __init__(self, bundle: str | Path, *, threads: int, device: str) -> None:
+    def __init__(self, bundle: str | Path, *, threads: int, device: str, kernels: str | None = None) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-c", _CODE, json.dumps(sys.path, allow_nan=False)], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, text=True, encoding="utf-8", env=os.environ | {"PYTHONUTF8": "1"},
         )  # fmt: skip
         try:
-            self.loaded = self._ask({"bundle": str(bundle), "threads": threads, "device": device})
+            self.loaded = self._ask({"bundle": str(bundle), "threads": threads, "device": device, "kernels": kernels})
         except BaseException:
             self.close()
             raise
@@ -120,7 +121,11 @@ def _loaded(question: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     from edgellm_runtime import load
 
     start = time.perf_counter()
-    model = load(question["bundle"], device=question["device"], threads=question["threads"])
+    where = {name: question[name] for name in ("device", "threads", "kernels")}
+    model = load(question["bundle"], **where)
     took = time.perf_counter() - start
     session = model.session
-    return session, {"load_s": took, "max_context": session.max_context, "device": session.device}
+    kernels = "own" if session.kernels else "onnxruntime"
+    return session, {
+        "load_s": took, "max_context": session.max_context, "device": session.device, "kernels": kernels,
+    }  # fmt: skip

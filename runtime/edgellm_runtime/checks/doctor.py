@@ -45,6 +45,7 @@ CODES: dict[str, tuple[Level, str]] = {
     "EDGE015": ("warning", "nothing can be kept in the user's caches"),
     "EDGE016": ("error", "a kernel computes wrong numbers on this processor"),
     "EDGE017": ("warning", "memory does not hold the model's whole context"),
+    "EDGE018": ("warning", "edgellm's own kernels are asked for and cannot run"),
 }
 
 
@@ -76,7 +77,7 @@ def diagnose(path: str | Path | None = None, *, device: str = "auto", root: Path
         device: on which it is to run, as :func:`edgellm_runtime.load` takes it.
         root: where ``proc`` and ``sys`` are.
     """
-    found = [finding for look in (_library, _threads, _caches) for finding in look(root)]
+    found = [finding for look in (_library, _threads, _caches, _own_kernels) for finding in look(root)]
     found += _processor(root)
     if path is None:
         return found
@@ -185,6 +186,17 @@ def _caches(root: Path) -> Iterator[Finding]:
         yield Finding("EDGE015", f"{cache.path.parent} has {free >> 20} MB free", "make room on that disk")
     if cache.path.exists():
         cache.path.unlink()
+
+
+def _own_kernels(root: Path) -> Iterator[Finding]:
+    from edgellm_runtime.backends.own_kernels import Unusable, find
+    from edgellm_runtime.kernel_choice import VARIABLE, chosen_kernels
+
+    try:
+        if chosen_kernels() == "own":
+            find(_onnxruntime())
+    except (RuntimeFault, Unusable) as error:
+        yield Finding("EDGE018", f"{first_line(error)}; ONNX Runtime's kernels run instead", f"unset {VARIABLE}")
 
 
 def _device(bundle: Bundle, device: str, root: Path) -> Iterator[Finding]:

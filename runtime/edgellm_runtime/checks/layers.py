@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from edgellm_runtime.bundle import GRAPH, Bundle
 from edgellm_runtime.errors import BackendError
 from edgellm_runtime.session import Session
+
+if TYPE_CHECKING:
+    from edgellm_runtime.backends.own_kernels import OwnKernels
 
 __all__ = [
     "LAYER", "LAYERS", "LayerGolden", "TappedSession", "layer_difference", "layer_goldens", "sampled_layer", "tapped",
@@ -67,13 +70,17 @@ class TappedSession:
         return np.concatenate(logits), {path: np.concatenate(parts) for path, parts in found.items()}, carried
 
 
-def tapped(bundle: Bundle, paths: Sequence[str] | None = None, *, threads: int | None = None) -> TappedSession:
+def tapped(
+    bundle: Bundle, paths: Sequence[str] | None = None, *, threads: int | None = None,
+    kernels: OwnKernels | None = None,
+) -> TappedSession:  # fmt: skip
     """A session on this CPU whose steps give the outputs of layers.
 
     Args:
         bundle: with one graph.
         paths: of layers; None for all that the manifest names.
         threads: for one step; None for what :func:`edgellm_runtime.threads.thread_count` says.
+        kernels: for the products that they can do; None for ONNX Runtime's.
 
     Raises:
         BackendError: the bundle has a graph for each role.
@@ -87,7 +94,7 @@ def tapped(bundle: Bundle, paths: Sequence[str] | None = None, *, threads: int |
     paths = tuple(manifest.layers) if paths is None else tuple(paths)
     backend = OrtBackend(
         bundle.file(GRAPH), manifest.signature, threads=threads, fusions=manifest.dtype == "float32",
-        fetch=[f"{LAYER}{path}" for path in paths],
+        fetch=[f"{LAYER}{path}" for path in paths], kernels=kernels,
     )  # fmt: skip
     return TappedSession(
         session_of(bundle, backend), lambda: {n.removeprefix(LAYER): v for n, v in backend.fetched.items()}, paths

@@ -18,6 +18,7 @@ from edgellm_runtime.checks.bench import Round, Workload, summary, versions
 from edgellm_runtime.checks.bench_worker import Worker
 from edgellm_runtime.checks.comparison import Comparison, compare, interval
 from edgellm_runtime.errors import OptionError
+from edgellm_runtime.kernel_choice import chosen_kernels
 from edgellm_runtime.threads import available_cores, thread_count
 
 __all__ = ["FIGURES", "FORMAT", "Cell", "Plan", "comparisons", "machine_now", "matched", "measure"]
@@ -40,6 +41,7 @@ class Plan:
         most_rounds: at most so many, however wide the intervals are.
         device: for loading.
         seed: of the prompts.
+        kernels: those that each bundle is loaded with, beside each other; None is the usual ones.
 
     Raises:
         OptionError: a value is out of its range, or there is nothing to measure.
@@ -53,6 +55,7 @@ class Plan:
     most_rounds: int = 50
     device: str = "auto"
     seed: int = 0
+    kernels: Sequence[str | None] = (None,)
 
     def __post_init__(self) -> None:
         check_integer("rounds", self.rounds, 1)
@@ -75,6 +78,7 @@ class Cell:
         rounds: in the order in which they were taken.
         peak_rss_mb: of its process, with this workload and those before it.
         joules: of the whole machine's processors during its rounds; None where the system does not say.
+        kernels: whose ran its products, ``onnxruntime`` or ``own``.
     """
 
     bundle: str
@@ -85,6 +89,12 @@ class Cell:
     rounds: list[Round] = field(default_factory=list)
     peak_rss_mb: float | None = None
     joules: float | None = None
+    kernels: str = "onnxruntime"
+
+    @property
+    def name(self) -> str:
+        """The bundle's path, and what is other than usual about how it ran."""
+        return self.bundle if self.kernels == "onnxruntime" else f"{self.bundle} ({self.kernels} kernels)"
 
     def times(self, figure: str) -> list[float]:
         """Seconds of each round, of ``prefill`` or ``decode``."""
@@ -100,7 +110,8 @@ class Cell:
         w, tokens = self.workload, self.workload.batch * self.workload.new_tokens * len(self.rounds)
         counts = {"prefill": w.batch * w.prompt_tokens, "decode": w.batch * w.new_tokens}
         return {
-            "bundle": self.bundle, **asdict(w), "threads": self.threads, "device": self.device,
+            "bundle": self.bundle, "name": self.name, **asdict(w), "threads": self.threads, "device": self.device,
+            "kernels": self.kernels,
             "load_s": round(self.load_s, 3), **summary(self.rounds, w),
             "intervals": {
                 f"{name}_tokens_per_s": [round(counts[name] / t, 1) for t in reversed(interval(self.times(name)))]
@@ -128,7 +139,10 @@ class Cell:
             ]
             if not rounds or any(r.ttft_s <= 0 or r.decode_s <= 0 for r in rounds):
                 raise ValueError("it has no rounds, or times below 0")
-            return cls(str(data["bundle"]), workload, int(data["threads"]), str(data["device"]), 0.0, rounds)
+            kernels = str(data.get("kernels", "onnxruntime"))
+            return cls(
+                str(data["bundle"]), workload, int(data["threads"]), str(data["device"]), 0.0, rounds, kernels=kernels
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise OptionError(f"this is no result of edgellm bench ({error}); write one with --output FILE") from error
 
@@ -149,16 +163,25 @@ def measure(plan: Plan, progress: Callable[[str, float], None] = lambda what, sh
 def _with_threads(plan: Plan, threads: int, progress: Callable[[str, float], None]) -> list[Cell]:
     done: list[Cell] = []
     with contextlib.ExitStack() as stack:
+        ways = list(itertools.product(plan.bundles, map(chosen_kernels, plan.kernels)))
         workers = []
-        for bundle in plan.bundles:
+        for bundle, kernels in ways:
             progress(f"loading {bundle}", 0.0)
-            workers.append(stack.enter_context(Worker(bundle, threads=threads, device=plan.device)))
+            worker = Worker(bundle, threads=threads, device=plan.device, kernels=kernels)
+            workers.append(stack.enter_context(worker))
         for workload, worker in itertools.product(plan.workloads, workers):
             workload.check(worker.loaded["max_context"])
         for workload in plan.workloads:
             cells = [
-                Cell(str(bundle), workload, threads, worker.loaded["device"], worker.loaded["load_s"])
-                for bundle, worker in zip(plan.bundles, workers, strict=True)
+                Cell(
+                    str(bundle),
+                    workload,
+                    threads,
+                    worker.loaded["device"],
+                    worker.loaded["load_s"],
+                    kernels=worker.loaded["kernels"],
+                )
+                for (bundle, _), worker in zip(ways, workers, strict=True)
             ]
             _rounds(plan, list(zip(cells, workers, strict=True)), progress)
             done += cells
@@ -227,7 +250,7 @@ def matched(before: Sequence[Cell], after: Sequence[Cell]) -> list[dict[str, Any
     found = []
     for old in before:
         same = [c for c in after if (c.workload, c.threads) == (old.workload, old.threads)]
-        named = [c for c in same if c.bundle == old.bundle]
+        named = [c for c in same if c.name == old.name]
         if chosen := (named or same)[:1]:
             found.append(_compared(old, chosen[0], paired=False))
     if not found:
@@ -248,7 +271,7 @@ def _compared(first: Cell, second: Cell, *, paired: bool) -> dict[str, Any]:
             "verdict": result.verdict,
         }  # fmt: skip
     return {
-        "first": first.bundle, "second": second.bundle, **asdict(first.workload), "threads": first.threads,
+        "first": first.name, "second": second.name, **asdict(first.workload), "threads": first.threads,
         "paired": paired, "same_tokens": same, **figures,
     }  # fmt: skip
 

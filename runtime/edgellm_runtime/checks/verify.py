@@ -149,7 +149,8 @@ def _kernels(bundle: Bundle, session: Session) -> list[Check]:
     from edgellm_runtime.backends.kernel_test import BOUND, forms_in, kernel_error
     from edgellm_runtime.graphs.onnx_file import read_model
 
-    forms = forms_in(read_model(bundle.file(GRAPH).read_bytes()))
+    graph, own = bundle.file(GRAPH).read_bytes(), getattr(session, "kernels", None)
+    forms = forms_in(read_model(own.swapped(graph)[0] if own else graph))
     return [held("kernels", max(map(kernel_error, forms)), BOUND)] if forms else []
 
 
@@ -236,7 +237,8 @@ def _layers(bundle: Bundle, session: Session) -> list[Check]:
             raise ValueError(f"a row of shape {list(row.shape)}")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise BundleError(f"{bundle.path}: no samples of its layers ({first_line(error)}); export it again") from error
-    outputs = tapped(bundle, threads=getattr(session, "threads", None)).read(row)[1]
+    own = getattr(session, "kernels", None)
+    outputs = tapped(bundle, threads=getattr(session, "threads", None), kernels=own).read(row)[1]
     shares = {
         path: layer_difference(samples[path], outputs[path]) / figures["bound"] if path in samples else math.nan
         for path, figures in bounds.items()

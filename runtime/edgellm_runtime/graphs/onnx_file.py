@@ -10,7 +10,7 @@ from typing import Any
 
 from edgellm_runtime.graphs.wire import Message, Reader, compiled
 
-__all__ = ["FIELDS", "MAX_GRAPH_BYTES", "nodes_of", "read_model", "tensors_of"]
+__all__ = ["FIELDS", "MAX_GRAPH_BYTES", "nodes_of", "read_message", "read_model", "tensors_of"]
 
 MAX_GRAPH_BYTES = 32 << 20  # weights are beside it; the graph of 80 layers is a tenth of this
 _MAX_FIELDS = 4_000_000
@@ -88,6 +88,15 @@ def read_model(data: bytes) -> Message:
     if len(data) > MAX_GRAPH_BYTES:
         raise ValueError(f"{len(data)} bytes are more than the {MAX_GRAPH_BYTES} that a graph may have")
     return Reader(data, _TABLES, _MAX_FIELDS).read("model")
+
+
+def read_message(data: bytes, kind: str) -> Message:
+    """A part of a model, such as a ``node``, read as :func:`read_model` reads the whole.
+
+    Raises:
+        ValueError: it is none of that kind.
+    """
+    return Reader(data, _TABLES, _MAX_FIELDS).read(kind)
 
 
 def tensors_of(message: Message, kind: str = "model") -> Iterator[Message]:

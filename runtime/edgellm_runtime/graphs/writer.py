@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["ELEMENT_TYPES", "Node", "Shape", "graph_bytes", "with_outputs"]
+__all__ = ["ELEMENT_TYPES", "Node", "Shape", "graph_bytes", "message", "number", "text", "with_outputs"]
 
 Shape = Sequence[int | str]  # a text names a size that is free
 NO_SHAPES: Mapping[str, Shape] = {}
@@ -61,14 +61,14 @@ def graph_bytes(
         shapes: of those inputs and outputs that are not left open.
         tensors: name to numbers of any of :data:`ELEMENT_TYPES` that NumPy has.
     """
-    graph = b"".join(_message(1, _node(node)) for node in nodes) + _text(2, "edgellm")
-    graph += b"".join(_message(5, _integers(name, values)) for name, values in (constants or {}).items())
-    graph += b"".join(_message(5, _tensor(name, values)) for name, values in (tensors or {}).items())
-    graph += b"".join(_message(11, _value(name, dtype, shapes.get(name))) for name, dtype in inputs.items())
-    graph += b"".join(_message(12, _value(name, dtype, shapes.get(name))) for name, dtype in outputs.items())
+    graph = b"".join(message(1, _node(node)) for node in nodes) + text(2, "edgellm")
+    graph += b"".join(message(5, _integers(name, values)) for name, values in (constants or {}).items())
+    graph += b"".join(message(5, _tensor(name, values)) for name, values in (tensors or {}).items())
+    graph += b"".join(message(11, _value(name, dtype, shapes.get(name))) for name, dtype in inputs.items())
+    graph += b"".join(message(12, _value(name, dtype, shapes.get(name))) for name, dtype in outputs.items())
     opsets = {"": _OPSET, **{node.domain: 1 for node in nodes if node.domain}}
-    imports = b"".join(_message(8, _text(1, domain) + _number(2, version)) for domain, version in opsets.items())
-    return _number(1, _IR_VERSION) + _message(7, graph) + imports
+    imports = b"".join(message(8, text(1, domain) + number(2, version)) for domain, version in opsets.items())
+    return number(1, _IR_VERSION) + message(7, graph) + imports
 
 
 def with_outputs(model: bytes, names: Sequence[str]) -> bytes:
@@ -80,48 +80,51 @@ def with_outputs(model: bytes, names: Sequence[str]) -> bytes:
         model: the serialized model.
         names: of values that nodes of its graph make.
     """
-    return model + _message(7, b"".join(_message(12, _text(1, name)) for name in names))
+    return model + message(7, b"".join(message(12, text(1, name)) for name in names))
 
 
 def _node(node: Node) -> bytes:
-    texts = b"".join(_text(1, name) for name in node.inputs) + b"".join(_text(2, name) for name in node.outputs)
-    kind = _text(4, node.op) + (_text(7, node.domain) if node.domain else b"")
-    return texts + kind + b"".join(_message(5, _attribute(*item)) for item in node.attributes.items())
+    texts = b"".join(text(1, name) for name in node.inputs) + b"".join(text(2, name) for name in node.outputs)
+    kind = text(4, node.op) + (text(7, node.domain) if node.domain else b"")
+    return texts + kind + b"".join(message(5, _attribute(*item)) for item in node.attributes.items())
 
 
 def _attribute(name: str, value: int | Sequence[int]) -> bytes:
     if isinstance(value, int):
-        return _text(1, name) + _number(3, value) + _number(20, _INT)
-    return _text(1, name) + b"".join(_number(8, v) for v in value) + _number(20, _INTS)
+        return text(1, name) + number(3, value) + number(20, _INT)
+    return text(1, name) + b"".join(number(8, v) for v in value) + number(20, _INTS)
 
 
 def _integers(name: str, values: Sequence[int]) -> bytes:
     data = b"".join(_varint(v) for v in values)
-    return _number(1, len(values)) + _number(2, ELEMENT_TYPES["int64"]) + _message(7, data) + _text(8, name)
+    return number(1, len(values)) + number(2, ELEMENT_TYPES["int64"]) + message(7, data) + text(8, name)
 
 
 def _tensor(name: str, values: NDArray[Any]) -> bytes:
-    sizes = b"".join(_number(1, size) for size in values.shape)
-    return sizes + _number(2, ELEMENT_TYPES[values.dtype.name]) + _text(8, name) + _message(9, values.tobytes())
+    sizes = b"".join(number(1, size) for size in values.shape)
+    return sizes + number(2, ELEMENT_TYPES[values.dtype.name]) + text(8, name) + message(9, values.tobytes())
 
 
 def _value(name: str, dtype: str, shape: Shape | None) -> bytes:
-    tensor = _number(1, ELEMENT_TYPES[dtype])
+    tensor = number(1, ELEMENT_TYPES[dtype])
     if shape is not None:
-        sizes = (_text(2, size) if isinstance(size, str) else _number(1, size) for size in shape)
-        tensor += _message(2, b"".join(_message(1, size) for size in sizes))
-    return _text(1, name) + _message(2, _message(1, tensor))
+        sizes = (text(2, size) if isinstance(size, str) else number(1, size) for size in shape)
+        tensor += message(2, b"".join(message(1, size) for size in sizes))
+    return text(1, name) + message(2, message(1, tensor))
 
 
-def _message(field_number: int, content: bytes) -> bytes:
+def message(field_number: int, content: bytes) -> bytes:
+    """A field that holds a message, or bytes."""
     return _varint(field_number << 3 | 2) + _varint(len(content)) + content
 
 
-def _text(field_number: int, value: str) -> bytes:
-    return _message(field_number, value.encode())
+def text(field_number: int, value: str) -> bytes:
+    """A field that holds a text."""
+    return message(field_number, value.encode())
 
 
-def _number(field_number: int, value: int) -> bytes:
+def number(field_number: int, value: int) -> bytes:
+    """A field that holds a whole number."""
     return _varint(field_number << 3) + _varint(value)
 
 

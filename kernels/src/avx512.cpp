@@ -1,0 +1,152 @@
+// AVX-512 with VNNI: 32 outputs are two registers of 16 whole numbers.
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "product.h"
+
+namespace edgellm {
+namespace {
+
+bool here() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
+
+inline __m512i broadcast(const void* four) {
+  int32_t word;
+  std::memcpy(&word, four, 4);
+  return _mm512_set1_epi32(word);
+}
+
+void round_block(const float* x, int block, int8_t* codes, float* scale, int32_t* minus_sum) {
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  __m512i tops = _mm512_setzero_si512();  // as whole numbers: in the order of floats, and a NaN is above all
+  for (int i = 0; i < block; i += 16)
+    tops = _mm512_max_epi32(tops, _mm512_and_si512(_mm512_loadu_si512(x + i), magnitude));
+  const int32_t bits = _mm512_reduce_max_epi32(tops);
+  float top;
+  std::memcpy(&top, &bits, 4);
+  const bool finite = bits < 0x7f800000, none = !finite || top < kLeast;
+  const __m512 inverse = _mm512_set1_ps(none ? 0 : 127 / top);
+  const __mmask16 kept = none ? 0 : 0xffff;
+  const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+  __m512i sum = _mm512_setzero_si512();
+  for (int i = 0; i < block; i += 16) {
+    const __m512i code = _mm512_maskz_cvtps_epi32(kept, _mm512_mul_ps(_mm512_loadu_ps(x + i), inverse));
+    sum = _mm512_add_epi32(sum, code);
+    const __m128i bytes = _mm_shuffle_epi8(_mm512_cvtepi32_epi8(code), order);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), bytes);
+  }
+  *scale = !finite ? NAN : none ? 0 : top / 127;
+  *minus_sum = -_mm512_reduce_add_epi32(sum);
+}
+
+void round(const Matrix& m, const float* x, int8_t* codes, float* scales, int32_t* minus_sums) {
+  const int whole = m.inputs / m.block;
+  for (int b = 0; b < whole; b++)
+    round_block(x + b * m.block, m.block, codes + b * m.block, scales + b, minus_sums + b);
+  if (whole < m.blocks) {
+    float last[kLargestBlock] = {};
+    std::memcpy(last, x + whole * m.block, size_t(m.inputs - whole * m.block) * sizeof(float));
+    round_block(last, m.block, codes + whole * m.block, scales + whole, minus_sums + whole);
+  }
+}
+
+constexpr int kAhead = 4096;  // bytes: what is not in a cache takes that long to come
+
+// `kRows` rows of x with one unit.
+template <int kRows, int kLines, bool kHalf>
+void tile(const Matrix& m, const Rounded& x, int row, int unit, float* y) {
+  constexpr int kBlock = 8 * kLines, kChains = kRows == 1 ? 2 : 1;  // sums that do not wait for each other
+  const __m512i low = _mm512_set1_epi8(15);
+  constexpr size_t kCodes = kUnit * kBlock / 2, kRecord = kCodes + kUnit * (kHalf ? 3 : 5);
+  const uint8_t* record = m.unit(unit);
+  __m512 sums[kRows][2];
+  for (int r = 0; r < kRows; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+  for (int b = 0; b < m.blocks; b++, record += kRecord) {
+    __m512i whole[kRows][kChains][2];
+    for (int r = 0; r < kRows; r++)
+      for (int c = 0; c < kChains; c++) whole[r][c][0] = whole[r][c][1] = _mm512_setzero_si512();
+    const int8_t* codes = x.codes + (size_t(row) * m.blocks + b) * kBlock;
+    const size_t stride = size_t(m.blocks) * kBlock;
+#pragma GCC unroll 16
+    for (int l = 0; l < kLines; l++) {
+      const uint8_t* line = record + 4 * kUnit * l;
+      if (row == 0) {
+        _mm_prefetch(reinterpret_cast<const char*>(line + kAhead), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(line + kAhead + 64), _MM_HINT_T0);
+      }
+      const __m512i two0 = _mm512_loadu_si512(line), two1 = _mm512_loadu_si512(line + 64);
+      const __m512i even0 = _mm512_and_si512(two0, low), odd0 = _mm512_and_si512(_mm512_srli_epi16(two0, 4), low);
+      const __m512i even1 = _mm512_and_si512(two1, low), odd1 = _mm512_and_si512(_mm512_srli_epi16(two1, 4), low);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; r++) {
+        const __m512i x0 = broadcast(codes + r * stride + 8 * l), x1 = broadcast(codes + r * stride + 8 * l + 4);
+        __m512i *first = whole[r][0], *second = whole[r][kChains - 1];
+        first[0] = _mm512_dpbusd_epi32(first[0], even0, x0);
+        first[1] = _mm512_dpbusd_epi32(first[1], even1, x0);
+        second[0] = _mm512_dpbusd_epi32(second[0], odd0, x1);
+        second[1] = _mm512_dpbusd_epi32(second[1], odd1, x1);
+      }
+    }
+    if (row == 0) _mm_prefetch(reinterpret_cast<const char*>(record + kCodes + kAhead), _MM_HINT_T0);
+    for (int h = 0; h < 2; h++) {
+      const void* bytes = record + kRecord - kUnit + 16 * h;
+      const __m512i zero = _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(bytes)));
+      const uint8_t* scales = record + kCodes + h * (kHalf ? 32 : 64);
+      const __m512 scale = kHalf ? _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)))
+                                 : _mm512_loadu_ps(scales);
+      for (int r = 0; r < kRows; r++) {
+        const size_t from = size_t(row + r) * m.blocks + b;
+        __m512i all = whole[r][0][h];
+        if (kChains == 2) all = _mm512_add_epi32(all, whole[r][kChains - 1][h]);
+        // both fit into 16 bits, and the upper half of a zero is 0
+        all = _mm512_dpwssd_epi32(all, zero, _mm512_set1_epi32(x.minus_sums[from]));
+        const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x.scales[from]));
+        sums[r][h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(all), both, sums[r][h]);
+      }
+    }
+  }
+  const int left = m.outputs - unit * kUnit;
+  const __mmask16 here0 = left >= 16 ? 0xffff : (1u << left) - 1;
+  const __mmask16 here1 = left >= 32 ? 0xffff : left > 16 ? (1u << (left - 16)) - 1 : 0;
+  for (int r = 0; r < kRows; r++) {
+    float* to = y + size_t(row + r) * m.outputs + unit * kUnit;
+    _mm512_mask_storeu_ps(to, here0, sums[r][0]);
+    _mm512_mask_storeu_ps(to + 16, here1, sums[r][1]);
+  }
+}
+
+template <int kLines, bool kHalf>
+void units(const Matrix& m, const Rounded& x, float* y, int first, int last) {
+  for (int u = first; u < last; u++) {
+    int row = 0;
+    for (; row + 4 <= x.rows; row += 4) tile<4, kLines, kHalf>(m, x, row, u, y);
+    if (x.rows - row == 3) tile<3, kLines, kHalf>(m, x, row, u, y);
+    if (x.rows - row == 2) tile<2, kLines, kHalf>(m, x, row, u, y);
+    if (x.rows - row == 1) tile<1, kLines, kHalf>(m, x, row, u, y);
+  }
+}
+
+template <bool kHalf>
+void multiply_scaled(const Matrix& m, const Rounded& x, float* y, int first, int last) {
+  switch (m.block) {
+    case 16: return units<2, kHalf>(m, x, y, first, last);
+    case 32: return units<4, kHalf>(m, x, y, first, last);
+    case 64: return units<8, kHalf>(m, x, y, first, last);
+    default: return units<16, kHalf>(m, x, y, first, last);
+  }
+}
+
+void multiply(const Matrix& m, const Rounded& x, float* y, int first, int last) {
+  m.half ? multiply_scaled<true>(m, x, y, first, last) : multiply_scaled<false>(m, x, y, first, last);
+}
+
+}  // namespace
+
+extern const Form kAvx512;
+const Form kAvx512{"avx512-vnni", here, round, multiply};
+
+}  // namespace edgellm

@@ -1,0 +1,131 @@
+// ARM with dot products: 32 outputs are eight registers of 4 whole numbers.
+#include <arm_neon.h>
+
+#include <cmath>
+#include <cstring>
+
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+#include "product.h"
+
+namespace edgellm {
+namespace {
+
+bool here() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) & (1ul << 20);  // HWCAP_ASIMDDP
+#else
+  return true;  // every processor of Apple's with this instruction set has it
+#endif
+}
+
+void round_block(const float* x, int block, int8_t* codes, float* scale, int32_t* minus_sum) {
+  int32x4_t tops = vdupq_n_s32(0);  // as whole numbers: in the order of floats, and a NaN is above all
+  for (int i = 0; i < block; i += 4) {
+    const int32x4_t bits = vreinterpretq_s32_f32(vld1q_f32(x + i));
+    tops = vmaxq_s32(tops, vandq_s32(bits, vdupq_n_s32(0x7fffffff)));
+  }
+  const int32_t bits = vmaxvq_s32(tops);
+  float top;
+  std::memcpy(&top, &bits, 4);
+  const bool finite = bits < 0x7f800000, none = !finite || top < kLeast;
+  const float32x4_t inverse = vdupq_n_f32(none ? 0 : 127 / top);
+  const int32x4_t kept = vdupq_n_s32(none ? 0 : -1);
+  int32x4_t sum = vdupq_n_s32(0);
+  for (int i = 0; i < block; i += 8) {
+    const int32x4_t a = vandq_s32(kept, vcvtnq_s32_f32(vmulq_f32(vld1q_f32(x + i), inverse)));
+    const int32x4_t b = vandq_s32(kept, vcvtnq_s32_f32(vmulq_f32(vld1q_f32(x + i + 4), inverse)));
+    sum = vaddq_s32(sum, vaddq_s32(a, b));
+    const int8x8_t bytes = vmovn_s16(vcombine_s16(vmovn_s32(a), vmovn_s32(b)));
+    const int8x8_t apart = vuzp1_s8(bytes, bytes), others = vuzp2_s8(bytes, bytes);
+    vst1_s8(codes + i, vreinterpret_s8_s32(vzip1_s32(vreinterpret_s32_s8(apart), vreinterpret_s32_s8(others))));
+  }
+  *scale = !finite ? NAN : none ? 0 : top / 127;
+  *minus_sum = -vaddvq_s32(sum);
+}
+
+void round(const Matrix& m, const float* x, int8_t* codes, float* scales, int32_t* minus_sums) {
+  const int whole = m.inputs / m.block;
+  for (int b = 0; b < whole; b++)
+    round_block(x + b * m.block, m.block, codes + b * m.block, scales + b, minus_sums + b);
+  if (whole < m.blocks) {
+    float last[kLargestBlock] = {};
+    std::memcpy(last, x + whole * m.block, size_t(m.inputs - whole * m.block) * sizeof(float));
+    round_block(last, m.block, codes + whole * m.block, scales + whole, minus_sums + whole);
+  }
+}
+
+constexpr int kAhead = 2048;  // bytes: what is not in a cache takes that long to come
+
+// `kRows` rows of x with 16 outputs, the first or the second half of a unit.
+template <int kRows>
+void tile(const Matrix& m, const Rounded& x, int row, int unit, int half, float* y) {
+  const uint8x16_t low = vdupq_n_u8(15);
+  const uint8_t* record = m.unit(unit);
+  const size_t stride = size_t(m.blocks) * m.block;
+  float32x4_t sums[kRows][4];
+  for (int r = 0; r < kRows; r++)
+    for (int h = 0; h < 4; h++) sums[r][h] = vdupq_n_f32(0);
+  for (int b = 0; b < m.blocks; b++, record += m.record) {
+    int32x4_t whole[kRows][4];
+    for (int r = 0; r < kRows; r++)
+      for (int h = 0; h < 4; h++) whole[r][h] = vdupq_n_s32(0);
+    const int8_t* codes = x.codes + (size_t(row) * m.blocks + b) * m.block;
+    for (int l = 0; l < m.block / 8; l++) {
+      const uint8_t* line = record + 4 * kUnit * l + 64 * half;
+      if (row == 0) __builtin_prefetch(line + kAhead);
+      int8x8_t inputs[kRows];
+      for (int r = 0; r < kRows; r++) inputs[r] = vld1_s8(codes + r * stride + 8 * l);
+      for (int h = 0; h < 4; h++) {
+        const uint8x16_t two = vld1q_u8(line + 16 * h);
+        const int8x16_t even = vreinterpretq_s8_u8(vandq_u8(two, low));
+        const int8x16_t odd = vreinterpretq_s8_u8(vshrq_n_u8(two, 4));
+        for (int r = 0; r < kRows; r++) {
+          whole[r][h] = vdotq_lane_s32(whole[r][h], even, inputs[r], 0);
+          whole[r][h] = vdotq_lane_s32(whole[r][h], odd, inputs[r], 1);
+        }
+      }
+    }
+    const uint8_t* scales = record + m.codes_bytes();
+    const uint8x16_t zeros = vld1q_u8(record + m.record - kUnit + 16 * half);
+    const uint16x8_t pairs[2] = {vmovl_u8(vget_low_u8(zeros)), vmovl_high_u8(zeros)};
+    for (int h = 0; h < 4; h++) {
+      const uint16x4_t part = h % 2 ? vget_high_u16(pairs[h / 2]) : vget_low_u16(pairs[h / 2]);
+      const int32x4_t zero = vreinterpretq_s32_u32(vmovl_u16(part));
+      const int first = 16 * half + 4 * h;
+      const float32x4_t scale = m.half ? vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(scales + 2 * first)))
+                                       : vreinterpretq_f32_u8(vld1q_u8(scales + 4 * first));
+      for (int r = 0; r < kRows; r++) {
+        const size_t from = size_t(row + r) * m.blocks + b;
+        const int32x4_t all = vmlaq_n_s32(whole[r][h], zero, x.minus_sums[from]);
+        sums[r][h] = vfmaq_f32(sums[r][h], vcvtq_f32_s32(all), vmulq_n_f32(scale, x.scales[from]));
+      }
+    }
+  }
+  const int first = unit * kUnit + 16 * half;
+  for (int r = 0; r < kRows && first < m.outputs; r++) {
+    float all[16];
+    for (int h = 0; h < 4; h++) vst1q_f32(all + 4 * h, sums[r][h]);
+    const int count = m.outputs - first < 16 ? m.outputs - first : 16;
+    std::memcpy(y + size_t(row + r) * m.outputs + first, all, size_t(count) * sizeof(float));
+  }
+}
+
+void multiply(const Matrix& m, const Rounded& x, float* y, int first, int last) {
+  for (int u = first; u < last; u++) {
+    for (int half = 0; half < 2; half++) {
+      int row = 0;
+      for (; row + 2 <= x.rows; row += 2) tile<2>(m, x, row, u, half, y);
+      if (row < x.rows) tile<1>(m, x, row, u, half, y);
+    }
+  }
+}
+
+}  // namespace
+
+extern const Form kNeon;
+const Form kNeon{"neon-dotprod", here, round, multiply};
+
+}  // namespace edgellm

@@ -1,0 +1,62 @@
+// The product of rows of numbers with a matrix of 4-bit codes, in the format of ONNX Runtime's MatMulNBits at accuracy
+// level 4: inputs are rounded to 8 bits, block by block, and the product of a block is exact in whole numbers.
+//
+// Every form of it (one for each kind of processor) computes the same bits, stated here once:
+//   of a block of inputs, top = the largest magnitude; scale = top / 127; code = x * (127 / top), to the nearest, ties to
+//   even. A block whose top is below 1e-30 has scale 0; one with an infinity or a NaN has scale NaN.
+//   y starts at 0; block after block, y = fma(float(sum of (code of w - zero) * code of x), scale of w * scale of x, y),
+//   everything in float32.
+// So a row's result depends on nothing but the row and the matrix: not on its neighbours, not on threads.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+namespace edgellm {
+
+constexpr int kUnit = 32;      // outputs that are computed together
+constexpr int kMostRows = 4;   // inputs that are read together
+constexpr int kLargestBlock = 128;
+constexpr float kLeast = 1e-30f;
+
+// A matrix of `outputs` rows and `inputs` columns, read from its first byte to its last. Outputs are padded to units of
+// 32. A unit is a row of records, one for each block: block / 8 lines of codes, 32 scales, 32 zeros (bytes). A line has
+// 4 bytes of each of the 32 outputs: byte j has elements 8 line + 2 j (its low half) and 8 line + 2 j + 1. Scales are
+// float16 if all are such numbers, else float32.
+struct Matrix {
+  int outputs, inputs, block, blocks, units;
+  bool half;  // scales are float16
+  size_t record;
+  std::shared_ptr<uint8_t> data;
+  size_t codes_bytes() const { return size_t(kUnit) * block / 2; }
+  size_t unit_bytes() const { return blocks * record; }
+  const uint8_t* unit(int u) const { return data.get() + u * unit_bytes(); }
+};
+
+// As MatMulNBits has it: codes (outputs, blocks, block / 2), scales (outputs, blocks), zeros (outputs, (blocks + 1) / 2)
+// with the earlier block's in the low half of a byte, or null where every zero is 8.
+Matrix pack(int outputs, int inputs, int block, const uint8_t* codes, const float* scales, const uint8_t* zeros);
+
+// Rows that were rounded. Of each 8 codes those with even numbers stand first, as a line's low halves do.
+struct Rounded {
+  int rows;
+  const int8_t* codes;          // (rows, blocks * block)
+  const float* scales;          // (rows, blocks)
+  const int32_t* minus_sums;    // (rows, blocks): minus the sum of a block's codes
+};
+
+// One kind of processor's form.
+struct Form {
+  const char* name;
+  bool (*here)();  // whether this processor has the instructions
+  // One row x (inputs) into codes, scales and minus_sums of a Rounded's row.
+  void (*round)(const Matrix&, const float* x, int8_t* codes, float* scales, int32_t* minus_sums);
+  // Outputs of units first to last - 1 for all rows, into y (rows, outputs).
+  void (*multiply)(const Matrix&, const Rounded&, float* y, int first, int last);
+};
+
+extern const Form kPlain;  // the reference, in plain C++
+const Form* const* forms();   // all that were compiled, the fastest first; ends with a null
+const Form* best();           // the fastest that runs here and is worth it; null if there is none
+
+}  // namespace edgellm
