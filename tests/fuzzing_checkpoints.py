@@ -110,7 +110,8 @@ def use_checkpoint(folder: Path, step: Callable[[Callable[[], Any]], Any]) -> No
         model = None if found is None else step(lambda found=found: fill(found.model, found.weights))
         if model is not None:
             with torch.inference_mode():
-                step(lambda model=model: model(torch.tensor([[0, 1, 2], [2, 1, 0]])))
+                tokens = torch.tensor([[0, 1, 2], [2, 1, 0]]) % model.config.vocab_size
+                step(lambda model=model, tokens=tokens: model(tokens))
 
 
 def make_checkpoints(folder: Path) -> None:

@@ -31,6 +31,8 @@ from edgellm.models.registry import Architecture, find_foreign
 
 __all__ = ["GGUFSource", "open_gguf"]
 
+_MOST_NUMBERS = 8  # in a byte of a file: no type takes less than a bit for each
+
 
 class _Reader(gguf.GGUFReader):  # type: ignore[misc]
     """gguf's reader, which by itself reads past the end of a damaged file as if nothing were there.
@@ -90,6 +92,14 @@ class _Reader(gguf.GGUFReader):  # type: ignore[misc]
             found.append(str(data[offset + 8 : offset + 8 + size], "utf-8"))
             offset += 8 + size
         return found, offset - start
+
+    def _build_tensors(self, start_offs: int, fields: Any) -> None:
+        """First see that no place or size is beyond the file: gguf's arithmetic begins again at 0 after 64 bits."""
+        for field in fields:
+            dims, offset = (field.parts[i].tolist() for i in (3, 5))
+            if offset[0] > len(self.data) or math.prod(dims) > _MOST_NUMBERS * len(self.data):
+                raise ValueError("a tensor is beyond its end")
+        super()._build_tensors(start_offs, fields)
 
     @property
     def _is_big_endian(self) -> bool:

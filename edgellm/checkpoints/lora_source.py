@@ -21,6 +21,7 @@ from edgellm.checkpoints.weights import TensorSource
 from edgellm.codes import CodedWeights, CodeFormat, StoredCodes
 from edgellm.errors import CheckpointError
 from edgellm.models.foreign import METADATA, Key, neutral, positive, read_keys
+from edgellm.models.foreign.keys import checked_positive
 
 __all__ = ["ADAPTER_CONFIG", "LoraSource", "with_adapter"]
 
@@ -191,5 +192,5 @@ def _patterned(patterns: Mapping[str, Any], module: str, default: float) -> floa
         if not _PATTERN.fullmatch(pattern):
             raise CheckpointError(f"alpha_pattern has {pattern!r}, no plain name; merge the adapter with PEFT")
         if re.fullmatch(rf"(.*\.)?{pattern}", module):  # a dot stands for any character there too
-            return float(value)
+            return checked_positive(f"the pattern {pattern}", value)
     return default

@@ -35,7 +35,10 @@ from edgellm_exporters.quantize.methods import METHODS
 
 REPOSITORY = Path(__file__).parents[2]
 README = REPOSITORY / "README.md"
-DOCUMENTS = [README, REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "CHANGELOG.md", *sorted(REPOSITORY.glob("docs/*.md"))]
+DOCUMENTS = [
+    *(REPOSITORY / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")),
+    *sorted(REPOSITORY.glob("docs/*.md")),
+]
 BLOCK = re.compile(r"(?:<!-- (?P<mark>[^\n]*) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)```", re.DOTALL)
 # The documents' commands are for people; the tests take the same ones with less work.
 LESS_WORK = {
@@ -167,6 +170,18 @@ def test_tables_name_everything_there_is() -> None:
         names |= {name, *entry.huggingface, *entry.gguf}
     rows = "\n".join(line for line in text.splitlines() if line.startswith("|"))
     assert not sorted(name for name in names if f"`{name}`" not in rows)
+
+
+def test_each_published_weakness_in_the_table_has_a_test_that_names_it() -> None:
+    """And each that a test names is in the table."""
+    numbers = re.compile(r"CVE-\d{4}-\d+")
+    table, _, rest = (REPOSITORY / "docs/security.md").read_text().partition("Does not arise")
+    tests = [path.read_text() for path in sorted(REPOSITORY.glob("tests/*/test_public_weaknesses*.py"))]
+    assert len(tests) == 2
+    named = "\n".join(tests).replace("cve_", "CVE-")
+    named = re.sub(r"(CVE-\d{4})_", r"\1-", named)
+    assert set(numbers.findall(table)) == set(numbers.findall(named))
+    assert rest
 
 
 def test_make_has_every_command_that_documents_name() -> None:

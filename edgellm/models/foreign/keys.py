@@ -6,7 +6,7 @@ dropped in silence.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -159,7 +159,7 @@ def checked_positive(name: str, value: Any) -> float:
     Raises:
         CheckpointError: it is not.
     """
-    if type(value) not in (int, float) or not 0 < value < math.inf:
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
         raise CheckpointError(f"{name} is {value!r}; it must be a positive number")
     return float(value)
 
