@@ -1,6 +1,6 @@
 """Speculation on a real bundle: whether its tokens are the plain ones, how many steps it takes, why some differ.
 
-    python scripts/speculation.py BUNDLE [--draft SMALLER] [--tokens 300]
+    python scripts/speculation.py BUNDLE [--draft SMALLER|lookup|recurrent] [--tokens 300]
 
 Texts are of this repository: three that are to be copied, and five that are gone on with. Where tokens differ, the
 logits of the two are shown as a third reading has them, of the whole text at once: near ones are a tie within rounding.
@@ -39,12 +39,12 @@ def main() -> None:
     """Print a line for each text, and one for each kind."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle")
-    parser.add_argument("--draft", default="lookup", help="another bundle, or lookup")
+    parser.add_argument("--draft", default="lookup", help="another bundle, lookup, or recurrent")
     parser.add_argument("--tokens", type=int, default=300, help="of each answer")
     options = parser.parse_args()
     model = load(options.bundle)
     assert model.tokenizer is not None
-    draft = "lookup" if options.draft == "lookup" else load(options.draft)
+    draft = options.draft if options.draft in ("lookup", "recurrent") else load(options.draft)
     for kind, texts in prompts().items():
         total = np.zeros(5)
         for text in texts:

@@ -59,6 +59,8 @@ within the stated bounds.
               "it.")  # fmt: skip
 @click.option("--hidden", is_flag=True, help="Let steps give the model's last hidden states, too: embeddings need "
               "them. A step that does not ask for them costs no more.")  # fmt: skip
+@click.option("--drafter", type=click.Path(path_type=Path), default=None, metavar="DIR", help="Put a drafter into the "
+              "bundle that 'edgellm train --drafter' made; implies --hidden.")  # fmt: skip
 @click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE", help="UTF-8 text like the model's work: "
               "int4 weights are then chosen with GPTQ instead of rounded to nearest.")  # fmt: skip
 @click.option("--text", "receipt", type=click.Path(path_type=Path), metavar="FILE", show_default=False,
@@ -96,10 +98,11 @@ within the stated bounds.
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def export(
     checkpoint: Path, output: Path, target: str, dtype: str | None, quantize: str, kv_cache: str,
-    hidden: bool, calibrate: Path | None, receipt: Path | None, no_receipt: bool, max_kl: float | None,
-    max_size_mb: float | None, prefer: str | None, max_batch: int | None, compute_capability: str,
-    workspace_mb: int | None, max_context: int | None, no_engine: bool, name: str, force: bool, road: str,
-    trust_remote_code: bool, threads: int | None, check: str | None, adapter: tuple[Path, ...], as_json: bool,
+    hidden: bool, drafter: Path | None, calibrate: Path | None, receipt: Path | None, no_receipt: bool,
+    max_kl: float | None, max_size_mb: float | None, prefer: str | None, max_batch: int | None,
+    compute_capability: str, workspace_mb: int | None, max_context: int | None, no_engine: bool, name: str,
+    force: bool, road: str, trust_remote_code: bool, threads: int | None, check: str | None,
+    adapter: tuple[Path, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """See :data:`_HELP`."""
     engine = EngineFlags(
@@ -113,8 +116,8 @@ def export(
     with stages() as tell:
         result = export_checkpoint(
             checkpoint, output, target=target, dtype=dtype, quantize=quantize, calibrate=calibrate, max_kl=max_kl,
-            max_size_mb=max_size_mb, prefer=prefer, kv_cache=kv_cache, hidden=hidden, engine=engine, name=name,
-            force=force, check=check, adapters=adapter, road=road, trust_remote_code=trust_remote_code,
+            max_size_mb=max_size_mb, prefer=prefer, kv_cache=kv_cache, hidden=hidden, drafter=drafter, engine=engine,
+            name=name, force=force, check=check, adapters=adapter, road=road, trust_remote_code=trust_remote_code,
             receipt_text=receipt, receipt=not no_receipt, tell=tell,
         )  # fmt: skip
     if as_json:
@@ -126,9 +129,10 @@ def export(
 def export_checkpoint(
     checkpoint: Path, output: Path, *, target: str, dtype: str | None = None, quantize: str,
     calibrate: Path | None = None, max_kl: float | None = None, max_size_mb: float | None = None,
-    prefer: str | None = None, kv_cache: str = "float32", hidden: bool = False, engine: EngineFlags = _NO_FLAGS,
-    name: str = "", force: bool = False, check: str | None = None, adapters: Sequence[Path] = (), road: str = "auto",
-    trust_remote_code: bool = False, receipt_text: Path | None = None, receipt: bool = True, tell: Any,
+    prefer: str | None = None, kv_cache: str = "float32", hidden: bool = False, drafter: Path | None = None,
+    engine: EngineFlags = _NO_FLAGS, name: str = "", force: bool = False, check: str | None = None,
+    adapters: Sequence[Path] = (), road: str = "auto", trust_remote_code: bool = False,
+    receipt_text: Path | None = None, receipt: bool = True, tell: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Read, export and sum up; the keys are those of ``--json``."""
     from edgellm.torch_threads import let_torch_wait, limit_torch_threads
@@ -143,7 +147,7 @@ def export_checkpoint(
     dtype = dtype or find_target(target).dtypes[0]
     options = ExportOptions(
         target=target, dtype=dtype, quantize=quantize, kv_cache=kv_cache, name=name, budget=budget,
-        engine=engine.options(), hidden=hidden,
+        engine=engine.options(), hidden=hidden or drafter is not None,
     )  # fmt: skip
     check_destination(output, force=force)
     tell("importing PyTorch", 0.0)
@@ -166,6 +170,10 @@ def export_checkpoint(
         tell("reading the calibration text", 0.0)
         windows, held_out, there = _windows(calibrate, loaded, divided=budget is not None)
         options = dataclasses.replace(options, calibration=windows, held_out=held_out)
+    if drafter is not None:
+        from edgellm.draft_head import load_draft_head
+
+        options = dataclasses.replace(options, drafter=load_draft_head(drafter))
     options = dataclasses.replace(options, generation=loaded.generation)
     if receipt:
         options = dataclasses.replace(options, receipt=text_for_export(loaded, receipt_text, calibrate, options, there))

@@ -137,6 +137,14 @@ FILE = click.Path(path_type=Path)
     help="With --init: learn through low-rank adapters of this rank, also written in PEFT's layout.  [default: none]",
 )
 @click.option("--lora-alpha", type=float, default=0.0, help="How much adapters count.  [default: twice the rank]")
+@click.option("--drafter", type=FILE, metavar="CHECKPOINT", help="Train a drafter for this checkpoint's model on TEXT "
+              "instead: a small head that proposes tokens for the model to check (edgellm export --drafter). Takes "
+              "--minutes, --steps, --batch-size (places), --lr, --seed, --gather, --listed and --resume.")  # fmt: skip
+@click.option("--text", "more_texts", multiple=True, type=FILE, metavar="FILE", help="A TEXT by a name; repeatable.")
+@click.option("--gather", type=int, default=2048, show_default=True, help="Of a drafter: continuations of TEXT, in the "
+              "model's own words, to learn from at most; half of --minutes is for them at most.")  # fmt: skip
+@click.option("--listed", type=int, default=8192, show_default=True, help="Of a drafter: tokens that it can propose, "
+              "those that are most frequent in the model's words.")  # fmt: skip
 @click.option(
     "--find-lr", is_flag=True, default=False,
     help="Train nothing, but try rising learning rates and draw lr-range.png.  [default: train]",
@@ -166,7 +174,7 @@ FILE = click.Path(path_type=Path)
 @click.pass_context
 def train(
     click_context: click.Context, /, texts: tuple[Path, ...], out: Path, resume: bool, as_json: bool, find_lr: bool,
-    **parameters: Any,
+    drafter: Path | None, more_texts: tuple[Path, ...], gather: int, listed: int, **parameters: Any,
 ) -> None:  # fmt: skip
     """Train a tokenizer and a language model on text.
 
@@ -177,14 +185,18 @@ def train(
     "content": ...}, {"role": "assistant", "content": ...}]}, written by the checkpoint's own chat template; only the
     assistant's words are learned.
 
+    With --drafter, a small head learns to foretell a checkpoint's model from its last hidden states and its own words.
+
     With --task, TEXT is JSON Lines of examples: {"source", "target"} for translation; {"context", "question", "answer"}
     for qa, where an empty answer means that the context does not say; {"text", "summary"} for summarization;
     {"words", "predicate", "labels"} for srl (semantic role labelling).
     """
     from rich.console import Console
 
-    from edgellm.torch_threads import limit_torch_threads
+    from edgellm.torch_threads import let_torch_wait, limit_torch_threads
 
+    if drafter is not None:
+        let_torch_wait()
     limit_torch_threads(parameters["threads"])
     from edgellm.training import Reporter, RunConfig, train_from_text
 
@@ -192,6 +204,14 @@ def train(
         name for name in parameters
         if click_context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
     }  # fmt: skip
+    texts += more_texts
+    if drafter is not None:
+        from edgellm.cli.train_drafter import run_drafter
+
+        wanted = {name: parameters[name] for name in given} | {"rows": gather, "listed": listed}
+        if run_drafter(drafter, texts, out, wanted, resume=resume, as_json=as_json):
+            click_context.exit(INTERRUPTED)
+        return
     if resume:
         config = _resumed(RunConfig.load(out), texts, {n: parameters[n] for n in parameters if n in given})
     else:

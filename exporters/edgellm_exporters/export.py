@@ -33,6 +33,7 @@ from edgellm_exporters.graph.targets import Target, find_target
 from edgellm_exporters.graph.write import WEIGHTS_FILE, Progress
 from edgellm_exporters.graph_sets import graph_set
 from edgellm_exporters.options import ExportOptions, TextAssets, check_encoder_options
+from edgellm_exporters.proof.draft_graph import check_drafter, write_drafter
 from edgellm_exporters.proof.far_row import FarStart, far_row, far_start
 from edgellm_exporters.proof.goldens import GREEDY, write_goldens
 from edgellm_exporters.proof.layer_bounds import layers_in
@@ -116,6 +117,8 @@ def export(
     library()  # the proof at the end needs it, so its absence is told now
     if answers_sources(model):
         check_encoder_options(options)
+    if options.drafter is not None:
+        check_drafter(options.drafter, options.target, model.config.vocab_size, hidden=options.hidden)
     if find_target(options.target).roles:
         check_engine_options(options.engine or EngineOptions(), {"method": options.quantize})
     assert isinstance(model, nn.Module)
@@ -203,6 +206,11 @@ def _build(
     measured |= exact
     manifest = _write_manifest(scratch, dataclasses.replace(manifest, measured=measured, receipt=receipt))
     manifest = _write_manifest(scratch, made.finish(scratch, manifest, progress))
+    if options.drafter is not None:
+        manifest = write_drafter(
+            options.drafter.eval(), target, scratch, manifest, traces[0], progress, write_manifest=_write_manifest,
+            eight_bits=options.quantize != "none",
+        )  # fmt: skip
     weight_bytes = sum(manifest.files[n].bytes for n in (*manifest.graph_files, WEIGHTS_FILE))
     opened = Bundle(scratch, checksums=False)
     notes += quantization_notes(quantization)

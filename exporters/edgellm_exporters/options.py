@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgellm.draft_head import DraftHead
 from edgellm_exporters.auto.budget import AUTO, Budget
 from edgellm_exporters.engines.options import EngineOptions
 from edgellm_exporters.errors import ExportError
@@ -39,6 +40,7 @@ class ExportOptions:
             ``{"temperature": 0.7}``; see :mod:`edgellm_runtime.option_ranges`.
         hidden: whether steps can be asked for the last hidden states, too, which embeddings are made of.
         receipt: a text that the bundle is measured on beside the model, for its receipt; None for no receipt.
+        drafter: proposes tokens from hidden states, for the model to check; None for none.
     """
 
     target: str = "cpu"
@@ -54,6 +56,7 @@ class ExportOptions:
     generation: Mapping[str, Any] = field(default_factory=dict)
     hidden: bool = False
     receipt: ReceiptText | None = None
+    drafter: DraftHead | None = None
 
     def __post_init__(self) -> None:
         target = find_target(self.target)

@@ -18,6 +18,7 @@ from edgellm_runtime.arguments import (
     shown,
 )
 from edgellm_runtime.backends import Backend, Candidates, check_updates
+from edgellm_runtime.backends.draft_graph import DraftGraph
 from edgellm_runtime.bundle.encoder_info import EncoderInfo
 from edgellm_runtime.errors import ContextError, OptionError, StateError
 from edgellm_runtime.spec import Signature
@@ -50,6 +51,7 @@ class Session:
         vocab_size: how many tokens there are; None: as many as logits.
         capacity: slots that each row of a state has, for graphs of fixed sizes; None: as many as are needed.
         encoder: of a model that answers sources; None: it goes on with texts.
+        drafter: proposes tokens from hidden states; None: the bundle has none.
 
     Raises:
         BackendError: the backend cannot keep one of the model's states.
@@ -58,13 +60,14 @@ class Session:
     def __init__(
         self, backend: Backend, signature: Signature, *, max_context: int, ragged_chunks: bool, chunk: int = _CHUNK,
         vocab_size: int | None = None, capacity: int | None = None, encoder: EncoderInfo | None = None,
+        drafter: DraftGraph | None = None,
     ) -> None:  # fmt: skip
         check_updates(backend, signature)
         self._backend, self.signature = backend, signature
         self.one_pass = signature.one_pass
         self.max_context, self._ragged_chunks = max_context, ragged_chunks
         self.chunk = max_context if self.one_pass else chunk
-        self._capacity, self.encoder = capacity, encoder
+        self._capacity, self.encoder, self.drafter = capacity, encoder, drafter
         self.width = int(signature.outputs[0].shape[-1])
         self.vocab_size = vocab_size or self.width
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from distribution import check_drawn, softmax
 from families import VOCAB
 from family_bundles import model_of
 from generation_fakes import fake_model
@@ -154,11 +155,6 @@ def test_a_conversation_with_drafts_says_what_one_without_says() -> None:
     assert drafted.say("d", max_new_tokens=4).tokens == plain.say("d", max_new_tokens=4).tokens
 
 
-def softmax(logits: Any, temperature: float) -> Any:
-    weights = np.exp((logits - logits.max()).astype(np.float64) / temperature)
-    return weights / weights.sum()
-
-
 def test_drawn_tokens_have_the_models_distribution() -> None:
     session, prompt, runs = exact_session(APPENDED, REPLACED, max_context=50), [4, 2], 1500
     options: Any = {"max_new_tokens": 3, "temperature": 0.6}
@@ -167,16 +163,8 @@ def test_drawn_tokens_have_the_models_distribution() -> None:
     second = softmax(session.step(np.array([[*prompt, begun]]), session.new_state())[0, 0], 0.6)
     draft = Fixed([*prompt, begun, int(second.argmax()), 1], [False], most=2)
     answers = [run_of(session, prompt, draft=draft, seed=i, **options).result().tokens for i in range(runs)]
-    for counted, expected in (
-        (Counter(a[0] for a in answers), first), (Counter(a[1] for a in answers if a[0] == begun), second),
-    ):  # fmt: skip
-        total = sum(counted.values())
-        assert total > 20
-        common = [t for t in range(EXACT) if expected[t] * total >= 5]
-        seen = [counted[t] for t in common] + [total - sum(counted[t] for t in common)]
-        due = [expected[t] * total for t in common] + [total * (1 - sum(expected[t] for t in common))]
-        square = sum((a - b) ** 2 / b for a, b in zip(seen, due, strict=True))
-        assert square < len(common) + 5 * (2 * len(common)) ** 0.5  # five deviations above the mean of chi-square
+    check_drawn(Counter(a[0] for a in answers), first)
+    check_drawn(Counter(a[1] for a in answers if a[0] == begun), second)
 
 
 def test_wrong_drafts_are_made_seldom_and_dear_ones_not_at_all() -> None:
@@ -233,7 +221,7 @@ def test_other_vocabularies_and_things_that_do_not_draft_are_refused(tmp_path: P
     model = load(attention_bundle(), threads=1)
     with pytest.raises(OptionError, match=r"draft is .+, whose vocabulary is not .+'s; give a model with the same"):
         model.generate("hello", draft=load(recurrent_bundle(), threads=1))
-    with pytest.raises(OptionError, match="draft is 'prompt'; it must be 'lookup', a Model, or None"):
+    with pytest.raises(OptionError, match="draft is 'prompt'; it must be 'lookup', 'recurrent', a Model, or None"):
         model.generate("hello", draft="prompt")
     plain = model.generate("hello", max_new_tokens=5).tokens
     assert model.generate("hello", draft=Fixed([10**6] * 50, [False]), max_new_tokens=5).tokens == plain

@@ -25,26 +25,29 @@ def write_graph(model: ir.Model, directory: Path, progress: Progress) -> None:
     write_graphs({GRAPH_FILE: model}, directory, progress)
 
 
-def write_graphs(models: Mapping[str, ir.Model], directory: Path, progress: Progress) -> None:
+def write_graphs(
+    models: Mapping[str, ir.Model], directory: Path, progress: Progress, *, weights: str = WEIGHTS_FILE
+) -> None:
     """Write models whose weights of one name are the same, each once, into one file beside them.
 
     Args:
         models: file name to model, whose initializers are replaced by references into the file of weights.
         directory: where; it exists.
         progress: told after each tensor.
+        weights: the name of that file.
     """
-    weights = [(f, v, v.const_value) for f, m in models.items() for v in m.graph.initializers.values()]
-    total, done = sum(tensor.nbytes for _, _, tensor in weights if tensor is not None), 0
+    every = [(f, v, v.const_value) for f, m in models.items() for v in m.graph.initializers.values()]
+    total, done = sum(tensor.nbytes for _, _, tensor in every if tensor is not None), 0
     stored: dict[str, int] = {}
-    with (directory / WEIGHTS_FILE).open("wb") as file:
-        for graph, value, tensor in weights:
+    with (directory / weights).open("wb") as file:
+        for graph, value, tensor in every:
             assert tensor is not None
             if tensor.nbytes >= _INLINE_BYTES:
                 storage = tensor.metadata_props.get(STORAGE) or _own_name(graph, value)
                 if storage not in stored:
                     stored[storage] = file.seek(-file.tell() % _ALIGNMENT, 1)
                     _write(tensor, file)
-                value.const_value = _reference(value, tensor, stored[storage], directory)
+                value.const_value = _reference(value, tensor, stored[storage], directory / weights)
             elif isinstance(tensor, ir.LazyTensor):
                 value.const_value = _read(value, tensor)
             done += tensor.nbytes
@@ -71,8 +74,8 @@ def _read(value: ir.Value, tensor: ir.LazyTensor) -> ir.TensorProtocol:
     return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=value.name or "")
 
 
-def _reference(value: ir.Value, tensor: ir.TensorProtocol, offset: int, directory: Path) -> ir.ExternalTensor:
+def _reference(value: ir.Value, tensor: ir.TensorProtocol, offset: int, file: Path) -> ir.ExternalTensor:
     return ir.ExternalTensor(
-        WEIGHTS_FILE, offset, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=value.name or "",
-        base_dir=directory,
+        file.name, offset, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=value.name or "",
+        base_dir=file.parent,
     )  # fmt: skip

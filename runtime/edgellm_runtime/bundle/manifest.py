@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from edgellm_runtime.bundle.draft_info import DraftInfo, draft_signature
 from edgellm_runtime.bundle.encoder_info import EncoderInfo
 from edgellm_runtime.bundle.engine_info import ROLES, ChooserInfo, EngineInfo, GraphInfo
 from edgellm_runtime.bundle.limits import MAX_WIDTH
@@ -97,6 +98,7 @@ class Manifest:
         engines: built from those graphs.
         choosers: engines that choose tokens from the logits of one position.
         encoder: of a model that answers sources; None: it goes on with texts.
+        drafter: proposes tokens that the model then checks; None: there is none.
     """
 
     name: str
@@ -123,15 +125,18 @@ class Manifest:
     engines: tuple[EngineInfo, ...] = ()
     choosers: tuple[ChooserInfo, ...] = ()
     encoder: EncoderInfo | None = None
+    drafter: DraftInfo | None = None
 
     @property
     def graph_files(self) -> tuple[str, ...]:
         """The names of the graphs."""
         steps = tuple(graph.file for graph in self.graphs.values()) or (GRAPH,)
-        return steps if self.encoder is None else (*steps, self.encoder.file)
+        return (*steps, *(part.file for part in (self.encoder, self.drafter) if part is not None))
 
     def signature_of(self, graph: str) -> Signature:
         """What a graph of that name takes and gives."""
+        if self.drafter is not None and graph == self.drafter.file and self.signature.hidden is not None:
+            return draft_signature(int(self.signature.hidden.shape[-1]), self.drafter.width)
         return self.signature.encoder if self.encoder and graph == self.encoder.file else self.signature
 
     @property
@@ -172,6 +177,7 @@ class Manifest:
             "vocab_size": self.vocab_size,
             **self._roles_json(),
             **({} if self.encoder is None else {"encoder": self.encoder.to_json()}),
+            **({} if self.drafter is None else {"drafter": self.drafter.to_json()}),
             "files": {name: {"bytes": f.bytes, "sha256": f.sha256} for name, f in self.files.items()},
             "signature": self.signature.to_json(),
         }
@@ -259,6 +265,7 @@ class Manifest:
             receipt=_a(dict, data.get("receipt", {})),
             task=task, generation=_generation(data, width), vocab_size=_whole(data.get("vocab_size", 0)),
             **_roles(data, files, width), encoder=_encoder(data, files, signature),
+            drafter=_drafter(data, files, signature),
         )  # fmt: skip
 
 
@@ -288,6 +295,18 @@ def _encoder(data: dict[str, Any], files: Mapping[str, FileInfo], signature: Sig
     found = EncoderInfo.from_json(_a(dict, given), vocab_size=size, max_context=_whole(data["max_context"], least=1))
     if found.file not in files or found.file == GRAPH:
         raise ValueError(f"an encoder in {found.file!r}, which is not a further one of the files")
+    return found
+
+
+def _drafter(data: dict[str, Any], files: Mapping[str, FileInfo], signature: Signature) -> DraftInfo | None:
+    """The drafter, if there is one; it reads hidden states."""
+    if data.get("drafter") is None:
+        return None
+    if signature.hidden is None or data.get("graphs") or data.get("encoder") is not None:
+        raise ValueError("a drafter without hidden states, or beside an encoder or graphs of fixed sizes")
+    found = DraftInfo.from_json(_a(dict, data["drafter"]))
+    if found.file not in files or found.file == GRAPH:
+        raise ValueError(f"a drafter in {found.file!r}, which is not a further one of the files")
     return found
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from edgellm_runtime.bundle import GRAPH, Bundle
 from edgellm_runtime.checks.batches import batch_difference, relative
 from edgellm_runtime.checks.distance import distance
+from edgellm_runtime.checks.draft import DRAFTED, draft_difference, draft_goldens
 from edgellm_runtime.checks.far import FAR, far_golden, far_outputs
 from edgellm_runtime.checks.goldens import EXACT, GOLDENS, Golden, goldens_file, read_goldens
 from edgellm_runtime.checks.layers import LAYERS, layer_difference, layer_goldens, tapped
@@ -51,6 +52,7 @@ _WHAT = {
     "exact.kl": "the same numbers in PyTorch: mean KL divergence, nats a token",
     "hidden": "last hidden states against PyTorch's: norms, and some of their numbers, relative difference",
     "exact.hidden": "the same numbers in PyTorch: last hidden states, relative difference",
+    "drafter": "drafted tokens that are not PyTorch's, share, or their probabilities, largest difference",
     "exact.state": "the same numbers in PyTorch: carried state, relative difference",
     "kernels": "products of the library's kernels against NumPy's, largest relative difference; rounding is 0.006",
     "far.logits": "logits against PyTorch's, largest difference relative to the largest logit",
@@ -139,7 +141,15 @@ def verify(
         checks += _layers(bundle, session)
         progress("far into the context")
         checks += _far(bundle, session)
+    checks += _drafter(bundle, session)
     return Verification((*checks, *_kernels(bundle, session)))
+
+
+def _drafter(bundle: Bundle, session: Session) -> list[Check]:
+    """The drafter, where there is one, held to what PyTorch's proposes."""
+    if bundle.manifest.drafter is None or session.drafter is None:
+        return []
+    return [held(DRAFTED, draft_difference(session.drafter, draft_goldens(bundle)), bundle.manifest.drafter.bound)]
 
 
 def _kernels(bundle: Bundle, session: Session) -> list[Check]:

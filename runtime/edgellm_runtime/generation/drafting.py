@@ -9,14 +9,19 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
+from edgellm_runtime.backends.draft_graph import DraftGraph
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.errors import OptionError
 from edgellm_runtime.session import Session
 from edgellm_runtime.state import State
 from edgellm_runtime.state.snapshot import Snapshot, overwritten
 
-__all__ = ["BundleDrafter", "Draft", "DraftSource", "Drafter", "Drafting", "PromptLookup", "check_vocabulary"]
+__all__ = [
+    "BundleDrafter", "Draft", "DraftSource", "Drafter", "Drafting", "PromptLookup", "RecurrentDrafter",
+    "check_vocabulary",
+]  # fmt: skip
 
 _TOKENIZER = "tokenizer.json"
 
@@ -57,7 +62,7 @@ class DraftSource(Protocol):
         ...
 
 
-Drafting = Literal["lookup"] | DraftSource
+Drafting = Literal["lookup", "recurrent"] | DraftSource
 
 
 class PromptLookup:
@@ -144,6 +149,46 @@ class BundleDrafter:
         logits = self._session.step(np.array([tokens]), self._state)[0, 0]
         self._read += tokens
         return int(logits.argmax())
+
+
+class RecurrentDrafter:
+    """Proposes what the bundle's own drafter foretells from the model's last hidden state, as in ReDrafter.
+
+    Args:
+        graph: of the bundle.
+        worth: says whether a token of such a probability to be right is worth checking.
+    """
+
+    KIND = "recurrent"
+    _PATIENCE, _LONGEST = 4, 32  # drafts in a row that came to nothing before some are left out; and how many at most
+
+    def __init__(self, graph: DraftGraph, worth: Callable[[float], bool] = lambda chance: chance > 0.3) -> None:
+        self._steps, self.worth = graph.steps(), worth
+        self._last: int | None = None
+        self._hidden: NDArray[np.float32] | None = None
+        self._idle = self._left_out = 0
+
+    def observe(self, tokens: Sequence[int], /) -> None:
+        """See :class:`Drafter`; the hidden state is told apart, and is of the last token told."""
+        self._last, self._hidden = tokens[-1], None
+
+    def saw(self, hidden: NDArray[np.float32]) -> None:
+        """Take note of what the last token was chosen from, (features,)."""
+        self._hidden = hidden
+
+    def propose(self, wanted: Callable[[str], int], /) -> Draft:
+        """See :class:`Drafter`."""
+        if self._hidden is None or self._last is None:
+            return Draft((), self.KIND)
+        if self._left_out > 0:
+            self._left_out -= 1
+            return Draft((), self.KIND)
+        count = wanted(self.KIND)
+        drafted = self._steps.draft(self._last, self._hidden, count, self.worth) if count else []
+        self._idle = 0 if drafted else self._idle + 1
+        if self._idle >= self._PATIENCE:
+            self._left_out = min(2 ** (self._idle - self._PATIENCE), self._LONGEST)
+        return Draft(drafted, self.KIND)
 
 
 def check_vocabulary(draft: Bundle, target: Bundle) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edgellm_runtime.errors import ContextError, OptionError
 from edgellm_runtime.generation.answer import Chunk, FinishReason, Generation, Timings
-from edgellm_runtime.generation.drafting import Drafting, PromptLookup
+from edgellm_runtime.generation.drafting import Drafter, Drafting, PromptLookup, RecurrentDrafter
 from edgellm_runtime.generation.logprobs import logprobs_of
 from edgellm_runtime.generation.options import GenerationOptions, OptionKeywords
 from edgellm_runtime.generation.prefix_cache import Prefixes
@@ -69,6 +69,8 @@ def check_fits(
         raise OptionError("echo is True, but the bundle has no tokenizer, and so no text; leave echo out")
     if options.echo and session.encoder is not None:
         raise OptionError("echo is True, but an answer to a source does not begin with it; leave echo out")
+    if options.draft == "recurrent" and session.drafter is None:
+        raise OptionError("draft is 'recurrent', but the bundle has no drafter; export the model with --drafter")
     last, vocabulary = max(options.stop_tokens, default=0), session.vocab_size
     if last >= vocabulary:
         raise OptionError(f"stop_tokens has token {last}, outside the vocabulary of {vocabulary}; name its own")
@@ -94,6 +96,13 @@ def next_tokens(
         return sampler(session.step(tokens, state)[:, 0], rows)
     found = session.best(tokens, state, count)
     return sampler.among(found.ids, found.logits, rows, found.everything)
+
+
+def _drafter(session: Session, draft: Drafting) -> Drafter:
+    if draft == "recurrent":
+        assert session.drafter is not None, "check_fits has seen to it"
+        return RecurrentDrafter(session.drafter)
+    return PromptLookup() if isinstance(draft, str) else draft.drafter()
 
 
 class _Ended(Exception):
@@ -333,7 +342,7 @@ class Run:
         """The only row's next token, of a step that may give several."""
         row = self._rows[0]
         if self._speculator is None:
-            drafter = PromptLookup() if isinstance(draft, str) else draft.drafter()
+            drafter = _drafter(self._session, draft)
             self._speculator = Speculator(self._session, drafter, self._choice, self._plain_choice, row.ends)
             self._speculator.begin([*row.prompt, *row.tokens[:-1]], token)
         if not self._ahead:

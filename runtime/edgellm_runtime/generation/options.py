@@ -78,8 +78,9 @@ class GenerationOptions(SamplingOptions):
         progress: is told, between two pieces of a long prompt, how many of how many tokens have been read. What it
             raises ends the call and comes through.
         draft: proposes tokens that the model then checks, several in one step: ``"lookup"``, what followed the same
-            words before, or a smaller model of the same vocabulary. The tokens stay what they are; where drafts do not
-            pay, none are made. For one answer to one prompt; others go without.
+            words before; ``"recurrent"``, the bundle's own drafter; or a smaller model of the same vocabulary. The
+            tokens stay what they are; where drafts do not pay, none are made. For one answer to one prompt; others go
+            without.
         deadline: seconds after the call at which the answer ends, between two tokens or two pieces of a long prompt;
             ``finish_reason`` is then ``deadline``. What it has by then is the answer.
         cancel: ends the answer at the same points once it is set, by whichever thread.
@@ -117,10 +118,12 @@ class GenerationOptions(SamplingOptions):
         if self.grammar is not None and self.ignore_eos:
             raise OptionError("an answer of a grammar ends with an end token; leave ignore_eos out")
         drafts = (
-            self.draft == "lookup" if isinstance(self.draft, str) else callable(getattr(self.draft, "drafter", None))
+            self.draft in ("lookup", "recurrent")
+            if isinstance(self.draft, str)
+            else callable(getattr(self.draft, "drafter", None))
         )
         if self.draft is not None and not drafts:
-            raise OptionError(f"draft is {shown(self.draft)}; it must be 'lookup', a Model, or None")
+            raise OptionError(f"draft is {shown(self.draft)}; it must be 'lookup', 'recurrent', a Model, or None")
         if self.cancel is not None:
             check_instance("cancel", self.cancel, threading.Event, "threading.Event() makes one")
         check_progress(self.progress)

@@ -24,6 +24,7 @@ class Pace:
         self._plain_s = 0.0
         self._checking, self._drafting = 0.15, 0.0  # of one token, in plain steps
         self._passed: dict[str, int] = {}
+        self._rate = 1.2  # tokens of a step over a draft, in those of as much time without
 
     def length(self, kind: str) -> int:
         """How many tokens to draft; 0: none, for it does not pay."""
@@ -41,10 +42,15 @@ class Pace:
         self._passed[kind] = self._passed.get(kind, 0) + 1
         return 2 if self._passed[kind] % _PROBE == 0 else 0
 
+    def worth(self, chance: float) -> bool:
+        """Whether one more token, right with such a chance, gives more tokens a second than drafts give by now."""
+        return chance > (self._checking + self._drafting) * self._rate
+
     def saw(self, kind: str, drafted: int, accepted: int) -> None:
         """Note how many of a draft's tokens were right; those behind the first wrong one tell nothing."""
         right, tried = self._right.get(kind, _PRIOR)
         self._right[kind] = right * _FORGET + accepted, tried * _FORGET + min(accepted + 1, drafted)
+        self._rate = 0.95 * self._rate + 0.05 * (1 + accepted) / (1 + drafted * (self._checking + self._drafting))
 
     def took_plain(self, seconds: float) -> None:
         """Note the time of a step over one token."""

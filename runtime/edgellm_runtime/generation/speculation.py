@@ -11,12 +11,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_runtime.generation.drafting import Drafter
+from edgellm_runtime.generation.drafting import Drafter, RecurrentDrafter
 from edgellm_runtime.generation.logprobs import TokenLogprobs
 from edgellm_runtime.generation.pace import Pace
 from edgellm_runtime.session import Session
@@ -77,6 +77,10 @@ class Speculator:
         self._session, self._drafter, self._choose, self._plain = session, drafter, choose, plain
         self._ends, self._clock, self._pace = ends, clock, Pace()
         self._overwrites = bool(overwritten(session.signature.state))
+        self._reader = drafter if isinstance(drafter, RecurrentDrafter) else None  # reads hidden states
+        if self._reader is not None:
+            self._reader.worth = self._pace.worth
+        self._hidden: NDArray[np.float32] | None = None  # what the last token was chosen from
         self._pending: list[int] = []  # chosen, and not read yet, or no longer
         self._steps = self._drafted = self._accepted = 0
         self.snapshot: Snapshot | None = None  # from before the last step that may have to be taken back
@@ -103,7 +107,7 @@ class Speculator:
         checking = self._clock()
         self._steps += 1
         if not drafted and len(self._pending) == 1:
-            found = [self._plain(self._pending[0])]
+            found = [self._single(state, self._pending[0])]
             self._pace.took_plain(self._clock() - checking)
             self._pending = []
         else:
@@ -119,7 +123,17 @@ class Speculator:
         tokens = [choice.token for choice in found]
         self._pending += tokens[-1:]
         self._drafter.observe(tokens)
+        if self._reader is not None and self._hidden is not None:
+            self._reader.saw(self._hidden)
         return found
+
+    def _single(self, state: State, token: int) -> Choice:
+        """Read one token and choose the next."""
+        if self._reader is None:
+            return self._plain(token)
+        logits, hidden = self._session.step_hidden(np.array([[token]]), state)
+        self._hidden = hidden[0, -1]
+        return self._choose(logits[0, 0])
 
     def _draft(self, most: int) -> tuple[list[int], str]:
         """What is worth checking, at most so many tokens."""
@@ -134,12 +148,18 @@ class Speculator:
         """Read pending and drafted tokens in one step, and choose until one is not as drafted."""
         self.snapshot = state.snapshot() if self._overwrites and drafted else None
         before, tokens = len(self._pending) - 1, [*self._pending, *drafted]
-        logits = self._session.step(np.array([tokens]), state, logits="all" if drafted else "last")[0]
+        wanted: Literal["all", "last"] = "all" if drafted else "last"
+        if self._reader is None:
+            logits = self._session.step(np.array([tokens]), state, logits=wanted)[0]
+        else:
+            logits, hidden = (x[0] for x in self._session.step_hidden(np.array([tokens]), state, logits=wanted))
         found: list[Choice] = []
         for at, draft in enumerate([*drafted, None]):
             found.append(self._choose(logits[before + at if drafted else 0]))
             if found[-1].token != draft or draft in self._ends:
                 break
+        if self._reader is not None:
+            self._hidden = hidden[before + len(found) - 1]
         return found
 
     def _take_back(self, state: State, wrong: int, found: Sequence[Choice]) -> None:
