@@ -21,7 +21,10 @@ using ort::KernelInfo;
 using ort::Status;
 using ort::Value;
 
-constexpr size_t kPart = 32 << 10;  // bytes of a matrix that a thread takes at a time
+// A product of few rows waits for memory: a thread that begins elsewhere in the matrix waits longest, so it is cut into
+// few parts, and only so small ones are worth another thread. One of many rows computes, so threads share it evenly.
+constexpr size_t kLeastPart = 60 << 10;  // bytes of the matrix
+constexpr int kFewRows = 8, kFewParts = 8, kManyParts = 64;
 constexpr int kRowsAtOnce = 8;      // that a thread rounds at a time, where there are many
 
 Status* fault(const Api* api, const std::string& message) {
@@ -133,7 +136,9 @@ Status* compute(void* self, KernelContext* context) try {
   work.kernel = &kernel;
   work.codes = scratch.codes.data(), work.scales = scratch.scales.data(), work.minus_sums = scratch.minus_sums.data();
   work.rows = int(rows);
-  work.step = int(std::max<size_t>(1, kPart / m.unit_bytes()));
+  const size_t most = rows > kFewRows ? kManyParts : kFewParts;
+  const size_t parts = std::clamp<size_t>(m.units * m.unit_bytes() / kLeastPart, 1, most);
+  work.step = int((m.units + parts - 1) / parts);
   if (Status* s = in_parallel(api, context, round_rows, (rows + kRowsAtOnce - 1) / kRowsAtOnce, &work)) return s;
   return in_parallel(api, context, multiply_units, (m.units + work.step - 1) / work.step, &work);
 } catch (const std::exception& error) {
