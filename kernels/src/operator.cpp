@@ -183,6 +183,7 @@ Status* create(const ort::CustomOp*, const Api* api, const KernelInfo* info, voi
   if (Status* s = data_of(api, codes, &code_data)) return s;
   if (Status* s = data_of(api, scales, &scale_data)) return s;
   *made = new Kernel{api, form, pack(int(outputs), int(inputs), int(block), code_data, scale_data, zero_data)};
+  forget(code_data, size_t(outputs * blocks * block / 2));
   return nullptr;
 } catch (const std::exception& error) {
   return fault(api, std::string("MatMul4Bits: ") + error.what());

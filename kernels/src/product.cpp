@@ -8,7 +8,11 @@
 #include <new>
 
 #if defined(__linux__)
+#include <fcntl.h>
 #include <sys/mman.h>
+#include <unistd.h>
+
+#include <vector>
 #endif
 
 namespace edgellm {
@@ -114,6 +118,29 @@ Matrix pack(int outputs, int inputs, int block, const uint8_t* codes, const floa
     }
   }
   return m;
+}
+
+void forget(const void* bytes, size_t size) {
+#if defined(__linux__)
+  const size_t page = sysconf(_SC_PAGESIZE), address = reinterpret_cast<size_t>(bytes);
+  const size_t first = (address + page - 1) / page, last = (address + size) / page;
+  if (first >= last) return;
+  // A page of memory that is no file's would be lost, one that was written to would come back as it was before; the
+  // system says of each which it is (Documentation/admin-guide/mm/pagemap.rst).
+  constexpr uint64_t kThere = 1ull << 63, kSwapped = 1ull << 62, kOfFile = 1ull << 61;
+  std::vector<uint64_t> pages(last - first);
+  const size_t wanted = pages.size() * sizeof(uint64_t);
+  const int map = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+  if (map < 0) return;
+  const ssize_t got = pread(map, pages.data(), wanted, off_t(first * sizeof(uint64_t)));
+  close(map);
+  if (got != ssize_t(wanted)) return;
+  for (const uint64_t flags : pages)
+    if (flags & kSwapped || (flags & kThere && !(flags & kOfFile))) return;
+  madvise(reinterpret_cast<void*>(first * page), (last - first) * page, MADV_DONTNEED);
+#else
+  (void)bytes, (void)size;
+#endif
 }
 
 namespace {

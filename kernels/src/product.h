@@ -37,6 +37,9 @@ struct Matrix {
 // with the earlier block's in the low half of a byte, or null where every zero is 8.
 Matrix pack(int outputs, int inputs, int block, const uint8_t* codes, const float* scales, const uint8_t* zeros);
 
+// Give back the memory of bytes that will hardly be read again, if they are pages of a file, which come back by themselves.
+void forget(const void* bytes, size_t size);
+
 // Rows that were rounded. Of each 8 codes those with even numbers stand first, as a line's low halves do.
 struct Rounded {
   int rows;
