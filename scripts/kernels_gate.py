@@ -121,9 +121,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--megabytes", type=float, default=160, help="of codes in each session")
     parser.add_argument("--library", default=None, help="instead of the installed one")
-    parser.add_argument(
-        "--cpu-time", action="store_true", help="of the calling thread; for one thread"
-    )
+    parser.add_argument("--cpu-time", action="store_true", help="of the calling thread; for one thread")
     parser.add_argument("--realtime", action="store_true", help="needs root on Linux")
     arguments = parser.parse_args()
     if arguments.library is None:
