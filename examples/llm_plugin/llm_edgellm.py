@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from pydantic import Field
 from edgellm_runtime import Generation, Model, PrefixCache, RuntimeFault, load
 from edgellm_runtime.bundle import Bundle
 
-__all__ = ["AsyncEdgellm", "Edgellm", "register_commands", "register_models"]
+__all__ = [
+    "AsyncEdgellm", "Edgellm", "EdgellmEmbedding", "register_commands", "register_embedding_models", "register_models"
+]  # fmt: skip
 
 _PREFIX = "edgellm/"
 
@@ -131,6 +133,28 @@ class AsyncEdgellm(_Bundled, llm.AsyncModel):
         self._note(response, chunks.generation)
 
 
+class EdgellmEmbedding(llm.EmbeddingModel):
+    """A bundle that was exported with ``--hidden``, as a model of ``llm embed``.
+
+    Args:
+        name: that it was added under.
+        path: of the bundle.
+    """
+
+    batch_size = 16
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.model_id, self._path = f"{_PREFIX}{name}", path
+
+    def embed_batch(self, items: Iterable[str | bytes], *, key: str | None = None) -> Iterator[list[float]]:
+        """A vector of length 1 for each text."""
+        try:
+            vectors = _load(self._path).embed([str(item) for item in items])
+        except RuntimeFault as error:
+            raise llm.ModelError(str(error)) from error
+        yield from vectors.tolist()
+
+
 @functools.cache
 def _load(path: Path) -> Model:
     return load(path, prefix_cache=PrefixCache())
@@ -173,6 +197,18 @@ def register_models(register: Callable[..., None]) -> None:
     """Every bundle that was added."""
     for name, path in _added().items():
         register(Edgellm(name, Path(path)), AsyncEdgellm(name, Path(path)))
+
+
+@llm.hookimpl
+def register_embedding_models(register: Callable[..., None]) -> None:
+    """Every bundle that was added and gives hidden states; a damaged one is told of when it is asked."""
+    for name, path in _added().items():
+        try:
+            hidden = Bundle(path, checksums=False).manifest.signature.hidden
+        except RuntimeFault:
+            continue
+        if hidden is not None:
+            register(EdgellmEmbedding(name, Path(path)))
 
 
 @llm.hookimpl

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from tiny_bundles import attention_bundle, recurrent_bundle
+from tiny_bundles import hidden_bundle, recurrent_bundle
 
 from edgellm_runtime import load
 
@@ -40,17 +40,17 @@ def run(cli: Any, *words: str, text: str = "") -> Result:
 
 @pytest.fixture(scope="module", autouse=True)
 def _added(cli: Any) -> None:
-    assert run(cli, "edgellm", "add", str(attention_bundle()), "--name", "tiny").exit_code == 0
+    assert run(cli, "edgellm", "add", str(hidden_bundle()), "--name", "tiny").exit_code == 0
 
 
 def said(text: str, *before: tuple[str, str], **options: Any) -> str:
     messages = [{"role": role, "content": content} for role, content in (*before, ("user", text))]
-    return load(attention_bundle(), threads=1).chat(messages, **options).text
+    return load(hidden_bundle(), threads=1).chat(messages, **options).text
 
 
 def test_bundles_are_added_listed_and_forgotten(cli: Any) -> None:
-    assert "context 96" in run(cli, "edgellm", "add", str(attention_bundle()), "--name", "second").output
-    assert f"edgellm/second\t{attention_bundle().resolve()}" in run(cli, "edgellm", "list").output
+    assert "context 96" in run(cli, "edgellm", "add", str(hidden_bundle()), "--name", "second").output
+    assert f"edgellm/second\t{hidden_bundle().resolve()}" in run(cli, "edgellm", "list").output
     assert "Edgellm: edgellm/second" in run(cli, "models").output
     assert run(cli, "edgellm", "remove", "edgellm/second").exit_code == 0
     assert "second" not in run(cli, "models").output
@@ -61,7 +61,7 @@ def test_what_is_no_bundle_is_not_added(cli: Any, tmp_path: Path) -> None:
     done = run(cli, "edgellm", "add", str(tmp_path))
     assert done.exit_code == 1
     assert "manifest.json" in done.output
-    assert "spaces" in run(cli, "edgellm", "add", str(attention_bundle()), "--name", "a b").output
+    assert "spaces" in run(cli, "edgellm", "add", str(hidden_bundle()), "--name", "a b").output
 
 
 @pytest.mark.parametrize("way", [(), ("--no-stream",)], ids=["stream", "whole"])
@@ -130,6 +130,16 @@ def test_python_and_asyncio_ask_it_too(cli: Any) -> None:
         return text
 
     assert asyncio.run(ask(True)) == asyncio.run(ask(False)) == expected
+
+
+def test_embeddings_are_those_of_bundles_that_have_them(cli: Any) -> None:
+    run(cli, "edgellm", "add", str(recurrent_bundle()), "--name", "ids")
+    done = run(cli, "embed", "-m", "edgellm/tiny", "-c", "hello", "-f", "json")
+    assert json.loads(done.output) == pytest.approx(load(hidden_bundle(), threads=1).embed("hello").tolist(), abs=1e-6)
+    listed = run(cli, "embed-models").output
+    assert "edgellm/tiny" in listed
+    assert "edgellm/ids" not in listed
+    run(cli, "edgellm", "remove", "ids")
 
 
 def test_what_is_no_text_is_refused(cli: Any) -> None:
