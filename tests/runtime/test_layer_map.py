@@ -102,3 +102,29 @@ def test_a_state_says_more_than_a_weight_that_layers_share() -> None:
         weights=("embed.weight", "h.0.table"),
     )
     assert layer_map(model) == [EMBEDDING, "h.0", "h.1", HEAD]
+
+
+def test_a_table_that_only_the_last_layer_reads_does_not_make_it_the_head() -> None:
+    model = _model(
+        Node("Gather", ["embed.weight", "tokens"], ["x"]),
+        Node("Sum", ["x", "h.0.bias"], ["y"]),
+        Node("Sum", ["y", "h.1.bias"], ["z"]),
+        Node("Mul", ["z", "rotary.cos"], ["turned"]),
+        Node("Sum", ["turned", "past.h.1.k"], ["present.h.1.k"]),
+        Node("Sum", ["turned", "norm.weight"], ["logits"]),
+        weights=("embed.weight", "h.0.bias", "h.1.bias", "rotary.cos", "norm.weight"),
+    )
+    assert layer_map(model) == [EMBEDDING, "h.0", "h.1", "h.1", "h.1", HEAD]
+
+
+def test_what_leads_to_a_layers_output_is_of_that_layer_whatever_its_weights_are_called() -> None:
+    model = _model(
+        Node("Gather", ["embed.weight", "tokens"], ["x"]),
+        Node("Sum", ["x", "h.0.bias"], ["layer/h.0"]),
+        Node("Sum", ["layer/h.0", "h.1.bias"], ["y"]),
+        Node("Mul", ["y", "experts"], ["z"]),
+        Node("Add", ["layer/h.0", "z"], ["layer/h.1"]),
+        Node("Mul", ["layer/h.1", "norm.weight"], ["logits"]),
+        weights=("embed.weight", "h.0.bias", "h.1.bias", "experts", "norm.weight"),
+    )
+    assert layer_map(model, ["h.0", "h.1"], LAYER) == [EMBEDDING, "h.0", "h.1", "h.1", "h.1", HEAD]

@@ -152,16 +152,27 @@ class _Places:
 
     def _forward(self) -> None:
         """Give each node that a token reaches its place."""
-        heads = self._read_by_the_last()
+        heads, before = self._read_by_the_last(), self._before_layers()
         for node, mark in zip(self._nodes, self._marks, strict=True):
             place = self._reached(node)
             if mark is not None:
                 place = self._order[mark]
-            elif place == self._head - 1 and any(heads & self._behind.get(name, _NONE) for name in node.inputs):
+            elif place == self._head - 1 and before.isdisjoint(node.outputs) and self._reads(node, heads):
                 place = self._head
             self._found.append(place)
             if place is not None and node.op not in _SIZES:
                 self._at |= dict.fromkeys(filter(None, node.outputs), place)
+
+    def _reads(self, node: GraphNode, weights: frozenset[str]) -> bool:
+        return any(weights & self._behind.get(name, _NONE) for name in node.inputs)
+
+    def _before_layers(self) -> set[str]:
+        """Values from which a node with a layer's name, or what a layer gives, is still to come."""
+        found: set[str] = set()
+        for node, mark in zip(reversed(self._nodes), reversed(self._marks), strict=True):
+            if mark is not None or not found.isdisjoint(node.outputs) or any(map(self._end_of, node.outputs)):
+                found.update(filter(None, node.inputs))
+        return found
 
     def _reached(self, node: GraphNode) -> int | None:
         """The furthest of what a node reads; None if it reads nothing that comes from a token."""
@@ -172,8 +183,12 @@ class _Places:
 
     def _ends(self, name: str) -> bool:
         """Whether a value is what a layer gives to the next, so that what reads it is of the next."""
+        return self._at[name] == self._order.get(self._end_of(name))
+
+    def _end_of(self, name: str) -> str:
+        """The layer that gives a value; none: an empty text."""
         path = name.removeprefix(self._prefix)
-        return bool(self._prefix) and path != name and self._at[name] == self._order.get(path)
+        return path if self._prefix and path != name else ""
 
     def _read_by_the_last(self) -> frozenset[str]:
         """Weights that nothing reads from the first layer's first node up to the last layer's: the head's own."""
