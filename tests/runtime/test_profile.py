@@ -271,7 +271,8 @@ def test_on_a_gpu_the_roof_is_not_known(monkeypatch: pytest.MonkeyPatch, capsys:
     """The code of CUDA, run by the CPU's kernels."""
     bundle = Bundle(attention_bundle())
 
-    def backend(_bundle: Bundle, _device: str, _threads: int, notes: Path | None = None) -> OrtDeviceBackend:
+    def backend(*given: Any) -> OrtDeviceBackend:
+        notes = next((value for value in given if isinstance(value, Path)), None)
         made = OrtDeviceBackend(
             bundle.file(GRAPH), bundle.manifest.signature, max_context=CONTEXT, device="cpu", profile=notes
         )
