@@ -37,7 +37,7 @@ _SUBJECTS = {
     "windows and soft caps": ("none", "int8", CACHE),
 }
 _GROUPS = {"mixed": "hybrid", "lstm": "hybrid", "local and mixed": "window", "windows and soft caps": "window"}
-_THREADS = (1, 2, 3, 4)
+_THREADS = range(1, 9)
 
 
 def main() -> int:

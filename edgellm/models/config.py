@@ -12,6 +12,7 @@ from edgellm.errors import ConfigError
 __all__ = ["Shape", "check_heads", "check_kinds"]
 
 _KINDS: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+_LARGEST = 1 << 31  # of a whole number: sizes, and products of two of them, that 64 bits hold
 
 
 class Shape:
@@ -73,5 +74,6 @@ def check_kinds(config: type, data: Mapping[str, Any]) -> None:
         value = data.get(field.name)
         if wanted is None or value is None:
             continue
-        if type(value) not in wanted or (float in wanted and not abs(value) <= sys.float_info.max):
-            raise ConfigError(f"{field.name} is {value!r}; it must be of type {field.type}, and finite")
+        most = sys.float_info.max if float in wanted else _LARGEST
+        if type(value) not in wanted or (type(value) is not str and not abs(value) <= most):
+            raise ConfigError(f"{field.name} is {value!r}; it must be of type {field.type} and at most {most:g}")
