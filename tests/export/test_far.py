@@ -15,9 +15,17 @@ from tiny_files import copied
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_runtime import open_session
 from edgellm_runtime.bundle import Bundle
-from edgellm_runtime.checks.far import FAR, far_golden, made_up, slots_filled
+from edgellm_runtime.checks.far import (
+    FAR,
+    FLOAT_INPUTS,
+    far_golden,
+    far_outputs,
+    far_session,
+    made_up,
+    slots_filled,
+)
 from edgellm_runtime.checks.goldens import goldens_file
-from edgellm_runtime.checks.verify import Check, verify
+from edgellm_runtime.checks.verify import Check, distance, verify
 from edgellm_runtime.spec import StateSpec
 
 CACHE = StateSpec("layers.0.k", ("batch", 2, "capacity", 4), "float32", "append")
@@ -54,6 +62,32 @@ def test_the_far_end_of_a_rotary_table_is_tried(tmp_path: Path) -> None:
     numbers.write()
     wrong = {name for name, check in checked(tmp_path / "bundle").items() if not check.ok}
     assert wrong == {"far.logits", "far.kl", "far.state"}
+
+
+def test_products_round_nothing_at_the_far_row_of_blocks_so_that_it_is_held_as_floats_are(tmp_path: Path) -> None:
+    for quantize in ("int4", "w8a8"):
+        export(make("decoder"), tmp_path / quantize, options=ExportOptions(quantize=quantize))
+    bundle = Bundle(tmp_path / "int4")
+    data, session = goldens_file(bundle)[FAR], open_session(bundle, threads=1)
+    assert data[FLOAT_INPUTS]
+    assert bundle.manifest.far["kl"] == 1e-6  # what sums in another order cost, and no more
+    far = far_golden(data, session.width, session)
+    as_it_is, floats = (
+        distance(far.golden, *far_outputs(reader, far, "whole"))
+        for reader in (session, far_session(bundle, data, session))
+    )
+    assert floats["kl"] < 1e-7 < 1e-6 < as_it_is["kl"]
+    assert FLOAT_INPUTS not in goldens_file(Bundle(tmp_path / "w8a8"))[FAR]
+
+
+def test_a_far_row_beside_a_nearer_one_is_what_it_is_alone(tmp_path: Path) -> None:
+    bundle = export(make("local and mixed"), tmp_path / "b").bundle
+    session = open_session(bundle, threads=1)
+    far = far_golden(goldens_file(bundle)[FAR], session.width, session)
+    alone, beside = (far_outputs(session, far, form) for form in ("single", "ragged"))
+    np.testing.assert_allclose(alone[0], beside[0], atol=1e-4)
+    for name, written in alone[1].items():
+        np.testing.assert_allclose(written, beside[1][name], atol=1e-4)
 
 
 def test_a_made_up_past_is_the_same_wherever_it_is_made() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from edgellm.models.protocol import LanguageModel, Step
 from edgellm_exporters.proof.traces import Trace
 from edgellm_runtime.bundle import Bundle
-from edgellm_runtime.checks.far import FAR, far_golden, far_outputs, made_up, written_slots
+from edgellm_runtime.checks.far import FAR, FORMS, far_golden, far_outputs, far_session, made_up, written_slots
 from edgellm_runtime.checks.goldens import goldens_file
 from edgellm_runtime.checks.verify import MARGIN, distance
 from edgellm_runtime.loading import open_session
@@ -45,10 +45,14 @@ class FarStart:
 
 @dataclass(frozen=True)
 class FarRow:
-    """What PyTorch computes for such a row; the trace's state is what its tokens write."""
+    """What PyTorch computes for such a row; the trace's state is what its tokens write.
+
+    ``float_inputs``: by products that round nothing they read, whatever the bundle's kernels round.
+    """
 
     start: FarStart
     trace: Trace
+    float_inputs: bool = False
 
 
 def far_start(model: LanguageModel, trace: Trace, max_context: int) -> FarStart | None:
@@ -76,13 +80,16 @@ def _scale(tensor: Tensor) -> float:
 
 
 @torch.no_grad()
-def far_row(model: LanguageModel, start: FarStart, codes: Mapping[str, NDArray[Any]]) -> FarRow | None:
+def far_row(
+    model: LanguageModel, start: FarStart, codes: Mapping[str, NDArray[Any]], *, float_inputs: bool = False
+) -> FarRow | None:
     """Run a far row; None where it gives no finite logits, for the model may not be made for such a past.
 
     Args:
         model: able to run.
         start: of the row.
         codes: scales of the caches that the bundle keeps in 8 bits, by state name.
+        float_inputs: whether the model rounds nothing where the bundle's kernels would.
     """
     length, specs = len(start.tokens), model.state_specs()
     tokens = torch.tensor([list(start.tokens)])
@@ -93,7 +100,8 @@ def far_row(model: LanguageModel, start: FarStart, codes: Mapping[str, NDArray[A
     if not bool(logits.isfinite().all()):
         return None
     written = {s.name: state[s.name][written_slots(s, start.past, length)][0].clone() for s in specs}
-    return FarRow(start, Trace(list(start.tokens), logits[0], {n: t for n, t in written.items() if n not in codes}))
+    trace = Trace(list(start.tokens), logits[0], {n: t for n, t in written.items() if n not in codes})
+    return FarRow(start, trace, float_inputs)
 
 
 def _past(spec: StateSpec, start: FarStart, length: int, scales: NDArray[Any] | None) -> Tensor:
@@ -129,4 +137,5 @@ def _figures(bundle: Bundle, data: Mapping[str, Any], threads: int) -> list[dict
     """How far a bundle is from its far row, all at once and token by token; its session goes before another is made."""
     session = open_session(bundle, device="cpu", threads=threads, kernels="onnxruntime")
     far = far_golden(data, bundle.manifest.width, session)
-    return [distance(far.golden, *far_outputs(session, far, single=single)) for single in (False, True)]
+    reader = far_session(bundle, data, session)
+    return [distance(far.golden, *far_outputs(reader, far, form)) for form in FORMS]

@@ -12,7 +12,7 @@ import torch
 
 from edgellm_exporters.proof.far_row import FarRow
 from edgellm_exporters.proof.traces import Continuation, Trace, check_finite
-from edgellm_runtime.checks.far import FAR
+from edgellm_runtime.checks.far import FAR, FLOAT_INPUTS
 from edgellm_runtime.checks.layers import LAYERS, sampled_layer
 from edgellm_runtime.checks.meaning import MEANING
 from edgellm_runtime.checks.verify import GOLDENS
@@ -49,7 +49,8 @@ def write_goldens(
     if far is not None:
         sampled_far = _sampled(far.trace, Continuation((), 1.0))
         del sampled_far["greedy"]
-        data[FAR] = {"past": far.start.past, "scales": dict(far.start.scales), **sampled_far}
+        floats = {FLOAT_INPUTS: True} if far.float_inputs else {}
+        data[FAR] = {"past": far.start.past, "scales": dict(far.start.scales), **floats, **sampled_far}
     (directory / GOLDENS).write_text(json.dumps(data, allow_nan=False))
 
 

@@ -42,5 +42,6 @@ def with_measured_bounds(
         manifest = dataclasses.replace(manifest, layers=layer_bounds(bundle, layers, first, copies, trace))
     give_back()
     if far is not None:
-        manifest = dataclasses.replace(manifest, far=far_bounds(bundle, manifest.exact_bounds))
+        others = {} if far.float_inputs else manifest.exact_bounds  # which are wide where inputs are rounded
+        manifest = dataclasses.replace(manifest, far=far_bounds(bundle, others))
     return manifest, measured

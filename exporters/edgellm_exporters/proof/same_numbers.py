@@ -19,8 +19,9 @@ from edgellm.streaming import Weights, resident
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.proof.far_row import FarRow, FarStart, far_row
 from edgellm_exporters.proof.traces import Sources, Trace, traces
-from edgellm_exporters.quantize.plan import Plan
+from edgellm_exporters.quantize.plan import ROW, Plan
 from edgellm_exporters.quantize.quantized_model import same_numbers
+from edgellm_exporters.quantize.rounded_products import rounding_nothing
 from edgellm_exporters.weights.memory import give_back
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.checks.verify import EXACT, distance, exact_figures, read_goldens
@@ -75,12 +76,22 @@ def exact_traces(
     theirs = None if sources is None else [source for source in sources for _ in range(times)]
     with resident(found.model, found.weights):
         # first, for what it takes is given back before there are logits
-        far = None if start is None else far_row(found.model, start, plan.cache)  # type: ignore[arg-type]
+        far = None if start is None else _far(found.model, start, plan)
         give_back()
         each = list(traces(found.model, repeated, theirs))  # type: ignore[arg-type]
     each = [dataclasses.replace(t, state={n: x for n, x in t.state.items() if n not in plan.cache}) for t in each]
     count = len(repeated) // len(rows)
     return ExactTraces(each[::count], [trace for i, trace in enumerate(each) if i % count], far)
+
+
+def _far(model: nn.Module, start: FarStart, plan: Plan) -> FarRow | None:
+    """The row far into the context; of products that round nothing, where a graph can be had that rounds nothing."""
+    if plan.cache or any(scheme.block == ROW for scheme in plan.schemes.values()):
+        return far_row(model, start, plan.cache)  # type: ignore[arg-type]
+    with rounding_nothing(model) as possible:
+        if possible:
+            return far_row(model, start, {}, float_inputs=True)  # type: ignore[arg-type]
+    return far_row(model, start, {})  # type: ignore[arg-type]
 
 
 class _Noise:

@@ -6,7 +6,8 @@ read at one token was rounded at the one before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from edgellm_exporters.quantize.plan import Scheme, widens
 
 __all__ = [
     "ProductRounding", "round_blocks", "round_cache", "round_linear", "round_recurrence", "round_rows", "round_whole",
+    "rounding_nothing",
 ]  # fmt: skip
 
 
@@ -71,6 +73,25 @@ def round_linear(layer: nn.Linear, rounding: ProductRounding) -> None:
         return rounding.product(input, layer.weight, layer.bias)
 
     layer.forward = forward  # type: ignore[method-assign]
+
+
+@contextmanager
+def rounding_nothing(model: nn.Module) -> Iterator[bool]:
+    """Meanwhile a model's linear layers round nothing; gives False, and changes nothing, where others round, too.
+
+    Args:
+        model: whose layers may have been given forwards of their own by the functions here.
+    """
+    own = [module for module in model.modules() if "forward" in module.__dict__]
+    if not all(type(module) is nn.Linear for module in own):
+        yield False
+        return
+    kept = [(module, module.__dict__.pop("forward")) for module in own]
+    try:
+        yield True
+    finally:
+        for module, forward in kept:
+            module.forward = forward
 
 
 def round_recurrence(module: nn.Module, roundings: Mapping[str, ProductRounding], met: set[str]) -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from edgellm_runtime.backends.base import HostBackend
 from edgellm_runtime.backends.faults import load_fault, step_fault
 from edgellm_runtime.errors import BackendError
+from edgellm_runtime.graphs.float_inputs import with_float_inputs
 from edgellm_runtime.graphs.writer import with_outputs
 from edgellm_runtime.spec import Signature
 from edgellm_runtime.state import State
@@ -83,6 +84,8 @@ class OrtBackend(HostBackend):
         fetch: names of further values of the graph, which :attr:`fetched` holds after each step.
         encoder: the graph that reads sources, already checked; None: the model reads none.
         kernels: run the products that they can; None for ONNX Runtime's everywhere.
+        float_inputs: have products with weights in blocks read floats, slow as that is, and not what they round to 8
+            bits.
 
     Raises:
         BackendError: the library is missing, or refuses the graph.
@@ -91,7 +94,7 @@ class OrtBackend(HostBackend):
     def __init__(
         self, graph: Path, signature: Signature, *, threads: int | None = None, device: str = "cpu",
         fusions: bool = True, profile: Path | None = None, fetch: Sequence[str] = (), encoder: Path | None = None,
-        kernels: OwnKernels | None = None,
+        kernels: OwnKernels | None = None, float_inputs: bool = False,
     ) -> None:  # fmt: skip
         ort = library()
         options = ort.SessionOptions()
@@ -113,6 +116,8 @@ class OrtBackend(HostBackend):
         if kernels is not None:
             kernels.add_to(options)
             source, _ = kernels.swapped(graph.read_bytes())
+        if float_inputs:
+            source = with_float_inputs(graph.read_bytes())
         if fetch:
             source = with_outputs(source if isinstance(source, bytes) else graph.read_bytes(), fetch)
         if isinstance(source, bytes):

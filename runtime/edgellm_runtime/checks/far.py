@@ -17,15 +17,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgellm_runtime.bundle import GRAPH, Bundle
 from edgellm_runtime.checks.goldens import Golden, parse_golden
 from edgellm_runtime.session import Session
 from edgellm_runtime.spec import StateSpec
 from edgellm_runtime.state import State
 from edgellm_runtime.state.storage import HOST
 
-__all__ = ["FAR", "FarGolden", "far_golden", "far_outputs", "made_up", "slots_filled", "written_slots"]
+__all__ = [
+    "FAR", "FLOAT_INPUTS", "FORMS", "FarGolden", "far_golden", "far_outputs", "far_session", "made_up", "slots_filled",
+    "written_slots",
+]  # fmt: skip
 
 FAR = "far"  # in the goldens
+FLOAT_INPUTS = "float_inputs"  # in such a row: its numbers are those of products that round nothing they read
+FORMS = ("whole", "single", "ragged")  # how the row is read
 _NEAR, _SPREAD = 32, 32  # slots before the new tokens, and slots before those, that hold something
 _LEVELS = 64  # of numbers, on either side of 0: every float holds them, and so do codes of a cache
 _MOST_BYTES = 1 << 30  # of a state that goldens ask for
@@ -97,18 +103,46 @@ def _numbers(name: str, count: int) -> Array:
     return (x >> np.uint64(57)).astype(np.int64) - _LEVELS
 
 
-def far_outputs(session: Session, far: FarGolden, *, single: bool) -> tuple[Array, dict[str, Array]]:
-    """Read a far row's tokens, all at once or, the second half, one by one.
+def far_session(bundle: Bundle, data: Mapping[str, Any], session: Session) -> Session:
+    """What a far row is read with: a session that is there or, where its products must round nothing, another.
+
+    A model may take a made-up past so that inputs rounded to 8 bits move its logits by more than any fault would.
+    Positions, windows and slots, which such a row is for, are in the graph all the same when its products read floats.
+
+    Args:
+        bundle: of the session.
+        data: the row, as a goldens file has it.
+        session: of the bundle on this processor.
+    """
+    if data.get(FLOAT_INPUTS) is not True or bundle.manifest.graphs:
+        return session
+    from edgellm_runtime.backends.ort import OrtBackend
+    from edgellm_runtime.loading import session_of
+
+    manifest = bundle.manifest
+    backend = OrtBackend(
+        bundle.file(GRAPH), manifest.signature, threads=getattr(session, "threads", None),
+        fusions=manifest.dtype == "float32", float_inputs=True,
+    )  # fmt: skip
+    return session_of(bundle, backend)
+
+
+def far_outputs(session: Session, far: FarGolden, form: str) -> tuple[Array, dict[str, Array]]:
+    """Read a far row's tokens.
+
+    Args:
+        session: of the bundle.
+        far: the row.
+        form: all at once, the second half one by one, or all of it one by one beside a row with half as long a past.
 
     Returns:
         Logits (time, vocab), and what the tokens wrote by state name; not of a cache in 8 bits.
     """
-    length = len(far.golden.tokens)
-    state = _past_state(session, far, length)
-    cuts = (0, *range(length // 2, length + 1)) if single else (0, length)
-    parts = []
-    for start, end in itertools.pairwise(cuts):
-        parts.append(session.step(far.golden.tokens[None, start:end], state, logits="all")[0].copy())
+    length, rows = len(far.golden.tokens), 2 if form == "ragged" else 1
+    state = _past_state(session, far, length, rows)
+    cuts = {"whole": (0, length), "single": (0, *range(length // 2, length + 1)), "ragged": range(length + 1)}[form]
+    tokens = np.repeat(far.golden.tokens[None], rows, axis=0)
+    parts = [session.step(tokens[:, a:b], state, logits="all")[0].copy() for a, b in itertools.pairwise(cuts)]
     written = {
         s.name: np.asarray(state.read(s.name)[written_slots(s, far.past, length)][0])
         for s in state.specs
@@ -125,16 +159,16 @@ def written_slots(spec: StateSpec, past: int, length: int) -> tuple[Any, ...]:
     return (*[slice(None)] * axis, slice(past, past + length))
 
 
-def _past_state(session: Session, far: FarGolden, length: int) -> State:
-    state = session.new_state(1, far.past + length)
+def _past_state(session: Session, far: FarGolden, length: int, rows: int) -> State:
+    state = session.new_state(rows, far.past + length)
     for spec in state.specs:
         where, numbers = made_up(spec, far.past, far.scales[spec.name])
         tensor = state.tensors[spec.name]
         if state.storage is HOST:  # pages of zeros that are never written take no memory
             tensor[where] = numbers
         else:
-            whole = np.zeros(spec.resolve(1, state.capacity), dtype=np.float32)
+            whole = np.zeros(spec.resolve(rows, state.capacity), dtype=np.float32)
             whole[where] = numbers
             state.storage.write(spec, tensor, whole)
-    state.lengths[:] = far.past
+    state.lengths[:] = [far.past, max(1, far.past // 2)][:rows]
     return state

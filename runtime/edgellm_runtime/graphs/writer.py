@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["ELEMENT_TYPES", "Node", "Shape", "graph_bytes", "message", "number", "text", "with_outputs"]
+__all__ = ["ELEMENT_TYPES", "Node", "Shape", "attribute", "graph_bytes", "message", "number", "text", "with_outputs"]
 
 Shape = Sequence[int | str]  # a text names a size that is free
 NO_SHAPES: Mapping[str, Shape] = {}
@@ -86,10 +86,11 @@ def with_outputs(model: bytes, names: Sequence[str]) -> bytes:
 def _node(node: Node) -> bytes:
     texts = b"".join(text(1, name) for name in node.inputs) + b"".join(text(2, name) for name in node.outputs)
     kind = text(4, node.op) + (text(7, node.domain) if node.domain else b"")
-    return texts + kind + b"".join(message(5, _attribute(*item)) for item in node.attributes.items())
+    return texts + kind + b"".join(message(5, attribute(*item)) for item in node.attributes.items())
 
 
-def _attribute(name: str, value: int | Sequence[int]) -> bytes:
+def attribute(name: str, value: int | Sequence[int]) -> bytes:
+    """What an attribute of a node holds: a whole number, or a list of them."""
     if isinstance(value, int):
         return text(1, name) + number(3, value) + number(20, _INT)
     return text(1, name) + b"".join(number(8, v) for v in value) + number(20, _INTS)
