@@ -13,6 +13,8 @@ from edgellm.cli.progress import stages
 from edgellm.cli.standard_streams import print_json
 from edgellm.cli.threads import threads_option
 from edgellm_runtime.errors import OptionError
+from edgellm_runtime.kernel_choice import CHOICES
+from edgellm_runtime.kernel_choice import VARIABLE as KERNELS
 
 __all__ = ["profile"]
 
@@ -30,6 +32,9 @@ _TITLES = {"prefill": "a prompt of {} tokens", "decode": "a token"}
               "does not count; the faster half of each step's counts.")  # fmt: skip
 @device_option
 @threads_option
+@click.option("--kernels", type=click.Choice(CHOICES), default=None, show_default=False, help="Whose kernels to run: "
+              "own are those of the package edgellm-kernels.  "
+              f"[default: those that {KERNELS} says, else onnxruntime]")  # fmt: skip
 @click.option("--seed", type=int, default=0, help="Of the random prompts.")
 @click.option("--html", "page", type=click.Path(path_type=Path), metavar="FILE",
               help="Write all of it there as one page, with plots.")  # fmt: skip
@@ -38,7 +43,7 @@ _TITLES = {"prefill": "a prompt of {} tokens", "decode": "a token"}
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def profile(
     bundle: Path, prompt_tokens: int, new_tokens: int, depth: int, rounds: int, device: str, threads: int | None,
-    seed: int, page: Path | None, trace: Path | None, as_json: bool,
+    kernels: str | None, seed: int, page: Path | None, trace: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Tell where BUNDLE's time goes: by operator and by layer, for prefill and for decode.
 
@@ -54,7 +59,7 @@ def profile(
     with stages() as tell:
         found = run(
             bundle, prompt_tokens=prompt_tokens, new_tokens=new_tokens, depth=depth, rounds=rounds, threads=threads,
-            device=device, seed=seed, tell=tell,
+            device=device, kernels=kernels, seed=seed, tell=tell,
         )  # fmt: skip
     result = report(found, str(bundle))
     if page is not None:

@@ -55,6 +55,13 @@ def test_codes_in_4_bits_count_with_scales_as_they_are_when_the_graph_is_loaded(
     assert found == Traffic(weights=5 * 32 + 5 * 2 * 4, state=0, activations=276, operations=2 * 64 * 5)
 
 
+def test_a_node_that_others_kernels_run_has_its_operations() -> None:
+    node = Node("MatMulNBits", ["x", "w.codes"], ["y"], {"K": 64, "N": 5, "bits": 4, "block_size": 32})
+    kernel = _kernel("SomebodysProduct", [(1, 1, 64)], [(1, 1, 5)], activation_bytes=256, output_bytes=20)
+    found = _traffic([node], {"w.codes": np.zeros((5, 2, 16), np.uint8)}, kernel, run={0})
+    assert found == Traffic(weights=160, state=0, activations=276, operations=2 * 64 * 5)
+
+
 def test_an_embedding_reads_the_rows_that_it_takes() -> None:
     kernel = _kernel("Gather", [(100, 8), (1, 3)], [(1, 3, 8)], activation_bytes=24, output_bytes=96)
     found = _traffic([Node("Gather", ["w", "x"], ["y"])], {"w": np.ones((100, 8), np.float32)}, kernel, run={0})

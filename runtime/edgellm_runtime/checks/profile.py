@@ -106,7 +106,8 @@ class Profile:
 
 def profile(
     path: str | Path, *, prompt_tokens: int = 128, new_tokens: int = 16, depth: int = 0, rounds: int = 5,
-    threads: int | None = None, device: str = "auto", seed: int = 0, tell: Tell = lambda _what, _share: None,
+    threads: int | None = None, device: str = "auto", kernels: str | None = None, seed: int = 0,
+    tell: Tell = lambda _what, _share: None,
 ) -> Profile:  # fmt: skip
     """Profile a bundle with random prompts, after a round that is not measured.
 
@@ -118,6 +119,7 @@ def profile(
         rounds: measured with and without the profiler in turn.
         threads: for one step; None for what :func:`edgellm_runtime.threads.thread_count` says.
         device: as :func:`edgellm_runtime.load` takes it.
+        kernels: likewise.
         seed: of the random prompts.
         tell: hears what is done, and the share that is done.
 
@@ -134,8 +136,8 @@ def profile(
     bundle = Bundle(path)
     workload.check(bundle.manifest.max_context)
     with tempfile.TemporaryDirectory() as scratch:
-        plain = open_session(bundle, device=device, threads=threads)
-        source = open_source(bundle, Path(scratch), device=device, threads=threads)
+        plain = open_session(bundle, device=device, threads=threads, kernels=kernels)
+        source = open_source(bundle, Path(scratch), device=device, threads=threads, kernels=kernels)
         measured = threads if plain.device == "cpu" else None
         turns = take_turns(plain, source.session, workload, rounds, threads=measured, seed=seed, tell=tell)
         tell("reading the profile", 1.0)

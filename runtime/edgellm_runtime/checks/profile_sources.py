@@ -81,7 +81,7 @@ def check_bundle(path: str | Path, device: str) -> None:
         )
 
 
-def open_source(bundle: Bundle, scratch: Path, *, device: str, threads: int) -> Source:
+def open_source(bundle: Bundle, scratch: Path, *, device: str, threads: int, kernels: str | None = None) -> Source:
     """A session whose kernels are timed.
 
     Args:
@@ -89,8 +89,9 @@ def open_source(bundle: Bundle, scratch: Path, *, device: str, threads: int) -> 
         scratch: an empty folder, for files until the profile is read.
         device: as :func:`edgellm_runtime.load` takes it.
         threads: of the CPU.
+        kernels: as :func:`edgellm_runtime.load` takes them.
     """
-    session, backend = open_profiled(bundle, scratch / "run", device=device, threads=threads)
+    session, backend = open_profiled(bundle, scratch / "run", device=device, threads=threads, kernels=kernels)
     if isinstance(backend, TensorRTBackend):
         return _Engines(bundle, session, backend)
     return _OneGraph(bundle, session, backend)

@@ -178,7 +178,7 @@ class GraphTraffic:
     def _operations(self, kernel: Kernel, node: GraphNode, inputs: Sequence[str], step: Step) -> int | None:
         if kernel.op in _UNKNOWN_OPERATIONS:
             return None
-        count = _COUNTS.get(kernel.op)
+        count = _COUNTS.get(kernel.op) or _COUNTS.get(node.op)  # a node may be run by a kernel of another name
         if count is None:
             return 0
         weights = {name: c.dims for name in inputs if (c := self._constants.get(name)) is not None}
