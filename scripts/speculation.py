@@ -1,9 +1,10 @@
 """Speculation on a real bundle: whether its tokens are the plain ones, how many steps it takes, why some differ.
 
-    python scripts/speculation.py BUNDLE [--draft SMALLER|lookup|recurrent] [--tokens 300]
+    python scripts/speculation.py BUNDLE [--draft SMALLER|lookup|recurrent] [--tokens 300] [--text FILE]
 
-Texts are of this repository: three that are to be copied, and five that are gone on with. Where tokens differ, the
-logits of the two are shown as a third reading has them, of the whole text at once: near ones are a tie within rounding.
+Texts are of this repository: three that are to be copied, and five that are gone on with. With --text they are pieces
+of the end of a file, unseen by a drafter that was trained on it. Where tokens differ, the logits of the two are shown
+as a third reading has them, of the whole text at once: near ones are a tie within rounding.
 """
 
 from __future__ import annotations
@@ -27,6 +28,17 @@ def prompts() -> dict[str, list[str]]:
     return {"copied": copied, "gone on with": [*free, "Once upon a time", "The capital of France"]}
 
 
+def held_out(file: Path, count: int = 12, share: float = 0.05) -> dict[str, list[str]]:
+    """Pieces of 300 characters, evenly spread over the end of a text."""
+    text = file.read_text(encoding="utf-8")
+    text = text[int(len(text) * (1 - share)) :]
+    return {
+        "held out": [text[at : at + 300] for at in range(0, len(text) - 300, max(1, (len(text) - 300) // count))][
+            :count
+        ]
+    }
+
+
 def difference(model: Model, text: list[int], plain: tuple[int, ...], drafted: tuple[int, ...]) -> str:
     """Where two answers part, and by how much another reading of the text tells their tokens apart."""
     at = next(i for i, (a, b) in enumerate(zip(plain, drafted, strict=True)) if a != b)
@@ -41,12 +53,13 @@ def main() -> None:
     parser.add_argument("bundle")
     parser.add_argument("--draft", default="lookup", help="another bundle, lookup, or recurrent")
     parser.add_argument("--tokens", type=int, default=300, help="of each answer")
+    parser.add_argument("--text", type=Path, help="a file whose end is gone on with")
     options = parser.parse_args()
     model = load(options.bundle)
     assert model.tokenizer is not None
     draft = options.draft if options.draft in ("lookup", "recurrent") else load(options.draft)
-    for kind, texts in prompts().items():
-        total = np.zeros(5)
+    for kind, texts in (prompts() if options.text is None else held_out(options.text)).items():
+        total, seconds = np.zeros(5), np.zeros(2)
         for text in texts:
             tokens = model.tokenizer.encode(text)
             plain = model.generate(tokens, max_new_tokens=options.tokens, ignore_eos=True)
@@ -54,6 +67,7 @@ def main() -> None:
             seen = found.speculation
             assert seen is not None
             total += (len(found.tokens), seen.steps, seen.drafted, seen.accepted, plain.tokens == found.tokens)
+            seconds += (plain.timings.decode_s, found.timings.decode_s)
             ratio = plain.timings.decode_s / found.timings.decode_s
             said = "" if plain.tokens == found.tokens else difference(model, tokens, plain.tokens, found.tokens)
             print(
@@ -63,7 +77,8 @@ def main() -> None:
         count, steps, drafted, accepted, same = total.astype(int).tolist()
         print(
             f"{kind}: {count} tokens in {steps} steps, {accepted} of {drafted} drafted tokens right, "
-            f"{same} of {len(texts)} answers are the plain ones"
+            f"{same} of {len(texts)} answers are the plain ones; {count / max(steps + len(texts), 1):.2f} tokens a "
+            f"step, {seconds[0] / seconds[1]:.2f} times as fast"
         )
 
 

@@ -48,6 +48,9 @@ __all__ = ["generate"]
 @click.option("--lark", type=click.Path(path_type=Path), default=None, metavar="FILE",
               help="The answer is of this grammar.")  # fmt: skip
 @click.option("--choice", "choices", multiple=True, help="The answer is this or another --choice.")
+@click.option("--draft", type=click.Choice(["lookup", "recurrent"]), default=None, help="Propose tokens that the model "
+              "checks several at a time: what followed the same words before, or the bundle's drafter.  "
+              "[default: none]", show_default=False)  # fmt: skip
 @threads_option
 @device_option
 @click.option("--ignore-eos", is_flag=True, help="Go on past end tokens.")
@@ -58,7 +61,7 @@ def generate(
     repetition_penalty: float | None, presence_penalty: float, frequency_penalty: float, no_repeat_ngram: int | None,
     seed: int | None, stop: tuple[str, ...], stop_tokens: tuple[int, ...], min_tokens: int | None,
     logprobs: int | None, json_schema: Path | None, regex: str | None, lark: Path | None, choices: tuple[str, ...],
-    threads: int | None, device: str, ignore_eos: bool, as_json: bool,
+    draft: str | None, threads: int | None, device: str, ignore_eos: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Answer PROMPT with the model in BUNDLE. A PROMPT of - is read from standard input, without its last line break.
 
@@ -75,6 +78,7 @@ def generate(
         "repetition_penalty": repetition_penalty, "seed": seed, "stop": [unescaped(text) for text in stop] or None,
         "ignore_eos": ignore_eos, "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty,
         "no_repeat_ngram": no_repeat_ngram, "stop_tokens": stop_tokens, "min_tokens": min_tokens, "logprobs": logprobs,
+        "draft": draft,
     })  # fmt: skip
     form = given({
         "json_schema": _contents(json_schema), "regex": regex, "lark": _contents(lark),
@@ -126,7 +130,9 @@ def _prompt(model: Model, text: str, *, chat: bool | None, system: str | None, s
 def summary(answer: Generation) -> str:
     """One line about an answer's size and speed."""
     t = answer.timings
+    drafts = answer.speculation
+    found = "" if drafts is None else f", {drafts.accepted} of {drafts.drafted} drafted tokens right"
     return (
         f"{answer.prompt_tokens} prompt + {len(answer.tokens)} new tokens, {answer.finish_reason}; first token "
-        f"{t.ttft_ms:.0f} ms, prompt {t.prefill_tokens_per_s:.0f} tok/s, then {t.decode_tokens_per_s:.1f} tok/s"
+        f"{t.ttft_ms:.0f} ms, prompt {t.prefill_tokens_per_s:.0f} tok/s, then {t.decode_tokens_per_s:.1f} tok/s{found}"
     )

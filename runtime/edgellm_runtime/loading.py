@@ -157,11 +157,11 @@ def unchecked_session(
     if check_text("device", device) not in DEVICES:
         raise BackendError(f"unknown device {device!r}; this runtime has {', '.join(DEVICES)}")
     threads, kernels = thread_count(threads), chosen_kernels(kernels)
-    return session_of(bundle, _backend(bundle, device_of(bundle, device), threads, kernels), threads)
+    return session_of(bundle, _backend(bundle, device_of(bundle, device), threads, kernels))
 
 
-def session_of(bundle: Bundle, backend: Backend, threads: int | None = None) -> Session:
-    """Steps of an opened bundle with a backend that was made for it; a drafter gets so many threads."""
+def session_of(bundle: Bundle, backend: Backend) -> Session:
+    """Steps of an opened bundle with a backend that was made for it."""
     from edgellm_runtime.backends.draft_graph import DraftGraph
     from edgellm_runtime.backends.graph_roles import GraphRoles
     from edgellm_runtime.session import Session
@@ -173,7 +173,8 @@ def session_of(bundle: Bundle, backend: Backend, threads: int | None = None) -> 
     drafter, hidden = None, manifest.signature.hidden
     if manifest.drafter is not None and hidden is not None:
         file, width = bundle.file(manifest.drafter.file), manifest.drafter.width
-        drafter = DraftGraph(file, int(hidden.shape[-1]), width, threads=threads)
+        # on one thread: a second pool of threads would spin beside the model's
+        drafter = DraftGraph(file, int(hidden.shape[-1]), width, threads=1)
     return Session(
         backend, manifest.signature, max_context=manifest.max_context, ragged_chunks=manifest.ragged_chunks,
         vocab_size=manifest.vocab_size or None, encoder=manifest.encoder, drafter=drafter, **sizes,

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from distribution import check_drawn, softmax
 from drafter_bundles import draft_always, drafter_bundle, head_for, untrained
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_bundles import HIDDEN_KINDS, copied, edit_manifest, hidden_bundle, sign
 
+from edgellm.cli import cli
 from edgellm_exporters.errors import ExportError
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_runtime import BundleError, OptionError, load
@@ -46,6 +48,16 @@ def test_tokens_are_those_without_drafts(
     assert found.tokens == plain.tokens
     assert found.speculation is not None and found.speculation.drafted > 0
     assert found.speculation.steps + found.speculation.accepted == 39
+
+
+def test_command_drafts_and_says_how_many_were_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    draft_always(monkeypatch)
+    arguments = ["generate", str(drafter_bundle()), "hello", "--raw", "--max-new-tokens", "9", "--ignore-eos", "--json"]
+    plain, found = (
+        json.loads(CliRunner().invoke(cli, [*arguments, *more], catch_exceptions=False).output)
+        for more in ([], ["--draft", "recurrent"])
+    )
+    assert found["tokens"] == plain["tokens"] and found["speculation"]["drafted"] > 0
 
 
 def test_drawn_tokens_have_the_models_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
