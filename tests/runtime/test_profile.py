@@ -216,6 +216,7 @@ def test_the_page_needs_no_other_file_and_says_what_is_not_known() -> None:
     assert "<Scan>" not in page
     assert not any(word in page for word in ("http", "src=", "<link", "<script", "@import", "url("))
     assert page.count('class="bar"') == 2 * 4  # a bar for each layer of each phase
+    assert page.count("<summary>3 kernels by themselves") == 2
     assert page.count("<polyline") == 2  # a roof for each phase
 
 

@@ -35,6 +35,7 @@ inline-block;width:.7em;height:.7em;border-radius:.15em;background:var(--c);marg
 .bar{display:flex;height:1.05em;min-width:0}.bar i{display:block;background:var(--c);height:100%}
 .bar i:first-child{border-radius:.2em 0 0 .2em}.bar i:last-child{border-radius:0 .2em .2em 0}
 .doubt{border-left:.25rem solid #e08a1e;padding-left:.6rem}
+details{margin:.6rem 0}summary{cursor:pointer;color:var(--dim)}
 .num{text-align:right;font-variant-numeric:tabular-nums;color:var(--dim)}
 svg{width:100%;max-width:40rem;height:auto;display:block}svg text{font:12px system-ui,sans-serif;fill:currentColor}
 """
@@ -101,7 +102,7 @@ def _phase(name: str, phase: Mapping[str, Any], result: Mapping[str, Any], colou
         f"kernels {phase['kernels_ms']:.2f}, between them {known(phase['between_kernels_ms'], '.2f')}, outside the "
         f"library {known(phase['outside_library_ms'], '.2f')}. Of the roof: {roof}.</p>"
         f"<h3>Layers</h3>{_key(phase, colours)}{_bars(phase, colours)}"
-        f"<h3>Operators</h3>{_table(phase, colours)}"
+        f"<h3>Operators</h3>{_table(phase, colours)}{_kernels(phase, colours)}"
         f"<h3>Roofline</h3>{_roofline(phase, result['roof'], colours)}"
     )
 
@@ -150,6 +151,20 @@ def _table(phase: Mapping[str, Any], colours: Mapping[str, str]) -> str:
     return (
         '<div class="wide"><table><tr><th>operator<th>ms<th>share<th>GB/s<th>of the roof<th>bound by<th>runs'
         f"<th>weights MB<th>state MB<th>other MB<th>GFLOP/s{rows}</table></div>"
+    )
+
+
+def _kernels(phase: Mapping[str, Any], colours: Mapping[str, str]) -> str:
+    """Each kernel by itself, folded away."""
+    rows = "".join(
+        f'<tr><td class="op" style="--c:{colours[row["operator"]]}">{html.escape(row["name"])}<td>'
+        f"{html.escape(row['layer'])}<td>{row['ms']:.3f}<td>{megabytes(row)}<td>{known(row['gb_per_s'], '.1f')}"
+        f"<td>{known(row['roof_share'], '.0%')}"
+        for row in phase["kernels"]
+    )
+    return (
+        f'<details><summary>{_count(len(phase["kernels"]), "kernel")} by themselves</summary><div class="wide"><table>'
+        f"<tr><th>kernel<th>layer<th>ms<th>MB moved<th>GB/s<th>of the roof{rows}</table></div></details>"
     )
 
 
