@@ -69,7 +69,7 @@ _NUMBERS = _Numbers()
 @click.option("--output", "outputs", type=click.Path(path_type=Path), multiple=True, metavar="FILE",
               help="Write the result there, as its suffix says: .json with every round, .csv, .md, or .html with "
               "plots; may be given several times.")  # fmt: skip
-@click.option("--profile", "profiled", is_flag=True, hidden=True)  # what it was is a command now
+@click.option("--profile", "profiled", is_flag=True, hidden=True, help="What it was is the command profile now.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def bench(
     bundles: tuple[str, ...], prompt_tokens: list[int], new_tokens: list[int], depth: list[int], batch: list[int],

@@ -139,7 +139,8 @@ FILE = click.Path(path_type=Path)
 @click.option("--lora-alpha", type=float, default=0.0, help="How much adapters count.  [default: twice the rank]")
 @click.option("--drafter", type=FILE, metavar="CHECKPOINT", help="Train a drafter for this checkpoint's model on TEXT "
               "instead: a small head that proposes tokens for the model to check (edgellm export --drafter). Takes "
-              "--minutes, --steps, --batch-size (places), --lr, --seed, --gather, --listed and --resume.")  # fmt: skip
+              "--minutes, --steps, --batch-size (places), --lr, --seed, --gather, --listed and --resume. "
+              "[default: train a model]")  # fmt: skip
 @click.option("--text", "more_texts", multiple=True, type=FILE, metavar="FILE", help="A TEXT by a name; repeatable.")
 @click.option("--gather", type=int, default=2048, show_default=True, help="Of a drafter: continuations of TEXT, in the "
               "model's own words, to learn from at most; half of --minutes is for them at most.")  # fmt: skip

@@ -211,7 +211,9 @@ def test_demo_goes_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [f"[{i}/9]" in printed.err for i in range(1, 10)] == [True] * 9
 
 
-COMPUTE = ("demo", "train", "export", "verify", "diff", "generate", "chat", "embed", "serve", "bench", "eval")
+COMPUTE = (
+    "demo", "train", "export", "verify", "diff", "generate", "chat", "embed", "serve", "bench", "profile", "eval",
+)  # fmt: skip
 
 
 def test_every_command_that_computes_has_the_same_option_for_threads() -> None:
