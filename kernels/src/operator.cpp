@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <exception>
 #include <memory>
-#include <new>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -226,6 +226,8 @@ EXPORTED ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort:
   }
   static const ort::CustomOp op = description();
   static ort::Domain* domain = nullptr;  // one for good: sessions keep pointers to it
+  static std::mutex making;
+  const std::lock_guard<std::mutex> lock(making);
   if (domain == nullptr) {
     if (auto* s = api->at<ort::Status*(const char*, ort::Domain**)>(ort::kCreateCustomOpDomain)("edgellm", &domain)) return s;
     if (auto* s = api->at<ort::Status*(ort::Domain*, const ort::CustomOp*)>(ort::kCustomOpDomainAdd)(domain, &op)) return s;

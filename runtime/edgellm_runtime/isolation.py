@@ -46,7 +46,9 @@ def limits_for(path: Path) -> Limits:
     return Limits(4 * _GIGABYTE + _WEIGHT_COPIES * allocated, 60 + 60 * allocated // _GIGABYTE)
 
 
-def rehearse(path: str | Path, *, device: str, checksums: bool, limits: Limits | None = None) -> None:
+def rehearse(
+    path: str | Path, *, device: str, checksums: bool, limits: Limits | None = None, kernels: str | None = None
+) -> None:
     """Load a bundle in a process with limits, render its template there, and run two steps.
 
     Args:
@@ -54,6 +56,7 @@ def rehearse(path: str | Path, *, device: str, checksums: bool, limits: Limits |
         device: as for :func:`edgellm_runtime.load`; the rehearsal is on the CPU.
         checksums: likewise.
         limits: None for what its files' sizes suggest.
+        kernels: as for :func:`edgellm_runtime.load`.
 
     Raises:
         OptionError: this platform or this program cannot start such a process.
@@ -66,7 +69,10 @@ def rehearse(path: str | Path, *, device: str, checksums: bool, limits: Limits |
             "here); leave it out, or run the program in a container"
         )
     limits = limits or limits_for(Path(path))
-    given = {"path": sys.path, "bundle": str(path), "device": device, "checksums": checksums, "limits": asdict(limits)}
+    given = {
+        "path": sys.path, "bundle": str(path), "device": device, "checksums": checksums, "limits": asdict(limits),
+        "kernels": kernels,
+    }  # fmt: skip
     try:
         done = subprocess.run(
             [sys.executable, "-c", _CODE, json.dumps(given, allow_nan=False)], stdin=subprocess.DEVNULL,

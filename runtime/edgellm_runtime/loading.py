@@ -77,7 +77,7 @@ def load(
     if check_flag("isolate", isolate):
         from edgellm_runtime.isolation import rehearse
 
-        rehearse(path, device=device, checksums=checksums)
+        rehearse(path, device=device, checksums=checksums, kernels=kernels)
     with Bundle.while_checking(path, checksums=checksums) as bundle:
         if max_memory is not None:
             _check_memory(bundle, device, max_memory)

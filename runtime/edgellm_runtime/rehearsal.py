@@ -16,13 +16,13 @@ from edgellm_runtime.errors import BackendError, OptionError, RuntimeFault
 __all__ = ["main"]
 
 
-def main(*, bundle: str, device: str, checksums: bool, limits: dict[str, int]) -> None:
+def main(*, bundle: str, device: str, checksums: bool, limits: dict[str, int], kernels: str | None) -> None:
     """Load and report; arguments as :func:`edgellm_runtime.isolation.rehearse`."""
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_FSIZE, 0)  # it has nothing to write
     _limit(resource.RLIMIT_AS, limits["memory"])
     _limit(resource.RLIMIT_CPU, limits["seconds"])
-    sys.stdout.write(json.dumps(_report(bundle, device, checksums), allow_nan=False) + "\n")
+    sys.stdout.write(json.dumps(_report(bundle, device, checksums, kernels), allow_nan=False) + "\n")
     sys.stdout.flush()
 
 
@@ -31,11 +31,11 @@ def _limit(what: int, most: int) -> None:
     resource.setrlimit(what, (most, most) if hard == resource.RLIM_INFINITY else (min(most, hard), min(most, hard)))
 
 
-def _report(bundle: str, device: str, checksums: bool) -> dict[str, str]:
+def _report(bundle: str, device: str, checksums: bool, kernels: str | None) -> dict[str, str]:
     from edgellm_runtime.backends.faults import is_out_of_memory
 
     try:
-        _use(bundle, device, checksums)
+        _use(bundle, device, checksums, kernels)
     except (MemoryError, RuntimeFault) as error:
         if is_out_of_memory(error) or (error.__cause__ is not None and is_out_of_memory(error.__cause__)):
             return {"kind": "memory"}
@@ -43,7 +43,7 @@ def _report(bundle: str, device: str, checksums: bool) -> dict[str, str]:
     return {"kind": "loaded"}
 
 
-def _use(path: str, device: str, checksums: bool) -> None:
+def _use(path: str, device: str, checksums: bool, kernels: str | None) -> None:
     """Everything of a bundle that a program uses, once."""
     import numpy as np
 
@@ -52,7 +52,7 @@ def _use(path: str, device: str, checksums: bool) -> None:
 
     if (found := device_of(Bundle(path, checksums=False), device)) != "cpu":
         raise BackendError(f"{path}: runs on {found}, and isolate=True is for the CPU; run the program in a container")
-    model: Any = load(path, device=device, threads=1, checksums=checksums)
+    model: Any = load(path, device=device, threads=1, checksums=checksums, kernels=kernels)
     if model.tokenizer is not None:
         model.tokenizer.decode(model.tokenizer.encode("Hello, world! 1 2 3"))
         model.tokenizer.decode(range(min(64, model.session.vocab_size)))
