@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_receipt", "measure_again", "summary_row", "text_for_export"]
 
-_TOKENS, _WINDOW = 1024, 512  # of an export's receipt: a few seconds of PyTorch
+_TOKENS, _WINDOW = 1024, 256  # of an export's receipt: a few seconds of PyTorch, whose logits stay small
 _HOLDS, _DOES_NOT, _UNKNOWN = 0, 1, 2
 
 

@@ -20,7 +20,7 @@ from edgellm_runtime.checks.far import (
     FLOAT_INPUTS,
     far_golden,
     far_outputs,
-    far_session,
+    float_session,
     made_up,
     slots_filled,
 )
@@ -73,8 +73,7 @@ def test_products_round_nothing_at_the_far_row_of_blocks_so_that_it_is_held_as_f
     assert bundle.manifest.far["kl"] == 1e-6  # what sums in another order cost, and no more
     far = far_golden(data, session.width, session)
     as_it_is, floats = (
-        distance(far.golden, *far_outputs(reader, far, "whole"))
-        for reader in (session, far_session(bundle, data, session))
+        distance(far.golden, *far_outputs(reader, far, "whole")) for reader in (session, float_session(bundle, 1))
     )
     assert floats["kl"] < 1e-7 < 1e-6 < as_it_is["kl"]
     assert FLOAT_INPUTS not in goldens_file(Bundle(tmp_path / "w8a8"))[FAR]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_bundles import attention_bundle, recurrent_bundle
+from tiny_bundles import attention_bundle, attention_model, recurrent_bundle
 
+from edgellm.checkpoints import save_checkpoint
 from edgellm.cli import run
 from edgellm_runtime import BundleError, ContextError, OptionError
 from edgellm_runtime.checks import study
@@ -24,7 +26,7 @@ ORDER: list[tuple[str, int]] = []
 class Fake:
     """A worker that notes its turns; the bundle called slow takes twice as long."""
 
-    def __init__(self, bundle: str, *, threads: int, device: str, kernels: str) -> None:
+    def __init__(self, bundle: str, *, threads: int, device: str, kernels: str, opener: str = "") -> None:
         self.bundle = bundle if kernels == "onnxruntime" else f"{bundle} {kernels}"
         self.loaded = {"load_s": 0.1, "max_context": 64, "device": "cpu", "kernels": kernels}
 
@@ -78,6 +80,41 @@ def test_what_slows_both_does_not_hide_which_is_slower() -> None:
     assert (found["decode"]["verdict"], found["prefill"]["verdict"]) == ("slower", "slower")
     assert found["decode"]["speed"] == pytest.approx(0.5)
     assert found["same_tokens"] and found["paired"]
+
+
+@pytest.mark.usefixtures("fakes")
+def test_one_more_layer_of_many_is_called_slower_on_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thirty layers, or thirty-one, on a clock that goes up and down by a third and jitters by a hundredth."""
+    draw = random.Random(3)
+
+    def round(self: Fake, workload: Workload, seed: int) -> Round:
+        layers = 31 if self.bundle == "deeper" else 30
+        busy = 1 + 0.3 * (seed % 3) + draw.gauss(0, 0.01)
+        return Round(0.01 * layers * busy, (0.001 * layers * busy,) * workload.new_tokens, self.bundle)
+
+    monkeypatch.setattr(Fake, "round", round)
+    (found,) = comparisons(measure(Plan(["plain", "deeper"], [SMALL], rounds=30)))
+    assert [found[figure]["verdict"] for figure in ("prefill", "decode")] == ["slower", "slower"]
+    assert 0.95 < found["decode"]["speed"] < 0.985
+    (found,) = comparisons(measure(Plan(["plain", "plain"], [SMALL], rounds=30)))
+    assert [found[figure]["verdict"] for figure in ("prefill", "decode")] == ["no difference", "no difference"]
+
+
+def test_pytorch_is_measured_beside_a_bundle_and_says_the_same(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    save_checkpoint(tmp_path / "c", attention_model(), architecture="decoder", tokenizer_json=None)
+    small = ["--prompt-tokens", "4", "--new-tokens", "3", "--rounds", "2", "--threads", "1", "--json"]
+    assert run(["bench", str(attention_bundle()), "--against", str(tmp_path / "c"), *small]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [(cell["kernels"], cell["device"]) for cell in data["cells"]] == [
+        ("onnxruntime", "cpu"), ("PyTorch", "PyTorch on the CPU")
+    ]  # fmt: skip
+    (found,) = data["comparisons"]
+    assert found["second"] == f"{tmp_path / 'c'} (PyTorch kernels)"
+    assert found["same_tokens"]
+    assert run(["bench", str(attention_bundle()), "--against", str(tmp_path / "none"), *small]) == 1
+    assert "does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("fakes")

@@ -16,7 +16,16 @@ from torch import Tensor
 from edgellm.models.protocol import LanguageModel, Step
 from edgellm_exporters.proof.traces import Trace
 from edgellm_runtime.bundle import Bundle
-from edgellm_runtime.checks.far import FAR, FORMS, far_golden, far_outputs, far_session, made_up, written_slots
+from edgellm_runtime.checks.far import (
+    FAR,
+    FORMS,
+    far_golden,
+    far_outputs,
+    float_session,
+    made_up,
+    reads_floats,
+    written_slots,
+)
 from edgellm_runtime.checks.goldens import goldens_file
 from edgellm_runtime.checks.verify import MARGIN, distance
 from edgellm_runtime.loading import open_session
@@ -135,7 +144,9 @@ def far_bounds(bundle: Bundle, bounds: Mapping[str, float]) -> dict[str, float]:
 
 def _figures(bundle: Bundle, data: Mapping[str, Any], threads: int) -> list[dict[str, float]]:
     """How far a bundle is from its far row, all at once and token by token; its session goes before another is made."""
-    session = open_session(bundle, device="cpu", threads=threads, kernels="onnxruntime")
+    if reads_floats(bundle, data):
+        session = float_session(bundle, threads)
+    else:
+        session = open_session(bundle, device="cpu", threads=threads, kernels="onnxruntime")
     far = far_golden(data, bundle.manifest.width, session)
-    reader = far_session(bundle, data, session)
-    return [distance(far.golden, *far_outputs(reader, far, form)) for form in FORMS]
+    return [distance(far.golden, *far_outputs(session, far, form)) for form in FORMS]

@@ -5,6 +5,7 @@ The parent writes lines of JSON to :class:`Worker`'s child and reads one for eac
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -35,18 +36,23 @@ class Worker:
         threads: for loading.
         device: for loading.
         kernels: likewise.
+        opener: a module whose ``opened`` loads it in the child, in the place of :func:`edgellm_runtime.load`: it takes
+            the path and the number of threads, and gives a session and what runs its products.
 
     Raises:
         RuntimeFault: what loading raised there, of its kind.
     """
 
-    def __init__(self, bundle: str | Path, *, threads: int, device: str, kernels: str | None = None) -> None:
+    def __init__(
+        self, bundle: str | Path, *, threads: int, device: str, kernels: str | None = None, opener: str = ""
+    ) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-c", _CODE, json.dumps(sys.path, allow_nan=False)], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, text=True, encoding="utf-8", env=os.environ | {"PYTHONUTF8": "1"},
         )  # fmt: skip
         try:
-            self.loaded = self._ask({"bundle": str(bundle), "threads": threads, "device": device, "kernels": kernels})
+            question = {"bundle": str(bundle), "threads": threads, "device": device, "kernels": kernels}
+            self.loaded = self._ask({**question, "opener": opener})
         except BaseException:
             self.close()
             raise
@@ -118,14 +124,16 @@ def serve(questions: TextIO, answers: TextIO) -> None:
 
 
 def _loaded(question: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    from edgellm_runtime import load
-
     start = time.perf_counter()
-    where = {name: question[name] for name in ("device", "threads", "kernels")}
-    model = load(question["bundle"], **where)
+    if question["opener"]:
+        session, kernels = importlib.import_module(question["opener"]).opened(question["bundle"], question["threads"])
+    else:
+        from edgellm_runtime import load
+
+        where = {name: question[name] for name in ("device", "threads", "kernels")}
+        session = load(question["bundle"], **where).session
+        kernels = "own" if session.kernels else "onnxruntime"
     took = time.perf_counter() - start
-    session = model.session
-    kernels = "own" if session.kernels else "onnxruntime"
     return session, {
         "load_s": took, "max_context": session.max_context, "device": session.device, "kernels": kernels,
     }  # fmt: skip

@@ -25,8 +25,8 @@ from edgellm_runtime.state import State
 from edgellm_runtime.state.storage import HOST
 
 __all__ = [
-    "FAR", "FLOAT_INPUTS", "FORMS", "FarGolden", "far_golden", "far_outputs", "far_session", "made_up", "slots_filled",
-    "written_slots",
+    "FAR", "FLOAT_INPUTS", "FORMS", "FarGolden", "far_golden", "far_outputs", "float_session", "made_up",
+    "reads_floats", "slots_filled", "written_slots",
 ]  # fmt: skip
 
 FAR = "far"  # in the goldens
@@ -103,27 +103,29 @@ def _numbers(name: str, count: int) -> Array:
     return (x >> np.uint64(57)).astype(np.int64) - _LEVELS
 
 
-def far_session(bundle: Bundle, data: Mapping[str, Any], session: Session) -> Session:
-    """What a far row is read with: a session that is there or, where its products must round nothing, another.
+def reads_floats(bundle: Bundle, data: Mapping[str, Any]) -> bool:
+    """Whether a far row is one for :func:`float_session`.
+
+    Args:
+        bundle: that has it.
+        data: the row, as a goldens file has it.
+    """
+    return data.get(FLOAT_INPUTS) is True and not bundle.manifest.graphs
+
+
+def float_session(bundle: Bundle, threads: int | None = None) -> Session:
+    """A bundle on this processor, its products with weights in blocks reading floats.
 
     A model may take a made-up past so that inputs rounded to 8 bits move its logits by more than any fault would.
     Positions, windows and slots, which such a row is for, are in the graph all the same when its products read floats.
-
-    Args:
-        bundle: of the session.
-        data: the row, as a goldens file has it.
-        session: of the bundle on this processor.
     """
-    if data.get(FLOAT_INPUTS) is not True or bundle.manifest.graphs:
-        return session
     from edgellm_runtime.backends.ort import OrtBackend
     from edgellm_runtime.loading import session_of
 
     manifest = bundle.manifest
     backend = OrtBackend(
-        bundle.file(GRAPH), manifest.signature, threads=getattr(session, "threads", None),
-        fusions=manifest.dtype == "float32", float_inputs=True,
-    )  # fmt: skip
+        bundle.file(GRAPH), manifest.signature, threads=threads, fusions=manifest.dtype == "float32", float_inputs=True
+    )
     return session_of(bundle, backend)
 
 

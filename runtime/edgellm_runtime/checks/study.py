@@ -7,7 +7,7 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class Plan:
         device: for loading.
         seed: of the prompts.
         kernels: those that each bundle is loaded with, beside each other; None is the usual ones.
+        openers: of those of ``bundles`` that are none, modules that open them, as :class:`Worker` takes them.
 
     Raises:
         OptionError: a value is out of its range, or there is nothing to measure.
@@ -56,6 +57,7 @@ class Plan:
     device: str = "auto"
     seed: int = 0
     kernels: Sequence[str | None] = (None,)
+    openers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_integer("rounds", self.rounds, 1)
@@ -78,7 +80,7 @@ class Cell:
         rounds: in the order in which they were taken.
         peak_rss_mb: of its process, with this workload and those before it.
         joules: of the whole machine's processors during its rounds; None where the system does not say.
-        kernels: whose ran its products, ``onnxruntime`` or ``own``.
+        kernels: whose ran its products, ``onnxruntime``, ``own``, or ``PyTorch``.
     """
 
     bundle: str
@@ -163,11 +165,16 @@ def measure(plan: Plan, progress: Callable[[str, float], None] = lambda what, sh
 def _with_threads(plan: Plan, threads: int, progress: Callable[[str, float], None]) -> list[Cell]:
     done: list[Cell] = []
     with contextlib.ExitStack() as stack:
-        ways = list(itertools.product(plan.bundles, map(chosen_kernels, plan.kernels)))
+        ways = [
+            (bundle, kernels)
+            for bundle in plan.bundles
+            for kernels in ([None] if str(bundle) in plan.openers else map(chosen_kernels, plan.kernels))
+        ]
         workers = []
         for bundle, kernels in ways:
             progress(f"loading {bundle}", 0.0)
-            worker = Worker(bundle, threads=threads, device=plan.device, kernels=kernels)
+            opener = plan.openers.get(str(bundle), "")
+            worker = Worker(bundle, threads=threads, device=plan.device, kernels=kernels, opener=opener)
             workers.append(stack.enter_context(worker))
         for workload, worker in itertools.product(plan.workloads, workers):
             workload.check(worker.loaded["max_context"])
