@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -190,6 +191,32 @@ def test_service_makes_no_more_of_an_answer_whose_client_has_gone(
     counts = asyncio.run(run())
     assert counts["ended_cancelled"] == 1
     assert counts["tokens"] < 90
+
+
+def test_service_as_a_process_answers_and_ends_at_sigterm() -> None:
+    command = [sys.executable, str(EXAMPLES / "embedding/service.py"), str(attention_bundle()), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline().rpartition(":")[2])
+        (*_, last) = asyncio.run(ask(port, {"prompt": "hello", "max_new_tokens": 3}))
+        process.terminate()
+        assert process.wait(60) == 0
+    assert last["finish_reason"] == "length"
+
+
+def test_terminal_as_a_process_takes_lines_from_a_pipe() -> None:
+    command = [
+        sys.executable,
+        str(EXAMPLES / "embedding/terminal.py"),
+        str(attention_bundle()),
+        "--max-new-tokens",
+        "2",
+    ]
+    lines = "hello\n/fork other\n/branches\n"
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("/fork NAME")
+    assert "* other: <Conversation: 1 turns" in done.stdout
 
 
 def test_terminal_forks_rewinds_edits_and_corrects(model: Model, tmp_path: Path) -> None:
