@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -106,6 +107,15 @@ class Served:
                 began.set()
         return text, count, asked.headers["x-replica"]
 
+    def figure(self, session: str, name: str) -> int:
+        """A figure of the replica that a session belongs to."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/metrics", headers={"x-session-id": session}
+        )  # fmt: skip
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            (line,) = [line for line in answer.read().decode().splitlines() if line.startswith(f"{name}{{")]
+        return int(line.split()[-1])
+
 
 def user(text: str) -> list[dict[str, str]]:
     """Messages of one user's."""
@@ -148,6 +158,21 @@ def check_sessions(served: Served) -> str:
     spread = {served.ask(None, user("hello"), 1)[1] for _ in range(24)}
     assert len(used) == len(spread) == 2, (used, spread)
     return f"8 sessions of 3 turns: one replica each, 2 in all; {cached} of {asked} prompt tokens were not read again"
+
+
+def check_leaving(served: Served) -> str:
+    """An answer whose client goes away is not made to its end."""
+    before = served.figure("a", "edgellm_tokens_total")
+    asked = served.client("a").chat.completions.create(
+        model="model", messages=user("hello"), max_tokens=3500, temperature=0, stream=True,
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    with asked:
+        next(iter(asked))
+    until(lambda: served.figure("a", "edgellm_running") == 0)
+    made = served.figure("a", "edgellm_tokens_total") - before
+    assert made < 3500
+    return f"a client left a stream of 3500 tokens; {made} of them were made"
 
 
 def check_drain(served: Served) -> str:
@@ -315,16 +340,18 @@ def measure_serving(served: Served, tokens: int = 48) -> str:
 
 def measure_translation(bundle: Path, folder: Path, address: str, count: int) -> str:
     """Lines a second of 1 and of 2 replicas, from the first block that was done to the last."""
-    rates = []
+    rates, block = [], min(max(count // 40, 1), 1000)
     for replicas in (1, 2):
         (folder / str(replicas)).mkdir(parents=True)
         work = Translation(bundle, lines_of(count), folder / str(replicas), address)
-        with work.begun(replicas, 50) as driver:
+        with work.begun(replicas, block) as driver:
             wait_for(driver, 1)
             began = time.perf_counter()
-            wait_for(driver, count // 50 - 1)
-            rates.append((count - 50) / (time.perf_counter() - began))
-            assert driver.wait(600) == 0
+            wait_for(driver, -(-count // block) - 1)
+            rates.append((count - block) / (time.perf_counter() - began))
+            assert driver.stdout is not None
+            driver.stdout.read()
+            assert driver.wait(60) == 0
     return f"{count:,} lines: 1 replica {rates[0]:.0f} lines/s, 2 replicas {rates[1]:.0f}"
 
 
@@ -342,12 +369,9 @@ def main() -> None:
     with cluster(cpus=1) as found, tempfile.TemporaryDirectory() as scratch:
         served = Served(chat, threads=1)
         served.deploy(2)
-        for check in (
-            lambda: check_streams(served, model),
-            lambda: check_sessions(served),
-            lambda: check_drain(served),
-        ):
-            print(check(), flush=True)
+        print(check_streams(served, model), flush=True)
+        for check in (check_sessions, check_leaving, check_drain):
+            print(check(served), flush=True)
         served.deploy(2)
         print(check_death(served), flush=True)
         if given.measure:

@@ -20,6 +20,7 @@ from edgellm_runtime.batching.options import BatchOptions
 from edgellm_runtime.server.app import application
 from edgellm_runtime.server.host import open_host
 from edgellm_runtime.server.options import ServerOptions
+from edgellm_runtime.server.run import log_to_stderr
 
 __all__ = ["Arguments", "Edgellm", "build"]
 
@@ -49,6 +50,7 @@ class Edgellm:
     """
 
     def __init__(self, arguments: Arguments) -> None:
+        log_to_stderr()  # a line of JSON for each request, in Ray's logs
         # Ray Serve's proxy is whoever calls, by the name that its callers know; so no name is turned away here.
         keys = (arguments.api_key,) if arguments.api_key else ()
         batch = BatchOptions(rows=arguments.rows, queue=arguments.queue)
