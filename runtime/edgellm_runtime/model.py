@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
 from edgellm_runtime.errors import OptionError
+from edgellm_runtime.generation.beam_run import run_of
 from edgellm_runtime.generation.conversation import Conversation, TemplateInputs
 from edgellm_runtime.generation.drafting import check_vocabulary
 from edgellm_runtime.generation.embedding import EmbeddingMethods
-from edgellm_runtime.generation.generate import Generation, GenerationOptions, OptionKeywords, Run
+from edgellm_runtime.generation.generate import Generation, GenerationOptions, OptionKeywords
 from edgellm_runtime.generation.grammar_methods import GrammarMethods
 from edgellm_runtime.generation.options import with_defaults
 from edgellm_runtime.generation.prefix_cache import PrefixCache
 from edgellm_runtime.generation.prompts import Tokens, is_batch
 from edgellm_runtime.generation.request import Counts, Request
+from edgellm_runtime.generation.row_options import RowOptions, own_options
 from edgellm_runtime.generation.scoring import ScoringMethods
 from edgellm_runtime.generation.state_methods import StateMethods
 from edgellm_runtime.generation.stream import AsyncStream, Stream, in_worker
@@ -105,7 +107,16 @@ class Model(TaskMethods, GrammarMethods, StateMethods, ScoringMethods, Embedding
     ) -> Generation: ...  # fmt: skip
 
     @overload
-    def generate(self, prompt: list[str] | list[list[int]], **options: Unpack[OptionKeywords]) -> list[Generation]: ...
+    def generate(
+        self, prompt: list[str] | list[list[int]], *, best_of: int | None = None,
+        row_options: Sequence[OptionKeywords] | None = None, **options: Unpack[OptionKeywords],
+    ) -> list[Generation]: ...  # fmt: skip
+
+    @overload
+    def generate(
+        self, prompt: list[str] | list[list[int]], *, n: int, best_of: int | None = None,
+        row_options: Sequence[OptionKeywords] | None = None, **options: Unpack[OptionKeywords],
+    ) -> list[list[Generation]]: ...  # fmt: skip
 
     @overload
     def generate(
@@ -115,8 +126,8 @@ class Model(TaskMethods, GrammarMethods, StateMethods, ScoringMethods, Embedding
 
     def generate(
         self, prompt: Any, *, state: TextState | None = None, n: int | None = None, best_of: int | None = None,
-        **options: Unpack[OptionKeywords],
-    ) -> Generation | list[Generation]:  # fmt: skip
+        row_options: Sequence[OptionKeywords] | None = None, **options: Unpack[OptionKeywords],
+    ) -> Any:  # fmt: skip
         """Go on from a prompt, or from each of a list of prompts in one batch.
 
         A row of a batch gets what its prompt gets alone, as far as the kernels round rows alike; with a seed, each row
@@ -130,10 +141,11 @@ class Model(TaskMethods, GrammarMethods, StateMethods, ScoringMethods, Embedding
                 too, of none for an empty one.
             state: the text that one prompt goes on from, and what reading it left; it stays as it is, and the answer's
                 ``state`` has the prompt and the answer too. The prompt may then be empty.
-            n: so many answers to one prompt, as a list; the prompt is read once, and answer ``i`` is what the seed
+            n: so many answers to each prompt, as a list; the prompt is read once, and answer ``i`` is what the seed
                 ``seed + i`` gives.
             best_of: so many answers are made, and the one, or the ``n``, with the highest mean log-probability of a
                 token are given, the best first.
+            row_options: of a list of prompts, a dict of options for each, which hold in the place of the call's.
             **options: those of :class:`GenerationOptions`.
 
         Raises:
@@ -142,7 +154,7 @@ class Model(TaskMethods, GrammarMethods, StateMethods, ScoringMethods, Embedding
             ContextError: a prompt is longer than the context.
             StateError: the state is another model's.
         """
-        return self._request(prompt, state, Counts(n, best_of), self._options(options)).answer()
+        return self._request(prompt, state, Counts(n, best_of), options, row_options).answer()
 
     @overload
     async def agenerate(
@@ -152,8 +164,15 @@ class Model(TaskMethods, GrammarMethods, StateMethods, ScoringMethods, Embedding
 
     @overload
     async def agenerate(
-        self, prompt: list[str] | list[list[int]], **options: Unpack[OptionKeywords]
-    ) -> list[Generation]: ...
+        self, prompt: list[str] | list[list[int]], *, best_of: int | None = None,
+        row_options: Sequence[OptionKeywords] | None = None, **options: Unpack[OptionKeywords],
+    ) -> list[Generation]: ...  # fmt: skip
+
+    @overload
+    async def agenerate(
+        self, prompt: list[str] | list[list[int]], *, n: int, best_of: int | None = None,
+        row_options: Sequence[OptionKeywords] | None = None, **options: Unpack[OptionKeywords],
+    ) -> list[list[Generation]]: ...  # fmt: skip
 
     @overload
     async def agenerate(
@@ -163,8 +182,8 @@ class Model(TaskMethods, GrammarMethods, StateMethods, ScoringMethods, Embedding
 
     async def agenerate(
         self, prompt: Any, *, state: TextState | None = None, n: int | None = None, best_of: int | None = None,
-        **options: Unpack[OptionKeywords],
-    ) -> Generation | list[Generation]:  # fmt: skip
+        row_options: Sequence[OptionKeywords] | None = None, **options: Unpack[OptionKeywords],
+    ) -> Any:  # fmt: skip
         """:meth:`generate` for asyncio, its steps in a worker thread; to cancel the task ends the answer.
 
         Args:
@@ -172,26 +191,34 @@ class Model(TaskMethods, GrammarMethods, StateMethods, ScoringMethods, Embedding
             state: likewise.
             n: likewise.
             best_of: likewise.
+            row_options: likewise.
             **options: those of :class:`GenerationOptions`.
         """
-        request = self._request(prompt, state, Counts(n, best_of), self._options(options))
+        request = self._request(prompt, state, Counts(n, best_of), options, row_options)
         return await in_worker(request.answer, request.cancel)
 
-    def _request(self, prompt: Any, state: TextState | None, counts: Counts, options: GenerationOptions) -> Request:
+    def _request(
+        self, prompt: Any, state: TextState | None, counts: Counts, given: OptionKeywords,
+        row_options: Sequence[OptionKeywords] | None,
+    ) -> Request:  # fmt: skip
         self._check_predicts()
+        options = self._options(given)
         many = is_batch(prompt) and (len(prompt) > 0 or state is None)  # nothing, to a state, is an empty prompt
+        if not many and row_options is not None:
+            raise OptionError("row_options goes with a list of prompts; give one prompt its options themselves")
         if many:
             counts.check_single(state is not None, len(prompt))
-            if not len(prompt):
-                return Request(None, 0, counts, options)
             prompts = [self._tokens(p, f"prompt {i}") for i, p in enumerate(prompt)]
         else:
             prompts = [self._tokens(prompt) if state is None else self._text(prompt, state)]
-        run = Run(
-            self.session, self.tokenizer, prompts, counts.of(options), text_state=state, answers=counts.made,
-            prefixes=self._prefixes,
+        rows = None if row_options is None else own_options(row_options, len(prompts), given, self._options)
+        if not prompts:
+            return Request(None, 0, counts, options)
+        run = run_of(
+            self.session, self.tokenizer, prompts, counts.of(options, rows, len(prompts)), text_state=state,
+            answers=counts.made, prefixes=self._prefixes,
         )  # fmt: skip
-        return Request(run, len(prompts) if many else None, counts, options)
+        return Request(run, len(prompts) if many else None, counts, options, rows)
 
     def stream(
         self, prompt: str | Tokens, *, state: TextState | None = None, **options: Unpack[OptionKeywords]
@@ -210,7 +237,8 @@ class Model(TaskMethods, GrammarMethods, StateMethods, ScoringMethods, Embedding
         self._check_predicts()
         tokens = self._tokens(prompt) if state is None else self._text(prompt, state)
         checked, prefixes = self._options(options), self._prefixes
-        return Stream(Run(self.session, self.tokenizer, [tokens], checked, text_state=state, prefixes=prefixes))
+        rows = RowOptions(checked)
+        return Stream(run_of(self.session, self.tokenizer, [tokens], rows, text_state=state, prefixes=prefixes))
 
     def astream(
         self, prompt: str | Tokens, *, state: TextState | None = None, **options: Unpack[OptionKeywords]

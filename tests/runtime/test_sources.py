@@ -22,10 +22,10 @@ from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.checks.bench import bench
 from edgellm_runtime.checks.evaluate import evaluate
 from edgellm_runtime.checks.verify import verify
+from edgellm_runtime.generation.beam import beam_search
 from edgellm_runtime.session import Session
 from edgellm_runtime.spec import SpecError, StateSpec
 from edgellm_runtime.state import State
-from edgellm_runtime.tasks.beam import beam_search
 
 START = [3, 0]
 SOURCES = [[9, 8, 7, 6, 5, 4, 9, 9, 31], [12], [50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61]]

@@ -20,9 +20,9 @@ from edgellm.errors import ConfigError
 from edgellm.models.hybrid import HybridConfig
 from edgellm_exporters.proof.torch_backend import torch_session
 from edgellm_runtime import BundleError, ContextError, OptionError
+from edgellm_runtime.generation.beam import beam_search
 from edgellm_runtime.spec import SpecError
 from edgellm_runtime.task_spec import PREDICATE, SEPARATOR, Segment, TaskSpec
-from edgellm_runtime.tasks.beam import beam_search
 from edgellm_runtime.tasks.prompt import encode_prompt, encode_words
 from edgellm_runtime.tasks.viterbi import may_follow, viterbi
 

@@ -233,6 +233,8 @@ class Scheduler:
     def _check(self, tokens: list[int], options: GenerationOptions) -> None:
         """See that a prompt and its options fit the model, before they wait."""
         check_fits(self._session, self._tokenizer, [tokens], options)
+        if options.beams > 1:
+            raise OptionError(f"beams is {options.beams}, and a scheduler follows one; use model.generate for beams")
         if len(tokens) > self.context:
             raise ContextError(
                 f"the prompt has {len(tokens)} tokens, but memory for states ({self.options.state_bytes} bytes) allows "

@@ -18,9 +18,11 @@ from typing import Any, TypedDict, Unpack
 from edgellm_runtime.arguments import check_integer, check_path, check_text, is_sequence, shown
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.errors import OptionError, StateError
-from edgellm_runtime.generation.generate import Chunk, Generation, GenerationOptions, OptionKeywords, Run
+from edgellm_runtime.generation.beam_run import run_of
+from edgellm_runtime.generation.generate import Chunk, Generation, GenerationOptions, OptionKeywords
 from edgellm_runtime.generation.options import with_defaults
 from edgellm_runtime.generation.prefix_cache import Prefixes
+from edgellm_runtime.generation.row_options import RowOptions
 from edgellm_runtime.generation.text_state import about_of, load_for, trail_of
 from edgellm_runtime.generation.trail import Trail
 from edgellm_runtime.session import Session
@@ -239,9 +241,10 @@ class Conversation:
         self, turn: list[dict[str, str]], prompt: list[int], options: GenerationOptions
     ) -> Generator[Chunk, None, None]:
         state = self._resume(prompt, options)
-        run = Run(
-            self._session, self._tokenizer, [prompt], options, state=state, trail=self._trail, prefixes=self._prefixes
-        )
+        run = run_of(
+            self._session, self._tokenizer, [prompt], RowOptions(options), state=state, trail=self._trail,
+            prefixes=self._prefixes,
+        )  # fmt: skip
         said: list[str] = []
         tokens = list(prompt)
         clean = False

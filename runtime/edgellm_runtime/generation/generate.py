@@ -21,7 +21,7 @@ from edgellm_runtime.generation.logprobs import logprobs_of
 from edgellm_runtime.generation.options import GenerationOptions, OptionKeywords
 from edgellm_runtime.generation.prefix_cache import Prefixes
 from edgellm_runtime.generation.row import Row
-from edgellm_runtime.generation.sampling import Sampler
+from edgellm_runtime.generation.row_options import Choosing, RowOptions
 from edgellm_runtime.generation.speculation import Choice, Speculator
 from edgellm_runtime.generation.text_state import TextState
 from edgellm_runtime.generation.trail import Trail, read_text
@@ -77,7 +77,7 @@ def check_fits(
 
 
 def next_tokens(
-    session: Session, sampler: Sampler, tokens: NDArray[np.int64], state: State, rows: Sequence[int]
+    session: Session, sampler: Choosing, tokens: NDArray[np.int64], state: State, rows: Sequence[int]
 ) -> NDArray[np.int64]:
     """Read one token a row and choose the next; where the logits are, if the session can do that.
 
@@ -116,11 +116,11 @@ class Run:
         session: steps the model.
         tokenizer: turns tokens into text; None gives answers without text.
         prompts: token ids of each row, at least one each.
-        options: how to choose and when to end.
+        options: how to choose and when to end; of each row its own, where there are :class:`RowOptions`.
         state: goes on from what one row already holds, a proper prefix of the only prompt; None begins anew.
         trail: takes snapshots of that state on its way; None: nobody will rewind it.
         text_state: likewise, but as a value: it stays as it is, and the answers have states.
-        answers: so many to the only prompt, which is read once; each is a row.
+        answers: so many to each prompt, which is read once; each is a row, all prompts' first ones before their second.
         prefixes: what prompts began with before; looked up for one prompt alone that nothing was read of.
 
     Raises:
@@ -130,10 +130,13 @@ class Run:
 
     def __init__(
         self, session: Session, tokenizer: Tokenizer | None, prompts: Sequence[Sequence[int]],
-        options: GenerationOptions, *, state: State | None = None, trail: Trail | None = None,
+        options: GenerationOptions | RowOptions, *, state: State | None = None, trail: Trail | None = None,
         text_state: TextState | None = None, answers: int = 1, prefixes: Prefixes | None = None,
     ) -> None:  # fmt: skip
-        check_fits(session, tokenizer, prompts, options)
+        self._own = options if isinstance(options, RowOptions) else RowOptions(options)
+        options = self._own.call
+        for row, prompt in enumerate(prompts):
+            check_fits(session, tokenizer, [prompt], self._own.of(row))
         context, encoder = session.max_context, session.encoder
         self._sources = None if encoder is None else list(prompts)
         if encoder is not None:  # which reads them before the first step; answers all begin alike
@@ -141,13 +144,15 @@ class Run:
         self._session, self._given, self._resumed, self._answers = session, state, text_state, answers
         self._options, self._cancelled = options, threading.Event()
         self._deadline = None if options.deadline is None else time.monotonic() + options.deadline
-        self._rows = [Row(prompt, tokenizer, options, context - len(prompt)) for prompt in (*prompts,) * answers]
+        self._prompts = len(prompts)
+        rows = enumerate((*prompts,) * answers)
+        self._rows = [Row(prompt, tokenizer, self._own.of(i), context - len(prompt)) for i, prompt in rows]
         self._batch = [i for i, row in enumerate(self._rows) if row.finish_reason is None]  # the state's rows
         self._trail = trail if text_state is None else text_state.trail()
         self._reused = text_state.read_tokens if text_state is not None else 0
         if state is not None:
             self._reused = int(state.lengths[0])
-        self._sampler = Sampler(options, rows=len(self._rows), vocab_size=session.vocab_size, ends=self._rows[0].ends)
+        self._sampler = self._own.sampler(len(self._rows), session.vocab_size, lambda row: self._rows[row].ends)
         self._prefixes, self._cached = prefixes if encoder is None else None, 0  # a source is no part of a prompt
         self._drafting = options.draft if len(self._rows) == 1 else None
         self._speculator: Speculator | None = None  # made with the second token
@@ -159,7 +164,7 @@ class Run:
     def chunks(self) -> Generator[tuple[int, Chunk], None, None]:
         """Each row's chunks as (row, chunk), the rows in turn; may be left at any time, and runs once."""
         for i, row in enumerate(self._rows):
-            if self._options.echo:
+            if self._own.of(i).echo:
                 yield i, row.echo()
             if row.finish_reason:
                 yield i, Chunk("", (), row.finish_reason)
@@ -171,6 +176,7 @@ class Run:
             self._ttft_s = time.perf_counter() - start
             while chosen is not None:
                 yield from self._hand_out(chosen)
+                yield from self._let_go()
                 chosen = self._next(chosen)
         finally:
             self._settle()
@@ -178,6 +184,12 @@ class Run:
         for i in self._batch:
             if self._rows[i].finish_reason is None:
                 yield i, self._rows[i].end(self._ended() or "cancelled")
+
+    def _let_go(self) -> Iterator[tuple[int, Chunk]]:
+        """End the rows whose own options say so."""
+        for i in self._batch:
+            if self._rows[i].finish_reason is None and (reason := self._own.ended(i)) is not None:
+                yield i, self._rows[i].end(reason)
 
     def cancel(self) -> None:
         """End every answer before the next step, or the next piece of a long prompt; any thread may call it."""
@@ -211,7 +223,7 @@ class Run:
         return Generation(
             text="".join(r.texts), tokens=tuple(r.tokens), prompt_tokens=given,
             finish_reason=r.finish_reason, timings=timings,
-            logprobs=None if self._options.logprobs is None else tuple(r.logprobs), state=self._text_state(row),
+            logprobs=None if self._own.of(row).logprobs is None else tuple(r.logprobs), state=self._text_state(row),
             cached_tokens=self._cached, speculation=None if self._speculator is None else self._speculator.found,
         )  # fmt: skip
 
@@ -234,16 +246,33 @@ class Run:
 
     def _begin(self) -> NDArray[np.int64] | None:
         """Read the prompts; the first tokens, or None when that was ended."""
-        capacity = max(self._rows[i].room for i in self._batch)
+        for i in self._batch:
+            self._sampler.observe(i, self._rows[i].prompt, self._answer_from(i))
+        if (logits := self._read()) is None or self._state is None:
+            return None
+        read = self._read_rows()
+        rows = [read.index(i % self._prompts) for i in self._batch]
+        if rows != list(range(len(read))):
+            self._keep()
+            self._state, logits = self._state.take(rows), logits[rows]
+        return self._chosen(logits)
+
+    def _read_rows(self) -> list[int]:
+        """Which prompts are read; of several answers to one it is once."""
+        return sorted({i % self._prompts for i in self._batch})
+
+    def _read(self) -> NDArray[np.float32] | None:
+        """The logits (prompts, vocab) of the prompts' last tokens, or None when that was ended."""
+        capacity, read = max(self._rows[i].room for i in self._batch), self._read_rows()
         if self._given is not None:
             self._state = self._given
         elif self._resumed is not None:
             self._state = self._resumed.resumed(self._session, capacity)
         elif self._sources is None:
-            self._state = self._session.new_state(1 if self._answers > 1 else len(self._batch), capacity)
+            self._state = self._session.new_state(len(read), capacity)
         else:
-            start, rows = time.perf_counter(), self._batch[:1] if self._answers > 1 else self._batch
-            self._state = self._session.new_state(capacity=capacity, sources=[self._sources[i] for i in rows])
+            start = time.perf_counter()
+            self._state = self._session.new_state(capacity=capacity, sources=[self._sources[i] for i in read])
             self._prefill_s = time.perf_counter() - start
         stops: Sequence[int] = ()
         if self._prefixes is not None and self._state.batch == 1 and not self._state.lengths[0]:
@@ -252,26 +281,21 @@ class Run:
             self._reused, stops = self._prefixes.resume(beginning, self._state, self._trail)
             self._cached = self._reused
         try:
-            return self._prefill(self._state, stops)
+            return self._prefill(self._state, [self._rows[i].prompt for i in read], stops)
         except _Ended:
             self._stepping = False
             return None
 
-    def _prefill(self, state: State, stops: Sequence[int]) -> NDArray[np.int64]:
-        for i in self._batch:
-            self._sampler.observe(i, self._rows[i].prompt, self._answer_from(i))
+    def _prefill(self, state: State, prompts: Sequence[Sequence[int]], stops: Sequence[int]) -> NDArray[np.float32]:
         start, self._stepping = time.perf_counter(), True
         if state.batch == 1:
-            prompt = self._rows[self._batch[0]].prompt[self._reused :]
+            prompt = prompts[0][self._reused :]
             logits = read_text(self._session, prompt, state, self._trail, stops=stops, progress=self._told)[:, 0]
         else:
-            logits = self._read_batch([self._rows[i].prompt for i in self._batch], state)
+            logits = self._read_batch(prompts, state)
         self._stepping = False
         self._prefill_s += time.perf_counter() - start
-        if self._answers > 1:
-            self._keep()
-            self._state, logits = state.take([0] * self._answers), np.repeat(logits, self._answers, axis=0)
-        return self._chosen(logits)
+        return logits
 
     def _keep(self) -> None:
         """Leave what was read of the only row to other calls that begin alike."""
@@ -291,9 +315,9 @@ class Run:
 
     def _chosen(self, logits: NDArray[np.float32]) -> NDArray[np.int64]:
         """Choose from logits (batch, vocab), and note how probable that was if anyone will ask."""
-        chosen, count = self._sampler(logits, self._batch), self._options.logprobs
-        if count is not None:
-            for i, x, token in zip(self._batch, logits, chosen.tolist(), strict=True):
+        chosen = self._sampler(logits, self._batch)
+        for i, x, token in zip(self._batch, logits, chosen.tolist(), strict=True):
+            if (count := self._own.of(i).logprobs) is not None:
                 self._rows[i].logprobs.append(logprobs_of(x, token, count))
         return chosen
 
@@ -328,7 +352,7 @@ class Run:
         self._stepping, told = True, not self._ahead
         if self._drafting is not None:
             chosen = self._drafted(self._drafting, int(chosen[0]), state)
-        elif self._options.logprobs is None:
+        elif all(self._own.of(i).logprobs is None for i in self._batch):
             chosen = next_tokens(self._session, self._sampler, chosen[:, None], state, self._batch)
         else:  # which are of all tokens, wherever they are chosen
             chosen = self._chosen(self._session.step(chosen[:, None], state)[:, 0])

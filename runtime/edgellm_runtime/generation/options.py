@@ -26,6 +26,8 @@ from edgellm_runtime.option_ranges import RANGES, check_token
 
 __all__ = ["GenerationOptions", "OptionKeywords", "with_defaults"]
 
+_DRAWING = ("temperature", "top_k", "top_p", "min_p")  # defaults that are not beams'
+
 
 class OptionKeywords(TypedDict, total=False):
     """The keywords that every generating method takes: :class:`GenerationOptions`' fields, none required."""
@@ -51,6 +53,8 @@ class OptionKeywords(TypedDict, total=False):
     echo: bool
     progress: Callable[[int, int], None] | None
     draft: Drafting | None
+    beams: int
+    length_penalty: float
     deadline: float | None
     cancel: threading.Event | None
     typical_p: float
@@ -81,6 +85,9 @@ class GenerationOptions(SamplingOptions):
             words before; ``"recurrent"``, the bundle's own drafter; or a smaller model of the same vocabulary. The
             tokens stay what they are; where drafts do not pay, none are made. For one answer to one prompt; others go
             without.
+        beams: follow so many likeliest beginnings of an answer, and give the likeliest whole one; 1 is greedy or draws.
+            The answer is there all at once, in a stream as one chunk. ``n`` answers are then the ``n`` best.
+        length_penalty: of beams: 0 compares log-probabilities, 1 their means over an answer's tokens.
         deadline: seconds after the call at which the answer ends, between two tokens or two pieces of a long prompt;
             ``finish_reason`` is then ``deadline``. What it has by then is the answer.
         cancel: ends the answer at the same points once it is set, by whichever thread.
@@ -99,6 +106,8 @@ class GenerationOptions(SamplingOptions):
     echo: bool = False
     progress: Callable[[int, int], None] | None = None
     draft: Drafting | None = None
+    beams: int = 1
+    length_penalty: float = 1.0
     deadline: float | None = None
     cancel: threading.Event | None = None
 
@@ -112,6 +121,8 @@ class GenerationOptions(SamplingOptions):
             "skip_special_tokens": check_flag("skip_special_tokens", self.skip_special_tokens),
             "shown_tokens": tuple(check_list("shown_tokens", self.shown_tokens, "token ids", check_token)),
             "echo": check_flag("echo", self.echo),
+            "beams": check_integer("beams", self.beams, 1, 1024),
+            "length_penalty": check_number("length_penalty", self.length_penalty, -10, 10),
             "deadline": None if self.deadline is None else check_number("deadline", self.deadline, 0, 1e9),
         }
         check_integer("min_tokens", self.min_tokens, 0, self.max_new_tokens)
@@ -124,6 +135,11 @@ class GenerationOptions(SamplingOptions):
         )
         if self.draft is not None and not drafts:
             raise OptionError(f"draft is {shown(self.draft)}; it must be 'lookup', 'recurrent', a Model, or None")
+        if self.beams > 1 and (self.temperature > 0 or self.draft is not None):
+            raise OptionError(
+                f"beams is {self.beams}, and beams neither draw nor take drafts; set temperature to 0 and leave draft "
+                "out, or leave beams out"
+            )
         if self.cancel is not None:
             check_instance("cancel", self.cancel, threading.Event, "threading.Event() makes one")
         check_progress(self.progress)
@@ -148,7 +164,9 @@ def with_defaults(defaults: Mapping[str, Any], options: OptionKeywords) -> Gener
             f"there is no option {unknown!r}; "
             + (f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}")
         )
-    both: dict[str, Any] = {**defaults, **options}
+    beams = options.get("beams", 1)
+    own = {k: v for k, v in defaults.items() if k not in _DRAWING} if type(beams) is int and beams > 1 else defaults
+    both: dict[str, Any] = {**own, **options}
     most = both.get("max_new_tokens", GenerationOptions.max_new_tokens)
     if "min_tokens" in defaults and "min_tokens" not in options and type(most) is int:
         both["min_tokens"] = min(defaults["min_tokens"], max(most, 0))  # a shorter answer is what was asked for

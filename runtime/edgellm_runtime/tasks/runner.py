@@ -11,10 +11,10 @@ import numpy as np
 
 from edgellm_runtime.arguments import check_flag, check_integer, check_list, check_text, is_sequence, shown
 from edgellm_runtime.errors import OptionError
+from edgellm_runtime.generation.beam import Hypothesis, beam_search, read_prompts
 from edgellm_runtime.session import Session
 from edgellm_runtime.softmax import log_softmax
 from edgellm_runtime.task_spec import TaskSpec
-from edgellm_runtime.tasks.beam import Hypothesis, beam_search, read_prompts
 from edgellm_runtime.tasks.prompt import Prompt, encode_prompt, encode_words
 from edgellm_runtime.tasks.scripts import check_scripts
 from edgellm_runtime.tasks.viterbi import viterbi
@@ -96,7 +96,7 @@ class TaskRunner:
         Args:
             source: one or many.
             beams: hypotheses that are followed; 1 is greedy.
-            length_penalty: as for :func:`edgellm_runtime.tasks.beam.beam_search`.
+            length_penalty: as for :func:`edgellm_runtime.generation.beam.beam_search`.
             max_new_tokens: the most tokens of a translation; None for the task's own limit.
             check_script: refuse texts in another script than the model was trained on.
 
