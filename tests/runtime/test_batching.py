@@ -168,20 +168,29 @@ def test_what_prompts_have_in_common_is_read_once(kind: str, together: bool) -> 
     assert batcher.counts["prompt_tokens"] == sum(map(len, prompts)) - sum(found)
 
 
-def test_the_next_turn_of_a_chat_reads_only_what_is_new() -> None:
-    model = model_of("attention")
-    prefixes = Prefixes(PrefixCache(1 << 24), model.session, model.bundle.fingerprint)
+@pytest.mark.parametrize("kind", ["attention", "local", "lstm", "mixed"])
+@pytest.mark.parametrize("answers", [1, 2])
+def test_the_next_turn_of_a_chat_reads_only_what_is_new(kind: str, answers: int) -> None:
+    model = model_of(kind)
+    cache = PrefixCache(1 << 24)
+    prefixes = Prefixes(cache, model.session, model.bundle.fingerprint)
     batcher = Batcher(model.session, BatchOptions(), prefixes=prefixes)
-    first = job_of(model.session, list(range(20)), max_new_tokens=20)
-    batcher.add(first)
+    first = [job_of(model.session, [i, *range(20)], max_new_tokens=30 + i) for i in range(answers)]
+    for job in first:
+        batcher.add(job)
     run(batcher)
-    prompt = [*range(20), *first.sink.answers[0].tokens, 3, 4]  # type: ignore[attr-defined]
-    second = job_of(model.session, prompt, max_new_tokens=4)
-    batcher.add(second)
-    run(batcher)
-    (answer,) = second.sink.answers  # type: ignore[attr-defined]
-    assert answer.cached_tokens == 32
-    assert answer.tokens == model.generate(prompt, max_new_tokens=4).tokens
+    for i, job in enumerate(first):
+        said = job.sink.answers[0].tokens  # type: ignore[attr-defined]
+        prompt = [i, *range(20), *said, 3, 4]
+        second = job_of(model.session, prompt, max_new_tokens=4)
+        before = batcher.counts["prompt_tokens"]
+        batcher.add(second)
+        run(batcher)
+        (answer,) = second.sink.answers  # type: ignore[attr-defined]
+        held = 21 + len(said) - 1  # of an answer the last token is not read
+        assert answer.cached_tokens == held // 32 * 32 > 21
+        assert batcher.counts["prompt_tokens"] - before == len(prompt) - answer.cached_tokens
+        assert answer.tokens == model.generate(prompt, max_new_tokens=4).tokens
 
 
 @pytest.mark.parametrize("kind", ["attention", "local", "lstm", "memory"])

@@ -284,8 +284,7 @@ def test_best_of_gives_the_likeliest_of_so_many_answers(model):
     assert model.generate("hello", best_of=3, **options, min_tokens=0).tokens in [a.tokens for a in made[:3]]
     with pytest.raises(OptionError, match="best_of is 2; it must be an integer from 3"):
         model.generate("hello", n=3, best_of=2)
-    with pytest.raises(OptionError, match="best_of of 2 goes with one prompt, but there is a list of 2"):
-        model.generate(["hello", "a"], best_of=2)
+    assert [a.tokens for a in model.generate(["hello", "hello"], best_of=6, **options)] == [best.tokens] * 2
 
 
 class Clock:

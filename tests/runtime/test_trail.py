@@ -89,7 +89,7 @@ def test_a_snapshot_of_something_else_is_refused() -> None:
         other.new_state().restore(snapshot)
     with pytest.raises(StateError, match="cannot go back to 3 tokens in a row of 0"):
         session.new_state().restore(snapshot)
-    with pytest.raises(StateError, match="cannot take a snapshot of 2 rows; take"):
+    with pytest.raises(StateError, match="cannot take a snapshot of 2 rows; name"):
         session.new_state(2).snapshot()
 
 

@@ -25,7 +25,6 @@ from edgellm_runtime.generation.prefix_cache import Prefixes
 from edgellm_runtime.generation.trail import Trail
 from edgellm_runtime.session import Session
 from edgellm_runtime.state import State
-from edgellm_runtime.state.snapshot import overwritten
 from edgellm_runtime.state.storage import GROWTH
 
 __all__ = ["Batcher", "context_within", "state_bytes"]
@@ -81,7 +80,6 @@ class Batcher:
         self._session, self._options, self.clock = session, options, clock
         self._piece = min(options.piece or session.chunk, session.chunk)
         self._prefixes = None if options.exact else prefixes
-        self._keeps = self._prefixes is not None and not overwritten(session.signature.state)
         self._rows = rows_for(session, options.rows, exact=options.exact)
         self._running: list[_Running] = []  # in the order of the rows
         self._waiting: deque[Job] = deque()
@@ -190,18 +188,17 @@ class Batcher:
 
     def _leave(self, at: int) -> None:
         job, answer = self._running[at]
-        if self._keeps and not job.failed:
-            self._keep(at, [*job.prompt, *answer.row.tokens])
+        if self._prefixes is not None and answer.trail is not None and not job.failed:
+            self._keep(at, [*job.prompt, *answer.row.tokens], answer.trail, self._prefixes)
         self._rows.remove(at)
         self._running[at] = self._running[-1]
         self._running.pop()
 
-    def _keep(self, at: int, tokens: list[int]) -> None:
+    def _keep(self, at: int, tokens: list[int], trail: Trail, prefixes: Prefixes) -> None:
         """Leave an answer to the prompt that will have it in it, such as the next one of a chat."""
-        assert self._prefixes is not None
         with suppress(MemoryError, StateError, OSError):  # then the next one reads it again
             state = self._rows.take(at)
-            self._prefixes.keep(tokens[: int(state.lengths[0])], state, Trail(self._session.signature.state))
+            prefixes.keep(tokens[: int(state.lengths[0])], state, trail)
 
     # tokens
 
@@ -233,6 +230,8 @@ class Batcher:
             if job in failures:
                 continue
             try:
+                if answer.trail is not None:
+                    answer.trail.note(state, row)
                 self._push(job, answer, choose(row))
             except Exception as error:  # a processor of its own, or logits that are no numbers
                 failures[job] = error
@@ -291,7 +290,7 @@ class Batcher:
     def _start(self, job: Job, logits: NDArray[np.float32]) -> None:
         """Choose the first token of each answer; those that go on join the rows."""
         assert job.reading is not None
-        state, job.read_logprobs = job.reading.state, job.reading.logprobs
+        state, job.read_logprobs, trail = job.reading.state, job.reading.logprobs, job.reading.trail
         job.reading = None
         for answer in job.answers:
             if answer.row.left <= 0:  # only the prompt was asked about
@@ -306,6 +305,7 @@ class Batcher:
             self._push(job, answer, token)
         going_on = [answer for answer in job.answers if answer.row.finish_reason is None]
         for answer in going_on:
+            answer.trail = None if trail is None else trail.followed()
             self._rows.add(state if len(going_on) == 1 else state.fork(), job.room)
             self._running.append((job, answer))
 

@@ -13,6 +13,7 @@ from edgellm_runtime.generation.logprobs import TokenLogprobs
 from edgellm_runtime.generation.options import GenerationOptions
 from edgellm_runtime.generation.row import Row
 from edgellm_runtime.generation.sampling import Sampler
+from edgellm_runtime.generation.trail import Trail
 from edgellm_runtime.session import Session
 from edgellm_runtime.text.tokenizer import Tokenizer
 
@@ -53,6 +54,7 @@ class Answer:
         self.index, self.row, self.sampler, self.logprobs = index, row, sampler, logprobs
         self.token = 0  # the last one chosen, not read yet
         self.began = 0.0  # when its first token was there
+        self.trail: Trail | None = None  # snapshots that the next prompt may go on from, where a cache is kept
 
 
 class Job:

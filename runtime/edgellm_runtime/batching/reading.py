@@ -39,13 +39,12 @@ class Reading:
         self._count, self.logprobs = logprobs, None if logprobs is None else list[TokenLogprobs]()
         self.state = session.new_state(1, room)
         self.read = self.cached = 0
+        self.trail: Trail | None = None  # where a cache is kept
         self._stops: list[int] = []
         if prefixes is not None:
-            self._trail = Trail(session.signature.state)
-            self.cached, more = prefixes.resume(
-                prompt[:-1], self.state, self._trail
-            )  # the last one's logits are needed
-            self._stops = self._trail.stops(self.cached, len(prompt), more)
+            self.trail = Trail(session.signature.state)
+            self.cached, more = prefixes.resume(prompt[:-1], self.state, self.trail)  # the last one's logits are needed
+            self._stops = self.trail.stops(self.cached, len(prompt), more)
             self.read = self.cached
 
     def go_on(self) -> NDArray[np.float32] | None:
@@ -57,11 +56,11 @@ class Reading:
         logits = self._session.step(piece, self.state, logits=wanted)
         self._note(logits[0])
         self.read = end
-        if self._prefixes is not None:
+        if self._prefixes is not None and self.trail is not None:
             if last or end in self._stops:
-                self._trail.mark(self.state)
+                self.trail.mark(self.state)
             if last:
-                self._prefixes.keep(self._prompt, self.state, self._trail)
+                self._prefixes.keep(self._prompt, self.state, self.trail)
         return logits[:, -1] if last else None
 
     def _note(self, logits: NDArray[np.float32]) -> None:

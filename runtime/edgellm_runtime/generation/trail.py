@@ -22,6 +22,7 @@ __all__ = ["BLOCK", "EVERY", "MOST", "Trail", "read_text"]
 BLOCK = 32  # tokens; a text's last snapshot is at a multiple of this
 EVERY = 256  # tokens between snapshots; a multiple of BLOCK
 MOST = 16  # snapshots of one text
+_FOLLOWED = 3  # of one that only goes on
 
 
 class Trail:
@@ -63,6 +64,12 @@ class Trail:
         made.on, made._most, made._kept, made._passing = self.on, self._most, dict(self._kept), self._passing
         return made
 
+    def followed(self) -> Trail:
+        """One of what comes after this, which holds little: the last snapshot here, and then the last on its way."""
+        made = self.copy()
+        made._most, made._kept = min(self._most, _FOLLOWED), dict(list(self._kept.items())[-1:])
+        return made
+
     def mark(self, state: State) -> None:
         """Take one here.
 
@@ -72,19 +79,20 @@ class Trail:
         if self.on:
             self._add(state.snapshot())
 
-    def note(self, state: State) -> None:
+    def note(self, state: State, row: int = 0) -> None:
         """Take one where one is due; to be called after every step that reads one token.
 
         Args:
-            state: of one row.
+            state: that the row is in.
+            row: which.
         """
-        length = int(state.lengths[0])
+        length = int(state.lengths[row])
         far = length - max(self._kept, default=0) >= EVERY  # a step of several tokens may have passed a multiple by
         if not self.on or (length % BLOCK and not far):
             return
         if self._passing is not None:
             self._kept.pop(self._passing, None)
-        self._add(state.snapshot())
+        self._add(state.snapshot(row))
         self._passing = None if far or length % EVERY == 0 else length
 
     def stops(self, start: int, end: int, more: Iterable[int] = ()) -> list[int]:

@@ -33,6 +33,7 @@ from edgellm_runtime.server.tokenizing import detokenize, tokenize, tokenizer_in
 
 __all__ = ["application"]
 
+_ID: dict[Dialect, str] = {"openai": "x-request-id", "anthropic": "request-id"}  # the header with a request's name
 _POSTS: tuple[tuple[str, Dialect, Handler], ...] = (
     ("/v1/chat/completions", "openai", chat),
     ("/v1/completions", "openai", completions),
@@ -94,7 +95,7 @@ def _endpoint(route: str, dialect: Dialect | None, handler: Handler) -> Any:
             call.leave()
             note(call, error)
             response = _error(call, error_of(error))
-        response.headers["x-request-id" if spoken == "openai" else "request-id"] = call.id
+        response.headers[_ID[spoken]] = call.id
         if not isinstance(response, EventStream):
             call.status = response.status_code
             state.journal.end(call)
@@ -110,11 +111,18 @@ def _error(call: Call, error: ApiError) -> Response:
 
 
 async def _not_found(request: Request, error: Exception) -> Response:
-    """What no route answers."""
+    """What no route answers, or not in that way."""
     assert isinstance(error, HTTPException)
-    dialect: Dialect = "anthropic" if "anthropic-version" in request.headers else "openai"
-    found = ApiError(f"Invalid URL ({request.method} {request.url.path[:200]})", error.status_code, code="unknown_url")
-    return JsonText(body_of(found, dialect, ""), status_code=found.status)
+    path, status = request.url.path, error.status_code
+    anthropic = "anthropic-version" in request.headers or path.startswith("/v1/messages")
+    call = Call(request, "anthropic" if anthropic else "openai", request.app.state.host, request.app.state.options, "")
+    if status == 405:
+        said = ApiError(f"{request.method} is not allowed here; see the documentation.", 405, code="method_not_allowed")
+    else:
+        said = ApiError(f"Invalid URL ({request.method} {path[:200]})", status, code="unknown_url")
+    response = _error(call, said)
+    response.headers[_ID[call.dialect]] = call.id
+    return response
 
 
 async def _health(request: Request) -> Response:

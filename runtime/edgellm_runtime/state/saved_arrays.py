@@ -1,17 +1,40 @@
-"""The arrays of a saved state's file, none of them larger than the bytes that it has there. The file is untrusted."""
+"""The arrays of a saved state's file: written whole or not at all, and read as what is untrusted, none of them larger
+than the bytes that it has there.
+"""
 
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["read_arrays"]
+__all__ = ["read_arrays", "write_arrays"]
 
 _MAX_HEADER = 10_000  # bytes of what NumPy writes before an array
+
+
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write a file for :func:`read_arrays`. Where that fails, as on a full disk, what was there before stays.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if path.exists() and not path.is_file():  # a device or a pipe, whose place none can take
+        with path.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+        return
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    try:
+        with unfinished.open("wb") as file:  # given a name, numpy would append .npz to it
+            np.savez(file, allow_pickle=False, **arrays)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:

@@ -25,9 +25,9 @@ from edgellm_runtime.arguments import (
 )
 from edgellm_runtime.errors import OptionError, StateError, first_line
 from edgellm_runtime.spec import StateSpec
-from edgellm_runtime.state.saved_arrays import read_arrays
+from edgellm_runtime.state.saved_arrays import read_arrays, write_arrays
 from edgellm_runtime.state.snapshot import Snapshot, overwritten, packed, unpacked
-from edgellm_runtime.state.storage import HOST, Buffers, Storage, host_dtype, widened
+from edgellm_runtime.state.storage import HOST, Buffers, HostStorage, Storage, host_dtype, widened
 
 __all__ = ["State"]
 
@@ -219,16 +219,25 @@ class State:
         self._written = np.where(wanted == 0, 0, written).astype(np.int32)
         self.lengths = wanted.astype(np.int32)
 
-    def snapshot(self) -> Snapshot:
-        """What steps overwrite of a state of one row, copied: its recurrences and rings.
+    def snapshot(self, row: int | None = None) -> Snapshot:
+        """What steps overwrite of a row, copied: its recurrences and rings.
+
+        Args:
+            row: which; None: the only one.
 
         Raises:
-            StateError: it has several rows; take() one of them.
+            StateError: it has several rows and none is named, or one that is not there.
         """
-        if self.batch != 1:
-            raise StateError(f"cannot take a snapshot of {self.batch} rows; take() one of them")
-        arrays = {s.name: self.storage.read(s, self.tensors[s.name]).copy() for s in overwritten(self.specs)}
-        return Snapshot(int(self.lengths[0]), int(self.written[0]), arrays)
+        if row is None and self.batch != 1:
+            raise StateError(f"cannot take a snapshot of {self.batch} rows; name one of them")
+        at = check_integer("row", row or 0)
+        if not 0 <= at < self.batch:
+            raise StateError(f"row {at} of a state of {self.batch} rows; name one from 0 to {self.batch - 1}")
+        if self.batch > 1 and not isinstance(self.storage, HostStorage):  # elsewhere a row is not to be looked at alone
+            return self.take([at]).snapshot()
+        read = {s.name: self.storage.read(s, self.tensors[s.name]) for s in overwritten(self.specs)}
+        arrays = {name: (array if self.batch == 1 else array[at : at + 1]).copy() for name, array in read.items()}
+        return Snapshot(int(self.lengths[at]), int(self.written[at]), arrays)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of this very row, which since then has only read on.
@@ -299,8 +308,7 @@ class State:
         arrays |= packed(check_list("snapshots", snapshots, "Snapshots", _check_snapshot))
         header = _header(self.specs, {} if about is None else check_instance("about", about, dict, "of JSON's types"))
         try:
-            with path.open("wb") as file:  # given a name, numpy would append .npz to it
-                np.savez(file, allow_pickle=False, __header__=np.array(header), __lengths__=self.lengths, **arrays)
+            write_arrays(path, {"__header__": np.array(header), "__lengths__": self.lengths, **arrays})
         except OSError as error:
             raise StateError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
 
