@@ -4,7 +4,8 @@
 #   PIP_ARGS='--index-url URL'   where packages come from, or anything else for pip install
 #   TEST_ARGS='-k parity'  further arguments for pytest
 #   DEMO_ARGS='--quick'    further arguments for edgellm demo
-#   MINUTES=60             how long make fuzz goes on
+#   MINUTES=60             how long make fuzz and make serve-soak go on
+#   REQUESTS=2000          how many requests make serve-soak waits for, instead
 #   FAMILIES='llama gpt2'  rows of make families; all without
 #   SEEDS=10               of each change that make mutations makes
 #   BUNDLE=runs/smollm2    what make serve-check, serve-soak, clients-check and ray-check serve, instead of a tiny one
@@ -22,6 +23,7 @@ TRANSLATOR ?=
 BUNDLE    ?=
 WORKERS   ?= 2
 MINUTES   ?= 20
+REQUESTS  ?=
 SEEDS     ?= 2
 FAMILIES  ?=
 BUNDLES   ?= $(wildcard runs/demo/*/bundles/*)
@@ -90,8 +92,8 @@ harness-check: .venv-harness/.installed  ## lm-evaluation-harness on BUNDLE=... 
 	@test -n '$(BUNDLE)' || { echo "no bundle; give BUNDLE=runs/smollm2-none" >&2; exit 1; }
 	.venv-harness/bin/python scripts/harness_check.py --bundle $(BUNDLE) $(SERVE_ARGS)
 
-serve-soak: .venv/.installed  ## MINUTES=20 of requests that are cancelled, cut off and malformed; memory must not grow
-	$(BIN)/python scripts/serve_soak.py --minutes $(MINUTES) $(if $(BUNDLE),--bundle $(BUNDLE)) $(SERVE_ARGS)
+serve-soak: .venv/.installed  ## MINUTES=20 or REQUESTS=2000 that are cancelled, cut off and malformed; memory must not grow
+	$(BIN)/python scripts/serve_soak.py $(if $(REQUESTS),--requests $(REQUESTS),--minutes $(MINUTES)) $(if $(BUNDLE),--bundle $(BUNDLE)) $(SERVE_ARGS)
 
 kernels: .venv/.installed  ## build edgellm-kernels into .venv (needs a C++ compiler) and test it
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps --force-reinstall ./kernels

@@ -1,6 +1,7 @@
 """Load a server for minutes with all that clients do, and see that it keeps its memory, and loses and mixes nothing.
 
     python scripts/serve_soak.py --minutes 20 --bundle runs/smollm2-int4
+    python scripts/serve_soak.py --requests 2000
 
 Several clients at once ask, stream, leave in the middle, send what is no request, and ask for too much. Each greedy
 answer that comes to its end is compared with what the model says alone. The server runs in this process, so that its
@@ -28,7 +29,7 @@ from edgellm_runtime.batching.options import BatchOptions
 
 _WORDS = ["the", "user", "said", "hello", "to", "the", "assistant", "and", "the", "world"]
 _GROWTH = 0.02
-_WARM_UP = 0.25  # of the time, after which memory may not grow
+_WARM_UP = 0.25  # of the goal, after which memory may not grow
 
 
 def resident_bytes() -> int:
@@ -37,19 +38,47 @@ def resident_bytes() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) * 1024
 
 
+class Goal:
+    """How long it goes on: for so many seconds, or until so many requests have come to their end.
+
+    Args:
+        seconds: None: however long it takes.
+        requests: None: however many there are.
+    """
+
+    def __init__(self, seconds: float | None, requests: int | None) -> None:
+        self._seconds, self._requests = seconds, requests
+        self._begin, self._lock, self._count = time.monotonic(), threading.Lock(), 0
+
+    def count(self) -> None:
+        """Note one that has come to its end; those that a full queue turned away come again, and are not counted."""
+        with self._lock:
+            self._count += 1
+
+    @property
+    def share(self) -> float:
+        """How much of it is done, from 0 to 1."""
+        done = [0.0]
+        if self._seconds is not None:
+            done.append((time.monotonic() - self._begin) / self._seconds)
+        if self._requests is not None:
+            done.append(self._count / self._requests)
+        return max(done)
+
+
 class Client(threading.Thread):
     """One of those who ask.
 
     Args:
         served: whom.
         number: which.
-        end: when to stop.
+        goal: says when to stop.
         expected: greedy answers, by prompt.
     """
 
-    def __init__(self, served: Served, number: int, end: float, expected: dict[str, str]) -> None:
+    def __init__(self, served: Served, number: int, goal: Goal, expected: dict[str, str]) -> None:
         super().__init__(name=f"client {number}")
-        self._served, self._end, self._expected = served, end, expected
+        self._served, self._goal, self._expected = served, goal, expected
         self._random, self._http = random.Random(number), httpx.Client(timeout=120)
         self.counts: Counter[str] = Counter()
         self.faults: list[str] = []
@@ -57,11 +86,12 @@ class Client(threading.Thread):
     def run(self) -> None:
         """Do one thing after another."""
         kinds = [self._whole, self._whole, self._stream, self._leave, self._malformed, self._too_long, self._several]
-        while time.monotonic() < self._end:
+        while self._goal.share < 1:
             kind = self._random.choice(kinds)
             try:
                 kind()
                 self.counts[kind.__name__[1:]] += 1
+                self._goal.count()
             except Exception as error:
                 self.faults.append(f"{kind.__name__}: {type(error).__name__}: {error}")
         self._http.close()
@@ -126,19 +156,23 @@ class Client(threading.Thread):
             raise AssertionError(f"too long a prompt got {found.status_code}")
 
 
-def soak(served: Served, *, seconds: float, clients: int, growth_allowed: float = _GROWTH) -> list[str]:
+def soak(
+    served: Served, *, seconds: float | None = None, requests: int | None = None, clients: int,
+    growth_allowed: float = _GROWTH,
+) -> list[str]:  # fmt: skip
     """Run the clients; what went wrong."""
     model = served.model.model
     prompts = [" ".join(_WORDS[i:] + _WORDS[:i]) + " and" * (i % 4) for i in range(len(_WORDS))]
     expected = {p: model.generate(p, max_new_tokens=24, temperature=0).text for p in prompts}
     begin = time.monotonic()
-    threads = [Client(served, i, begin + seconds, expected) for i in range(clients)]
+    goal = Goal(seconds, requests)
+    threads = [Client(served, i, goal, expected) for i in range(clients)]
     for thread in threads:
         thread.start()
     most = dict.fromkeys(("warming up", "after"), resident_bytes())
     while any(thread.is_alive() for thread in threads):
         time.sleep(0.05)
-        part = "warming up" if time.monotonic() - begin < _WARM_UP * seconds else "after"
+        part = "warming up" if goal.share < _WARM_UP else "after"
         most[part] = max(most[part], resident_bytes())
     faults = [fault for thread in threads for fault in thread.faults]
     load, counts = served.model.scheduler.load, sum((t.counts for t in threads), Counter())
@@ -163,7 +197,8 @@ def main() -> int:
     """Serve a bundle and load it; 1 if anything was wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--bundle", type=Path, help="with a tokenizer; none: a tiny one of random weights")
-    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--minutes", type=float, help="to go on for; 20 where no number of requests is given")
+    parser.add_argument("--requests", type=int, help="to go on until so many have come to their end")
     parser.add_argument("--clients", type=int, default=12)
     options = parser.parse_args()
     if options.bundle is None:
@@ -171,7 +206,9 @@ def main() -> int:
 
         options.bundle = attention_bundle()
     with serving({options.bundle.name: options.bundle}, batch=BatchOptions(rows=6, queue=4), threads=None) as served:
-        faults = soak(served, seconds=60 * options.minutes, clients=options.clients)
+        minutes = 20.0 if options.minutes is None and options.requests is None else options.minutes
+        seconds = None if minutes is None else 60 * minutes
+        faults = soak(served, seconds=seconds, requests=options.requests, clients=options.clients)
     for fault in faults[:20]:
         print(f"wrong: {fault}")
     print(f"{len(faults)} faults")

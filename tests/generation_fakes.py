@@ -55,6 +55,10 @@ class FakeSession:
         self.fail_at: int | None = None
         self._outs: dict[int, Any] = {}  # of each state, as of each its own binding
 
+    @property
+    def context_words(self) -> str:
+        return str(self.max_context)
+
     def new_state(self, batch: int = 1, capacity: int = 0) -> State:
         return State(self.specs, batch, max(capacity, 1))
 

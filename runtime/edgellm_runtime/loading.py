@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgellm_runtime.arguments import check_flag, check_instance, check_integer, check_path, check_text, shown
+from edgellm_runtime.arguments import check_flag, check_instance, check_integer, check_path, check_text
 from edgellm_runtime.bundle.engine_info import LIBRARIES
 from edgellm_runtime.errors import BackendError, BundleError, OptionError
 from edgellm_runtime.kernel_choice import chosen_kernels
@@ -29,8 +29,9 @@ _CPU_CHUNK = 256  # tokens of a prompt in one step: more are no faster, and take
 
 def load(
     path: str | Path, *, device: str = "auto", threads: int | None = None, checksums: bool = True,
-    isolate: bool = False, max_memory: int | None = None, prefix_cache: PrefixCache | None = None,
-    trusted_keys: Sequence[str | Path] | None = None, kernels: str | None = None,
+    isolate: bool = False, max_memory: int | None = None, shrink_context: bool = False,
+    prefix_cache: PrefixCache | None = None, trusted_keys: Sequence[str | Path] | None = None,
+    kernels: str | None = None,
 ) -> Model:  # fmt: skip
     """Open a bundle, ready to generate.
 
@@ -46,6 +47,8 @@ def load(
             that is worth.
         max_memory: bytes that weights and the state of one row of the model's whole context may take, as
             ``Model.memory`` predicts them; what would take more is refused before a graph is loaded.
+        shrink_context: shorten the context to what ``max_memory`` leaves room for, instead of refusing the model; who
+            then asks for more is told why it is shorter.
         prefix_cache: keeps what prompts begin with from call to call; models may share one, and ``model.prefix_cache``
             may be set later.
         trusted_keys: files of public keys, of which one must have signed the bundle; None for those that the variable
@@ -67,6 +70,7 @@ def load(
     """
     from edgellm_runtime.bundle import Bundle
     from edgellm_runtime.generation.prefix_cache import PrefixCache
+    from edgellm_runtime.state.memory_need import context_within_memory
 
     path, checksums = check_path("path", path), check_flag("checksums", checksums)
     _check_trust(Path(path), trusted_keys)
@@ -78,10 +82,13 @@ def load(
         from edgellm_runtime.isolation import rehearse
 
         rehearse(path, device=device, checksums=checksums, kernels=kernels)
+    shrinks, context = check_flag("shrink_context", shrink_context), None
     with Bundle.while_checking(path, checksums=checksums) as bundle:
         if max_memory is not None:
-            _check_memory(bundle, device, max_memory)
+            context = context_within_memory(bundle.manifest, device_of(bundle, device), max_memory, shrinks=shrinks)
         session = unchecked_session(bundle, device=device, threads=threads, kernels=kernels)
+    if context is not None and context < session.max_context:
+        session.shorten(context, f"shortened, since max_memory is {max_memory:,} bytes")
     model = _model(session, bundle)
     model.prefix_cache = prefix_cache
     return model
@@ -101,17 +108,6 @@ def _model(session: Session, bundle: Bundle) -> Model:
     template = bundle.read("chat_template.jinja") if info.has_chat_template else None
     # Parsed with the first text: for a vocabulary of 50,000 that takes 0.1 s and 40 MB, which token ids need not pay.
     return Model(session, lambda: Tokenizer(file, info, vocab_size=session.vocab_size, data=data), bundle, template)
-
-
-def _check_memory(bundle: Bundle, device: str, most: int) -> None:
-    from edgellm_runtime.state.memory_need import memory_need
-
-    need = memory_need(bundle.manifest, device_of(bundle, device))
-    if need.total > most:
-        raise OptionError(
-            f"max_memory is {shown(most)}, but {bundle.manifest.name} takes {need}; give it more, or export it with "
-            "smaller weights or a shorter context"
-        )
 
 
 def open_session(

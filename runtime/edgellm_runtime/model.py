@@ -98,6 +98,7 @@ class Model(TaskMethods, GrammarMethods, StateMethods, ScoringMethods, Embedding
         Raises:
             OptionError: a context that is longer than the model's, or no row.
         """
+        context = self.session.max_context if context is None else context
         return memory_need(self.bundle.manifest, self.device, context, rows)
 
     @overload

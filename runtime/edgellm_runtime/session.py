@@ -68,8 +68,24 @@ class Session:
         self.max_context, self._ragged_chunks = max_context, ragged_chunks
         self.chunk = max_context if self.one_pass else chunk
         self._capacity, self.encoder, self.drafter = capacity, encoder, drafter
+        self._why_shorter = ""
         self.width = int(signature.outputs[0].shape[-1])
         self.vocab_size = vocab_size or self.width
+
+    @property
+    def context_words(self) -> str:
+        """The context for messages, with what has made it shorter than the model's own."""
+        return f"{self.max_context}{self._why_shorter}"
+
+    def shorten(self, context: int, why: str) -> None:
+        """Let rows hold fewer tokens than the model could.
+
+        Args:
+            context: at most so many.
+            why: for messages.
+        """
+        whole, self.max_context = self.max_context, check_integer("context", context, 1, self.max_context)
+        self._why_shorter = f" ({why}; the model's own is {whole})"
 
     @property
     def predicts_tokens(self) -> bool:
@@ -185,7 +201,7 @@ class Session:
             time = tokens.shape[1]
         if (total := int((state.lengths + valid).max())) > self.max_context:
             raise ContextError(
-                f"{total} tokens do not fit into the model's context of {self.max_context}; shorten the prompt"
+                f"{total} tokens do not fit into the model's context of {self.context_words}; shorten the prompt"
             )
         state.reserve(self._capacity or int(state.lengths.max()) + time)
         if time > 1 and batch > 1 and not self._ragged_chunks and (state.lengths.any() or time > self.chunk):
@@ -262,7 +278,7 @@ class Session:
         count = check_integer("count", count, 1, self.candidates)
         if (total := int(state.lengths.max()) + 1) > self.max_context:
             raise ContextError(
-                f"{total} tokens do not fit into the model's context of {self.max_context}; shorten the prompt"
+                f"{total} tokens do not fit into the model's context of {self.context_words}; shorten the prompt"
             )
         state.reserve(self._capacity or total)
         lengths = np.ones(batch, dtype=np.int32)

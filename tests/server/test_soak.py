@@ -20,7 +20,7 @@ from serve_soak import soak
 def test_nothing_is_lost_or_mixed_among_many_clients(capsys: pytest.CaptureFixture[str]) -> None:
     with serving({"tiny": attention_bundle()}, batch=BatchOptions(rows=3, queue=4)) as served:
         # how much memory a test process takes is not this test's to say
-        assert soak(served, seconds=3, clients=8, growth_allowed=10) == []
+        assert soak(served, requests=80, clients=8, growth_allowed=10) == []
         counts = served.model.scheduler.load.counts
     assert counts["requests"] > 10
     assert counts.get("failed", 0) == 0

@@ -111,7 +111,7 @@ def _read(session: Session, prompts: Sequence[Sequence[int]], room: int) -> tupl
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int32)
     if lengths.max() >= session.max_context:
         raise ContextError(
-            f"a prompt of {lengths.max()} tokens leaves no room in the model's context of {session.max_context}; "
+            f"a prompt of {lengths.max()} tokens leaves no room in the model's context of {session.context_words}; "
             "shorten it"
         )
     padded = np.zeros((len(prompts), lengths.max()), dtype=np.int64)

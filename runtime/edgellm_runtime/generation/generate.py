@@ -57,11 +57,12 @@ def check_fits(
         ContextError: a prompt is longer than the context.
         OptionError: an option that needs a tokenizer without one, or a stop token that the model does not have.
     """
-    context = session.max_context if session.encoder is None else session.encoder.max_source
+    most = session.max_context if session.encoder is None else session.encoder.max_source
+    words = session.context_words if session.encoder is None else most
     for prompt in prompts:
-        if len(prompt) > context:
+        if len(prompt) > most:
             raise ContextError(
-                f"the prompt has {len(prompt)} tokens, but the model's context holds {context}; shorten the prompt"
+                f"the prompt has {len(prompt)} tokens, but the model's context holds {words}; shorten the prompt"
             )
     if options.stop and tokenizer is None:
         raise OptionError(f"stop is {options.stop!r}, but the bundle has no tokenizer; leave stop out")

@@ -51,7 +51,8 @@ def prompt_tokens(
     if session.encoder is None and len(tokens) > session.max_context:  # whoever reads sources looks at these
         name = f"{name}, with the text before it," if before else name
         raise ContextError(
-            f"{name} has {len(tokens)} tokens, but the model's context holds {session.max_context}; shorten the prompt"
+            f"{name} has {len(tokens)} tokens, but the model's context holds {session.context_words}; shorten the "
+            "prompt"
         )
     if tokens:
         return tokens

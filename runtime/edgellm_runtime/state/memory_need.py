@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from edgellm_runtime.arguments import check_integer
 from edgellm_runtime.bundle.manifest import TEXT_FILES, Manifest
+from edgellm_runtime.errors import OptionError
 from edgellm_runtime.state.storage import GROWTH
 
-__all__ = ["MemoryNeed", "memory_need"]
+__all__ = ["MemoryNeed", "context_within_memory", "memory_need"]
 
 _MOST = 2**31 - 1  # rows or tokens
 
@@ -77,3 +78,31 @@ def memory_need(manifest: Manifest, device: str, context: int | None = None, row
     slots = manifest.capacity or -(-context // GROWTH) * GROWTH
     weights = sum(manifest.files[name].bytes for name in files)
     return MemoryNeed(context, rows, weights, per_token, bytes_of[1] - per_token, slots)
+
+
+def context_within_memory(manifest: Manifest, device: str, most: int, *, shrinks: bool) -> int:
+    """The longest context with which a bundle takes no more than so many bytes.
+
+    Args:
+        manifest: the bundle's.
+        device: where it will run.
+        most: bytes, of weights and of one row's state.
+        shrinks: whether less than the model's own context will do.
+
+    Raises:
+        OptionError: there is none, or a shorter one will not do.
+    """
+    whole = memory_need(manifest, device)
+    if whole.total <= most:
+        return manifest.max_context
+    low, high = 0, manifest.max_context - 1
+    while low < high:  # the greatest that fits
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if memory_need(manifest, device, middle).total <= most else (low, middle - 1)
+    if low and shrinks:
+        return low
+    fitting = f"; a context of {low:,} tokens fits: shrink_context=True takes that" if low else ""
+    raise OptionError(
+        f"max_memory is {most}, but {manifest.name} takes {whole}{fitting}; give it more, or export it with smaller "
+        "weights or a shorter context"
+    )
