@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgellm_runtime.arguments import check_flag, check_instance, check_integer, check_path, check_text
 from edgellm_runtime.bundle.engine_info import LIBRARIES
-from edgellm_runtime.errors import BackendError, BundleError, OptionError
+from edgellm_runtime.errors import BackendError, BundleError
 from edgellm_runtime.kernel_choice import chosen_kernels
 from edgellm_runtime.threads import thread_count
 

@@ -15,7 +15,7 @@ from edgellm_runtime.batching.job import Event, Job, Sink
 from edgellm_runtime.batching.options import BatchOptions
 from edgellm_runtime.errors import BusyError, ContextError, OptionError
 from edgellm_runtime.generation.answer import Chunk, Generation
-from edgellm_runtime.generation.generate import check_fits
+from edgellm_runtime.generation.fits import check_fits
 from edgellm_runtime.generation.options import GenerationOptions, OptionKeywords, with_defaults
 from edgellm_runtime.generation.prefix_cache import Prefixes
 from edgellm_runtime.session import Session

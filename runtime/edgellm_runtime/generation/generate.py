@@ -14,9 +14,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_runtime.errors import ContextError, OptionError
 from edgellm_runtime.generation.answer import Chunk, FinishReason, Generation, Timings
 from edgellm_runtime.generation.drafting import Drafter, Drafting, PromptLookup, RecurrentDrafter
+from edgellm_runtime.generation.fits import check_fits
 from edgellm_runtime.generation.logprobs import logprobs_of
 from edgellm_runtime.generation.options import GenerationOptions, OptionKeywords
 from edgellm_runtime.generation.prefix_cache import Prefixes
@@ -37,44 +37,8 @@ __all__ = [
     "OptionKeywords",
     "Run",
     "Timings",
-    "check_fits",
     "next_tokens",
 ]  # fmt: skip
-
-
-def check_fits(
-    session: Session, tokenizer: Tokenizer | None, prompts: Sequence[Sequence[int]], options: GenerationOptions
-) -> None:
-    """See that a model can be asked for an answer, before it is.
-
-    Args:
-        session: steps it.
-        tokenizer: gives answers a text; None: they have none.
-        prompts: token ids of each row.
-        options: of all rows.
-
-    Raises:
-        ContextError: a prompt is longer than the context.
-        OptionError: an option that needs a tokenizer without one, or a stop token that the model does not have.
-    """
-    most = session.max_context if session.encoder is None else session.encoder.max_source
-    words = session.context_words if session.encoder is None else most
-    for prompt in prompts:
-        if len(prompt) > most:
-            raise ContextError(
-                f"the prompt has {len(prompt)} tokens, but the model's context holds {words}; shorten the prompt"
-            )
-    if options.stop and tokenizer is None:
-        raise OptionError(f"stop is {options.stop!r}, but the bundle has no tokenizer; leave stop out")
-    if options.echo and tokenizer is None:
-        raise OptionError("echo is True, but the bundle has no tokenizer, and so no text; leave echo out")
-    if options.echo and session.encoder is not None:
-        raise OptionError("echo is True, but an answer to a source does not begin with it; leave echo out")
-    if options.draft == "recurrent" and session.drafter is None:
-        raise OptionError("draft is 'recurrent', but the bundle has no drafter; export the model with --drafter")
-    last, vocabulary = max(options.stop_tokens, default=0), session.vocab_size
-    if last >= vocabulary:
-        raise OptionError(f"stop_tokens has token {last}, outside the vocabulary of {vocabulary}; name its own")
 
 
 def next_tokens(
@@ -379,13 +343,13 @@ class Run:
 
     def _choice(self, logits: NDArray[np.float32]) -> Choice:
         """The only row's next token, chosen from logits (vocab,)."""
-        token, count = int(self._sampler(logits[None], [0])[0]), self._options.logprobs
+        token, count = int(self._sampler(logits[None], [0])[0]), self._own.of(0).logprobs
         return Choice(token, None if count is None else logprobs_of(logits, token, count))
 
     def _plain_choice(self, token: int) -> Choice:
         """The same, of a step over the one token before it."""
         assert self._state is not None
-        if self._options.logprobs is not None:
+        if self._own.of(0).logprobs is not None:
             return self._choice(self._session.step(np.array([[token]]), self._state)[0, 0])
         return Choice(int(next_tokens(self._session, self._sampler, np.array([[token]]), self._state, [0])[0]), None)
 
