@@ -93,6 +93,7 @@ KINDS: dict[str, set[str]] = {
     "path": {"'zz'", "'no'"},
     "specs": {"[]", "array([])"},
     "predicate": {"0", "1", "np.int64"},
+    "row options or None": {"None"},
 }  # fmt: skip
 OPTIONS = {
     "max_new_tokens": "integer", "stop": "stops", "ignore_eos": "flag", "temperature": "number", "top_k": "integer",
@@ -100,12 +101,13 @@ OPTIONS = {
     "logits_processors": "functions", "presence_penalty": "number", "frequency_penalty": "number",
     "no_repeat_ngram": "integer", "logit_bias": "bias", "banned_tokens": "ids", "min_tokens": "small integer",
     "stop_tokens": "ids", "logprobs": "small integer or None", "skip_special_tokens": "flag", "echo": "flag",
-    "draft": "object or None",
+    "draft": "object or None", "beams": "small integer", "length_penalty": "number", "shown_tokens": "ids",
     "progress": "function or None", "deadline": "number or None", "cancel": "object or None", "typical_p": "number",
     "penalty_window": "integer", "forced_tokens": "ids", "grammar": "object or None",
 }  # fmt: skip
 TEMPLATE = {"tools": "objects or None", "documents": "objects or None", "template_variables": "variables or None"}
 COUNTS = {"state": "object or None", "n": "small integer or None", "best_of": "small integer or None"}
+ROWS = {"row_options": "row options or None"}
 TASK = {"beams": "small integer", "check_script": "flag"}
 INTERNAL = {
     "TextState.resumed",
@@ -115,19 +117,20 @@ INTERNAL = {
     "TextState.read",
     "State.first",
     "State.settle",
+    "Session.shorten",
 }  # which other parts of the runtime call
 BATCH = {"rows": "small integer", "queue": "small integer", "piece": "small integer or None", "exact": "flag",
          "state_bytes": "memory or None"}  # fmt: skip
 # Each parameter of each public function and method, and a call that is right
 TABLE: dict[str, dict[str, str]] = {
     "load": {"path": "path", "device": "choice", "threads": "small integer or None", "checksums": "flag",
-             "isolate": "flag", "max_memory": "memory or None", "prefix_cache": "object or None",
-             "trusted_keys": "files or None", "kernels": "choice or None"},
+             "isolate": "flag", "max_memory": "memory or None", "shrink_context": "flag",
+             "prefix_cache": "object or None", "trusted_keys": "files or None", "kernels": "choice or None"},
     "PrefixCache": {"max_bytes": "memory", "directory": "path or None", "max_disk_bytes": "memory"},
     "open_session": {"bundle": "object", "device": "choice", "threads": "small integer or None",
                      "kernels": "choice or None"},
-    "Model.generate": {"prompt": "prompt", **COUNTS, **OPTIONS},
-    "Model.agenerate": {"prompt": "prompt", **COUNTS, **OPTIONS},
+    "Model.generate": {"prompt": "prompt", **COUNTS, **ROWS, **OPTIONS},
+    "Model.agenerate": {"prompt": "prompt", **COUNTS, **ROWS, **OPTIONS},
     "Model.stream": {"prompt": "one prompt", "state": "object or None", **OPTIONS},
     "Model.astream": {"prompt": "one prompt", "state": "object or None", **OPTIONS},
     "Model.read": {"prompt": "one prompt", "state": "object or None", "progress": "function or None"},
@@ -136,7 +139,7 @@ TABLE: dict[str, dict[str, str]] = {
     "Model.memory": {"context": "small integer or None", "rows": "integer"},
     "Model.scheduler": BATCH,
     "Scheduler.submit": {"prompt": "one prompt", "answers": "small integer", "wait": "flag",
-                         "sink": "function or None", **OPTIONS},
+                         "sink": "function or None", "prompt_logprobs": "integer or None", **OPTIONS},
     "Model.new_state": {},
     "Model.drafter": {},
     "Model.score": {"texts": "scored", "bos": "flag"},
@@ -173,7 +176,7 @@ TABLE: dict[str, dict[str, str]] = {
     "State.take": {"rows": "rows"},
     "State.put": {"row": "small integer", "other": "object"},
     "State.rewind": {"lengths": "lengths"},
-    "State.snapshot": {},
+    "State.snapshot": {"row": "small integer or None"},
     "State.restore": {"snapshot": "object"},
     "State.save": {"path": "path", "about": "variables or None", "snapshots": "ids"},
     "State.load": {"path": "path", "specs": "specs"},
@@ -181,7 +184,7 @@ TABLE: dict[str, dict[str, str]] = {
     "Tokenizer.to_json": {},
     "Tokenizer.special_spans": {"text": "text"},
     "Tokenizer.decode": {"tokens": "tokens", "after": "tokens", "skip_special": "flag"},
-    "Tokenizer.stream": {"after": "tokens", "skip_special": "flag"},
+    "Tokenizer.stream": {"after": "tokens", "skip_special": "flag", "shown": "tokens"},
     "Tokenizer.check": {"tokens": "tokens"},
     "Tokenizer.token_id": {"name": "text"},
     "Tokenizer.token_text": {"token": "token or None"},

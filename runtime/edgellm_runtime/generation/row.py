@@ -36,10 +36,8 @@ class Row:
         self._limit = min(options.max_new_tokens, room)
         self.room = len(prompt) + self._limit  # tokens the state will hold at most
         self._tokenizer, self._hides = tokenizer, options.skip_special_tokens
-        self._shown = frozenset(options.shown_tokens)
-        self._decoder = (
-            tokenizer.stream(after=prompt, skip_special=self._hides, shown=self._shown) if tokenizer else None
-        )
+        shown = options.shown_tokens
+        self._decoder = tokenizer.stream(after=prompt, skip_special=self._hides, shown=shown) if tokenizer else None
         self._eos = frozenset[int]() if options.ignore_eos or not tokenizer else tokenizer.eos_token_ids
         self._stop_tokens = frozenset(options.stop_tokens)
         self.ends = self._eos | self._stop_tokens

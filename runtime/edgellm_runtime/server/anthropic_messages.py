@@ -144,7 +144,7 @@ class _Ending:
         tokenizer = self._hosted.model.tokenizer
         if answer.finish_reason == "eos" or tokenizer is None:
             return "end_turn", None
-        stream = tokenizer.stream(after=self._asked.prompt, shown=frozenset(self.sorting.options["shown_tokens"]))
+        stream = tokenizer.stream(after=self._asked.prompt, shown=self.sorting.options["shown_tokens"])
         whole = "".join(map(stream.push, answer.tokens)) + stream.finish()
         stopped = next((stop for stop in self._stops if whole.startswith(stop, len(answer.text))), None)
         return "stop_sequence", stopped

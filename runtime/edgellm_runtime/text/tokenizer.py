@@ -105,7 +105,7 @@ class Tokenizer:
         return "".join([stream.push(t) for t in self.check(tokens)]) + stream.finish()
 
     def stream(
-        self, *, after: Sequence[int] = (), skip_special: bool = True, shown: Set[int] = frozenset()
+        self, *, after: Sequence[int] = (), skip_special: bool = True, shown: Iterable[int] = ()
     ) -> StreamDecoder:
         """A decoder for tokens that come one by one.
 
@@ -115,8 +115,8 @@ class Tokenizer:
             shown: special tokens that are not skipped.
         """
         pieces = self._pieces if check_flag("skip_special", skip_special) else self._all_pieces
-        if skip_special and not shown.isdisjoint(self.special_ids):
-            pieces = self._pieces_without(self.special_ids - shown)
+        if skip_special and (names := self.special_ids.intersection(self.check(shown))):
+            pieces = self._pieces_without(self.special_ids - names)
         return StreamDecoder(pieces, self.check(after))
 
     def _pieces_without(self, hidden: frozenset[int]) -> Pieces:
