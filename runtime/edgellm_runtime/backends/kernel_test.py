@@ -194,9 +194,13 @@ def usable_kernels(graph: Path, asked: str | None = None) -> OwnKernels | None:
         swapped, count = kernels.swapped(graph.read_bytes())
         if not count:
             raise Unusable(f"{graph.parent} has no product of 4 bits that edgellm-kernels computes")
-        for form in sorted(forms_in(read_model(swapped))):
-            if form.op == OP and (error := _known_error(form)) > BOUND:
-                raise Unusable(f"edgellm-kernels computes {form} wrong on this processor, by {error:.0%}")
+        forms = sorted(form for form in forms_in(read_model(swapped)) if form.op == OP)
+        cache = CacheFile("kernel-test", kernels.digest, library().__version__, processor(), *map(str, forms))
+        if cache.read() is None:
+            for form in forms:
+                if (error := _known_error(form)) > BOUND:
+                    raise Unusable(f"edgellm-kernels computes {form} wrong on this processor, by {error:.0%}")
+            cache.write(b"right")
     except Unusable as reason:
         tell(str(reason))
         return None
