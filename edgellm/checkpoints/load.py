@@ -12,6 +12,7 @@ from edgellm.checkpoints.checkpoint import Checkpoint
 from edgellm.checkpoints.gguf_file import open_gguf
 from edgellm.checkpoints.hints import hint
 from edgellm.checkpoints.huggingface import open_huggingface
+from edgellm.checkpoints.marian import marian_config, open_marian
 from edgellm.checkpoints.native import MANIFEST, checkpoint_directory, open_native
 from edgellm.errors import CheckpointError
 
@@ -58,6 +59,8 @@ def open_checkpoint(path: Path, *, dtype: torch.dtype = torch.float32) -> Checkp
             return open_native(path, dtype=dtype)
         if (path / "config.json").exists():
             return open_huggingface(path, dtype=dtype)
+        if (config := marian_config(path)) is not None:
+            return open_marian(config, dtype=dtype)
         raise CheckpointError(f"{path} holds no checkpoint; {hint(path) or f'expected {EXPECTED}'}")
     if path.is_file() and path.suffix == ".gguf":
         return open_gguf(path, dtype=dtype)

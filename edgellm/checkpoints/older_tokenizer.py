@@ -1,4 +1,6 @@
-"""A ``tokenizer.json`` from the files that came before it: tokenizer.model, or vocab.json with merges.txt."""
+"""A ``tokenizer.json`` from the files that came before it: tokenizer.model, source.spm and target.spm with vocab.json,
+or vocab.json with merges.txt.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 from edgellm.checkpoints.files import read_json, read_text, tokenizer_errors
 from edgellm.checkpoints.gguf_tokenizer import build_tokenizer
 from edgellm.checkpoints.sentencepiece_model import BPE, read_sentencepiece
+from edgellm.checkpoints.unigram_tokenizer import PAIR, pair_tokenizer
 from edgellm.errors import CheckpointError
 
 __all__ = ["older_tokenizer"]
@@ -32,6 +35,8 @@ def older_tokenizer(directory: Path, settings: Mapping[str, Any]) -> tuple[str |
     Raises:
         CheckpointError: the files are damaged.
     """
+    if all((directory / name).exists() for name in PAIR):
+        return pair_tokenizer(directory, settings)
     model, vocabulary, merges = (directory / name for name in ("tokenizer.model", "vocab.json", "merges.txt"))
     if model.exists():
         kind, reason = _sentencepiece(model)

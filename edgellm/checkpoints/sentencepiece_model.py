@@ -12,7 +12,7 @@ from pathlib import Path
 
 from edgellm.errors import CheckpointError
 
-__all__ = ["SentencePieceModel", "read_sentencepiece"]
+__all__ = ["BPE", "UNIGRAM", "SentencePieceModel", "read_sentencepiece"]
 
 UNIGRAM, BPE = 1, 2  # TrainerSpec.model_type
 _MOST_BYTES = 64 << 20  # the largest in the field have 5 MB
@@ -29,18 +29,25 @@ class SentencePieceModel:
         scores: of each piece.
         types: of each piece; as GGUF's ``tokenizer.ggml.token_type``.
         kind: 1 for a unigram model, 2 for byte-pair encoding.
-        rewrites: whether characters are rewritten first, as NFKC does.
+        charsmap: what rewrites characters first, as NFKC does, in sentencepiece's own form; empty: nothing.
         add_dummy_prefix: whether a text is begun with a space.
         remove_extra_whitespaces: whether spaces are folded.
+        byte_fallback: whether unknown characters become pieces of one byte.
     """
 
     pieces: Sequence[str]
     scores: Sequence[float]
     types: Sequence[int]
     kind: int = UNIGRAM
-    rewrites: bool = False
+    charsmap: bytes = b""
     add_dummy_prefix: bool = True
     remove_extra_whitespaces: bool = True
+    byte_fallback: bool = False
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether characters are rewritten first."""
+        return bool(self.charsmap)
 
 
 def read_sentencepiece(path: Path) -> SentencePieceModel:
@@ -76,9 +83,10 @@ def _model(data: memoryview) -> SentencePieceModel:
         scores=[score for _, score, _ in pieces],
         types=[kind for _, _, kind in pieces],
         kind=_number(trainer, 3, UNIGRAM),
-        rewrites=bool(len(_bytes(normalizer, 2))),
+        charsmap=bytes(_bytes(normalizer, 2)),
         add_dummy_prefix=bool(_number(normalizer, 3, 1)),
         remove_extra_whitespaces=bool(_number(normalizer, 4, 1)),
+        byte_fallback=bool(_number(trainer, 35, 0)),
     )
 
 

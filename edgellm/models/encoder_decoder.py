@@ -23,11 +23,13 @@ from edgellm.models.layers.source_attention import SOURCE_MASK
 from edgellm.models.protocol import State, Step
 from edgellm.models.registry import Architecture
 from edgellm.ops import source_mask, take_positions
-from edgellm_runtime.spec import StateSpec
+from edgellm_runtime.spec import BATCH, SOURCE, StateSpec
 
 __all__ = ["ARCHITECTURE", "PRESETS", "EncoderDecoder", "EncoderDecoderConfig"]
 
 MIXERS = (*KINDS, "attention")
+_POINTED = ("pointer.tokens", "pointer.k")  # states that words are copied by
+_FAR, _LEAST = -1e4, 1e-8  # a score of padding; a probability that no word falls below
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class EncoderDecoderConfig(Shape):
         tie_embeddings: whether the vocabulary projection is the embedding.
         norm_eps: added to the mean square in the norms.
         start_tokens: what every answer begins with.
+        copies: whether words of the source may be pointed at, and so copied: See et al. 2017, arXiv:1704.04368.
     """
 
     vocab_size: int
@@ -65,6 +68,7 @@ class EncoderDecoderConfig(Shape):
     tie_embeddings: bool = True
     norm_eps: float = 1e-5
     start_tokens: Sequence[int] = (0,)
+    copies: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,6 +128,38 @@ class DecoderBlock(NormedBlock):
         return self.finish(x), present
 
 
+class Pointer(nn.Module):
+    """Points at tokens of the source: the next one is, with a probability of its own, one of those."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj = (nn.Linear(width, width, bias=False) for _ in range(2))
+        self.gate = nn.Linear(width, 1)
+
+    def state_specs(self, dtype: str) -> list[StateSpec]:
+        """The source's tokens, and what they are pointed at by."""
+        width = self.k_proj.out_features
+        return [
+            StateSpec(_POINTED[0], (BATCH, SOURCE), "int32", "static"),
+            StateSpec(_POINTED[1], (BATCH, SOURCE, width), dtype, "static"),
+        ]
+
+    def states(self, source: Tensor, x: Tensor) -> dict[str, Tensor]:
+        """What :meth:`state_specs` declares, of sources (batch, source) and what the encoder gave."""
+        return dict(zip(_POINTED, (source.to(torch.int32), self.k_proj(x)), strict=True))
+
+    def forward(self, x: Tensor, logits: Tensor, state: State) -> Tensor:
+        """Log-probabilities (batch, count, vocab_size) of x (batch, count, width) and the words' own logits."""
+        tokens, keys = (state[name] for name in _POINTED)
+        scores = self.q_proj(x) @ keys.transpose(1, 2) * x.shape[-1] ** -0.5  # (batch, count, source)
+        shares = scores.float().masked_fill(~state[SOURCE_MASK][:, None], _FAR).softmax(-1)
+        gate, own = self.gate(x).float().sigmoid(), logits.float().softmax(-1)
+        where = tokens.long()[:, None].expand_as(shares)
+        copied = torch.zeros_like(own).scatter_add(-1, where, gate * shares)
+        mixed: Tensor = ((1.0 - gate) * own + copied + _LEAST).log().to(logits.dtype)
+        return mixed
+
+
 class EncoderDecoder(nn.Module):
     """See the module's description; follows :class:`edgellm.models.protocol.SourceModel`."""
 
@@ -136,6 +172,7 @@ class EncoderDecoder(nn.Module):
         self.decoder = nn.ModuleList(DecoderBlock(config, mixer) for mixer in config.decoder)
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.pointer = Pointer(config.width) if config.copies else None
         self.rotary = RotaryTable(config.head_dim, max(config.max_context, config.max_source), config.rope_theta)
         self.dropout = nn.Dropout(config.dropout)
         nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
@@ -151,7 +188,7 @@ class EncoderDecoder(nn.Module):
         specs = [mask_spec()]
         for prefix, block in self._blocks():
             specs += [*block.mixer.state_specs(prefix, dtype), *block.cross.state_specs(prefix, dtype)]
-        return specs
+        return specs if self.pointer is None else [*specs, *self.pointer.state_specs(dtype)]
 
     def encode(self, source: Tensor, lengths: Tensor) -> dict[str, Tensor]:
         """The mask of sources (batch, source), and each decoder block's keys and values of them."""
@@ -164,18 +201,21 @@ class EncoderDecoder(nn.Module):
         made = {SOURCE_MASK: mask}
         for prefix, decoder in self._blocks():
             made |= decoder.cross.states(x, prefix)
-        return made
+        return made if self.pointer is None else made | self.pointer.states(source, x)
 
     def forward(self, tokens: Tensor, state: State, step: Step | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Tokens (batch, time) to logits (batch, count, vocab_size) and the new state."""
         step = step or Step.whole(tokens)
-        carried = {name: t for name, t in state.items() if name != SOURCE_MASK and ".cross_" not in name}
+        encoded = {spec.name for spec in self.state_specs() if spec.encoded}
+        carried = {name: t for name, t in state.items() if name not in encoded}
         x = self.dropout(self.embedding(tokens))  # (batch, time, width)
         present: dict[str, Tensor] = {}
         for prefix, block in self._blocks():
             x, new = block(x, state, carried, prefix, step, self.rotary)
             present |= new
-        return self.head(take_positions(self.norm(x), step.logit_positions)), present
+        x = take_positions(self.norm(x), step.logit_positions)  # (batch, count, width)
+        logits = self.head(x)
+        return logits if self.pointer is None else self.pointer(x, logits, state), present
 
 
 ARCHITECTURE = Architecture(

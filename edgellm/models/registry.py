@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgellm.errors import CheckpointError, ConfigError
-from edgellm.models.foreign import GGUF, HuggingFace
+from edgellm.models.foreign import GGUF, HuggingFace, Marian
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,6 +30,7 @@ class Entry:
         presets: the names of its named configurations.
         huggingface: ``model_type`` values of the Hugging Face folders that it loads.
         gguf: ``general.architecture`` values of the GGUF files that it loads.
+        marian: decoders of Marian's files that it loads.
     """
 
     module: str
@@ -37,6 +38,7 @@ class Entry:
     presets: tuple[str, ...] = ()
     huggingface: tuple[str, ...] = ()
     gguf: tuple[str, ...] = ()
+    marian: tuple[str, ...] = ()
 
 
 ENTRIES: Mapping[str, Entry] = {
@@ -110,6 +112,10 @@ ENTRIES: Mapping[str, Entry] = {
         module="edgellm.models.bart", about="encoder and decoder, positions added", presets=("tiny",),
         huggingface=("bart", "marian"),
     ),
+    "bergamot": Entry(
+        module="edgellm.models.bergamot", about="encoder, simple recurrent decoder, shortlist", presets=("tiny",),
+        marian=("ssru",),
+    ),
     "t5": Entry(
         module="edgellm.models.t5", about="encoder and decoder, biases by distance", presets=("tiny",),
         huggingface=("t5",),
@@ -128,6 +134,7 @@ class Architecture:
         presets: named configurations.
         huggingface: how it reads Hugging Face folders, or None.
         gguf: how it reads GGUF files, or None.
+        marian: how it reads Marian's files, or None.
     """
 
     name: str
@@ -136,6 +143,7 @@ class Architecture:
     presets: Mapping[str, Any]
     huggingface: HuggingFace | None = None
     gguf: GGUF | None = None
+    marian: Marian | None = None
 
 
 def find(name: str) -> Architecture:
@@ -150,7 +158,7 @@ def find(name: str) -> Architecture:
     return architecture
 
 
-def find_foreign(kind: Literal["huggingface", "gguf"], name: str) -> Architecture:
+def find_foreign(kind: Literal["huggingface", "gguf", "marian"], name: str) -> Architecture:
     """The architecture that loads a foreign checkpoint.
 
     Args:
@@ -166,7 +174,7 @@ def find_foreign(kind: Literal["huggingface", "gguf"], name: str) -> Architectur
     raise CheckpointError(f"unknown architecture {name!r}; edgellm loads {', '.join(foreign_names(kind))}")
 
 
-def foreign_names(kind: Literal["huggingface", "gguf"]) -> list[str]:
+def foreign_names(kind: Literal["huggingface", "gguf", "marian"]) -> list[str]:
     """Every foreign architecture that some of ours loads, sorted."""
     return sorted({name for entry in ENTRIES.values() for name in getattr(entry, kind)})
 

@@ -1,6 +1,7 @@
 """What families say of other people's checkpoints: names, keys and layouts, as tables that every family shares.
 
-A family declares a :class:`HuggingFace`, a :class:`GGUF` or both in its :class:`~edgellm.models.registry.Architecture`.
+A family declares a :class:`HuggingFace`, a :class:`GGUF`, a :class:`Marian` or several of them in its
+:class:`~edgellm.models.registry.Architecture`.
 Nothing here names an architecture, reads a file or needs PyTorch.
 """
 
@@ -23,6 +24,7 @@ from edgellm.models.foreign.keys import (
     same_as,
     whole,
 )
+from edgellm.models.foreign.marian import Marian
 from edgellm.models.foreign.names import Names, Stacks
 from edgellm.models.foreign.rope import rotary
 from edgellm.models.foreign.usual import GGUF_PARTS, HUGGING_FACE_PARTS, hidden_act
@@ -38,6 +40,7 @@ __all__ = [
     "Fields",
     "HuggingFace",
     "Key",
+    "Marian",
     "Names",
     "Stacks",
     "Values",

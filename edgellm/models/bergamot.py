@@ -1,0 +1,289 @@
+"""The small translators of the Bergamot project: a transformer reads the source, a simple recurrence writes the answer.
+
+Encoder: embedding with positions added -> N post-norm layers of attention and a feed-forward part. Decoder: the same
+embedding, each token's place one further on and nothing in the first one's -> layers of a simple recurrent unit (SSRU:
+Kim et al. 2019, aclanthology.org/D19-5632), attention to the source and a feed-forward part, each sum with what came
+before normed. An answer is made of words that some source token may stand for, and of the commonest: the *shortlist*.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edgellm.errors import ConfigError
+from edgellm.models.config import Shape
+from edgellm.models.foreign import Marian
+from edgellm.models.layers import MLP, SourceAttention, mask_spec
+from edgellm.models.layers.source_attention import SOURCE_MASK
+from edgellm.models.protocol import State, Step
+from edgellm.models.registry import Architecture
+from edgellm.ops import source_mask, take_positions, token_by_token
+from edgellm_runtime.spec import BATCH, SOURCE, StateSpec
+
+__all__ = ["ARCHITECTURE", "PRESETS", "Bergamot", "BergamotConfig"]
+
+_WORDS = "source.words"  # the state that says which words source tokens may stand for
+_UNLISTED = -60.0  # added to the logits of words that are on no list: e^-60 of their probability is left
+_EPS = 1e-6
+_EIGHT = 8  # lists of words are filled up to a multiple of it
+
+
+@dataclass(frozen=True)
+class BergamotConfig(Shape):
+    """The shape of a :class:`Bergamot`.
+
+    Args:
+        vocab_size: tokens, of sources and of answers.
+        width: features between layers.
+        encoder_layers: layers of the encoder.
+        decoder_layers: layers of the decoder.
+        num_heads: attention heads; divides ``width``.
+        mlp_width: hidden features of the feed-forward parts.
+        max_context: the most tokens of an answer, its start among them.
+        max_source: the most tokens of a source.
+        listed: the most words that a source token may stand for, of a model with a shortlist; 0: answers are made of
+            any words.
+        commonest: how many tokens, the first ones, answers may hold whatever the source.
+        start_tokens: what every answer begins with; the first one's embedding is not used.
+    """
+
+    vocab_size: int
+    width: int = 256
+    encoder_layers: int = 6
+    decoder_layers: int = 2
+    num_heads: int = 8
+    mlp_width: int = 1536
+    max_context: int = 512
+    max_source: int = 512
+    listed: int | None = 0
+    commonest: int | None = 0
+    start_tokens: Sequence[int] = (0,)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width % self.num_heads or self.width % 2:
+            raise ConfigError(f"width {self.width} must be even and a multiple of num_heads {self.num_heads}")
+        for name in ("listed", "commonest"):
+            if type(found := getattr(self, name)) is not int or not 0 <= found <= self.vocab_size:
+                raise ConfigError(f"{name} is {found!r}; it must be a whole number up to vocab_size")
+
+
+PRESETS: Mapping[str, BergamotConfig] = {
+    "tiny": BergamotConfig(vocab_size=1024, width=128, encoder_layers=2, num_heads=4, mlp_width=256),
+}
+
+
+class Places(nn.Module):
+    """Positions as sines and, in the second half of the features, cosines; computed, never stored in a checkpoint."""
+
+    table: Tensor  # (positions, width)
+
+    def __init__(self, positions: int, width: int) -> None:
+        super().__init__()
+        half = width // 2
+        steps = torch.arange(half, dtype=torch.float64, device="cpu") / max(1, half - 1)
+        angles = torch.arange(positions, dtype=torch.float64, device="cpu")[:, None] * 10000.0**-steps
+        self.register_buffer("table", torch.cat([angles.sin(), angles.cos()], dim=1).float(), persistent=False)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """Positions (...) to (..., width)."""
+        return self.table[positions.clamp(max=len(self.table) - 1)]  # padding may point past it; nobody reads that
+
+
+def _step(state: Tensor, kept: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    state = kept * state + new
+    return state, state
+
+
+class SimpleRecurrence(nn.Module):
+    """relu(c), with c fading by a gate: c = f * c + (1 - f) * W x, f = sigmoid(W_f x + b_f)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.in_proj, self.gate_proj = nn.Linear(width, width, bias=False), nn.Linear(width, width)
+
+    def state_specs(self, prefix: str, dtype: str) -> list[StateSpec]:
+        """Its memory, ``prefix.c``."""
+        return [StateSpec(f"{prefix}.c", (BATCH, self.width), dtype, "replace")]
+
+    def forward(self, x: Tensor, past: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, time, width) to the same shape, and the memory after each row's last valid token."""
+        gate, valid = self.gate_proj(x).sigmoid(), source_mask(x[..., 0], lengths)[:, :, None]
+        kept, new = torch.where(valid, gate, 1.0), torch.where(valid, (1.0 - gate) * self.in_proj(x), 0.0)
+        present, y = token_by_token(_step, [past], [kept, new])
+        return y.relu(), present
+
+
+class Feed(nn.Module):
+    """A feed-forward part whose sum with what came before is normed."""
+
+    def __init__(self, config: BergamotConfig) -> None:
+        super().__init__()
+        self.mlp = MLP(config.width, config.mlp_width, bias=True, activation="relu")
+        self.mlp_norm = nn.LayerNorm(config.width, eps=_EPS)
+
+    def feed(self, x: Tensor) -> Tensor:
+        """(..., width) to the same shape."""
+        y: Tensor = self.mlp_norm(x + self.mlp(x))
+        return y
+
+
+class EncoderLayer(Feed):
+    """Attention to the whole source, and a feed-forward part."""
+
+    def __init__(self, config: BergamotConfig) -> None:
+        super().__init__(config)
+        width, heads = config.width, config.num_heads
+        self.attention = SourceAttention(width, heads, width // heads, bias=True)
+        self.attention_norm = nn.LayerNorm(width, eps=_EPS)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """(batch, source, width) to the same shape."""
+        return self.feed(self.attention_norm(x + self.attention(x, *self.attention.keys(x), mask)))
+
+
+class DecoderLayer(Feed):
+    """A recurrence, attention to the source, and a feed-forward part."""
+
+    def __init__(self, config: BergamotConfig) -> None:
+        super().__init__(config)
+        width, heads = config.width, config.num_heads
+        self.recurrence = SimpleRecurrence(width)
+        self.recurrence_norm = nn.LayerNorm(width, eps=_EPS)
+        self.cross = SourceAttention(width, heads, width // heads, bias=True)
+        self.cross_norm = nn.LayerNorm(width, eps=_EPS)
+
+    def forward(self, x: Tensor, state: State, prefix: str, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, time, width) to the same shape, and the recurrence's new memory."""
+        past = state.get(f"{prefix}.c", torch.zeros_like(x[:, 0]))
+        y, present = self.recurrence(x, past, lengths)
+        x = self.recurrence_norm(x + y)
+        return self.feed(self.cross_norm(x + self.cross.answer(x, state, prefix))), present
+
+
+class Bergamot(nn.Module):
+    """See the module's description; follows :class:`edgellm.models.protocol.SourceModel`."""
+
+    words: Tensor  # (vocab_size, listed), which words each source token may stand for, in float32; 0 fills up
+
+    def __init__(self, config: BergamotConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.places = Places(max(config.max_context, config.max_source), config.width)
+        self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.head = nn.Linear(config.width, config.vocab_size)
+        nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
+        self.head.weight = self.embedding.weight
+        if config.listed:
+            self.register_buffer("words", torch.zeros(config.vocab_size, config.listed))
+
+    def _layers(self) -> list[tuple[str, DecoderLayer]]:
+        return [(f"layers.{i}", layer) for i, layer in enumerate(self.decoder) if isinstance(layer, DecoderLayer)]
+
+    def state_specs(self) -> list[StateSpec]:
+        """Each layer's memory, its keys and values of the source, and the words that the source asks for."""
+        dtype, listed = str(self.embedding.weight.dtype).removeprefix("torch."), self.config.listed
+        specs = [mask_spec()]
+        if listed:
+            specs.append(StateSpec(_WORDS, (BATCH, SOURCE, listed), "int32", "static"))
+        for prefix, layer in self._layers():
+            specs += [*layer.recurrence.state_specs(prefix, dtype), *layer.cross.state_specs(prefix, dtype)]
+        return specs
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        x: Tensor = self.embedding(tokens) * math.sqrt(self.config.width)
+        return x
+
+    def encode(self, source: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+        """The mask of sources (batch, source), the words they may stand for, and each layer's keys and values."""
+        mask = source_mask(source, lengths)
+        x = self._embedded(source) + self.places(torch.arange(source.shape[1], device=source.device))
+        for layer in self.encoder:
+            x = layer(x, mask)
+        made = {SOURCE_MASK: mask}
+        if self.config.listed:
+            made[_WORDS] = torch.where(mask[:, :, None], self.words[source], 0.0).to(torch.int32)
+        for prefix, decoder in self._layers():
+            made |= decoder.cross.states(x, prefix)
+        return made
+
+    def forward(self, tokens: Tensor, state: State, step: Step | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Tokens (batch, time) to logits (batch, count, vocab_size) and the new state."""
+        step = step or Step.whole(tokens)
+        places = step.past_lengths.long()[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        x = torch.where(places[:, :, None] > 0, self._embedded(tokens), 0.0) + self.places(places)
+        present: dict[str, Tensor] = {}
+        for prefix, layer in self._layers():
+            x, present[f"{prefix}.c"] = layer(x, state, prefix, step.lengths)
+        logits: Tensor = self.head(take_positions(x, step.logit_positions))
+        if self.config.listed:
+            logits = logits + self._unlisted(state[_WORDS])[:, None]
+        return logits, present
+
+    def _unlisted(self, words: Tensor) -> Tensor:
+        """What is added to logits (batch, vocab_size), of lists (batch, source, listed)."""
+        size = self.config.vocab_size
+        common = (torch.arange(size, device=words.device) < self.config.commonest).float()  # type: ignore[operator]
+        listed = common.expand(words.shape[0], size).scatter(1, words.long().flatten(1), 1.0)
+        # as many more as make the list a multiple of eight, the commonest first
+        lacking = torch.remainder(-listed.sum(1, keepdim=True), _EIGHT)
+        listed = torch.where((1.0 - listed).cumsum(1) <= lacking, 1.0, listed)
+        return (1.0 - listed) * _UNLISTED
+
+
+_NORMS = {"weight": "scale", "bias": "bias"}
+
+
+def _stored(name: str) -> str:
+    """What files call a parameter of ours."""
+    if not name.startswith(("encoder.", "decoder.")):
+        return {
+            "embedding.weight": "Wemb", "head.weight": "Wemb", "head.bias": "decoder_ff_logit_out_b",
+            "words": "shortlist",
+        }.get(name, name)  # fmt: skip
+    side, layer, *parts, kind = name.split(".")
+    before = f"{side}_l{int(layer) + 1}"
+    letter = "W" if kind == "weight" else "b"
+    match parts:
+        case ["attention" | "cross" as part, projection]:
+            return f"{before}_{_PARTS[part]}_{letter}{projection[0]}"
+        case ["attention_norm" | "cross_norm" as part]:
+            return f"{before}_{_PARTS[part.removesuffix('_norm')]}_Wo_ln_{_NORMS[kind]}"
+        case ["recurrence", projection]:
+            return f"{before}_rnn_{letter}{'f' if projection == 'gate_proj' else ''}"
+        case ["recurrence_norm"]:
+            return f"{before}_rnn_ffn_ln_{_NORMS[kind]}"
+        case ["mlp", projection]:
+            return f"{before}_ffn_{letter}{projection[-1]}"
+        case _:
+            return f"{before}_ffn_ffn_ln_{_NORMS[kind]}"
+
+
+_PARTS = {"attention": "self", "cross": "context"}
+
+ARCHITECTURE = Architecture(
+    name="bergamot", config=BergamotConfig, build=Bergamot, presets=PRESETS,
+    marian=Marian(
+        fields={
+            "dim-emb": "width", "enc-depth": "encoder_layers", "dec-depth": "decoder_layers",
+            "transformer-heads": "num_heads", "transformer-dim-ffn": "mlp_width",
+        },
+        needed={
+            "type": "transformer", "dec-cell": "ssru", "transformer-decoder-autoreg": "rnn", "dec-cell-base-depth": "2",
+            "dec-cell-high-depth": "1", "tied-embeddings-all": "true", "transformer-ffn-activation": "relu",
+            "transformer-ffn-depth": "2", "transformer-preprocess": "", "transformer-postprocess": "dan",
+            "transformer-postprocess-top": "", "transformer-train-position-embeddings": "false",
+            "transformer-no-projection": "false", "transformer-pool": "false", "layer-normalization": "false",
+            "ulr": "false", "lemma-dim-emb": "0", "output-omit-bias": "false", "right-left": "false",
+        },
+        name=_stored,
+    ),
+)  # fmt: skip
