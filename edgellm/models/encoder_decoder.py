@@ -152,8 +152,9 @@ class Pointer(nn.Module):
         """Log-probabilities (batch, count, vocab_size) of x (batch, count, width) and the words' own logits."""
         tokens, keys = (state[name] for name in _POINTED)
         scores = self.q_proj(x) @ keys.transpose(1, 2) * x.shape[-1] ** -0.5  # (batch, count, source)
-        shares = scores.float().masked_fill(~state[SOURCE_MASK][:, None], _FAR).softmax(-1)
-        gate, own = self.gate(x).float().sigmoid(), logits.float().softmax(-1)
+        wide = torch.promote_types(scores.dtype, torch.float32)  # probabilities of 16 bits are too coarse
+        shares = scores.to(wide).masked_fill(~state[SOURCE_MASK][:, None], _FAR).softmax(-1)
+        gate, own = self.gate(x).to(wide).sigmoid(), logits.to(wide).softmax(-1)
         where = tokens.long()[:, None].expand_as(shares)
         copied = torch.zeros_like(own).scatter_add(-1, where, gate * shares)
         mixed: Tensor = ((1.0 - gate) * own + copied + _LEAST).log().to(logits.dtype)

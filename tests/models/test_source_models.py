@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,10 @@ def test_what_these_files_cannot_compute_is_refused_by_name(tmp_path: Path) -> N
             load_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("make", [t5_model, bart_model, *(partial(own_model, kind) for kind in MIXERS)])
+@pytest.mark.parametrize(
+    "make",
+    [t5_model, bart_model, *(partial(own_model, kind) for kind in MIXERS), partial(own_model, "gru", copies=True)],
+)
 @pytest.mark.parametrize("cuts", [[*range(1, 20)], [3, 4, 11]])
 @torch.inference_mode()
 def test_steps_equal_the_whole_and_padding_of_sources_changes_nothing(make: type[nn.Module], cuts: list[int]) -> None:
@@ -90,6 +94,25 @@ def test_an_answer_depends_on_every_token_of_its_source_and_of_no_other_row() ->
         other[row, at] = 4 + (other[row, at] - 3) % (VOCAB - 4)
         changed = (model(tokens, model.encode(other, lengths))[0] - before).abs().amax((1, 2)) > 1e-5
         assert changed.tolist() == [row == i and at < lengths[i] for i in range(2)]
+
+
+@torch.inference_mode()
+def test_words_that_are_copied_are_those_of_the_source_and_probabilities_sum_to_one() -> None:
+    model: Any = own_model("attention", copies=True).double()
+    torch.nn.init.constant_(model.pointer.gate.bias, 40.0)  # always
+    torch.nn.init.zeros_(model.pointer.gate.weight)
+    source, lengths = ragged(longest=20)
+    found = model(torch.tensor([[3, 4], [3, 9], [5, 4]]), model.encode(source, lengths))[0].exp()
+    assert (found.sum(-1) - 1).abs().max() < 1e-5
+    for row, length in enumerate(lengths.tolist()):
+        there = set(source[row, :length].tolist())
+        assert {i for i in range(VOCAB) if float(found[row].amax(0)[i]) > 1e-6} <= there
+    torch.nn.init.constant_(model.pointer.gate.bias, -40.0)  # never
+    plain = own_model("attention").double()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("pointer")})
+    tokens = torch.tensor([[3, 4, 6]]).expand(3, 3)
+    expected, ours = (m(tokens, m.encode(source, lengths))[0].log_softmax(-1) for m in (plain, model))
+    assert (expected.exp() - ours.exp()).abs().max() < 1e-6
 
 
 def test_only_models_with_an_encoder_read_sources_and_whole_rows_are_their_own() -> None:
