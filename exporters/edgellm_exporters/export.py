@@ -54,7 +54,7 @@ from edgellm_exporters.quantize.planning import make_plan
 from edgellm_exporters.weights.memory import give_back
 from edgellm_exporters.weights.widened import widened
 from edgellm_runtime.backends.ort import library
-from edgellm_runtime.bundle import MANIFEST, Bundle, FileInfo, Manifest, sha256_of
+from edgellm_runtime.bundle import GRAPH, MANIFEST, Bundle, FileInfo, Manifest, sha256_of
 from edgellm_runtime.checks.meaning import MEANING, meaning_of
 from edgellm_runtime.checks.verify import Verification, verify
 from edgellm_runtime.errors import OptionError
@@ -194,7 +194,8 @@ def _build(
         )
         manifest = _write_manifest(scratch, manifest)
         far = far or same.far
-        layers = layers_in(scratch, traces[0]) if standing_in is None else []
+        steps = [role.file for role in made.graphs.values()] or [GRAPH]
+        layers = layers_in(scratch, steps, traces[0]) if standing_in is None else []
         means, shown = meaning_of(Bundle(scratch, checksums=False)), options.hidden
         write_goldens(traces, said, scratch, same.rows, means, layers, far, hidden=shown)
         manifest = _write_manifest(scratch, manifest)

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from families import make
 from mutations import Numbers
-from tiny_files import copied
+from tiny_files import copied, sign
 
 from edgellm.checkpoints import save_checkpoint
 from edgellm.cli import run
+from edgellm_exporters.engines.options import EngineOptions
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_runtime.checks.divergence import Limits, diverge
 from edgellm_runtime.checks.heat_map import heat_map
@@ -86,6 +88,38 @@ def test_a_spoiled_layer_shows_beside_the_checkpoint_too(sources: Path, report: 
     status, found = report(spoiled(sources / "int8", tmp_path, 2), "--against", sources / "checkpoint")
     assert status == 1
     assert found["wrong"] == "blocks.2"
+
+
+def spoiled_engine(source: Path, folder: Path, layer: int) -> Path:
+    """A layer's first norm is doubled in the graphs of both roles."""
+    bundle = copied(source, folder)
+    for name in ("prefill.onnx", "decode.onnx"):
+        model = onnx.load(bundle / name, load_external_data=False)
+        gain = next(i for i in model.graph.initializer if i.name.startswith(f"blocks.{layer}.") and "norm" in i.name)
+        gain.raw_data = (2 * np.frombuffer(gain.raw_data, np.float16)).astype(np.float16).tobytes()
+        assert gain.raw_data
+        (bundle / name).write_bytes(model.SerializeToString())
+        sign(bundle, name)
+    return bundle
+
+
+def test_engines_are_compared_by_the_graphs_that_they_are_built_from(
+    sources: Path, report: Report, tmp_path: Path
+) -> None:
+    engine = EngineOptions(build=False, max_context=48)
+    options = ExportOptions(target="tensorrt", dtype="float16", engine=engine)
+    export(make("mixed"), tmp_path / "engines", options=options)
+    layers = [f"blocks.{number}" for number in range(5)]
+    for other in ("checkpoint", "none"):
+        status, found = report(tmp_path / "engines", "--against", sources / other)
+        assert status == 0
+        assert [row["name"] for row in found["layers"]] == [*layers, "logits"]
+    (tmp_path / "spoiled").mkdir()
+    spoiled = spoiled_engine(tmp_path / "engines", tmp_path / "spoiled", 3)
+    status, found = report(spoiled, "--against", tmp_path / "engines")
+    assert (status, found["wrong"], found["parts"]) == (1, "blocks.3", "blocks.3")
+    status, found = report(spoiled, "--against", sources / "checkpoint")
+    assert (status, found["wrong"]) == (1, "blocks.3")
 
 
 def test_what_cannot_be_compared_is_neither_right_nor_wrong(sources: Path, report: Report) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_exporters.proof.traces import Trace
-from edgellm_runtime.bundle import GRAPH, Bundle
+from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.checks.layers import LAYER, layer_difference, sampled_layer, tapped
 from edgellm_runtime.checks.verify import MARGIN
 from edgellm_runtime.graphs.onnx_file import nodes_of, read_model
@@ -19,14 +19,23 @@ __all__ = ["layer_bounds", "layers_in", "typical_distance"]
 _FLOORS = {"float32": 1e-4, "float16": 0.01}  # what sums in another order cost
 
 
-def layers_in(directory: Path, trace: Trace) -> list[str]:
-    """The layers of a trace whose outputs the graph in a directory names, in its order."""
-    file = directory / GRAPH
+def layers_in(directory: Path, graphs: Sequence[str], trace: Trace) -> list[str]:
+    """The layers of a trace whose outputs every graph names, in the first one's order.
+
+    Args:
+        directory: of the bundle.
+        graphs: names of their files.
+        trace: of one row.
+    """
+    named = [_named(directory / name) for name in graphs]
+    return [path for path in named[0] if path in trace.layers and all(path in paths for paths in named)]
+
+
+def _named(file: Path) -> list[str]:
     if not file.is_file():
         return []
     made = [bytes(name).decode() for node in nodes_of(read_model(file.read_bytes())) for name in node.get("output", [])]
-    paths = [name.removeprefix(LAYER) for name in made if name.startswith(LAYER)]
-    return [path for path in paths if path in trace.layers]
+    return [name.removeprefix(LAYER) for name in made if name.startswith(LAYER)]
 
 
 def layer_bounds(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,23 @@ class OrtRolesBackend(HostBackend):
         roles: the graphs.
         signature: what they share.
         threads: for one step; None for what :func:`edgellm_runtime.threads.thread_count` says.
+        fetch: names of further values of the graphs, (batch, time, ...), which :attr:`fetched` holds after each step.
 
     Raises:
         BackendError: the library is missing, or refuses a graph.
     """
 
-    def __init__(self, directory: Path, roles: GraphRoles, signature: Signature, *, threads: int | None = None) -> None:
+    def __init__(
+        self, directory: Path, roles: GraphRoles, signature: Signature, *, threads: int | None = None,
+        fetch: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         narrow = sorted({spec.dtype for spec in signature.state} & {"bfloat16"})
         if narrow:
             raise BackendError(f"{directory}: ONNX Runtime has no {narrow[0]} kernels on CPU; use device='tensorrt'")
         self.roles, self.device = roles, "cpu"
+        self.fetched: dict[str, NDArray[Any]] = {}
         self._graphs = {
-            role.name: OrtBackend(directory / role.file, signature, threads=threads, fusions=False)
+            role.name: OrtBackend(directory / role.file, signature, threads=threads, fusions=False, fetch=fetch)
             for role in roles.all
         }  # fmt: skip
 
@@ -46,7 +52,10 @@ class OrtRolesBackend(HostBackend):
     ) -> NDArray[Any]:
         """See :meth:`edgellm_runtime.backends.Backend.run`."""
         role = self.roles.choose(tokens.shape[1])
-        return self._graphs[role.name].run(role.pad(tokens), lengths, logit_positions, state)
+        graph = self._graphs[role.name]
+        logits = graph.run(role.pad(tokens), lengths, logit_positions, state)
+        self.fetched = {name: value[:, : tokens.shape[1]] for name, value in graph.fetched.items()}
+        return logits
 
     def run_hidden(
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_runtime.bundle import GRAPH, Bundle
-from edgellm_runtime.errors import BackendError
 from edgellm_runtime.session import Session
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ class TappedSession:
         """
         state = self.session.new_state(1, len(row))
         logits, found = list[Array](), {path: list[Array]() for path in self.paths}
-        piece = len(row) if self.session.one_pass else _PIECE
+        piece = len(row) if self.session.one_pass else min(_PIECE, self.session.chunk)
         for start in range(0, len(row), piece):
             logits.append(self.session.step(row[None, start : start + piece], state, logits="all")[0].copy())
             for path, value in self._fetched().items():
@@ -77,25 +76,32 @@ def tapped(
     """A session on this CPU whose steps give the outputs of layers.
 
     Args:
-        bundle: with one graph.
+        bundle: of graphs that run here; engines are read by the graphs that they were built from.
         paths: of layers; None for all that the manifest names.
         threads: for one step; None for what :func:`edgellm_runtime.threads.thread_count` says.
         kernels: for the products that they can do; None for ONNX Runtime's.
 
     Raises:
-        BackendError: the bundle has a graph for each role.
+        BackendError: the library refuses a graph, such as one in bfloat16.
     """
+    from edgellm_runtime.backends.graph_roles import GraphRoles
     from edgellm_runtime.backends.ort import OrtBackend
+    from edgellm_runtime.backends.ort_roles import OrtRolesBackend
     from edgellm_runtime.loading import session_of
 
     manifest = bundle.manifest
-    if manifest.graphs:
-        raise BackendError(f"{bundle.path}: has a graph for each role, whose layers cannot be fetched yet")
     paths = tuple(manifest.layers) if paths is None else tuple(paths)
-    backend = OrtBackend(
-        bundle.file(GRAPH), manifest.signature, threads=threads, fusions=manifest.dtype == "float32",
-        fetch=[f"{LAYER}{path}" for path in paths], kernels=kernels,
-    )  # fmt: skip
+    fetch = [f"{LAYER}{path}" for path in paths]
+    backend: OrtBackend | OrtRolesBackend
+    if manifest.graphs:
+        roles = GraphRoles.of(manifest)
+        folder = bundle.file(roles.all[0].file).parent
+        backend = OrtRolesBackend(folder, roles, manifest.signature, threads=threads, fetch=fetch)
+    else:
+        backend = OrtBackend(
+            bundle.file(GRAPH), manifest.signature, threads=threads, fusions=manifest.dtype == "float32", fetch=fetch,
+            kernels=kernels,
+        )  # fmt: skip
     return TappedSession(
         session_of(bundle, backend), lambda: {n.removeprefix(LAYER): v for n, v in backend.fetched.items()}, paths
     )
