@@ -7,6 +7,7 @@ from edgellm.checkpoints.adapter import adapted
 from edgellm.checkpoints.checkpoint import Checkpoint
 from edgellm.checkpoints.load import load_checkpoint, open_checkpoint
 from edgellm.checkpoints.native import checkpoint_directory, save_checkpoint
+from edgellm.checkpoints.switchable import switchable
 from edgellm.checkpoints.weights import CheckpointWeights
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "load_checkpoint",
     "open_checkpoint",
     "save_checkpoint",
+    "switchable",
 ]

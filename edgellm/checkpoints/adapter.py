@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from edgellm.checkpoints.assemble import shared_names
 from edgellm.checkpoints.checkpoint import Checkpoint
-from edgellm.checkpoints.lora_source import ADAPTER_CONFIG, with_adapter
+from edgellm.checkpoints.lora_source import ADAPTER_CONFIG, LoraSource, with_adapter
 from edgellm.checkpoints.weights import CheckpointWeights, Layout
 from edgellm.codes import CodeFormat, StoredCodes
 from edgellm.errors import CheckpointError, ConfigError
 from edgellm.models import registry
 
-__all__ = ["adapted"]
+__all__ = ["adapted", "adapter_source"]
 
 
 def adapted(checkpoint: Checkpoint, adapter: Path) -> Checkpoint:
@@ -29,19 +29,31 @@ def adapted(checkpoint: Checkpoint, adapter: Path) -> Checkpoint:
     Raises:
         CheckpointError: there is no adapter, it is one of another base, or it cannot be merged.
     """
+    source, ours = adapter_source(checkpoint, adapter)
+    weights = CheckpointWeights(
+        shared_names(checkpoint.model), {own: source.shapes[name] for name, own in ours.items()}, source,
+        Layout(name=_foreign(checkpoint)), dtype=checkpoint.weights.dtype, path=adapter,  # type: ignore[union-attr]
+    )  # fmt: skip
+    note = f"the adapter {adapter.name} was merged into {len(source.changed)} tensors"
+    return dataclasses.replace(checkpoint, weights=weights, notes=(*checkpoint.notes, note))
+
+
+def adapter_source(checkpoint: Checkpoint, adapter: Path) -> tuple[LoraSource, Mapping[str, str]]:
+    """A checkpoint's tensors in our layout with what an adapter changes, and our name of each.
+
+    Raises:
+        CheckpointError: as :func:`adapted`.
+    """
     if not (adapter / ADAPTER_CONFIG).exists():
         raise CheckpointError(f"{adapter} has no {ADAPTER_CONFIG}; name the folder of an adapter in PEFT's layout")
     if checkpoint.weights is None:
         raise CheckpointError(f"{adapter}: transformers had to load the weights itself; merge the adapter with PEFT")
-    model, name = checkpoint.model, _foreign(checkpoint)
-    shapes = {ours: tuple(tensor.shape) for ours, tensor in model.state_dict().items()}
-    source = with_adapter(_Named(checkpoint.weights, {name(ours): ours for ours in shapes}, shapes), adapter)
-    _check_tied(model, name, source.changed, adapter)
-    weights = CheckpointWeights(
-        shared_names(model), shapes, source, Layout(name=name), dtype=checkpoint.weights.dtype, path=adapter
-    )
-    note = f"the adapter {adapter.name} was merged into {len(source.changed)} tensors"
-    return dataclasses.replace(checkpoint, weights=weights, notes=(*checkpoint.notes, note))
+    weights, name = checkpoint.weights, _foreign(checkpoint)
+    shapes = {ours: tuple(tensor.shape) for ours, tensor in checkpoint.model.state_dict().items()}
+    ours = {name(own): own for own in shapes}
+    source = with_adapter(_Named(weights, ours, shapes), adapter, lambda theirs, x: weights.in_layout(ours[theirs], x))
+    _check_tied(checkpoint.model, name, source.changed, adapter)
+    return source, ours
 
 
 class _Named:

@@ -96,6 +96,7 @@ def _layout(architecture: Architecture, ours: Any, config: Mapping[str, Any]) ->
         name=reader.names,
         tensor=tensor,
         ignored=lambda name: name.endswith((".rotary_emb.inv_freq", *reader.ignored)),  # of old files; computed here
+        adapters=True,
     )
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from edgellm.checkpoints.files import read_json
@@ -64,13 +65,17 @@ class LoraSource:
         base: the tensors.
         adapter: the adapter's.
         config: its ``adapter_config.json``.
+        convert: a tensor's name and what has its rows, in the adapter's layout, to the base's.
 
     Raises:
         CheckpointError: the adapter does not fit the tensors, or asks for more than LoRA.
     """
 
-    def __init__(self, base: TensorSource, adapter: TensorSource, config: Mapping[str, Any]) -> None:
-        self._base, self._adapter = base, adapter
+    def __init__(
+        self, base: TensorSource, adapter: TensorSource, config: Mapping[str, Any],
+        convert: Callable[[str, Tensor], Tensor] = lambda _, change: change,
+    ) -> None:  # fmt: skip
+        self._base, self._adapter, self._convert = base, adapter, convert
         alpha = _alpha(config)
         self._merged: dict[str, _Adapter] = {}
         self._replaced: dict[str, str] = {}  # modules that were trained whole
@@ -95,6 +100,25 @@ class LoraSource:
         """The names of the tensors that the adapter changes."""
         return frozenset({*self._merged, *self._replaced})
 
+    @property
+    def merged(self) -> frozenset[str]:
+        """Those of them that it adds a product of two matrices to."""
+        return frozenset(self._merged)
+
+    def keeps(self, name: str) -> bool:
+        """Whether a tensor stays the base's but for that product: PEFT saves some beside their adapters."""
+        stored = self._replaced.get(name)
+        if stored is None:
+            return True
+        whole = self._convert(name, self._adapter.read(stored))
+        return torch.equal(whole.float(), self._base.read(name).float())
+
+    def matrices(self, name: str) -> tuple[Tensor, Tensor]:
+        """What is added to a tensor, as A (rank, in_features) and B (out_features, rank): B A, the scale in B."""
+        found = self._merged[name]
+        up = self._adapter.read(found.up).float() * found.scale
+        return self._adapter.read(found.down).float(), self._convert(name, up)
+
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """One tensor, or the rows from one index up to another; merged in float32.
 
@@ -102,12 +126,14 @@ class LoraSource:
             CheckpointError: as the sources.
         """
         replaced = self._replaced.get(name)
-        tensor = self._base.read(name, rows) if replaced is None else self._adapter.read(replaced, rows)
+        if replaced is not None:
+            whole = self._convert(name, self._adapter.read(replaced))
+            return whole if rows is None else whole[rows[0] : rows[1]]
+        tensor = self._base.read(name, rows)
         if name not in self._merged:
             return tensor
-        found = self._merged[name]
-        down, up = self._adapter.read(found.down).float(), self._adapter.read(found.up, rows).float()
-        return tensor.float() + (up @ down) * found.scale
+        down, up = self.matrices(name)
+        return tensor.float() + (up if rows is None else up[rows[0] : rows[1]]) @ down
 
     def code_format(self, name: str) -> CodeFormat | None:
         """See :class:`edgellm.codes.CodedWeights`; what the adapter changes has no codes any more."""
@@ -160,12 +186,15 @@ class LoraSource:
         return _Adapter(down, up, own / (math.sqrt(a[0]) if config.get("use_rslora") else a[0]))
 
 
-def with_adapter(base: TensorSource, directory: Path) -> LoraSource:
+def with_adapter(
+    base: TensorSource, directory: Path, convert: Callable[[str, Tensor], Tensor] = lambda _, change: change
+) -> LoraSource:
     """The weights in a folder, merged with the adapter beside them.
 
     Args:
         base: the weights.
         directory: the folder.
+        convert: as of :class:`LoraSource`.
 
     Raises:
         CheckpointError: there is no adapter that can be merged.
@@ -173,7 +202,7 @@ def with_adapter(base: TensorSource, directory: Path) -> LoraSource:
     path = directory / ADAPTER_CONFIG
     adapter = find_weights(directory, "adapter_model")
     try:
-        return LoraSource(base, adapter, read_json(path))
+        return LoraSource(base, adapter, read_json(path), convert)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
 

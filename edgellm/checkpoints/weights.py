@@ -56,12 +56,14 @@ class Layout:
             two do not differ, the very tensor it was given.
         ignored: whether a tensor of that name means nothing to the model.
         reshaped: whether our parameter of that name is stored as the same numbers in another shape.
+        adapters: whether adapters are stored as the source is, and not as we do.
     """
 
     name: Callable[[str], str] = _same
     tensor: Callable[[str, Tensor], Tensor] = _as_stored
     ignored: Callable[[str], bool] = lambda _: False
     reshaped: Callable[[str], bool] = lambda _: False
+    adapters: bool = False
 
 
 class CheckpointWeights:
@@ -163,6 +165,10 @@ class CheckpointWeights:
         if first not in self._sound:
             self._check_finite(tensor, first)
         return tensor
+
+    def in_layout(self, name: str, change: Tensor) -> Tensor:
+        """What an adapter has for one tensor, with the tensor's rows, in our layout."""
+        return self._layout.tensor(name, change) if self._layout.adapters else change
 
     def code_format(self, name: str) -> CodeFormat | None:
         """As :class:`edgellm.codes.CodedWeights`; none of a tensor that two names store, or that we order otherwise."""

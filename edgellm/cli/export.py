@@ -83,8 +83,9 @@ within the stated bounds.
 @click.option("--max-context", type=int, default=None, metavar="TOKENS", show_default=False, help="Engines: the most "
               "tokens of a row; their memory is set aside for each.  [default: the model's context]")  # fmt: skip
 @click.option("--no-engine", is_flag=True, help="Engines: leave them to 'edgellm build' on the device.")
-@click.option("--adapter", type=click.Path(path_type=Path), multiple=True, metavar="DIR", help="Merge this LoRA "
-              "adapter in PEFT's layout into the weights; may be given several times, and then all count.")  # fmt: skip
+@click.option("--adapter", "adapters", multiple=True, metavar="[NAME=]DIR", help="Merge this LoRA adapter in PEFT's "
+              "layout into the weights or, with a NAME, leave it apart to be chosen by that name when the bundle runs; "
+              "may be given several times.")  # fmt: skip
 @click.option("--check", type=click.Choice(["transformers"]), default=None, show_default=False, help="First compare "
               "the loaded model with the one that transformers loads, where that is installed, and export nothing if "
               "their logits differ.  [default: no comparison]")  # fmt: skip
@@ -102,14 +103,14 @@ def export(
     max_kl: float | None, max_size_mb: float | None, prefer: str | None, max_batch: int | None,
     compute_capability: str, workspace_mb: int | None, max_context: int | None, no_engine: bool, name: str,
     force: bool, road: str, trust_remote_code: bool, threads: int | None, check: str | None,
-    adapter: tuple[Path, ...], as_json: bool,
+    adapters: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """See :data:`_HELP`."""
     engine = EngineFlags(
         max_batch=max_batch, max_context=max_context, compute_capability=compute_capability, workspace_mb=workspace_mb,
         no_engine=no_engine,
     )  # fmt: skip
-    if check is not None and adapter:
+    if check is not None and adapters:
         raise click.UsageError("--check compares a checkpoint as it is; leave it out with --adapter.")
     if receipt is not None and no_receipt:
         raise click.UsageError("--text is for the receipt; leave it or --no-receipt out.")
@@ -117,7 +118,7 @@ def export(
         result = export_checkpoint(
             checkpoint, output, target=target, dtype=dtype, quantize=quantize, calibrate=calibrate, max_kl=max_kl,
             max_size_mb=max_size_mb, prefer=prefer, kv_cache=kv_cache, hidden=hidden, drafter=drafter, engine=engine,
-            name=name, force=force, check=check, adapters=adapter, road=road, trust_remote_code=trust_remote_code,
+            name=name, force=force, check=check, adapters=adapters, road=road, trust_remote_code=trust_remote_code,
             receipt_text=receipt, receipt=not no_receipt, tell=tell,
         )  # fmt: skip
     if as_json:
@@ -131,7 +132,7 @@ def export_checkpoint(
     calibrate: Path | None = None, max_kl: float | None = None, max_size_mb: float | None = None,
     prefer: str | None = None, kv_cache: str = "float32", hidden: bool = False, drafter: Path | None = None,
     engine: EngineFlags = _NO_FLAGS, name: str = "", force: bool = False, check: str | None = None,
-    adapters: Sequence[Path] = (), road: str = "auto", trust_remote_code: bool = False,
+    adapters: Sequence[str | Path] = (), road: str = "auto", trust_remote_code: bool = False,
     receipt_text: Path | None = None, receipt: bool = True, tell: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Read, export and sum up; the keys are those of ``--json``."""
@@ -152,13 +153,15 @@ def export_checkpoint(
     check_destination(output, force=force)
     tell("importing PyTorch", 0.0)
     limit_torch_threads()
-    from edgellm.checkpoints import adapted, checkpoint_directory
+    from edgellm.checkpoints import adapted, checkpoint_directory, switchable
     from edgellm_exporters.export import export as run
 
     tell("reading the checkpoint", 0.0)
     loaded = read_checkpoint(checkpoint, road=road, trust_remote_code=trust_remote_code)
-    for adapter in adapters:
+    merged, apart = _adapters(adapters)
+    for adapter in merged:
         loaded = adapted(loaded, adapter)
+    loaded = switchable(loaded, apart) if apart else loaded
     compared = {}
     if check is not None:
         from edgellm.cli.transformers_check import check_transformers
@@ -184,6 +187,20 @@ def export_checkpoint(
     )  # fmt: skip
     summary = _summary(exported, loaded, options.target, dtype, quantize)
     return summary | compared | {"seconds": round(time.perf_counter() - start, 2)}
+
+
+def _adapters(given: Sequence[str | Path]) -> tuple[list[Path], dict[str, Path]]:
+    """Folders of adapters to merge, and of those to leave apart by name; a path with = in it is given as ./PATH."""
+    merged, apart = [], dict[str, Path]()
+    for one in given:
+        name, equals, path = str(one).partition("=")
+        if isinstance(one, Path) or not equals or "/" in name:
+            merged.append(Path(one))
+        elif name in apart:
+            raise click.UsageError(f"--adapter {name} was given twice; give each a name of its own.")
+        else:
+            apart[name] = Path(path)
+    return merged, apart
 
 
 def _windows(file: Path, loaded: Checkpoint, *, divided: bool) -> tuple[list[list[int]], list[list[int]], int]:

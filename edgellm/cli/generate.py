@@ -51,6 +51,8 @@ __all__ = ["generate"]
 @click.option("--draft", type=click.Choice(["lookup", "recurrent"]), default=None, help="Propose tokens that the model "
               "checks several at a time: what followed the same words before, or the bundle's drafter.  "
               "[default: none]", show_default=False)  # fmt: skip
+@click.option("--adapter", default=None, metavar="NAME", help="Answer with this adapter of the bundle's.  "
+              "[default: none]")  # fmt: skip
 @threads_option
 @device_option
 @click.option("--ignore-eos", is_flag=True, help="Go on past end tokens.")
@@ -61,7 +63,7 @@ def generate(
     repetition_penalty: float | None, presence_penalty: float, frequency_penalty: float, no_repeat_ngram: int | None,
     seed: int | None, stop: tuple[str, ...], stop_tokens: tuple[int, ...], min_tokens: int | None,
     logprobs: int | None, json_schema: Path | None, regex: str | None, lark: Path | None, choices: tuple[str, ...],
-    draft: str | None, threads: int | None, device: str, ignore_eos: bool, as_json: bool,
+    draft: str | None, adapter: str | None, threads: int | None, device: str, ignore_eos: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Answer PROMPT with the model in BUNDLE. A PROMPT of - is read from standard input, without its last line break.
 
@@ -72,7 +74,7 @@ def generate(
     if logprobs is not None and not as_json:
         raise click.UsageError("--logprobs are numbers for a program; add --json.")
     text = read_input() if prompt == "-" else prompt
-    model = load(bundle, device=device, threads=threads)
+    model = load(bundle, device=device, threads=threads).with_adapter(adapter)
     options: OptionKeywords = given({
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "seed": seed, "stop": [unescaped(text) for text in stop] or None,

@@ -33,6 +33,7 @@ from edgellm_exporters.graph.targets import Target, find_target
 from edgellm_exporters.graph.write import WEIGHTS_FILE, Progress
 from edgellm_exporters.graph_sets import graph_set
 from edgellm_exporters.options import ExportOptions, TextAssets, check_encoder_options
+from edgellm_exporters.proof.adapters import adapter_traces, adapters_of
 from edgellm_exporters.proof.draft_graph import check_drafter, write_drafter
 from edgellm_exporters.proof.far_row import FarStart, far_row, far_start
 from edgellm_exporters.proof.goldens import GREEDY, write_goldens
@@ -63,6 +64,7 @@ from edgellm_runtime.option_ranges import check_defaults
 from edgellm_runtime.session import Session
 from edgellm_runtime.spec import Signature, TensorSpec
 
+_ADAPTER_ROWS = 2  # goldens of each adapter
 __all__ = ["ExportOptions", "Exported", "TextAssets", "bounds_with_a_favourite", "export"]
 
 _FAVOURITE = 1e-3  # mean probability of the most likely token; a model that was trained has a hundred times as much
@@ -170,6 +172,7 @@ def _build(
             provenance={**provenance, **_environment(), "proved_on": proved_on(options.dtype)},
             task=text.task if text else None, generation=options.generation, vocab_size=model.config.vocab_size,
             graphs=made.graphs, capacity=made.capacity, encoder=encoder,
+            adapters=adapters_of(model),
         )  # fmt: skip
         manifest = _write_manifest(scratch, manifest)
         open_one = partial(_session, scratch)
@@ -181,6 +184,7 @@ def _build(
             traces, said = take_traces(
                 model, open_one, rows, GREEDY, whole="greedy" in bounds, max_context=made.context, sources=sources
             )  # fmt: skip
+            switched = adapter_traces(model, rows[:_ADAPTER_ROWS])
             made_up = standing_in is None and sources is None
             start = far_start(model, traces[0], made.context) if made_up else None
             quantized = bool(plan.schemes or plan.cache)
@@ -197,7 +201,7 @@ def _build(
         steps = [role.file for role in made.graphs.values()] or [GRAPH]
         layers = layers_in(scratch, steps, traces[0]) if standing_in is None else []
         means, shown = meaning_of(Bundle(scratch, checksums=False)), options.hidden
-        write_goldens(traces, said, scratch, same.rows, means, layers, far, hidden=shown)
+        write_goldens(traces, said, scratch, same.rows, means, layers, far, switched, hidden=shown)
         manifest = _write_manifest(scratch, manifest)
         del plan
         give_back()

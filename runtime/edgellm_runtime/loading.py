@@ -173,7 +173,8 @@ def session_of(bundle: Bundle, backend: Backend) -> Session:
         drafter = DraftGraph(file, int(hidden.shape[-1]), width, threads=1)
     return Session(
         backend, manifest.signature, max_context=manifest.max_context, ragged_chunks=manifest.ragged_chunks,
-        vocab_size=manifest.vocab_size or None, encoder=manifest.encoder, drafter=drafter, **sizes,
+        vocab_size=manifest.vocab_size or None, encoder=manifest.encoder, drafter=drafter, adapters=manifest.adapters,
+        **sizes,
     )  # fmt: skip
 
 

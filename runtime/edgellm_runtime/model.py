@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -87,6 +88,32 @@ class Model(TaskMethods, GrammarMethods, StateMethods, ScoringMethods, Embedding
     def __repr__(self) -> str:
         m = self.bundle.manifest
         return f"<Model {m.name}: {m.target['name']} {m.dtype}, on {self.device}, context {self.session.max_context}>"
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that the bundle has."""
+        return self.bundle.manifest.adapters
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter that answers are made with where a call names no other; None: the model without one."""
+        return self.session.adapter
+
+    def with_adapter(self, name: str | None) -> Model:
+        """The same model, in the same memory, with another adapter; both can be used.
+
+        Args:
+            name: one of :attr:`adapters`; None for none.
+
+        Raises:
+            OptionError: there is none of that name.
+        """
+        found = copy.copy(self)
+        found.session = self.session.with_adapter(name)
+        return found
+
+    def _adapted(self, options: GenerationOptions) -> Model:
+        return self if options.adapter is None else self.with_adapter(options.adapter)
 
     def memory(self, context: int | None = None, *, rows: int = 1) -> MemoryNeed:
         """Predicted bytes of the weights and of a state.
@@ -204,6 +231,7 @@ class Model(TaskMethods, GrammarMethods, StateMethods, ScoringMethods, Embedding
     ) -> Request:  # fmt: skip
         self._check_predicts()
         options = self._options(given)
+        model = self._adapted(options)
         many = is_batch(prompt) and (len(prompt) > 0 or state is None)  # nothing, to a state, is an empty prompt
         if not many and row_options is not None:
             raise OptionError("row_options goes with a list of prompts; give one prompt its options themselves")
@@ -211,13 +239,13 @@ class Model(TaskMethods, GrammarMethods, StateMethods, ScoringMethods, Embedding
             counts.check_single(state is not None, len(prompt))
             prompts = [self._tokens(p, f"prompt {i}") for i, p in enumerate(prompt)]
         else:
-            prompts = [self._tokens(prompt) if state is None else self._text(prompt, state)]
+            prompts = [self._tokens(prompt) if state is None else model._text(prompt, state)]
         rows = None if row_options is None else own_options(row_options, len(prompts), given, self._options)
         if not prompts:
             return Request(None, 0, counts, options)
         run = run_of(
-            self.session, self.tokenizer, prompts, counts.of(options, rows, len(prompts)), text_state=state,
-            answers=counts.made, prefixes=self._prefixes,
+            model.session, self.tokenizer, prompts, counts.of(options, rows, len(prompts)), text_state=state,
+            answers=counts.made, prefixes=model._prefixes,
         )  # fmt: skip
         return Request(run, len(prompts) if many else None, counts, options, rows)
 
@@ -236,10 +264,11 @@ class Model(TaskMethods, GrammarMethods, StateMethods, ScoringMethods, Embedding
             ContextError: likewise.
         """
         self._check_predicts()
-        tokens = self._tokens(prompt) if state is None else self._text(prompt, state)
-        checked, prefixes = self._options(options), self._prefixes
-        rows = RowOptions(checked)
-        return Stream(run_of(self.session, self.tokenizer, [tokens], rows, text_state=state, prefixes=prefixes))
+        checked = self._options(options)
+        model = self._adapted(checked)
+        tokens = self._tokens(prompt) if state is None else model._text(prompt, state)
+        rows, prefixes = RowOptions(checked), model._prefixes
+        return Stream(run_of(model.session, self.tokenizer, [tokens], rows, text_state=state, prefixes=prefixes))
 
     def astream(
         self, prompt: str | Tokens, *, state: TextState | None = None, **options: Unpack[OptionKeywords]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -21,7 +22,7 @@ from edgellm_runtime.backends import Backend, Candidates, check_updates
 from edgellm_runtime.backends.draft_graph import DraftGraph
 from edgellm_runtime.bundle.encoder_info import EncoderInfo
 from edgellm_runtime.errors import ContextError, OptionError, StateError
-from edgellm_runtime.spec import Signature
+from edgellm_runtime.spec import ADAPTER, Signature
 from edgellm_runtime.state import State
 from edgellm_runtime.state.storage import Storage
 from edgellm_runtime.text.tokenizer import check_tokens
@@ -52,6 +53,7 @@ class Session:
         capacity: slots that each row of a state has, for graphs of fixed sizes; None: as many as are needed.
         encoder: of a model that answers sources; None: it goes on with texts.
         drafter: proposes tokens from hidden states; None: the bundle has none.
+        adapters: names of those that a row may have one of.
 
     Raises:
         BackendError: the backend cannot keep one of the model's states.
@@ -60,7 +62,7 @@ class Session:
     def __init__(
         self, backend: Backend, signature: Signature, *, max_context: int, ragged_chunks: bool, chunk: int = _CHUNK,
         vocab_size: int | None = None, capacity: int | None = None, encoder: EncoderInfo | None = None,
-        drafter: DraftGraph | None = None,
+        drafter: DraftGraph | None = None, adapters: Sequence[str] = (),
     ) -> None:  # fmt: skip
         check_updates(backend, signature)
         self._backend, self.signature = backend, signature
@@ -69,6 +71,8 @@ class Session:
         self.chunk = max_context if self.one_pass else chunk
         self._capacity, self.encoder, self.drafter = capacity, encoder, drafter
         self._why_shorter = ""
+        self.adapters = tuple(adapters)
+        self.adapter: str | None = None  # of the states that new_state makes
         self.width = int(signature.outputs[0].shape[-1])
         self.vocab_size = vocab_size or self.width
 
@@ -113,6 +117,30 @@ class Session:
         """How many tokens of a row :meth:`best` can choose by itself; 0: logits are here, and it is not asked."""
         return min(self._backend.candidates, self.width)
 
+    def with_adapter(self, name: str | None) -> Session:
+        """The same steps, for states of rows with an adapter.
+
+        Args:
+            name: of the adapter; None for the model without one.
+
+        Raises:
+            OptionError: the model has none of that name.
+        """
+        if name is not None and name not in self.adapters:
+            has = f"this one has {', '.join(self.adapters)}" if self.adapters else "this one was exported with none"
+            raise OptionError(f"the model has no adapter {shown(name)}; {has}")
+        found = copy.copy(self)
+        found.adapter = name
+        return found
+
+    def adapted(self, state: State) -> bool:
+        """Whether every row of a state is of this session's adapter."""
+        return not self.adapters or bool((state.read(ADAPTER) == self._number).all())
+
+    @property
+    def _number(self) -> int:
+        return 0 if self.adapter is None else self.adapters.index(self.adapter) + 1
+
     def new_state(self, batch: int = 1, capacity: int = 0, *, sources: Sequence[Tokens] | None = None) -> State:
         """The state of rows that hold no token yet.
 
@@ -130,7 +158,11 @@ class Session:
         storage = self._backend.storage
         slots = storage.rounded(self._capacity or min(max(capacity, 1), self.max_context))
         if self.encoder is None and sources is None:
-            return State(self.signature.state, batch, slots, storage)
+            state = State(self.signature.state, batch, slots, storage)
+            if self.adapters:  # also for none, for memory may have been another state's
+                spec = next(spec for spec in self.signature.state if spec.name == ADAPTER)
+                storage.write(spec, state.tensors[ADAPTER], np.full((batch, 1), self._number, dtype=np.int32))
+            return state
         tokens, lengths = self._sources(sources)
         state = State(self.signature.state, len(tokens), slots, storage, tokens.shape[1])
         self._backend.encode(tokens, lengths, state)

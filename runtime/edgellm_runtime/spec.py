@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 __all__ = [
+    "ADAPTER",
+    "ADAPTER_NAME",
     "BATCH",
     "CAPACITY",
     "DTYPE_BYTES",
@@ -25,6 +27,7 @@ __all__ = [
     "StateSpec",
     "TensorSpec",
     "Update",
+    "adapter_spec",
 ]
 
 BATCH = "batch"
@@ -38,6 +41,8 @@ UPDATES: tuple[str, ...] = get_args(Update)
 DTYPE_BYTES: Mapping[str, int] = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1,
 }  # fmt: skip
+ADAPTER = "adapter"  # the state that holds the number of each row's adapter, 0 for none
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
 
 
@@ -214,6 +219,11 @@ class StateSpec:
     def from_json(cls, data: Mapping[str, Any]) -> StateSpec:
         shape, ring = tuple(data["shape"]), (data.get("axis"), data.get("window"))
         return cls(data["name"], shape, data["dtype"], data["update"], *ring)
+
+
+def adapter_spec() -> StateSpec:
+    """The state by which rows choose among a model's adapters; set before the first step, handed through by all."""
+    return StateSpec(ADAPTER, (BATCH, 1), "int32", "static")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import onnx
 import pytest
 import quantized_files as files
 import torch
+from quantized_rows import EVERY, GPTQ, scheme
 from safetensors.torch import load_file, save_file
 
 from edgellm.checkpoints import load_checkpoint, open_checkpoint
@@ -20,7 +21,6 @@ from edgellm.cli.export import export_checkpoint
 from edgellm.codes import CodeFormat
 from edgellm.errors import CheckpointError
 from edgellm.models.decoder import ARCHITECTURE, Decoder, DecoderConfig
-from edgellm.streaming import OwnWeights, resident
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.passes.merge_linears import parts_of
 from edgellm_exporters.quantize.stored import kept
@@ -52,62 +52,6 @@ def folder(tmp_path: Path) -> Path:
         })
     )  # fmt: skip
     return path
-
-
-def scheme(**weights):
-    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"type": "int", **weights}}}}  # fmt: skip
-
-
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
-EVERY = {
-    "gptq": (files.gptq, GPTQ),
-    "gptq, asymmetric": (partial(files.gptq, symmetric=False), GPTQ | {"sym": False}),
-    "gptq, groups of 128": (partial(files.gptq, group=128), GPTQ | {"group_size": 128}),
-    "gptq, a row": (partial(files.gptq, group=-1, symmetric=False), GPTQ | {"group_size": -1}),
-    "gptq, 8 bits": (partial(files.gptq, bits=8, group=64, symmetric=False), GPTQ | {"bits": 8, "group_size": 64}),
-    "gptq, 3 bits": (partial(files.gptq, bits=3, symmetric=False), GPTQ | {"bits": 3}),
-    "gptq, 2 bits, groups of 16": (partial(files.gptq, bits=2, group=16), GPTQ | {"bits": 2, "group_size": 16}),
-    "gptq, second format": (
-        partial(files.gptq, symmetric=False, v2=True, g_idx=False), GPTQ | {"checkpoint_format": "gptq_v2"},
-    ),
-    "gptq, act-order": (partial(files.gptq, symmetric=False, shuffled=True), GPTQ | {"desc_act": True}),
-    "auto-round": (files.gptq, GPTQ | {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}),
-    "awq": (files.awq, {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}),
-    "compressed-tensors": (files.compressed, scheme(num_bits=4, group_size=32, strategy="group")),
-    "compressed-tensors, asymmetric, groups of 64": (
-        partial(files.compressed, symmetric=False, group=64), scheme(num_bits=4, group_size=64, symmetric=False),
-    ),
-    "compressed-tensors, 8 bits, rows": (
-        partial(files.compressed, bits=8, group=-1), scheme(num_bits=8, group_size=None, strategy="channel"),
-    ),
-    "compressed-tensors, 8 bits, asymmetric": (
-        partial(files.compressed, bits=8, group=128, symmetric=False), scheme(num_bits=8, group_size=128),
-    ),
-    "compressed-tensors, whole numbers": (
-        files.eight_bits, scheme(num_bits=8, strategy="channel") | {"format": "int-quantized"},
-    ),
-    "compressed-tensors, floats": (
-        partial(files.floats8, block=None, name="weight_scale"),
-        scheme(num_bits=8, type="float", strategy="channel") | {"format": "float-quantized"},
-    ),
-    "fp8": (
-        partial(files.floats8, block=(96, 96), name="weight_scale_inv"),
-        {"quant_method": "fp8", "weight_block_size": [96, 96], "activation_scheme": "dynamic", "fmt": "e4m3"},
-    ),
-    "bitsandbytes, NF4": (
-        partial(files.four_bits, nested=False), {"quant_method": "bitsandbytes", "load_in_4bit": True},
-    ),
-    "bitsandbytes, NF4, nested": (
-        partial(files.four_bits, nested=True),
-        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    ),
-    "bitsandbytes, 8 bits": (
-        partial(files.eight_bits, name="SCB", over=127.0), {"quant_method": "bitsandbytes", "load_in_8bit": True},
-    ),
-    "MLX": (files.mlx, {"group_size": 64, "bits": 4}),
-    "MLX, 6 bits": (partial(files.mlx, bits=6, group=32), {"group_size": 32, "bits": 6, "mode": "affine"}),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", EVERY)
@@ -401,58 +345,3 @@ def test_experts_in_mxfp4_are_what_transformers_makes_of_them():
     assert found.shapes == {"experts.up": (3, 64, 10)}
     assert torch.equal(found.read("experts.up"), convert(blocks, scales, dtype=torch.float32))
     assert torch.equal(found.read("experts.up", (1, 3)), found.read("experts.up")[1:3])
-
-
-def saved(kind: str, folder: Path, **changes):
-    """A model of transformers in a folder, and its logits once its weights are what the folder then stands for."""
-    pytest.importorskip("transformers")
-    from general_models import build
-
-    model = build(kind, **changes)
-    model.save_pretrained(folder)
-    return model
-
-
-def general_logits(checkpoint, tokens):
-    with torch.inference_mode(), resident(checkpoint.model, checkpoint.weights or OwnWeights(checkpoint.model)):
-        return checkpoint.model(tokens)[0]
-
-
-def test_the_general_road_reads_quantized_folders_and_keeps_their_codes(tmp_path):
-    saved("granite", tmp_path / "model", intermediate_size=96)
-    files.write(tmp_path / "model", tmp_path / "plain", *EVERY["gptq, asymmetric"])
-    from edgellm.general import open_general
-
-    found, plain = open_general(tmp_path / "model"), open_general(tmp_path / "plain")
-    tokens = torch.arange(5, 25)[None]
-    expected = general_logits(plain, tokens)
-    assert (general_logits(found, tokens) - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert any(note.startswith("14 matrices are stored as GPTQ, 4 bits, groups of 32") for note in found.notes)
-    said = export_checkpoint(
-        tmp_path / "model", tmp_path / "kept", target="cpu", quantize="keep", road="general", tell=lambda *_: None
-    )
-    assert "14 matrices keep the checkpoint's own codes" in said["notes"]
-
-
-def test_gpt_oss_experts_in_mxfp4_go_the_general_road(tmp_path):
-    model = saved("gpt_oss", tmp_path / "model", hidden_size=64, intermediate_size=32)
-    convert = pytest.importorskip("transformers.integrations.mxfp4").convert_moe_packed_tensors
-    stored = load_file(tmp_path / "model" / "model.safetensors")
-    for name in [n for n in stored if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        experts, columns, rows = stored.pop(name).shape
-        blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
-        scales = torch.randint(120, 124, blocks.shape[:-1], dtype=torch.uint8)
-        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-        model.get_parameter(name).data = convert(blocks, scales, dtype=torch.float32)
-    save_file(stored, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
-    from edgellm.general import open_general
-
-    found = open_general(tmp_path / "model")
-    tokens = torch.arange(5, 25)[None]
-    with torch.inference_mode():
-        expected = model(tokens).logits
-    assert (general_logits(found, tokens) - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert any(note.startswith("4 matrices are stored as MXFP4, groups of 32") for note in found.notes)

@@ -15,7 +15,7 @@ from edgellm_exporters.proof.traces import Continuation, Trace, check_finite
 from edgellm_runtime.checks.far import FAR, FLOAT_INPUTS
 from edgellm_runtime.checks.layers import LAYERS, sampled_layer
 from edgellm_runtime.checks.meaning import MEANING
-from edgellm_runtime.checks.verify import GOLDENS
+from edgellm_runtime.checks.verify import ADAPTERS, GOLDENS
 from edgellm_runtime.json_text import finite
 from edgellm_runtime.spec import HIDDEN
 
@@ -27,8 +27,8 @@ _TOP, _STATE_SAMPLES = 8, 16
 
 def write_goldens(
     traces: Sequence[Trace], said: Sequence[Continuation], directory: Path, exact: Sequence[Trace] = (),
-    meaning: Mapping[str, Any] | None = None, layers: Collection[str] = (), far: FarRow | None = None, *,
-    hidden: bool = False,
+    meaning: Mapping[str, Any] | None = None, layers: Collection[str] = (), far: FarRow | None = None,
+    adapters: Mapping[str, Sequence[Trace]] | None = None, *, hidden: bool = False,
 ) -> None:  # fmt: skip
     """Write samples of what PyTorch computed.
 
@@ -39,6 +39,7 @@ def write_goldens(
         exact: of PyTorch with the bundle's own numbers, where there are such.
         layers: paths of those whose outputs the bundle's graph names; samples are of the first row.
         far: a row that begins far into the context.
+        adapters: traces of rows with each adapter, by its name.
         meaning: of the bundle's tokens and texts, as its loader has it.
         hidden: whether the bundle gives hidden states.
     """
@@ -46,6 +47,9 @@ def write_goldens(
     same = {"exact": [_sampled(trace, Continuation((), 1.0), hidden=hidden) for trace in exact]} if exact else {}
     told = {MEANING: finite(meaning)} if meaning is not None else {}
     data: dict[str, Any] = {"format": 1, "traces": sampled, **same, **told, **_layers((exact or traces)[0], layers)}
+    if adapters:
+        none = Continuation((), 1.0)
+        data[ADAPTERS] = {name: [_sampled(trace, none) for trace in made] for name, made in adapters.items()}
     if far is not None:
         sampled_far = _sampled(far.trace, Continuation((), 1.0))
         del sampled_far["greedy"]

@@ -188,11 +188,19 @@ class Batcher:
 
     def _leave(self, at: int) -> None:
         job, answer = self._running[at]
-        if self._prefixes is not None and answer.trail is not None and not job.failed:
-            self._keep(at, [*job.prompt, *answer.row.tokens], answer.trail, self._prefixes)
+        prefixes = self._of(job.options.adapter)[1]
+        if prefixes is not None and answer.trail is not None and not job.failed:
+            self._keep(at, [*job.prompt, *answer.row.tokens], answer.trail, prefixes)
         self._rows.remove(at)
         self._running[at] = self._running[-1]
         self._running.pop()
+
+    def _of(self, adapter: str | None) -> tuple[Session, Prefixes | None]:
+        """Steps and beginnings of rows with an adapter; None: the session's own."""
+        if adapter is None:
+            return self._session, self._prefixes
+        session = self._session.with_adapter(adapter)
+        return session, None if self._prefixes is None else self._prefixes.of(session)
 
     def _keep(self, at: int, tokens: list[int], trail: Trail, prefixes: Prefixes) -> None:
         """Leave an answer to the prompt that will have it in it, such as the next one of a chat."""
@@ -276,7 +284,8 @@ class Batcher:
         """The logits (1, vocab) of the prompt's last token, once that has been read."""
         start = self.clock()
         if job.reading is None:
-            job.reading = Reading(self._session, job.prompt, job.room, self._piece, self._prefixes, job.prompt_logprobs)
+            session, prefixes = self._of(job.options.adapter)
+            job.reading = Reading(session, job.prompt, job.room, self._piece, prefixes, job.prompt_logprobs)
             job.cached = job.reading.cached
             self.counts["cached_tokens"] += job.cached
         reading, before = job.reading, job.reading.read

@@ -235,6 +235,8 @@ class Scheduler:
         check_fits(self._session, self._tokenizer, [tokens], options)
         if options.beams > 1:
             raise OptionError(f"beams is {options.beams}, and a scheduler follows one; use model.generate for beams")
+        if options.adapter is not None:
+            self._session.with_adapter(options.adapter)
         if len(tokens) > self.context:
             raise ContextError(
                 f"the prompt has {len(tokens)} tokens, but memory for states ({self.options.state_bytes} bytes) allows "

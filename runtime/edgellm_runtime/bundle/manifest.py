@@ -17,7 +17,7 @@ from edgellm_runtime.bundle.limits import MAX_WIDTH
 from edgellm_runtime.errors import BundleError, first_line
 from edgellm_runtime.graphs.operators import TARGETS
 from edgellm_runtime.option_ranges import check_defaults
-from edgellm_runtime.spec import BATCH, HIDDEN, Signature, SpecError, TensorSpec
+from edgellm_runtime.spec import ADAPTER, ADAPTER_NAME, BATCH, HIDDEN, Signature, SpecError, TensorSpec, adapter_spec
 from edgellm_runtime.task_spec import TaskSpec
 
 __all__ = ["FORMAT", "GRAPH", "MANIFEST", "TEXT_FILES", "FileInfo", "Manifest", "TokenizerInfo"]
@@ -99,6 +99,7 @@ class Manifest:
         choosers: engines that choose tokens from the logits of one position.
         encoder: of a model that answers sources; None: it goes on with texts.
         drafter: proposes tokens that the model then checks; None: there is none.
+        adapters: names of those that a row may have one of; the first is number 1 in the state that chooses.
     """
 
     name: str
@@ -126,6 +127,7 @@ class Manifest:
     choosers: tuple[ChooserInfo, ...] = ()
     encoder: EncoderInfo | None = None
     drafter: DraftInfo | None = None
+    adapters: tuple[str, ...] = ()
 
     @property
     def graph_files(self) -> tuple[str, ...]:
@@ -178,6 +180,7 @@ class Manifest:
             **self._roles_json(),
             **({} if self.encoder is None else {"encoder": self.encoder.to_json()}),
             **({} if self.drafter is None else {"drafter": self.drafter.to_json()}),
+            **({"adapters": list(self.adapters)} if self.adapters else {}),
             "files": {name: {"bytes": f.bytes, "sha256": f.sha256} for name, f in self.files.items()},
             "signature": self.signature.to_json(),
         }
@@ -266,6 +269,7 @@ class Manifest:
             task=task, generation=_generation(data, width), vocab_size=_whole(data.get("vocab_size", 0)),
             **_roles(data, files, width), encoder=_encoder(data, files, signature),
             drafter=_drafter(data, files, signature),
+            adapters=_adapters(data, signature),
         )  # fmt: skip
 
 
@@ -308,6 +312,17 @@ def _drafter(data: dict[str, Any], files: Mapping[str, FileInfo], signature: Sig
     if found.file not in files or found.file == GRAPH:
         raise ValueError(f"a drafter in {found.file!r}, which is not a further one of the files")
     return found
+
+
+def _adapters(data: dict[str, Any], signature: Signature) -> tuple[str, ...]:
+    """The adapters, of which there are some if a state chooses among them."""
+    names = tuple(_a(list, data.get("adapters", [])))
+    if any(type(name) is not str or not ADAPTER_NAME.fullmatch(name) for name in names) or len({*names}) < len(names):
+        raise ValueError("adapters are no list of different names")
+    states = [spec for spec in signature.state if spec.name == ADAPTER]
+    if states != ([adapter_spec()] if names else []):
+        raise ValueError(f"{len(names)} adapters and {len(states)} states that choose one")
+    return names
 
 
 def _roles(data: dict[str, Any], files: Mapping[str, FileInfo], width: int) -> dict[str, Any]:

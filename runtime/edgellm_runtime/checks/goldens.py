@@ -15,9 +15,10 @@ from edgellm_runtime.checks.layers import LayerGolden, layer_goldens
 from edgellm_runtime.errors import BundleError, first_line
 from edgellm_runtime.spec import HIDDEN
 
-__all__ = ["EXACT", "GOLDENS", "Golden", "goldens_file", "parse_golden", "read_goldens"]
+__all__ = ["ADAPTERS", "EXACT", "GOLDENS", "Golden", "goldens_file", "parse_golden", "read_goldens"]
 
 GOLDENS = "goldens.json"
+ADAPTERS = "adapters"  # goldens of each adapter, by its name
 EXACT = "exact"  # goldens of the same numbers, beside the float model's
 _MAX_TRACES = 256
 _MAX_TOKENS = 1 << 12  # of a golden; an export writes fewer than 100
@@ -56,12 +57,13 @@ def goldens_file(bundle: Bundle) -> dict[str, Any]:
         raise BundleError(f"{file}: not goldens of this model ({first_line(error)}); export the model again") from error
 
 
-def read_goldens(bundle: Bundle, key: str = "traces") -> list[Golden]:
+def read_goldens(bundle: Bundle, key: str = "traces", adapter: str | None = None) -> list[Golden]:
     """The goldens of a bundle, checked against its signature.
 
     Args:
         bundle: that has them.
-        key: ``traces``, the float model's, or :data:`EXACT`.
+        key: ``traces``, the float model's, :data:`EXACT` or :data:`ADAPTERS`.
+        adapter: of the last, whose.
 
     Raises:
         BundleError: there are none, or they do not fit the signature.
@@ -70,6 +72,7 @@ def read_goldens(bundle: Bundle, key: str = "traces") -> list[Golden]:
     vocab = int(bundle.manifest.signature.outputs[0].shape[-1])
     try:
         traces = read_json(file, limit_of(GOLDENS))[key]
+        traces = traces if adapter is None else traces[adapter]
         if len(traces) > _MAX_TRACES:
             raise ValueError(f"{len(traces)} rows, of at most {_MAX_TRACES}")
         goldens = [parse_golden(trace, vocab, bundle.manifest.encoder is not None) for trace in traces]

@@ -21,7 +21,7 @@ from edgellm_runtime.checks.batches import batch_difference, relative
 from edgellm_runtime.checks.distance import distance
 from edgellm_runtime.checks.draft import DRAFTED, draft_difference, draft_goldens
 from edgellm_runtime.checks.far import FAR, FORMS, far_golden, far_outputs, float_session, reads_floats
-from edgellm_runtime.checks.goldens import EXACT, GOLDENS, Golden, goldens_file, read_goldens
+from edgellm_runtime.checks.goldens import ADAPTERS, EXACT, GOLDENS, Golden, goldens_file, read_goldens
 from edgellm_runtime.checks.layers import LAYERS, layer_difference, layer_goldens, tapped
 from edgellm_runtime.checks.meaning import MEANING, differences
 from edgellm_runtime.errors import BundleError, first_line
@@ -29,7 +29,7 @@ from edgellm_runtime.session import Session
 from edgellm_runtime.state import State
 
 __all__ = [
-    "AT_LEAST", "EXACT", "GOLDENS", "Check", "Golden", "Verification", "distance", "exact_figures", "held",
+    "ADAPTERS", "AT_LEAST", "EXACT", "GOLDENS", "Check", "Golden", "Verification", "distance", "exact_figures", "held",
     "read_goldens", "verify", "verify_quickly",
 ]  # fmt: skip
 
@@ -62,6 +62,9 @@ _WHAT = {
     "meaning": "tokens, texts, template and limits are those of the export",
     "greedy": "greedy continuations equal to PyTorch's, share of tokens",
 }
+
+
+_DISTANCES = ("logits", "kl", "state")
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ def verify(
         checks.append(held(name, value, bound))
     if MEANING not in bounds and MEANING in goldens_file(bundle):
         checks.append(replace(held(MEANING, 1.0, 0.0), what="there is a record of it and no bound"))
+    checks += [_adapter(bundle, session, name) for name in bundle.manifest.adapters]
     progress("the same numbers")
     if measured:
         checks += _exact(bundle, session)
@@ -191,6 +195,16 @@ def verify_quickly(bundle: Bundle, session: Session) -> Verification:
         if name in bounds
     )
     return Verification((held("files", 0.0, 0.0), *checks))
+
+
+def _adapter(bundle: Bundle, session: Session, name: str) -> Check:
+    """Rows with an adapter held to their goldens: by how many times its bound the worst figure is off."""
+    bounds, own, shares = bundle.manifest.bounds, session.with_adapter(name), [0.0]
+    for golden in read_goldens(bundle, ADAPTERS, name):
+        figures = _figures(own, golden)
+        shares += [figures.get(figure, math.nan) / bounds[figure] for figure in _DISTANCES if figure in bounds]
+    found = held(f"{ADAPTERS}.{name}", float(np.max(shares)), 1.0)
+    return replace(found, what=f"rows with adapter {name}: the worst figure, in times its bound")
 
 
 def _meaning(bundle: Bundle) -> Check:

@@ -221,6 +221,11 @@ class Conversation:
         """
         check_text("text", text)
         checked = with_defaults(self._defaults, options)
+        if checked.adapter not in (None, self._session.adapter):
+            raise OptionError(
+                f"adapter is {checked.adapter!r}, and the conversation has read with another or none; make one with "
+                "model.with_adapter(name).conversation()"
+            )
         self._close()
         turn = [*self._messages, {"role": "user", "content": text}]
         prompt = self._template.encode(turn, **self._inputs)

@@ -15,6 +15,7 @@ from edgellm_runtime.arguments import (
     check_list,
     check_number,
     check_progress,
+    check_text,
     shown,
 )
 from edgellm_runtime.errors import OptionError
@@ -55,6 +56,7 @@ class OptionKeywords(TypedDict, total=False):
     draft: Drafting | None
     beams: int
     length_penalty: float
+    adapter: str | None
     deadline: float | None
     cancel: threading.Event | None
     typical_p: float
@@ -88,6 +90,8 @@ class GenerationOptions(SamplingOptions):
         beams: follow so many likeliest beginnings of an answer, and give the likeliest whole one; 1 is greedy or draws.
             The answer is there all at once, in a stream as one chunk. ``n`` answers are then the ``n`` best.
         length_penalty: of beams: 0 compares log-probabilities, 1 their means over an answer's tokens.
+        adapter: of those that the bundle has, the one to answer with; None: that of the model or of the conversation,
+            which has none unless ``with_adapter`` gave it one.
         deadline: seconds after the call at which the answer ends, between two tokens or two pieces of a long prompt;
             ``finish_reason`` is then ``deadline``. What it has by then is the answer.
         cancel: ends the answer at the same points once it is set, by whichever thread.
@@ -108,6 +112,7 @@ class GenerationOptions(SamplingOptions):
     draft: Drafting | None = None
     beams: int = 1
     length_penalty: float = 1.0
+    adapter: str | None = None
     deadline: float | None = None
     cancel: threading.Event | None = None
 
@@ -142,6 +147,8 @@ class GenerationOptions(SamplingOptions):
             )
         if self.cancel is not None:
             check_instance("cancel", self.cancel, threading.Event, "threading.Event() makes one")
+        if self.adapter is not None:
+            check_text("adapter", self.adapter)
         check_progress(self.progress)
         for name, value in checked.items():
             object.__setattr__(self, name, value)

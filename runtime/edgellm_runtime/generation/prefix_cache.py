@@ -24,6 +24,7 @@ from edgellm_runtime.arguments import check_integer, check_path
 from edgellm_runtime.generation.prefix_files import BlockFiles
 from edgellm_runtime.generation.trail import BLOCK, Trail
 from edgellm_runtime.session import Session
+from edgellm_runtime.spec import ADAPTER
 from edgellm_runtime.state import State
 from edgellm_runtime.state.blocks import filled, slots_of
 from edgellm_runtime.state.snapshot import Snapshot, overwritten
@@ -192,10 +193,16 @@ class Prefixes:
     def __init__(self, cache: PrefixCache, session: Session, fingerprint: str) -> None:
         self._cache, self._session = cache, session
         self._specs = session.signature.state
-        self._root = hashlib.sha256(f"{fingerprint} {session.device} {BLOCK}".encode()).digest()
-        # a static state may be made of more than tokens
-        self._on = all(spec.update != "static" for spec in self._specs)
+        self._fingerprint = fingerprint
+        told = "" if session.adapter is None else f" {session.adapter}"
+        self._root = hashlib.sha256(f"{fingerprint} {session.device} {BLOCK}{told}".encode()).digest()
+        # a static state may be made of more than tokens; that of an adapter is, and the session has it
+        self._on = all(spec.update != "static" or spec.name == ADAPTER for spec in self._specs)
         self._overwrites = bool(overwritten(self._specs))
+
+    def of(self, session: Session) -> Prefixes:
+        """The same cache for another adapter of the model."""
+        return self if session.adapter == self._session.adapter else Prefixes(self._cache, session, self._fingerprint)
 
     def resume(self, tokens: Sequence[int], state: State, trail: Trail) -> tuple[int, list[int]]:
         """Fill an empty row with the longest beginning of a text that is there.

@@ -190,6 +190,11 @@ class TextState:
                 f"the state is {self._bundle.manifest.name}'s, another model or another version of it than "
                 f"{bundle.manifest.name}; begin with new_state()"
             )
+        if session.adapter != self._session.adapter:
+            raise StateError(
+                f"the state is of {_with(self._session.adapter)}, and this model has {_with(session.adapter)}; begin "
+                "with new_state()"
+            )
 
 
 def about_of(bundle: Bundle) -> dict[str, Any]:
@@ -216,7 +221,13 @@ def load_for(path: Path, session: Session, bundle: Bundle) -> State:
             f"{path}: the state of {shown(state.about.get('bundle'))}, another model or another version of it than "
             f"{bundle.manifest.name}; read the text again"
         )
+    if not session.adapted(state):
+        raise StateError(f"{path}: the state of another adapter than {_with(session.adapter)}; read the text again")
     return state
+
+
+def _with(adapter: str | None) -> str:
+    return "no adapter" if adapter is None else f"adapter {adapter}"
 
 
 def trail_of(state: State) -> Trail:

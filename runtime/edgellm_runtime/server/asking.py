@@ -99,7 +99,7 @@ async def ask(
     """
     loop, events, cancelled = asyncio.get_running_loop(), asyncio.Queue[Event](), threading.Event()
     asked = Asked(answers, events, cancelled)
-    own: OptionKeywords = {**options, "cancel": cancelled, "deadline": timeout}
+    own: OptionKeywords = {**options, "cancel": cancelled, "deadline": timeout, "adapter": hosted.model.adapter}
 
     def submit() -> None:
         ticket = hosted.scheduler.submit(

@@ -31,7 +31,7 @@ class Hosted:
     Args:
         name: what clients call it.
         model: which.
-        scheduler: runs its requests.
+        scheduler: runs its requests; models of one bundle that differ in their adapter share it.
         created: when it was loaded, in seconds since 1970.
     """
 
@@ -73,8 +73,8 @@ class Host:
 
     def close(self, *, drain: bool = False) -> None:
         """End the schedulers' threads."""
-        for hosted in self:
-            hosted.scheduler.close(drain=drain)
+        for scheduler in {id(hosted.scheduler): hosted.scheduler for hosted in self}.values():
+            scheduler.close(drain=drain)
 
 
 def open_host(
@@ -112,7 +112,8 @@ def open_host(
         scheduler = model.scheduler(
             rows=batch.rows, queue=batch.queue, piece=batch.piece, exact=batch.exact, state_bytes=batch.state_bytes
         )
-        hosted.append(Hosted(name, model, scheduler, int(time.time())))
+        views = {name: model, **{f"{name}:{adapter}": model.with_adapter(adapter) for adapter in model.adapters}}
+        hosted += [Hosted(called, view, scheduler, int(time.time())) for called, view in views.items()]
     return Host(hosted)
 
 

@@ -90,7 +90,7 @@ class Journal:
         yield from self._loads()
 
     def _loads(self) -> Iterator[str]:
-        loads = {hosted.name: hosted.scheduler.load for hosted in self._host}
+        loads = {hosted.name: hosted.scheduler.load for hosted in self._host if hosted.model.adapter is None}
         for name, about, values in (
             ("edgellm_running", "Answers that run.", {m: load.running for m, load in loads.items()}),
             ("edgellm_waiting", "Requests without a place.", {m: load.waiting for m, load in loads.items()}),
