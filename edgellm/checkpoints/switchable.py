@@ -70,7 +70,8 @@ class Switchable(nn.Module):
     def _add(self, number: int, _module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
         assert self._numbers is not None
         down, up = (getattr(self, f"{name}{number}").index_select(0, self._numbers) for name in ("down", "up"))
-        return y + (inputs[0] @ down) @ up
+        added: Tensor = (inputs[0] @ down) @ up
+        return y + added
 
 
 class _Prefixed:
@@ -116,7 +117,7 @@ def switchable(checkpoint: Checkpoint, adapters: Mapping[str, Path]) -> Checkpoi
     """
     if bad := next((name for name in adapters if not ADAPTER_NAME.fullmatch(name)), None):
         raise CheckpointError(f"{bad!r} is no name of an adapter; use letters, digits, '.', '_' and '-', at most 64")
-    if answers_sources(checkpoint.model):  # type: ignore[arg-type]
+    if answers_sources(checkpoint.model):
         raise CheckpointError("a model with an encoder has no switchable adapters; merge one with --adapter DIR")
     found = {name: _matrices(checkpoint, path) for name, path in adapters.items()}
     model = Switchable(checkpoint.model, list(adapters), _stacked(checkpoint.model, list(found.values())))
@@ -146,7 +147,7 @@ def _stacked(
     """All adapters' matrices of a module in two tensors; those of less rank, and of adapters without it, are zeros."""
     stacks = {}
     for module in sorted({module for matrices in found for module in matrices}):
-        rows, columns = model.get_submodule(module).weight.shape  # type: ignore[union-attr,misc]
+        rows, columns = model.get_submodule(module).weight.shape  # type: ignore[misc]
         rank = max(len(matrices[module][0]) for matrices in found if module in matrices)
         down, up = torch.zeros(len(found) + 1, columns, rank), torch.zeros(len(found) + 1, rank, rows)
         for number, matrices in enumerate(found, start=1):
