@@ -43,6 +43,8 @@ class FakeSession:
     """Logits that depend on every token of the row, in order, and on nothing else."""
 
     device, candidates, predicts_tokens, encoder = "cpu", 0, True, None
+    adapter: str | None = None
+    adapters: tuple[str, ...] = ()
     chunk = 256
 
     def __init__(self, vocab_size: int, max_context: int = 64, *, recurrent: bool = True) -> None:

@@ -126,10 +126,11 @@ class LoraSource:
             CheckpointError: as the sources.
         """
         replaced = self._replaced.get(name)
-        if replaced is not None:
+        if replaced is None:
+            tensor = self._base.read(name, rows)
+        else:
             whole = self._convert(name, self._adapter.read(replaced))
-            return whole if rows is None else whole[rows[0] : rows[1]]
-        tensor = self._base.read(name, rows)
+            tensor = whole if rows is None else whole[rows[0] : rows[1]]
         if name not in self._merged:
             return tensor
         down, up = self.matrices(name)

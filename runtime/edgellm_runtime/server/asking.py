@@ -99,7 +99,9 @@ async def ask(
     """
     loop, events, cancelled = asyncio.get_running_loop(), asyncio.Queue[Event](), threading.Event()
     asked = Asked(answers, events, cancelled)
-    own: OptionKeywords = {**options, "cancel": cancelled, "deadline": timeout, "adapter": hosted.model.adapter}
+    own: OptionKeywords = {**options, "cancel": cancelled, "deadline": timeout}
+    if (adapter := hosted.model.adapter) is not None:
+        own["adapter"] = adapter
 
     def submit() -> None:
         ticket = hosted.scheduler.submit(
