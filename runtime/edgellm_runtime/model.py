@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -88,32 +87,6 @@ class Model(TaskMethods, GrammarMethods, StateMethods, ScoringMethods, Embedding
     def __repr__(self) -> str:
         m = self.bundle.manifest
         return f"<Model {m.name}: {m.target['name']} {m.dtype}, on {self.device}, context {self.session.max_context}>"
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """The names of the adapters that the bundle has."""
-        return self.bundle.manifest.adapters
-
-    @property
-    def adapter(self) -> str | None:
-        """The adapter that answers are made with where a call names no other; None: the model without one."""
-        return self.session.adapter
-
-    def with_adapter(self, name: str | None) -> Model:
-        """The same model, in the same memory, with another adapter; both can be used.
-
-        Args:
-            name: one of :attr:`adapters`; None for none.
-
-        Raises:
-            OptionError: there is none of that name.
-        """
-        found = copy.copy(self)
-        found.session = self.session.with_adapter(name)
-        return found
-
-    def _adapted(self, options: GenerationOptions) -> Model:
-        return self if options.adapter is None else self.with_adapter(options.adapter)
 
     def memory(self, context: int | None = None, *, rows: int = 1) -> MemoryNeed:
         """Predicted bytes of the weights and of a state.

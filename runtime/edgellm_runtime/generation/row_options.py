@@ -17,7 +17,7 @@ from edgellm_runtime.generation.sampling import Sampler
 
 __all__ = ["Choosing", "RowOptions", "own_options"]
 
-_OF_THE_CALL = ("adapter", "adapter", "progress", "draft")  # which are one step's or one prompt's affair
+_OF_THE_CALL = ("adapter", "progress", "draft")  # which are one step's or one prompt's affair
 
 
 class Choosing(Protocol):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from edgellm_runtime.arguments import check_instance, check_progress
 from edgellm_runtime.errors import OptionError
 from edgellm_runtime.generation.drafting import BundleDrafter, Drafter
+from edgellm_runtime.generation.options import GenerationOptions
 from edgellm_runtime.generation.prefix_cache import PrefixCache, Prefixes
 from edgellm_runtime.generation.prompts import Tokens, prompt_tokens
 from edgellm_runtime.generation.text_state import TextState
@@ -33,6 +35,32 @@ class StateMethods(ABC):
     @abstractmethod
     def tokenizer(self) -> Tokenizer | None:
         """The bundle's."""
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that the bundle has."""
+        return self.bundle.manifest.adapters
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter that answers are made with where a call names no other; None: the model without one."""
+        return self.session.adapter
+
+    def with_adapter(self, name: str | None) -> Self:
+        """The same model, in the same memory, with another adapter; both can be used.
+
+        Args:
+            name: one of :attr:`adapters`; None for none.
+
+        Raises:
+            OptionError: there is none of that name.
+        """
+        found = copy.copy(self)
+        found.session = self.session.with_adapter(name)
+        return found
+
+    def _adapted(self, options: GenerationOptions) -> Self:
+        return self if options.adapter is None else self.with_adapter(options.adapter)
 
     def new_state(self) -> TextState:
         """The state of an empty text, to be given to :meth:`generate`, :meth:`stream` or :meth:`read`."""
