@@ -14,7 +14,7 @@ import pytest
 from generation_fakes import FakeSession, fake_model
 from task_models import spec_of
 from task_models import tokenizer as task_tokenizer
-from tiny_bundles import attention_bundle, recurrent_bundle
+from tiny_bundles import attention_bundle, hidden_bundle, recurrent_bundle
 
 import edgellm_runtime
 from edgellm_runtime import OptionError, RuntimeFault
@@ -87,6 +87,7 @@ KINDS: dict[str, set[str]] = {
     "memory": {"2**70", "10**6000", "10**9"},
     "path or None": {"None", "'zz'", "'no'"},
     "scored": {"[]", "array([])", "array(text)", "[[1], [1, 2]]"},
+    "embedded": TEXT | {"[]", "array([])", "array(text)", "[[1], [1, 2]]"},
     "bias": {"{}", "None"},
     "ids": {"[]", "array([])"},
     "function or None": {"None", "function"},
@@ -118,6 +119,7 @@ INTERNAL = {
     "State.first",
     "State.settle",
     "Session.shorten",
+    "Model.text_tokens",
 }  # which other parts of the runtime call
 BATCH = {"rows": "small integer", "queue": "small integer", "piece": "small integer or None", "exact": "flag",
          "state_bytes": "memory or None"}  # fmt: skip
@@ -143,6 +145,8 @@ TABLE: dict[str, dict[str, str]] = {
     "Model.new_state": {},
     "Model.drafter": {},
     "Model.score": {"texts": "scored", "bos": "flag"},
+    "Model.embed": {"texts": "embedded", "pooling": "choice", "normalize": "flag", "truncate": "flag"},
+    "Model.aembed": {"texts": "embedded", "pooling": "choice", "normalize": "flag", "truncate": "flag"},
     "Model.load_state": {"path": "path"},
     "Model.load_conversation": {"path": "path"},
     "TextState.fork": {},
@@ -167,6 +171,9 @@ TABLE: dict[str, dict[str, str]] = {
     "Session.new_state": {"batch": "small integer", "capacity": "integer", "sources": "integers or None"},
     "Session.step": {"tokens": "array", "state": "object", "lengths": "integers or None", "logits": "choice",
                      "progress": "function or None"},
+    "Session.step_hidden": {"tokens": "array", "state": "object", "lengths": "integers or None", "logits": "choice",
+                            "progress": "function or None"},
+    "Session.check_hidden": {},
     "Session.best": {"tokens": "array", "state": "object", "count": "small integer"},
     "State": {"specs": "specs", "batch": "small integer", "capacity": "small integer"},
     "State.read": {"name": "choice"},
@@ -218,6 +225,7 @@ class Fixtures:
         self.session = edgellm_runtime.open_session(self.bundle, threads=1)
         self.recurrent = edgellm_runtime.open_session(Bundle(recurrent_bundle()), threads=1)
         self.texts = edgellm_runtime.load(attention_bundle(), threads=1)
+        self.hidden = edgellm_runtime.load(hidden_bundle(), threads=1)
         self.text_file = folder / "text.state"
         self.texts.read("hello").save(self.text_file)
         self.talk_file = folder / "talk.state"
@@ -247,6 +255,12 @@ class Fixtures:
             return getattr(edgellm_runtime, owner), {**given, "threads": 1}
         if (owner, method) == ("Model", "score"):
             return self.texts.score, {"texts": ["hello"]}
+        if (owner, method) in (("Model", "embed"), ("Model", "aembed")):
+            return getattr(self.hidden, method), {"texts": "hello"}
+        if owner == "Session" and method.endswith("hidden"):
+            state = self.hidden.session.new_state(1, 8)
+            right = {"tokens": [[1, 2]], "state": state} if method == "step_hidden" else {}
+            return getattr(self.hidden.session, method), right
         loading = ("read", "new_state", "load_state", "memory", "load_conversation")
         if owner == "Conversation" and method in ("save", "restore"):
             return getattr(self.texts.conversation(), method), {"path": self.talk_file}

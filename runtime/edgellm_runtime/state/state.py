@@ -230,7 +230,7 @@ class State:
         """
         if row is None and self.batch != 1:
             raise StateError(f"cannot take a snapshot of {self.batch} rows; name one of them")
-        at = check_integer("row", row or 0)
+        at = 0 if row is None else check_integer("row", row)
         if not 0 <= at < self.batch:
             raise StateError(f"row {at} of a state of {self.batch} rows; name one from 0 to {self.batch - 1}")
         if self.batch > 1 and not isinstance(self.storage, HostStorage):  # elsewhere a row is not to be looked at alone
