@@ -238,3 +238,37 @@ def test_a_template_in_a_gguf_is_refused_before_it_is_in_a_bundle_cve_2024_34359
     assert "cycler" in (tmp_path / "chat_template.jinja").read_text()
     with pytest.raises(ExportError, match="chat template cannot be used"):
         check_text(tmp_path, TokenizerInfo(None, (2,), False, True), None, 1000)
+
+
+FOUND: dict[str, tuple[str, str, tuple[str, ...], Any]] = {
+    "a head whose table would take gigabytes": ("checkpoint-foreign", "config.json", ("head_dim",), 1 << 24),
+    "a base that no float holds": ("checkpoint-own", "edgellm.json", ("config", "rope_theta"), 10**400),
+    "an epsilon that is none": ("checkpoint-hybrid", "edgellm.json", ("config", "norm_eps"), {"a": 1}),
+    "a size beyond 64 bits": ("checkpoint-hybrid", "edgellm.json", ("config", "recurrent_width"), 1 << 63),
+    "a context whose table would be as large": ("checkpoint-own", "edgellm.json", ("config", "max_context"), 1 << 30),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_numbers_that_fuzzing_found_are_refused_before_anything_is_made_of_them(
+    source: Path, tmp_path: Path, name: str
+) -> None:
+    kind, file, keys, value = FOUND[name]
+    folder = copied_folder(source, kind, tmp_path)
+    data = json.loads((folder / file).read_text())
+    place = data
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    (folder / file).write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match=keys[-1]) as refusal:
+        open_checkpoint(folder)
+    assert len(str(refusal.value)) < 2000
+
+
+def test_an_adapters_factor_that_no_float_holds_is_refused(source: Path, tmp_path: Path) -> None:
+    folder = copied_folder(source, "checkpoint-foreign", tmp_path)
+    config = json.loads((folder / "adapter/adapter_config.json").read_text())
+    (folder / "adapter/adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 10**400}))
+    with pytest.raises(CheckpointError, match="lora_alpha"):
+        adapted(open_checkpoint(folder), folder / "adapter")
