@@ -13,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from edgellm_runtime.bundle import TokenizerInfo
 from edgellm_runtime.errors import ContextError
 from edgellm_runtime.model import Model
+from edgellm_runtime.session import Session
 from edgellm_runtime.spec import StateSpec
 from edgellm_runtime.state import State
 from edgellm_runtime.state.storage import HOST
@@ -45,6 +46,7 @@ class FakeSession:
     device, candidates, predicts_tokens, encoder = "cpu", 0, True, None
     adapter: str | None = None
     adapters: tuple[str, ...] = ()
+    with_adapter = Session.with_adapter
     chunk = 256
 
     def __init__(self, vocab_size: int, max_context: int = 64, *, recurrent: bool = True) -> None:

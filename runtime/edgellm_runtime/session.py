@@ -16,6 +16,7 @@ from edgellm_runtime.arguments import (
     check_integers,
     check_list,
     check_progress,
+    check_text,
     shown,
 )
 from edgellm_runtime.backends import Backend, Candidates, check_updates
@@ -126,7 +127,7 @@ class Session:
         Raises:
             OptionError: the model has none of that name.
         """
-        if name is not None and name not in self.adapters:
+        if name is not None and check_text("adapter", name) not in self.adapters:
             has = f"this one has {', '.join(self.adapters)}" if self.adapters else "this one was exported with none"
             raise OptionError(f"the model has no adapter {shown(name)}; {has}")
         found = copy.copy(self)

@@ -105,6 +105,7 @@ OPTIONS = {
     "draft": "object or None", "beams": "small integer", "length_penalty": "number", "shown_tokens": "ids",
     "progress": "function or None", "deadline": "number or None", "cancel": "object or None", "typical_p": "number",
     "penalty_window": "integer", "forced_tokens": "ids", "grammar": "object or None",
+    "adapter": "choice or None",
 }  # fmt: skip
 TEMPLATE = {"tools": "objects or None", "documents": "objects or None", "template_variables": "variables or None"}
 COUNTS = {"state": "object or None", "n": "small integer or None", "best_of": "small integer or None"}
@@ -120,6 +121,7 @@ INTERNAL = {
     "State.settle",
     "Session.shorten",
     "Model.text_tokens",
+    "Session.adapted",
 }  # which other parts of the runtime call
 BATCH = {"rows": "small integer", "queue": "small integer", "piece": "small integer or None", "exact": "flag",
          "state_bytes": "memory or None"}  # fmt: skip
@@ -168,6 +170,8 @@ TABLE: dict[str, dict[str, str]] = {
     "Conversation.edit": {"messages": "history"},
     "Conversation.save": {"path": "path"},
     "Conversation.restore": {"path": "path"},
+    "Model.with_adapter": {"name": "choice or None"},
+    "Session.with_adapter": {"name": "choice or None"},
     "Session.new_state": {"batch": "small integer", "capacity": "integer", "sources": "integers or None"},
     "Session.step": {"tokens": "array", "state": "object", "lengths": "integers or None", "logits": "choice",
                      "progress": "function or None"},
@@ -261,13 +265,14 @@ class Fixtures:
             state = self.hidden.session.new_state(1, 8)
             right = {"tokens": [[1, 2]], "state": state} if method == "step_hidden" else {}
             return getattr(self.hidden.session, method), right
-        loading = ("read", "new_state", "load_state", "memory", "load_conversation")
+        loading = ("read", "new_state", "load_state", "memory", "load_conversation", "with_adapter")
         if owner == "Conversation" and method in ("save", "restore"):
             return getattr(self.texts.conversation(), method), {"path": self.talk_file}
         if owner == "TextState" or (owner == "Model" and method in loading):
             right = {
                 "read": {"prompt": "hello"}, "load_state": {"path": self.text_file}, "rewind": {"tokens": 1},
-                "save": {"path": self.text_file}, "load_conversation": {"path": self.talk_file},
+                "save": {"path": self.text_file}, "with_adapter": {"name": None},
+                "load_conversation": {"path": self.talk_file},
                 "load": {"path": self.text_file, "session": self.texts.session, "bundle": self.texts.bundle},
             }.get(method, {})  # fmt: skip
             return getattr(self.texts if owner == "Model" else self.texts.read("hello"), method), right
@@ -307,6 +312,7 @@ class Fixtures:
         messages = [{"role": "user", "content": "hello"}]
         few = {"max_new_tokens": 1}
         return {
+            "with_adapter": {"name": None},
             "generate": {"prompt": "hello", **few}, "stream": {"prompt": "hello", **few},
             "agenerate": {"prompt": "hello", **few}, "astream": {"prompt": "hello", **few},
             "chat": {"messages": messages, **few}, "stream_chat": {"messages": messages, **few},
@@ -407,7 +413,7 @@ def test_a_wrong_value_is_refused_in_the_runtimes_own_words(
         ("Tokenizer.decode", {"tokens": "abc"}, "the tokens are 'abc'; they must be a list of token ids"),
         ("Tokenizer.encode", {"special": "yes"}, "special is 'yes'; it must be True or False"),
         ("Model.generate", {"max_new_token": 3}, "there is no option 'max_new_token'; did you mean max_new_tokens?"),
-        ("Model.chat", {"zzz": 3}, "there is no option 'zzz'; there are banned_tokens, "),
+        ("Model.chat", {"zzz": 3}, "there is no option 'zzz'; there are adapter, "),
         ("load", {"path": ""}, "path is ''; it must be the path of a file or a folder"),
         ("load", {"checksums": 0}, "checksums is 0; it must be True or False"),
         ("load", {"threads": "2"}, "threads is '2'; it must be an integer"),
