@@ -232,7 +232,7 @@ class State:
             raise StateError(f"cannot take a snapshot of {self.batch} rows; name one of them")
         at = 0 if row is None else check_integer("row", row)
         if not 0 <= at < self.batch:
-            raise StateError(f"row {at} of a state of {self.batch} rows; name one from 0 to {self.batch - 1}")
+            raise StateError(f"row {shown(at)} of a state of {self.batch} rows; name one from 0 to {self.batch - 1}")
         if self.batch > 1 and not isinstance(self.storage, HostStorage):  # elsewhere a row is not to be looked at alone
             return self.take([at]).snapshot()
         read = {s.name: self.storage.read(s, self.tensors[s.name]) for s in overwritten(self.specs)}
