@@ -30,6 +30,7 @@ from edgellm.models.qwen3_next import Qwen3NextConfig, qwen3_next
 from edgellm.models.recurrent_gemma import RecurrentGemmaConfig, recurrent_gemma
 from edgellm.models.rwkv import RWKV, RWKVConfig
 from edgellm.models.xlstm import XLSTMConfig, xlstm
+from edgellm.models.zamba2 import Zamba2, Zamba2Config
 
 VOCAB, CONTEXT = 101, 64
 
@@ -105,6 +106,15 @@ def one_thing_a_layer() -> nn.Module:
         NemotronHConfig(
             **SPACE | {"pattern": ("space", "experts", "attention", "mlp")}, num_experts=6, num_chosen=4, num_sets=3,
             sets_chosen=2, expert_width=24, shared_width=44, latent_width=32, norm_eps=0.1,
+        )
+    )  # fmt: skip
+
+
+def shared_blocks() -> nn.Module:
+    return Zamba2(
+        Zamba2Config(
+            **SPACE | {"pattern": ("shared", "space", "shared", "shared"), "num_kv_heads": 4}, num_blocks=2, rank=6,
+            attention_changes=True, rotates=True, mlp_bias=True,
         )
     )  # fmt: skip
 
@@ -210,6 +220,7 @@ FURTHER: dict[str, Callable[[], nn.Module]] = {
         residual_scale=0.6,
         logit_scale=0.5,
     ),
+    "state space and shared attention": shared_blocks,
     "state space beside attention": side_by_side(norm="before the gate", bias=True),
 }
 EVERY = FAMILIES | FURTHER

@@ -98,6 +98,10 @@ ENTRIES: Mapping[str, Entry] = {
     "rwkv": Entry(
         module="edgellm.models.rwkv", about="fading averages", presets=("tiny",), huggingface=("rwkv",),
     ),
+    "zamba2": Entry(
+        module="edgellm.models.zamba2", about="state space, shared attention", presets=("tiny",),
+        huggingface=("zamba2",),
+    ),
     "xlstm": Entry(
         module="edgellm.models.xlstm", about="matrix memories", presets=("tiny",), huggingface=("xlstm",),
     ),

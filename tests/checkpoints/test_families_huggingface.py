@@ -62,6 +62,11 @@ NEMOTRON_H = HEADS | {
     "moe_shared_expert_intermediate_size": 30, "time_step_min": 0.5, "layer_norm_epsilon": 0.1,
     "routed_scaling_factor": 1.5,
 }  # fmt: skip
+ZAMBA2 = {
+    "hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 4, "max_position_embeddings": CONTEXT,
+    "layers_block_type": ["hybrid", "mamba", "hybrid"], "num_hidden_layers": 3, "mamba_d_state": 10,
+    "n_mamba_heads": 8, "adapter_rank": 5, "chunk_size": 16, "time_step_min": 0.5, "rms_norm_eps": 0.1,
+}  # fmt: skip
 FALCON_H1 = HEADS | {
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "mamba_d_ssm": 40, "mamba_n_heads": 8,
     "mamba_d_state": 10, "mamba_chunk_size": 16, "embedding_multiplier": 3.0, "lm_head_multiplier": 0.3,
@@ -141,6 +146,19 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         NEMOTRON_H
         | {"moe_latent_size": 24, "mlp_bias": True, "use_bias": True, "use_conv_bias": False, "conv_kernel": 3}
         | {"num_experts_per_tok": 6, "tie_word_embeddings": True},
+    ),
+    ("Zamba2", ZAMBA2),
+    ("Zamba2", ZAMBA2 | {"num_mem_blocks": 2, "use_shared_attention_adapter": True, "use_mem_rope": True}),
+    (
+        "Zamba2",
+        ZAMBA2
+        | {
+            "num_mem_blocks": 1,
+            "num_key_value_heads": 2,
+            "mamba_ngroups": 4,
+            "mamba_d_conv": 3,
+            "add_bias_linear": True,
+        },
     ),
     ("FalconH1", FALCON_H1),
     (
@@ -286,6 +304,9 @@ def test_logits_equal_transformers_whole_and_in_steps(kind: str, options: dict[s
         ("NemotronH", {"layers_block_type": ["mamba", "conv"]}, "layers_block_type is 'conv'"),
         ("NemotronH", {"n_group": 3, "topk_group": 1, "num_experts_per_tok": 3}, "num_chosen 3: of 6 experts"),
         ("NemotronH", {"num_nextn_predict_layers": 1}, "num_nextn_predict_layers is 1"),
+        ("Zamba2", {"layers_block_type": ["mamba", "attention"]}, "layers_block_type is 'attention'"),
+        ("Zamba2", {"n_mamba_heads": 7}, "n_mamba_heads is 7"),
+        ("Zamba2", {"use_long_context": True}, "use_long_context is True"),
         ("FalconH1", {"mamba_d_head": 6}, "mamba_d_head is 6"),
         ("FalconH1", {"ssm_multipliers": [1.0, 2.0]}, r"ssm_multipliers is \[1.0, 2.0\]; it must be 5 finite numbers"),
         ("FalconH1", {"key_multiplier": float("nan")}, "key_multiplier is nan"),
