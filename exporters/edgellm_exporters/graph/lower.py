@@ -19,6 +19,7 @@ from edgellm_exporters.passes.find_linears import FindLinears
 from edgellm_exporters.passes.fold_constants import FoldConstants
 from edgellm_exporters.passes.fold_orders import FoldOrders
 from edgellm_exporters.passes.head_norms import HeadNorms
+from edgellm_exporters.passes.separate_dequantize import SeparateDequantize
 from edgellm_exporters.passes.unroll_single_steps import UnrollSingleSteps
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_runtime.graphs.operators import allowed
@@ -93,6 +94,8 @@ def lower_to(
         common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(), DistinctOutputs(),
         common.TopologicalSortPass(), common.NameFixPass(),
     )(captured)  # fmt: skip
+    if form is not None:
+        SeparateDequantize()(captured)
     if form is not None or dtype != "float32" or rounded:
         narrow(captured, dtype, rounded)
     compute_in_float32(captured, target.wide.get(dtype, ()), dtype)

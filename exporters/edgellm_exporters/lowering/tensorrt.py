@@ -37,7 +37,7 @@ def embedding(context: Lowering, view: View) -> Sequence[ir.Value]:
 
 def matmul(context: Lowering, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
     """X W^T + b, W as a float or as codes and scales; X rounded where the plan says to what."""
-    y = context.op("MatMul", _rounded(context, x, weight), _read(context, weight))
+    y = context.op("MatMul", _rounded(context, x, weight), _columns(context, weight))
     return y if bias is None else context.op("Add", y, bias)
 
 
@@ -59,22 +59,6 @@ def _rounded(context: Lowering, x: ir.Value, weight: ir.Value) -> ir.Value:
 def _tied(context: Lowering, weight: ir.Value) -> bool:
     """Whether rows of a weight are looked up too; it is then stored once, by rows."""
     return context.once(("tied", weight.name), lambda: standard.is_shared(weight))
-
-
-def _read(context: Lowering, weight: ir.Value) -> ir.Value:
-    """W^T for one product: the builder ends on a DequantizeLinear that two products read, so each has its own, of the
-    same codes; in a loop it is the one that was made outside.
-    """
-    quantized = context.quantized(weight)
-    if quantized is None or _tied(context, weight) or context.once(("hoisted", weight.name), lambda: False):
-        return _columns(context, weight)
-    return _dequantized(context, weight, quantized, turned=True)
-
-
-def _hoisted(context: Lowering, weight: ir.Value) -> ir.Value:
-    """W^T before a loop whose products read it."""
-    context.once(("hoisted", weight.name), lambda: True)
-    return _columns(context, weight)
 
 
 def _columns(context: Lowering, weight: ir.Value) -> ir.Value:
@@ -242,5 +226,5 @@ RULES: Mapping[str, Rule] = {
     "SourceAttention": source_attention,
     "TakePositions": take_positions,
     "WindowAttention": window_rule(_steps, _attend),
-    **rules(matmul, hoist=_hoisted),
+    **rules(matmul, hoist=_columns),
 }
