@@ -41,9 +41,8 @@ def test_two_products_of_one_weight_have_a_dequantization_each_of_the_same_codes
     onnx.checker.check_model(after)
     assert [node.op_type for node in model.graph].count("DequantizeLinear") == 2
     assert len(model.graph.initializers) == 4  # of which each pair is one storage in a bundle
-    assert {tensor.metadata_props["edgellm.storage"] for tensor in map(tensor_of, model.graph.initializers.values())} == {
-        "codes", "scales",
-    }  # fmt: skip
+    storages = {tensor_of(value).metadata_props["edgellm.storage"] for value in model.graph.initializers.values()}
+    assert storages == {"codes", "scales"}
     given = {name: rng.random((2, 4)).astype(np.float32) for name in "ab"}
     for one, other in zip(*(ReferenceEvaluator(m).run(None, given) for m in (before, after)), strict=True):
         np.testing.assert_array_equal(one, other)

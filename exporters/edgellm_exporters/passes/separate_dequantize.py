@@ -50,7 +50,10 @@ def _copied(graph: ir.Graph, value: ir.Value | None, number: int) -> ir.Value | 
         return value
     name, tensor = f"{value.name}.{number}", value.const_value
     if name not in graph.initializers:
-        tensor.metadata_props.setdefault(STORAGE, str(value.name))
-        copy = ir.Value(name=name, const_value=tensor, shape=value.shape, type=value.type)
-        graph.register_initializer(copy)
+        storage = tensor.metadata_props.setdefault(STORAGE, str(value.name))
+        same = ir.LazyTensor(
+            lambda: tensor, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name,
+            metadata_props={STORAGE: storage},
+        )  # fmt: skip
+        graph.register_initializer(ir.Value(name=name, const_value=same, shape=value.shape, type=value.type))
     return graph.initializers[name]
