@@ -8,7 +8,7 @@ import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from edgellm_exporters.passes.separate_dequantize import SeparateDequantize
+from edgellm_exporters.lowering.separate_dequantize import SeparateDequantize
 
 
 def tensor_of(value: ir.Value) -> ir.TensorProtocol:

@@ -13,13 +13,13 @@ from edgellm_exporters.lowering.context import lower
 from edgellm_exporters.lowering.fixed_form import DECODE, Form
 from edgellm_exporters.lowering.in_float32 import compute_in_float32
 from edgellm_exporters.lowering.precision import narrow
+from edgellm_exporters.lowering.separate_dequantize import SeparateDequantize
 from edgellm_exporters.passes.distinct_outputs import DistinctOutputs
 from edgellm_exporters.passes.drop_neutral import DropNeutral
 from edgellm_exporters.passes.find_linears import FindLinears
 from edgellm_exporters.passes.fold_constants import FoldConstants
 from edgellm_exporters.passes.fold_orders import FoldOrders
 from edgellm_exporters.passes.head_norms import HeadNorms
-from edgellm_exporters.passes.separate_dequantize import SeparateDequantize
 from edgellm_exporters.passes.unroll_single_steps import UnrollSingleSteps
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_runtime.graphs.operators import allowed
