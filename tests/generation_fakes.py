@@ -47,7 +47,7 @@ class FakeSession:
     adapter: str | None = None
     adapters: tuple[str, ...] = ()
     with_adapter = Session.with_adapter
-    chunk = 256
+    chunk, one_pass = 256, False
 
     def __init__(self, vocab_size: int, max_context: int = 64, *, recurrent: bool = True) -> None:
         self.vocab_size = self.width = vocab_size
