@@ -71,12 +71,12 @@ def write_tasks(folder: Path, count: int) -> None:
     """Task files and their documents, as the harness reads them."""
     for name, rows in documents(count).items():
         data = folder / f"{name}.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
         task = {
             "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}},
             "test_split": "test", "num_fewshot": 0, **TASKS[name],
         }  # fmt: skip
-        (folder / f"{name}.yaml").write_text(json.dumps(task, indent=1))  # which is YAML too
+        (folder / f"{name}.yaml").write_text(json.dumps(task, indent=1, allow_nan=False))  # which is YAML too
 
 
 def evaluate(model: Any, folder: Path, limit: int | None = None) -> dict[str, Any]:

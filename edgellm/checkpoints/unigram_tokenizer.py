@@ -152,4 +152,4 @@ def _ending(text: str, end: str, numbers: Mapping[str, Any]) -> str:
         "type": "TemplateProcessing", "single": [one, last], "pair": [one, two, last],
         "special_tokens": {end: {"id": end, "ids": [numbers[end]], "tokens": [end]}},
     }  # fmt: skip
-    return json.dumps(data, ensure_ascii=False)
+    return json.dumps(data, ensure_ascii=False, allow_nan=False)

@@ -69,7 +69,7 @@ def profile(
     if trace is not None:
         from edgellm_runtime.checks.profile_trace import profile_trace
 
-        trace.write_text(json.dumps(profile_trace(found, bundle.name)), encoding="utf-8")
+        trace.write_text(json.dumps(profile_trace(found, bundle.name), allow_nan=False), encoding="utf-8")
     print_json(result) if as_json else _print(result)
 
 

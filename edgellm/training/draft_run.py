@@ -153,7 +153,7 @@ class _Clock:
         return float(self._before + time.monotonic() - self._from)
 
     def save(self) -> None:
-        self._file.write_text(json.dumps(self.seconds))
+        self._file.write_text(json.dumps(self.seconds, allow_nan=False))
 
     def share(self) -> float:
         """Of the time there is, what has gone by; 0 where there is no limit."""
@@ -287,7 +287,7 @@ def _record(checkpoint: Path, options: DraftOptions, out: Path, *, resume: bool)
     elif out.exists() and any(out.iterdir()):
         raise TrainingError(f"{out} is not empty; resume its run with --resume, or choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(said, indent=1), encoding="utf-8")
+    file.write_text(json.dumps(said, indent=1, allow_nan=False), encoding="utf-8")
 
 
 def _checked(loaded: Checkpoint) -> Any:

@@ -140,7 +140,7 @@ def _request(line: bytes) -> dict[str, Any]:
 
 
 def _line(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 async def _serve(model: Model, host: str, port: int) -> None:

@@ -34,6 +34,7 @@ from edgellm_exporters.graph.write import WEIGHTS_FILE, Progress
 from edgellm_exporters.graph_sets import graph_set
 from edgellm_exporters.options import ExportOptions, TextAssets, check_encoder_options
 from edgellm_exporters.proof.adapters import adapter_traces, adapters_of
+from edgellm_exporters.proof.bounds import bounds_with_a_favourite, held_by
 from edgellm_exporters.proof.draft_graph import check_drafter, write_drafter
 from edgellm_exporters.proof.far_row import FarStart, far_row, far_start
 from edgellm_exporters.proof.goldens import GREEDY, write_goldens
@@ -65,9 +66,8 @@ from edgellm_runtime.session import Session
 from edgellm_runtime.spec import Signature, TensorSpec
 
 _ADAPTER_ROWS = 2  # goldens of each adapter
-__all__ = ["ExportOptions", "Exported", "TextAssets", "bounds_with_a_favourite", "export"]
+__all__ = ["ExportOptions", "Exported", "TextAssets", "export"]
 
-_FAVOURITE = 1e-3  # mean probability of the most likely token; a model that was trained has a hundred times as much
 _FLOAT_ONLY = "float_reference_only"  # in the manifest's quantization: why it has no goldens of the same numbers
 _CACHE_WINDOWS = 4  # of the calibration text: ranges need less of it than codes do
 
@@ -160,7 +160,7 @@ def _build(
             model, weights, target, options, rows, scratch, write, notes, progress
         )  # fmt: skip
         signature = _signature(model, quantization, options.dtype, target, hidden)
-        bounds = {**bounds_in(_held_by(own_bounds, signature), options.dtype), **options.bounds}
+        bounds = {**bounds_in(held_by(own_bounds, signature), options.dtype), **options.bounds}
         labels = logit_width(model.config) != model.config.vocab_size  # which are nothing to go on with
         unasked = {"greedy": labels, "hidden": hidden is None, "split": signature.one_pass}
         bounds = {name: bound for name, bound in bounds.items() if not unasked.get(name)}
@@ -316,23 +316,6 @@ def _signature(
         for s in whole.state
     ]
     return dataclasses.replace(whole, inputs=(*whole.inputs, *target.inputs), state=tuple(state))
-
-
-def _held_by(bounds: Mapping[str, float], signature: Signature) -> Mapping[str, float]:
-    """A method's bounds; of float weights, those of 8 bits if the cache has them. Its codes are not compared."""
-    if all(spec.dtype != "int8" for spec in signature.state):
-        return bounds
-    found = find_method("int8").bounds if bounds == find_method("none").bounds else bounds
-    compared = any(spec.dtype != "int8" for spec in signature.state)
-    return {name: bound for name, bound in found.items() if compared or name != "state"}
-
-
-def bounds_with_a_favourite(bounds: Mapping[str, float], traces: Sequence[Trace]) -> dict[str, float]:
-    """Without the bound on the most likely token, where the model itself prefers none: a random one with a large
-    vocabulary. The KL divergence is bounded all the same, and so are the logits of float weights.
-    """
-    tops = [float(t.logits.float().log_softmax(-1).amax(-1).exp().mean()) for t in traces]
-    return {n: b for n, b in bounds.items() if n != "top1" or not tops or np.mean(tops) >= _FAVOURITE}
 
 
 def _session(scratch: Path) -> Session:

@@ -14,7 +14,6 @@ from edgellm_runtime.arguments import (
     check_instance,
     check_integer,
     check_integers,
-    check_list,
     check_progress,
     check_text,
     shown,
@@ -26,7 +25,7 @@ from edgellm_runtime.errors import ContextError, OptionError, StateError
 from edgellm_runtime.spec import ADAPTER, Signature
 from edgellm_runtime.state import State
 from edgellm_runtime.state.storage import Storage
-from edgellm_runtime.text.tokenizer import check_tokens
+from edgellm_runtime.text.sources import padded_sources, whole_numbers
 
 if TYPE_CHECKING:
     from edgellm_runtime.backends.own_kernels import OwnKernels
@@ -164,29 +163,10 @@ class Session:
                 spec = next(spec for spec in self.signature.state if spec.name == ADAPTER)
                 storage.write(spec, state.tensors[ADAPTER], np.full((batch, 1), self._number, dtype=np.int32))
             return state
-        tokens, lengths = self._sources(sources)
+        tokens, lengths = padded_sources(sources, self.encoder, self.vocab_size)
         state = State(self.signature.state, len(tokens), slots, storage, tokens.shape[1])
         self._backend.encode(tokens, lengths, state)
         return state
-
-    def _sources(self, sources: Sequence[Tokens] | None) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """Sources padded to (rows, tokens), and how many are valid."""
-        if self.encoder is None:
-            raise OptionError("sources are for a model with an encoder, and this one has none; give the tokens to step")
-        if sources is None:
-            raise OptionError("the model answers sources; make its state with new_state(sources=[token ids, ...])")
-        rows = check_list("sources", sources, "lists of token ids", lambda _, row: check_tokens(row, self.vocab_size))
-        lengths = np.array([len(row) for row in rows], dtype=np.int32)
-        if not len(rows) or lengths.min() < 1:
-            raise OptionError(f"sources of {shown(lengths.tolist())} tokens; give one source or more, none empty")
-        if lengths.max() > self.encoder.max_source:
-            raise ContextError(
-                f"a source has {lengths.max()} tokens, but the model reads {self.encoder.max_source}; shorten it"
-            )
-        padded = np.zeros((len(rows), int(lengths.max())), dtype=np.int64)
-        for into, row in zip(padded, rows, strict=True):
-            into[: len(row)] = row
-        return padded, lengths
 
     def step(
         self, tokens: Array, state: State, *, lengths: Array | None = None, logits: Wanted = "last",
@@ -217,7 +197,7 @@ class Session:
         hidden: list[Array] | None,
     ) -> NDArray[np.float32]:  # fmt: skip
         """One step; into ``hidden``, if it is wanted, the hidden states piece by piece."""
-        tokens = _whole_numbers(tokens)
+        tokens = whole_numbers(tokens)
         batch, time = self._check(tokens, state)
         check_choice("logits", logits, get_args(Wanted))
         check_progress(progress)
@@ -304,7 +284,7 @@ class Session:
             OptionError: tokens outside the vocabulary, or a count outside its range.
             StateError: another number of rows than the state's.
         """
-        tokens = _whole_numbers(tokens)
+        tokens = whole_numbers(tokens)
         batch, time = self._check(tokens, state)
         if time != 1:
             raise OptionError(f"tokens of shape {tokens.shape}; choosing takes one token a row")
@@ -401,10 +381,3 @@ class Session:
 def _after(progress: _Progress, before: int, total: int) -> _Progress:
     """The progress of one row, told as that of all."""
     return lambda done, _: progress(before + done, total)
-
-
-def _whole_numbers(tokens: Any) -> Array:
-    try:
-        return check_integers("tokens", tokens)
-    except OptionError as error:
-        raise OptionError(f"{error} of shape (rows, tokens); pad rows and give lengths") from error

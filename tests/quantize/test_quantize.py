@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from edgellm.models.protocol import empty_state
 from edgellm_exporters.errors import LoweringError, QuantizeError
-from edgellm_exporters.export import ExportOptions, bounds_with_a_favourite, export
+from edgellm_exporters.export import ExportOptions, export
 from edgellm_exporters.graph.capture import capture
 from edgellm_exporters.graph.lower import clean, lower_to
 from edgellm_exporters.graph.targets import TARGETS
+from edgellm_exporters.proof.bounds import bounds_with_a_favourite
 from edgellm_exporters.proof.parity import compare
 from edgellm_exporters.proof.traces import Trace
 from edgellm_exporters.quantize import gptq as gptq_module
