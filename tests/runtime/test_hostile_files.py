@@ -61,9 +61,9 @@ def test_logits_of_impossible_width_are_refused(capsys: pytest.CaptureFixture[st
 
 def test_large_manifest_is_shown_in_little_time(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
     edit_manifest(bundle, provenance={"note": "a b " * 200_000}, measured={f"figure {i}": 1.0 for i in range(5000)})
-    started = time.monotonic()
+    started = time.process_time()
     assert run(["inspect", str(bundle)]) == 0
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert "(in full with --json)" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 

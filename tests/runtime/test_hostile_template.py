@@ -152,9 +152,9 @@ def test_limits_change_nothing_that_a_real_template_writes(tmp_path: Path, name:
 def test_thousand_messages_of_a_real_shape_take_little_time(tmp_path: Path) -> None:
     messages = [{"role": "user" if i % 2 == 0 else "assistant", "content": "word " * 200} for i in range(1000)]
     template = REAL["first and last"] + REAL["chatml"]
-    started = time.monotonic()
+    started = time.process_time()
     assert len(rendered(tmp_path, template, messages)) > 2_000_000
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_message_larger_than_a_template_may_make_still_passes(tmp_path: Path) -> None:
