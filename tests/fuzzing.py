@@ -31,6 +31,7 @@ from tiny_files import sign
 
 from edgellm.errors import ModelError
 from edgellm_runtime import RuntimeFault
+from edgellm_runtime.checks.memory import peak_rss_mb
 
 ADDRESSES = 8 << 30  # bytes of a process's address space, of which PyTorch alone takes some
 RESIDENT = 1 << 30  # bytes of memory that a case may have filled
@@ -83,14 +84,14 @@ def child(source: Path, folder: Path, first: int, count: int) -> None:
         try:
             use, start = spoiled(source, folder, number), time.process_time()
             use()
-            took, filled = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+            took, filled = time.process_time() - start, int((peak_rss_mb() or 0) * 2**20)
             assert took <= SECONDS, f"took {took:.1f} s of the processor's time"
             assert filled <= RESIDENT, f"filled {filled >> 20} MB"
             said = "ok"
         except BaseException as error:
             said = json.dumps(f"{type(error).__name__}: {error}"[:300] + "\n" + traceback.format_exc()[-3000:])
         print("end", number, said, flush=True)
-        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10 > RESIDENT:
+        if (peak_rss_mb() or 0) * 2**20 > RESIDENT:
             return
 
 

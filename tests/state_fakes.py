@@ -9,7 +9,7 @@ import numpy as np
 
 from edgellm_runtime.backends.base import HostBackend
 from edgellm_runtime.session import Session
-from edgellm_runtime.spec import Signature, StateSpec, TensorSpec
+from edgellm_runtime.spec import PAST_LENGTHS, Signature, StateSpec, TensorSpec
 from edgellm_runtime.state import State
 
 VOCAB = 61
@@ -24,7 +24,7 @@ def ring(slots: int, window: int, name: str = "last") -> StateSpec:
 
 def exact_session(*specs: StateSpec, max_context: int, backend: type[HostBackend] | None = None) -> Session:
     """Steps of a model that carries just these states."""
-    inputs = (TensorSpec("tokens", ("batch", "time"), "int64"),)
+    inputs = (TensorSpec("tokens", ("batch", "time"), "int64"), TensorSpec(PAST_LENGTHS, ("batch",), "int32"))
     signature = Signature(inputs, (TensorSpec("logits", ("batch", "count", VOCAB), "float32"),), specs)
     made = (backend or ExactBackend)(specs)  # type: ignore[call-arg]
     return Session(made, signature, max_context=max_context, ragged_chunks=True)

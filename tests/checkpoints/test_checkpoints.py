@@ -41,7 +41,7 @@ def saved(tmp_path: Path) -> Path:
 def test_exports_are_the_public_names():
     assert {
         "Checkpoint", "CheckpointWeights", "adapted", "checkpoint_directory", "load_checkpoint", "open_checkpoint",
-        "save_checkpoint",
+        "save_checkpoint", "switchable",
     } == set(checkpoints.__all__)  # fmt: skip
 
 

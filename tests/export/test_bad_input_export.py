@@ -182,6 +182,7 @@ def there() -> Path:
 def graphless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the seconds of tracing; what is tested comes after."""
     monkeypatch.setattr(export_module, "_planned", lambda *_: (SimpleNamespace(step=None, encoder=None), Plan()))
+    monkeypatch.setattr(export_module, "hidden_of", lambda *_: None)
     monkeypatch.setattr(graph_sets, "lower_to", lambda *_, **__: None)
     monkeypatch.setattr(graph_sets, "narrow_caches", lambda *_: None)
     monkeypatch.setattr(graph_sets, "write_graphs", lambda *_: None)

@@ -45,7 +45,7 @@ def _traced_once() -> Iterator[None]:
     """Tracing takes seconds and does not depend on the target: each model's graph is kept."""
     kept: dict[int, tuple[Any, ir.Model]] = {}
 
-    def capture_once(model: Any, *_: Any) -> ir.Model:
+    def capture_once(model: Any, *_: Any, **__: Any) -> ir.Model:
         if id(model) not in kept:
             kept[id(model)] = model, capture(model)
         return kept[id(model)][1].clone()

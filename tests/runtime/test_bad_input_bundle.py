@@ -77,8 +77,8 @@ def test_changed_byte(capsys: pytest.CaptureFixture[str], bundle: Path, name: st
 
 
 def test_newer_format(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
-    edit_manifest(bundle, format=2, signature="in a form of the future")
-    assert refused(capsys, bundle).endswith("format 2, this runtime reads up to 1; install a newer edgellm")
+    edit_manifest(bundle, format=3, signature="in a form of the future")
+    assert refused(capsys, bundle).endswith("format 3, this runtime reads up to 2; install a newer edgellm")
 
 
 @pytest.mark.parametrize("value", ["1", None, True, 0, -1, 1.0])
@@ -278,7 +278,7 @@ def test_not_a_number_in_the_weights_fails_verification(capsys: pytest.CaptureFi
 def test_every_command_refuses_alike(capsys: pytest.CaptureFixture[str], bundle: Path, arguments: list[str]) -> None:
     edit_manifest(bundle, format=7)
     command, *rest = arguments
-    assert "format 7, this runtime reads up to 1" in refusal(capsys, command, str(bundle), *rest)
+    assert "format 7, this runtime reads up to 2" in refusal(capsys, command, str(bundle), *rest)
 
 
 VALUES = st.one_of(

@@ -93,7 +93,7 @@ def test_the_size_of_a_piece_does_not_change_what_is_found(bundle, pieces, monke
 
 def test_a_large_vocabulary_is_taken_in_small_pieces() -> None:
     class Large:
-        chunk, width = 512, 150_000
+        chunk, width, one_pass = 512, 150_000, False
 
     assert 1 <= piece_length(Large()) * Large.width * 4 <= 64 << 20  # type: ignore[arg-type]
     Large.width = 1 << 30

@@ -49,7 +49,7 @@ class Guesser:
     """A session whose every next token is the same, and a tokenizer of bytes."""
 
     vocab_size = width = 257
-    max_context, chunk, eos_token_id, predicts_tokens, encoder = 64, 512, 256, True, None
+    max_context, chunk, eos_token_id, predicts_tokens, encoder, one_pass = 64, 512, 256, True, None, False
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
