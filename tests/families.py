@@ -179,12 +179,10 @@ def matrices() -> Callable[[], nn.Module]:
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "rnn_tanh": hybrid("rnn_tanh", "rnn_tanh"),
-    "rnn_relu": hybrid("rnn_relu", "rnn_relu"),
     "lstm": hybrid("lstm", "lstm"),
     "gru alone": hybrid("gru"),
     "gru": hybrid("gru", "gru", mlp_width=128),
     "attention": hybrid("attention", "attention", mlp_width=128),
-    "attention without positions": hybrid("attention", "lstm", rotary=False),
     "mixed": hybrid("lstm", "attention", "gru", "attention", "rnn_tanh", tie=True, mlp_width=128),
     "local": hybrid("local", "local", mlp_width=128),
     "local and mixed": hybrid("local", "gru", "attention", "local", rotary=False, tie=True, window=11),
@@ -193,15 +191,17 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "decoder untied with biases": decoder(kv_heads=4, tie=False, bias=True),
     "decoder with q/k norm": decoder(kv_heads=2, tie=True, bias=False, qk_norm=True),
     "windows and soft caps": gemma2(9, 0, score_cap=5.0, logit_cap=12.0, tie=True),
-    "windows without caps": gemma2(0, 9, score_cap=0, logit_cap=0, tie=False),
     "short convolutions and attention": lfm2("conv", "attention", bias=False),
-    "short convolutions with biases": lfm2("conv", bias=True),
     "state space": fading(groups=1, bias=False),
-    "state space of two groups with biases": fading(groups=2, bias=True),
     "selective state space": selective(),
     "gated delta rule and attention": delta("delta", "attention"),
 }
 FURTHER: dict[str, Callable[[], nn.Module]] = {
+    "rnn_relu": hybrid("rnn_relu", "rnn_relu"),
+    "attention without positions": hybrid("attention", "lstm", rotary=False),
+    "windows without caps": gemma2(0, 9, score_cap=0, logit_cap=0, tie=False),
+    "short convolutions with biases": lfm2("conv", bias=True),
+    "state space of two groups with biases": fading(groups=2, bias=True),
     "selective state space, attention, experts": scans_and_experts,
     "state space and attention that turns half": lambda: bamba(BambaConfig(**SPACE, rotated=8, mlp_bias=True)),
     "state space, attention, experts": spaces_and_experts,
@@ -228,10 +228,8 @@ if os.environ.get("FURTHER_FAMILIES"):
     FAMILIES = FURTHER
 # Families whose layers are plain PyTorch rather than canonical ops: their graphs hold what PyTorch's operators become.
 PLAIN = frozenset({
-    "memory", "windows and soft caps", "windows without caps", "short convolutions and attention",
-    "short convolutions with biases", "state space", "state space of two groups with biases",
-    "selective state space", *FURTHER,
-    "gated delta rule and attention",
+    "memory", "windows and soft caps", "short convolutions and attention", "state space", "selective state space",
+    "gated delta rule and attention", *(set(FURTHER) - {"rnn_relu", "attention without positions"}),
 })  # fmt: skip
 
 

@@ -207,7 +207,7 @@ def test_failed_export_leaves_the_bundle_that_was_there(
 # while at it
 
 
-def full(*_: object) -> None:
+def full(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
