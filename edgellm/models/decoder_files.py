@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -38,10 +38,22 @@ from edgellm.models.foreign import (
 from edgellm.models.foreign.keys import checked_positive, checked_whole
 from edgellm.models.layers.rotary import order_of_part
 
-if TYPE_CHECKING:
-    from edgellm.models.decoder import DecoderConfig
-
 __all__ = ["GGUF_FILES", "HUGGING_FACE"]
+
+
+class _Sizes(Protocol):
+    """What layouts depend on, of the decoder's configuration, which knows this file."""
+
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def mlp_width(self) -> int: ...
+    @property
+    def turning(self) -> int: ...
 
 
 def _same_heads(fields: Fields) -> int:
@@ -87,7 +99,7 @@ def _divisor(into: str) -> Key:
     return take
 
 
-def _in_order(config: DecoderConfig, _values: Values, name: str, tensor: Tensor) -> Tensor:
+def _in_order(config: _Sizes, _values: Values, name: str, tensor: Tensor) -> Tensor:
     """Features of a head in the order that attention turns."""
     if config.turning == config.head_dim or (".q_proj." not in name and ".k_proj." not in name):
         return tensor
@@ -95,7 +107,7 @@ def _in_order(config: DecoderConfig, _values: Values, name: str, tensor: Tensor)
     return heads[:, order_of_part(config.head_dim, config.turning)].flatten(0, 1)
 
 
-def _packed(config: DecoderConfig) -> Mapping[str, Mapping[str, int]]:
+def _packed(config: _Sizes) -> Mapping[str, Mapping[str, int]]:
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     return {
         "self_attn.qkv_proj": {"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys},
@@ -181,7 +193,7 @@ HUGGING_FACE = HuggingFace(
 )
 
 
-def _gguf_tensor(config: DecoderConfig, metadata: Values, name: str, tensor: Tensor) -> Tensor:
+def _gguf_tensor(config: _Sizes, metadata: Values, name: str, tensor: Tensor) -> Tensor:
     """Rows of q and k from neighbouring pairs, as llama.cpp rotates this one architecture, to the two halves."""
     if metadata["general.architecture"] != "llama" or (".q_proj." not in name and ".k_proj." not in name):
         return tensor
