@@ -29,6 +29,7 @@ _MOST_TENSORS, _MOST_NAME, _MOST_DIMENSIONS = 65536, 4096, 8
 _TABLES = ("Wemb", "_ln_scale", "_ln_bias")  # ends of names of what no product turns round
 _MAGIC = 0xF11A48D5013417F5
 _MOST_WORDS = 1 << 28
+_MOST_LISTED = 1024  # words for one source token; the table has room for so many for each
 
 
 class _Stored(NamedTuple):
@@ -218,9 +219,11 @@ def read_shortlist(path: Path, vocab_size: int) -> Shortlist:
         lengths = starts[1:] - starts[:-1]
         if (lengths < 0).any() or starts[0] != 0 or starts[-1] != words or (len(listed) and listed.max() >= vocab_size):
             raise ValueError("its offsets or words are outside it")
+        if (most := int(lengths.max())) > _MOST_LISTED:
+            raise ValueError(f"it lists {most} words for one token; at most {_MOST_LISTED} are read")
     except (OSError, ValueError, struct.error) as error:
         raise CheckpointError(f"{path} is no shortlist of this model ({error}); copy it again") from error
-    table = np.zeros((vocab_size, max(1, int(lengths.max()))), np.int32)
+    table = np.zeros((vocab_size, max(1, most)), np.int32)
     rows = np.repeat(np.arange(vocab_size), lengths)
     table[rows, np.arange(words) - np.repeat(starts[:-1], lengths)] = listed
     return Shortlist(int(commonest), table)

@@ -78,6 +78,14 @@ def test_damaged_and_foreign_files_are_refused_by_name(vocabulary: Path, tmp_pat
         with pytest.raises(CheckpointError, match=words):
             load_checkpoint(folder)
         (folder / name).write_bytes(good[name])
+    head = np.frombuffer(good["lex.bin"], "<u8", 6).copy()
+    vocab = int(head[4]) - 1
+    head[5] = many = 5000  # words for the first token alone, and as many columns for each other
+    starts = np.array([0] + [many] * vocab, "<u8")
+    (folder / "lex.bin").write_bytes(head.tobytes() + starts.tobytes() + np.zeros(many, "<u4").tobytes())
+    with pytest.raises(CheckpointError, match="lists 5000 words for one token; at most 1024"):
+        load_checkpoint(folder)
+    (folder / "lex.bin").write_bytes(good["lex.bin"])
     for key, value in (("dec-cell", "gru"), ("transformer-postprocess", "da"), ("transformer-ffn-activation", "swish")):
         write_folder(folder, bergamot(listed=LISTED), settings=SETTINGS | {key: value})
         with pytest.raises(CheckpointError, match=f"{key} is '{value}'|unknown architecture 'gru'"):
