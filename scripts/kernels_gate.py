@@ -1,20 +1,23 @@
-"""The product of edgellm-kernels against ONNX Runtime's MatMulNBits, each in a session, in turn, on cold weights.
+"""The product of edgellm-kernels against ONNX Runtime's MatMulNBits, on cold weights.
 
     python scripts/kernels_gate.py --shape 576x3072 --shape 1024x6144 --rows 1 4
 
 Each session holds so many matrices of a shape that none is in a cache when its turn comes, and inputs and outputs are
-bound once, as edgellm's runtime has them. A round runs both, so that what else the machine does falls on both; the
-ratio is taken of the medians and of the fastest rounds. On a busy machine the threads of a product wait for each other
-longer than they compute: ``--realtime`` keeps other programs off the processors meanwhile, a second at a time.
+bound once, as edgellm's runtime has them. Each library has processes of its own, which take turns, so that what else
+the machine does falls on both; within one process the two sessions hinder each other. The ratio is taken of the medians
+and of the fastest rounds. On a busy machine the threads of a product wait for each other longer than they compute:
+``--realtime`` keeps other programs off the processors meanwhile, a second at a time.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import multiprocessing
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,6 @@ from edgellm_runtime.graphs.writer import Node, graph_bytes
 
 SHAPES = ("576x960", "576x576", "576x3072", "1536x576", "1024x6144")
 WAYS = {"MatMulNBits": "com.microsoft", "MatMul4Bits": "edgellm"}
-REST_S = 0.01  # between two sessions' runs: threads of the one before spin a while
 
 
 def session(op: str, shape: tuple[int, int], count: int, arguments: argparse.Namespace) -> Any:
@@ -82,30 +84,40 @@ def alone(on: bool) -> Iterator[None]:
             schedule(os.SCHED_OTHER, 0)
 
 
+def times_of(op: str, shape: tuple[int, int], arguments: argparse.Namespace) -> list[tuple[list[float], Any]]:
+    """For each number of rows, seconds a product of each round, and what the first product gives."""
+    clock = time.thread_time if arguments.cpu_time else time.perf_counter
+    count = int(arguments.megabytes * 2e6 / (shape[0] * shape[1])) + 1
+    made, found = session(op, shape, count, arguments), []
+    for rows in arguments.rows:
+        binding, kept = bound(made, shape, rows, count)
+        times = []
+        with alone(arguments.realtime):
+            made.run_with_iobinding(binding)  # wakes its threads
+            for _ in range(arguments.rounds):
+                start = clock()
+                made.run_with_iobinding(binding)
+                times.append((clock() - start) / count)
+        found.append((times, kept[2][0].copy()))
+    return found
+
+
 def measure(shape: tuple[int, int], arguments: argparse.Namespace) -> None:
     """One shape: a line for each number of rows."""
-    clock = time.thread_time if arguments.cpu_time else time.perf_counter
-    weights = shape[0] * shape[1]
-    count = int(arguments.megabytes * 2e6 / weights) + 1
-    made = {op: session(op, shape, count, arguments) for op in WAYS}
-    for rows in arguments.rows:
-        arrays = {op: bound(made[op], shape, rows, count) for op in WAYS}
-        times: dict[str, list[float]] = {op: [] for op in WAYS}
-        with alone(arguments.realtime):
-            for turn in range(arguments.rounds):
-                for op in WAYS if turn % 2 else reversed(WAYS):
-                    time.sleep(REST_S)
-                    made[op].run_with_iobinding(arrays[op][0])  # wakes its threads
-                    start = clock()
-                    made[op].run_with_iobinding(arrays[op][0])
-                    times[op].append((clock() - start) / count)
-        theirs, ours = (arrays[op][1][2][0] for op in WAYS)
+    runs: dict[str, list[list[tuple[list[float], Any]]]] = {op: [] for op in WAYS}
+    for _ in range(arguments.processes):
+        for op in WAYS:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+                runs[op].append(process.submit(times_of, op, shape, arguments).result())
+    for i, rows in enumerate(arguments.rows):
+        theirs, ours = (runs[op][0][i][1] for op in WAYS)
         off = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
-        rates = [(weights / np.median(t) / 1e9, weights / min(t) / 1e9) for t in times.values()]
+        times = [[each for run in runs[op] for each in run[i][0]] for op in WAYS]
+        rates = [(shape[0] * shape[1] / np.median(t) / 1e9, shape[0] * shape[1] / min(t) / 1e9) for t in times]
         (their_median, their_best), (our_median, our_best) = rates
         print(
-            f"{shape[0]} x {shape[1]}, blocks of {arguments.block}, {rows} rows, {count} matrices: MatMulNBits "
-            f"{their_median:.1f} (best {their_best:.1f}), ours {our_median:.1f} ({our_best:.1f}) billion weights/s; "
+            f"{shape[0]} x {shape[1]}, blocks of {arguments.block}, {rows} rows: MatMulNBits {their_median:.1f} (best "
+            f"{their_best:.1f}), ours {our_median:.1f} ({our_best:.1f}) billion weights/s; "
             f"{our_median / their_median:.2f}x of medians, {our_best / their_best:.2f}x of the best; apart {off:.1e}",
             flush=True,
         )
@@ -117,7 +129,8 @@ def main() -> None:
     parser.add_argument("--shape", action="append", help="inputs x outputs; may come again")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--block", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=40, help="of a process")
+    parser.add_argument("--processes", type=int, default=3, help="of each library, in turn")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--megabytes", type=float, default=160, help="of codes in each session")
     parser.add_argument("--library", default=None, help="instead of the installed one")
