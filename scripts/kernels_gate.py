@@ -1,6 +1,7 @@
 """The product of edgellm-kernels against ONNX Runtime's MatMulNBits, on cold weights.
 
     python scripts/kernels_gate.py --shape 576x3072 --shape 1024x6144 --rows 1 4
+    python scripts/kernels_gate.py --bits 8 --block 32 --shape 576x49152
 
 Each session holds so many matrices of a shape that none is in a cache when its turn comes, and inputs and outputs are
 bound once, as edgellm's runtime has them. Each library has processes of its own, which take turns, so that what else
@@ -27,22 +28,23 @@ from edgellm_runtime.backends.ort import library
 from edgellm_runtime.graphs.writer import Node, graph_bytes
 
 SHAPES = ("576x960", "576x576", "576x3072", "1536x576", "1024x6144")
-WAYS = {"MatMulNBits": "com.microsoft", "MatMul4Bits": "edgellm"}
+WAYS = {"MatMulNBits": "com.microsoft", "BlockProduct": "edgellm"}
 
 
 def session(op: str, shape: tuple[int, int], count: int, arguments: argparse.Namespace) -> Any:
     """Products of one input with ``count`` matrices of random codes."""
     ort = library()
-    (inputs, outputs), block = shape, arguments.block
+    (inputs, outputs), block, bits = shape, arguments.block, arguments.bits
     blocks = -(-inputs // block)
     draw = np.random.default_rng(0)
     tensors: dict[str, Any] = {}
     nodes = []
     for i in range(count):
-        tensors[f"w{i}"] = draw.integers(0, 256, (outputs, blocks, block // 2), dtype=np.uint8)
+        tensors[f"w{i}"] = draw.integers(0, 256, (outputs, blocks, block * bits // 8), dtype=np.uint8)
         tensors[f"s{i}"] = draw.uniform(0.01, 0.02, (outputs, blocks)).astype(np.float16).astype(np.float32)
-        tensors[f"z{i}"] = draw.integers(0, 256, (outputs, (blocks + 1) // 2), dtype=np.uint8)
-        sizes = {"bits": 4, "block_size": block, "N": outputs, "K": inputs, "accuracy_level": 4}
+        tensors[f"z{i}"] = draw.integers(0, 256, (outputs, -(-blocks * bits // 8)), dtype=np.uint8)
+        sizes = {"bits": bits, "block_size": block, "N": outputs, "K": inputs}
+        sizes |= {"sums": 0, "zeros": 1} if WAYS[op] == "edgellm" else {"accuracy_level": 4}
         nodes.append(Node(op, ["x", f"w{i}", f"s{i}", f"z{i}"], [f"y{i}"], sizes, domain=WAYS[op]))
     shapes = {"x": ["rows", inputs], **{f"y{i}": ["rows", outputs] for i in range(count)}}
     names = {f"y{i}": "float32" for i in range(count)}
@@ -87,7 +89,7 @@ def alone(on: bool) -> Iterator[None]:
 def times_of(op: str, shape: tuple[int, int], arguments: argparse.Namespace) -> list[tuple[list[float], Any]]:
     """For each number of rows, seconds a product of each round, and what the first product gives."""
     clock = time.thread_time if arguments.cpu_time else time.perf_counter
-    count = int(arguments.megabytes * 2e6 / (shape[0] * shape[1])) + 1
+    count = int(arguments.megabytes * 8e6 / arguments.bits / (shape[0] * shape[1])) + 1
     made, found = session(op, shape, count, arguments), []
     for rows in arguments.rows:
         binding, kept = bound(made, shape, rows, count)
@@ -116,9 +118,10 @@ def measure(shape: tuple[int, int], arguments: argparse.Namespace) -> None:
         rates = [(shape[0] * shape[1] / np.median(t) / 1e9, shape[0] * shape[1] / min(t) / 1e9) for t in times]
         (their_median, their_best), (our_median, our_best) = rates
         print(
-            f"{shape[0]} x {shape[1]}, blocks of {arguments.block}, {rows} rows: MatMulNBits {their_median:.1f} (best "
-            f"{their_best:.1f}), ours {our_median:.1f} ({our_best:.1f}) billion weights/s; "
-            f"{our_median / their_median:.2f}x of medians, {our_best / their_best:.2f}x of the best; apart {off:.1e}",
+            f"{shape[0]} x {shape[1]}, {arguments.bits} bits in blocks of {arguments.block}, {rows} rows: "
+            f"MatMulNBits {their_median:.1f} (best {their_best:.1f}), ours {our_median:.1f} ({our_best:.1f}) billion "
+            f"weights/s; {our_median / their_median:.2f}x of medians, {our_best / their_best:.2f}x of the best; "
+            f"apart {off:.1e}",
             flush=True,
         )
 
@@ -128,6 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", action="append", help="inputs x outputs; may come again")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--bits", type=int, default=4, choices=(2, 4, 8))
     parser.add_argument("--block", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=40, help="of a process")
     parser.add_argument("--processes", type=int, default=3, help="of each library, in turn")

@@ -1,10 +1,12 @@
 // AVX2: 32 outputs are four registers of 8 whole numbers. Products of 4 and 8 bits are at most 15 * 127, a pair of them
-// at most 3,810, so eight pairs fit into 16 bits before they are added in 32.
+// at most 3,810, so eight pairs fit into 16 bits before they are added in 32. Codes of 8 bits are taken less 128 and by
+// their magnitude, the sign given to the input: a pair is then at most 2 * 128 * 127, which just fits.
 #include <immintrin.h>
 
 #include <cmath>
 #include <cstring>
 
+#include "elementwise.h"
 #include "product.h"
 
 namespace edgellm {
@@ -71,53 +73,68 @@ void round(const Matrix& m, const float* x, int8_t* codes, float* scales, int32_
 
 constexpr int kAhead = 2048;  // bytes: what is not in a cache takes that long to come
 
-// `kRows` rows of x with 16 outputs, the first or the second half of a unit.
-template <int kRows, int kLines, bool kHalf>
+inline __m256i load(const void* bytes) { return _mm256_loadu_si256(static_cast<const __m256i*>(bytes)); }
+
+// `kRows` rows of x with 16 outputs, the first or the second half of a unit. `kLines` are a block's, 0 where a row is one.
+template <int kRows, int kBits, int kLines, bool kHalf>
 void tile(const Matrix& m, const Rounded& x, int row, int unit, int half, float* y) {
-  constexpr int kBlock = 8 * kLines, kRun = kLines < 4 ? kLines : 4;  // lines whose eight pairs fit into 16 bits
-  const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-  constexpr size_t kCodes = kUnit * kBlock / 2, kRecord = kCodes + kUnit * (kHalf ? 3 : 5);
+  constexpr int kGroups = 8 / kBits, kRun = kLines && kLines < 4 ? kLines : 4;  // lines whose pairs fit into 16 bits
+  const __m256i mask = _mm256_set1_epi8((1 << kBits) - 1), middle = _mm256_set1_epi8(-128), ones = _mm256_set1_epi16(1);
+  const int lines = kLines ? kLines : m.lines();
+  const size_t block = size_t(lines) * 4 * kGroups, codes_bytes = size_t(4) * kUnit * lines;
+  const size_t record_bytes = codes_bytes + kUnit * (kHalf ? 3 : 5), stride = size_t(m.blocks) * block;
   const uint8_t* record = m.unit(unit);
-  const size_t stride = size_t(m.blocks) * kBlock;
   __m256 sums[kRows][2];
   for (int r = 0; r < kRows; r++) sums[r][0] = sums[r][1] = _mm256_setzero_ps();
-  for (int b = 0; b < m.blocks; b++, record += kRecord) {
+  for (int b = 0; b < m.blocks; b++, record += record_bytes) {
     __m256i whole[kRows][2];
     for (int r = 0; r < kRows; r++) whole[r][0] = whole[r][1] = _mm256_setzero_si256();
-    const int8_t* codes = x.codes + (size_t(row) * m.blocks + b) * kBlock;
-    for (int run = 0; run < kLines; run += kRun) {
+    const int8_t* codes = x.codes + (size_t(row) * m.blocks + b) * block;
+    for (int run = 0; run < lines; run += kRun) {
       __m256i pairs[kRows][2];
       for (int r = 0; r < kRows; r++) pairs[r][0] = pairs[r][1] = _mm256_setzero_si256();
 #pragma GCC unroll 4
       for (int l = run; l < run + kRun; l++) {
         const uint8_t* line = record + 4 * kUnit * l + 64 * half;
         if (row == 0) _mm_prefetch(reinterpret_cast<const char*>(line + kAhead), _MM_HINT_T0);
-        const __m256i two0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line));
-        const __m256i two1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line + 32));
-        const __m256i even0 = _mm256_and_si256(two0, low), odd0 = _mm256_and_si256(_mm256_srli_epi16(two0, 4), low);
-        const __m256i even1 = _mm256_and_si256(two1, low), odd1 = _mm256_and_si256(_mm256_srli_epi16(two1, 4), low);
+        const __m256i all[2] = {load(line), load(line + 32)};
+#pragma GCC unroll 4
+        for (int g = 0; g < kGroups; g++) {
 #pragma GCC unroll 2
-        for (int r = 0; r < kRows; r++) {
-          const __m256i x0 = broadcast(codes + r * stride + 8 * l), x1 = broadcast(codes + r * stride + 8 * l + 4);
-          pairs[r][0] = _mm256_add_epi16(pairs[r][0], _mm256_maddubs_epi16(even0, x0));
-          pairs[r][1] = _mm256_add_epi16(pairs[r][1], _mm256_maddubs_epi16(even1, x0));
-          pairs[r][0] = _mm256_add_epi16(pairs[r][0], _mm256_maddubs_epi16(odd0, x1));
-          pairs[r][1] = _mm256_add_epi16(pairs[r][1], _mm256_maddubs_epi16(odd1, x1));
+          for (int h = 0; h < 2; h++) {
+            __m256i some = kBits == 8 ? _mm256_xor_si256(all[h], middle) : all[h];
+            if (g > 0) some = _mm256_srli_epi16(some, kBits * g);
+            if (kBits < 8) some = _mm256_and_si256(some, mask);
+            const __m256i magnitude = kBits == 8 ? _mm256_abs_epi8(some) : some;
+#pragma GCC unroll 2
+            for (int r = 0; r < kRows; r++) {
+              __m256i four = broadcast(codes + r * stride + 4 * (l * kGroups + g));
+              if (kBits == 8) {
+                const __m256i products = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(four, some));
+                whole[r][h] = _mm256_add_epi32(whole[r][h], _mm256_madd_epi16(products, ones));
+              } else {
+                pairs[r][h] = _mm256_add_epi16(pairs[r][h], _mm256_maddubs_epi16(magnitude, four));
+              }
+            }
+          }
         }
       }
-      for (int r = 0; r < kRows; r++)
+      for (int r = 0; r < kRows && kBits < 8; r++)
         for (int h = 0; h < 2; h++)
           whole[r][h] = _mm256_add_epi32(whole[r][h], _mm256_madd_epi16(pairs[r][h], ones));
     }
     for (int h = 0; h < 2; h++) {
-      const void* bytes = record + kRecord - kUnit + 16 * half + 8 * h;
-      const __m256i zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(bytes)));
-      const uint8_t* scales = record + kCodes + (16 * half + 8 * h) * (kHalf ? 2 : 4);
+      const void* bytes = record + record_bytes - kUnit + 16 * half + 8 * h;
+      __m256i zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(bytes)));
+      if (kBits == 8) zero = _mm256_sub_epi32(zero, _mm256_set1_epi32(128));
+      const uint8_t* scales = record + codes_bytes + (16 * half + 8 * h) * (kHalf ? 2 : 4);
       const __m256 scale = kHalf ? _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)))
                                  : _mm256_loadu_ps(reinterpret_cast<const float*>(scales));
       for (int r = 0; r < kRows; r++) {
         const size_t from = size_t(row + r) * m.blocks + b;
-        const __m256i shift = _mm256_madd_epi16(zero, _mm256_set1_epi32(x.minus_sums[from]));  // both fit into 16 bits
+        const __m256i minus_sum = _mm256_set1_epi32(x.minus_sums[from]);
+        // where no zero is negative, its upper half is 0, and both fit into 16 bits
+        const __m256i shift = kBits == 8 ? _mm256_mullo_epi32(zero, minus_sum) : _mm256_madd_epi16(zero, minus_sum);
         const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(x.scales[from]));
         sums[r][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(whole[r][h], shift)), both, sums[r][h]);
       }
@@ -138,34 +155,44 @@ void tile(const Matrix& m, const Rounded& x, int row, int unit, int half, float*
   }
 }
 
-template <int kLines, bool kHalf>
+template <int kBits, int kLines, bool kHalf>
 void units(const Matrix& m, const Rounded& x, float* y, int first, int last) {
   for (int u = first; u < last; u++) {
     for (int half = 0; half < 2; half++) {
       int row = 0;
-      for (; row + 2 <= x.rows; row += 2) tile<2, kLines, kHalf>(m, x, row, u, half, y);
-      if (row < x.rows) tile<1, kLines, kHalf>(m, x, row, u, half, y);
+      for (; row + 2 <= x.rows; row += 2) tile<2, kBits, kLines, kHalf>(m, x, row, u, half, y);
+      if (row < x.rows) tile<1, kBits, kLines, kHalf>(m, x, row, u, half, y);
     }
   }
 }
 
-template <bool kHalf>
+template <int kBits, bool kHalf>
 void multiply_scaled(const Matrix& m, const Rounded& x, float* y, int first, int last) {
   switch (m.block) {
-    case 16: return units<2, kHalf>(m, x, y, first, last);
-    case 32: return units<4, kHalf>(m, x, y, first, last);
-    case 64: return units<8, kHalf>(m, x, y, first, last);
-    default: return units<16, kHalf>(m, x, y, first, last);
+    case 16: return units<kBits, kBits / 2, kHalf>(m, x, y, first, last);
+    case 32: return units<kBits, kBits, kHalf>(m, x, y, first, last);
+    case 64: return units<kBits, 2 * kBits, kHalf>(m, x, y, first, last);
+    case 128: return units<kBits, 4 * kBits, kHalf>(m, x, y, first, last);
+    default: return units<8, 0, kHalf>(m, x, y, first, last);
   }
 }
 
+template <int kBits>
+void multiply_bits(const Matrix& m, const Rounded& x, float* y, int first, int last) {
+  m.half ? multiply_scaled<kBits, true>(m, x, y, first, last) : multiply_scaled<kBits, false>(m, x, y, first, last);
+}
+
 void multiply(const Matrix& m, const Rounded& x, float* y, int first, int last) {
-  m.half ? multiply_scaled<true>(m, x, y, first, last) : multiply_scaled<false>(m, x, y, first, last);
+  switch (m.bits) {
+    case 2: return multiply_bits<2>(m, x, y, first, last);
+    case 4: return multiply_bits<4>(m, x, y, first, last);
+    default: return multiply_bits<8>(m, x, y, first, last);
+  }
 }
 
 }  // namespace
 
 extern const Form kAvx2;
-const Form kAvx2{"avx2", here, round, multiply};
+const Form kAvx2{"avx2", here, round, multiply, norm, sums, gate};
 
 }  // namespace edgellm

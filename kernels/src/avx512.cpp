@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "elementwise.h"
 #include "product.h"
 
 namespace edgellm {
@@ -56,54 +57,65 @@ void round(const Matrix& m, const float* x, int8_t* codes, float* scales, int32_
 
 constexpr int kAhead = 4096;  // bytes: what is not in a cache takes that long to come
 
-// `kRows` rows of x with one unit.
-template <int kRows, int kLines, bool kHalf>
+// `kRows` rows of x with one unit. `kLines` are a block's, 0 where a row is one block.
+template <int kRows, int kBits, int kLines, bool kHalf>
 void tile(const Matrix& m, const Rounded& x, int row, int unit, float* y) {
-  constexpr int kBlock = 8 * kLines, kChains = kRows == 1 ? 2 : 1;  // sums that do not wait for each other
-  const __m512i low = _mm512_set1_epi8(15);
-  constexpr size_t kCodes = kUnit * kBlock / 2, kRecord = kCodes + kUnit * (kHalf ? 3 : 5);
+  constexpr int kGroups = 8 / kBits, kChains = kRows == 1 ? 2 : 1;  // sums that do not wait for each other
+  const __m512i mask = _mm512_set1_epi8((1 << kBits) - 1);
+  const int lines = kLines ? kLines : m.lines();
+  const size_t block = size_t(lines) * 4 * kGroups, codes_bytes = size_t(4) * kUnit * lines;
+  const size_t record_bytes = codes_bytes + kUnit * (kHalf ? 3 : 5), stride = size_t(m.blocks) * block;
   const uint8_t* record = m.unit(unit);
   __m512 sums[kRows][2];
   for (int r = 0; r < kRows; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
-  for (int b = 0; b < m.blocks; b++, record += kRecord) {
+  for (int b = 0; b < m.blocks; b++, record += record_bytes) {
     __m512i whole[kRows][kChains][2];
     for (int r = 0; r < kRows; r++)
       for (int c = 0; c < kChains; c++) whole[r][c][0] = whole[r][c][1] = _mm512_setzero_si512();
-    const int8_t* codes = x.codes + (size_t(row) * m.blocks + b) * kBlock;
-    const size_t stride = size_t(m.blocks) * kBlock;
-#pragma GCC unroll 16
-    for (int l = 0; l < kLines; l++) {
+    const int8_t* codes = x.codes + (size_t(row) * m.blocks + b) * block;
+    const auto take = [&](int l) {  // one line
       const uint8_t* line = record + 4 * kUnit * l;
       if (row == 0) {
         _mm_prefetch(reinterpret_cast<const char*>(line + kAhead), _MM_HINT_T0);
         _mm_prefetch(reinterpret_cast<const char*>(line + kAhead + 64), _MM_HINT_T0);
       }
-      const __m512i two0 = _mm512_loadu_si512(line), two1 = _mm512_loadu_si512(line + 64);
-      const __m512i even0 = _mm512_and_si512(two0, low), odd0 = _mm512_and_si512(_mm512_srli_epi16(two0, 4), low);
-      const __m512i even1 = _mm512_and_si512(two1, low), odd1 = _mm512_and_si512(_mm512_srli_epi16(two1, 4), low);
+      const __m512i all0 = _mm512_loadu_si512(line), all1 = _mm512_loadu_si512(line + 64);
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; r++) {
-        const __m512i x0 = broadcast(codes + r * stride + 8 * l), x1 = broadcast(codes + r * stride + 8 * l + 4);
-        __m512i *first = whole[r][0], *second = whole[r][kChains - 1];
-        first[0] = _mm512_dpbusd_epi32(first[0], even0, x0);
-        first[1] = _mm512_dpbusd_epi32(first[1], even1, x0);
-        second[0] = _mm512_dpbusd_epi32(second[0], odd0, x1);
-        second[1] = _mm512_dpbusd_epi32(second[1], odd1, x1);
+      for (int g = 0; g < kGroups; g++) {
+        const int chain = (l * kGroups + g) % kChains;
+        __m512i some0 = all0, some1 = all1;
+        if (g > 0) some0 = _mm512_srli_epi16(all0, kBits * g), some1 = _mm512_srli_epi16(all1, kBits * g);
+        if (kBits < 8) some0 = _mm512_and_si512(some0, mask), some1 = _mm512_and_si512(some1, mask);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; r++) {
+          const __m512i four = broadcast(codes + r * stride + 4 * (l * kGroups + g));
+          whole[r][chain][0] = _mm512_dpbusd_epi32(whole[r][chain][0], some0, four);
+          whole[r][chain][1] = _mm512_dpbusd_epi32(whole[r][chain][1], some1, four);
+        }
       }
+    };
+    if constexpr (kLines != 0) {
+#pragma GCC unroll 32
+      for (int l = 0; l < kLines; l++) take(l);
+    } else {
+      for (int l = 0; l < lines; l += 4)  // a multiple of 16 codes
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) take(l + i);
     }
-    if (row == 0) _mm_prefetch(reinterpret_cast<const char*>(record + kCodes + kAhead), _MM_HINT_T0);
+    if (row == 0) _mm_prefetch(reinterpret_cast<const char*>(record + codes_bytes + kAhead), _MM_HINT_T0);
     for (int h = 0; h < 2; h++) {
-      const void* bytes = record + kRecord - kUnit + 16 * h;
+      const void* bytes = record + record_bytes - kUnit + 16 * h;
       const __m512i zero = _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(bytes)));
-      const uint8_t* scales = record + kCodes + h * (kHalf ? 32 : 64);
+      const uint8_t* scales = record + codes_bytes + h * (kHalf ? 32 : 64);
       const __m512 scale = kHalf ? _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)))
                                  : _mm512_loadu_ps(scales);
       for (int r = 0; r < kRows; r++) {
         const size_t from = size_t(row + r) * m.blocks + b;
         __m512i all = whole[r][0][h];
         if (kChains == 2) all = _mm512_add_epi32(all, whole[r][kChains - 1][h]);
-        // both fit into 16 bits, and the upper half of a zero is 0
-        all = _mm512_dpwssd_epi32(all, zero, _mm512_set1_epi32(x.minus_sums[from]));
+        const __m512i minus_sum = _mm512_set1_epi32(x.minus_sums[from]);
+        if (kLines) all = _mm512_dpwssd_epi32(all, zero, minus_sum);  // fit into 16 bits; a zero's upper half is 0
+        else all = _mm512_add_epi32(all, _mm512_mullo_epi32(zero, minus_sum));
         const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x.scales[from]));
         sums[r][h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(all), both, sums[r][h]);
       }
@@ -119,34 +131,44 @@ void tile(const Matrix& m, const Rounded& x, int row, int unit, float* y) {
   }
 }
 
-template <int kLines, bool kHalf>
+template <int kBits, int kLines, bool kHalf>
 void units(const Matrix& m, const Rounded& x, float* y, int first, int last) {
   for (int u = first; u < last; u++) {
     int row = 0;
-    for (; row + 4 <= x.rows; row += 4) tile<4, kLines, kHalf>(m, x, row, u, y);
-    if (x.rows - row == 3) tile<3, kLines, kHalf>(m, x, row, u, y);
-    if (x.rows - row == 2) tile<2, kLines, kHalf>(m, x, row, u, y);
-    if (x.rows - row == 1) tile<1, kLines, kHalf>(m, x, row, u, y);
+    for (; row + 4 <= x.rows; row += 4) tile<4, kBits, kLines, kHalf>(m, x, row, u, y);
+    if (x.rows - row == 3) tile<3, kBits, kLines, kHalf>(m, x, row, u, y);
+    if (x.rows - row == 2) tile<2, kBits, kLines, kHalf>(m, x, row, u, y);
+    if (x.rows - row == 1) tile<1, kBits, kLines, kHalf>(m, x, row, u, y);
   }
 }
 
-template <bool kHalf>
+template <int kBits, bool kHalf>
 void multiply_scaled(const Matrix& m, const Rounded& x, float* y, int first, int last) {
   switch (m.block) {
-    case 16: return units<2, kHalf>(m, x, y, first, last);
-    case 32: return units<4, kHalf>(m, x, y, first, last);
-    case 64: return units<8, kHalf>(m, x, y, first, last);
-    default: return units<16, kHalf>(m, x, y, first, last);
+    case 16: return units<kBits, kBits / 2, kHalf>(m, x, y, first, last);
+    case 32: return units<kBits, kBits, kHalf>(m, x, y, first, last);
+    case 64: return units<kBits, 2 * kBits, kHalf>(m, x, y, first, last);
+    case 128: return units<kBits, 4 * kBits, kHalf>(m, x, y, first, last);
+    default: return units<8, 0, kHalf>(m, x, y, first, last);
   }
+}
+
+template <int kBits>
+void multiply_bits(const Matrix& m, const Rounded& x, float* y, int first, int last) {
+  m.half ? multiply_scaled<kBits, true>(m, x, y, first, last) : multiply_scaled<kBits, false>(m, x, y, first, last);
 }
 
 void multiply(const Matrix& m, const Rounded& x, float* y, int first, int last) {
-  m.half ? multiply_scaled<true>(m, x, y, first, last) : multiply_scaled<false>(m, x, y, first, last);
+  switch (m.bits) {
+    case 2: return multiply_bits<2>(m, x, y, first, last);
+    case 4: return multiply_bits<4>(m, x, y, first, last);
+    default: return multiply_bits<8>(m, x, y, first, last);
+  }
 }
 
 }  // namespace
 
 extern const Form kAvx512;
-const Form kAvx512{"avx512-vnni", here, round, multiply};
+const Form kAvx512{"avx512-vnni", here, round, multiply, norm, sums, gate};
 
 }  // namespace edgellm

@@ -8,6 +8,7 @@
 #include <sys/auxv.h>
 #endif
 
+#include "elementwise.h"
 #include "product.h"
 
 namespace edgellm {
@@ -59,10 +60,11 @@ void round(const Matrix& m, const float* x, int8_t* codes, float* scales, int32_
 
 constexpr int kAhead = 2048;  // bytes: what is not in a cache takes that long to come
 
-// `kRows` rows of x with 16 outputs, the first or the second half of a unit.
-template <int kRows>
+// `kRows` rows of x with 16 outputs, the first or the second half of a unit. Codes of 8 bits are taken less 128.
+template <int kRows, int kBits>
 void tile(const Matrix& m, const Rounded& x, int row, int unit, int half, float* y) {
-  const uint8x16_t low = vdupq_n_u8(15);
+  constexpr int kGroups = 8 / kBits;
+  const uint8x16_t mask = vdupq_n_u8((1 << kBits) - 1), middle = vdupq_n_u8(128);
   const uint8_t* record = m.unit(unit);
   const size_t stride = size_t(m.blocks) * m.block;
   float32x4_t sums[kRows][4];
@@ -73,18 +75,24 @@ void tile(const Matrix& m, const Rounded& x, int row, int unit, int half, float*
     for (int r = 0; r < kRows; r++)
       for (int h = 0; h < 4; h++) whole[r][h] = vdupq_n_s32(0);
     const int8_t* codes = x.codes + (size_t(row) * m.blocks + b) * m.block;
-    for (int l = 0; l < m.block / 8; l++) {
+    for (int l = 0; l < m.lines(); l++) {
       const uint8_t* line = record + 4 * kUnit * l + 64 * half;
       if (row == 0) __builtin_prefetch(line + kAhead);
-      int8x8_t inputs[kRows];
-      for (int r = 0; r < kRows; r++) inputs[r] = vld1_s8(codes + r * stride + 8 * l);
+      int8x16_t inputs[kRows][kGroups];
+      for (int r = 0; r < kRows; r++)
+        for (int g = 0; g < kGroups; g++) {
+          int32_t four;
+          std::memcpy(&four, codes + r * stride + 4 * (l * kGroups + g), 4);
+          inputs[r][g] = vreinterpretq_s8_s32(vdupq_n_s32(four));
+        }
       for (int h = 0; h < 4; h++) {
-        const uint8x16_t two = vld1q_u8(line + 16 * h);
-        const int8x16_t even = vreinterpretq_s8_u8(vandq_u8(two, low));
-        const int8x16_t odd = vreinterpretq_s8_u8(vshrq_n_u8(two, 4));
-        for (int r = 0; r < kRows; r++) {
-          whole[r][h] = vdotq_lane_s32(whole[r][h], even, inputs[r], 0);
-          whole[r][h] = vdotq_lane_s32(whole[r][h], odd, inputs[r], 1);
+        const uint8x16_t all = vld1q_u8(line + 16 * h);
+        for (int g = 0; g < kGroups; g++) {
+          uint8x16_t some = kBits == 8 ? veorq_u8(all, middle) : all;
+          if (g > 0) some = vshlq_u8(some, vdupq_n_s8(-kBits * g));
+          if (kBits < 8) some = vandq_u8(some, mask);
+          for (int r = 0; r < kRows; r++)
+            whole[r][h] = vdotq_s32(whole[r][h], vreinterpretq_s8_u8(some), inputs[r][g]);
         }
       }
     }
@@ -93,7 +101,7 @@ void tile(const Matrix& m, const Rounded& x, int row, int unit, int half, float*
     const uint16x8_t pairs[2] = {vmovl_u8(vget_low_u8(zeros)), vmovl_high_u8(zeros)};
     for (int h = 0; h < 4; h++) {
       const uint16x4_t part = h % 2 ? vget_high_u16(pairs[h / 2]) : vget_low_u16(pairs[h / 2]);
-      const int32x4_t zero = vreinterpretq_s32_u32(vmovl_u16(part));
+      const int32x4_t zero = vsubq_s32(vreinterpretq_s32_u32(vmovl_u16(part)), vdupq_n_s32(kBits == 8 ? 128 : 0));
       const int first = 16 * half + 4 * h;
       const float32x4_t scale = m.half ? vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(scales + 2 * first)))
                                        : vreinterpretq_f32_u8(vld1q_u8(scales + 4 * first));
@@ -113,19 +121,28 @@ void tile(const Matrix& m, const Rounded& x, int row, int unit, int half, float*
   }
 }
 
-void multiply(const Matrix& m, const Rounded& x, float* y, int first, int last) {
+template <int kBits>
+void units(const Matrix& m, const Rounded& x, float* y, int first, int last) {
   for (int u = first; u < last; u++) {
     for (int half = 0; half < 2; half++) {
       int row = 0;
-      for (; row + 2 <= x.rows; row += 2) tile<2>(m, x, row, u, half, y);
-      if (row < x.rows) tile<1>(m, x, row, u, half, y);
+      for (; row + 2 <= x.rows; row += 2) tile<2, kBits>(m, x, row, u, half, y);
+      if (row < x.rows) tile<1, kBits>(m, x, row, u, half, y);
     }
+  }
+}
+
+void multiply(const Matrix& m, const Rounded& x, float* y, int first, int last) {
+  switch (m.bits) {
+    case 2: return units<2>(m, x, y, first, last);
+    case 4: return units<4>(m, x, y, first, last);
+    default: return units<8>(m, x, y, first, last);
   }
 }
 
 }  // namespace
 
 extern const Form kNeon;
-const Form kNeon{"neon-dotprod", here, round, multiply};
+const Form kNeon{"neon-dotprod", here, round, multiply, norm, sums, gate};
 
 }  // namespace edgellm

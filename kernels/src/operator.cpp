@@ -1,14 +1,14 @@
-// The operator `edgellm::MatMul4Bits` for ONNX Runtime: inputs, attributes and result of MatMulNBits with 4 bits and
-// accuracy level 4, computed by the form of the product that is best on this processor.
-#include <algorithm>
+// The operators for ONNX Runtime, in the domain `edgellm`. All are one kernel, of up to three steps:
+//   norm      y = the RMS norm of x + skip, and the sum itself as a second result
+//   product   with a matrix of codes; what it reads is rounded to 8 bits first
+//   gated     the product's first half, through SiLU, times its second half; then a second product
+// BlockProduct has the second step alone, NormProduct the first two, GatedMlp the last two, NormGatedMlp all.
 #include <exception>
 #include <memory>
 #include <mutex>
-#include <string>
-#include <vector>
 
-#include "ort_abi.h"
 #include "product.h"
+#include "values.h"
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
@@ -19,57 +19,40 @@ using ort::Api;
 using ort::KernelContext;
 using ort::KernelInfo;
 using ort::Status;
-using ort::Value;
 
 // A product of few rows waits for memory: a thread that begins elsewhere in the matrix waits longest, so it is cut into
 // few parts, and only so small ones are worth another thread. One of many rows computes, so threads share it evenly.
-constexpr size_t kLeastPart = 60 << 10;  // bytes of the matrix
-constexpr int kFewRows = 8, kFewParts = 8, kManyParts = 64;
-constexpr int kRowsAtOnce = 8;      // that a thread rounds at a time, where there are many
+constexpr size_t kLeastPart = 60 << 10, kLargePart = 1 << 20;  // bytes of the matrix
+constexpr size_t kFewRows = 8, kFewParts = 8, kManyParts = 64;
+constexpr int kRowsAtOnce = 8;     // that a thread rounds at a time, where there are many
+constexpr int kGatedRows = 128;    // of which what is between two products is kept at a time
 
-Status* fault(const Api* api, const std::string& message) {
-  return api->at<Status*(int, const char*)>(ort::kCreateStatus)(ort::kInvalidArgument, message.c_str());
-}
-
-struct Shape {
-  std::vector<int64_t> sizes;
-  int type = 0;
-  bool is(int wanted, std::initializer_list<int64_t> expected) const {
-    return type == wanted && std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end());
-  }
+struct Operator : ort::CustomOp {
+  bool norm, gated;
 };
 
-Status* shape_of(const Api* api, const Value* value, Shape* shape) {
-  ort::TensorInfo* info = nullptr;
-  size_t count = 0;
-  if (Status* s = api->at<Status*(const Value*, ort::TensorInfo**)>(ort::kGetTensorTypeAndShape)(value, &info)) return s;
-  Status* s = api->at<Status*(const ort::TensorInfo*, int*)>(ort::kGetTensorElementType)(info, &shape->type);
-  if (!s) s = api->at<Status*(const ort::TensorInfo*, size_t*)>(ort::kGetDimensionsCount)(info, &count);
-  shape->sizes.resize(count);
-  if (!s) s = api->at<Status*(const ort::TensorInfo*, int64_t*, size_t)>(ort::kGetDimensions)(info, shape->sizes.data(), count);
-  api->at<void(ort::TensorInfo*)>(ort::kReleaseTensorTypeAndShapeInfo)(info);
-  return s;
-}
-
-template <class T>
-Status* data_of(const Api* api, const Value* value, T** data) {
-  void* found = nullptr;
-  Status* s = api->at<Status*(Value*, void**)>(ort::kGetTensorMutableData)(const_cast<Value*>(value), &found);
-  *data = static_cast<T*>(found);
-  return s;
-}
+// A matrix, and what it reads: `width` numbers, and after them the sums of each `sums` of these, where that is not 0.
+struct Product {
+  Matrix matrix;
+  int width, sums;
+};
 
 struct Kernel {
+  const char* name;
   const Api* api;
   const Form* form;
-  Matrix matrix;
+  bool norm, gated;
+  float epsilon;
+  Product first, second;  // the second only where it is gated
 };
 
-// What every thread of one product sees.
+// What every thread sees of one product of some rows.
 struct Work {
   const Kernel* kernel;
-  const float* x;
-  float* y;
+  const Product* product;
+  const float *x, *skip, *gamma;  // skip and gamma where there is a norm
+  float *sum, *y;
+  size_t x_stride;
   int8_t* codes;
   float* scales;
   int32_t* minus_sums;
@@ -78,128 +61,228 @@ struct Work {
 
 void round_rows(void* data, size_t part) {
   const Work& w = *static_cast<Work*>(data);
-  const Matrix& m = w.kernel->matrix;
+  const Form& form = *w.kernel->form;
+  const Matrix& m = w.product->matrix;
+  const int width = w.product->width;
+  thread_local std::vector<float> row_of_thread;
+  if (row_of_thread.size() < size_t(m.inputs)) row_of_thread.resize(m.inputs);
+  float* own = row_of_thread.data();
   const int first = int(part) * kRowsAtOnce, last = std::min(first + kRowsAtOnce, w.rows);
   for (int row = first; row < last; row++) {
     const size_t at = size_t(row) * m.blocks;
-    w.kernel->form->round(m, w.x + size_t(row) * m.inputs, w.codes + at * m.block, w.scales + at, w.minus_sums + at);
+    const float* x = w.x + row * w.x_stride;
+    if (w.gamma != nullptr) {
+      const size_t from = size_t(row) * width;
+      form.norm(x, w.skip + from, w.gamma, w.kernel->epsilon, width, w.sum + from, own);
+      x = own;
+    }
+    if (w.product->sums != 0) {
+      if (x != own) std::copy(x, x + width, own);
+      form.sums(own, width, w.product->sums, own + width);
+      x = own;
+    }
+    form.round(m, x, w.codes + at * m.block, w.scales + at, w.minus_sums + at);
   }
 }
 
 void multiply_units(void* data, size_t part) {
   const Work& w = *static_cast<Work*>(data);
-  const Matrix& m = w.kernel->matrix;
-  const int first = int(part) * w.step, last = std::min(first + w.step, m.units);
-  w.kernel->form->multiply(m, Rounded{w.rows, w.codes, w.scales, w.minus_sums}, w.y, first, last);
+  const Matrix& m = w.product->matrix;
+  const Rounded x{w.rows, w.codes, w.scales, w.minus_sums};
+  const int units = w.kernel->gated && w.product == &w.kernel->first ? m.units / 2 : m.units;
+  const int first = int(part) * w.step, last = std::min(first + w.step, units);
+  w.kernel->form->multiply(m, x, w.y, first, last);
+  if (units == m.units) return;
+  w.kernel->form->multiply(m, x, w.y, first + units, last + units);
+  for (int row = 0; row < w.rows; row++) {
+    float* y = w.y + size_t(row) * m.outputs + first * kUnit;
+    w.kernel->form->gate(y, y + units * kUnit, (last - first) * kUnit);
+  }
 }
 
-Status* in_parallel(const Api* api, const KernelContext* context, void (*f)(void*, size_t), size_t parts, Work* work) {
+void in_parallel(const Api* api, const KernelContext* context, void (*f)(void*, size_t), size_t parts, Work* work) {
   if (parts > 1) {
     using Parallel = Status*(const KernelContext*, void (*)(void*, size_t), size_t, size_t, void*);
-    return api->at<Parallel>(ort::kKernelContextParallelFor)(context, f, parts, 0, work);
+    return check(api->at<Parallel>(ort::kKernelContextParallelFor)(context, f, parts, 0, work));
   }
   for (size_t part = 0; part < parts; part++) f(work, part);
-  return nullptr;
 }
 
 // Memory for rounded inputs, kept by the thread that calls for as long as it lives.
 struct Scratch {
   std::vector<int8_t> codes;
-  std::vector<float> scales;
+  std::vector<float> scales, between;
   std::vector<int32_t> minus_sums;
 };
 
-Status* compute(void* self, KernelContext* context) try {
-  const Kernel& kernel = *static_cast<Kernel*>(self);
+Scratch& scratch() {
+  thread_local Scratch kept;
+  return kept;
+}
+
+void multiply(const KernelContext* context, Work work) {
+  const Matrix& m = work.product->matrix;
+  Scratch& memory = scratch();
+  const size_t blocks = size_t(work.rows) * m.blocks;
+  if (memory.scales.size() < blocks) memory.scales.resize(blocks), memory.minus_sums.resize(blocks);
+  if (memory.codes.size() < blocks * m.block) memory.codes.resize(blocks * m.block);
+  work.codes = memory.codes.data(), work.scales = memory.scales.data(), work.minus_sums = memory.minus_sums.data();
+  const int units = work.kernel->gated && work.product == &work.kernel->first ? m.units / 2 : m.units;
+  const size_t bytes = m.units * m.unit_bytes(), few = std::max(kFewParts, bytes / kLargePart);
+  const size_t parts = std::clamp<size_t>(bytes / kLeastPart, 1, size_t(work.rows) > kFewRows ? kManyParts : few);
+  work.step = int((units + parts - 1) / parts);
+  const Api* api = work.kernel->api;
+  in_parallel(api, context, round_rows, (work.rows + kRowsAtOnce - 1) / kRowsAtOnce, &work);
+  in_parallel(api, context, multiply_units, (units + work.step - 1) / work.step, &work);
+}
+
+void run(const Kernel& kernel, KernelContext* context) {
   const Api* api = kernel.api;
-  const Matrix& m = kernel.matrix;
-  const Value* input = nullptr;
-  Value* output = nullptr;
-  Shape shape;
-  Work work{};
-  if (Status* s = api->at<Status*(const KernelContext*, size_t, const Value**)>(ort::kKernelContextGetInput)(context, 0, &input)) return s;
-  if (Status* s = shape_of(api, input, &shape)) return s;
-  if (shape.sizes.empty() || shape.sizes.back() != m.inputs || shape.type != ort::kFloat)
-    return fault(api, "MatMul4Bits takes float32 rows of " + std::to_string(m.inputs) + " numbers");
+  const Product &first = kernel.first, &last = kernel.gated ? kernel.second : kernel.first;
+  const ort::Value* input = input_of(api, context, 0);
+  Shape shape = shape_of(api, input);
+  if (shape.sizes.empty() || shape.sizes.back() != first.width || shape.type != ort::kFloat)
+    throw std::invalid_argument("takes float32 rows of " + std::to_string(first.width) + " numbers");
   int64_t rows = 1;
   for (size_t i = 0; i + 1 < shape.sizes.size(); i++) rows *= shape.sizes[i];
-  shape.sizes.back() = m.outputs;
-  using Output = Status*(KernelContext*, size_t, const int64_t*, size_t, Value**);
-  if (Status* s = api->at<Output>(ort::kKernelContextGetOutput)(context, 0, shape.sizes.data(), shape.sizes.size(), &output)) return s;
-  if (Status* s = data_of(api, input, &work.x)) return s;
-  if (Status* s = data_of(api, output, &work.y)) return s;
-
-  thread_local Scratch scratch;
-  const size_t blocks = size_t(rows) * m.blocks;
-  if (scratch.scales.size() < blocks) scratch.scales.resize(blocks), scratch.minus_sums.resize(blocks);
-  if (scratch.codes.size() < blocks * m.block) scratch.codes.resize(blocks * m.block);
-  work.kernel = &kernel;
-  work.codes = scratch.codes.data(), work.scales = scratch.scales.data(), work.minus_sums = scratch.minus_sums.data();
-  work.rows = int(rows);
-  const size_t most = rows > kFewRows ? kManyParts : kFewParts;
-  const size_t parts = std::clamp<size_t>(m.units * m.unit_bytes() / kLeastPart, 1, most);
-  work.step = int((m.units + parts - 1) / parts);
-  if (Status* s = in_parallel(api, context, round_rows, (rows + kRowsAtOnce - 1) / kRowsAtOnce, &work)) return s;
-  return in_parallel(api, context, multiply_units, (m.units + work.step - 1) / work.step, &work);
-} catch (const std::exception& error) {
-  return fault(static_cast<Kernel*>(self)->api, std::string("MatMul4Bits: ") + error.what());
-}
-
-Status* constant(const Api* api, const KernelInfo* info, size_t index, const Value** value, Shape* shape) {
-  int is_constant = 0;
-  using Constant = Status*(const KernelInfo*, size_t, int*, const Value**);
-  if (Status* s = api->at<Constant>(ort::kKernelInfoGetConstantInputTensor)(info, index, &is_constant, value)) return s;
-  if (!is_constant || *value == nullptr) return fault(api, "MatMul4Bits: its matrix must be constant");
-  return shape_of(api, *value, shape);
-}
-
-Status* create(const ort::CustomOp*, const Api* api, const KernelInfo* info, void** made) try {
-  int64_t outputs = 0, inputs = 0, block = 0;
-  for (auto [name, value] : {std::pair{"N", &outputs}, {"K", &inputs}, {"block_size", &block}})
-    if (Status* s = api->at<Status*(const KernelInfo*, const char*, int64_t*)>(ort::kKernelInfoGetAttributeInt64)(info, name, value)) return s;
-  if ((block != 16 && block != 32 && block != 64 && block != 128) || outputs < 1 || inputs < 1 || outputs > 1 << 24 || inputs > 1 << 24)
-    return fault(api, "MatMul4Bits has blocks of 16, 32, 64 and 128, not of " + std::to_string(block));
-  const Form* form = best();
-  if (form == nullptr) return fault(api, "MatMul4Bits has no form for this processor");
-  size_t count = 0;
-  if (Status* s = api->at<Status*(const KernelInfo*, size_t*)>(ort::kKernelInfoGetInputCount)(info, &count)) return s;
-  const int64_t blocks = (inputs + block - 1) / block;
-  const Value *codes = nullptr, *scales = nullptr, *zeros = nullptr;
-  const uint8_t *code_data = nullptr, *zero_data = nullptr;
-  const float* scale_data = nullptr;
-  Shape shape;
-  if (Status* s = constant(api, info, 1, &codes, &shape)) return s;
-  if (!shape.is(ort::kUint8, {outputs, blocks, block / 2})) return fault(api, "MatMul4Bits: codes of another shape");
-  if (Status* s = constant(api, info, 2, &scales, &shape)) return s;
-  if (!shape.is(ort::kFloat, {outputs, blocks}) && !shape.is(ort::kFloat, {outputs * blocks}))
-    return fault(api, "MatMul4Bits: scales of another shape or type");
-  if (count > 3) {
-    const int64_t bytes = (blocks + 1) / 2;
-    if (Status* s = constant(api, info, 3, &zeros, &shape)) return s;
-    if (!shape.is(ort::kUint8, {outputs, bytes}) && !shape.is(ort::kUint8, {outputs * bytes}))
-      return fault(api, "MatMul4Bits: zeros of another shape or type");
-    if (Status* s = data_of(api, zeros, &zero_data)) return s;
+  Work work{};
+  work.kernel = &kernel, work.product = &first;
+  work.x = data_of<float>(api, input), work.x_stride = first.width;
+  if (kernel.norm) {
+    const ort::Value *skip = input_of(api, context, 1), *gamma = input_of(api, context, 2);
+    if (const Shape s = shape_of(api, skip); s.sizes != shape.sizes || s.type != ort::kFloat)
+      throw std::invalid_argument("adds rows of one shape only");
+    if (!shape_of(api, gamma).is(ort::kFloat, {first.width})) throw std::invalid_argument("gamma of another shape or type");
+    work.skip = data_of<float>(api, skip), work.gamma = data_of<float>(api, gamma);
+    work.sum = output_of(api, context, 1, shape.sizes);
   }
-  if (Status* s = data_of(api, codes, &code_data)) return s;
-  if (Status* s = data_of(api, scales, &scale_data)) return s;
-  *made = new Kernel{api, form, pack(int(outputs), int(inputs), int(block), code_data, scale_data, zero_data)};
-  forget(code_data, size_t(outputs * blocks * block / 2));
-  return nullptr;
-} catch (const std::exception& error) {
-  return fault(api, std::string("MatMul4Bits: ") + error.what());
+  shape.sizes.back() = last.matrix.outputs;
+  float* y = output_of(api, context, 0, shape.sizes);
+  const int most = kernel.gated ? kGatedRows : int(rows);
+  for (int row = 0; row < rows; row += most) {
+    Work some = work;
+    some.rows = int(std::min<int64_t>(most, rows - row));
+    const size_t at = size_t(row) * first.width;
+    some.x += at;
+    if (kernel.norm) some.skip += at, some.sum += at;
+    some.y = y + size_t(row) * last.matrix.outputs;
+    if (!kernel.gated) {
+      multiply(context, some);
+      continue;
+    }
+    std::vector<float>& between = scratch().between;
+    const size_t stride = first.matrix.outputs;
+    if (between.size() < some.rows * stride) between.resize(some.rows * stride);
+    float* end = some.y;
+    some.y = between.data();
+    multiply(context, some);
+    some.product = &last, some.gamma = nullptr;
+    some.x = between.data(), some.x_stride = stride, some.y = end;
+    multiply(context, some);
+  }
 }
 
-ort::CustomOp description() {
-  ort::CustomOp op{};
+Status* fault(const Api* api, const char* name, const char* what) {
+  const std::string message = std::string(name) + ": " + what;
+  return api->at<Status*(int, const char*)>(ort::kCreateStatus)(ort::kInvalidArgument, message.c_str());
+}
+
+// A product whose constants are the inputs from `at` on: codes, scales, zeros. Its attributes' names end in `suffix`.
+Product product_of(const Api* api, const KernelInfo* info, size_t at, const std::string& suffix) {
+  const int64_t outputs = number_of(api, info, "N" + suffix), inputs = number_of(api, info, "K" + suffix);
+  const int64_t bits = number_of(api, info, "bits" + suffix), block = number_of(api, info, "block_size" + suffix);
+  const int64_t sums = number_of(api, info, "sums" + suffix);
+  if (outputs < 1 || inputs < 1 || outputs > 1 << 24 || inputs > 1 << 24 || sums < 0 || sums > inputs)
+    throw std::invalid_argument("sizes out of range");
+  int64_t width = inputs;
+  if (sums != 0) {
+    width = inputs * sums / (sums + 1);
+    while (width + (width + sums - 1) / sums < inputs) width++;
+    if (width + (width + sums - 1) / sums != inputs) throw std::invalid_argument("no such row has a sum of each block");
+  }
+  if (block == 0) {
+    if (inputs % 16 != 0 || inputs > kLongestRow || sums != 0)
+      throw std::invalid_argument("rows of a scale have a multiple of 16 inputs, at most 65536, and no sums");
+    const auto* codes = constant<int8_t>(api, info, at, "codes", ort::kInt8, {{inputs, outputs}});
+    const auto* scales = constant<float>(api, info, at + 1, "scales", ort::kFloat, {{outputs}});
+    const Product made{pack_rows(int(outputs), int(inputs), codes, scales), int(width), 0};
+    forget(codes, size_t(inputs * outputs));
+    return made;
+  }
+  if ((block != 16 && block != 32 && block != 64 && block != 128) || (bits != 2 && bits != 4 && bits != 8))
+    throw std::invalid_argument(
+        "has blocks of 16, 32, 64 and 128 in 2, 4 and 8 bits, not of " + std::to_string(block) + " in " + std::to_string(bits));
+  const int64_t blocks = (inputs + block - 1) / block, bytes = (blocks * bits + 7) / 8;
+  const auto* codes = constant<uint8_t>(api, info, at, "codes", ort::kUint8, {{outputs, blocks, block * bits / 8}});
+  const auto* scales = constant<float>(api, info, at + 1, "scales", ort::kFloat, {{outputs, blocks}, {outputs * blocks}});
+  const uint8_t* zeros = nullptr;
+  if (number_of(api, info, "zeros" + suffix) != 0)
+    zeros = constant<uint8_t>(api, info, at + 2, "zeros", ort::kUint8, {{outputs, bytes}, {outputs * bytes}});
+  const Product made{pack(int(outputs), int(inputs), int(bits), int(block), codes, scales, zeros), int(width), int(sums)};
+  forget(codes, size_t(outputs * blocks * block * bits / 8));
+  return made;
+}
+
+Status* compute(void* self, KernelContext* context) {
+  const Kernel& kernel = *static_cast<Kernel*>(self);
+  try {
+    run(kernel, context);
+    return nullptr;
+  } catch (const Refused& refused) {
+    return refused.status;
+  } catch (const std::exception& error) {
+    return fault(kernel.api, kernel.name, error.what());
+  }
+}
+
+Status* create(const ort::CustomOp* self, const Api* api, const KernelInfo* info, void** made) {
+  const Operator& op = *static_cast<const Operator*>(self);
+  const char* name = self->name(self);
+  try {
+    auto kernel = std::make_unique<Kernel>(Kernel{name, api, best(), op.norm, op.gated, 0, {}, {}});
+    if (kernel->form == nullptr) return fault(api, name, "it has no form for this processor");
+    const size_t at = op.norm ? 3 : 1;
+    kernel->first = product_of(api, info, at, "");
+    if (op.norm) kernel->epsilon = float_attribute(api, info, "epsilon");
+    if (op.gated) {
+      kernel->second = product_of(api, info, at + 3, "_down");
+      if (kernel->first.matrix.outputs != 2 * kernel->second.width || kernel->second.width % kUnit != 0)
+        return fault(api, name, "half of the first product must be what the second reads, a multiple of 32");
+    }
+    *made = kernel.release();
+    return nullptr;
+  } catch (const Refused& refused) {
+    return refused.status;
+  } catch (const std::exception& error) {
+    return fault(api, name, error.what());
+  }
+}
+
+const Operator& operator_of(const ort::CustomOp* self) { return *static_cast<const Operator*>(self); }
+
+// Which of a product's constants an input is: 0 codes, 1 scales, 2 zeros; -1 if it comes before them.
+int constant_place(const ort::CustomOp* self, size_t i) {
+  const size_t before = operator_of(self).norm ? 3 : 1;
+  return i < before ? -1 : int((i - before) % 3);
+}
+
+Operator description(const char* (*name)(const ort::CustomOp*), bool norm, bool gated) {
+  Operator op{};
+  op.norm = norm, op.gated = gated;
   op.version = ort::kApiVersion;
-  op.name = [](const ort::CustomOp*) { return "MatMul4Bits"; };
+  op.name = name;
   op.provider = [](const ort::CustomOp*) { return static_cast<const char*>(nullptr); };
-  op.input_type = [](const ort::CustomOp*, size_t i) { return i % 2 ? ort::kUint8 : ort::kFloat; };
-  op.input_count = [](const ort::CustomOp*) -> size_t { return 4; };
+  op.input_type = [](const ort::CustomOp* self, size_t i) {  // codes are of either sign
+    const int place = constant_place(self, i);
+    return place == 0 ? ort::kAny : place == 2 ? ort::kUint8 : ort::kFloat;
+  };
+  op.input_count = [](const ort::CustomOp* self) -> size_t {
+    return (operator_of(self).norm ? 3 : 1) + (operator_of(self).gated ? 6 : 3);
+  };
   op.output_type = [](const ort::CustomOp*, size_t) { return ort::kFloat; };
-  op.output_count = [](const ort::CustomOp*) -> size_t { return 1; };
+  op.output_count = [](const ort::CustomOp* self) -> size_t { return operator_of(self).norm ? 2 : 1; };
   op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-  op.input_characteristic = [](const ort::CustomOp*, size_t i) { return i == 3 ? 1 : 0; };  // zeros are optional
+  op.input_characteristic = [](const ort::CustomOp* self, size_t i) { return constant_place(self, i) == 2 ? 1 : 0; };
   op.output_characteristic = [](const ort::CustomOp*, size_t) { return 0; };
   op.input_memory = [](const ort::CustomOp*, size_t) { return 0; };
   op.variadic_input_minimum = op.variadic_output_minimum = [](const ort::CustomOp*) { return 1; };
@@ -224,48 +307,21 @@ EXPORTED ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort:
                               " of ONNX Runtime's interface, which ONNX Runtime " + base->version() + " does not have";
     return first->at<ort::Status*(int, const char*)>(ort::kCreateStatus)(ort::kFail, needs.c_str());
   }
-  static const ort::CustomOp op = description();
+  static const Operator ops[] = {
+      description([](const ort::CustomOp*) { return "BlockProduct"; }, false, false),
+      description([](const ort::CustomOp*) { return "NormProduct"; }, true, false),
+      description([](const ort::CustomOp*) { return "GatedMlp"; }, false, true),
+      description([](const ort::CustomOp*) { return "NormGatedMlp"; }, true, true),
+  };
   static ort::Domain* domain = nullptr;  // one for good: sessions keep pointers to it
   static std::mutex making;
   const std::lock_guard<std::mutex> lock(making);
   if (domain == nullptr) {
-    if (auto* s = api->at<ort::Status*(const char*, ort::Domain**)>(ort::kCreateCustomOpDomain)("edgellm", &domain)) return s;
-    if (auto* s = api->at<ort::Status*(ort::Domain*, const ort::CustomOp*)>(ort::kCustomOpDomainAdd)(domain, &op)) return s;
+    ort::Domain* made = nullptr;
+    if (auto* s = api->at<ort::Status*(const char*, ort::Domain**)>(ort::kCreateCustomOpDomain)("edgellm", &made)) return s;
+    for (const Operator& op : ops)
+      if (auto* s = api->at<ort::Status*(ort::Domain*, const ort::CustomOp*)>(ort::kCustomOpDomainAdd)(made, &op)) return s;
+    domain = made;
   }
   return api->at<ort::Status*(ort::SessionOptions*, ort::Domain*)>(ort::kAddCustomOpDomain)(options, domain);
-}
-
-// The name of the form that runs here; an empty text where none does.
-EXPORTED const char* edgellm_form() {
-  const edgellm::Form* form = edgellm::best();
-  return form ? form->name : "";
-}
-
-// Whether a form was compiled, and runs here.
-EXPORTED int edgellm_has_form(const char* name) {
-  for (const edgellm::Form* const* form = edgellm::forms(); *form != nullptr; form++)
-    if (std::string(name) == (*form)->name) return (*form)->here();
-  return 0;
-}
-
-// A whole product by the form of a name, without ONNX Runtime: x (rows, inputs) to y (rows, outputs), on this thread.
-// Returns 0, or 1 where there is no such form here.
-EXPORTED int edgellm_product(const char* name, int rows, int outputs, int inputs, int block, const float* x,
-                             const uint8_t* codes, const float* scales, const uint8_t* zeros, float* y) {
-  using namespace edgellm;
-  for (const Form* const* form = forms(); *form != nullptr; form++) {
-    if (std::string(name) != (*form)->name || !(*form)->here()) continue;
-    const Matrix m = pack(outputs, inputs, block, codes, scales, zeros);
-    const size_t blocks = size_t(rows) * m.blocks;
-    std::vector<int8_t> rounded(blocks * block);
-    std::vector<float> row_scales(blocks);
-    std::vector<int32_t> minus_sums(blocks);
-    for (int row = 0; row < rows; row++) {
-      const size_t at = size_t(row) * m.blocks;
-      (*form)->round(m, x + size_t(row) * inputs, rounded.data() + at * block, row_scales.data() + at, minus_sums.data() + at);
-    }
-    (*form)->multiply(m, Rounded{rows, rounded.data(), row_scales.data(), minus_sums.data()}, y, 0, m.units);
-    return 0;
-  }
-  return 1;
 }

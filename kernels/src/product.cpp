@@ -15,6 +15,8 @@
 #include <vector>
 #endif
 
+#include "elementwise.h"
+
 namespace edgellm {
 
 #if defined(__x86_64__)
@@ -95,27 +97,78 @@ float float_of(uint16_t half) {
 
 }  // namespace
 
-Matrix pack(int outputs, int inputs, int block, const uint8_t* codes, const float* scales, const uint8_t* zeros) {
-  Matrix m{outputs, inputs, block, (inputs + block - 1) / block, (outputs + kUnit - 1) / kUnit, true, 0, nullptr};
+namespace {
+
+// A block of codes of one output, as lines of 4 bytes for each of 32.
+void keep(int bits, int block, const uint8_t* codes, uint8_t* lines) {
+  if (bits == 4) {
+    for (int l = 0; l < block / 8; l++) std::memcpy(lines + 4 * kUnit * l, codes + 4 * l, 4);
+  } else if (bits == 8) {
+    for (int l = 0; l < block / 4; l += 2)
+      for (int j = 0; j < 4; j++) {
+        lines[4 * kUnit * l + j] = codes[4 * l + 2 * j];
+        lines[4 * kUnit * (l + 1) + j] = codes[4 * l + 2 * j + 1];
+      }
+  } else {
+    for (int i = 0; i < block; i++) {
+      const int code = codes[i / 4] >> 2 * (i % 4) & 3, p = kept(i);
+      lines[4 * kUnit * (p / 16) + p % 4] |= code << 2 * (p % 16 / 4);
+    }
+  }
+}
+
+// Memory for a matrix, all zero, and whether its scales are float16.
+Matrix fresh(int outputs, int inputs, int bits, int block, const float* scales) {
+  const int blocks = (inputs + block - 1) / block, units = (outputs + kUnit - 1) / kUnit;
+  Matrix m{outputs, inputs, bits, block, blocks, units, true, 0, nullptr};
   uint16_t half = 0;
   for (size_t i = 0; i < size_t(outputs) * m.blocks; i++) m.half = m.half && half_of(scales[i], &half);
   m.record = m.codes_bytes() + kUnit * ((m.half ? sizeof half : sizeof(float)) + 1);
   m.data = pieces().take(m.units * m.unit_bytes());
+  std::memset(m.data.get(), 0, m.units * m.unit_bytes());
+  return m;
+}
+
+// One output's scale and zero into a record.
+void finish(const Matrix& m, uint8_t* record, int r, float value, uint8_t zero) {
+  uint8_t* scale = record + m.codes_bytes();
+  uint16_t half;
+  if (m.half && half_of(value, &half)) std::memcpy(scale + r * sizeof half, &half, sizeof half);
+  if (!m.half) std::memcpy(scale + r * sizeof value, &value, sizeof value);
+  record[m.record - kUnit + r] = zero;
+}
+
+}  // namespace
+
+Matrix pack(int outputs, int inputs, int bits, int block, const uint8_t* codes, const float* scales, const uint8_t* zeros) {
+  const Matrix m = fresh(outputs, inputs, bits, block, scales);
+  const int each = 8 / bits, all = (1 << bits) - 1;
+  const size_t zero_bytes = (m.blocks + each - 1) / each;
   uint8_t* record = m.data.get();
-  std::memset(record, 0, m.units * m.unit_bytes());
   for (int first = 0; first < outputs; first += kUnit) {
     for (int b = 0; b < m.blocks; b++, record += m.record) {
       for (int r = 0; r < kUnit && first + r < outputs; r++) {
         const size_t n = first + r, from = n * m.blocks + b;
-        for (int l = 0; l < block / 8; l++)
-          std::memcpy(record + 4 * (kUnit * l + r), codes + from * block / 2 + 4 * l, 4);
-        uint8_t* scale = record + m.codes_bytes();
-        if (m.half && half_of(scales[from], &half)) std::memcpy(scale + r * sizeof half, &half, sizeof half);
-        if (!m.half) std::memcpy(scale + r * sizeof(float), scales + from, sizeof(float));
-        const uint8_t two = zeros ? zeros[n * ((m.blocks + 1) / 2) + b / 2] : 0x88;
-        record[m.record - kUnit + r] = b % 2 ? two >> 4 : two & 15;
+        keep(bits, block, codes + from * block * bits / 8, record + 4 * r);
+        const int zero = zeros ? zeros[n * zero_bytes + b / each] >> bits * (b % each) & all : 1 << (bits - 1);
+        finish(m, record, r, scales[from], uint8_t(zero));
       }
     }
+  }
+  return m;
+}
+
+Matrix pack_rows(int outputs, int inputs, const int8_t* codes, const float* scales) {
+  const Matrix m = fresh(outputs, inputs, 8, inputs, scales);
+  for (int u = 0; u < m.units; u++) {
+    uint8_t* record = m.data.get() + u * m.unit_bytes();
+    const int count = outputs - u * kUnit < kUnit ? outputs - u * kUnit : kUnit;
+    for (int i = 0; i < inputs; i++) {
+      const int8_t* from = codes + size_t(i) * outputs + u * kUnit;
+      uint8_t* line = record + 4 * kUnit * (kept(i) / 4) + kept(i) % 4;
+      for (int r = 0; r < count; r++) line[4 * r] = uint8_t(from[r] + 128);
+    }
+    for (int r = 0; r < count; r++) finish(m, record, r, scales[u * kUnit + r], 128);
   }
   return m;
 }
@@ -160,7 +213,7 @@ void round_plain(const Matrix& m, const float* x, int8_t* codes, float* scales, 
     for (int i = 0; i < m.block; i++) {
       const float value = none || start + i >= m.inputs ? 0 : x[start + i];
       const int8_t code = static_cast<int8_t>(std::nearbyintf(value * inverse));
-      codes[start + i / 8 * 8 + i % 2 * 4 + i % 8 / 2] = code;
+      codes[start + kept(i)] = code;
       sum += code;
     }
     scales[b] = !finite ? NAN : none ? 0 : top / 127;
@@ -169,6 +222,7 @@ void round_plain(const Matrix& m, const float* x, int8_t* codes, float* scales, 
 }
 
 void multiply_plain(const Matrix& m, const Rounded& x, float* y, int first, int last) {
+  const int each = 32 / m.bits;  // codes of an output in a line
   for (int n = first * kUnit; n < last * kUnit && n < m.outputs; n++) {
     const int r = n % kUnit;
     for (int row = 0; row < x.rows; row++) {
@@ -179,8 +233,8 @@ void multiply_plain(const Matrix& m, const Rounded& x, float* y, int first, int 
         const int8_t* codes = x.codes + from * m.block;
         int32_t whole = record[m.record - kUnit + r] * x.minus_sums[from];
         for (int i = 0; i < m.block; i++) {  // in the order in which codes of x are kept
-          const uint8_t two = record[4 * (i / 8 * kUnit + r) + i % 4];
-          whole += (i % 8 < 4 ? two & 15 : two >> 4) * codes[i];
+          const uint8_t byte = record[4 * (i / each * kUnit + r) + i % 4];
+          whole += (byte >> m.bits * (i % each / 4) & ((1 << m.bits) - 1)) * codes[i];
         }
         const uint8_t* scales = record + m.codes_bytes();
         uint16_t half;
@@ -196,7 +250,7 @@ void multiply_plain(const Matrix& m, const Rounded& x, float* y, int first, int 
 
 }  // namespace
 
-const Form kPlain{"plain", [] { return true; }, round_plain, multiply_plain};
+const Form kPlain{"plain", [] { return true; }, round_plain, multiply_plain, norm, sums, gate};
 
 const Form* const* forms() {
 #if defined(__x86_64__)

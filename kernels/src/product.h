@@ -1,5 +1,6 @@
-// The product of rows of numbers with a matrix of 4-bit codes, in the format of ONNX Runtime's MatMulNBits at accuracy
-// level 4: inputs are rounded to 8 bits, block by block, and the product of a block is exact in whole numbers.
+// The product of rows of numbers with a matrix of codes of 2, 4 or 8 bits, in the format of ONNX Runtime's MatMulNBits at
+// accuracy level 4: inputs are rounded to 8 bits, block by block, and the product of a block is exact in whole numbers.
+// Or codes of 8 bits that share a scale along a whole row, as of MatMulIntegerToFloat: then a row is one block.
 //
 // Every form of it (one for each kind of processor) computes the same bits, stated here once:
 //   of a block of inputs, top = the largest magnitude; scale = top / 127; code = x * (127 / top), to the nearest, ties to
@@ -17,33 +18,41 @@ namespace edgellm {
 constexpr int kUnit = 32;      // outputs that are computed together
 constexpr int kMostRows = 4;   // inputs that are read together
 constexpr int kLargestBlock = 128;
+constexpr int kLongestRow = 65536;  // as one block: 255 * 127 times it fits into 32 bits
 constexpr float kLeast = 1e-30f;
 
+// The order in which a row's codes are kept, of the row and of a matrix alike: of each 8 those with even numbers first.
+constexpr int kept(int i) { return i / 8 * 8 + i % 2 * 4 + i % 8 / 2; }
+
 // A matrix of `outputs` rows and `inputs` columns, read from its first byte to its last. Outputs are padded to units of
-// 32. A unit is a row of records, one for each block: block / 8 lines of codes, 32 scales, 32 zeros (bytes). A line has
-// 4 bytes of each of the 32 outputs: byte j has elements 8 line + 2 j (its low half) and 8 line + 2 j + 1. Scales are
-// float16 if all are such numbers, else float32.
+// 32. A unit is a row of records, one for each block: lines of codes, 32 scales, 32 zeros (bytes). A line has 4 bytes of
+// each of the 32 outputs, with 32 / bits codes: the one kept at p stands in byte p % 4, p / 4 * bits above its lowest
+// bit. Scales are float16 if all are such numbers, else float32.
 struct Matrix {
-  int outputs, inputs, block, blocks, units;
+  int outputs, inputs, bits, block, blocks, units;
   bool half;  // scales are float16
   size_t record;
   std::shared_ptr<uint8_t> data;
-  size_t codes_bytes() const { return size_t(kUnit) * block / 2; }
+  int lines() const { return block * bits / 32; }
+  size_t codes_bytes() const { return size_t(kUnit) * 4 * lines(); }
   size_t unit_bytes() const { return blocks * record; }
   const uint8_t* unit(int u) const { return data.get() + u * unit_bytes(); }
 };
 
-// As MatMulNBits has it: codes (outputs, blocks, block / 2), scales (outputs, blocks), zeros (outputs, (blocks + 1) / 2)
-// with the earlier block's in the low half of a byte, or null where every zero is 8.
-Matrix pack(int outputs, int inputs, int block, const uint8_t* codes, const float* scales, const uint8_t* zeros);
+// As MatMulNBits has it: codes (outputs, blocks, block * bits / 8), scales (outputs, blocks), zeros (outputs, bytes of
+// blocks * bits), the earlier code or zero of a byte in its lower bits; or null where every zero is half of the codes.
+Matrix pack(int outputs, int inputs, int bits, int block, const uint8_t* codes, const float* scales, const uint8_t* zeros);
+
+// As MatMulIntegerToFloat has it: codes (inputs, outputs), scales (outputs). Inputs are a multiple of 16, at most 65,536.
+Matrix pack_rows(int outputs, int inputs, const int8_t* codes, const float* scales);
 
 // Give back the memory of bytes that will hardly be read again, if they are pages of a file, which come back by themselves.
 void forget(const void* bytes, size_t size);
 
-// Rows that were rounded. Of each 8 codes those with even numbers stand first, as a line's low halves do.
+// Rows that were rounded.
 struct Rounded {
   int rows;
-  const int8_t* codes;          // (rows, blocks * block)
+  const int8_t* codes;          // (rows, blocks * block), in the order in which they are kept
   const float* scales;          // (rows, blocks)
   const int32_t* minus_sums;    // (rows, blocks): minus the sum of a block's codes
 };
@@ -56,6 +65,10 @@ struct Form {
   void (*round)(const Matrix&, const float* x, int8_t* codes, float* scales, int32_t* minus_sums);
   // Outputs of units first to last - 1 for all rows, into y (rows, outputs).
   void (*multiply)(const Matrix&, const Rounded&, float* y, int first, int last);
+  // What elementwise.h states, of one row.
+  void (*norm)(const float* x, const float* skip, const float* gamma, float epsilon, int n, float* sum, float* y);
+  void (*sums)(const float* x, int n, int block, float* y);
+  void (*gate)(float* gate, const float* up, int n);
 };
 
 extern const Form kPlain;  // the reference, in plain C++

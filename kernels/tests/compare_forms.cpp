@@ -20,7 +20,7 @@ std::mt19937 draw(1);
 float number(float low, float high) { return std::uniform_real_distribution<float>(low, high)(draw); }
 
 struct Case {
-  int block, outputs, inputs, rows;
+  int bits, block, outputs, inputs, rows;  // block 0: one for a row
   bool half, zeros;
 };
 
@@ -44,16 +44,18 @@ bool same(const std::vector<float>& a, const std::vector<float>& b) {
 }
 
 int apart(const Case& c) {
-  const size_t blocks = (c.inputs + c.block - 1) / c.block;
-  std::vector<uint8_t> codes(c.outputs * blocks * c.block / 2), zeros(c.outputs * ((blocks + 1) / 2));
+  const int block = c.block ? c.block : c.inputs, each = 8 / c.bits;
+  const size_t blocks = (c.inputs + block - 1) / block;
+  std::vector<uint8_t> codes(c.outputs * blocks * block / each), zeros(c.outputs * ((blocks + each - 1) / each));
   std::vector<float> scales(c.outputs * blocks), x(size_t(c.rows) * c.inputs);
   for (auto& code : codes) code = uint8_t(draw());
   for (auto& zero : zeros) zero = uint8_t(draw());
   for (auto& scale : scales) scale = c.half ? float(draw() % 512) / 4096 : number(-0.01f, 0.01f);
   for (auto& value : x) value = number(-2, 2);
   if (c.rows > 3) x[c.inputs] = NAN;  // of one row
-  const Matrix m =
-      pack(c.outputs, c.inputs, c.block, codes.data(), scales.data(), c.zeros ? zeros.data() : nullptr);
+  const uint8_t* points = c.zeros ? zeros.data() : nullptr;
+  const Matrix m = c.block ? pack(c.outputs, c.inputs, c.bits, c.block, codes.data(), scales.data(), points)
+                           : pack_rows(c.outputs, c.inputs, reinterpret_cast<const int8_t*>(codes.data()), scales.data());
   const std::vector<float> expected = product(kPlain, m, x, c.rows);
   int count = 0;
   for (const Form* const* form = forms(); *form != nullptr; form++)
@@ -61,19 +63,41 @@ int apart(const Case& c) {
   return count;
 }
 
+// What is between products, of rows of n numbers.
+int apart_between(int n) {
+  std::vector<float> x(n), skip(n), gamma(n), expected[2] = {std::vector<float>(n), std::vector<float>(n)};
+  for (int i = 0; i < n; i++) x[i] = number(-9, 9), skip[i] = number(-9, 9), gamma[i] = number(0, 2);
+  std::vector<float> gated = x, sums(n / 32 + 1);
+  kPlain.norm(x.data(), skip.data(), gamma.data(), 1e-5f, n, expected[0].data(), expected[1].data());
+  kPlain.sums(x.data(), n, 32, sums.data());
+  kPlain.gate(gated.data(), skip.data(), n);
+  int count = 0;
+  for (const Form* const* form = forms(); *form != nullptr; form++) {
+    if (!(*form)->here()) continue;
+    std::vector<float> total(n), y(n), own = x, own_sums(n / 32 + 1);
+    (*form)->norm(x.data(), skip.data(), gamma.data(), 1e-5f, n, total.data(), y.data());
+    (*form)->sums(x.data(), n, 32, own_sums.data());
+    (*form)->gate(own.data(), skip.data(), n);
+    count += !(same(total, expected[0]) && same(y, expected[1]) && same(own_sums, sums) && same(own, gated));
+  }
+  return count;
+}
+
 }  // namespace
 
 int main() {
   int cases = 0, wrong = 0;
-  for (const int block : {16, 32, 64, 128})
-    for (const int outputs : {1, 5, 32, 33, 70})
-      for (const int inputs : {7, 64, 130, 300})
-        for (int rows = 1; rows <= 9; rows += 2)
-          for (const bool half : {true, false})
-            for (const bool zeros : {true, false}) {
-              cases++;
-              wrong += apart({block, outputs, inputs, rows, half, zeros});
-            }
+  const auto tried = [&](const Case& c) { cases++, wrong += apart(c); };
+  for (const int outputs : {1, 5, 32, 33, 70})
+    for (int rows = 1; rows <= 9; rows += 2)
+      for (const bool half : {true, false}) {
+        for (const int bits : {2, 4, 8})
+          for (const int block : {16, 32, 64, 128})
+            for (const int inputs : {7, 64, 130, 300})
+              for (const bool zeros : {true, false}) tried({bits, block, outputs, inputs, rows, half, zeros});
+        for (const int inputs : {16, 128, 144, 592}) tried({8, 0, outputs, inputs, rows, half, false});
+      }
+  for (int n = 1; n < 200; n++) cases++, wrong += apart_between(n);
   std::printf("%d cases, %d apart; forms here:", cases, wrong);
   for (const Form* const* form = forms(); *form != nullptr; form++)
     if ((*form)->here()) std::printf(" %s", (*form)->name);

@@ -229,7 +229,8 @@ def _backend(bundle: Bundle, device: str, threads: int | None, kernels: str, not
 
     own = None
     if manifest.quantization.get("method", "none") != "none":
-        from edgellm_runtime.backends.kernel_test import check_kernels, usable_kernels
+        from edgellm_runtime.backends.kernel_test import check_kernels
+        from edgellm_runtime.backends.own_trial import usable_kernels
 
         check_kernels(bundle.file(GRAPH), manifest.files[GRAPH].sha256)
         own = usable_kernels(bundle.file(GRAPH), kernels)

@@ -170,9 +170,9 @@ def no_room(patch: pytest.MonkeyPatch, bundle: Path, root: Path) -> None:
 
 def wrong_kernel(patch: pytest.MonkeyPatch, bundle: Path, root: Path) -> None:
     form = kernel_test.KernelForm("MatMulNBits", 4, 32, level=4, zeros=True)
-    right = kernel_test._packed
+    right = kernel_test.packed_codes
     patch.setattr(kernel_test, "forms_in", lambda model: {form})
-    patch.setattr(kernel_test, "_packed", lambda codes, bits: right(codes[:, ::-1], bits))
+    patch.setattr(kernel_test, "packed_codes", lambda codes, bits: right(codes[:, ::-1], bits))
 
 
 def no_own_kernels(patch: pytest.MonkeyPatch, bundle: Path, root: Path) -> None:

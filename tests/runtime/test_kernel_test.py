@@ -55,20 +55,22 @@ def test_the_forms_of_a_bundle_are_found_in_its_graph(quantize: str, products: s
 
 
 def test_a_wrong_kernel_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    right, folder = kernel_test._packed, bundle("int4")
+    right, folder = kernel_test.packed_codes, bundle("int4")
     kernel_test._known_error.cache_clear()
-    monkeypatch.setattr(kernel_test, "_packed", lambda codes, bits: right(codes[:, ::-1] if bits == 4 else codes, bits))
+    monkeypatch.setattr(
+        kernel_test, "packed_codes", lambda codes, bits: right(codes[:, ::-1] if bits == 4 else codes, bits)
+    )
     with pytest.raises(
         BackendError, match=r"computes MatMulNBits of 4 bits in \w+ blocks of \d+ wrong .* --quantize int8"
     ):
         load(folder)
-    monkeypatch.setattr(kernel_test, "_packed", right)
+    monkeypatch.setattr(kernel_test, "packed_codes", right)
     kernel_test._known_error.cache_clear()
     model = load(folder)
     assert model.generate("the", max_new_tokens=2).tokens
     (check,) = (c for c in verify(Bundle(folder), model.session).checks if c.name == "kernels")
     assert check.ok and 0 < check.value < BOUND
-    monkeypatch.setattr(kernel_test, "_packed", lambda codes, bits: right(codes[:, ::-1], bits))
+    monkeypatch.setattr(kernel_test, "packed_codes", lambda codes, bits: right(codes[:, ::-1], bits))
     assert not verify(Bundle(folder), model.session).ok
 
 

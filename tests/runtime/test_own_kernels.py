@@ -11,20 +11,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from tiny_bundles import attention_model, text_assets
 
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_runtime import OptionError, load
-from edgellm_runtime.backends import own_kernels
-from edgellm_runtime.backends.own_kernels import DOMAIN, INTERFACE, OP, OwnKernels
-from edgellm_runtime.bundle import GRAPH
+from edgellm_runtime.backends import own_kernels, own_trial
+from edgellm_runtime.backends.own_kernels import INTERFACE, OwnKernels
 from edgellm_runtime.checks.doctor import diagnose
-from edgellm_runtime.graphs.onnx_file import read_model
 from edgellm_runtime.graphs.operators import TARGETS
-from edgellm_runtime.graphs.rewriting import with_operator
-from edgellm_runtime.graphs.writer import Node, graph_bytes
+from edgellm_runtime.graphs.own_operators import DOMAIN, OPERATORS
 from edgellm_runtime.kernel_choice import VARIABLE, chosen_kernels
 
 KERNELS = OwnKernels(Path("nowhere"), "none", "")
@@ -111,58 +107,14 @@ def test_the_argument_goes_before_the_variable_and_other_words_are_refused(monke
         load(bundle(), kernels="theirs")
 
 
-def test_no_bundle_may_name_the_operator() -> None:
-    assert all((DOMAIN, OP) not in operators for operators in TARGETS.values())
+def test_no_bundle_may_name_the_operators() -> None:
+    assert all((DOMAIN, op) not in operators for operators in TARGETS.values() for op in OPERATORS)
 
 
-def product(**change: Any) -> bytes:
-    """A graph of one product, with something other than usual about it."""
-    given: dict[str, Any] = {"bits": 4, "block_size": 32, "N": 8, "K": 64, "accuracy_level": 4} | change
-    dtypes = {name: given.pop(name, dtype) for name, dtype in (("w", np.uint8), ("s", np.float32), ("z", np.uint8))}
-    inputs = given.pop("inputs", ["x", "w", "s", "z"])
-    op = given.pop("op", "MatMulNBits")
-    shapes = {"w": (8, 2, 16), "s": (8, 2), "z": (8, 1)}
-    tensors = {name: np.zeros(shapes[name], dtype) for name, dtype in dtypes.items() if dtype is not None}
-    others = {name: "float32" for name in inputs if name and name not in tensors}
-    return graph_bytes(
-        [Node(op, inputs, ["y"], given, domain="com.microsoft")], others, {"y": "float32"}, tensors=tensors
-    )
-
-
-@pytest.mark.parametrize("change", [{}, {"block_size": 128}, {"inputs": ["x", "w", "s"]}], ids=str)
-def test_products_that_they_compute_are_theirs(change: dict[str, Any]) -> None:
-    graph, count = KERNELS.swapped(product(**change))
-    (before,), (after,) = (read_model(data)["graph"]["node"] for data in (product(**change), graph))
-    assert count == 1
-    assert after == before | {"op_type": OP.encode(), "domain": DOMAIN.encode()}
-    assert {"domain": DOMAIN.encode(), "version": 1} in read_model(graph)["opset_import"]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"bits": 8}, {"block_size": 256}, {"accuracy_level": 0}, {"op": "GatherBlockQuantized"}, {"z": np.float32},
-        {"s": np.float16}, {"w": None}, {"inputs": ["x", "w", "s", "z", "order"]},
-        {"inputs": ["x", "w", "s", "", "", "bias"]},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_products_that_they_do_not_compute_stay_as_they_are(change: dict[str, Any]) -> None:
-    assert KERNELS.swapped(product(**change)) == (product(**change), 0)
-
-
-def test_what_is_not_rewritten_keeps_its_bytes() -> None:
-    graph = (bundle() / GRAPH).read_bytes()
-    same, none = with_operator(graph, lambda node: False, domain="d", op="Op")
-    assert (same, none) == (graph, 0)
-    swapped, count = KERNELS.swapped(graph)
-    assert count >= 5
-    back, again = with_operator(
-        swapped, lambda node: node["op_type"] == OP.encode(), domain="com.microsoft", op="MatMulNBits"
-    )
-    assert again == count
-
-    def nodes(data: bytes) -> Any:
-        return read_model(data)["graph"]
-
-    assert nodes(back) == nodes(graph)
+def test_a_graph_that_has_none_of_their_products_runs_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(own_trial, "find", lambda ort: KERNELS)
+    monkeypatch.setattr(OwnKernels, "swapped", lambda *given: (b"", ()))
+    assert load(bundle(), kernels="own").session.kernels is None
+    assert "has no product that edgellm-kernels computes; ONNX Runtime's kernels run instead" in caplog.text

@@ -20,21 +20,22 @@ from numpy.typing import NDArray
 
 from edgellm_runtime.backends.caches import CacheFile
 from edgellm_runtime.backends.ort import library
-from edgellm_runtime.backends.own_kernels import DOMAIN, OP, OwnKernels, Unusable, find, tell
 from edgellm_runtime.errors import BackendError
 from edgellm_runtime.graphs.onnx_file import nodes_of, read_model
 from edgellm_runtime.graphs.wire import Message
 from edgellm_runtime.graphs.writer import Node, graph_bytes
-from edgellm_runtime.kernel_choice import chosen_kernels
 
-__all__ = ["ALL_ROWS", "KernelForm", "check_kernels", "forms_in", "kernel_error", "processor", "usable_kernels"]
+__all__ = [
+    "ALL_ROWS", "BOUND", "FEW_ROWS", "KernelForm", "check_kernels", "forms_in", "kernel_error", "packed_codes",
+    "processor",
+]  # fmt: skip
 
 Array = NDArray[Any]
 BOUND = 0.03  # of a product's length; rounding inputs to 8 bits costs 0.006, a wrong kernel far more
 FEW_ROWS, ALL_ROWS = (1, 4), (1, 2, 3, 4, 8, 16, 17, 65)  # kernels for few rows of the input differ from those for many
 _DOMAIN = "com.microsoft"
 _OUTPUTS = 33  # of a product: no multiple of any kernel's width
-_KINDS = ("GatherBlockQuantized", "MatMulIntegerToFloat", "MatMulNBits", OP)
+_KINDS = ("GatherBlockQuantized", "MatMulIntegerToFloat", "MatMulNBits")
 _LARGEST_BLOCK = 4096
 
 
@@ -43,7 +44,7 @@ class KernelForm:
     """One kind of product with quantized weights.
 
     Args:
-        op: the operator, ONNX Runtime's or edgellm's own.
+        op: the operator.
         bits: of a weight.
         block: weights that share a scale; 0: a row's.
         level: its ``accuracy_level``; 4 rounds inputs to 8 bits.
@@ -96,13 +97,10 @@ def kernel_error(form: KernelForm, rows: Iterable[int] = ALL_ROWS) -> float:
 
     Raises:
         BackendError: the library is missing.
-        Unusable: edgellm's own kernels cannot run here.
     """
     ort = library()
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, 1
-    if form.op == OP:
-        find(ort).add_to(options)
     draw = np.random.default_rng(7)
     graph, weight = _trial(form, draw)
     session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
@@ -147,10 +145,10 @@ def _trial(form: KernelForm, draw: np.random.Generator) -> tuple[bytes, Array]:
     weight = np.repeat(scales, form.block, 1).astype(np.float64) * (
         codes.astype(np.float64) - np.repeat(middle, form.block, 1)
     )
-    packed = _packed(codes, form.bits)
+    packed = packed_codes(codes, form.bits)
     tensors = {"w": packed, "s": scales}
     if points is not None:
-        tensors["z"] = _packed(points, form.bits)
+        tensors["z"] = packed_codes(points, form.bits)
     sizes = {"bits": form.bits, "block_size": form.block}
     more = ["z"] if form.zeros else []
     if form.op == "GatherBlockQuantized":
@@ -160,51 +158,20 @@ def _trial(form: KernelForm, draw: np.random.Generator) -> tuple[bytes, Array]:
         return _graph(node, "int64", tensors), weight
     tensors["w"] = packed.reshape(_OUTPUTS, blocks, -1)
     sizes |= {"N": _OUTPUTS, "K": columns, "accuracy_level": form.level}
-    domain = DOMAIN if form.op == OP else _DOMAIN
-    return _graph(Node(form.op, ["x", "w", "s", *more], ["y"], sizes, domain=domain), "float32", tensors), weight
+    return _graph(Node(form.op, ["x", "w", "s", *more], ["y"], sizes, domain=_DOMAIN), "float32", tensors), weight
 
 
 def _graph(node: Node, dtype: str, tensors: dict[str, Array]) -> bytes:
     return graph_bytes([node], {"x": dtype}, {"y": "float32"}, tensors=tensors, shapes={"x": ["rows", "width"]})
 
 
-def _packed(codes: Array, bits: int) -> Array:
+def packed_codes(codes: Array, bits: int) -> Array:
     """Rows of codes, several to a byte, the first in its lowest bits."""
     each = 8 // bits
     padded = np.pad(codes, ((0, 0), (0, -codes.shape[1] % each)))
     parts = padded.reshape(len(codes), -1, each) << (bits * np.arange(each, dtype=np.uint8))
     packed: Array = np.bitwise_or.reduce(parts, axis=2).astype(np.uint8)
     return packed
-
-
-def usable_kernels(graph: Path, asked: str | None = None) -> OwnKernels | None:
-    """Edgellm's own kernels, if they are asked for; where they cannot run or are wrong, that is told, and it is None.
-
-    Args:
-        graph: a ``model.onnx`` that was checked.
-        asked: as :func:`~edgellm_runtime.kernel_choice.chosen_kernels` takes it.
-
-    Raises:
-        OptionError: neither ``onnxruntime`` nor ``own``.
-    """
-    if chosen_kernels(asked) != "own":
-        return None
-    try:
-        kernels = find(library())
-        swapped, count = kernels.swapped(graph.read_bytes())
-        if not count:
-            raise Unusable(f"{graph.parent} has no product of 4 bits that edgellm-kernels computes")
-        forms = sorted(form for form in forms_in(read_model(swapped)) if form.op == OP)
-        cache = CacheFile("kernel-test", kernels.digest, library().__version__, processor(), *map(str, forms))
-        if cache.read() is None:
-            for form in forms:
-                if (error := _known_error(form)) > BOUND:
-                    raise Unusable(f"edgellm-kernels computes {form} wrong on this processor, by {error:.0%}")
-            cache.write(b"right")
-    except Unusable as reason:
-        tell(str(reason))
-        return None
-    return kernels
 
 
 def check_kernels(graph: Path, digest: str) -> None:

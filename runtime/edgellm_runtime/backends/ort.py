@@ -115,7 +115,7 @@ class OrtBackend(HostBackend):
         source: str | bytes = str(graph)
         if kernels is not None:
             kernels.add_to(options)
-            source, _ = kernels.swapped(graph.read_bytes())
+            source, _ = kernels.swapped(graph.read_bytes(), fetch)
         if float_inputs:
             source = with_float_inputs(graph.read_bytes())
         if fetch:

@@ -10,22 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgellm_runtime.errors import first_line
-from edgellm_runtime.graphs.onnx_file import read_model
-from edgellm_runtime.graphs.rewriting import with_operator
-from edgellm_runtime.graphs.wire import Message
-from edgellm_runtime.graphs.writer import ELEMENT_TYPES
+from edgellm_runtime.graphs.own_operators import with_own_operators
+from edgellm_runtime.graphs.writer import Node
 
-__all__ = ["BLOCKS", "DOMAIN", "INTERFACE", "OP", "OwnKernels", "Unusable", "find", "tell"]
+__all__ = ["INTERFACE", "OwnKernels", "Unusable", "find", "tell"]
 
-DOMAIN, OP = "edgellm", "MatMul4Bits"
-INTERFACE = 1  # of the operators, which the package names too
-BLOCKS = (16, 32, 64, 128)
+INTERFACE = 2  # of the operators, which the package names too
 _TOLD: set[str] = set()
 
 
@@ -51,10 +47,17 @@ class OwnKernels:
         """Register the operators with a session's options."""
         options.register_custom_ops_library(str(self.library))
 
-    def swapped(self, graph: bytes) -> tuple[bytes, int]:
-        """A serialized graph whose products run on these kernels where they can, and how many of them do."""
-        constants = _constants(read_model(graph)["graph"])
-        return with_operator(graph, lambda node: _fits(node, constants), domain=DOMAIN, op=OP)
+    def swapped(self, graph: bytes, keep: Collection[str] = ()) -> tuple[bytes, tuple[Node, ...]]:
+        """A serialized graph that runs on these kernels where they compute what its nodes do.
+
+        Args:
+            graph: of a bundle, checked.
+            keep: names of values that must stay, beside the graph's outputs.
+
+        Returns:
+            The graph, and its nodes of edgellm's own operators.
+        """
+        return with_own_operators(graph, keep)
 
 
 def find(ort: Any) -> OwnKernels:
@@ -100,24 +103,3 @@ def tell(reason: str) -> None:
     if reason not in _TOLD:
         _TOLD.add(reason)
         logging.getLogger(__package__).warning("%s; ONNX Runtime's kernels run instead", reason)
-
-
-def _constants(graph: Message) -> dict[bytes, int]:
-    """Name to number of the dtype, of initializers and of what is cast from one, once, at loading."""
-    found = {tensor.get("name", b""): tensor.get("data_type", 0) for tensor in graph.get("initializer", ())}
-    for node in graph.get("node", ()):
-        if node.get("op_type") == b"Cast" and not node.get("domain") and node["input"][0] in found:
-            found[node["output"][0]] = next(a.get("i", 0) for a in node["attribute"] if a.get("name") == b"to")
-    return found
-
-
-def _fits(node: Message, constants: Mapping[bytes, int]) -> bool:
-    """Whether a node of a graph is a product that these kernels compute as ONNX Runtime does."""
-    if (node.get("op_type"), node.get("domain")) != (b"MatMulNBits", b"com.microsoft"):
-        return False
-    given = {a.get("name", b""): a.get("i", 0) for a in node.get("attribute", ())}
-    if (given.get(b"bits", 4), given.get(b"accuracy_level", 0)) != (4, 4) or given.get(b"block_size") not in BLOCKS:
-        return False
-    matrix = node.get("input", ())[1:]  # codes, scales, and zeros or none
-    expected = [ELEMENT_TYPES[dtype] for dtype in ("uint8", "float32", "uint8")]
-    return len(matrix) in (2, 3) and [constants.get(name) for name in matrix] == expected[: len(matrix)]

@@ -113,14 +113,15 @@ class _OneGraph:
         return read_runs(self._backend.end_profile())
 
     def view(self, runs: Sequence[Run]) -> View:
-        return _GraphView(self._bundle, runs)
+        graph, own = self._bundle.read(GRAPH), self.session.kernels
+        return _GraphView(self._bundle, graph if own is None else own.swapped(graph)[0], runs)
 
 
 class _GraphView:
     """Follows :class:`View`: kernels run nodes of one graph, or what ONNX Runtime has put in their place."""
 
-    def __init__(self, bundle: Bundle, runs: Sequence[Run]) -> None:
-        model = read_model(bundle.read(GRAPH))
+    def __init__(self, bundle: Bundle, graph: bytes, runs: Sequence[Run]) -> None:
+        model = read_model(graph)
         self._nodes = graph_nodes(model)
         self._layers = layer_map(model, bundle.manifest.layers, LAYER)
         names = Counter(node.name for node in self._nodes)

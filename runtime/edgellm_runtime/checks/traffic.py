@@ -216,6 +216,15 @@ def _blocks(shapes: _Shapes) -> int | None:
     return None if size is None else 2 * shapes.made * size
 
 
+def _gated(shapes: _Shapes) -> int | None:
+    """Both products of an MLP with a gate."""
+    sizes = [shapes.node.numbers.get(name) for name in ("N", "K", "N_down", "K_down")]
+    if None in sizes:
+        return None
+    first, read, last, between = (int(size or 0) for size in sizes)
+    return 2 * shapes.made // max(1, last) * (first * read + last * between)
+
+
 def _cells(shapes: _Shapes) -> int | None:
     """Two for each weight of the gates, token and row."""
     matrices = [dims for dims in shapes.weights.values() if len(dims) == 3]
@@ -236,7 +245,8 @@ def _attention(shapes: _Shapes) -> int | None:
 
 _COUNTS: Mapping[str, Callable[[_Shapes], int | None]] = {
     **dict.fromkeys(_PRODUCTS, _product), **dict.fromkeys(_CELLS, _cells),
-    "MatMulNBits": _blocks, "Conv": _convolution, "FusedConv": _convolution, _IN_PLACE: _attention,
+    "MatMulNBits": _blocks, "BlockProduct": _blocks, "NormProduct": _blocks, "GatedMlp": _gated,
+    "NormGatedMlp": _gated, "Conv": _convolution, "FusedConv": _convolution, _IN_PLACE: _attention,
 }  # fmt: skip
 
 

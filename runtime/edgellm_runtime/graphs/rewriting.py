@@ -1,4 +1,4 @@
-"""Nodes of a serialized graph given another operator, the rest of its bytes left as they are.
+"""Nodes of a serialized graph put in the place of others, the rest of its bytes left as they are.
 
 Works on a model that :func:`~edgellm_runtime.graphs.onnx_file.read_model` accepts: what is not changed is copied, so
 that nothing of it needs to be understood.
@@ -6,40 +6,43 @@ that nothing of it needs to be understood.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from edgellm_runtime.graphs.onnx_file import read_message
+from edgellm_runtime.graphs.onnx_file import read_message, read_model
 from edgellm_runtime.graphs.wire import Message
-from edgellm_runtime.graphs.writer import attribute, message, number, text
+from edgellm_runtime.graphs.writer import Node, attribute, message, node_bytes, number, text
 
-__all__ = ["with_attribute", "with_operator"]
+__all__ = ["with_attribute", "with_nodes"]
 
 Chosen = Callable[[Message], bool]
-_MODEL_GRAPH, _MODEL_OPSET, _GRAPH_NODE, _NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN = 7, 8, 1, 4, 5, 7
+_MODEL_GRAPH, _MODEL_OPSET, _GRAPH_NODE, _NODE_ATTRIBUTE = 7, 8, 1, 5
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 
 
-def with_operator(model: bytes, chosen: Chosen, *, domain: str, op: str) -> tuple[bytes, int]:
-    """A model whose chosen nodes are of another operator, with inputs, outputs and attributes as they were.
-
-    Nodes within loops and branches are left alone.
+def with_nodes(model: bytes, nodes: Mapping[int, Sequence[Node]]) -> bytes:
+    """A model some of whose nodes have given way to others.
 
     Args:
         model: the serialized model.
-        chosen: told each node of its graph, as :mod:`~edgellm_runtime.graphs.onnx_file` reads them.
-        domain: of the operator, in its first version.
-        op: its name.
-
-    Returns:
-        The model, and how many nodes were changed.
+        nodes: by the place of a node in its graph, what stands there instead; may be nothing.
     """
 
-    def other(data: bytes) -> bytes:
-        kept = b"".join(raw for field, raw, _ in _fields(data) if field not in (_NODE_OP, _NODE_DOMAIN))
-        return kept + text(_NODE_OP, op) + text(_NODE_DOMAIN, domain)
+    def graph(data: bytes) -> bytes:
+        place, parts = -1, []
+        for field, raw, _ in _fields(data):
+            place += field == _GRAPH_NODE
+            changed = field == _GRAPH_NODE and place in nodes
+            parts += [message(_GRAPH_NODE, node_bytes(node)) for node in nodes[place]] if changed else [raw]
+        return b"".join(parts)
 
-    changed, count = _with_nodes(model, chosen, other)
-    return (changed + message(_MODEL_OPSET, text(1, domain) + number(2, 1)), count) if count else (model, 0)
+    if not nodes:
+        return model
+    changed = b"".join(
+        message(field, graph(content)) if field == _MODEL_GRAPH else raw for field, raw, content in _fields(model)
+    )
+    known = {opset.get("domain", b"").decode("latin1") for opset in read_model(model).get("opset_import", ())}
+    fresh = sorted({node.domain for some in nodes.values() for node in some} - known)
+    return changed + b"".join(message(_MODEL_OPSET, text(1, domain) + number(2, 1)) for domain in fresh)
 
 
 def with_attribute(model: bytes, chosen: Chosen, name: str, value: int) -> tuple[bytes, int]:
@@ -47,7 +50,7 @@ def with_attribute(model: bytes, chosen: Chosen, name: str, value: int) -> tuple
 
     Args:
         model: the serialized model.
-        chosen: as for :func:`with_operator`.
+        chosen: told each node of its graph, as :mod:`~edgellm_runtime.graphs.onnx_file` reads them.
         name: of the attribute.
         value: in the place of what it is.
 

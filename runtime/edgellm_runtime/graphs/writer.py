@@ -6,15 +6,20 @@ that one graph serves every size, unless they are given.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["ELEMENT_TYPES", "Node", "Shape", "attribute", "graph_bytes", "message", "number", "text", "with_outputs"]
+__all__ = [
+    "ELEMENT_TYPES", "Attribute", "Node", "Shape", "attribute", "graph_bytes", "message", "node_bytes", "number",
+    "text", "with_outputs",
+]  # fmt: skip
 
+Attribute: TypeAlias = "float | Sequence[int] | NDArray[Any]"
 Shape = Sequence[int | str]  # a text names a size that is free
 NO_SHAPES: Mapping[str, Shape] = {}
 
@@ -24,7 +29,8 @@ ELEMENT_TYPES: Mapping[str, int] = {
     "bfloat16": 16,
 }  # fmt: skip
 _IR_VERSION, _OPSET = 10, 21
-_INT, _INTS = 2, 7  # of AttributeProto.AttributeType
+_FLOAT, _INT, _TENSOR, _INTS = 1, 2, 4, 7  # of AttributeProto.AttributeType
+_FIXED32 = 5
 
 
 @dataclass(frozen=True)
@@ -35,15 +41,17 @@ class Node:
         op: its name.
         inputs: names of values; empty for one left out.
         outputs: names of values.
-        attributes: whole numbers, or lists of them.
+        attributes: numbers, lists of whole ones, or tensors.
         domain: where the name is from; empty for ONNX's own.
+        name: of the node.
     """
 
     op: str
     inputs: Sequence[str]
     outputs: Sequence[str]
-    attributes: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
+    attributes: Mapping[str, Attribute] = field(default_factory=dict)
     domain: str = ""
+    name: str = ""
 
 
 def graph_bytes(
@@ -61,7 +69,7 @@ def graph_bytes(
         shapes: of those inputs and outputs that are not left open.
         tensors: name to numbers of any of :data:`ELEMENT_TYPES` that NumPy has.
     """
-    graph = b"".join(message(1, _node(node)) for node in nodes) + text(2, "edgellm")
+    graph = b"".join(message(1, node_bytes(node)) for node in nodes) + text(2, "edgellm")
     graph += b"".join(message(5, _integers(name, values)) for name, values in (constants or {}).items())
     graph += b"".join(message(5, _tensor(name, values)) for name, values in (tensors or {}).items())
     graph += b"".join(message(11, _value(name, dtype, shapes.get(name))) for name, dtype in inputs.items())
@@ -83,16 +91,22 @@ def with_outputs(model: bytes, names: Sequence[str]) -> bytes:
     return model + message(7, b"".join(message(12, text(1, name)) for name in names))
 
 
-def _node(node: Node) -> bytes:
+def node_bytes(node: Node) -> bytes:
+    """A serialized ``NodeProto``."""
     texts = b"".join(text(1, name) for name in node.inputs) + b"".join(text(2, name) for name in node.outputs)
-    kind = text(4, node.op) + (text(7, node.domain) if node.domain else b"")
+    kind = (text(3, node.name) if node.name else b"") + text(4, node.op)
+    kind += text(7, node.domain) if node.domain else b""
     return texts + kind + b"".join(message(5, attribute(*item)) for item in node.attributes.items())
 
 
-def attribute(name: str, value: int | Sequence[int]) -> bytes:
-    """What an attribute of a node holds: a whole number, or a list of them."""
+def attribute(name: str, value: Attribute) -> bytes:
+    """What an attribute of a node holds: a number, a list of whole ones, or a tensor."""
+    if isinstance(value, float):
+        return text(1, name) + _varint(2 << 3 | _FIXED32) + struct.pack("<f", value) + number(20, _FLOAT)
     if isinstance(value, int):
         return text(1, name) + number(3, value) + number(20, _INT)
+    if not isinstance(value, Sequence):
+        return text(1, name) + message(5, _tensor("", value)) + number(20, _TENSOR)
     return text(1, name) + b"".join(number(8, v) for v in value) + number(20, _INTS)
 
 

@@ -1,0 +1,70 @@
+// What is called of the library without ONNX Runtime: which form runs here, and each form's numbers, for tests.
+#include <string>
+#include <vector>
+
+#include "product.h"
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+using namespace edgellm;
+
+namespace {
+
+// The form of a name, if it was compiled and runs here.
+const Form* named(const char* name) {
+  for (const Form* const* form = forms(); *form != nullptr; form++)
+    if (std::string(name) == (*form)->name) return (*form)->here() ? *form : nullptr;
+  return nullptr;
+}
+
+}  // namespace
+
+// The name of the form that runs here; an empty text where none does.
+EXPORTED const char* edgellm_form() {
+  const Form* form = best();
+  return form ? form->name : "";
+}
+
+EXPORTED int edgellm_has_form(const char* name) { return named(name) != nullptr; }
+
+// A whole product by the form of a name, on this thread: x (rows, inputs) to y (rows, outputs); block 0 for codes that
+// share a scale along a row. Returns 0, or 1 where there is no such form here.
+EXPORTED int edgellm_product(const char* name, int rows, int outputs, int inputs, int bits, int block, const float* x,
+                             const void* codes, const float* scales, const uint8_t* zeros, float* y) {
+  const Form* form = named(name);
+  if (form == nullptr) return 1;
+  const Matrix m = block ? pack(outputs, inputs, bits, block, static_cast<const uint8_t*>(codes), scales, zeros)
+                         : pack_rows(outputs, inputs, static_cast<const int8_t*>(codes), scales);
+  const size_t blocks = size_t(rows) * m.blocks;
+  std::vector<int8_t> rounded(blocks * m.block);
+  std::vector<float> row_scales(blocks);
+  std::vector<int32_t> minus_sums(blocks);
+  for (int row = 0; row < rows; row++) {
+    const size_t at = size_t(row) * m.blocks;
+    form->round(m, x + size_t(row) * inputs, rounded.data() + at * m.block, row_scales.data() + at, minus_sums.data() + at);
+  }
+  form->multiply(m, Rounded{rows, rounded.data(), row_scales.data(), minus_sums.data()}, y, 0, m.units);
+  return 0;
+}
+
+// One row's norm, by the form of a name: sum = x + skip and y, all of n numbers.
+EXPORTED int edgellm_norm(const char* name, int n, const float* x, const float* skip, const float* gamma, float epsilon,
+                          float* sum, float* y) {
+  const Form* form = named(name);
+  if (form != nullptr) form->norm(x, skip, gamma, epsilon, n, sum, y);
+  return form == nullptr;
+}
+
+// The sums of each block of n numbers.
+EXPORTED int edgellm_sums(const char* name, int n, int block, const float* x, float* y) {
+  const Form* form = named(name);
+  if (form != nullptr) form->sums(x, n, block, y);
+  return form == nullptr;
+}
+
+// SiLU of n numbers times others, in the place of the first.
+EXPORTED int edgellm_gate(const char* name, int n, float* gate, const float* up) {
+  const Form* form = named(name);
+  if (form != nullptr) form->gate(gate, up, n);
+  return form == nullptr;
+}

@@ -1,0 +1,127 @@
+"""A graph as rules for its nodes look at it: who makes a value, who reads it, and what is known before it runs."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from edgellm_runtime.graphs.layer_map import GraphNode, graph_nodes
+from edgellm_runtime.graphs.onnx_file import nodes_of
+from edgellm_runtime.graphs.wire import Message
+from edgellm_runtime.graphs.writer import ELEMENT_TYPES
+
+__all__ = ["Constant", "GraphView"]
+
+_TYPES = {number: dtype for dtype, number in ELEMENT_TYPES.items()}
+_LAYOUTS = {"float32": "f", "int64": "q", "int32": "i", "uint8": "B", "int8": "b"}
+_SAME_NUMBERS = ("Squeeze", "Unsqueeze", "Reshape", "Flatten", "Identity")
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor that ONNX Runtime has when a graph is loaded.
+
+    Args:
+        dtype: of its elements.
+        size: how many they are.
+        dims: of an initializer or what is cast from one; None where a node has given it another shape.
+    """
+
+    dtype: str
+    size: int
+    dims: tuple[int, ...] | None
+
+
+class GraphView:
+    """The graph of a model.
+
+    Args:
+        model: from :func:`~edgellm_runtime.graphs.onnx_file.read_model`.
+        keep: names of values that must stay, beside the graph's outputs.
+    """
+
+    def __init__(self, model: Message, keep: Collection[str] = ()) -> None:
+        graph: Message = model["graph"]
+        self._messages: list[Message] = graph.get("node", [])
+        self._tensors = {_text(tensor.get("name", b"")): tensor for tensor in graph.get("initializer", ())}
+        self.nodes = graph_nodes(model)
+        self._makers = {name: i for i, node in enumerate(self.nodes) for name in node.outputs if name}
+        self._readers: dict[str, set[int]] = defaultdict(set)
+        for i, node in enumerate(self.nodes):
+            for name in node.inputs:
+                self._readers[name].add(i)
+        self._kept = {*keep, *(_text(value.get("name", b"")) for value in graph.get("output", ()))}
+        for message in self._messages:  # what is read inside of loops and branches
+            inner = (node for part in message.get("attribute", ()) for node in nodes_of(part, "attribute"))
+            self._kept.update(_text(name) for node in inner for name in node.get("input", ()))
+        self.constants = dict(self._constants())
+
+    def domain(self, place: int) -> str:
+        """Of a node's operator."""
+        return _text(self._messages[place].get("domain", b""))
+
+    def float_attribute(self, place: int, name: str) -> float | None:
+        """Of a node; None if it has none of that name."""
+        attributes = self._messages[place].get("attribute", ())
+        return next((float(a["f"]) for a in attributes if a.get("name") == name.encode() and "f" in a), None)
+
+    def tensor_attribute(self, place: int, name: str) -> bytes | None:
+        """The bytes of a node's attribute that is a tensor."""
+        attributes = self._messages[place].get("attribute", ())
+        found = next((a["t"] for a in attributes if a.get("name") == name.encode() and "t" in a), None)
+        data: bytes | None = None if found is None else found.get("raw_data")
+        return data
+
+    def made_by(self, name: str, op: str, domain: str = "") -> int | None:
+        """The place of the node that makes a value, if it is of that operator."""
+        place = self._makers.get(name)
+        same = place is not None and (self.nodes[place].op, self.domain(place)) == (op, domain)
+        return place if same else None
+
+    def readers(self, name: str) -> frozenset[int]:
+        """The places of the nodes that read a value."""
+        return frozenset(self._readers.get(name, ()))
+
+    def inner(self, name: str, readers: Collection[int]) -> bool:
+        """Whether nothing but these nodes needs a value."""
+        return name not in self._kept and self.readers(name) <= set(readers)
+
+    def numbers(self, name: str) -> tuple[float, ...] | None:
+        """The elements of an initializer that is in the graph itself; None of others."""
+        tensor = self._tensors.get(name)
+        if tensor is None or "external_data" in tensor:
+            return None
+        dtype, size = _TYPES.get(tensor.get("data_type", 0), ""), math.prod(tensor.get("dims", ()))
+        for field in ("int64_data", "int32_data", "float_data"):
+            if field in tensor:
+                return tuple(tensor[field])
+        layout, data = _LAYOUTS.get(dtype), tensor.get("raw_data", b"")
+        if layout is None or len(data) != size * struct.calcsize(layout):
+            return None
+        return struct.unpack(f"<{size}{layout}", data)
+
+    def _constants(self) -> Iterator[tuple[str, Constant]]:
+        found: dict[str, Constant] = {}
+        for name, tensor in self._tensors.items():
+            dims = tuple(int(size) for size in tensor.get("dims", ()))
+            found[name] = Constant(_TYPES.get(tensor.get("data_type", 0), ""), math.prod(dims), dims)
+        for place, node in enumerate(self.nodes):
+            first = found.get(node.inputs[0]) if node.inputs else None
+            if first is None or self.domain(place) or not node.outputs:
+                continue
+            if node.op == "Cast":
+                found[node.outputs[0]] = Constant(_TYPES.get(node.numbers.get("to", 0), ""), first.size, first.dims)
+            elif node.op in _SAME_NUMBERS and all(name in found for name in node.inputs if name):
+                found[node.outputs[0]] = Constant(first.dtype, first.size, None)
+        yield from found.items()
+
+    def node(self, place: int) -> GraphNode:
+        """The node at a place."""
+        return self.nodes[place]
+
+
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", "backslashreplace")
