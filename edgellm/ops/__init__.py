@@ -1,6 +1,7 @@
 """The canonical ops: each a differentiable PyTorch function that captures as one node."""
 
 from edgellm.ops.attention import ATTENTION, attention
+from edgellm.ops.expert import EXPERT
 from edgellm.ops.gated_delta import GATED_DELTA, gated_delta
 from edgellm.ops.linear import EMBEDDING, LINEAR
 from edgellm.ops.linear_attention import LINEAR_ATTENTION, linear_attention
@@ -18,6 +19,7 @@ __all__ = [
     "ADD_RMS_NORM",
     "ATTENTION",
     "EMBEDDING",
+    "EXPERT",
     "GATED_DELTA",
     "GRU",
     "LINEAR",

@@ -24,6 +24,7 @@ from edgellm_exporters.quantize.plan import Plan
 BATCH, PAST, CAPACITY = 2, 6, 12
 HEADS, KV_HEADS, DIM, FEATURES, HIDDEN, SOURCE = 4, 2, 16, 32, 24, 7
 WEIGHTS = {"weight", "bias", "q_norm", "k_norm", "sinks", "cos", "sin", "w_ih", "w_hh", "b_ih", "b_hh"}
+WEIGHTS |= {"up", "down", "gate", "up_bias", "down_bias", "gate_bias"}
 
 
 def numbers(*shape: int, mean: float = 0.0) -> Tensor:
@@ -95,6 +96,14 @@ def scanned(time: int) -> dict[str, Any]:
     return {"x": x, "dt": dt, "a": -numbers(6, 5).abs(), "b": b, "c": c, "past": numbers(BATCH, 6, 5)}
 
 
+def shared(time: int) -> dict[str, Any]:
+    """Of the first row's tokens, every other has chosen the expert; of the second's, none."""
+    share = torch.rand(BATCH, time, 1) * (torch.arange(time) % 2 == 0)[:, None] * torch.tensor([1, 0])[:, None, None]
+    x, total = (numbers(BATCH, time, FEATURES) for _ in range(2))
+    up, down = numbers(HIDDEN, FEATURES) / 5, numbers(FEATURES, HIDDEN) / 5
+    return {"total": total, "x": x, "share": share, "up": up, "down": down}
+
+
 def plain(op: str, time: int) -> dict[str, Any]:
     """The least that a node of an op has."""
     torch.manual_seed(0)
@@ -102,6 +111,7 @@ def plain(op: str, time: int) -> dict[str, Any]:
     every: Mapping[str, Any] = {
         "Attention": lambda: attending(time),
         "WindowAttention": lambda: around(time),
+        "Expert": lambda: shared(time),
         "Linear": lambda: {"x": x, "weight": numbers(HIDDEN, FEATURES)},
         "Embedding": lambda: {"weight": numbers(50, FEATURES), "indices": torch.randint(0, 50, (BATCH, time))},
         "RMSNorm": lambda: {"x": x, "weight": gain, "epsilon": 0.1},
@@ -146,6 +156,20 @@ MORE: dict[tuple[str, str], Any] = {  # what a node may have besides: by op and 
     ("Attention", "sinks and window"): lambda: {"sinks": numbers(HEADS) * 3, "window": 3},
     ("Attention", "sinks and softcap"): lambda: {"sinks": numbers(HEADS), "softcap": 1.5},
     ("Attention", "distances"): lambda: {"distances": numbers(5, HEADS) * 2},
+    ("Expert", "gate"): lambda: {"gate": numbers(HIDDEN, FEATURES) / 5},
+    ("Expert", "gate_bias"): lambda: {"gate": numbers(HIDDEN, FEATURES) / 5, "gate_bias": numbers(HIDDEN)},
+    ("Expert", "up_bias"): lambda: {"up_bias": numbers(HIDDEN)},
+    ("Expert", "down_bias"): lambda: {"down_bias": numbers(FEATURES)},
+    ("Expert", "packed"): lambda: {"up": numbers(2 * HIDDEN, FEATURES) / 5, "packed": True},
+    **{
+        ("Expert", name): lambda more=more: {"gate": numbers(HIDDEN, FEATURES) / 5, **more}
+        for name, more in (
+            ("activation", {"activation": "gelu_tanh"}), ("gelu", {"activation": "gelu"}),
+            ("relu", {"activation": "relu"}), ("relu2", {"activation": "relu2"}), ("slope", {"slope": 1.7}),
+            ("slope of gelu", {"activation": "gelu", "slope": 0.7}), ("offset", {"offset": 1.0}),
+            ("limit", {"limit": 0.5}),
+        )
+    },
     ("SourceAttention", "bias"): lambda: {"bias": numbers(1, HEADS, 1, SOURCE) * 2},
     ("LinearAttention", "past"): lambda: {"past": None},
     ("GatedDelta", "past"): lambda: {"past": None},

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from families import CONTEXT, VOCAB
@@ -56,3 +59,58 @@ def test_experts_are_exported(options: Mapping[str, Any], tmp_path: Path) -> Non
     window = np.random.default_rng(1).integers(0, VOCAB, CONTEXT).tolist()
     report = compare(model, open_session(exported.bundle, device="cpu", threads=1), [window])
     assert report.logits < (0.003 if "dtype" in options else 1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_training_computes_the_chosen_experts_and_gets_the_gradients_of_all(packed: bool) -> None:
+    torch.manual_seed(0)
+    layer = Experts(6, 10, 5, 2, packed=packed).double()
+    x = torch.randn(2, 7, 6, dtype=torch.float64)
+    seen: list[int] = []
+    first = layer.experts[0].in_proj if packed else layer.experts[0].up_proj
+    first.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[0]))
+    found = layer(x)
+    chosen = torch.softmax(layer.router(x), -1).topk(2, -1).indices
+    assert seen == [int((chosen == 0).sum())]
+    with torch.no_grad():
+        torch.testing.assert_close(found, layer(x))
+    for weight in (layer.router.weight, first.weight):  # against differences of the form that computes every token
+        (slope,) = torch.autograd.grad(layer(x).square().sum(), weight, retain_graph=True)
+        with torch.no_grad():
+            step = torch.randn_like(weight) * 1e-6
+            weight += step
+            above = layer(x).square().sum()
+            weight -= 2 * step
+            below = layer(x).square().sum()
+            weight += step
+        torch.testing.assert_close((slope * step).sum() * 2, above - below, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize(("target", "quantize"), [("onnx", "none"), ("cpu", "int4")])
+def test_a_token_multiplies_with_its_chosen_experts_alone(target: str, quantize: str, tmp_path: Path) -> None:
+    """32 experts of which a token has 4: counted by the kernels that a step ran."""
+    experts, chosen = 32, 4
+    config = Qwen3NextConfig(
+        vocab_size=VOCAB, width=32, pattern=("attention",), num_heads=2, num_kv_heads=1, head_dim=16, rotated=8,
+        delta_heads=1, delta_groups=1, delta_key_dim=1, delta_value_dim=1, mlp_width=1, max_context=CONTEXT,
+        experts=(0,), num_experts=experts, num_chosen=chosen, expert_width=32, shared_width=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    exported = export(
+        qwen3_next(config).eval(), tmp_path / "b", options=ExportOptions(target=target, quantize=quantize)
+    )
+    assert exported.verification.ok
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+    session = onnxruntime.InferenceSession(exported.bundle.path / "model.onnx", options, ["CPUExecutionProvider"])
+    feeds = {}
+    for given in session.get_inputs():
+        shape = [{"batch": 1, "time": 1, "count": 1, "capacity": CONTEXT}.get(d, d) for d in given.shape]
+        kind = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(float)": np.float32}[given.type]
+        feeds[given.name] = np.full(shape, 1 if given.name in ("tokens", "lengths") else 0, kind)
+    session.run(None, feeds)
+    events = json.loads(Path(session.end_profiling()).read_text())
+    names = [e["name"] for e in events if e["name"].endswith("_kernel_time") and "MatMul" in e["args"]["op_name"]]
+    counts = Counter(names)  # each expert's nodes have the same names within its branch
+    assert sorted(counts.values())[-3:] == [chosen] * 3
+    assert len(names) - 3 * chosen == len(counts) - 3 <= 10

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from edgellm.models.layers.mlp import GatedMLP, PackedMLP
+from edgellm.ops import EXPERT
+from edgellm.ops.canonical import capturing
 
-__all__ = ["Experts", "mixture"]
+__all__ = ["Expert", "Experts", "mixture"]
 
 
 class Experts(nn.Module):
     """The sum of the chosen experts, weighted by a softmax over all of them; a shared one besides.
 
-    Every expert computes every token, and what a token has not chosen counts for nothing: plain products, which every
-    target and every quantization has. It costs as much as all experts together.
+    See :func:`mixture` for what is computed.
 
     Args:
         width: features of its input and output.
@@ -56,12 +58,44 @@ class Experts(nn.Module):
         return y + (every if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * every)
 
 
+class Expert(Protocol):
+    """A feed-forward layer that can be one of a mixture."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., width) to the same shape."""
+        ...
+
+    def parts(self) -> dict[str, Any]:
+        """The weights and attributes of :data:`edgellm.ops.EXPERT` that it is."""
+        ...
+
+
 def mixture(experts: Iterable[nn.Module], x: Tensor, shares: Tensor) -> Tensor:
     """What every expert makes of x, times its share, summed.
 
+    In a graph an expert computes those tokens that have a share of it, as far as the target can; in training too. In
+    PyTorch, where numbers are only held against a graph's, it computes all: what calibrates sees every input.
+
     Args:
-        experts: modules of one token's features.
+        experts: follow :class:`Expert`.
         x: (batch, time, width).
         shares: (batch, time, experts), 0 where one is not chosen.
     """
-    return torch.stack([expert(x) * shares[..., i : i + 1] for i, expert in enumerate(experts)]).sum(0)
+    total = torch.zeros_like(x)
+    for module, share in zip(experts, torch.split(shares, 1, dim=-1), strict=True):
+        expert = cast(Expert, module)
+        if capturing():
+            total = EXPERT(total, x, share, **expert.parts())
+        elif torch.is_grad_enabled():
+            total = _with_chosen(expert, total, x, share[..., 0])
+        else:
+            total = total + expert(x) * share
+    return total
+
+
+def _with_chosen(expert: Expert, total: Tensor, x: Tensor, share: Tensor) -> Tensor:
+    """The sum with what an expert makes of the tokens that have a share (batch, time) of it."""
+    chosen = share.nonzero(as_tuple=True)
+    if not len(chosen[0]):
+        return total
+    return total.index_put(chosen, expert(x[chosen]) * share[chosen][:, None], accumulate=True)

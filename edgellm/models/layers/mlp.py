@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
+from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgellm.errors import ConfigError
+from edgellm.ops.activations import ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "MLP", "GatedMLP", "PackedMLP", "activation_of"]
-
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-}
 
 
 def activation_of(name: str) -> Callable[[Tensor], Tensor]:
@@ -47,7 +39,7 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int, *, bias: bool, activation: str) -> None:
         super().__init__()
-        self.activation = activation_of(activation)
+        self.activation, self.kind = activation_of(activation), activation
         self.fc1 = nn.Linear(width, hidden, bias=bias)
         self.fc2 = nn.Linear(hidden, width, bias=bias)
 
@@ -55,6 +47,12 @@ class MLP(nn.Module):
         """(batch, time, width) to the same shape."""
         y: Tensor = self.fc2(self.activation(self.fc1(x)))
         return y
+
+    def parts(self) -> dict[str, Any]:
+        """Itself as an expert: the weights and attributes of :data:`edgellm.ops.EXPERT`."""
+        up, down = self.fc1, self.fc2
+        return {"up": up.weight, "down": down.weight, "up_bias": up.bias, "down_bias": down.bias,
+                "activation": self.kind}  # fmt: skip
 
 
 class GatedMLP(nn.Module):
@@ -72,7 +70,7 @@ class GatedMLP(nn.Module):
 
     def __init__(self, width: int, hidden: int, *, bias: bool = False, activation: str = "silu") -> None:
         super().__init__()
-        self.activation = activation_of(activation)
+        self.activation, self.kind = activation_of(activation), activation
         self.gate_proj = nn.Linear(width, hidden, bias=bias)
         self.up_proj = nn.Linear(width, hidden, bias=bias)
         self.down_proj = nn.Linear(hidden, width, bias=bias)
@@ -82,13 +80,19 @@ class GatedMLP(nn.Module):
         y: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
         return y
 
+    def parts(self) -> dict[str, Any]:
+        """Itself as an expert: the weights and attributes of :data:`edgellm.ops.EXPERT`."""
+        up, down, gate = self.up_proj, self.down_proj, self.gate_proj
+        return {"up": up.weight, "down": down.weight, "gate": gate.weight, "up_bias": up.bias, "down_bias": down.bias,
+                "gate_bias": gate.bias, "activation": self.kind}  # fmt: skip
+
 
 class PackedMLP(nn.Module):
     """A :class:`GatedMLP` whose gate and up projections are one, the gate's rows first; arguments as its own."""
 
     def __init__(self, width: int, hidden: int, *, bias: bool = False, activation: str = "silu") -> None:
         super().__init__()
-        self.activation = activation_of(activation)
+        self.activation, self.kind = activation_of(activation), activation
         self.in_proj = nn.Linear(width, 2 * hidden, bias=bias)
         self.out_proj = nn.Linear(hidden, width, bias=bias)
 
@@ -97,3 +101,9 @@ class PackedMLP(nn.Module):
         gate, up = self.in_proj(x).chunk(2, dim=-1)
         y: Tensor = self.out_proj(self.activation(gate) * up)
         return y
+
+    def parts(self) -> dict[str, Any]:
+        """Itself as an expert: the weights and attributes of :data:`edgellm.ops.EXPERT`."""
+        up, down = self.in_proj, self.out_proj
+        return {"up": up.weight, "down": down.weight, "up_bias": up.bias, "down_bias": down.bias,
+                "activation": self.kind, "packed": True}  # fmt: skip

@@ -19,6 +19,7 @@ from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering import recurrent, standard
 from edgellm_exporters.lowering.capped_attention import capped_attention
 from edgellm_exporters.lowering.context import Array, Lowering, Rule, shape_of
+from edgellm_exporters.lowering.expert import expert_rule
 from edgellm_exporters.lowering.linears import fused_matmul, linear_rule
 from edgellm_exporters.quantize.plan import ROW, QuantizedWeight, Scheme, pack
 
@@ -302,6 +303,7 @@ RULES: Mapping[str, Rule] = {
     "AddRMSNorm": add_rms_norm,
     "Attention": attention,
     "Embedding": embedding,
+    "Expert": expert_rule(_matmul, hoist=_hoist),
     "GatedDelta": gated_delta,
     "Linear": linear_rule(_matmul),
     "LinearAttention": linear_attention,

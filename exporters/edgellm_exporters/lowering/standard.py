@@ -13,6 +13,7 @@ from edgellm.ops.schema import View, view_of
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering import recurrent
 from edgellm_exporters.lowering.context import Lowering, Rule, blank, shape_of
+from edgellm_exporters.lowering.expert import expert_rule
 from edgellm_exporters.lowering.window import HIDDEN, Attend, Heads, by_attention, window_rule
 from edgellm_exporters.quantize.plan import ROW, QuantizedWeight
 
@@ -368,6 +369,7 @@ def _looks_up(node: ir.Node, weight: ir.Value) -> bool:
 RULES: Mapping[str, Rule] = {
     "Attention": attention_rule(by_attention),
     "Embedding": embedding,
+    "Expert": expert_rule(matmul),
     "Linear": linear,
     "RMSNorm": rms_norm,
     "SourceAttention": source_attention,

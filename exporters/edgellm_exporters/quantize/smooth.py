@@ -66,13 +66,16 @@ def smooth(
     """
     done = Smoothing()
     readers: dict[ir.Value, list[ir.Value]] = defaultdict(list)
+    nodes: dict[ir.Value, set[ir.Node]] = defaultdict(set)
     for view in views(graph.graph):
         for matrix, read in view.op.products.items():
-            readers[getattr(view, read)].append(getattr(view, matrix))
+            if (weight := getattr(view, matrix)) is not None:
+                readers[getattr(view, read)].append(weight)
+                nodes[getattr(view, read)].add(view.node)
     for x, weights in readers.items():
         seen = largest([part for w in weights for part in parts_of(str(w.name))])
         maker = _maker(x)
-        if seen is None or maker is None or len(x.uses()) != len(weights) or not all(map(_own, weights)):
+        if seen is None or maker is None or len(x.uses()) != len(nodes[x]) or not all(map(_own, weights)):
             continue
         factors = _factors(seen, [_array(w) for w in weights], strength)
         maker(1 / factors, done)
