@@ -31,10 +31,10 @@ _SUBJECTS = {
     "decoder": (*_WEIGHTS, CACHE),
     "decoder untied with biases": _WEIGHTS,
     "decoder with q/k norm": _WEIGHTS,
-    "mixed": ("none", "int8", "int4"),
+    "mixed": ("none", "int8", "int4", "w8a8"),
     "lstm": ("int4", "2:32"),
     "local and mixed": ("none", "int4"),
-    "windows and soft caps": ("none", "int8", CACHE),
+    "windows and soft caps": ("none", "int8", "2:32", "w8a8", CACHE),
 }
 _GROUPS = {"mixed": "hybrid", "lstm": "hybrid", "local and mixed": "window", "windows and soft caps": "window"}
 _THREADS = range(1, 9)

@@ -276,7 +276,7 @@ def mask(numbers: Numbers, _draw: np.random.Generator) -> None:
     found = [n for n in names if numbers.get(n).size == 1 and float(numbers.get(n).flat[0]) < -100]
     if not found:
         raise Missing
-    numbers.put(found[0], numbers.get(found[0]) * 0 - 2)
+    numbers.put(found[0], np.full_like(numbers.get(found[0]), -2))
 
 
 def stale(numbers: Numbers, _draw: np.random.Generator) -> None:

@@ -9,7 +9,7 @@ import pytest
 from families import CONTEXT, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mutations import Numbers
+from mutations import KINDS, Numbers
 from tiny_files import copied
 
 from edgellm_exporters.export import ExportOptions, export
@@ -64,10 +64,9 @@ def test_the_far_end_of_a_rotary_table_is_tried(tmp_path: Path) -> None:
     assert wrong == {"far.logits", "far.kl", "far.state"}
 
 
-def test_products_round_nothing_at_the_far_row_of_blocks_so_that_it_is_held_as_floats_are(tmp_path: Path) -> None:
-    for quantize in ("int4", "w8a8"):
-        export(make("decoder"), tmp_path / quantize, options=ExportOptions(quantize=quantize))
-    bundle = Bundle(tmp_path / "int4")
+@pytest.mark.parametrize("quantize", ["int4", "w8a8"])
+def test_products_round_nothing_at_the_far_row_so_that_it_is_held_as_floats_are(quantize: str, tmp_path: Path) -> None:
+    bundle = export(make("decoder"), tmp_path / "b", options=ExportOptions(quantize=quantize)).bundle
     data, session = goldens_file(bundle)[FAR], open_session(bundle, threads=1)
     assert data[FLOAT_INPUTS]
     assert bundle.manifest.far["kl"] == 1e-6  # what sums in another order cost, and no more
@@ -76,7 +75,38 @@ def test_products_round_nothing_at_the_far_row_of_blocks_so_that_it_is_held_as_f
         distance(far.golden, *far_outputs(reader, far, "whole")) for reader in (session, float_session(bundle, 1))
     )
     assert floats["kl"] < 1e-7 < 1e-6 < as_it_is["kl"]
-    assert FLOAT_INPUTS not in goldens_file(Bundle(tmp_path / "w8a8"))[FAR]
+
+
+def test_codes_of_a_cache_are_rounded_at_the_far_row_too(tmp_path: Path) -> None:
+    options = ExportOptions(quantize="int4", kv_cache="int8")
+    bundle = export(make("decoder"), tmp_path / "b", options=options).bundle
+    assert FLOAT_INPUTS not in goldens_file(bundle)[FAR]
+    assert all(check.ok for check in checked(bundle.path).values())
+
+
+@pytest.mark.parametrize(
+    ("method", "kinds"),
+    [
+        ("int8", ["codes of a block at random"]), ("int4", ["one scale doubled", "other zeros"]),
+        ("w8a8", ["codes of a block at random"]),
+    ],
+)  # fmt: skip
+def test_recurrences_round_nothing_at_the_far_row_either_so_that_small_changes_of_them_are_found(
+    method: str, kinds: list[str], tmp_path: Path
+) -> None:
+    """Each moves the KL by little more than 1e-4, within what inputs rounded beside it may move a row."""
+    source = export(make("mixed"), tmp_path / "source", options=ExportOptions(quantize=method)).bundle
+    assert goldens_file(source)[FAR][FLOAT_INPUTS]
+    assert source.manifest.far == {"logits": 1e-4, "kl": 1e-6, "state": 1e-4}
+    assert checked(source.path)["far.logits"].value < 1e-5
+    for kind in kinds:
+        (folder := tmp_path / kind).mkdir()
+        numbers = Numbers(copied(source.path, folder))
+        KINDS[kind](numbers, np.random.default_rng(1))
+        assert "mixer.weight_" in numbers.changed[0]
+        numbers.write()
+        found = checked(folder / "bundle")
+        assert found["far.logits"].value > 10 * found["far.logits"].bound
 
 
 def test_a_far_row_beside_a_nearer_one_is_what_it_is_alone(tmp_path: Path) -> None:

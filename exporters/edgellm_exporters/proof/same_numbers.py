@@ -19,7 +19,7 @@ from edgellm.streaming import Weights, resident
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.proof.far_row import FarRow, FarStart, far_row
 from edgellm_exporters.proof.traces import Sources, Trace, traces
-from edgellm_exporters.quantize.plan import ROW, Plan
+from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.quantize.quantized_model import same_numbers
 from edgellm_exporters.quantize.rounded_products import rounding_nothing
 from edgellm_exporters.weights.memory import give_back
@@ -85,13 +85,11 @@ def exact_traces(
 
 
 def _far(model: nn.Module, start: FarStart, plan: Plan) -> FarRow | None:
-    """The row far into the context; of products that round nothing, where a graph can be had that rounds nothing."""
-    if plan.cache or any(scheme.block == ROW for scheme in plan.schemes.values()):
+    """The row far into the context; of products that round nothing, unless codes of a cache are rounded anyway."""
+    if plan.cache:
         return far_row(model, start, plan.cache)  # type: ignore[arg-type]
-    with rounding_nothing(model) as possible:
-        if possible:
-            return far_row(model, start, {}, float_inputs=True)  # type: ignore[arg-type]
-    return far_row(model, start, {})  # type: ignore[arg-type]
+    with rounding_nothing():
+        return far_row(model, start, {}, float_inputs=True)  # type: ignore[arg-type]
 
 
 class _Noise:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ __all__ = [
     "ProductRounding", "round_blocks", "round_cache", "round_linear", "round_recurrence", "round_rows", "round_whole",
     "rounding_nothing",
 ]  # fmt: skip
+
+_ROUNDS: ContextVar[bool] = ContextVar("rounds", default=True)
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class ProductRounding:
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """X W^T + b, as the kernel has it."""
+        if not _ROUNDS.get():
+            return F.linear(x, weight, bias)
         x = self.noise(x)
         if self.rounding is None:
             return F.linear(x, weight, bias)
@@ -76,22 +81,13 @@ def round_linear(layer: nn.Linear, rounding: ProductRounding) -> None:
 
 
 @contextmanager
-def rounding_nothing(model: nn.Module) -> Iterator[bool]:
-    """Meanwhile a model's linear layers round nothing; gives False, and changes nothing, where others round, too.
-
-    Args:
-        model: whose layers may have been given forwards of their own by the functions here.
-    """
-    own = [module for module in model.modules() if "forward" in module.__dict__]
-    if not all(type(module) is nn.Linear for module in own):
-        yield False
-        return
-    kept = [(module, module.__dict__.pop("forward")) for module in own]
+def rounding_nothing() -> Iterator[None]:
+    """Meanwhile products round nothing of what they read, in layers and recurrences alike; caches round as before."""
+    token = _ROUNDS.set(False)
     try:
-        yield True
+        yield
     finally:
-        for module, forward in kept:
-            module.forward = forward
+        _ROUNDS.reset(token)
 
 
 def round_recurrence(module: nn.Module, roundings: Mapping[str, ProductRounding], met: set[str]) -> None:

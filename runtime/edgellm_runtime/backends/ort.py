@@ -32,6 +32,8 @@ NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
 _NO_BLOCKS = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 _MAKING = threading.Lock()  # of sessions, while the environment is changed for them
 _FOLDER = "session.model_external_initializers_file_folder_path"  # of the weights of a graph that is given as bytes
+# What the library makes of a product with 8-bit weights that are widened before it; by default one that rounds inputs.
+_FLOAT_PRODUCTS = "session.qdq_matmulnbits_accuracy_level"
 _KEPT = 4  # bindings a state: two turns of single tokens, and the chunk sizes of a prompt
 
 
@@ -84,7 +86,7 @@ class OrtBackend(HostBackend):
         fetch: names of further values of the graph, which :attr:`fetched` holds after each step.
         encoder: the graph that reads sources, already checked; None: the model reads none.
         kernels: run the products that they can; None for ONNX Runtime's everywhere.
-        float_inputs: have products with weights in blocks read floats, slow as that is, and not what they round to 8
+        float_inputs: have products with quantized weights read floats, slow as that is, and not what they round to 8
             bits.
 
     Raises:
@@ -117,6 +119,7 @@ class OrtBackend(HostBackend):
             kernels.add_to(options)
             source, _ = kernels.swapped(graph.read_bytes(), fetch)
         if float_inputs:
+            options.add_session_config_entry(_FLOAT_PRODUCTS, "1")
             source = with_float_inputs(graph.read_bytes())
         if fetch:
             source = with_outputs(source if isinstance(source, bytes) else graph.read_bytes(), fetch)

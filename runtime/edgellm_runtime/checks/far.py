@@ -114,7 +114,7 @@ def reads_floats(bundle: Bundle, data: Mapping[str, Any]) -> bool:
 
 
 def float_session(bundle: Bundle, threads: int | None = None) -> Session:
-    """A bundle on this processor, its products with weights in blocks reading floats.
+    """A bundle on this processor, its products with quantized weights reading floats.
 
     A model may take a made-up past so that inputs rounded to 8 bits move its logits by more than any fault would.
     Positions, windows and slots, which such a row is for, are in the graph all the same when its products read floats.

@@ -1,9 +1,13 @@
-"""A graph whose products with weights in blocks read floats, as slow as that is, and round nothing that they read."""
+"""A graph whose products with quantized weights read floats, as slow as that is, and round nothing that they read."""
 
 from __future__ import annotations
 
-from edgellm_runtime.graphs.rewriting import with_attribute
+from collections.abc import Sequence
+
+from edgellm_runtime.graphs.onnx_file import nodes_of, read_model
+from edgellm_runtime.graphs.rewriting import with_others
 from edgellm_runtime.graphs.wire import Message
+from edgellm_runtime.graphs.writer import Node
 
 __all__ = ["with_float_inputs"]
 
@@ -13,12 +17,40 @@ _LEVEL, _IN_8_BITS, _AS_FLOATS = "accuracy_level", 4, 1
 def with_float_inputs(model: bytes) -> bytes:
     """The same graph, whose numbers are those of its weights alone.
 
+    Weights in blocks have a kernel that reads floats. An integer product becomes one with the floats that its codes
+    stand for: rows are neither divided by their scale before it nor multiplied with it after.
+
     Args:
         model: the serialized model.
     """
-    return with_attribute(model, _rounds, _LEVEL, _AS_FLOATS)[0]
+    products = [node for node in nodes_of(read_model(model)) if node.get("op_type") == b"MatMulIntegerToFloat"]
+    codes = {_names(node, "input")[0] for node in products}  # of what they read
+    rows = {_names(node, "output")[0] for node in products}  # of what they make, before each has its scale
+
+    def others(node: Message) -> Sequence[Node] | None:
+        op, inputs, outputs = node.get("op_type"), _names(node, "input"), _names(node, "output")
+        if op == b"MatMulNBits":
+            return _reading_floats(node)
+        if op == b"MatMulIntegerToFloat":
+            floats = f"{outputs[0]}.weight"
+            return [
+                Node("DequantizeLinear", [inputs[1], inputs[3]], [floats], {"axis": 1}),
+                Node("MatMul", [inputs[0], floats], outputs),
+            ]
+        if (op == b"QuantizeLinear" and outputs[0] in codes) or (op == b"Mul" and inputs[0] in rows):
+            return [Node("Identity", inputs[:1], outputs)]
+        return None
+
+    return with_others(model, others)
 
 
-def _rounds(node: Message) -> bool:
-    given = {a.get("name", b""): a.get("i", 0) for a in node.get("attribute", ())}
-    return node.get("op_type") == b"MatMulNBits" and given.get(_LEVEL.encode()) == _IN_8_BITS
+def _reading_floats(node: Message) -> Sequence[Node] | None:
+    given = {a["name"].decode(): a.get("i", 0) for a in node.get("attribute", ())}
+    if given.get(_LEVEL) != _IN_8_BITS:
+        return None
+    domain = node.get("domain", b"").decode()
+    return [Node("MatMulNBits", _names(node, "input"), _names(node, "output"), {**given, _LEVEL: _AS_FLOATS}, domain)]
+
+
+def _names(node: Message, key: str) -> list[str]:
+    return [name.decode() for name in node.get(key, ())]

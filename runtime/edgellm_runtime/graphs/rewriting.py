@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from edgellm_runtime.graphs.onnx_file import read_message, read_model
 from edgellm_runtime.graphs.wire import Message
-from edgellm_runtime.graphs.writer import Node, attribute, message, node_bytes, number, text
+from edgellm_runtime.graphs.writer import Node, message, node_bytes, number, text
 
-__all__ = ["with_attribute", "with_nodes"]
+__all__ = ["with_nodes", "with_others"]
 
-Chosen = Callable[[Message], bool]
 _MODEL_GRAPH, _MODEL_OPSET, _GRAPH_NODE, _NODE_ATTRIBUTE = 7, 8, 1, 5
+_ATTRIBUTE_GRAPHS = (6, 11)  # one, or several
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 
 
@@ -45,50 +45,35 @@ def with_nodes(model: bytes, nodes: Mapping[int, Sequence[Node]]) -> bytes:
     return changed + b"".join(message(_MODEL_OPSET, text(1, domain) + number(2, 1)) for domain in fresh)
 
 
-def with_attribute(model: bytes, chosen: Chosen, name: str, value: int) -> tuple[bytes, int]:
-    """A model whose chosen nodes have another whole number as one of their attributes.
+def with_others(model: bytes, others: Callable[[Message], Sequence[Node] | None]) -> bytes:
+    """A model with other nodes in the place of some, within loops and branches too.
 
     Args:
         model: the serialized model.
-        chosen: told each node of its graph, as :mod:`~edgellm_runtime.graphs.onnx_file` reads them.
-        name: of the attribute.
-        value: in the place of what it is.
-
-    Returns:
-        The model, and how many nodes were changed.
+        others: told each node, as :mod:`~edgellm_runtime.graphs.onnx_file` reads them; gives what stands there instead,
+            of operators that the model has already, or None where the node stays.
     """
 
-    def other(data: bytes) -> bytes:
-        kept = b"".join(
-            raw
+    def inner(data: bytes) -> bytes:
+        return b"".join(
+            message(field, graph(content)) if field in _ATTRIBUTE_GRAPHS else raw
             for field, raw, content in _fields(data)
-            if field != _NODE_ATTRIBUTE or read_message(content, "attribute").get("name") != name.encode()
         )
-        return kept + message(_NODE_ATTRIBUTE, attribute(name, value))
-
-    return _with_nodes(model, chosen, other)
-
-
-def _with_nodes(model: bytes, chosen: Chosen, change: Callable[[bytes], bytes]) -> tuple[bytes, int]:
-    """A model with the chosen nodes of its graph changed, and how many they are."""
-    count = 0
 
     def node(data: bytes) -> bytes:
-        nonlocal count
-        if not chosen(read_message(data, "node")):
-            return data
-        count += 1
-        return change(data)
+        if (found := others(read_message(data, "node"))) is not None:
+            return b"".join(message(_GRAPH_NODE, node_bytes(each)) for each in found)
+        parts = (
+            message(field, inner(content)) if field == _NODE_ATTRIBUTE else raw for field, raw, content in _fields(data)
+        )
+        return message(_GRAPH_NODE, b"".join(parts))
 
     def graph(data: bytes) -> bytes:
-        return b"".join(
-            message(field, node(content)) if field == _GRAPH_NODE else raw for field, raw, content in _fields(data)
-        )
+        return b"".join(node(content) if field == _GRAPH_NODE else raw for field, raw, content in _fields(data))
 
-    changed = b"".join(
+    return b"".join(
         message(field, graph(content)) if field == _MODEL_GRAPH else raw for field, raw, content in _fields(model)
     )
-    return changed, count
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
