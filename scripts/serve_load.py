@@ -1,29 +1,36 @@
-"""Tokens a second of a server with one client and with several at once, and how long those wait.
+"""Tokens a second of a server with one client and with several at once, how long those wait, and what a token takes.
 
     python scripts/serve_load.py --bundle runs/smollm2-int8 --clients 1 8
 
-Each number of clients takes its turn in each round, so that a machine that changes its speed changes it for all; the
-best round of each counts for tokens a second, all rounds for waiting. Every request reads a prompt of its own.
+The server is `edgellm serve` in a process of its own. The clients are sockets of this one, which looks at no more of an
+answer than where its events begin, so that the processor is left to the server; what it takes itself is told too. Each
+number of clients takes its turn in each round, so that a machine that changes its speed changes it for all; the best
+round of each counts for tokens a second, all rounds for waiting. Every request reads a prompt of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import selectors
+import socket
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
-import httpx2 as httpx
 import numpy as np
-from served import Served, serving
 
-from edgellm_runtime.batching.options import BatchOptions
+from edgellm_runtime.bundle import Bundle
+
+_EVENT = b"data: {"
+_TICKS = os.sysconf("SC_CLK_TCK")
+_LONGEST_S = 600.0
 
 
 @dataclass
@@ -34,51 +41,132 @@ class Figures:
         rates: tokens a second, of each round.
         first: seconds to the first token, of each request.
         between: seconds between two tokens.
+        processor: seconds of processor time a token, of the server and of the clients, of each round.
     """
 
     rates: list[float] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
     between: list[float] = field(default_factory=list)
+    processor: list[tuple[float, float]] = field(default_factory=list)
 
 
-def ask(served: Served, prompt: list[int], tokens: int, figures: Figures) -> None:
-    """One request, with a token as soon as it is there."""
-    body = {"model": served.model.name, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
-            "stream": True, "logprobs": 0}  # fmt: skip
-    times = [time.perf_counter()]
-    with httpx.stream("POST", f"{served.address}/v1/completions", json=body, timeout=600) as response:
-        for line in response.iter_lines():
-            if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["logprobs"]:
-                times.append(time.perf_counter())
-    if len(times) != tokens + 1:
-        raise RuntimeError(f"{len(times) - 1} tokens came, not {tokens}")
-    figures.first.append(times[1] - times[0])
-    figures.between.extend(np.diff(times[1:]).tolist())
+@dataclass
+class Served:
+    """A server that runs.
+
+    Args:
+        port: where, on this machine.
+        process: its number.
+        model: what it serves.
+    """
+
+    port: int
+    process: int
+    model: str
+
+    @property
+    def processor_s(self) -> float:
+        """Seconds that all its threads have run."""
+        fields = Path(f"/proc/{self.process}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
-def measure(served: Served, clients: int, *, prompt: int, tokens: int, seed: int, figures: Figures) -> None:
-    """One round."""
-    rng = np.random.default_rng(seed)
-    prompts = rng.integers(5, served.model.model.session.vocab_size, (clients, prompt)).tolist()
-    threads = [threading.Thread(target=ask, args=(served, p, tokens, figures)) for p in prompts]
+@contextmanager
+def serving(bundle: Path, rows: int, threads: int | None) -> Iterator[Served]:
+    """``edgellm serve``, until the end of the block."""
+    command = [sys.executable, "-m", "edgellm", "serve", f"load={bundle}", "--port", "0", "--rows", str(rows),
+               "--prefix-cache", "0", *(["--threads", str(threads)] if threads else [])]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        said = [""]
+        while "Serving at" not in said[-1]:
+            if not (line := process.stderr.readline()):
+                raise RuntimeError(f"the server did not come up: {''.join(said)}")
+            said.append(line)
+        port = int(said[-1].strip().rpartition(":")[2])
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # its log must not fill the pipe
+        yield Served(port, process.pid, "load")
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+class Client:
+    """One request, whose events are counted as they come.
+
+    Args:
+        served: who is asked.
+        prompt: token ids.
+        tokens: how many are wanted.
+    """
+
+    def __init__(self, served: Served, prompt: Sequence[int], tokens: int) -> None:
+        body = json.dumps({
+            "model": served.model, "prompt": [*prompt], "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
+            "stream": True, "stream_options": {"include_usage": True},
+        }).encode()  # fmt: skip
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{served.port}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        )
+        self.socket = socket.create_connection(("127.0.0.1", served.port), _LONGEST_S)
+        self.times = [time.perf_counter()]
+        self._tail, self._tokens = b"", tokens
+        self.socket.sendall(head.encode() + body)
+
+    def read(self) -> bool:
+        """Take what has come; whether that was all."""
+        data = self.socket.recv(65536)
+        if not data:
+            self.socket.close()
+            self._check()
+            return True
+        whole = self._tail[1 - len(_EVENT) :] + data  # an event's beginning may lie in two pieces
+        self.times += [time.perf_counter()] * whole.count(_EVENT)
+        self._tail = (self._tail + data)[-1024:]
+        return False
+
+    def _check(self) -> None:
+        if f'"completion_tokens": {self._tokens},'.encode() not in self._tail or b"[DONE]" not in self._tail:
+            raise RuntimeError(f"the answer has not {self._tokens} tokens; it ends with {self._tail[-300:]!r}")
+        self.times.pop()  # of the usage
+
+
+def measure(served: Served, prompts: Sequence[Sequence[int]], tokens: int, figures: Figures) -> None:
+    """One round: all prompts at once."""
+    before, own = served.processor_s, time.process_time()
     begin = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    figures.rates.append(clients * tokens / (time.perf_counter() - begin))
+    clients = [Client(served, prompt, tokens) for prompt in prompts]
+    with selectors.DefaultSelector() as selector:
+        for client in clients:
+            selector.register(client.socket, selectors.EVENT_READ, client)
+        left = len(clients)
+        while left:
+            for key, _ in selector.select(_LONGEST_S):
+                if key.data.read():
+                    selector.unregister(key.fileobj)
+                    left -= 1
+    count = len(clients) * tokens
+    figures.rates.append(count / (time.perf_counter() - begin))
+    figures.processor.append(((served.processor_s - before) / count, (time.process_time() - own) / count))
+    for client in clients:
+        figures.first.append(client.times[1] - client.times[0])
+        figures.between.extend(np.diff(client.times[1:]).tolist())
 
 
 def told(found: dict[int, Figures]) -> None:
     """Print a table."""
     base = max(found[min(found)].rates)
-    print("| clients | tokens/s | against one | first token p50 / p95 / p99, ms | between tokens p50 / p95 / p99, ms |")
-    print("|---|---|---|---|---|")
+    print("| clients | tokens/s | against one | first token p50 / p95 / p99, ms | between tokens p50 / p95 / p99, ms "
+          "| processor time a token, ms: server + clients |")  # fmt: skip
+    print("|---|---|---|---|---|---|")
     for clients, figures in found.items():
         waits = [" / ".join(f"{1e3 * q:.0f}" for q in np.percentile(s, [50, 95, 99])) for s in
                  (figures.first, figures.between)]  # fmt: skip
-        best = max(figures.rates)
-        print(f"| {clients} | {best:.1f} | {best / base:.2f} | {waits[0]} | {waits[1]} |")
+        best, (server, own) = max(figures.rates), np.median(figures.processor, axis=0)
+        print(f"| {clients} | {best:.1f} | {best / base:.2f} | {waits[0]} | {waits[1]} | {1e3 * server:.2f} + "
+              f"{1e3 * own:.2f} |")  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,13 +180,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=None)
     options = parser.parse_args(arguments)
     found = {clients: Figures() for clients in options.clients}
-    batch = BatchOptions(rows=max(options.clients), queue=max(options.clients))
-    with serving({options.bundle.name: options.bundle}, batch=batch, threads=options.threads) as served:
-        measure(served, 1, prompt=8, tokens=4, seed=0, figures=Figures())
+    vocab = Bundle(options.bundle, checksums=False).manifest.signature.logits.shape[-1]
+    with serving(options.bundle, max(options.clients), options.threads) as served:
+        measure(served, [[5] * 8], 4, Figures())
         for number in range(options.rounds):
             for clients, figures in found.items():
-                seed = 1000 * number + clients
-                measure(served, clients, prompt=options.prompt, tokens=options.tokens, seed=seed, figures=figures)
+                rng = np.random.default_rng(1000 * number + clients)
+                measure(
+                    served, rng.integers(5, int(vocab), (clients, options.prompt)).tolist(), options.tokens, figures
+                )
     told(found)
     return 0
 

@@ -42,7 +42,6 @@ def serving(
     checked = ServerOptions(port=0, batch=batch or BatchOptions(), **options)
     host = open_host(bundles, checked.batch, threads=threads)
     with listen(checked) as sock:
-        sock.listen()  # so that whoever comes first waits, and need not try again
         server = server_of(host, checked)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()

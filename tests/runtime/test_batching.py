@@ -110,6 +110,36 @@ def test_each_request_gets_what_it_gets_alone(
         assert answer.finish_reason == alone.finish_reason
 
 
+@pytest.mark.parametrize("kind", ["attention", "lstm", "mixed"])
+@settings(max_examples=6, deadline=None)
+@given(changes=st.lists(st.tuples(st.booleans(), st.integers(0, 3), st.integers(0, 3)), min_size=6, max_size=12))
+def test_rows_that_are_as_many_as_before_have_the_arrays_bound_before(
+    kind: str, changes: list[tuple[bool, int, int]]
+) -> None:
+    """Whatever joined and left meanwhile, after odd and even numbers of steps, a row has the logits it has alone."""
+    session, rows = model_of(kind).session, SharedRows(model_of(kind).session, 3)
+    alone: list[Any] = []
+    seen: dict[int, Any] = {}
+    for number, (joins, at, steps) in enumerate(changes):
+        if (joins or not alone) and len(alone) < 3:
+            state, own = session.new_state(1, 1), session.new_state(1, 64)
+            for each in (state, own):
+                session.step(np.array([[number + 1, 2]]), each)
+            rows.add(state, 60)
+            alone.append(own)
+        elif len(alone) > 1:
+            rows.remove(at % len(alone))
+            alone[at % len(alone)] = alone[-1]
+            alone.pop()
+        for step in range(steps):
+            (part,) = rows.parts()
+            assert seen.setdefault(len(alone), part) is part
+            tokens = np.array([[(step + row) % VOCAB] for row in range(len(alone))])
+            found = session.step(tokens, part).copy()
+            expected = np.concatenate([session.step(tokens[i : i + 1], own).copy() for i, own in enumerate(alone)])
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * float(np.abs(expected).max()))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=3, deadline=None)
 @given(lengths=st.lists(st.integers(1, 20), min_size=2, max_size=4), leaves=st.integers(0, 3), data=st.data())

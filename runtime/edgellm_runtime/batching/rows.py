@@ -16,6 +16,8 @@ from edgellm_runtime.state.storage import HostStorage
 
 __all__ = ["ApartRows", "CopiedRows", "Rows", "SharedRows", "joined", "rows_for"]
 
+_VIEWED = 4  # times as many rows as there may be have arrays bound to them, which save the time of binding
+
 
 class Rows(Protocol):
     """Rows in an order. One that leaves has its place taken by the last."""
@@ -98,6 +100,7 @@ class SharedRows:
         self._rooms: list[int] = []
         self._whole: State | None = None
         self._view: State | None = None  # the rows that are there, while nobody joins or leaves
+        self._views: dict[int, State] = {}  # by their number, for when there are as many again
 
     def __len__(self) -> int:
         """See :class:`Rows`."""
@@ -131,6 +134,7 @@ class SharedRows:
     def clear(self) -> None:
         """See :class:`Rows`."""
         self._rooms.clear()
+        self._views.clear()
         self._whole = self._view = None
 
     def parts(self) -> Sequence[State]:
@@ -142,8 +146,20 @@ class SharedRows:
         whole = self._settled(0)
         rows = len(self._rooms)
         whole = self._settled(int(whole.lengths[:rows].max()) + 1)
-        self._view = whole.first(rows)
+        self._view = self._first(whole, rows)
         return (self._view,)
+
+    def _first(self, whole: State, rows: int) -> State:
+        """The rows' memory as a state, the one that they had when they were as many: to bind it takes milliseconds."""
+        found = self._views.pop(rows, None)
+        if found is None:
+            found = whole.first(rows)
+            while self._views and sum(self._views) + rows > _VIEWED * self._most:  # each has logits of its own
+                self._views.pop(next(iter(self._views)))
+        else:
+            whole.follow(found)
+        self._views[rows] = found
+        return found
 
     def _settled(self, slots: int) -> State:
         """All rows' memory, with so many slots at least, and no view of it in use."""
@@ -153,6 +169,7 @@ class SharedRows:
         self._view = None
         if whole is None or whole.capacity < slots:
             self._whole = whole = self._grown(whole, slots)
+            self._views.clear()
         return whole
 
     def _grown(self, old: State | None, slots: int) -> State:

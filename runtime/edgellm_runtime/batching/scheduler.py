@@ -116,6 +116,7 @@ class Scheduler:
         self._incoming: list[Job] = []
         self._refused = 0
         self._closing, self._drains = False, True
+        self._after: tuple[Callable[[], None], ...] = ()
         self._thread = threading.Thread(target=self._run, name="edgellm-scheduler", daemon=True)
         self._thread.start()
 
@@ -175,6 +176,16 @@ class Scheduler:
             self._changed.notify_all()
         return Ticket(job.prompt, answers if sink is None else 0, events, job.cancelled)
 
+    def call_after_rounds(self, told: Callable[[], None]) -> None:
+        """Have a function called after each round, when all sinks have been told of it: once for all their events.
+
+        Args:
+            told: it is called on the scheduler's thread, which it must not hold up, and once however often it is given.
+        """
+        with self._changed:
+            if told not in self._after:
+                self._after += (told,)
+
     @property
     def load(self) -> Load:
         """How busy it is, about now."""
@@ -208,6 +219,7 @@ class Scheduler:
                 self._batcher.round()
                 with self._changed:
                     self._changed.notify_all()  # who waits for a place
+                self._call_after()
         except BaseException as error:  # a fault of ours: whoever waits must not wait for ever
             with self._changed:
                 self._closing = True
@@ -216,6 +228,12 @@ class Scheduler:
                 job.fail(error)
             self._batcher.fail_all(error)
             raise
+        finally:
+            self._call_after()
+
+    def _call_after(self) -> None:
+        for told in self._after:
+            told()
 
     def _take(self) -> bool:
         """Hand over what has come; False once there is nothing left to do and nothing more will come."""

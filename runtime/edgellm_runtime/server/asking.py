@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary, ref
 
 from edgellm_runtime.batching.job import Event
 from edgellm_runtime.generation.answer import Chunk, Generation
@@ -13,7 +15,49 @@ from edgellm_runtime.generation.options import OptionKeywords
 from edgellm_runtime.server.faults import ApiError
 from edgellm_runtime.server.host import Hosted
 
-__all__ = ["Asked", "ask"]
+__all__ = ["Asked", "Mail", "ask"]
+
+
+class Mail:
+    """Takes events from threads to a loop, which is woken once for all that a step of the model has.
+
+    To wake the loop for each row would cost the thread that steps as much as choosing their tokens, and have the loop
+    compete with it between them.
+
+    Args:
+        loop: whose tasks read them.
+    """
+
+    _all: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, Mail]] = WeakKeyDictionary()
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop, self._letters = ref(loop), deque[tuple[Asked, Event]]()
+
+    @classmethod
+    def of(cls, loop: asyncio.AbstractEventLoop) -> Mail:
+        """A loop's own."""
+        return cls._all.setdefault(loop, cls(loop))
+
+    def post(self, asked: Asked, event: Event) -> None:
+        """Put down an event, from any thread; it is read once the loop has been woken."""
+        self._letters.append((asked, event))
+
+    def wake(self) -> None:
+        """Have the loop read what was put down. Where it has ended, those who asked there are asked no further."""
+        if not self._letters:
+            return
+        try:
+            if (loop := self._loop()) is None:
+                raise RuntimeError("the loop is gone")
+            loop.call_soon_threadsafe(self._read)
+        except RuntimeError:
+            while self._letters:
+                self._letters.popleft()[0].cancel()
+
+    def _read(self) -> None:
+        while self._letters:
+            asked, event = self._letters.popleft()
+            asked.arrive(event)
 
 
 class Asked:
@@ -21,14 +65,20 @@ class Asked:
 
     Args:
         answers: how many come.
-        events: what the scheduler tells.
         cancelled: ends it.
     """
 
-    def __init__(self, answers: int, events: asyncio.Queue[Event], cancelled: threading.Event) -> None:
-        self._answers, self._events, self._cancelled = answers, events, cancelled
+    def __init__(self, answers: int, cancelled: threading.Event) -> None:
+        self._answers, self._cancelled = answers, cancelled
+        self._events, self._waiting = deque[Event](), asyncio.get_running_loop().create_future()
         self._found: dict[int, Generation] = {}
         self.prompt: tuple[int, ...] = ()
+
+    def arrive(self, event: Event) -> None:
+        """Take what the scheduler tells; on the loop's thread."""
+        self._events.append(event)
+        if not self._waiting.done():
+            self._waiting.set_result(None)
 
     def cancel(self) -> None:
         """Ask no further, as its reader has gone."""
@@ -42,7 +92,10 @@ class Asked:
             RuntimeFault: what else ended it.
         """
         while len(self._found) < self._answers:
-            event = await self._events.get()
+            if not self._events:
+                self._waiting = asyncio.get_running_loop().create_future()
+                await self._waiting
+            event = self._events.popleft()
             if event.error is not None:
                 raise event.error
             assert event.chunk is not None
@@ -97,17 +150,18 @@ async def ask(
     Raises:
         RuntimeFault: the request cannot be taken.
     """
-    loop, events, cancelled = asyncio.get_running_loop(), asyncio.Queue[Event](), threading.Event()
-    asked = Asked(answers, events, cancelled)
+    cancelled = threading.Event()
+    asked, mail = Asked(answers, cancelled), Mail.of(asyncio.get_running_loop())
     own: OptionKeywords = {**options, "cancel": cancelled, "deadline": timeout}
     if (adapter := hosted.model.adapter) is not None:
         own["adapter"] = adapter
 
     def submit() -> None:
+        hosted.scheduler.call_after_rounds(mail.wake)
         ticket = hosted.scheduler.submit(
             prompt(),
             answers=answers,
-            sink=lambda event: _tell(loop, events, event),
+            sink=lambda event: mail.post(asked, event),
             prompt_logprobs=prompt_logprobs,
             **own,
         )
@@ -119,7 +173,3 @@ async def ask(
         cancelled.set()
         raise
     return asked
-
-
-def _tell(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: Event) -> None:
-    loop.call_soon_threadsafe(events.put_nowait, event)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from edgellm_runtime.server.fields import Fields
 from edgellm_runtime.server.host import Host
 from edgellm_runtime.server.options import ServerOptions
 
-__all__ = ["Call", "EventStream", "JsonText", "event", "until_gone"]
+__all__ = ["Call", "EventStream", "Frames", "JsonText", "event", "until_gone"]
 
 _SILENCE_S = 15.0
 Handler = Callable[["Call"], Awaitable[Response]]
@@ -85,26 +86,20 @@ def event(data: Any, name: str = "") -> bytes:
     return f"{f'event: {name}' + chr(10) if name else ''}data: {text}\n\n".encode()
 
 
-async def _with_comments(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The events, and comments while none comes: what lies between might take silence for the end."""
-    waiting: asyncio.Future[bytes] | None = None
-    try:
-        while True:
-            waiting = waiting or asyncio.ensure_future(anext(events))
-            done, _ = await asyncio.wait({waiting}, timeout=_SILENCE_S)
-            if not done:
-                yield b": still here\n\n"
-                continue
-            try:
-                event = waiting.result()
-            except StopAsyncIteration:
-                return
-            finally:
-                waiting = None
-            yield event
-    finally:
-        if waiting is not None:
-            waiting.cancel()
+class Frames:
+    """Events that differ in their last field only; what comes before it is written once.
+
+    Args:
+        head: the fields before.
+        name: of the last.
+    """
+
+    def __init__(self, head: Mapping[str, Any], name: str) -> None:
+        self._before = f"data: {json_text(head)[:-1]}{', ' if head else ''}{json_text(name)}: "
+
+    def event(self, value: Any) -> bytes:
+        """The event with a value of that field."""
+        return f"{self._before}{json_text(value)}}}\n\n".encode()
 
 
 async def until_gone(receive: Receive) -> None:
@@ -129,19 +124,33 @@ class EventStream(Response):
         del self.headers["content-length"]
         self.headers.update({"cache-control": "no-cache", "x-accel-buffering": "no"})
         self._call, self._events, self._done = call, events, done
+        self._sent = time.monotonic()  # when something was
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
         gone = asyncio.create_task(until_gone(receive))
         gone.add_done_callback(lambda _: self._call.leave())
+        comments = asyncio.create_task(self._comments(send))
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for event in _with_comments(self._events):
+            async for event in self._events:
+                self._sent = time.monotonic()
                 await send({"type": "http.response.body", "body": event, "more_body": True})
+            comments.cancel()
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except OSError:  # the client has gone
             pass
         finally:
             gone.cancel()
+            comments.cancel()
             self._call.leave()
             self._done()
+
+    async def _comments(self, send: Send) -> None:
+        """A comment whenever there has been silence: what lies between might take it for the end."""
+        with suppress(OSError):  # the client has gone, as whoever sends events will see
+            while True:
+                await asyncio.sleep(max(self._sent + _SILENCE_S - time.monotonic(), 0.0))
+                if time.monotonic() >= self._sent + _SILENCE_S:
+                    self._sent = time.monotonic()
+                    await send({"type": "http.response.body", "body": b": still here\n\n", "more_body": True})

@@ -14,7 +14,7 @@ from edgellm_runtime.generation.answer import Chunk, Generation
 from edgellm_runtime.generation.options import OptionKeywords
 from edgellm_runtime.server.answering import completed, streamed
 from edgellm_runtime.server.asking import Asked, ask
-from edgellm_runtime.server.call import Call, JsonText, event
+from edgellm_runtime.server.call import Call, Frames, JsonText, event
 from edgellm_runtime.server.faults import ApiError
 from edgellm_runtime.server.fields import Fields
 from edgellm_runtime.server.forms import grammar_for, wanted_schema
@@ -150,10 +150,10 @@ async def _events(
 ) -> AsyncIterator[bytes]:
     """The answers as events; choices take turns as they come. What may be a call is held back until it is whole."""
     head = {**head, "object": "chat.completion.chunk", **({"usage": None} if usage else {})}
+    frames = Frames(head, "choices")
 
     def choice(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> bytes:
-        made = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return event({**head, "choices": [made]})
+        return frames.event([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}])
 
     started = set[int]()
     async for found in sorting.pieces(call, asked):

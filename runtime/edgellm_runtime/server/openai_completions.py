@@ -12,12 +12,12 @@ from typing import Any
 from starlette.responses import Response
 
 from edgellm_runtime.errors import BusyError
-from edgellm_runtime.generation.answer import Generation
+from edgellm_runtime.generation.answer import Chunk, Generation
 from edgellm_runtime.generation.logprobs import TokenLogprobs
 from edgellm_runtime.generation.options import OptionKeywords
 from edgellm_runtime.server.answering import completed, streamed
 from edgellm_runtime.server.asking import Asked, ask
-from edgellm_runtime.server.call import Call, JsonText, event
+from edgellm_runtime.server.call import Call, Frames, JsonText, event
 from edgellm_runtime.server.faults import ApiError
 from edgellm_runtime.server.fields import Fields
 from edgellm_runtime.server.host import Hosted
@@ -104,42 +104,49 @@ async def _events(
 ) -> AsyncIterator[bytes]:
     """All answers as events, as they come."""
     head = {**head, **({"usage": None} if usage else {})}
-    merged: asyncio.Queue[Any] = asyncio.Queue(1)
-    offsets: dict[int, int] = {}
+    frames, offsets = Frames(head, "choices"), dict[int, int]()
+    # what comes of one prompt needs no task that hands it on
+    found = call.asked[0].chunks() if len(call.asked) == 1 else _merged(call.asked, answers)
+    async for index, chunk in found:
+        call.token_came()
+        at = offsets.get(index, 0)
+        logprobs = None if chunk.logprobs is None else _logprobs(hosted.model.tokenizer, [chunk.logprobs], at)
+        offsets[index] = at + len(chunk.text)
+        if chunk.text or logprobs or chunk.finish_reason:
+            made = {"index": index, "text": chunk.text, "logprobs": logprobs,
+                    "finish_reason": reason_of(chunk.finish_reason)}  # fmt: skip
+            yield frames.event([made])
+    if usage:
+        yield event({**head, "choices": [], "usage": usage_of(call.asked)})
+    yield event("[DONE]")
 
-    async def hand_on(place: int, asked: Asked) -> None:
+
+async def _merged(asked: Sequence[Asked], answers: int) -> AsyncIterator[tuple[int, Chunk]]:
+    """The chunks of all prompts' answers, as they come."""
+    merged: asyncio.Queue[Any] = asyncio.Queue(1)
+
+    async def hand_on(place: int, each: Asked) -> None:
         try:
-            async for index, chunk in asked.chunks():
+            async for index, chunk in each.chunks():
                 await merged.put((place * answers + index, chunk))
             await merged.put(None)
         except Exception as error:
             await merged.put(error)
 
-    tasks = [asyncio.create_task(hand_on(place, asked)) for place, asked in enumerate(call.asked)]
+    tasks = [asyncio.create_task(hand_on(place, each)) for place, each in enumerate(asked)]
     try:
         going = len(tasks)
         while going:
             found = await merged.get()
-            if found is None:
-                going -= 1
-                continue
             if isinstance(found, Exception):
                 raise found
-            index, chunk = found
-            call.token_came()
-            at = offsets.get(index, 0)
-            logprobs = None if chunk.logprobs is None else _logprobs(hosted.model.tokenizer, [chunk.logprobs], at)
-            offsets[index] = at + len(chunk.text)
-            if chunk.text or logprobs or chunk.finish_reason:
-                made = {"index": index, "text": chunk.text, "logprobs": logprobs,
-                        "finish_reason": reason_of(chunk.finish_reason)}  # fmt: skip
-                yield event({**head, "choices": [made]})
+            if found is None:
+                going -= 1
+            else:
+                yield found
     finally:
         for task in tasks:
             task.cancel()
-    if usage:
-        yield event({**head, "choices": [], "usage": usage_of(call.asked)})
-    yield event("[DONE]")
 
 
 async def _all(call: Call) -> list[Asked]:

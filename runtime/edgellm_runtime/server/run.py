@@ -63,6 +63,7 @@ def listen(options: ServerOptions) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((options.host, options.port))
+        sock.listen()  # whoever comes once the address has been told waits, and is not refused
     except OSError as error:
         sock.close()
         raise OptionError(

@@ -167,6 +167,17 @@ class State:
             if spare.ctypes.data == view.tensors[name].ctypes.data:  # an odd number of steps
                 self.tensors[name], self.spares[name] = spare, self.tensors[name]
 
+    def follow(self, view: State) -> None:
+        """Let a state that :meth:`first` gave, and that was settled, be used again: what was bound to it stays.
+
+        Args:
+            view: of this state's memory as it is, which has not grown since.
+        """
+        view.lengths, view._written = self.lengths[: view.batch].copy(), self._written[: view.batch].copy()
+        for name, spare in view.spares.items():
+            if spare.ctypes.data == self.tensors[name].ctypes.data:  # see settle
+                view.tensors[name], view.spares[name] = spare, view.tensors[name]
+
     def put(self, row: int, other: State) -> None:
         """Copy a state of one row into a row of this one, which has room for it.
 
