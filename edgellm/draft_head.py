@@ -1,8 +1,10 @@
-"""A small recurrent head that drafts for a model: a GRU over its last hidden state and the tokens after it.
+"""A small recurrent head that drafts for a model: a GRU over its last hidden states and the tokens after them.
 
-ReDrafter (Cheng et al. 2024, arXiv:2403.09919) is the idea, the short list of frequent tokens that of FR-Spec (Zhao et
-al. 2025, arXiv:2502.14856). What it gives is only ever checked by the model, so that it may be wrong at any time. It is
-kept as a folder of its own. Nothing here knows an architecture.
+It foretells the model's next hidden state, and reads what it foretold in the place of the model's as a draft goes on.
+ReDrafter (Cheng et al. 2024, arXiv:2403.09919) is the idea, the foretold hidden states that of EAGLE (Li et al. 2024,
+arXiv:2401.15077), the short list of frequent tokens that of FR-Spec (Zhao et al. 2025, arXiv:2502.14856). What it gives
+is only ever checked by the model, so that it may be wrong at any time. It is kept as a folder of its own. Nothing here
+knows an architecture.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ __all__ = ["DRAFT_FILES", "DraftHead", "DraftHeadConfig", "load_draft_head", "sa
 
 _RECORD, _WEIGHTS = "drafter.json", "drafter.safetensors"
 DRAFT_FILES = (_RECORD, _WEIGHTS)
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,14 @@ class DraftHeadConfig:
         features: of the model's last hidden state.
         vocab_size: the model's tokens.
         listed: how many of them it can propose.
-        width: of its own state.
+        width: of its memory.
         token_width: of what it reads of a token.
     """
 
     features: int
     vocab_size: int
     listed: int
-    width: int = 256
+    width: int = 384
     token_width: int = 128
 
     def __post_init__(self) -> None:
@@ -52,94 +54,113 @@ class DraftHeadConfig:
         if self.listed > self.vocab_size:
             raise ConfigError(f"listed is {self.listed}, of {self.vocab_size} tokens; list no more than there are")
 
+    @property
+    def state(self) -> int:
+        """Numbers that are carried from token to token: the memory, and the foretold hidden state."""
+        return self.width + self.features
+
 
 class DraftHead(nn.Module):
-    """Proposes a token after another: begun from the hidden state that the first was chosen from.
+    """Proposes a token after another, from hidden states and from what it foretells of them.
 
     Args:
         config: its shape.
     """
 
     ids: Tensor  # (listed,) int64: the tokens that it can propose
+    shift: Tensor  # (features,): hidden states are read and foretold less this,
+    scale: Tensor  # (features,): in parts of this
 
     def __init__(self, config: DraftHeadConfig) -> None:
         super().__init__()
         c = self.config = config
         self.register_buffer("ids", torch.arange(c.listed))
+        self.register_buffer("shift", torch.zeros(c.features))
+        self.register_buffer("scale", torch.ones(c.features))
         self.embedding = nn.Embedding(c.vocab_size, c.token_width)
         self.embedding.weight.requires_grad_(False)  # a model's own table, made narrow: too large to be learned again
-        self.enter = nn.Linear(c.features, c.width)
-        self.read = nn.Linear(c.token_width, 3 * c.width)
+        reads = c.features + c.token_width
+        self.read = nn.Linear(reads, 3 * c.width)
         self.keep = nn.Linear(c.width, 3 * c.width)
-        self.up = nn.Linear(c.width, 2 * c.width)
-        self.down = nn.Linear(2 * c.width, c.width)
-        self.head = nn.Linear(c.width, c.listed + 1)  # and one for all tokens that are not listed
+        self.up = nn.Linear(c.width + reads, c.width)
+        self.down = nn.Linear(c.width + reads, c.features)
+        self.head = nn.Linear(c.features, c.listed)
+        self.rest = nn.Linear(c.features, 1)  # for all tokens that are not listed
 
-    def begin(self, hidden: Tensor) -> Tensor:
-        """The state before the first token: (..., features) to (..., width)."""
-        entered: Tensor = self.enter(hidden * (hidden.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt())
-        return entered.tanh()
+    def normal(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., features) as they are read and foretold."""
+        return (hidden - self.shift) / self.scale
 
-    def advance(self, state: Tensor, tokens: Tensor) -> Tensor:
-        """The state (batch, width) after a token (batch,) more; a GRU's, with the reset gate behind the product."""
-        read = self.read(self.embedding(tokens)).chunk(3, dim=-1)
-        kept = self.keep(state).chunk(3, dim=-1)
-        update = (read[0] + kept[0]).sigmoid()
-        new = (read[2] + (read[1] + kept[1]).sigmoid() * kept[2]).tanh()
-        found: Tensor = update * state + (1 - update) * new
+    def reads(self, given: Tensor, tokens: Tensor) -> Tensor:
+        """What is read (..., features + token_width): a normal hidden state (..., features) and the token after it."""
+        return torch.cat([given, self.embedding(tokens)], dim=-1)
+
+    def advance(self, memory: Tensor, news: Tensor) -> Tensor:
+        """The memory (batch, width) after news of what was read; a GRU's, with the reset gate behind the product."""
+        read, kept = news.chunk(3, dim=-1), self.keep(memory).chunk(3, dim=-1)
+        update = (read[1] + kept[1]).sigmoid()
+        new = (read[2] + (read[0] + kept[0]).sigmoid() * kept[2]).tanh()
+        found: Tensor = update * memory + (1 - update) * new
         return found
 
-    def logits(self, state: Tensor) -> Tensor:
-        """(batch, listed + 1), of the listed tokens and of all others together."""
-        found: Tensor = self.head(state + self.down(F.silu(self.up(state))))
+    def foretell(self, memory: Tensor, read: Tensor) -> Tensor:
+        """The next normal hidden state (..., features), by the memory that has read and by what it read last."""
+        bent = F.silu(self.up(torch.cat([memory, read], dim=-1)))
+        found: Tensor = self.down(torch.cat([bent, read], dim=-1))
         return found
+
+    def logits(self, foretold: Tensor) -> Tensor:
+        """(..., listed + 1), of the listed tokens and of all others together."""
+        return torch.cat([self.head(foretold), self.rest(foretold)], dim=-1)
 
     def forward(self, hidden: Tensor, token: Tensor, first: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One drafted token.
+        """One token read, and one drafted.
 
         Args:
-            hidden: (batch, features), what the token was chosen from; without meaning but for a first one.
+            hidden: (batch, features), what the token was chosen from; without meaning for a drafted one.
             token: (batch,) int64.
-            first: (batch, 1), 1 where the token begins a draft, and 0 where it was drafted itself.
-            state: (batch, width), from the step before; without meaning for a first one.
+            first: (batch, 1), 1 where the model has chosen the token, and 0 where it was drafted.
+            state: (batch, width + features), from the token before; zeros where a text begins.
 
         Returns:
             The token after it (batch,), how probable it is to be right (batch,), and the new state.
         """
-        state = self.advance(first * self.begin(hidden) + (1 - first) * state, token)
-        chances = self.logits(state).softmax(dim=-1)
+        memory, foretold = state[:, : self.config.width], state[:, self.config.width :]
+        read = self.reads(first * self.normal(hidden) + (1 - first) * foretold, token)
+        memory = self.advance(memory, self.read(read))
+        foretold = self.foretell(memory, read)
+        chances = self.logits(foretold).softmax(dim=-1)
         best, at = chances[:, :-1].max(dim=-1)
-        return self.ids.index_select(0, at), best, state
+        return self.ids.index_select(0, at), best, torch.cat([memory, foretold], dim=-1)
 
     @torch.no_grad()
-    def start_from(self, table: Tensor, head: Tensor, scale: float) -> None:
+    def start_from(self, table: Tensor, head: Tensor, shift: Tensor, scale: Tensor) -> None:
         """Begin with what a model knows: its table of tokens made narrow, and its projection to the listed tokens.
 
         Args:
             table: (vocab_size, any), what the model reads of each token.
             head: (vocab_size, features), what it projects its last hidden state with.
-            scale: root mean square of a hidden state.
+            shift: (features,) the mean of a hidden state.
+            scale: (features,) its deviation from that.
         """
-        config = self.config
-        _, directions = _principal(table, config.token_width)
-        narrow = table @ directions
+        narrow = table @ _directions(table, self.config.token_width)
         self.embedding.weight.zero_()
         self.embedding.weight[:, : narrow.shape[1]] = narrow / narrow.std().clamp_min(1e-6)
+        self.shift.copy_(shift)
+        self.scale.copy_(scale)
         rows = head[self.ids]
-        _, directions = _principal(rows, config.width)
-        count = directions.shape[1]
-        gain = 0.5  # so that few numbers reach the bend of tanh
-        self.enter.weight[:count] = gain * directions.T
-        self.enter.bias.zero_()
-        self.head.weight[:-1, :count] = rows @ directions * (scale / gain)
-        self.head.weight[-1].zero_()
-        self.head.bias.zero_()
+        self.head.weight.copy_(rows * scale)
+        self.head.weight.requires_grad_(False)  # what is foretold is to be the model's own hidden state
+        self.head.bias.copy_(rows @ shift)
+        self.rest.weight.zero_()
+        self.rest.bias.copy_(self.head.bias.mean())
 
 
-def _principal(rows: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and directions (features, at most ``most``) in which rows are largest."""
-    values, vectors = torch.linalg.eigh((rows.T @ rows).double())
-    return values.flip(0)[:most].float(), vectors.flip(1)[:, :most].float()
+def _directions(rows: Tensor, most: int) -> Tensor:
+    """Directions (features, at most ``most``) in which rows are largest."""
+    _, vectors = torch.linalg.eigh((rows.T @ rows).double())
+    found: Tensor = vectors.flip(1)[:, :most].float()
+    return found
 
 
 def save_draft_head(head: DraftHead, directory: Path, about: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Speculation on a real bundle: whether its tokens are the plain ones, how many steps it takes, why some differ.
 
-    python scripts/speculation.py BUNDLE [--draft SMALLER|lookup|recurrent] [--tokens 300] [--text FILE]
+    python scripts/speculation.py BUNDLE [--draft SMALLER|lookup|recurrent|combined] [--tokens 300] [--text FILE]
 
 Texts are of this repository: three that are to be copied, and five that are gone on with. With --text they are pieces
 of the end of a file, unseen by a drafter that was trained on it. Where tokens differ, the logits of the two are shown
@@ -51,13 +51,13 @@ def main() -> None:
     """Print a line for each text, and one for each kind."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle")
-    parser.add_argument("--draft", default="lookup", help="another bundle, lookup, or recurrent")
+    parser.add_argument("--draft", default="lookup", help="another bundle, lookup, recurrent or combined")
     parser.add_argument("--tokens", type=int, default=300, help="of each answer")
     parser.add_argument("--text", type=Path, help="a file whose end is gone on with")
     options = parser.parse_args()
     model = load(options.bundle)
     assert model.tokenizer is not None
-    draft = options.draft if options.draft in ("lookup", "recurrent") else load(options.draft)
+    draft = options.draft if options.draft in ("lookup", "recurrent", "combined") else load(options.draft)
     for kind, texts in (prompts() if options.text is None else held_out(options.text)).items():
         total, seconds = np.zeros(5), np.zeros(2)
         for text in texts:

@@ -22,7 +22,8 @@ def head_for(kind: str) -> DraftHead:
     """Begun from what the model knows."""
     model = HIDDEN_KINDS[kind][0]()
     head = untrained(model.config.vocab_size)
-    head.start_from(model.embedding.weight.detach(), model.head.weight.detach(), 1.0)
+    table, rows, features = model.embedding.weight.detach(), model.head.weight.detach(), head.config.features
+    head.start_from(table, rows, torch.zeros(features), torch.ones(features))
     return head
 
 

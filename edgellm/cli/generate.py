@@ -48,8 +48,9 @@ __all__ = ["generate"]
 @click.option("--lark", type=click.Path(path_type=Path), default=None, metavar="FILE",
               help="The answer is of this grammar.")  # fmt: skip
 @click.option("--choice", "choices", multiple=True, help="The answer is this or another --choice.")
-@click.option("--draft", type=click.Choice(["lookup", "recurrent"]), default=None, help="Propose tokens that the model "
-              "checks several at a time: what followed the same words before, or the bundle's drafter.  "
+@click.option("--draft", type=click.Choice(["lookup", "recurrent", "combined"]), default=None, help="Propose tokens "
+              "that the model checks several at a time: what followed the same words before, what the bundle's drafter "
+              "foretells, or the first where there is such and else the second.  "
               "[default: none]", show_default=False)  # fmt: skip
 @click.option("--adapter", default=None, metavar="NAME", help="Answer with this adapter of the bundle's.  "
               "[default: none]")  # fmt: skip

@@ -139,12 +139,15 @@ FILE = click.Path(path_type=Path)
 @click.option("--lora-alpha", type=float, default=0.0, help="How much adapters count.  [default: twice the rank]")
 @click.option("--drafter", type=FILE, metavar="CHECKPOINT", help="Train a drafter for this checkpoint's model on TEXT "
               "instead: a small head that proposes tokens for the model to check (edgellm export --drafter). Takes "
-              "--minutes, --steps, --batch-size (places), --lr, --seed, --gather, --listed and --resume. "
+              "--minutes, --steps, --batch-size (continuations), --lr, --seed, --gather, --listed, --bundle, --resume. "
               "[default: train a model]")  # fmt: skip
+@click.option("--bundle", type=FILE, metavar="BUNDLE", help="Of a drafter: learn what this bundle of the model says, "
+              "exported with --hidden; quicker than PyTorch, and in the format that is drafted for. "
+              "[default: the checkpoint in PyTorch]")  # fmt: skip
 @click.option("--text", "more_texts", multiple=True, type=FILE, metavar="FILE", help="A TEXT by a name; repeatable.")
-@click.option("--gather", type=int, default=2048, show_default=True, help="Of a drafter: continuations of TEXT, in the "
+@click.option("--gather", type=int, default=6144, show_default=True, help="Of a drafter: continuations of TEXT, in the "
               "model's own words, to learn from at most; half of --minutes is for them at most.")  # fmt: skip
-@click.option("--listed", type=int, default=8192, show_default=True, help="Of a drafter: tokens that it can propose, "
+@click.option("--listed", type=int, default=4096, show_default=True, help="Of a drafter: tokens that it can propose, "
               "those that are most frequent in the model's words.")  # fmt: skip
 @click.option(
     "--find-lr", is_flag=True, default=False,
@@ -175,7 +178,8 @@ FILE = click.Path(path_type=Path)
 @click.pass_context
 def train(
     click_context: click.Context, /, texts: tuple[Path, ...], out: Path, resume: bool, as_json: bool, find_lr: bool,
-    drafter: Path | None, more_texts: tuple[Path, ...], gather: int, listed: int, **parameters: Any,
+    drafter: Path | None, bundle: Path | None, more_texts: tuple[Path, ...], gather: int, listed: int,
+    **parameters: Any,
 ) -> None:  # fmt: skip
     """Train a tokenizer and a language model on text.
 
@@ -210,7 +214,7 @@ def train(
         from edgellm.cli.train_drafter import run_drafter
 
         wanted = {name: parameters[name] for name in given} | {"rows": gather, "listed": listed}
-        if run_drafter(drafter, texts, out, wanted, resume=resume, as_json=as_json):
+        if run_drafter(drafter, texts, out, wanted, bundle=bundle, resume=resume, as_json=as_json):
             click_context.exit(INTERRUPTED)
         return
     if resume:

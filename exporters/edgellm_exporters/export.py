@@ -214,7 +214,7 @@ def _build(
     if options.drafter is not None:
         manifest = write_drafter(
             options.drafter.eval(), target, scratch, manifest, traces[0], progress, write_manifest=_write_manifest,
-            eight_bits=options.quantize != "none",
+            rounds=options.quantize != "none",
         )  # fmt: skip
     weight_bytes = sum(manifest.files[n].bytes for n in (*manifest.graph_files, WEIGHTS_FILE))
     opened = Bundle(scratch, checksums=False)

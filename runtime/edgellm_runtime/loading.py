@@ -15,6 +15,7 @@ from edgellm_runtime.threads import thread_count
 
 if TYPE_CHECKING:
     from edgellm_runtime.backends import Backend
+    from edgellm_runtime.backends.own_kernels import OwnKernels
     from edgellm_runtime.bundle import Bundle
     from edgellm_runtime.generation.prefix_cache import PrefixCache
     from edgellm_runtime.model import Model
@@ -170,7 +171,8 @@ def session_of(bundle: Bundle, backend: Backend) -> Session:
     if manifest.drafter is not None and hidden is not None:
         file, width = bundle.file(manifest.drafter.file), manifest.drafter.width
         # on one thread: a second pool of threads would spin beside the model's
-        drafter = DraftGraph(file, int(hidden.shape[-1]), width, threads=1)
+        kernels: OwnKernels | None = getattr(backend, "kernels", None)
+        drafter = DraftGraph(file, int(hidden.shape[-1]), width, threads=1, kernels=kernels)
     return Session(
         backend, manifest.signature, max_context=manifest.max_context, ragged_chunks=manifest.ragged_chunks,
         vocab_size=manifest.vocab_size or None, encoder=manifest.encoder, drafter=drafter, adapters=manifest.adapters,

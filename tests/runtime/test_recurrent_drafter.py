@@ -22,7 +22,7 @@ from edgellm_exporters.export import ExportOptions, export
 from edgellm_runtime import BundleError, OptionError, load
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.checks.verify import verify
-from edgellm_runtime.generation.drafting import RecurrentDrafter
+from edgellm_runtime.generation.drafting import CombinedDrafter, RecurrentDrafter
 from edgellm_runtime.generation.pace import Pace
 from edgellm_runtime.loading import open_session
 
@@ -33,10 +33,10 @@ IN_TEST = [HealthCheck.function_scoped_fixture]
 @settings(max_examples=6, deadline=None, suppress_health_check=IN_TEST)
 @given(
     prompt=st.lists(st.integers(0, 60), min_size=1, max_size=12), seed=st.none() | st.integers(0, 9),
-    length=st.integers(1, 7),
+    length=st.integers(1, 7), draft=st.sampled_from(["recurrent", "combined"]),
 )  # fmt: skip
 def test_tokens_are_those_without_drafts(
-    kind: str, prompt: list[int], seed: int | None, length: int, monkeypatch: pytest.MonkeyPatch
+    kind: str, prompt: list[int], seed: int | None, length: int, draft: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft_always(monkeypatch, length)
     model = load(drafter_bundle(kind), threads=1)
@@ -44,7 +44,7 @@ def test_tokens_are_those_without_drafts(
         {} if seed is None else {"temperature": 1.0, "seed": seed}
     )
     plain = model.generate(prompt, **options)
-    found = model.generate(prompt, draft="recurrent", **options)
+    found = model.generate(prompt, draft=draft, **options)
     assert found.tokens == plain.tokens
     assert found.speculation is not None and found.speculation.drafted > 0
     assert found.speculation.steps + found.speculation.accepted == 39
@@ -104,7 +104,44 @@ def test_a_drafter_that_finds_nothing_is_asked_less_and_less() -> None:
     drafter.observe([3])
     assert drafter.propose(lambda kind: 4).tokens == (), "before there is a hidden state"
     drafter.saw(np.zeros(session.hidden_width, np.float32))
-    assert len(drafter.propose(lambda kind: 4).tokens) == 4
+    assert len(drafter.propose(lambda kind: 1).tokens) == drafter.MOST, "its chances say how many, not the pace"
+    assert not drafter.propose(lambda kind: 0).tokens
+
+
+def test_what_was_drafted_and_chosen_is_not_read_again() -> None:
+    graph = load(drafter_bundle(), threads=1).session.drafter
+    assert graph is not None
+    hidden = np.random.default_rng(0).standard_normal((3, graph.features)).astype(np.float32)
+    ours, again = graph.steps(), graph.steps()
+    drafted = ours.draft(3, hidden[0], 4, lambda chance: True)
+    for kept in (0, 2, 3):  # of four drafted tokens three were read
+        ours.begin()
+        assert ours.draft(3, hidden[0], 4, lambda chance: True) == drafted
+        ours.keep(kept)
+        again.begin()
+        for token, given in zip([3, *drafted[:kept]], [hidden[0], None, None, None], strict=False):
+            again.step(token, given)
+        again.keep(kept)
+        assert ours.step(7, hidden[1]) == again.step(7, hidden[1])
+        assert ours.step(8, None) == again.step(8, None)
+    ours.keep(1)
+    ours.keep(0)  # after a token that it was not asked about, it begins anew
+    again.begin()
+    assert ours.step(7, hidden[2]) == again.step(7, hidden[2])
+
+
+def test_repeated_words_are_looked_up_and_others_foretold(monkeypatch: pytest.MonkeyPatch) -> None:
+    draft_always(monkeypatch)
+    graph = load(drafter_bundle(), threads=1).session.drafter
+    assert graph is not None
+    drafter, hidden = CombinedDrafter(graph), np.zeros(graph.features, np.float32)
+    drafter.observe([1, 2, 3, 4, 5, 1, 2, 3])
+    drafter.saw(hidden)
+    assert drafter.propose(lambda kind: 3) == ([4, 5, 1], "3 tokens")
+    drafter.observe([9])
+    drafter.saw(hidden)
+    assert drafter.propose(lambda kind: 3).kind == "recurrent"
+    assert drafter.propose(lambda kind: 3 * (kind != "recurrent")).tokens == []
 
 
 def test_a_further_token_is_worth_what_it_costs() -> None:
@@ -130,6 +167,11 @@ def test_goldens_prove_it(quantize: str, tmp_path: Path) -> None:
     (path / "goldens.json").write_text(json.dumps(goldens))
     sign(path, "goldens.json")
     assert [name for name, ok in held().items() if not ok] == ["drafter"]
+    goldens["drafter"][1]["chance"][2] -= 0.6
+    goldens["drafter"][1]["past"] = [x + 20 for x in goldens["drafter"][1]["past"]]
+    (path / "goldens.json").write_text(json.dumps(goldens))
+    sign(path, "goldens.json")
+    assert [name for name, ok in held().items() if not ok] == ["drafter"], "it begins with what was read before"
     del goldens["drafter"]
     (path / "goldens.json").write_text(json.dumps(goldens))
     sign(path, "goldens.json")

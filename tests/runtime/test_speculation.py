@@ -221,7 +221,7 @@ def test_other_vocabularies_and_things_that_do_not_draft_are_refused(tmp_path: P
     model = load(attention_bundle(), threads=1)
     with pytest.raises(OptionError, match=r"draft is .+, whose vocabulary is not .+'s; give a model with the same"):
         model.generate("hello", draft=load(recurrent_bundle(), threads=1))
-    with pytest.raises(OptionError, match="draft is 'prompt'; it must be 'lookup', 'recurrent', a Model, or None"):
+    with pytest.raises(OptionError, match="draft is 'prompt'; it must be 'lookup', 'recurrent', 'combined', a"):
         model.generate("hello", draft="prompt")
     plain = model.generate("hello", max_new_tokens=5).tokens
     assert model.generate("hello", draft=Fixed([10**6] * 50, [False]), max_new_tokens=5).tokens == plain

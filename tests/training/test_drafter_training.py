@@ -10,20 +10,22 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from drafter_bundles import untrained
 from tiny_bundles import attention_model, recurrent_model, text_assets
 
 from edgellm.checkpoints import save_checkpoint
 from edgellm.cli import cli
 from edgellm.draft_head import load_draft_head
 from edgellm.errors import CheckpointError, TrainingError
-from edgellm.training.draft_rows import CHOICES, own_words
+from edgellm.training.draft_loss import acceptance
+from edgellm.training.draft_rows import ModelReader, own_words
 from edgellm.training.draft_run import DraftOptions, train_drafter
 from edgellm.training.interrupt import Interrupt
 from edgellm_runtime import load
 
 TEXT = "the cat sat on the mat and the dog ran after the ball. " * 60
 SMALL = DraftOptions(
-    rows=16, prompt=8, count=24, batch_rows=8, steps=60, batch_size=64, lr=1e-2, listed=60, width=32, token_width=32
+    rows=16, prompt=8, count=24, batch_rows=8, steps=60, batch_size=8, lr=1e-2, listed=60, width=32, token_width=32
 )
 
 
@@ -47,18 +49,44 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_own_words_are_the_models_with_its_hidden_states() -> None:
     for model in (attention_model(), recurrent_model()):
-        prompts = torch.randint(0, 61, (4, 5), generator=torch.Generator().manual_seed(0))
-        rows = own_words(model, prompts, 9, sampled=1, seed=3)
-        again = own_words(model, prompts, 9, sampled=1, seed=3)
-        assert np.array_equal(rows.tokens, again.tokens)
+        prompts = torch.randint(0, 61, (4, 20), generator=torch.Generator().manual_seed(0)).numpy()
+        rows = own_words(ModelReader(model), prompts, 9, sampled=1, seed=3)
+        again = own_words(ModelReader(model), prompts, 9, sampled=1, seed=3)
+        assert np.array_equal(rows.tokens, again.tokens) and np.array_equal(rows.tokens[:, :20], prompts)
         with torch.no_grad():
             logits = model(torch.from_numpy(rows.tokens).long())[0]
-        tops = logits.softmax(-1).topk(CHOICES)
-        assert np.array_equal(rows.ids[..., 0], tops.indices[..., 0].numpy())
-        np.testing.assert_allclose(rows.chances, tops.values.numpy(), atol=1e-3)
-        assert np.array_equal(rows.tokens[:3, 5:], rows.ids[:3, 4:-1, 0]), "greedy but for the last row"
+        assert np.array_equal(rows.best, logits.argmax(dim=-1).numpy())
+        assert np.array_equal(rows.tokens[:3, 20:], rows.best[:3, 19:-1]), "greedy but for the last row"
         projected = torch.from_numpy(rows.hidden).float() @ model.head.weight.detach().T
         np.testing.assert_allclose(projected, logits, atol=0.02)
+
+
+def test_what_is_learned_is_what_is_drafted() -> None:
+    """The shares over all places at once are those of drafts that are made token by token."""
+    model = attention_model()
+    prompts = torch.randint(0, 60, (3, 8), generator=torch.Generator().manual_seed(0)).numpy()
+    rows, head = own_words(ModelReader(model), prompts, 12, sampled=0, seed=0), untrained(model.config.vocab_size)
+    table = model.embedding.weight.detach()
+    head.start_from(table, model.head.weight.detach(), torch.zeros(32), torch.ones(32))
+    right = []
+    for tokens, hidden, best in zip(rows.tokens.tolist(), rows.hidden, rows.best.tolist(), strict=True):
+        state = torch.zeros(1, head.config.state)
+        for place in range(len(tokens) - 3):
+            given, first, after, agreed = (
+                torch.from_numpy(hidden[place : place + 1]).float(),
+                torch.ones(1, 1),
+                state,
+                [],
+            )
+            token = torch.tensor([tokens[place + 1]])
+            for ahead in range(1, 4):
+                with torch.no_grad():
+                    token, _, after = head(given, token, first, after)
+                state, first = after if ahead == 1 else state, torch.zeros(1, 1)
+                agreed.append(int(token) == best[place + ahead])
+            if place >= 7:
+                right.append(np.cumprod(agreed))
+    np.testing.assert_allclose(acceptance(head, rows, 8), np.mean(right, axis=0), atol=1e-6)
 
 
 def test_it_learns_is_the_same_each_time_and_resumes(checkpoint: Path, text: Path, tmp_path: Path) -> None:
@@ -104,8 +132,11 @@ def test_a_run_that_is_asked_to_end_goes_on_to_the_same_head(
 
 def test_command_trains_and_its_drafter_goes_into_a_bundle(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     out, bundle = tmp_path / "run", tmp_path / "bundle"
+    reads = tmp_path / "reads"
+    CliRunner().invoke(cli, ["export", str(checkpoint), "--hidden", "-o", str(reads)], catch_exceptions=False)
     arguments = ["train", "--drafter", str(checkpoint), "--text", str(text), "-o", str(out), "--steps", "40"]
-    arguments += ["--gather", "32", "--listed", "60", "--batch-size", "64", "--lr", "0.01", "--threads", "1", "--json"]
+    arguments += ["--bundle", str(reads)]
+    arguments += ["--gather", "32", "--listed", "60", "--batch-size", "8", "--lr", "0.01", "--threads", "1", "--json"]
     monkeyed = CliRunner().invoke(cli, arguments, catch_exceptions=False)
     result = json.loads(monkeyed.output.splitlines()[-1])
     assert result["steps"] == 40 and result["drafter"] == str(out / "drafter")

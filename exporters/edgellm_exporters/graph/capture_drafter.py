@@ -42,10 +42,10 @@ def capture_drafter(head: DraftHead) -> ir.Model:
         says.
     """
     config = head.config
-    signature = draft_signature(config.features, config.width)
+    signature = draft_signature(config.features, config.state)
     example: tuple[Any, ...] = (
         torch.zeros(2, config.features), torch.zeros(2, dtype=torch.int64), torch.ones(2, 1),
-        torch.zeros(2, config.width),
+        torch.zeros(2, config.state),
     )  # fmt: skip
     batch = torch.export.Dim(BATCH)
     names = [t.name for t in signature.inputs] + [s.past_name for s in signature.state]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from edgellm.draft_head import DraftHead
 from edgellm_exporters.errors import ExportError, ParityError
@@ -33,8 +35,9 @@ __all__ = ["check_drafter", "write_drafter"]
 
 _TARGETS = ("cpu", "onnx")
 _WEIGHTS = "drafter.onnx.data"
-_PLACES, _AHEAD = 4, 4  # of the goldens: where a draft begins, and how long it is
-_FLOOR = {False: 1e-3, True: 0.05}  # of the bound, by whether weights have 8 bits
+_PLACES, _AHEAD, _READ = 4, 4, 3  # of the goldens: where drafts begin, how long they are, and tokens read before
+_FLOOR = {False: 1e-3, True: 0.05}  # of the bound, by whether weights are rounded
+_SCHEME = Scheme(4, 32, symmetric=False)  # a draft is read token by token, and takes the time that its bytes take
 
 
 def check_drafter(head: DraftHead, target: str, vocab_size: int, *, hidden: bool) -> None:
@@ -56,7 +59,7 @@ def check_drafter(head: DraftHead, target: str, vocab_size: int, *, hidden: bool
 
 def write_drafter(
     head: DraftHead, target: Target, directory: Path, manifest: Manifest, trace: Trace, progress: Progress, *,
-    eight_bits: bool, write_manifest: Callable[[Path, Manifest], Manifest],
+    rounds: bool, write_manifest: Callable[[Path, Manifest], Manifest],
 ) -> Manifest:  # fmt: skip
     """Write a drafter's graph and its goldens into a bundle, and prove it.
 
@@ -67,7 +70,7 @@ def write_drafter(
         manifest: of it.
         trace: of a row of the model, with hidden states.
         progress: told what is written.
-        eight_bits: whether its weights are rounded to 8 bits.
+        rounds: whether its weights are rounded to 4 bits.
         write_manifest: writes one and gives it with the files' checksums.
 
     Returns:
@@ -83,42 +86,56 @@ def write_drafter(
             f"the drafter reads {head.config.features} features, and the model gives {features}; train one for it"
         )
     captured = prepare(capture_drafter(head), target)
-    graph = lower_to(captured, target, _plan(Uses(captured)) if eight_bits else Plan())
+    graph = lower_to(captured, target, _plan(Uses(captured)) if rounds else Plan())
     write_graphs({DRAFTER: graph}, directory, progress, weights=_WEIGHTS)
     goldens = json.loads((directory / GOLDENS).read_text(encoding="utf-8"))
-    goldens[DRAFTED] = _goldens(head, trace)
+    goldens[DRAFTED] = _goldens(_rounded(head) if rounds else head, trace)
     (directory / GOLDENS).write_text(json.dumps(goldens, allow_nan=False), encoding="utf-8")
     files = {name: info for name, info in manifest.files.items() if name != GOLDENS}
-    info = DraftInfo(DRAFTER, head.config.width, LOOSEST)
+    info = DraftInfo(DRAFTER, head.config.state, LOOSEST)
     manifest = write_manifest(directory, dataclasses.replace(manifest, files=files, drafter=info))
     found = max(
         draft_difference(
-            DraftGraph(directory / DRAFTER, features, head.config.width, threads=threads),
+            DraftGraph(directory / DRAFTER, features, head.config.state, threads=threads),
             draft_goldens(Bundle(directory, checksums=False)),
         )
         for threads in (1, 2)
     )
-    bound = max(MARGIN * found, _FLOOR[eight_bits])
+    bound = max(MARGIN * found, _FLOOR[rounds])
     if not bound <= LOOSEST:
         raise ParityError(f"the drafter's graph is {found:.3g} from PyTorch's drafter; report this, or leave it out")
     return write_manifest(directory, dataclasses.replace(manifest, drafter=dataclasses.replace(info, bound=bound)))
 
 
 def _plan(uses: Uses) -> Plan:
-    """8 bits for each matrix that blocks fit."""
-    found = {name: fitted(Scheme(8), columns) for name, (_, columns) in uses.shapes.items()}
+    """Few bits for each matrix that blocks fit."""
+    found = {name: fitted(_SCHEME, columns) for name, (_, columns) in uses.shapes.items()}
     schemes = {name: scheme for name, scheme in found.items() if scheme is not None}
     return Plan(schemes, lambda _, weight, scheme: round_to_nearest(weight, scheme), by_rows=frozenset(schemes))
 
 
 @torch.no_grad()
+def _rounded(head: DraftHead) -> DraftHead:
+    """The same head with the numbers that its matrices have in the graph."""
+    found = copy.deepcopy(head)
+    for parameter in found.parameters():
+        if parameter.ndim == 2 and (scheme := fitted(_SCHEME, parameter.shape[1])) is not None:
+            rounded = round_to_nearest(parameter.numpy(), scheme).dequantize()
+            parameter.copy_(torch.from_numpy(rounded))
+    return found
+
+
+@torch.no_grad()
 def _goldens(head: DraftHead, trace: Trace) -> list[dict[str, Any]]:
-    """What PyTorch drafts from some places of a row."""
+    """What PyTorch drafts from some places of a row; at every second one it has read some tokens before."""
     assert trace.hidden is not None
     found = []
-    for at in np.linspace(0, len(trace.tokens) - 2, _PLACES).astype(int).tolist():
-        hidden, token = trace.hidden[at].float()[None], torch.tensor([trace.tokens[at + 1]])
-        state, first = torch.zeros(1, head.config.width), torch.ones(1, 1)
+    for place, at in enumerate(np.linspace(0, len(trace.tokens) - 2, _PLACES).astype(int).tolist()):
+        state, first = torch.zeros(1, head.config.state), torch.ones(1, 1)
+        for before in range(max(at - _READ, 0), at) if place % 2 else ():
+            *_, state = head(*_pair(trace, before), first, state)
+        past = state[0].tolist()
+        hidden, token = _pair(trace, at)
         drafted, chances = [], []
         for _ in range(_AHEAD):
             token, chance, state = head(hidden, token, first, state)
@@ -126,5 +143,11 @@ def _goldens(head: DraftHead, trace: Trace) -> list[dict[str, Any]]:
             drafted.append(int(token))
             chances.append(float(chance))
         entry = {"hidden": hidden[0].tolist(), "token": trace.tokens[at + 1], "next": drafted, "chance": chances}
-        found.append(entry)
+        found.append(entry | ({"past": past} if place % 2 else {}))
     return found
+
+
+def _pair(trace: Trace, at: int) -> tuple[Tensor, Tensor]:
+    """A hidden state (1, features), and the token (1,) after it."""
+    assert trace.hidden is not None
+    return trace.hidden[at].float()[None], torch.tensor([trace.tokens[at + 1]])

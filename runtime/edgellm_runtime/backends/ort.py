@@ -25,7 +25,7 @@ from edgellm_runtime.threads import thread_count
 if TYPE_CHECKING:
     from edgellm_runtime.backends.own_kernels import OwnKernels
 
-__all__ = ["OrtBackend", "check_names", "library"]
+__all__ = ["OrtBackend", "check_names", "library", "with_kernels"]
 
 Array = NDArray[Any]
 NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
@@ -72,6 +72,13 @@ def _attention_in_one_piece() -> Iterator[None]:
                 os.environ.pop(_NO_BLOCKS, None)
 
 
+def with_kernels(graph: Path, kernels: OwnKernels, options: Any, fetch: Sequence[str] = ()) -> bytes:
+    """A graph whose products run on kernels that a session's options are told of; it reads its weights where it was."""
+    kernels.add_to(options)
+    options.add_session_config_entry(_FOLDER, str(graph.parent))
+    return kernels.swapped(graph.read_bytes(), fetch)[0]
+
+
 class OrtBackend(HostBackend):
     """Follows :class:`edgellm_runtime.backends.Backend`.
 
@@ -116,8 +123,7 @@ class OrtBackend(HostBackend):
         self.fetched: dict[str, Array] = {}
         source: str | bytes = str(graph)
         if kernels is not None:
-            kernels.add_to(options)
-            source, _ = kernels.swapped(graph.read_bytes(), fetch)
+            source = with_kernels(graph, kernels, options, fetch)
         if float_inputs:
             options.add_session_config_entry(_FLOAT_PRODUCTS, "1")
             source = with_float_inputs(graph.read_bytes())

@@ -25,12 +25,14 @@ class DraftGolden:
     """What PyTorch drafts from one place.
 
     Args:
+        past: (width,), the state that the draft begins with.
         hidden: (features,), what ``token`` was chosen from.
         token: that the draft begins after.
         following: (drafted,) tokens.
         chances: (drafted,) of each to be right, by the drafter.
     """
 
+    past: Array
     hidden: Array
     token: int
     following: Array
@@ -43,27 +45,28 @@ def draft_goldens(bundle: Bundle) -> list[DraftGolden]:
     Raises:
         BundleError: there are none, or none of this drafter.
     """
-    hidden, size = bundle.manifest.signature.hidden, bundle.manifest.vocab_size
-    assert hidden is not None
+    hidden, size, info = bundle.manifest.signature.hidden, bundle.manifest.vocab_size, bundle.manifest.drafter
+    assert hidden is not None and info is not None
     try:
         found = [
             DraftGolden(
-                np.asarray(entry["hidden"], np.float32), int(entry["token"]), np.asarray(entry["next"], np.int64),
-                np.asarray(entry["chance"], np.float64),
+                np.asarray(entry.get("past", [0.0] * info.width), np.float32), np.asarray(entry["hidden"], np.float32),
+                int(entry["token"]), np.asarray(entry["next"], np.int64), np.asarray(entry["chance"], np.float64),
             )
             for entry in goldens_file(bundle)[DRAFTED]
         ]  # fmt: skip
         if not 0 < len(found) <= _MOST:
             raise ValueError(f"{len(found)} drafts")
         for golden in found:
-            finite = np.isfinite(golden.hidden).all() and np.isfinite(golden.chances).all()
+            finite = all(np.isfinite(x).all() for x in (golden.past, golden.hidden, golden.chances))
             known = all(0 <= token < size for token in (golden.token, *golden.following.tolist()))
             same = golden.following.shape == golden.chances.shape and golden.following.ndim == 1
-            if golden.hidden.shape != hidden.shape[-1:] or not finite or not known or not same:
+            fits = golden.hidden.shape == hidden.shape[-1:] and golden.past.shape == (info.width,)
+            if not fits or not finite or not known or not same:
                 raise ValueError("a draft of another model")
             if not 0 < len(golden.following) <= _MOST:
                 raise ValueError(f"a draft of {len(golden.following)} tokens")
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise BundleError(f"{bundle.path}: no drafts to verify by ({first_line(error)}); export it again") from error
     return found
 
@@ -73,6 +76,7 @@ def draft_difference(graph: DraftGraph, goldens: list[DraftGolden]) -> float:
     steps, chances, tokens = graph.steps(), list[float](), list[bool]()
     for golden in goldens:
         token = golden.token
+        steps.begin(golden.past)
         start: Array | None = golden.hidden
         for following, chance in zip(golden.following.tolist(), golden.chances.tolist(), strict=True):
             found, probable = steps.step(token, start)

@@ -19,8 +19,8 @@ from edgellm_runtime.state import State
 from edgellm_runtime.state.snapshot import Snapshot, overwritten
 
 __all__ = [
-    "BundleDrafter", "Draft", "DraftSource", "Drafter", "Drafting", "PromptLookup", "RecurrentDrafter",
-    "check_vocabulary",
+    "BundleDrafter", "CombinedDrafter", "Draft", "DraftSource", "Drafter", "Drafting", "PromptLookup",
+    "RecurrentDrafter", "check_vocabulary",
 ]  # fmt: skip
 
 _TOKENIZER = "tokenizer.json"
@@ -62,7 +62,7 @@ class DraftSource(Protocol):
         ...
 
 
-Drafting = Literal["lookup", "recurrent"] | DraftSource
+Drafting = Literal["lookup", "recurrent", "combined"] | DraftSource
 
 
 class PromptLookup:
@@ -152,14 +152,14 @@ class BundleDrafter:
 
 
 class RecurrentDrafter:
-    """Proposes what the bundle's own drafter foretells from the model's last hidden state, as in ReDrafter.
+    """Proposes what the bundle's own drafter foretells from the model's last hidden states, as in ReDrafter.
 
     Args:
         graph: of the bundle.
         worth: says whether a token of such a probability to be right is worth checking.
     """
 
-    KIND = "recurrent"
+    KIND, MOST = "recurrent", 6  # of tokens ahead: its own errors add up
     _PATIENCE, _LONGEST = 4, 32  # drafts in a row that came to nothing before some are left out; and how many at most
 
     def __init__(self, graph: DraftGraph, worth: Callable[[float], bool] = lambda chance: chance > 0.3) -> None:
@@ -170,6 +170,7 @@ class RecurrentDrafter:
 
     def observe(self, tokens: Sequence[int], /) -> None:
         """See :class:`Drafter`; the hidden state is told apart, and is of the last token told."""
+        self._steps.keep(len(tokens) - 1)
         self._last, self._hidden = tokens[-1], None
 
     def saw(self, hidden: NDArray[np.float32]) -> None:
@@ -177,18 +178,36 @@ class RecurrentDrafter:
         self._hidden = hidden
 
     def propose(self, wanted: Callable[[str], int], /) -> Draft:
-        """See :class:`Drafter`."""
+        """See :class:`Drafter`; how long a draft is, its own chances say, once drafts are wanted at all."""
         if self._hidden is None or self._last is None:
             return Draft((), self.KIND)
         if self._left_out > 0:
             self._left_out -= 1
             return Draft((), self.KIND)
-        count = wanted(self.KIND)
-        drafted = self._steps.draft(self._last, self._hidden, count, self.worth) if count else []
+        most = self.MOST if wanted(self.KIND) else 0
+        drafted = self._steps.draft(self._last, self._hidden, most, self.worth)
         self._idle = 0 if drafted else self._idle + 1
         if self._idle >= self._PATIENCE:
             self._left_out = min(2 ** (self._idle - self._PATIENCE), self._LONGEST)
         return Draft(drafted, self.KIND)
+
+
+class CombinedDrafter(RecurrentDrafter):
+    """Looks drafts up where the text has had its last tokens before, and asks the bundle's drafter elsewhere."""
+
+    def __init__(self, graph: DraftGraph) -> None:
+        super().__init__(graph)
+        self._lookup = PromptLookup()
+
+    def observe(self, tokens: Sequence[int], /) -> None:
+        """See :class:`Drafter`."""
+        super().observe(tokens)
+        self._lookup.observe(tokens)
+
+    def propose(self, wanted: Callable[[str], int], /) -> Draft:
+        """See :class:`Drafter`."""
+        found = self._lookup.propose(wanted)
+        return found if found.tokens else super().propose(wanted)
 
 
 def check_vocabulary(draft: Bundle, target: Bundle) -> None:

@@ -40,8 +40,8 @@ def check_fits(
         raise OptionError("echo is True, but the bundle has no tokenizer, and so no text; leave echo out")
     if options.echo and session.encoder is not None:
         raise OptionError("echo is True, but an answer to a source does not begin with it; leave echo out")
-    if options.draft == "recurrent" and session.drafter is None:
-        raise OptionError("draft is 'recurrent', but the bundle has no drafter; export the model with --drafter")
+    if options.draft in ("recurrent", "combined") and session.drafter is None:
+        raise OptionError(f"draft is {options.draft!r}, but the bundle has no drafter; export the model with --drafter")
     last, vocabulary = max(options.stop_tokens, default=0), session.vocab_size
     if last >= vocabulary:
         raise OptionError(f"stop_tokens has token {last}, outside the vocabulary of {vocabulary}; name its own")

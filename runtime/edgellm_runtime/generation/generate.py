@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_runtime.generation.answer import Chunk, FinishReason, Generation, Timings
-from edgellm_runtime.generation.drafting import Drafter, Drafting, PromptLookup, RecurrentDrafter
+from edgellm_runtime.generation.drafting import CombinedDrafter, Drafter, Drafting, PromptLookup, RecurrentDrafter
 from edgellm_runtime.generation.fits import check_fits
 from edgellm_runtime.generation.logprobs import logprobs_of
 from edgellm_runtime.generation.options import GenerationOptions, OptionKeywords
@@ -64,9 +64,9 @@ def next_tokens(
 
 
 def _drafter(session: Session, draft: Drafting) -> Drafter:
-    if draft == "recurrent":
+    if draft in ("recurrent", "combined"):
         assert session.drafter is not None, "check_fits has seen to it"
-        return RecurrentDrafter(session.drafter)
+        return (RecurrentDrafter if draft == "recurrent" else CombinedDrafter)(session.drafter)
     return PromptLookup() if isinstance(draft, str) else draft.drafter()
 
 

@@ -84,9 +84,9 @@ class GenerationOptions(SamplingOptions):
         progress: is told, between two pieces of a long prompt, how many of how many tokens have been read. What it
             raises ends the call and comes through.
         draft: proposes tokens that the model then checks, several in one step: ``"lookup"``, what followed the same
-            words before; ``"recurrent"``, the bundle's own drafter; or a smaller model of the same vocabulary. The
-            tokens stay what they are; where drafts do not pay, none are made. For one answer to one prompt; others go
-            without.
+            words before; ``"recurrent"``, the bundle's own drafter; ``"combined"``, the first where there is such,
+            else the second; or a smaller model of the same vocabulary. The tokens stay what they are; where drafts do
+            not pay, none are made. For one answer to one prompt; others go without.
         beams: follow so many likeliest beginnings of an answer, and give the likeliest whole one; 1 is greedy or draws.
             The answer is there all at once, in a stream as one chunk. ``n`` answers are then the ``n`` best.
         length_penalty: of beams: 0 compares log-probabilities, 1 their means over an answer's tokens.
@@ -134,12 +134,14 @@ class GenerationOptions(SamplingOptions):
         if self.grammar is not None and self.ignore_eos:
             raise OptionError("an answer of a grammar ends with an end token; leave ignore_eos out")
         drafts = (
-            self.draft in ("lookup", "recurrent")
+            self.draft in ("lookup", "recurrent", "combined")
             if isinstance(self.draft, str)
             else callable(getattr(self.draft, "drafter", None))
         )
         if self.draft is not None and not drafts:
-            raise OptionError(f"draft is {shown(self.draft)}; it must be 'lookup', 'recurrent', a Model, or None")
+            raise OptionError(
+                f"draft is {shown(self.draft)}; it must be 'lookup', 'recurrent', 'combined', a Model, or None"
+            )
         if self.beams > 1 and (self.temperature > 0 or self.draft is not None):
             raise OptionError(
                 f"beams is {self.beams}, and beams neither draw nor take drafts; set temperature to 0 and leave draft "
