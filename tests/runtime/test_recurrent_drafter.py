@@ -119,8 +119,8 @@ def test_what_was_drafted_and_chosen_is_not_read_again() -> None:
         assert ours.draft(3, hidden[0], 4, lambda chance: True) == drafted
         ours.keep(kept)
         again.begin()
-        for token, given in zip([3, *drafted[:kept]], [hidden[0], None, None, None], strict=False):
-            again.step(token, given)
+        for token, first in zip([3, *drafted[:kept]], [hidden[0], None, None, None], strict=False):
+            again.step(token, first)
         again.keep(kept)
         assert ours.step(7, hidden[1]) == again.step(7, hidden[1])
         assert ours.step(8, None) == again.step(8, None)
