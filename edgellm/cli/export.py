@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgellm.cli.budget import budget_of
+from edgellm.cli.calibration import calibration_of, tuning_of
 from edgellm.cli.checkpoints import read_checkpoint, road_options
 from edgellm.cli.defaults import options_text
 from edgellm.cli.engine import EngineFlags, building_options
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from edgellm.checkpoints import Checkpoint
     from edgellm_exporters.export import Exported
 
-_WINDOW, _CALIBRATION_TOKENS = 512, 8192
-_MOST_CHARACTERS = 400_000  # at either end of a calibration text: far more than its tokens need
 _NO_FLAGS = EngineFlags()
 __all__ = ["export", "export_checkpoint", "print_summary"]
 
@@ -63,6 +62,10 @@ within the stated bounds.
               "bundle that 'edgellm train --drafter' made; implies --hidden.")  # fmt: skip
 @click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE", help="UTF-8 text like the model's work: "
               "int4 weights are then chosen with GPTQ instead of rounded to nearest.")  # fmt: skip
+@click.option("--tune", type=float, default=None, metavar="MINUTES", show_default=False, help="With --calibrate: after "
+              "that, learn codes and scales against what the float model computes, layer after layer, then all scales "
+              "together, for at most so long. A run that was stopped goes on with its finished layers, which are kept "
+              "in OUTPUT.tuning until the bundle is there.")  # fmt: skip
 @click.option("--text", "receipt", type=click.Path(path_type=Path), metavar="FILE", show_default=False,
               help="UTF-8 text that the finished bundle is measured on beside the model: KL divergence with a 95% "
               "interval, top-1 and perplexity on 1,024 of its tokens go into the bundle's receipt.  [default: "
@@ -99,8 +102,8 @@ within the stated bounds.
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def export(
     checkpoint: Path, output: Path, target: str, dtype: str | None, quantize: str, kv_cache: str,
-    hidden: bool, drafter: Path | None, calibrate: Path | None, receipt: Path | None, no_receipt: bool,
-    max_kl: float | None, max_size_mb: float | None, prefer: str | None, max_batch: int | None,
+    hidden: bool, drafter: Path | None, calibrate: Path | None, tune: float | None, receipt: Path | None,
+    no_receipt: bool, max_kl: float | None, max_size_mb: float | None, prefer: str | None, max_batch: int | None,
     compute_capability: str, workspace_mb: int | None, max_context: int | None, no_engine: bool, name: str,
     force: bool, road: str, trust_remote_code: bool, threads: int | None, check: str | None,
     adapters: tuple[str, ...], as_json: bool,
@@ -114,12 +117,14 @@ def export(
         raise click.UsageError("--check compares a checkpoint as it is; leave it out with --adapter.")
     if receipt is not None and no_receipt:
         raise click.UsageError("--text is for the receipt; leave it or --no-receipt out.")
+    if tune is not None and calibrate is None:
+        raise click.UsageError("--tune learns from real text; add --calibrate FILE, UTF-8 text like the model's work.")
     with stages() as tell:
         result = export_checkpoint(
             checkpoint, output, target=target, dtype=dtype, quantize=quantize, calibrate=calibrate, max_kl=max_kl,
             max_size_mb=max_size_mb, prefer=prefer, kv_cache=kv_cache, hidden=hidden, drafter=drafter, engine=engine,
             name=name, force=force, check=check, adapters=adapters, road=road, trust_remote_code=trust_remote_code,
-            receipt_text=receipt, receipt=not no_receipt, tell=tell,
+            receipt_text=receipt, receipt=not no_receipt, tune=tune, tell=tell,
         )  # fmt: skip
     if as_json:
         print_json(result)
@@ -133,7 +138,7 @@ def export_checkpoint(
     prefer: str | None = None, kv_cache: str = "float32", hidden: bool = False, drafter: Path | None = None,
     engine: EngineFlags = _NO_FLAGS, name: str = "", force: bool = False, check: str | None = None,
     adapters: Sequence[str | Path] = (), road: str = "auto", trust_remote_code: bool = False,
-    receipt_text: Path | None = None, receipt: bool = True, tell: Any,
+    receipt_text: Path | None = None, receipt: bool = True, tune: float | None = None, tell: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Read, export and sum up; the keys are those of ``--json``."""
     from edgellm.torch_threads import let_torch_wait, limit_torch_threads
@@ -171,8 +176,11 @@ def export_checkpoint(
     there = 0
     if calibrate is not None:
         tell("reading the calibration text", 0.0)
-        windows, held_out, there = _windows(calibrate, loaded, divided=budget is not None)
-        options = dataclasses.replace(options, calibration=windows, held_out=held_out)
+        read = calibration_of(calibrate, loaded, divided=budget is not None)
+        there = len(read.tokens)
+        options = dataclasses.replace(options, calibration=read.windows, held_out=read.held_out)
+        if tune is not None:
+            options = dataclasses.replace(options, tuning=tuning_of(tune, read.tokens, output))
     if drafter is not None:
         from edgellm.draft_head import load_draft_head
 
@@ -201,34 +209,6 @@ def _adapters(given: Sequence[str | Path]) -> tuple[list[Path], dict[str, Path]]
         else:
             apart[name] = Path(path)
     return merged, apart
-
-
-def _windows(file: Path, loaded: Checkpoint, *, divided: bool) -> tuple[list[list[int]], list[list[int]], int]:
-    """Windows of the calibration text, as tokens; if divided, some to calibrate with and others to judge on.
-
-    Also how many tokens the text has, at least.
-    """
-    from tokenizers import Tokenizer
-
-    from edgellm_exporters.auto.budget import divide
-    from edgellm_exporters.errors import QuantizeError
-    from edgellm_runtime.checks.evaluate import windows_of
-
-    if loaded.tokenizer_json is None:
-        raise QuantizeError(f"{file}: the checkpoint has no tokenizer to read it with; leave --calibrate out")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise QuantizeError(f"{file}: not UTF-8 at byte {error.start}; convert it first") from error
-    if len(text) > 2 * _MOST_CHARACTERS:  # the middle of a long text is not looked at
-        text = text[:_MOST_CHARACTERS] + text[-_MOST_CHARACTERS:]
-    tokens = Tokenizer.from_str(loaded.tokenizer_json).encode(text, add_special_tokens=False).ids
-    model: Any = loaded.model
-    most = _CALIBRATION_TOKENS
-    if len(tokens) < 2:
-        raise QuantizeError(f"{file}: {len(tokens)} tokens are too few to calibrate with; give a longer text")
-    length = min(_WINDOW, model.config.max_context)
-    return (*(divide(tokens, length, most) if divided else (windows_of(tokens, length, most), [])), len(tokens))
 
 
 def text_of(loaded: Checkpoint) -> Any:

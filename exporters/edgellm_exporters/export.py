@@ -28,6 +28,7 @@ from edgellm_exporters.engines.tensorrt import check_engine_options
 from edgellm_exporters.errors import ExportError, ParityError, QuantizeError
 from edgellm_exporters.graph.capture import capture, check_model, hidden_of, signature_of
 from edgellm_exporters.graph.capture_encoder import Graphs, capture_graphs
+from edgellm_exporters.graph.layers import layer_modules
 from edgellm_exporters.graph.lower import kernel_notes, prepare
 from edgellm_exporters.graph.targets import Target, find_target
 from edgellm_exporters.graph.write import WEIGHTS_FILE, Progress
@@ -53,6 +54,8 @@ from edgellm_exporters.quantize.methods import find_method
 from edgellm_exporters.quantize.notes import quantization_notes
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.quantize.planning import make_plan
+from edgellm_exporters.quantize.tuning.store import forget
+from edgellm_exporters.quantize.tuning.tune import tuned
 from edgellm_exporters.weights.memory import give_back
 from edgellm_exporters.weights.widened import widened
 from edgellm_runtime.backends.ort import library
@@ -134,6 +137,8 @@ def export(
     finally:
         model.train(was_training)
         gc.unfreeze()
+    if options.tuning is not None and options.tuning.directory is not None:
+        forget(options.tuning.directory)
     notes = (*exported.notes, note) if note else exported.notes
     return dataclasses.replace(exported, bundle=Bundle(destination, checksums=False), notes=notes)
 
@@ -302,6 +307,8 @@ def _planned(
             names, plan.cache_left = cached_states(captured, model.state_specs(), target.narrow_caches)
             even = [row for row in seen if len(row) == len(seen[0])]
             plan.cache = cache_scales(model, names, plan.cache_left, even)
+    if options.tuning is not None:
+        plan = tuned(plan, model, weights, list(layer_modules(model)), options.tuning, progress)
     give_back()
     return graphs, plan
 
@@ -365,6 +372,8 @@ def _quantization(options: ExportOptions, plan: Plan) -> dict[str, Any]:
     kept: dict[str, Any] = {"kept": len(plan.kept)} if plan.kept else {}
     if plan.left:
         kept["left"] = dict(sorted(plan.left.items()))
+    if plan.tuned:
+        kept["tuning"] = dict(plan.tuned)
     return {"method": options.quantize, "rounding": rounding, "weights": counted, **kept, **floats, **cache}
 
 

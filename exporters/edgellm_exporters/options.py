@@ -13,9 +13,11 @@ from edgellm_exporters.errors import ExportError
 from edgellm_exporters.graph.targets import TARGETS, find_target
 from edgellm_exporters.proof.receipt import ReceiptText
 from edgellm_exporters.quantize.methods import METHODS, find_method
+from edgellm_exporters.quantize.tuning.tune import Tuning
 from edgellm_runtime.bundle import TokenizerInfo
 from edgellm_runtime.task_spec import TaskSpec
 
+_NOT_TUNED = ("none", "keep", AUTO)
 __all__ = ["ExportOptions", "TextAssets", "check_encoder_options"]
 
 
@@ -40,6 +42,7 @@ class ExportOptions:
             ``{"temperature": 0.7}``; see :mod:`edgellm_runtime.option_ranges`.
         hidden: whether steps can be asked for the last hidden states, too, which embeddings are made of.
         receipt: a text that the bundle is measured on beside the model, for its receipt; None for no receipt.
+        tuning: how codes are tuned after they were chosen; None: not at all.
         drafter: proposes tokens from hidden states, for the model to check; None for none.
     """
 
@@ -56,6 +59,7 @@ class ExportOptions:
     generation: Mapping[str, Any] = field(default_factory=dict)
     hidden: bool = False
     receipt: ReceiptText | None = None
+    tuning: Tuning | None = None
     drafter: DraftHead | None = None
 
     def __post_init__(self) -> None:
@@ -74,6 +78,8 @@ class ExportOptions:
                 target.check_kernel(method.layers)
         elif target.methods is not METHODS:
             raise ExportError(f"target {self.target} has no {AUTO!r}; it has {', '.join(target.methods)}")
+        if self.tuning is not None and self.quantize in _NOT_TUNED:
+            raise ExportError(f"quantize {self.quantize!r} has no codes of its own to tune; leave tuning out")
         if self.engine is not None and not target.roles:
             raise ExportError(f"target {self.target} has no engines; leave their options out, or use --target tensorrt")
 

@@ -9,12 +9,12 @@ __all__ = ["quantization_notes"]
 
 
 def quantization_notes(quantization: Mapping[str, Any]) -> list[str]:
-    """Notes on what stays float, and on what keeps a checkpoint's codes or does not.
+    """Notes on what stays float, and on what keeps a checkpoint's codes or does not, and on what was tuned.
 
     Args:
         quantization: the manifest's.
     """
-    return _floats_named(quantization) + _kept_named(quantization)
+    return _floats_named(quantization) + _kept_named(quantization) + _tuning_named(quantization.get("tuning", {}))
 
 
 def _floats_named(quantization: Mapping[str, Any]) -> list[str]:
@@ -32,3 +32,30 @@ def _kept_named(quantization: Mapping[str, Any]) -> list[str]:
     for name, why in quantization.get("left", {}).items():
         left.setdefault(why, []).append(name)
     return notes + [f"{len(n)} matrices, such as {n[0]}, do not keep their codes: {why}" for why, n in left.items()]
+
+
+def _tuning_named(tuning: Mapping[str, Any]) -> list[str]:
+    """What tuning came to, and which layers are as they were before it."""
+    if not tuning:
+        return []
+    layers, scales = tuning["layers"], tuning["scales"]
+    unreached = [path for path, told in layers.items() if not told["steps"]]
+    worse = [path for path, told in layers.items() if told["kept"] and told["steps"]]
+    said = f"{len(layers) - len(unreached) - len(worse)} of {len(layers)} layers are tuned"
+    if scales["steps"] and not scales["kept"]:
+        said += (
+            f", and all scales in {scales['steps']} steps: KL {scales['before']:.3g} to {scales['after']:.3g} on "
+            "held-back text"
+        )
+    elif scales["steps"]:
+        said += "; tuning all scales together made held-back text no better, and was dropped"
+    notes = [said]
+    if worse:
+        notes.append(f"{_some(worse)} got no better on held-back text, and kept the codes from before tuning")
+    if unreached:
+        notes.append(f"{_some(unreached)} were not reached in the minutes given")
+    return notes
+
+
+def _some(paths: list[str]) -> str:
+    return f"{len(paths)} layers, such as {paths[0]}," if len(paths) > 1 else f"layer {paths[0]}"

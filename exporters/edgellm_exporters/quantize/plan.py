@@ -232,6 +232,7 @@ class Plan:
         orders: of weights that keep codes whose groups are no neighbours, the order of columns in which they are, by
             the names of the parts that were merged; what is multiplied with them is put into that order.
         by_rows: weights whose rows may be quantized some at a time, so that a vocabulary's table is never whole.
+        tuned: what became of each layer and of all scales, where codes were tuned; for the manifest.
     """
 
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
@@ -245,6 +246,7 @@ class Plan:
     left: Mapping[str, str] = field(default_factory=dict)
     orders: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
     by_rows: frozenset[str] = frozenset()
+    tuned: Mapping[str, Any] = field(default_factory=dict)
     _last: tuple[str, Codes] | None = field(default=None, repr=False)
 
     def find(self, name: str, tensor: ir.TensorProtocol) -> QuantizedWeight | None:

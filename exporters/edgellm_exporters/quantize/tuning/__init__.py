@@ -1,0 +1,1 @@
+"""Tuned rounding: codes and scales learned against what the float model computes. Starts from any plan's codes."""

@@ -1,0 +1,264 @@
+"""Tuned rounding of a whole plan: layer after layer, then the scales of all layers at once, for as long as is given."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from edgellm.streaming import Weights
+from edgellm_exporters.errors import QuantizeError
+from edgellm_exporters.passes.merge_linears import parts_of
+from edgellm_exporters.quantize.plan import Codes, Plan, Scheme, joined
+from edgellm_exporters.quantize.tuning import layer_stream
+from edgellm_exporters.quantize.tuning.chosen import ChosenWeights, CodedWeight, RememberedRows, coded_weights
+from edgellm_exporters.quantize.tuning.distill import distilled
+from edgellm_exporters.quantize.tuning.layer import tuned_layer
+from edgellm_exporters.quantize.tuning.layer_stream import LayerStream, layers_called, shell_of
+from edgellm_exporters.quantize.tuning.store import ROOM, FinishedLayers, work_digest
+
+__all__ = ["MIN_TUNING_TOKENS", "Tuning", "tuned"]
+
+WINDOW = 128  # tokens
+MIN_TUNING_TOKENS, MOST_TUNING_TOKENS = 6144, 18_432
+_VERSION = 1  # of the method: layers that another one finished are not taken over
+_LAYERS_SHARE = 0.7  # of the minutes, at most
+_PASSES = 1.5  # what follows a layer's steps, in times that the float layer takes to read all
+_HELD = 9  # one window of so many is held back
+_TIMED = 2  # steps after which it is known how long one takes
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """How codes are to be tuned.
+
+    Args:
+        minutes: that it may take, at most, besides what GPTQ takes.
+        tokens: text to learn from; an eighth of it, at its end, is held back and only judged on.
+        seed: of the order in which text is read.
+        steps: of each layer, at most; fewer where the minutes are too few.
+        distilling_steps: of all scales together, likewise.
+        directory: where finished layers are kept until the export is done, for a run that is stopped; None: nowhere.
+        clock: seconds.
+
+    Raises:
+        QuantizeError: too little text, or no time.
+    """
+
+    minutes: float
+    tokens: Sequence[int] = field(repr=False)
+    seed: int = 0
+    steps: int = 60
+    distilling_steps: int = 200
+    directory: Path | None = None
+    clock: Callable[[], float] = field(default=time.monotonic, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.minutes < float("inf"):
+            raise QuantizeError(f"tuning for {self.minutes} minutes is not possible; give a positive number")
+        if len(self.tokens) < MIN_TUNING_TOKENS:
+            raise QuantizeError(
+                f"the calibration text has {len(self.tokens)} tokens, and tuning needs {MIN_TUNING_TOKENS}; give a "
+                "longer text, or leave --tune out"
+            )
+
+
+def tuned(
+    plan: Plan, model: nn.Module, weights: Weights, paths: Sequence[str], tuning: Tuning,
+    progress: Progress = lambda what, share: None,
+) -> Plan:  # fmt: skip
+    """A plan with the same formats and codes that are nearer to what the float model computes.
+
+    A layer whose error on held-back text is no smaller than with the plan's own codes keeps those. Given the minutes
+    that it takes, the outcome depends on the seed alone.
+
+    Args:
+        plan: with codes to begin with, those of GPTQ best.
+        model: in eval mode; its parameters may be on the meta device, and it is left as it was.
+        weights: where they are read.
+        paths: of its layers.
+        tuning: how.
+        progress: told what is done, and how much of it.
+
+    Raises:
+        QuantizeError: nothing in the plan can be tuned, or the model is no stack of layers.
+    """
+    if plan.kept:
+        raise QuantizeError("codes that a checkpoint has of its own are kept as they are; leave --tune out with keep")
+    coded = coded_weights(model, weights, plan) if plan.schemes else {}
+    if not any(one.tunable for one in coded.values()):
+        raise QuantizeError("no weight is quantized in blocks without shifts, which is what can be tuned")
+    shell = shell_of(model)
+    tokens, learn = _windows(tuning.tokens, model)
+    order = layers_called(shell, weights, tokens[: layer_stream.GROUP], paths)
+    with _Work(tuning, coded, order) as work:
+        run = _Run(shell, weights, coded, tokens, learn, order, work, tuning, progress)
+        run.tune_layers()
+        run.distill()
+    return _with_codes(plan, run.coded, run.told())
+
+
+class _Work:
+    """The directory of one run: finished layers, where they are kept, and room for what layers compute.
+
+    Args:
+        tuning: names the directory.
+        coded: the codes to begin with.
+        order: the layers.
+    """
+
+    def __init__(self, tuning: Tuning, coded: Mapping[str, CodedWeight], order: Sequence[str]) -> None:
+        settings = {
+            "version": _VERSION, "seed": tuning.seed, "steps": tuning.steps, "order": list(order),
+            "tokens": hashlib.sha256(np.asarray(tuning.tokens, dtype=np.int64).tobytes()).hexdigest(),
+        }  # fmt: skip
+        self.finished = None
+        if tuning.directory is not None:
+            self.finished = FinishedLayers(tuning.directory, work_digest(coded, settings))
+        self._room = tempfile.TemporaryDirectory(prefix=ROOM, dir=tuning.directory)
+        self.room = Path(self._room.name)
+
+    def __enter__(self) -> _Work:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._room.cleanup()
+
+
+class _Run:
+    """One tuning, from the first layer to the last scale."""
+
+    def __init__(
+        self, shell: nn.Module, weights: Weights, coded: Mapping[str, CodedWeight], tokens: Tensor, learn: int,
+        order: Sequence[str], work: _Work, tuning: Tuning, progress: Progress,
+    ) -> None:  # fmt: skip
+        self.coded = dict(coded)
+        self._shell, self._weights, self._tokens, self._learn, self._order = shell, weights, tokens, learn, order
+        self._work, self._tuning, self._progress = work, tuning, progress
+        self._begin = tuning.clock()
+        self._chosen = ChosenWeights(weights, self.coded)
+        self._floats = LayerStream(shell, RememberedRows(weights), tokens, order, work.room / "float")
+        self._quantized = LayerStream(shell, RememberedRows(self._chosen), tokens, order, work.room / "quantized")
+        self._layers: dict[str, dict[str, Any]] = {}
+        self._distilled: dict[str, Any] = {}
+
+    def tune_layers(self) -> None:
+        """All layers, first to last."""
+        said = ""
+        for number, path in enumerate(self._order):
+            self._progress(f"tuning: layer {number + 1} of {len(self._order)}{said}", number / len(self._order))
+            told = self._layer(number, path)
+            if told:
+                self._layers[path] = told
+                said = f", error {told['after'] / max(told['before'], 1e-30):.2f} of what it was"
+
+    def _layer(self, number: int, path: str) -> dict[str, Any]:
+        """Pass one layer with both streams, its codes tuned in between."""
+        start = self._tuning.clock()
+        floats = self._floats.parameters(self._weights)
+        self._floats.advance(floats)
+        passing = self._tuning.clock() - start
+        own = {name: self.coded[f"{path}.{name}"] for name in floats if f"{path}.{name}" in self.coded}
+        own = {name: one for name, one in own.items() if one.tunable}
+        found = self._work.finished.load(path, own) if own and self._work.finished is not None else None
+        if found is None and own:
+            share = (self._begin + 60 * _LAYERS_SHARE * self._tuning.minutes - start) / (len(self._order) - number)
+            pace = _Pace(self._tuning, start + share - _PASSES * passing, self._tuning.steps)
+            result = tuned_layer(
+                self._quantized, path, self._floats.passed_outputs(), floats, own, learn=self._learn, steps=pace,
+                generator=self._generator(number),
+            )  # fmt: skip
+            told = {"before": result.before, "after": result.after, "steps": result.steps, "kept": not result.better}
+            found = (dict(result.coded) if result.better else own), told
+            if self._work.finished is not None:
+                self._work.finished.save(path, *found)
+        coded, told = found or ({}, {})
+        names = {one.name: one for one in coded.values()}
+        self.coded |= {name: names[one.name] for name, one in self.coded.items() if one.name in names}
+        self._chosen.coded = self.coded
+        self._quantized.advance(self._quantized.parameters(self._chosen))
+        return told
+
+    def distill(self) -> None:
+        """All scales at once, in the time that is left."""
+        pace = _Pace(self._tuning, self._begin + 60 * self._tuning.minutes, self._tuning.distilling_steps)
+
+        def steps(done: int) -> int:
+            total = pace(done)
+            self._progress("tuning: scales of all layers", done / max(total, 1))
+            return total
+
+        found = distilled(
+            self._shell, self._weights, self.coded, self._tokens, self._floats.logits, learn=self._learn, steps=steps,
+            generator=self._generator(len(self._order)),
+        )  # fmt: skip
+        better = found.after < found.before
+        self._distilled = {"before": found.before, "after": found.after, "steps": found.steps, "kept": not better}
+        if better:
+            self.coded = dict(found.coded)
+
+    def told(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        return {
+            "seed": self._tuning.seed, "tokens": self._tokens[: self._learn].numel(), "layers": self._layers,
+            "scales": self._distilled,
+        }  # fmt: skip
+
+    def _generator(self, number: int) -> torch.Generator:
+        return torch.Generator().manual_seed(1000 * self._tuning.seed + number)
+
+
+class _Pace:
+    """How many steps there is time for, told after the first ones.
+
+    Args:
+        tuning: has the clock.
+        until: when to be done.
+        most: steps.
+    """
+
+    def __init__(self, tuning: Tuning, until: float, most: int) -> None:
+        self._clock, self._until, self._total = tuning.clock, until, most
+        self._start = tuning.clock()
+        if self._start >= until:
+            self._total = 0
+
+    def __call__(self, done: int) -> int:
+        if done == _TIMED:
+            now = self._clock()
+            left = int((self._until - now) * done / max(now - self._start, 1e-9))
+            self._total = min(self._total, done + max(left, 0))
+        return self._total
+
+
+def _windows(tokens: Sequence[int], model: Any) -> tuple[Tensor, int]:
+    """Windows (count, time), and how many of them are learned from."""
+    time = min(WINDOW, model.config.max_context)
+    group = layer_stream.GROUP
+    count = min(len(tokens), MOST_TUNING_TOKENS) // time // group * group
+    held = max(1, count // group // _HELD) * group
+    return torch.tensor(list(tokens[: count * time])).view(count, time), count - held
+
+
+def _with_codes(plan: Plan, coded: Mapping[str, CodedWeight], told: Mapping[str, Any]) -> Plan:
+    found = {one.name: one.codes for one in coded.values()}
+    before = plan.quantize
+    assert before is not None
+
+    def quantize(name: str, weight: NDArray[np.float32], scheme: Scheme) -> Codes:
+        parts = [found[part] for part in parts_of(name) if part in found]
+        return joined(parts) if len(parts) == len(parts_of(name)) else before(name, weight, scheme)
+
+    by_rows = frozenset(name for name in plan.by_rows if not all(part in found for part in parts_of(name)))
+    return dataclasses.replace(plan, quantize=quantize, by_rows=by_rows, tuned=told, _last=None)

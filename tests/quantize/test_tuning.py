@@ -1,0 +1,279 @@
+"""Tuned rounding: latent weights, layers passed one by one, and what a tuned plan gives."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from families import VOCAB, make, planned
+from torch import Tensor, nn
+
+from edgellm.streaming import OwnWeights
+from edgellm_exporters.errors import ExportError, QuantizeError
+from edgellm_exporters.export import ExportOptions, export
+from edgellm_exporters.graph.layers import layer_modules
+from edgellm_exporters.quantize.notes import quantization_notes
+from edgellm_exporters.quantize.plan import Plan, Scheme
+from edgellm_exporters.quantize.quantized_model import quantized_model
+from edgellm_exporters.quantize.rtn import round_to_nearest
+from edgellm_exporters.quantize.tuning import tune as tune_module
+from edgellm_exporters.quantize.tuning.chosen import RememberedRows
+from edgellm_exporters.quantize.tuning.latent import LatentWeight
+from edgellm_exporters.quantize.tuning.layer_stream import LayerStream, layers_called, shell_of
+from edgellm_exporters.quantize.tuning.tune import MIN_TUNING_TOKENS, Tuning, tuned
+from edgellm_runtime import open_session
+from edgellm_runtime.bundle import Bundle
+from edgellm_runtime.checks.verify import verify
+
+SCHEMES = [Scheme(2, 16), Scheme(4, 32), Scheme(4, 64, symmetric=False), Scheme(8, 32)]
+
+
+def tokens(count: int = MIN_TUNING_TOKENS) -> list[int]:
+    """Words that follow each other by a rule, so that there is something to be nearer to."""
+    draw = np.random.default_rng(0)
+    found = [1]
+    for jump in draw.integers(1, 7, count - 1):
+        found.append((found[-1] * 3 + int(jump)) % VOCAB)
+    return found
+
+
+def tuning(**changes: Any) -> Tuning:
+    return Tuning(**{"minutes": 60, "tokens": tokens(), "steps": 6, "distilling_steps": 3, **changes})
+
+
+def plan_of(model: nn.Module, method: str = "4:32:asymmetric") -> Plan:
+    plan: Plan = planned(model, "cpu", method)[1]
+    return plan
+
+
+def run(model: nn.Module, plan: Plan, options: Tuning, tell: Any = lambda what, share: None) -> Plan:
+    return tuned(plan, model, OwnWeights(model), list(layer_modules(model)), options, tell)
+
+
+def numbers(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    return dict(quantized_model(model, plan).named_parameters())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_a_latent_weight_begins_with_its_codes_and_ends_with_what_it_gave(scheme: Scheme) -> None:
+    torch.manual_seed(0)
+    weight, column, row = torch.randn(6, 128), torch.rand(128) + 0.5, torch.rand(6) + 0.5
+    codes = round_to_nearest((weight * column * row[:, None]).numpy(), scheme)
+    latent = LatentWeight(weight, codes, scheme, column, row, move_codes=True)
+    torch.testing.assert_close(latent(), torch.from_numpy(codes.dequantize()) / column / row[:, None])
+    np.testing.assert_array_equal(latent.codes().codes, codes.codes)
+    np.testing.assert_array_equal(latent.codes().scales, codes.scales)
+    with torch.no_grad():
+        assert latent.latent is not None
+        latent.latent.add_(torch.randn_like(latent.latent))
+        latent.factor.mul_(1.1)
+    latent.keep_in_range()
+    found = latent.codes()
+    assert found.codes.max() <= scheme.top and (np.sign(found.scales) == np.sign(codes.scales)).all()
+    expected = torch.from_numpy(found.dequantize()) / column / row[:, None]
+    torch.testing.assert_close(latent(), expected, rtol=1e-3, atol=1e-4)  # scales are rounded to 16 bits
+
+
+def test_gradients_of_a_latent_weight_are_those_of_a_product_that_rounds_nothing() -> None:
+    torch.manual_seed(0)
+    scheme, ones = Scheme(4, 16, symmetric=False), torch.ones(32)
+    codes = round_to_nearest(torch.randn(3, 32).numpy(), scheme)
+    latent = LatentWeight(torch.from_numpy(codes.dequantize()), codes, scheme, ones, torch.ones(3), move_codes=True)
+    given = torch.randn(3, 32)
+    (latent() * given).sum().backward()
+    plain = torch.from_numpy(codes.codes).float().view(3, 2, 16).requires_grad_()
+    scales = torch.from_numpy(codes.scales)[:, :, None].requires_grad_()
+    wide = (plain - torch.from_numpy(codes.zeros)[:, :, None]) * scales
+    (wide.view(3, 32) * given).sum().backward()
+    assert latent.latent is not None
+    torch.testing.assert_close(latent.latent.grad, plain.grad)
+    torch.testing.assert_close(latent.factor.grad, scales.grad * scales.detach())
+
+
+@pytest.mark.parametrize("family", ["decoder", "mixed"])
+def test_passing_layer_after_layer_gives_the_models_own_logits(family: str, tmp_path: Path) -> None:
+    model = make(family)
+    shell, weights = shell_of(model), OwnWeights(model)
+    text = torch.tensor(tokens(16 * 24)).view(16, 24)
+    order = layers_called(shell, weights, text[:8], list(layer_modules(model)))
+    assert order == list(layer_modules(model))
+    stream = LayerStream(shell, RememberedRows(weights), text, order, tmp_path / "x")
+    for _ in order:
+        stream.advance(stream.parameters(weights))
+    with torch.no_grad():
+        torch.testing.assert_close(stream.logits(range(8, 16)), model(text[8:16])[0], rtol=1e-4, atol=1e-4)
+    assert len(list(tmp_path.iterdir())) <= 2  # of all the layers' outputs
+
+
+@pytest.mark.parametrize(("family", "method"), [("decoder", "4:32:asymmetric"), ("decoder", "2:16"), ("mixed", "int4")])
+def test_tuned_codes_are_nearer_to_the_float_model_on_other_text(family: str, method: str) -> None:
+    model = make(family)
+    plan = plan_of(model, method)
+    found = run(model, plan, tuning(steps=30, distilling_steps=10))
+    unseen = torch.tensor(tokens(9000)[-2000:]).view(-1, 40)
+
+    def divergence(of: Plan) -> float:
+        with torch.no_grad():
+            given, wanted = (m(unseen)[0].log_softmax(-1) for m in (quantized_model(model, of), model))
+        return float(F.kl_div(given, wanted, reduction="none", log_target=True).sum(-1).mean())
+
+    before, after = divergence(plan), divergence(found)
+    assert after < before
+    assert found.schemes == plan.schemes
+    told = found.tuned
+    assert all(layer["kept"] == (not layer["after"] < layer["before"]) for layer in told["layers"].values())
+    assert any(not layer["kept"] for layer in told["layers"].values())
+
+
+def test_the_same_seed_gives_the_same_codes_and_another_one_others() -> None:
+    model = make("decoder")
+    plan = plan_of(model)
+    first, second, other = (numbers(model, run(model, plan, tuning(seed=seed))) for seed in (3, 3, 4))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_run_that_was_interrupted_goes_on_to_the_same_codes(tmp_path: Path) -> None:
+    model = make("decoder")
+    plan, options = plan_of(model), tuning(directory=tmp_path / "b.tuning")
+    whole = numbers(model, run(model, plan, dataclasses.replace(options, directory=None)))
+
+    def interrupt(what: str, share: float) -> None:
+        if what.startswith("tuning: layer 2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, plan, options, interrupt)
+    left = sorted(path.name for path in (tmp_path / "b.tuning").iterdir())
+    assert left == [f"{next(iter(layer_modules(model)))}.npz", "tuning.json"]
+    steps: list[int] = []
+    learned = tune_module.tuned_layer
+
+    def counted(*given: Any, **named: Any) -> Any:
+        steps.append(1)
+        return learned(*given, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune_module, "tuned_layer", counted)
+        found = numbers(model, run(model, plan, options))
+    assert len(steps) == len(layer_modules(model)) - 1
+    assert all(torch.equal(whole[name], found[name]) for name in whole)
+
+
+def test_finished_layers_of_other_work_are_not_taken_over(tmp_path: Path) -> None:
+    model, directory = make("decoder"), tmp_path / "b.tuning"
+    run(model, plan_of(model), tuning(directory=directory))
+    other = make("decoder", seed=1)
+    fresh, found = (numbers(other, run(other, plan_of(other), tuning(directory=d))) for d in (None, directory))
+    assert all(torch.equal(fresh[name], found[name]) for name in fresh)
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years")
+    model = make("decoder")
+    with pytest.raises(QuantizeError, match="something else than tuned layers"):
+        run(model, plan_of(model), tuning(directory=tmp_path))
+    assert (tmp_path / "thesis.txt").read_text() == "years"
+
+
+def test_a_layer_that_got_worse_keeps_its_codes_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("decoder")
+    plan = plan_of(model)
+    worst = list(layer_modules(model))[1]
+    learned = tune_module.tuned_layer
+
+    def spoiled(stream: Any, path: str, *given: Any, **named: Any) -> Any:
+        found = learned(stream, path, *given, **named)
+        return dataclasses.replace(found, after=2 * found.before) if path == worst else found
+
+    monkeypatch.setattr(tune_module, "tuned_layer", spoiled)
+    found = run(model, plan, tuning(distilling_steps=0))
+    before, after = numbers(model, plan), numbers(model, found)
+    inside = [name for name in before if name.startswith(f"{worst}.")]
+    assert all(torch.equal(before[name], after[name]) for name in inside)
+    assert any(f"layer {worst} got no better" in note for note in quantization_notes({"tuning": found.tuned}))
+
+
+def test_minutes_that_are_too_few_leave_what_was_not_reached_as_it_was() -> None:
+    model = make("decoder")
+    plan, ticks = plan_of(model), itertools.count()
+    found = run(model, plan, tuning(minutes=1e-3, clock=lambda: float(next(ticks))))
+    before, after = numbers(model, plan), numbers(model, found)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any("not reached in the minutes" in note for note in quantization_notes({"tuning": found.tuned}))
+
+
+@pytest.mark.parametrize(("minutes", "count", "said"), [
+    (1, MIN_TUNING_TOKENS - 1, f"needs {MIN_TUNING_TOKENS}"), (0, MIN_TUNING_TOKENS, "for 0 minutes"),
+    (float("nan"), MIN_TUNING_TOKENS, "for nan minutes"),
+])  # fmt: skip
+def test_too_little_text_or_time_is_refused_before_any_work(minutes: float, count: int, said: str) -> None:
+    with pytest.raises(QuantizeError, match=said):
+        Tuning(minutes=minutes, tokens=tokens(count))
+
+
+@pytest.mark.parametrize("quantize", ["none", "keep"])
+def test_a_quantization_without_codes_of_its_own_is_refused(quantize: str) -> None:
+    with pytest.raises(ExportError, match="no codes of its own to tune"):
+        ExportOptions(quantize=quantize, tuning=tuning())
+
+
+class Skipping(nn.Module):
+    """Reads the first layer again at the end, which no single layer's output holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.layers = nn.Embedding(VOCAB, 16), nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        given: Sequence[Tensor] = [self.embedding(ids)]
+        for layer in self.layers:
+            given = [*given, layer(given[-1] + (given[1] if len(given) > 2 else 0))]
+        return given[-1]
+
+
+def test_a_layer_that_reads_more_than_the_one_before_it_is_refused_by_name(tmp_path: Path) -> None:
+    model = Skipping()
+    model.config = type("Config", (), {"vocab_size": VOCAB})()  # type: ignore[assignment]
+    stream = LayerStream(
+        shell_of(model), OwnWeights(model), torch.tensor(tokens(64)).view(8, 8), [f"layers.{i}" for i in range(3)],
+        tmp_path / "x",
+    )  # fmt: skip
+    weights = OwnWeights(model)
+    stream.advance(stream.parameters(weights))
+    stream.advance(stream.parameters(weights))
+    with pytest.raises(QuantizeError, match=r"layers\.2 reads NaN, or more"):
+        stream.call(range(8))
+
+
+def test_a_tuned_bundle_holds_its_checks_and_says_what_was_done(tmp_path: Path) -> None:
+    model, kept = make("decoder"), tmp_path / "b.tuning"
+    options = ExportOptions(quantize="4:32:asymmetric", tuning=tuning(directory=kept))
+    exported = export(model, tmp_path / "b", options=options)
+    assert not kept.exists()
+    checks = verify(Bundle(tmp_path / "b"), open_session(Bundle(tmp_path / "b"))).checks
+    assert all(check.ok for check in checks)
+    assert any(check.name.startswith("exact") for check in checks)  # the same numbers in PyTorch
+    told = exported.bundle.manifest.quantization["tuning"]
+    assert set(told["layers"]) == set(layer_modules(model)) and told["seed"] == 0
+    assert any("layers are tuned" in note for note in exported.notes)
+
+
+def test_ctrl_c_leaves_finished_layers_and_no_half_bundle(tmp_path: Path) -> None:
+    model = make("decoder")
+
+    def interrupt(what: str, share: float) -> None:
+        if what.startswith("tuning: layer 2"):
+            raise KeyboardInterrupt
+
+    options = ExportOptions(quantize="4:32:asymmetric", tuning=tuning(directory=tmp_path / "b.tuning"))
+    with pytest.raises(KeyboardInterrupt):
+        export(model, tmp_path / "b", options=options, progress=interrupt)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.tuning"]
