@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from edgellm.errors import CheckpointError
 from edgellm.general.cacheless import replace_attention
 from edgellm.general.calls import NAME, OWN, Call, inputs_of, register, under_way
+from edgellm.general.experts import replace_experts
 from edgellm.general.own_attention import OwnRun, probe_own
 from edgellm.general.places import replace_places
 from edgellm.general.probe import Layer, Seen, probe
@@ -82,6 +83,9 @@ class GeneralModel(nn.Module):
             self.notes.append(
                 f"its attention is its modules' own: each step looks at all {self.context} slots of its context"
             )
+        self.experts, left = replace_experts(model)
+        if left:
+            self.notes.append(f"experts of {left[0]} are in a form of their own; each token copies those it has chosen")
         self.config = GeneralConfig(int(text.vocab_size), self.context, str(text.model_type))
 
     def _look(self, context: int) -> tuple[list[Seen], dict[str, dict[tuple[Any, ...], Rotation]], int]:

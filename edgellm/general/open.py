@@ -21,6 +21,7 @@ from edgellm.checkpoints.lora_source import ADAPTER_CONFIG
 from edgellm.checkpoints.quantized.find import dequantized
 from edgellm.checkpoints.weights import CheckpointWeights, TensorSource
 from edgellm.errors import CheckpointError, UnsupportedError
+from edgellm.general.experts import Apart
 from edgellm.general.model import GeneralModel
 from edgellm.general.probe import FOREIGN_FAULTS, told
 from edgellm.general.stored import CannotStream, Converted, built_without_weights, renamed, weights_of
@@ -91,7 +92,7 @@ def open_general(path: Path, *, trust_remote_code: bool = False, fused: bool = T
             ours = GeneralModel(model, fused=fused).eval()
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {kind}: {error}") from error
-    weights = None if source is None else renamed(ours, source, "model", path)
+    weights = None if source is None else renamed(ours, Apart(source, ours.experts), "model", path)
     with resident(ours, weights or OwnWeights(ours)):
         _check(ours, tokens, wanted, f"{path}: {kind}")
     text = read_text_files(path, config)

@@ -81,6 +81,10 @@ class Converted:
         made = self._run(self._converted[name], lambda source, stored: source.read(stored).float())[name]
         return made if rows is None else made[rows[0] : rows[1]]
 
+    def stored_whole(self, name: str) -> bool:
+        """Whether a tensor is stored as it is, so that some of its rows are read alone."""
+        return name in self._renamed
+
     def code_format(self, name: str) -> CodeFormat | None:
         """See :class:`edgellm.codes.CodedWeights`; none of what is put together."""
         if name not in self._renamed or not isinstance(self._source, CodedWeights):
@@ -189,7 +193,7 @@ def weights_of(model: Any, stored: TensorSource, path: Path) -> tuple[Converted,
     return source, weights
 
 
-def renamed(model: nn.Module, source: Converted, inside: str, path: Path) -> CheckpointWeights:
+def renamed(model: nn.Module, source: TensorSource, inside: str, path: Path) -> CheckpointWeights:
     """The same weights by the names of a module that has the model inside.
 
     Args:
@@ -204,7 +208,7 @@ def renamed(model: nn.Module, source: Converted, inside: str, path: Path) -> Che
 
 
 def _expected(
-    model: nn.Module, source: Converted, layout: Layout | None = None
+    model: nn.Module, source: TensorSource, layout: Layout | None = None
 ) -> tuple[list[list[str]], dict[str, tuple[int, ...]]]:
     """A model's parameters and the buffers that are stored: names of one tensor together, and their shapes."""
     name_of = (layout or Layout()).name

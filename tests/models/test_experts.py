@@ -13,7 +13,9 @@ import onnxruntime
 import pytest
 import torch
 from families import CONTEXT, VOCAB
+from general_models import build
 
+from edgellm.general.model import GeneralModel
 from edgellm.models.layers import Experts
 from edgellm.models.qwen3_next import Qwen3NextConfig, qwen3_next
 from edgellm_exporters.export import ExportOptions, export
@@ -114,3 +116,31 @@ def test_a_token_multiplies_with_its_chosen_experts_alone(target: str, quantize:
     counts = Counter(names)  # each expert's nodes have the same names within its branch
     assert sorted(counts.values())[-3:] == [chosen] * 3
     assert len(names) - 3 * chosen == len(counts) - 3 <= 10
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_experts_of_the_general_road_are_quantized_and_run_on_rows_of_any_length(kind: str, tmp_path: Path) -> None:
+    """One tensor of all experts there, or one by columns with gate and up in turns: here each expert has its own."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_local_experts": 8, "num_hidden_layers": 1}
+    theirs = build(kind, **sizes)
+    with torch.no_grad():  # experts differ little, so that it matters little which of them 8 bits choose
+        for name, weight in theirs.named_parameters():
+            if "experts" in name:
+                weight.copy_(weight[:1] + 0.1 * (weight - weight[:1]))
+    model = GeneralModel(theirs).eval()
+    experts = [
+        p for name, p in model.named_parameters() if name.rpartition(".")[0].endswith("_proj") and "experts" in name
+    ]
+    numbers = sum(p.numel() for p in experts)
+    exported = export(model, tmp_path / "b", options=ExportOptions(target="cpu", quantize="int8"))
+    assert exported.verification.ok
+    rest = sum(p.numel() for p in model.parameters()) - numbers
+    held = sum(f.stat().st_size for f in exported.bundle.path.glob("model.onnx*"))
+    assert held < 1.25 * numbers + 4 * rest + 100_000  # a byte a number and its share of a scale, not four bytes
+    ids = np.random.default_rng(0).integers(3, 96, (3, 9))
+    session = open_session(exported.bundle, device="cpu", threads=1)
+    together, lengths = session.new_state(batch=3), np.array([9, 4, 1])
+    found = session.step(ids, together, lengths=lengths, logits="last").copy()
+    for row, length in enumerate(lengths):
+        alone = session.step(ids[row : row + 1, :length], session.new_state(batch=1), logits="last")
+        np.testing.assert_allclose(found[row], alone[0], rtol=1e-3, atol=1e-3)
