@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "elementwise.h"
+#include "attention.h"
 #include "product.h"
 
 namespace edgellm {
@@ -190,9 +190,35 @@ void multiply(const Matrix& m, const Rounded& x, float* y, int first, int last) 
   }
 }
 
+// Sixteen numbers, for attention.
+struct Sixteen {
+  static constexpr int kKeys = 4, kWide = 1, kWideAlone = 2;
+  __m256 low, high;
+  static Sixteen of(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+  static Sixteen load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
+  static Sixteen fma(Sixteen a, Sixteen b, Sixteen c) {
+    return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+  }
+  void store(float* to) const {
+    _mm256_storeu_ps(to, low);
+    _mm256_storeu_ps(to + 8, high);
+  }
+  static void together(const Sixteen* lanes, float* sums) {  // the lanes of each of 4 added
+    __m128 a[4], b[2];
+    for (int i = 0; i < 4; i++) {
+      const __m256 eight = _mm256_add_ps(lanes[i].low, lanes[i].high);
+      a[i] = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    }
+    for (int i = 0; i < 2; i++)
+      b[i] = _mm_add_ps(_mm_shuffle_ps(a[2 * i], a[2 * i + 1], 0x44), _mm_shuffle_ps(a[2 * i], a[2 * i + 1], 0xee));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm_shuffle_ps(b[0], b[1], 0x88), _mm_shuffle_ps(b[0], b[1], 0xdd)));
+  }
+};
+
 }  // namespace
 
 extern const Form kAvx2;
-const Form kAvx2{"avx2", here, round, multiply, norm, sums, gate};
+const Form kAvx2{"avx2", here, round, multiply, norm, sums, gate,
+                  attend<Sixteen>, merge, finish, rotate, narrow, widen};
 
 }  // namespace edgellm

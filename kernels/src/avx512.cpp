@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "elementwise.h"
+#include "attention.h"
 #include "product.h"
 
 namespace edgellm {
@@ -166,9 +166,36 @@ void multiply(const Matrix& m, const Rounded& x, float* y, int first, int last) 
   }
 }
 
+// Sixteen numbers, for attention.
+struct Sixteen {
+  static constexpr int kKeys = 16, kWide = 2, kWideAlone = 4;
+  __m512 x;
+  static Sixteen of(float value) { return {_mm512_set1_ps(value)}; }
+  static Sixteen load(const float* from) { return {_mm512_loadu_ps(from)}; }
+  static Sixteen fma(Sixteen a, Sixteen b, Sixteen c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
+  void store(float* to) const { _mm512_storeu_ps(to, x); }
+  // The lanes of each of 16 added: halves of two at a time beside each other, then quarters, and so on.
+  static void together(const Sixteen* lanes, float* sums) {
+    __m512 a[8], b[4], c[2];
+    for (int i = 0; i < 8; i++) {
+      const __m512 p = lanes[place(i)].x, q = lanes[place(i + 8)].x;
+      a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(p, q, 0x44), _mm512_shuffle_f32x4(p, q, 0xee));
+    }
+    for (int i = 0; i < 4; i++)
+      b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd));
+    for (int i = 0; i < 2; i++)
+      c[i] = _mm512_add_ps(_mm512_shuffle_ps(b[i], b[i + 2], 0x44), _mm512_shuffle_ps(b[i], b[i + 2], 0xee));
+    const __m512 d = _mm512_add_ps(_mm512_shuffle_ps(c[0], c[1], 0x88), _mm512_shuffle_ps(c[0], c[1], 0xdd));
+    _mm512_storeu_ps(sums, d);
+  }
+  // Where the one stands that comes out at a place: the two bits of each half of its number are exchanged.
+  static constexpr int place(int i) { return (i & 4) << 1 | (i & 8) >> 1 | (i & 1) << 1 | (i & 2) >> 1; }
+};
+
 }  // namespace
 
 extern const Form kAvx512;
-const Form kAvx512{"avx512-vnni", here, round, multiply, norm, sums, gate};
+const Form kAvx512{"avx512-vnni", here, round, multiply, norm, sums, gate,
+                  attend<Sixteen>, merge, finish, rotate, narrow, widen};
 
 }  // namespace edgellm

@@ -8,7 +8,7 @@
 #include <sys/auxv.h>
 #endif
 
-#include "elementwise.h"
+#include "attention.h"
 #include "product.h"
 
 namespace edgellm {
@@ -140,9 +140,41 @@ void multiply(const Matrix& m, const Rounded& x, float* y, int first, int last) 
   }
 }
 
+// Sixteen numbers, for attention.
+struct Sixteen {
+  static constexpr int kKeys = 4, kWide = 1, kWideAlone = 2;
+  float32x4_t x[4];
+  static Sixteen of(float value) {
+    const float32x4_t four = vdupq_n_f32(value);
+    return {{four, four, four, four}};
+  }
+  static Sixteen load(const float* from) {
+    return {{vld1q_f32(from), vld1q_f32(from + 4), vld1q_f32(from + 8), vld1q_f32(from + 12)}};
+  }
+  static Sixteen fma(const Sixteen& a, const Sixteen& b, const Sixteen& c) {
+    Sixteen y;
+    for (int i = 0; i < 4; i++) y.x[i] = vfmaq_f32(c.x[i], a.x[i], b.x[i]);
+    return y;
+  }
+  void store(float* to) const {
+    for (int i = 0; i < 4; i++) vst1q_f32(to + 4 * i, x[i]);
+  }
+  static void together(const Sixteen* lanes, float* sums) {  // the lanes of each of 4 added
+    float32x4_t a[4], b[2];
+    for (int i = 0; i < 4; i++)
+      a[i] = vaddq_f32(vaddq_f32(lanes[i].x[0], lanes[i].x[2]), vaddq_f32(lanes[i].x[1], lanes[i].x[3]));
+    for (int i = 0; i < 2; i++) {
+      const float32x4_t p = a[2 * i], q = a[2 * i + 1];
+      b[i] = vaddq_f32(vcombine_f32(vget_low_f32(p), vget_low_f32(q)), vcombine_f32(vget_high_f32(p), vget_high_f32(q)));
+    }
+    vst1q_f32(sums, vpaddq_f32(b[0], b[1]));
+  }
+};
+
 }  // namespace
 
 extern const Form kNeon;
-const Form kNeon{"neon-dotprod", here, round, multiply, norm, sums, gate};
+const Form kNeon{"neon-dotprod", here, round, multiply, norm, sums, gate,
+                  attend<Sixteen>, merge, finish, rotate, narrow, widen};
 
 }  // namespace edgellm

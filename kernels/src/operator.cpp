@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 
+#include "attention_operator.h"
 #include "product.h"
 #include "values.h"
 
@@ -319,8 +320,10 @@ EXPORTED ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort:
   if (domain == nullptr) {
     ort::Domain* made = nullptr;
     if (auto* s = api->at<ort::Status*(const char*, ort::Domain**)>(ort::kCreateCustomOpDomain)("edgellm", &made)) return s;
-    for (const Operator& op : ops)
-      if (auto* s = api->at<ort::Status*(ort::Domain*, const ort::CustomOp*)>(ort::kCustomOpDomainAdd)(made, &op)) return s;
+    std::vector<const ort::CustomOp*> all = attention_operators();
+    for (const Operator& op : ops) all.push_back(&op);
+    for (const ort::CustomOp* op : all)
+      if (auto* s = api->at<ort::Status*(ort::Domain*, const ort::CustomOp*)>(ort::kCustomOpDomainAdd)(made, op)) return s;
     domain = made;
   }
   return api->at<ort::Status*(ort::SessionOptions*, ort::Domain*)>(ort::kAddCustomOpDomain)(options, domain);

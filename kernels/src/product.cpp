@@ -15,7 +15,7 @@
 #include <vector>
 #endif
 
-#include "elementwise.h"
+#include "attention.h"
 
 namespace edgellm {
 
@@ -248,9 +248,36 @@ void multiply_plain(const Matrix& m, const Rounded& x, float* y, int first, int 
   }
 }
 
+// Sixteen numbers, for attention.
+struct Sixteen {
+  static constexpr int kKeys = 1, kWide = 1, kWideAlone = 1;
+  float x[kLanes];
+  static Sixteen of(float value) {
+    Sixteen y;
+    for (float& each : y.x) each = value;
+    return y;
+  }
+  static Sixteen load(const float* from) {
+    Sixteen y;
+    std::memcpy(y.x, from, sizeof y.x);
+    return y;
+  }
+  static Sixteen fma(const Sixteen& a, const Sixteen& b, const Sixteen& c) {
+    Sixteen y;
+    for (int i = 0; i < kLanes; i++) y.x[i] = std::fmaf(a.x[i], b.x[i], c.x[i]);
+    return y;
+  }
+  void store(float* to) const { std::memcpy(to, x, sizeof x); }
+  static void together(const Sixteen* lanes, float* sums) {
+    Sixteen copy = *lanes;
+    *sums = edgellm::together(copy.x);
+  }
+};
+
 }  // namespace
 
-const Form kPlain{"plain", [] { return true; }, round_plain, multiply_plain, norm, sums, gate};
+const Form kPlain{"plain", [] { return true; }, round_plain, multiply_plain, norm, sums, gate,
+                  attend<Sixteen>, merge, finish, rotate, narrow, widen};
 
 const Form* const* forms() {
 #if defined(__x86_64__)

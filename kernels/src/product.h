@@ -57,6 +57,27 @@ struct Rounded {
   const int32_t* minus_sums;    // (rows, blocks): minus the sum of a block's codes
 };
 
+constexpr int kChunk = 256;      // slots of a cache that are read together
+constexpr int kMostQueries = 16; // that read them together
+
+// A chunk of one head's keys and values (count, size), `size` a multiple of 16.
+struct Keys {
+  const float *k, *v;
+  int count, size;
+};
+
+// A query and the slots of a chunk that it sees, begin to end - 1, at least one.
+struct Seen {
+  const float* query;
+  int begin, end;
+};
+
+// What attention over some slots gives one query; `sum` has as many numbers as a head.
+struct Part {
+  float top, total;
+  float* sum;
+};
+
 // One kind of processor's form.
 struct Form {
   const char* name;
@@ -69,6 +90,13 @@ struct Form {
   void (*norm)(const float* x, const float* skip, const float* gamma, float epsilon, int n, float* sum, float* y);
   void (*sums)(const float* x, int n, int block, float* y);
   void (*gate)(float* gate, const float* up, int n);
+  // What attention.h states.
+  void (*attend)(const Keys&, const Seen*, int rows, float scale, Part*);
+  void (*merge)(const Part& later, int size, Part* all);
+  void (*finish)(const Part& all, int size, float* y);
+  void (*rotate)(const float* x, const float* cosine, const float* sine, int turned, int size, float* y);
+  void (*narrow)(const float* x, const float* scales, int size, int8_t* codes);
+  void (*widen)(const int8_t* codes, const float* scales, int count, int size, float* x);
 };
 
 extern const Form kPlain;  // the reference, in plain C++

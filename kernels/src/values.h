@@ -57,12 +57,17 @@ inline const ort::Value* input_of(const ort::Api* api, const ort::KernelContext*
   return value;
 }
 
-inline float* output_of(const ort::Api* api, ort::KernelContext* context, size_t index, const std::vector<int64_t>& sizes) {
+template <class T>
+T* output_data(const ort::Api* api, ort::KernelContext* context, size_t index, const std::vector<int64_t>& sizes) {
   using Output = ort::Status*(ort::KernelContext*, size_t, const int64_t*, size_t, ort::Value**);
   ort::Value* value = nullptr;
   check(api->at<Output>(ort::kKernelContextGetOutput)(context, index, sizes.data(), sizes.size(), &value));
   if (value == nullptr) throw std::invalid_argument("an output is missing");
-  return data_of<float>(api, value);
+  return data_of<T>(api, value);
+}
+
+inline float* output_of(const ort::Api* api, ort::KernelContext* context, size_t index, const std::vector<int64_t>& sizes) {
+  return output_data<float>(api, context, index, sizes);
 }
 
 inline int64_t number_of(const ort::Api* api, const ort::KernelInfo* info, const std::string& name) {

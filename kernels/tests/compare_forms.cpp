@@ -83,6 +83,34 @@ int apart_between(int n) {
   return count;
 }
 
+// Attention of some queries over one chunk.
+int apart_attention(int size, int count, int rows) {
+  std::vector<float> q(size_t(rows) * size), k(size_t(count) * size), v(k.size());
+  for (auto* numbers : {&q, &k, &v})
+    for (float& each : *numbers) each = number(-2, 2);
+  Seen seen[kMostQueries];
+  for (int r = 0; r < rows; r++) {
+    const int end = 1 + int(draw() % count), begin = int(draw() % end);
+    seen[r] = {q.data() + size_t(r) * size, begin, end};
+  }
+  const auto result = [&](const Form& form) {
+    std::vector<float> found(size_t(rows) * (size + 2));
+    Part parts[kMostQueries];
+    for (int r = 0; r < rows; r++) parts[r].sum = found.data() + size_t(r) * (size + 2);
+    form.attend(Keys{k.data(), v.data(), count, size}, seen, rows, 0.2f, parts);
+    for (int r = 0; r < rows; r++) parts[r].sum[size] = parts[r].top, parts[r].sum[size + 1] = parts[r].total;
+    if (rows > 1) form.merge(parts[1], size, &parts[0]);
+    form.finish(parts[0], size, parts[0].sum);
+    form.rotate(parts[0].sum, q.data(), k.data(), size / 2, size, parts[rows - 1].sum);
+    return found;
+  };
+  const std::vector<float> expected = result(kPlain);
+  int wrong = 0;
+  for (const Form* const* form = forms(); *form != nullptr; form++)
+    if ((*form)->here()) wrong += !same(result(**form), expected);
+  return wrong;
+}
+
 }  // namespace
 
 int main() {
@@ -98,6 +126,9 @@ int main() {
         for (const int inputs : {16, 128, 144, 592}) tried({8, 0, outputs, inputs, rows, half, false});
       }
   for (int n = 1; n < 200; n++) cases++, wrong += apart_between(n);
+  for (const int size : {16, 48, 64, 128})
+    for (const int count : {1, 15, 17, 100, 256})
+      for (int rows = 1; rows <= kMostQueries; rows++) cases++, wrong += apart_attention(size, count, rows);
   std::printf("%d cases, %d apart; forms here:", cases, wrong);
   for (const Form* const* form = forms(); *form != nullptr; form++)
     if ((*form)->here()) std::printf(" %s", (*form)->name);

@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 from edgellm_runtime.backends.caches import CacheFile
 from edgellm_runtime.backends.kernel_test import packed_codes, processor
 from edgellm_runtime.backends.ort import library
+from edgellm_runtime.backends.own_attention_trial import AttentionForm, attention_error, attention_form
 from edgellm_runtime.backends.own_kernels import OwnKernels, Unusable, find, tell
-from edgellm_runtime.graphs.own_operators import DOMAIN, UNIT
+from edgellm_runtime.graphs.own_attention import ATTENTIONS, DOMAIN
+from edgellm_runtime.graphs.own_operators import UNIT
 from edgellm_runtime.graphs.writer import Node, Shape, graph_bytes
 from edgellm_runtime.kernel_choice import chosen_kernels
 
@@ -73,8 +75,10 @@ class OwnForm:
         return f"{self.op} of {' and '.join(map(str, self.products))}"
 
 
-def form_of(node: Node) -> OwnForm:
+def form_of(node: Node) -> OwnForm | AttentionForm:
     """The kind of a node of one of edgellm's own operators."""
+    if node.op in ATTENTIONS:
+        return attention_form(node)
     suffixes = ("", "_down") if "N_down" in node.attributes else ("",)
     return OwnForm(node.op, tuple(_product_form(node, suffix) for suffix in suffixes))
 
@@ -135,7 +139,7 @@ class _Trial:
         return product
 
 
-def own_error(form: OwnForm, rows: Iterable[int] = FEW_ROWS) -> float:
+def own_error(form: OwnForm | AttentionForm, rows: Iterable[int] = FEW_ROWS) -> float:
     """How far an operator is from NumPy, as a part of its result's length, at the worst number of rows.
 
     Args:
@@ -146,6 +150,8 @@ def own_error(form: OwnForm, rows: Iterable[int] = FEW_ROWS) -> float:
         BackendError: the library is missing.
         Unusable: the kernels cannot run here.
     """
+    if isinstance(form, AttentionForm):
+        return attention_error(form)
     ort, draw = library(), np.random.default_rng(7)
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, 1
@@ -221,7 +227,7 @@ def usable_kernels(graph: Path, asked: str | None = None) -> OwnKernels | None:
         _, nodes = kernels.swapped(graph.read_bytes())
         if not nodes:
             raise Unusable(f"{graph.parent} has no product that edgellm-kernels computes")
-        forms = sorted({form_of(node) for node in nodes})
+        forms = sorted({form_of(node) for node in nodes}, key=repr)
         cache = CacheFile("kernel-test", kernels.digest, library().__version__, processor(), *map(repr, forms))
         if cache.read() is None:
             for form in forms:
@@ -235,5 +241,5 @@ def usable_kernels(graph: Path, asked: str | None = None) -> OwnKernels | None:
 
 
 @functools.cache
-def _known_error(form: OwnForm) -> float:
+def _known_error(form: OwnForm | AttentionForm) -> float:
     return own_error(form)

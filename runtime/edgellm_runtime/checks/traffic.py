@@ -26,8 +26,9 @@ _PRODUCTS = (
 )  # fmt: skip
 _CELLS = ("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM")
 _UNKNOWN_OPERATIONS = ("Attention", "LinearAttention", "Einsum", "ConvTranspose", "MultiHeadAttention")
-_IN_PLACE = "GroupQueryAttention"  # reads the slots in use and writes the new ones; others read and write all of them
-_TABLES = (7, 8)  # its inputs that are rotary tables, of which it reads a row a token
+# Read the slots in use and write the new ones, where others read and write all of them. And which of their inputs are
+# rotary tables, of which they read a row a token.
+_IN_PLACE = {"GroupQueryAttention": (7, 8), "CachedAttention": (5, 6), "CachedAttention8": (5, 6)}
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class GraphTraffic:
         past = [self._past[name] for name in inputs if name in self._past]
         present = [self._present[name] for name in outputs if name in self._present]
         whole = sum(spec.nbytes(1, step.capacity) for spec in (*past, *present))
-        state = _attended(nodes[0], past, step) if kernel.op == _IN_PLACE else whole
+        state = _attended(nodes[0], past, step) if kernel.op in _IN_PLACE else whole
         activations = max(0, kernel.activation_bytes + kernel.output_bytes - whole)
         return Traffic(weights, state, activations, self._operations(kernel, nodes[0], inputs, step))
 
@@ -163,8 +164,8 @@ class GraphTraffic:
             return self._picked(node, known[node.inputs[0]], total, kernel)
         if node.op == "Slice":
             return min(total, kernel.output_bytes)
-        if node.op == _IN_PLACE:
-            tables = {node.inputs[i] for i in _TABLES if i < len(node.inputs)}
+        if node.op in _IN_PLACE:
+            tables = {node.inputs[i] for i in _IN_PLACE[node.op] if i < len(node.inputs)}
             return sum(_rows(c, step.time) if name in tables else c.nbytes for name, c in known.items())
         return total
 
@@ -246,13 +247,14 @@ def _attention(shapes: _Shapes) -> int | None:
 _COUNTS: Mapping[str, Callable[[_Shapes], int | None]] = {
     **dict.fromkeys(_PRODUCTS, _product), **dict.fromkeys(_CELLS, _cells),
     "MatMulNBits": _blocks, "BlockProduct": _blocks, "NormProduct": _blocks, "GatedMlp": _gated,
-    "NormGatedMlp": _gated, "Conv": _convolution, "FusedConv": _convolution, _IN_PLACE: _attention,
+    "NormGatedMlp": _gated, "Conv": _convolution, "FusedConv": _convolution,
+    **dict.fromkeys(_IN_PLACE, _attention),
 }  # fmt: skip
 
 
 def _window(node: GraphNode, step: Step) -> int:
     """How many tokens one of them sees at the most."""
-    window = node.numbers.get("local_window_size", -1)
+    window = node.numbers.get("local_window_size", node.numbers.get("window", -1))
     return window if window > 0 else step.past + step.time
 
 

@@ -22,7 +22,7 @@ _SAME_NUMBERS = ("Squeeze", "Unsqueeze", "Reshape", "Flatten", "Identity")
 
 @dataclass(frozen=True)
 class Constant:
-    """A tensor that ONNX Runtime has when a graph is loaded.
+    """What is known of a tensor before a graph runs.
 
     Args:
         dtype: of its elements.
@@ -58,15 +58,23 @@ class GraphView:
             inner = (node for part in message.get("attribute", ()) for node in nodes_of(part, "attribute"))
             self._kept.update(_text(name) for node in inner for name in node.get("input", ()))
         self.constants = dict(self._constants())
+        self._inputs = {_text(value.get("name", b"")): _described(value) for value in graph.get("input", ())}
 
     def domain(self, place: int) -> str:
         """Of a node's operator."""
         return _text(self._messages[place].get("domain", b""))
 
-    def float_attribute(self, place: int, name: str) -> float | None:
-        """Of a node; None if it has none of that name."""
-        attributes = self._messages[place].get("attribute", ())
-        return next((float(a["f"]) for a in attributes if a.get("name") == name.encode() and "f" in a), None)
+    def attributes(self, place: int) -> dict[str, float | str | None]:
+        """Of a node, those that are numbers or texts; None for others."""
+        found: dict[str, float | str | None] = {}
+        for attribute in self._messages[place].get("attribute", ()):
+            value = next((attribute[key] for key in ("i", "f", "s") if key in attribute), None)
+            found[_text(attribute.get("name", b""))] = _text(value) if isinstance(value, bytes) else value
+        return found
+
+    def input(self, name: str) -> Constant | None:
+        """What is known of an input of the graph that is a tensor; sizes that are free are 0."""
+        return self._inputs.get(name)
 
     def tensor_attribute(self, place: int, name: str) -> bytes | None:
         """The bytes of a node's attribute that is a tensor."""
@@ -121,6 +129,12 @@ class GraphView:
     def node(self, place: int) -> GraphNode:
         """The node at a place."""
         return self.nodes[place]
+
+
+def _described(value: Message) -> Constant:
+    tensor = value.get("type", {}).get("tensor_type", {})
+    dims = tuple(int(dim.get("dim_value", 0)) for dim in tensor.get("shape", {}).get("dim", ()))
+    return Constant(_TYPES.get(tensor.get("elem_type", 0), ""), math.prod(dims), dims)
 
 
 def _text(value: bytes) -> str:

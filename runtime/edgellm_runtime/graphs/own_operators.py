@@ -13,13 +13,13 @@ from math import isclose
 
 from edgellm_runtime.graphs.graph_view import GraphView
 from edgellm_runtime.graphs.onnx_file import read_model
+from edgellm_runtime.graphs.own_attention import DOMAIN, own_attention
 from edgellm_runtime.graphs.rewriting import with_nodes
 from edgellm_runtime.graphs.writer import Attribute, Node
 
 __all__ = ["BITS", "BLOCKS", "DOMAIN", "OPERATORS", "UNIT", "with_own_operators"]
 
-DOMAIN = "edgellm"
-OPERATORS = ("BlockProduct", "NormProduct", "GatedMlp", "NormGatedMlp")
+OPERATORS = ("BlockProduct", "NormProduct", "GatedMlp", "NormGatedMlp")  # those that begin with a product or its norm
 BITS, BLOCKS = (2, 4, 8), (16, 32, 64, 128)
 UNIT = 32  # outputs that are computed together
 _LIBRARY = "com.microsoft"
@@ -114,6 +114,7 @@ def with_own_operators(model: bytes, keep: Collection[str] = ()) -> tuple[bytes,
                                     for operation in operations}  # fmt: skip
     for place in _unread(view, operations):
         there.setdefault(place, [])
+    there |= {place: [node] for place in range(len(view.nodes)) if (node := own_attention(view, place)) is not None}
     return with_nodes(model, there), tuple(node for nodes in there.values() for node in nodes)
 
 
@@ -296,8 +297,8 @@ def _normed(view: GraphView, operation: _Operation) -> _Operation:
     place = view.made_by(operation.first.reads, "SkipSimplifiedLayerNormalization", _LIBRARY)
     if place is None:
         return operation
-    node, epsilon = view.node(place), view.float_attribute(place, "epsilon")
-    if len(node.inputs) != 3 or len(node.outputs) != 4 or not node.outputs[3] or epsilon is None:
+    node, epsilon = view.node(place), view.attributes(place).get("epsilon")
+    if len(node.inputs) != 3 or len(node.outputs) != 4 or not node.outputs[3] or not isinstance(epsilon, float):
         return operation
     gamma, (normed, *unused, total) = view.constants.get(node.inputs[2]), node.outputs
     if gamma is None or gamma.dtype != "float32" or gamma.dims != (_width(operation.first),):

@@ -19,7 +19,7 @@ __all__ = [
     "text", "with_outputs",
 ]  # fmt: skip
 
-Attribute: TypeAlias = "float | Sequence[int] | NDArray[Any]"
+Attribute: TypeAlias = "float | str | Sequence[int] | NDArray[Any]"
 Shape = Sequence[int | str]  # a text names a size that is free
 NO_SHAPES: Mapping[str, Shape] = {}
 
@@ -29,7 +29,7 @@ ELEMENT_TYPES: Mapping[str, int] = {
     "bfloat16": 16,
 }  # fmt: skip
 _IR_VERSION, _OPSET = 10, 21
-_FLOAT, _INT, _TENSOR, _INTS = 1, 2, 4, 7  # of AttributeProto.AttributeType
+_FLOAT, _INT, _STRING, _TENSOR, _INTS = 1, 2, 3, 4, 7  # of AttributeProto.AttributeType
 _FIXED32 = 5
 
 
@@ -41,7 +41,7 @@ class Node:
         op: its name.
         inputs: names of values; empty for one left out.
         outputs: names of values.
-        attributes: numbers, lists of whole ones, or tensors.
+        attributes: numbers, texts, lists of whole numbers, or tensors.
         domain: where the name is from; empty for ONNX's own.
         name: of the node.
     """
@@ -100,14 +100,16 @@ def node_bytes(node: Node) -> bytes:
 
 
 def attribute(name: str, value: Attribute) -> bytes:
-    """What an attribute of a node holds: a number, a list of whole ones, or a tensor."""
-    if isinstance(value, float):
-        return text(1, name) + _varint(2 << 3 | _FIXED32) + struct.pack("<f", value) + number(20, _FLOAT)
+    """What an attribute of a node holds: a number, a text, a list of whole numbers, or a tensor."""
+    if isinstance(value, str):
+        return text(1, name) + text(4, value) + number(20, _STRING)
     if isinstance(value, int):
         return text(1, name) + number(3, value) + number(20, _INT)
+    if isinstance(value, float):
+        return text(1, name) + _varint(2 << 3 | _FIXED32) + struct.pack("<f", value) + number(20, _FLOAT)
     if not isinstance(value, Sequence):
         return text(1, name) + message(5, _tensor("", value)) + number(20, _TENSOR)
-    return text(1, name) + b"".join(number(8, v) for v in value) + number(20, _INTS)
+    return text(1, name) + b"".join(number(8, int(v)) for v in value) + number(20, _INTS)
 
 
 def _integers(name: str, values: Sequence[int]) -> bytes:

@@ -18,6 +18,7 @@ from edgellm_runtime.spec import StateSpec
 __all__ = ["GROWTH", "HOST", "Buffers", "HostStorage", "Storage", "host_dtype", "narrowed", "too_large", "widened"]
 
 Array = NDArray[Any]
+_LINE = 64  # bytes
 GROWTH = 64  # slots are added in multiples of this, so that a long chat grows its cache seldom
 
 
@@ -163,7 +164,11 @@ HOST = HostStorage()
 
 
 def _zeros(spec: StateSpec, batch: int, capacity: int) -> Array:
+    """A tensor that begins where a line of a cache does: attention reads whole lines, and two for each otherwise."""
     try:
-        return np.zeros(spec.resolve(batch, capacity), dtype=host_dtype(spec.dtype))
-    except (MemoryError, ValueError, TypeError) as error:  # numpy's three ways to say: too large, or no such type
+        size = spec.nbytes(batch, capacity)
+        memory = np.zeros(size + _LINE, np.uint8)
+        start = -memory.ctypes.data % _LINE
+        return memory[start : start + size].view(host_dtype(spec.dtype)).reshape(spec.resolve(batch, capacity))
+    except (MemoryError, ValueError, TypeError, OverflowError) as error:  # numpy's ways to say: too large, or no type
         raise too_large(spec, batch, capacity, error) from error

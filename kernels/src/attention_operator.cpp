@@ -1,0 +1,396 @@
+// The operators `CachedAttention` and `CachedAttention8` for ONNX Runtime: causal attention of new tokens over a cache,
+// which they write in place where the output is the input's memory. The second keeps codes of 8 bits with a scale for
+// each feature. Inputs and results are those of GroupQueryAttention: queries, keys and values of a token side by side,
+// the cache's keys and values (batch, heads, slots, size), the last slot of each row, the tokens of the longest row, and
+// tables of cosines and sines.
+#include "attention_operator.h"
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <memory>
+
+#include "product.h"
+#include "values.h"
+
+namespace edgellm {
+namespace {
+
+using ort::Api;
+using ort::KernelContext;
+using ort::KernelInfo;
+using ort::Status;
+
+constexpr int64_t kAlone = 8192;       // pairs of a query and a slot that are not worth a second thread
+constexpr int64_t kEnoughItems = 16;   // to share among threads as they are; fewer are cut into chunks
+constexpr int kTokensAtOnce = 8;       // that a thread writes into the cache
+constexpr int kInputs = 5;             // before the tables
+
+struct Operator : ort::CustomOp {
+  bool narrow;
+};
+
+struct Kernel {
+  const char* name;
+  const Api* api;
+  const Form* form;
+  bool narrow, turns;
+  int heads, cached_heads, window;  // window 0: none
+  float scale;
+};
+
+// What every thread sees of one step.
+struct Step {
+  const Kernel* kernel;
+  const float *x, *cosines, *sines, *k_scales, *v_scales;
+  float *q, *y;
+  void *k, *v;
+  const int32_t* last;
+  int64_t batch, time, slots;
+  int size, turned, together;  // `together` query heads read one head of the cache
+  bool first;                  // of a prompt: rows begin at slot 0
+  int64_t groups;              // of queries, for each head of the cache
+  int chunks;                  // of the longest row
+  float* parts;                // where each chunk's is kept apart; null where a thread takes all chunks
+
+  int64_t past(int64_t row) const { return first ? 0 : last[row] + 1 - time; }
+  size_t place(int64_t row, int head, int64_t slot) const {
+    return ((size_t(row) * kernel->cached_heads + head) * slots + slot) * size;
+  }
+  int width() const { return (kernel->heads + 2 * kernel->cached_heads) * size; }
+  size_t part_size() const { return size_t(size) + 2; }
+};
+
+// New tokens: their queries turned, their keys and values into the cache.
+void write_tokens(void* data, size_t index) {
+  const Step& s = *static_cast<Step*>(data);
+  const Kernel& kernel = *s.kernel;
+  const int64_t begin = int64_t(index) * kTokensAtOnce, end = std::min(begin + kTokensAtOnce, s.batch * s.time);
+  thread_local std::vector<float> turned_key;
+  if (turned_key.size() < size_t(s.size)) turned_key.resize(s.size);
+  for (int64_t token = begin; token < end; token++) {
+    const int64_t row = token / s.time, slot = s.past(row) + token % s.time;
+    if (slot > s.last[row]) continue;  // what fills a short row up
+    const float *x = s.x + token * s.width(), *cosine = s.cosines, *sine = s.sines;
+    if (kernel.turns) cosine += slot * (s.turned / 2), sine += slot * (s.turned / 2);
+    for (int head = 0; head < kernel.heads; head++, x += s.size)
+      kernel.form->rotate(x, cosine, sine, s.turned, s.size, s.q + (size_t(token) * kernel.heads + head) * s.size);
+    for (int head = 0; head < kernel.cached_heads; head++, x += s.size) {
+      const float* value = x + size_t(kernel.cached_heads) * s.size;
+      const size_t to = s.place(row, head, slot);
+      if (kernel.narrow) {
+        const size_t at = size_t(head) * s.size;
+        kernel.form->rotate(x, cosine, sine, s.turned, s.size, turned_key.data());
+        kernel.form->narrow(turned_key.data(), s.k_scales + at, s.size, static_cast<int8_t*>(s.k) + to);
+        kernel.form->narrow(value, s.v_scales + at, s.size, static_cast<int8_t*>(s.v) + to);
+      } else {
+        kernel.form->rotate(x, cosine, sine, s.turned, s.size, static_cast<float*>(s.k) + to);
+        std::copy(value, value + s.size, static_cast<float*>(s.v) + to);
+      }
+    }
+  }
+}
+
+// Some queries of one row that read one head of the cache.
+struct Group {
+  int64_t row;
+  int head, count;
+  const float* query[kMostQueries];  // null for one that fills a short row up
+  float* y[kMostQueries];
+  int64_t begin[kMostQueries], end[kMostQueries];  // slots that it sees
+  int first_chunk, last_chunk;
+};
+
+Group group_of(const Step& s, int64_t index) {
+  Group g{};
+  g.row = index / s.groups / s.kernel->cached_heads;
+  g.head = int(index / s.groups % s.kernel->cached_heads);
+  const int64_t start = index % s.groups * kMostQueries;
+  g.count = int(std::min<int64_t>(kMostQueries, s.time * s.together - start));
+  int64_t least = s.slots, most = 0;
+  for (int i = 0; i < g.count; i++) {
+    const int64_t token = (start + i) / s.together, slot = s.past(g.row) + token;
+    const int head = g.head * s.together + int((start + i) % s.together);
+    const size_t at = ((size_t(g.row) * s.time + token) * s.kernel->heads + head) * s.size;
+    g.query[i] = slot > s.last[g.row] ? nullptr : s.q + at;
+    g.y[i] = s.y + at;
+    if (g.query[i] == nullptr) continue;
+    g.end[i] = slot + 1;
+    g.begin[i] = s.kernel->window == 0 ? 0 : std::max<int64_t>(0, slot + 1 - s.kernel->window);
+    least = std::min(least, g.begin[i]), most = std::max(most, g.end[i]);
+  }
+  g.first_chunk = most == 0 ? 0 : int(least / kChunk), g.last_chunk = most == 0 ? -1 : int((most - 1) / kChunk);
+  return g;
+}
+
+// A thread's own memory: a chunk's numbers where the cache has codes, and what queries have so far.
+struct Memory {
+  std::vector<float> keys, values, sums;
+};
+
+Memory& memory_of(const Step& s) {
+  thread_local Memory memory;
+  const size_t chunk = size_t(kChunk) * s.size;
+  if (s.kernel->narrow && memory.keys.size() < chunk) memory.keys.resize(chunk), memory.values.resize(chunk);
+  const size_t sums = size_t(2 * kMostQueries) * s.size;
+  if (memory.sums.size() < sums) memory.sums.resize(sums);
+  return memory;
+}
+
+// One chunk of a group. `take` is told the place of each query that sees some of it, and what it gives.
+template <class Take>
+void attend_chunk(const Step& s, const Group& g, int chunk, Memory& memory, const Take& take) {
+  const Kernel& kernel = *s.kernel;
+  const int64_t start = int64_t(chunk) * kChunk;
+  const int64_t most = *std::max_element(g.end, g.end + g.count);
+  const int count = int(std::min<int64_t>(most - start, kChunk));
+  const size_t at = s.place(g.row, g.head, start), feature = size_t(g.head) * s.size;
+  Keys keys{static_cast<const float*>(s.k) + at, static_cast<const float*>(s.v) + at, count, s.size};
+  if (kernel.narrow) {
+    kernel.form->widen(static_cast<const int8_t*>(s.k) + at, s.k_scales + feature, count, s.size, memory.keys.data());
+    kernel.form->widen(static_cast<const int8_t*>(s.v) + at, s.v_scales + feature, count, s.size, memory.values.data());
+    keys.k = memory.keys.data(), keys.v = memory.values.data();
+  }
+  Seen seen[kMostQueries];
+  Part parts[kMostQueries];
+  int whose[kMostQueries], rows = 0;
+  for (int i = 0; i < g.count; i++) {
+    const int64_t begin = std::max(g.begin[i], start), end = std::min(g.end[i], start + kChunk);
+    if (g.query[i] == nullptr || begin >= end) continue;
+    seen[rows] = {g.query[i], int(begin - start), int(end - start)};
+    parts[rows].sum = memory.sums.data() + size_t(kMostQueries + rows) * s.size;
+    whose[rows++] = i;
+  }
+  if (rows > 0) kernel.form->attend(keys, seen, rows, kernel.scale, parts);
+  for (int r = 0; r < rows; r++) take(whose[r], parts[r]);
+}
+
+void fill_up(const Step& s, const Group& g) {
+  for (int i = 0; i < g.count; i++)
+    if (g.query[i] == nullptr) std::fill(g.y[i], g.y[i] + s.size, 0.0f);
+}
+
+void copy_part(const Part& from, int size, Part* to) {
+  to->top = from.top, to->total = from.total;
+  std::copy(from.sum, from.sum + size, to->sum);
+}
+
+// A whole group by one thread.
+void attend_group(void* data, size_t index) {
+  const Step& s = *static_cast<Step*>(data);
+  const Group g = group_of(s, int64_t(index));
+  Memory& memory = memory_of(s);
+  Part all[kMostQueries];
+  bool begun[kMostQueries] = {};
+  for (int i = 0; i < g.count; i++) all[i].sum = memory.sums.data() + size_t(i) * s.size;
+  for (int chunk = g.first_chunk; chunk <= g.last_chunk; chunk++)
+    attend_chunk(s, g, chunk, memory, [&](int i, const Part& part) {
+      if (begun[i]) s.kernel->form->merge(part, s.size, &all[i]);
+      else copy_part(part, s.size, &all[i]);
+      begun[i] = true;
+    });
+  for (int i = 0; i < g.count; i++)
+    if (begun[i]) s.kernel->form->finish(all[i], s.size, g.y[i]);
+  fill_up(s, g);
+}
+
+float* part_of(const Step& s, int64_t group, int chunk, int query) {
+  return s.parts + ((size_t(group) * s.chunks + chunk) * kMostQueries + query) * s.part_size();
+}
+
+// One chunk of a group by one thread, kept apart.
+void attend_piece(void* data, size_t index) {
+  const Step& s = *static_cast<Step*>(data);
+  const int64_t group = int64_t(index) / s.chunks;
+  const int chunk = int(int64_t(index) % s.chunks);
+  const Group g = group_of(s, group);
+  if (chunk < g.first_chunk || chunk > g.last_chunk) return;
+  attend_chunk(s, g, chunk, memory_of(s), [&](int i, const Part& part) {
+    float* to = part_of(s, group, chunk, i);
+    to[0] = part.top, to[1] = part.total;
+    std::copy(part.sum, part.sum + s.size, to + 2);
+  });
+}
+
+// The pieces of each group, merged in their order.
+void join_pieces(const Step& s, int64_t groups) {
+  for (int64_t group = 0; group < groups; group++) {
+    const Group g = group_of(s, group);
+    for (int i = 0; i < g.count; i++) {
+      if (g.query[i] == nullptr) continue;
+      const int first = int(g.begin[i] / kChunk), last = int((g.end[i] - 1) / kChunk);
+      float* at = part_of(s, group, first, i);
+      Part all{at[0], at[1], at + 2};
+      for (int chunk = first + 1; chunk <= last; chunk++) {
+        at = part_of(s, group, chunk, i);
+        s.kernel->form->merge(Part{at[0], at[1], at + 2}, s.size, &all);
+      }
+      s.kernel->form->finish(all, s.size, g.y[i]);
+    }
+    fill_up(s, g);
+  }
+}
+
+void in_parallel(const Step& s, const KernelContext* context, bool alone, void (*f)(void*, size_t), int64_t parts) {
+  Step* step = const_cast<Step*>(&s);
+  if (!alone && parts > 1) {
+    using Parallel = Status*(const KernelContext*, void (*)(void*, size_t), size_t, size_t, void*);
+    return check(s.kernel->api->at<Parallel>(ort::kKernelContextParallelFor)(context, f, size_t(parts), 0, step));
+  }
+  for (int64_t part = 0; part < parts; part++) f(step, size_t(part));
+}
+
+// The cache's next state: the input's own memory, or a copy of it.
+void* cache_of(const Api* api, KernelContext* context, size_t input, size_t output, const Shape& shape, int type) {
+  const void* past = data_of<void>(api, input_of(api, context, input));
+  void* present = output_data<void>(api, context, output, shape.sizes);
+  size_t bytes = type == ort::kFloat ? sizeof(float) : 1;
+  for (const int64_t size : shape.sizes) bytes *= size_t(size);
+  if (present != past) std::memcpy(present, past, bytes);
+  return present;
+}
+
+const float* scales_of(const Api* api, const KernelContext* context, size_t index, int64_t count) {
+  const ort::Value* value = input_of(api, context, index);
+  const Shape shape = shape_of(api, value);
+  int64_t found = 1;
+  for (const int64_t size : shape.sizes) found *= size;
+  if (found != count || shape.type != ort::kFloat) throw std::invalid_argument("scales of another shape or type");
+  return data_of<float>(api, value);
+}
+
+void read_tables(const Api* api, const KernelContext* context, int64_t slots_used, Step* s) {
+  if (!s->kernel->turns) return;
+  const ort::Value *cosines = input_of(api, context, kInputs), *sines = input_of(api, context, kInputs + 1);
+  const Shape shape = shape_of(api, cosines);
+  if (shape.sizes.size() != 2 || shape.sizes != shape_of(api, sines).sizes || shape.sizes[0] < slots_used ||
+      shape.sizes[1] < 1 || 2 * shape.sizes[1] > s->size || shape.type != ort::kFloat)
+    throw std::invalid_argument("tables of another shape or type, or too few positions");
+  s->turned = int(2 * shape.sizes[1]);
+  s->cosines = data_of<float>(api, cosines), s->sines = data_of<float>(api, sines);
+}
+
+void run(const Kernel& kernel, KernelContext* context) {
+  const Api* api = kernel.api;
+  const Shape x = shape_of(api, input_of(api, context, 0)), cache = shape_of(api, input_of(api, context, 1));
+  const int type = kernel.narrow ? ort::kInt8 : ort::kFloat;
+  if (x.sizes.size() != 3 || x.type != ort::kFloat || cache.sizes.size() != 4 || cache.type != type ||
+      cache.sizes != shape_of(api, input_of(api, context, 2)).sizes)
+    throw std::invalid_argument("inputs of another shape or type");
+  Step s{};
+  s.kernel = &kernel;
+  s.batch = x.sizes[0], s.time = x.sizes[1], s.slots = cache.sizes[2], s.size = int(cache.sizes[3]);
+  s.together = kernel.heads / kernel.cached_heads;
+  if (cache.sizes[0] != s.batch || cache.sizes[1] != kernel.cached_heads || s.size % 16 != 0 || x.sizes[2] != s.width())
+    throw std::invalid_argument("heads of another number or size than the cache's, or none of a multiple of 16");
+  const ort::Value *last = input_of(api, context, 3), *longest = input_of(api, context, 4);
+  if (!shape_of(api, last).is(ort::kInt32, {s.batch}) || shape_of(api, longest).type != ort::kInt32)
+    throw std::invalid_argument("lengths of another shape or type");
+  s.x = data_of<float>(api, input_of(api, context, 0)), s.last = data_of<int32_t>(api, last);
+  const int64_t total = *data_of<int32_t>(api, longest);
+  s.first = total == s.time;
+  int64_t pairs = 0;
+  for (int64_t row = 0; row < s.batch; row++) {
+    if (s.past(row) < 0 || s.last[row] < 0 || s.last[row] >= s.slots || s.last[row] >= total)
+      throw std::invalid_argument("a row that does not fit into the cache");
+    pairs += s.time * (s.last[row] + 1) * kernel.heads;
+  }
+  read_tables(api, context, total, &s);
+  if (kernel.narrow) {
+    s.k_scales = scales_of(api, context, kInputs + 2, int64_t(kernel.cached_heads) * s.size);
+    s.v_scales = scales_of(api, context, kInputs + 3, int64_t(kernel.cached_heads) * s.size);
+  }
+  s.k = cache_of(api, context, 1, 1, cache, type), s.v = cache_of(api, context, 2, 2, cache, type);
+  s.y = output_of(api, context, 0, {s.batch, s.time, int64_t(kernel.heads) * s.size});
+  thread_local std::vector<float> queries, pieces;  // of the thread that calls
+  const size_t elements = size_t(s.batch) * s.time * kernel.heads * s.size;
+  if (queries.size() < elements) queries.resize(elements);
+  s.q = queries.data();
+  s.groups = (s.time * s.together + kMostQueries - 1) / kMostQueries;
+  s.chunks = int((total + kChunk - 1) / kChunk);
+  const bool alone = pairs <= kAlone;
+  const int64_t groups = s.batch * kernel.cached_heads * s.groups;
+  in_parallel(s, context, alone, write_tokens, (s.batch * s.time + kTokensAtOnce - 1) / kTokensAtOnce);
+  if (alone || groups >= kEnoughItems || s.chunks == 1) return in_parallel(s, context, alone, attend_group, groups);
+  const size_t needed = size_t(groups) * s.chunks * kMostQueries * s.part_size();
+  if (pieces.size() < needed) pieces.resize(needed);
+  s.parts = pieces.data();
+  in_parallel(s, context, false, attend_piece, groups * s.chunks);
+  join_pieces(s, groups);
+}
+
+Status* fault(const Kernel& kernel, const char* what) {
+  const std::string message = std::string(kernel.name) + ": " + what;
+  return kernel.api->at<Status*(int, const char*)>(ort::kCreateStatus)(ort::kInvalidArgument, message.c_str());
+}
+
+Status* guarded(const Kernel& kernel, const std::function<void()>& work) {
+  try {
+    work();
+    return nullptr;
+  } catch (const Refused& refused) {
+    return refused.status;
+  } catch (const std::exception& error) {
+    return fault(kernel, error.what());
+  }
+}
+
+Status* compute(void* self, KernelContext* context) {
+  const Kernel& kernel = *static_cast<Kernel*>(self);
+  return guarded(kernel, [&] { run(kernel, context); });
+}
+
+Status* create(const ort::CustomOp* self, const Api* api, const KernelInfo* info, void** made) {
+  Kernel kernel{self->name(self), api, best(), static_cast<const Operator*>(self)->narrow, false, 0, 0, 0, 0};
+  return guarded(kernel, [&] {
+    const int64_t heads = number_of(api, info, "num_heads"), cached = number_of(api, info, "kv_num_heads");
+    const int64_t window = number_of(api, info, "window");
+    if (kernel.form == nullptr) throw std::invalid_argument("it has no form for this processor");
+    if (heads < 1 || heads > 1 << 16 || cached < 1 || heads % cached != 0 || window < 0 || window > 1 << 30)
+      throw std::invalid_argument("sizes out of range");
+    kernel.heads = int(heads), kernel.cached_heads = int(cached), kernel.window = int(window);
+    kernel.turns = number_of(api, info, "do_rotary") != 0;
+    kernel.scale = float_attribute(api, info, "scale");
+    *made = new Kernel(kernel);
+  });
+}
+
+Operator description(const char* (*name)(const ort::CustomOp*), bool narrow) {
+  Operator op{};
+  op.narrow = narrow;
+  op.version = ort::kApiVersion;
+  op.name = name;
+  op.provider = [](const ort::CustomOp*) { return static_cast<const char*>(nullptr); };
+  op.input_type = [](const ort::CustomOp* self, size_t i) {
+    if (i == 1 || i == 2) return static_cast<const Operator*>(self)->narrow ? ort::kInt8 : ort::kFloat;
+    return i == 3 || i == 4 ? ort::kInt32 : ort::kFloat;
+  };
+  op.input_count = [](const ort::CustomOp* self) -> size_t {
+    return kInputs + (static_cast<const Operator*>(self)->narrow ? 4 : 2);
+  };
+  op.output_type = [](const ort::CustomOp* self, size_t i) {
+    return i > 0 && static_cast<const Operator*>(self)->narrow ? ort::kInt8 : ort::kFloat;
+  };
+  op.output_count = [](const ort::CustomOp*) -> size_t { return 3; };
+  op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  op.input_characteristic = [](const ort::CustomOp*, size_t i) { return i == kInputs || i == kInputs + 1 ? 1 : 0; };
+  op.output_characteristic = [](const ort::CustomOp*, size_t) { return 0; };
+  op.input_memory = [](const ort::CustomOp*, size_t) { return 0; };
+  op.variadic_input_minimum = op.variadic_output_minimum = [](const ort::CustomOp*) { return 1; };
+  op.variadic_input_homogeneous = op.variadic_output_homogeneous = [](const ort::CustomOp*) { return 1; };
+  op.create_kernel_2 = create;
+  op.compute_2 = compute;
+  op.start_version = [](const ort::CustomOp*) { return 1; };
+  op.end_version = [](const ort::CustomOp*) { return 0x7fffffff; };
+  return op;
+}
+
+}  // namespace
+
+std::vector<const ort::CustomOp*> attention_operators() {
+  static const Operator floats = description([](const ort::CustomOp*) { return "CachedAttention"; }, false);
+  static const Operator codes = description([](const ort::CustomOp*) { return "CachedAttention8"; }, true);
+  return {&floats, &codes};
+}
+
+}  // namespace edgellm

@@ -1,0 +1,143 @@
+"""Whether edgellm's own attention computes what it should, on this very processor: against NumPy in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellm_runtime.backends.ort import library
+from edgellm_runtime.backends.own_kernels import find
+from edgellm_runtime.graphs.own_attention import ATTENTIONS, DOMAIN
+from edgellm_runtime.graphs.writer import Node, Shape, graph_bytes
+
+__all__ = ["AttentionForm", "attention_error", "attention_form"]
+
+Array = NDArray[Any]
+_SIZE, _SLOTS, _SCALE, _WINDOW, _TURNED = 32, 600, 0.2, 40, 16
+# Tokens that each row holds, and new ones: a prompt of rows of two lengths, a token, a piece over more than a chunk.
+_STEPS = (([0, 0], [7, 5]), ([300, 12], [1, 1]), ([511], [5]))
+
+
+@dataclass(frozen=True)
+class AttentionForm:
+    """One kind of attention.
+
+    Args:
+        op: the operator.
+        together: heads that share one head of the cache.
+        window: whether a token sees only so many before it.
+        turned: whether queries and keys are turned by their positions.
+    """
+
+    op: str
+    together: int
+    window: bool
+    turned: bool
+
+    def __str__(self) -> str:
+        return f"{self.op} of {self.together} heads to one of the cache"
+
+
+def attention_form(node: Node) -> AttentionForm:
+    """The kind of a node."""
+    heads, cached, window, turned = (node.attributes[n] for n in ("num_heads", "kv_num_heads", "window", "do_rotary"))
+    assert isinstance(heads, int) and isinstance(cached, int)
+    return AttentionForm(node.op, heads // cached, bool(window), bool(turned))
+
+
+def attention_error(form: AttentionForm) -> float:
+    """How far an operator is from NumPy, as a part of its result's length, at the worst step.
+
+    Args:
+        form: the kind of node.
+
+    Raises:
+        BackendError: the library is missing.
+        Unusable: the kernels cannot run here.
+    """
+    trial = _Trial(form)
+    return max(trial.error(np.array(past), np.array(new)) for past, new in _STEPS)
+
+
+class _Trial:
+    """A node over two heads of a cache."""
+
+    def __init__(self, form: AttentionForm) -> None:
+        self.form, self.draw, self.narrow = form, np.random.default_rng(7), form.op == ATTENTIONS[1]
+        self.heads = 2 * form.together
+        self.scales = self.draw.uniform(0.01, 0.02, (2, 2, _SIZE)).astype(np.float32)  # of keys and of values
+        angles = self.draw.uniform(0, 6, (_SLOTS, _TURNED // 2))
+        self.tables = [np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)]
+        ort = library()
+        options = ort.SessionOptions()
+        options.log_severity_level, options.intra_op_num_threads = 4, 2
+        find(ort).add_to(options)
+        self.session = ort.InferenceSession(self._graph(), options, providers=["CPUExecutionProvider"])
+
+    def _graph(self) -> bytes:
+        cache = "int8" if self.narrow else "float32"
+        dtypes = {"x": "float32", "k": cache, "v": cache, "last": "int32", "longest": "int32"}
+        tensors: dict[str, Array] = dict(zip(("cos", "sin"), self.tables, strict=True)) if self.form.turned else {}
+        inputs = [*dtypes, *(tensors or ["", ""])]
+        if self.narrow:
+            tensors |= {"ks": self.scales[0], "vs": self.scales[1]}
+            inputs += ["ks", "vs"]
+        while not inputs[-1]:
+            inputs.pop()
+        sizes = {
+            "num_heads": self.heads, "kv_num_heads": 2, "scale": _SCALE, "do_rotary": int(self.form.turned),
+            "window": _WINDOW * self.form.window,
+        }  # fmt: skip
+        shapes: dict[str, Shape] = {"longest": []}
+        outputs = {"y": "float32", "next_k": cache, "next_v": cache}
+        node = Node(self.form.op, inputs, list(outputs), sizes, domain=DOMAIN)
+        return graph_bytes([node], dtypes, outputs, tensors=tensors, shapes=shapes)
+
+    def error(self, past: Array, new: Array) -> float:
+        """Of one step, for rows that hold ``past`` tokens and read ``new`` ones."""
+        shape = (len(past), 2, _SLOTS, _SIZE)
+        caches = [self.draw.standard_normal(shape).astype(np.float32) for _ in range(2)]
+        if self.narrow:
+            caches = [self.draw.integers(-128, 128, shape).astype(np.int8) for _ in range(2)]
+        x = self.draw.standard_normal((len(past), new.max(), (self.heads + 4) * _SIZE)).astype(np.float32)
+        last = (past + new - 1).astype(np.int32)
+        given = {"x": x, "k": caches[0], "v": caches[1], "last": last, "longest": np.array(last.max() + 1, np.int32)}
+        y, *present = self.session.run(None, given)
+        errors = []
+        for row in range(len(past)):
+            expected, keys, values = self._row(x[row, : new[row]], [cache[row] for cache in caches], int(past[row]))
+            found = [y[row, : new[row]], *(cache[row, :, : last[row] + 1] for cache in present)]
+            for a, b in zip(found, (expected, keys, values), strict=True):
+                errors.append(np.linalg.norm(a.astype(np.float64) - b) / np.linalg.norm(b))
+        return float(max(errors)) if np.isfinite(errors).all() else np.inf
+
+    def _row(self, x: Array, caches: list[Array], past: int) -> tuple[Array, Array, Array]:
+        """The result of one row's tokens (time, features), and its keys and values (heads, slots, size)."""
+        parts = x.reshape(len(x), -1, _SIZE).transpose(1, 0, 2)
+        queries, keys, values = np.split(parts, [self.heads, self.heads + 2])
+        places = past + np.arange(len(x))
+        queries, keys = self._turned(queries, places), self._turned(keys, places)
+        held = []
+        for cache, fresh, scale in zip(caches, (keys, values), self.scales, strict=True):
+            if self.narrow:
+                fresh = np.clip(np.rint(fresh / scale[:, None]), -128, 127)
+            held.append(np.concatenate([cache[:, :past], fresh], 1).astype(np.float64))
+        wide = [h * scale[:, None] if self.narrow else h for h, scale in zip(held, self.scales, strict=True)]
+        k, v = (np.repeat(each, self.form.together, 0) for each in wide)
+        scores = _SCALE * queries.astype(np.float64) @ k.transpose(0, 2, 1)
+        apart = places[:, None] - np.arange(scores.shape[-1])
+        unseen = (apart < 0) | (self.form.window & (apart >= _WINDOW))
+        weights = np.exp(np.where(unseen, -np.inf, scores - scores.max(-1, keepdims=True)))
+        result = (weights / weights.sum(-1, keepdims=True)) @ v  # (heads, time, size)
+        return result.transpose(1, 0, 2).reshape(len(x), -1), held[0], held[1]
+
+    def _turned(self, x: Array, places: Array) -> Array:
+        """Features of heads (heads, time, size) turned by their positions."""
+        if not self.form.turned:
+            return x
+        cos, sin = (table[places] for table in self.tables)
+        a, b, rest = np.split(x, [_TURNED // 2, _TURNED], -1)
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)

@@ -1,0 +1,226 @@
+"""Attention of edgellm's own: which nodes it stands for, and numbers that depend on nothing but what a token sees."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from edgellm_runtime.backends.ort import library
+from edgellm_runtime.backends.own_attention_trial import AttentionForm, attention_error
+from edgellm_runtime.backends.own_kernels import find
+from edgellm_runtime.backends.own_trial import OWN_BOUND
+from edgellm_runtime.graphs.own_attention import ATTENTIONS, DOMAIN
+from edgellm_runtime.graphs.own_operators import with_own_operators
+from edgellm_runtime.graphs.writer import Node, graph_bytes
+
+Array = NDArray[Any]
+FORMS = ("avx512-vnni", "avx2", "neon-dotprod", "plain")
+HEADS, CACHED, SIZE, SLOTS = 6, 2, 64, 600
+TABLES = [f(np.outer(np.arange(SLOTS), 0.1 ** np.arange(SIZE // 2))).astype(np.float32) for f in (np.cos, np.sin)]
+SCALES = np.random.default_rng(4).uniform(0.02, 0.03, (2, CACHED * SIZE)).astype(np.float32)
+
+
+def exported(*, narrow: bool = False, window: int = 0, **change: Any) -> bytes:
+    """A graph of one GroupQueryAttention, with something other than usual about it."""
+    cache = "int8" if narrow else "float32"
+    dtypes = {"x": "float32", "k": cache, "v": cache, "last": "int32", "longest": "int32"}
+    attributes: dict[str, Any] = {"num_heads": HEADS, "kv_num_heads": CACHED, "scale": 0.125, "do_rotary": 1}
+    attributes |= {"local_window_size": window} if window else {}
+    inputs = ["x", "", "", "k", "v", "last", "longest", "cos", "sin"]
+    tensors: dict[str, Array] = {"cos": TABLES[0], "sin": TABLES[1]}
+    if narrow:
+        inputs += ["", "", "", "ks", "vs"]
+        tensors |= {"ks": SCALES[0], "vs": SCALES[1]}
+        attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+    inputs, size = change.pop("inputs", inputs), change.pop("size", SIZE)
+    attributes = {name: value for name, value in (attributes | change).items() if value is not None}
+    slots = ["batch", CACHED, SLOTS, size]
+    shapes: dict[str, Any] = {"longest": [], "k": slots, "v": slots, "x": ["batch", "time", (HEADS + 4) * size]}
+    outputs = {"y": "float32", "next_k": cache, "next_v": cache}
+    node = Node("GroupQueryAttention", inputs, list(outputs), attributes, domain="com.microsoft", name="a")
+    dtypes |= {name: "float32" for name in inputs if name and name not in {**dtypes, **tensors}}
+    return graph_bytes([node], dtypes, outputs, tensors=tensors, shapes=shapes)
+
+
+@pytest.mark.parametrize(
+    ("narrow", "change"),
+    [(False, {}), (False, {"window": 7}), (False, {"softcap": 0.0, "smooth_softmax": -1}), (True, {})],
+    ids=str,
+)
+def test_attention_over_a_cache_is_theirs(narrow: bool, change: dict[str, Any]) -> None:
+    _, (node,) = with_own_operators(exported(narrow=narrow, **change))
+    sizes = {"num_heads": HEADS, "kv_num_heads": CACHED, "scale": 0.125, "do_rotary": 1}
+    inputs = ["x", "k", "v", "last", "longest", "cos", "sin", *(["ks", "vs"] if narrow else [])]
+    sizes |= {"window": change.get("window", 0)}
+    outputs = ("y", "next_k", "next_v")
+    assert node == Node(ATTENTIONS[narrow], inputs, outputs, sizes, domain=DOMAIN, name="a")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"softcap": 30.0}, {"smooth_softmax": 1}, {"rotary_interleaved": 1}, {"scale": None}, {"scale": 0.0},
+        {"qk_output": 1}, {"do_rotary": 0}, {"size": 24}, {"k_quant_type": "PER_TENSOR"},
+        {"inputs": ["x", "x", "x", "k", "v", "last", "longest", "cos", "sin"]},
+        {"inputs": ["x", "", "", "k", "v", "last", "longest", "cos", "sin", "", "", "sinks"]},
+        {"inputs": ["x", "", "", "k", "v", "last", "longest", "cos", "sin", "", "", "", "ks", "vs"]},
+        {"narrow": True, "kv_cache_bit_width": 4}, {"narrow": True, "k_quant_type": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_attention_of_other_kinds_stays_as_it_is(change: dict[str, Any]) -> None:
+    model = exported(**change)
+    assert with_own_operators(model) == (model, ())
+
+
+@functools.cache
+def kernels() -> Any:
+    return pytest.importorskip("edgellm_kernels", reason="edgellm-kernels is not built; make kernels builds it")
+
+
+@functools.cache
+def loaded() -> Any:
+    return ctypes.CDLL(str(kernels().library()))
+
+
+def attention(form: str, q: Array, k: Array, v: Array, begins: Array, ends: Array, together: int) -> Array:
+    """By a form of the library, without ONNX Runtime: queries (rows, size) over one head."""
+    y = np.empty_like(q)
+    arrays = [each.ctypes.data_as(ctypes.c_void_p) for each in (q, k, v, begins, ends, y)]
+    sizes = (len(q), together, *k.shape)
+    assert not loaded().edgellm_attention(form.encode(), *sizes, ctypes.c_float(0.3), *arrays)
+    return y
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 1000), rows=st.integers(1, 9), count=st.sampled_from([1, 15, 16, 200, 256, 257, 700]),
+    size=st.sampled_from([16, 48, 64, 128]), together=st.integers(1, 4), window=st.sampled_from([1, 20, 1000]),
+)  # fmt: skip
+def test_every_form_gives_a_query_the_same_bits_whatever_is_beside_it(
+    seed: int, rows: int, count: int, size: int, together: int, window: int
+) -> None:
+    kernels()
+    draw = np.random.default_rng(seed)
+    q, k, v = (draw.standard_normal((n, size)).astype(np.float32) for n in (rows, count, count))
+    ends = draw.integers(1, count + 1, rows).astype(np.int32)
+    begins = np.maximum(0, ends - window).astype(np.int32)
+    expected = attention("plain", q, k, v, begins, ends, 1)
+    for i in range(rows):
+        scores = 0.3 * k[begins[i] : ends[i]].astype(np.float64) @ q[i]
+        weights = np.exp(scores - scores.max())
+        np.testing.assert_allclose(expected[i], weights / weights.sum() @ v[begins[i] : ends[i]], rtol=1e-4, atol=1e-5)
+    for form in FORMS:
+        if loaded().edgellm_has_form(form.encode()):
+            np.testing.assert_array_equal(attention(form, q, k, v, begins, ends, together), expected, err_msg=form)
+
+
+class Layer:
+    """A session over a cache that goes on from step to step."""
+
+    def __init__(self, graph: bytes, *, threads: int = 2, batch: int = 1, narrow: bool = False) -> None:
+        ort = library()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 4
+        find(ort).add_to(options)
+        self.session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        slots = np.zeros((batch, CACHED, SLOTS, SIZE), np.int8 if narrow else np.float32)
+        self.caches, self.lengths = [slots, slots.copy()], np.zeros(batch, np.int32)
+
+    def step(self, x: Array, lengths: Sequence[int] | None = None) -> Array:
+        """Read x (batch, time, features), of which each row's first ``lengths`` count."""
+        new = np.array(lengths if lengths is not None else [x.shape[1]] * len(x), np.int32)
+        total = self.lengths + new
+        given = {"x": x, "k": self.caches[0], "v": self.caches[1], "last": total - 1, "longest": np.array(total.max())}
+        y, *self.caches = self.session.run(None, given)
+        self.lengths = total
+        found: Array = y
+        return found
+
+
+def tokens(batch: int, time: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal((batch, time, (HEADS + 4) * SIZE)).astype(np.float32)
+
+
+def own(**change: Any) -> bytes:
+    return with_own_operators(exported(**change))[0]
+
+
+KINDS: dict[str, dict[str, Any]] = {"floats": {}, "window": {"window": 50}, "8 bits": {"narrow": True}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_token_gets_the_same_bits_alone_in_pieces_and_at_once(kind: str, threads: int) -> None:
+    kernels()
+    x, narrow = tokens(1, 300), kind == "8 bits"
+    layers = [Layer(own(**KINDS[kind]), threads=n, narrow=narrow) for n in (threads, 1, 2)]
+    whole = layers[0].step(x)
+    pieces = [layers[1].step(x[:, a:b]) for a, b in ((0, 5), (5, 6), (6, 280), (280, 300))]
+    np.testing.assert_array_equal(np.concatenate(pieces, 1), whole)
+    alone = [layers[2].step(x[:, i : i + 1]) for i in range(300)]
+    np.testing.assert_array_equal(np.concatenate(alone, 1), whole)
+    for cache, other in zip(layers[0].caches, layers[2].caches, strict=True):
+        np.testing.assert_array_equal(cache, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_a_batch_get_the_bits_that_each_gets_alone(kind: str) -> None:
+    kernels()
+    narrow, lengths = kind == "8 bits", [270, 4, 131]
+    x, after = tokens(3, 270), tokens(3, 1, seed=1)
+    together = Layer(own(**KINDS[kind]), batch=3, narrow=narrow)
+    prompt, token = together.step(x, lengths), together.step(after)
+    for row, length in enumerate(lengths):
+        alone = Layer(own(**KINDS[kind]), narrow=narrow)
+        np.testing.assert_array_equal(alone.step(x[row : row + 1, :length])[0], prompt[row, :length])
+        np.testing.assert_array_equal(alone.step(after[row : row + 1])[0], token[row])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_close_to_that_of_onnx_runtime(kind: str) -> None:
+    kernels()
+    narrow = kind == "8 bits"
+    ours, theirs = (Layer(graph(**KINDS[kind]), narrow=narrow) for graph in (own, exported))
+    for seed, time in enumerate((120, 1, 1, 9, 1)):
+        x = tokens(1, time, seed)
+        y, expected = ours.step(x), theirs.step(x)
+        assert np.linalg.norm(y - expected) < (1e-3 if narrow else 1e-5) * np.linalg.norm(expected)
+    for cache, other in zip(ours.caches, theirs.caches, strict=True):
+        assert np.abs(cache.astype(np.float64) - other).max() <= (1 if narrow else 1e-5)  # a code at a tie
+
+
+def test_a_later_token_and_slots_not_in_use_spoil_nothing() -> None:
+    kernels()
+    x, layer, spoilt = tokens(1, 40), Layer(own()), Layer(own())
+    for cache in spoilt.caches:
+        cache[:] = np.nan
+    other = x.copy()
+    other[0, 30] = np.nan
+    np.testing.assert_array_equal(spoilt.step(other)[0, :30], layer.step(x)[0, :30])
+
+
+@pytest.mark.parametrize("op", ATTENTIONS)
+@pytest.mark.parametrize("together", [1, 3])
+def test_the_trial_at_load_finds_it_right(op: str, together: int) -> None:
+    kernels()
+    for window, turned in ((False, True), (True, False)):
+        assert 0 < attention_error(AttentionForm(op, together, window, turned)) < OWN_BOUND / 100
+
+
+def test_steps_that_do_not_fit_are_refused() -> None:
+    kernels()
+    layer = Layer(own())
+    layer.lengths[:] = SLOTS
+    with pytest.raises(Exception, match=r"does not fit into the cache|too few positions"):
+        layer.step(tokens(1, 1))
+    with pytest.raises(Exception, match=r"number or size|Got invalid dimensions"):
+        Layer(own()).step(tokens(1, 1)[..., :SIZE].copy())
