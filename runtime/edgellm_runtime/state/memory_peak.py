@@ -1,0 +1,123 @@
+"""The most memory that a process will hold with a bundle on the CPU, predicted from its graphs before they are loaded.
+
+The figures beside what files say were measured with ONNX Runtime on Linux; docs/embedding.md has how far they were off.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from edgellm_runtime.bundle import Bundle
+from edgellm_runtime.graphs.external_files import ELEMENT_BITS
+from edgellm_runtime.graphs.layer_map import graph_nodes
+from edgellm_runtime.graphs.onnx_file import read_model
+from edgellm_runtime.graphs.wire import Message
+from edgellm_runtime.state.memory_need import memory_need
+
+__all__ = ["MemoryPeak", "memory_peak"]
+
+LIBRARIES = 66 << 20  # Python, NumPy, this package, and ONNX Runtime with a session of next to nothing
+_TEXT = 4  # bytes that a tokenizer takes for each of its file's
+_CHUNK = 512  # tokens of a prompt that are read at once
+_WIDE = 2.5  # times its widest product, that a layer holds of each token of a chunk
+_PRODUCTS = ("MatMul", "Gemm", "Conv", "LSTM", "GRU", "RNN")
+_ARENA = 1.4  # the arena takes memory in pieces that are larger than what is asked for
+
+
+@dataclass(frozen=True)
+class MemoryPeak:
+    """Predicted bytes of a process that has one model, by what they are for.
+
+    Args:
+        libraries: before there is a model.
+        text: the tokenizer.
+        weights: as kernels keep them: a table that is both looked up and multiplied with is there twice, a scale in 16
+            bits is made one of 32 beside it.
+        loading: beside the weights while they are loaded, and not after it: the largest as it was and as it becomes.
+        state: of the tokens asked about.
+        scratch: of a step over the longest piece of a prompt of so many tokens.
+    """
+
+    libraries: int
+    text: int
+    weights: int
+    loading: int
+    state: int
+    scratch: int
+
+    @property
+    def total(self) -> int:
+        """The most at any time."""
+        return self.libraries + self.text + self.weights + max(self.loading, self.state + self.scratch)
+
+    def __str__(self) -> str:
+        text, weights, loading, state, scratch = (
+            f"{part / 2**20:,.0f}" for part in (self.text, self.weights, self.loading, self.state, self.scratch)
+        )
+        return (
+            f"about {self.total / 2**20:,.0f} MiB: libraries {self.libraries / 2**20:,.0f}, tokenizer {text}, weights "
+            f"{weights} (and {loading} while they are loaded), state {state}, a piece of a prompt {scratch}"
+        )
+
+
+def memory_peak(bundle: Bundle, context: int | None = None) -> MemoryPeak:
+    """What a bundle's process will hold at most, on the CPU and ONNX Runtime's kernels.
+
+    Args:
+        bundle: which; its graphs are read, and nothing of them is run.
+        context: tokens of a prompt; None: as many as the model's context holds.
+
+    Raises:
+        OptionError: a context that is longer than the model's.
+        BundleError: a graph cannot be read.
+    """
+    manifest = bundle.manifest
+    need = memory_need(manifest, "cpu", context)
+    names = [name for name in manifest.files if name.endswith(".onnx") and name not in manifest.engine_files]
+    graphs = [read_model(bundle.file(name).read_bytes()) for name in names]
+    sizes = [size for graph in graphs for size in _weights(graph)]
+    chunk = min(_CHUNK, need.context)
+    vocabulary = int(manifest.signature.logits.shape[-1])
+    widest, heads = max(_widest(graph, vocabulary) for graph in graphs), max(map(_heads, graphs))
+    seen = 4 * heads * chunk * need.context  # how much each token of a piece attends to each before it
+    scratch = _ARENA * (4 * _WIDE * widest * chunk + seen) + 4 * vocabulary
+    tokenizer = manifest.files.get("tokenizer.json")
+    return MemoryPeak(
+        LIBRARIES, _TEXT * tokenizer.bytes if tokenizer is not None else 0, sum(sizes), max(sizes, default=0),
+        need.state, int(scratch),
+    )  # fmt: skip
+
+
+def _weights(model: Message) -> list[int]:
+    """Bytes that each initializer of a graph takes once it is loaded."""
+    widened = {node.inputs[0] for node in graph_nodes(model) if node.op == "Cast" and node.inputs}
+    return [_bytes(tensor) * (3 if name in widened else 1) for name, tensor in _initializers(model).items()]
+
+
+def _initializers(model: Message) -> dict[str, Message]:
+    tensors = model.get("graph", {}).get("initializer", ())
+    return {tensor.get("name", b"").decode(errors="replace"): tensor for tensor in tensors}
+
+
+def _sizes(tensor: Message) -> list[int]:
+    return [max(int(size), 0) for size in tensor.get("dims", ())]
+
+
+def _bytes(tensor: Message) -> int:
+    return (math.prod(_sizes(tensor)) * ELEMENT_BITS.get(int(tensor.get("data_type", 0)), 32) + 7) // 8
+
+
+def _widest(model: Message, vocabulary: int) -> int:
+    """Features of the widest product but the one onto the vocabulary, which is of few tokens."""
+    known, widths = _initializers(model), {0}
+    for node in graph_nodes(model):
+        if any(kind in node.op for kind in _PRODUCTS):
+            for sizes in (_sizes(known[name]) for name in node.inputs[1:] if name in known):
+                widths |= {sizes[0], sizes[-1]} if len(sizes) > 1 else set()
+    return max(widths - {vocabulary})
+
+
+def _heads(model: Message) -> int:
+    """The most heads of a kernel of attention; 0: there is none, and scores are not all held at once."""
+    return max((n.numbers.get("num_heads", 0) for n in graph_nodes(model) if "Attention" in n.op), default=0)
