@@ -1,4 +1,4 @@
-"""The script that compares answers with and without drafts: it sees a token that differs, and tells a tie from a fault."""
+"""The script that compares answers with and without drafts: what differs is seen, and a tie told from a fault."""
 
 from __future__ import annotations
 
