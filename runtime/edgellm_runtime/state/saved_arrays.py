@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["read_arrays", "write_arrays"]
+from edgellm_runtime.arguments import shown
 
+__all__ = ["MOST_TOKENS", "read_arrays", "source_of", "write_arrays"]
+
+MOST_TOKENS = 1 << 30  # of a row: more would overflow the graph's whole numbers
 _MAX_HEADER = 10_000  # bytes of what NumPy writes before an array
 
 
@@ -61,6 +64,19 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         file.seek(0)
         with np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
+
+
+def source_of(specs: Any) -> int | None:
+    """The length of the sources that a saved state was made of, as its header says; None: of none.
+
+    Raises:
+        Exception: of any kind, where the header says something else.
+    """
+    found = {spec.get("source") for spec in specs} - {None}
+    (source,) = found or {None}
+    if source is not None and (type(source) is not int or not 0 < source <= MOST_TOKENS):
+        raise ValueError(f"sources of {shown(source)} tokens")
+    return source
 
 
 def _check_size(data: Any, size: int) -> None:

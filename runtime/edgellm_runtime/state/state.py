@@ -25,7 +25,7 @@ from edgellm_runtime.arguments import (
 )
 from edgellm_runtime.errors import OptionError, StateError, first_line
 from edgellm_runtime.spec import StateSpec
-from edgellm_runtime.state.saved_arrays import read_arrays, write_arrays
+from edgellm_runtime.state.saved_arrays import MOST_TOKENS, read_arrays, source_of, write_arrays
 from edgellm_runtime.state.snapshot import Snapshot, overwritten, packed, unpacked
 from edgellm_runtime.state.storage import HOST, Buffers, HostStorage, Storage, host_dtype, widened
 
@@ -33,7 +33,6 @@ __all__ = ["State"]
 
 Array = NDArray[Any]
 _FORMAT = 1
-_MOST = 1 << 30  # tokens of a row: more would overflow the graph's whole numbers
 _COUNTABLE = 1 << 62  # rows or slots: NumPy counts no further
 
 
@@ -339,7 +338,7 @@ class State:
         try:
             data = read_arrays(path)
             header = json.loads(str(data["__header__"]))
-            source = _source_of(header["specs"])
+            source = source_of(header["specs"])
             sized = [s.of_source(source) for s in specs]
             known = header["format"] == _FORMAT and header["specs"] == [s.to_json() for s in sized]
             lengths, arrays = data["__lengths__"], {spec.name: data[spec.name] for spec in specs if known}
@@ -353,7 +352,7 @@ class State:
             lengths.dtype != np.int32
             or lengths.ndim != 1
             or not len(lengths)
-            or not (0 <= lengths.min() <= lengths.max() <= _MOST)
+            or not (0 <= lengths.min() <= lengths.max() <= MOST_TOKENS)
         ):
             raise StateError(f"{path}: its lengths are damaged; read the prompt again")
         if written.dtype != np.int32 or written.shape != lengths.shape or (written < lengths).any():
@@ -388,15 +387,6 @@ def _header(specs: Sequence[StateSpec], about: dict[str, Any]) -> str:
         return json.dumps(header | ({"about": about} if about else {}), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise OptionError(f"about is {shown(about)}; it must be a dict of JSON's types") from error
-
-
-def _source_of(specs: Any) -> int | None:
-    """The length of the sources that a saved state was made of, as its header says; None: of none."""
-    found = {spec.get("source") for spec in specs} - {None}
-    (source,) = found or {None}
-    if source is not None and (type(source) is not int or not 0 < source <= _MOST):
-        raise ValueError(f"sources of {shown(source)} tokens")
-    return source
 
 
 def _has_ring(specs: Sequence[StateSpec]) -> bool:
