@@ -64,13 +64,20 @@ def calibration_of(file: Path, loaded: Checkpoint, *, divided: bool) -> Calibrat
     return Calibration(tokens, windows, held_out)
 
 
-def tuning_of(minutes: float, tokens: list[int], output: Path) -> Tuning:
+def tuning_of(minutes: float, read: Calibration, output: Path) -> Tuning:
     """How to tune for so long; layers that are finished are kept beside the output until it is there.
+
+    Args:
+        minutes: that it may take.
+        read: the text; what it holds back is not learned from.
+        output: of the export.
 
     Raises:
         QuantizeError: no time, or too little text.
     """
-    from edgellm_exporters.quantize.tuning.tune import Tuning
+    from edgellm_exporters.quantize.tuning.tune import MOST_TUNING_TOKENS, Tuning
 
     output = output.absolute()
+    free = len(read.tokens) - sum(map(len, read.held_out))
+    tokens = read.tokens[: min(free, MOST_TUNING_TOKENS)]
     return Tuning(minutes=minutes, tokens=tokens, directory=output.with_name(f"{output.name}.tuning"))

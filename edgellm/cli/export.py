@@ -180,7 +180,7 @@ def export_checkpoint(
         there = len(read.tokens)
         options = dataclasses.replace(options, calibration=read.windows, held_out=read.held_out)
         if tune is not None:
-            options = dataclasses.replace(options, tuning=tuning_of(tune, read.tokens, output))
+            options = dataclasses.replace(options, tuning=tuning_of(tune, read, output))
     if drafter is not None:
         from edgellm.draft_head import load_draft_head
 

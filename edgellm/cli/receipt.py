@@ -59,7 +59,7 @@ def text_for_export(
         loaded: to be exported.
         given: by the user.
         calibrate: the text to calibrate with.
-        options: whose calibration was read from it.
+        options: whose calibration and tuning were read from it.
         there: tokens of that text.
     """
     from edgellm_exporters.errors import ExportError
@@ -74,7 +74,8 @@ def text_for_export(
         check_receipt(loaded.model, loaded.tokenizer_json is not None, options.dtype)
     except ExportError:  # nobody asked for one
         return None
-    used = sum(map(len, options.calibration))
+    tuned = 0 if options.tuning is None else len(options.tuning.tokens)
+    used = max(sum(map(len, options.calibration)), tuned)
     fresh = there - used >= _WINDOW
     asked = Asked(tokens=_TOKENS, window=_WINDOW, skip=used if fresh else 0)
     return ReceiptText(file=calibrate, asked=asked, calibrated=not fresh)

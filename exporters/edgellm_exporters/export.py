@@ -271,7 +271,7 @@ def _write_weights(
     hidden = hidden_of(capture(model, weights, hidden=True)) if options.hidden else None
     job = Automatic(
         model=model, weights=weights, target=target, calibration=options.calibration, held_out=options.held_out,
-        hidden=hidden,
+        hidden=hidden, tuning=options.tuning,
     )  # fmt: skip
     if options.kv_cache != "float32":
         raise ExportError("an 8-bit cache is not part of what the search measures; use it with another --quantize")

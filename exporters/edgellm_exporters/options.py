@@ -17,7 +17,7 @@ from edgellm_exporters.quantize.tuning.tune import Tuning
 from edgellm_runtime.bundle import TokenizerInfo
 from edgellm_runtime.task_spec import TaskSpec
 
-_NOT_TUNED = ("none", "keep", AUTO)
+_NOT_TUNED = ("none", "keep")
 __all__ = ["ExportOptions", "TextAssets", "check_encoder_options"]
 
 

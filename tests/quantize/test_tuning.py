@@ -12,22 +12,30 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from families import VOCAB, make, planned
+from click.testing import CliRunner
+from families import CONTEXT, VOCAB, make, planned
 from torch import Tensor, nn
 
+from edgellm.cli.calibration import Calibration, tuning_of
+from edgellm.cli.export import export as command
 from edgellm.streaming import OwnWeights
+from edgellm_exporters.auto.automatic import Automatic
+from edgellm_exporters.auto.budget import divide
+from edgellm_exporters.auto.formats import candidates_of
 from edgellm_exporters.errors import ExportError, QuantizeError
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_exporters.graph.layers import layer_modules
+from edgellm_exporters.graph.targets import find_target
 from edgellm_exporters.quantize.notes import quantization_notes
 from edgellm_exporters.quantize.plan import Plan, Scheme
+from edgellm_exporters.quantize.planning import Uses
 from edgellm_exporters.quantize.quantized_model import quantized_model
 from edgellm_exporters.quantize.rtn import round_to_nearest
 from edgellm_exporters.quantize.tuning import tune as tune_module
 from edgellm_exporters.quantize.tuning.chosen import RememberedRows
 from edgellm_exporters.quantize.tuning.latent import LatentWeight
 from edgellm_exporters.quantize.tuning.layer_stream import LayerStream, layers_called, shell_of
-from edgellm_exporters.quantize.tuning.tune import MIN_TUNING_TOKENS, Tuning, tuned
+from edgellm_exporters.quantize.tuning.tune import MIN_TUNING_TOKENS, MOST_TUNING_TOKENS, Tuning, tuned
 from edgellm_runtime import open_session
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.checks.verify import verify
@@ -116,7 +124,7 @@ def test_passing_layer_after_layer_gives_the_models_own_logits(family: str, tmp_
 def test_tuned_codes_are_nearer_to_the_float_model_on_other_text(family: str, method: str) -> None:
     model = make(family)
     plan = plan_of(model, method)
-    found = run(model, plan, tuning(steps=30, distilling_steps=10))
+    found = run(model, plan, tuning(steps=12, distilling_steps=4))
     unseen = torch.tensor(tokens(9000)[-2000:]).view(-1, 40)
 
     def divergence(of: Plan) -> float:
@@ -277,3 +285,36 @@ def test_ctrl_c_leaves_finished_layers_and_no_half_bundle(tmp_path: Path) -> Non
     with pytest.raises(KeyboardInterrupt):
         export(model, tmp_path / "b", options=options, progress=interrupt)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.tuning"]
+
+
+def test_auto_tunes_what_it_builds_and_may_take_two_bits_then(tmp_path: Path) -> None:
+    model = make("decoder")
+    windows, held_out = divide(tokens(8192), CONTEXT, 2048)
+    job = Automatic(
+        model=model, weights=OwnWeights(model), target=find_target("cpu"), calibration=windows, held_out=held_out,
+        tuning=tuning(steps=2, distilling_steps=1),
+    )  # fmt: skip
+    uses = Uses(job.graph())
+    offered = candidates_of(uses, integer_products=False, tuned=True)
+    schemes = {c.name: min(c.schemes, key=lambda s: s.bits) for c in offered}
+    assert {s.bits for s in schemes.values()} == {2, 4}  # tables have 4 at the least
+    assert all(s.bits > 2 for c in candidates_of(uses, integer_products=False) for s in c.schemes)
+    assert set(job.build(schemes, {}, tmp_path, lambda what, share: None).plan.tuned["layers"]) == set(
+        layer_modules(model)
+    )
+
+
+def test_text_that_is_held_out_is_not_learned_from(tmp_path: Path) -> None:
+    held = [list(range(1000)), list(range(1000))]
+    read = Calibration(tokens=list(range(9000)), windows=[], held_out=held)
+    found = tuning_of(1, read, tmp_path / "b")
+    assert list(found.tokens) == list(range(7000)) and found.directory == tmp_path / "b.tuning"
+    assert len(tuning_of(1, dataclasses.replace(read, tokens=[0] * 90_000), tmp_path).tokens) == MOST_TUNING_TOKENS
+    with pytest.raises(QuantizeError, match="has 500 tokens"):
+        tuning_of(1, dataclasses.replace(read, tokens=[0] * 2500), tmp_path)
+
+
+def test_tuning_without_a_text_is_refused_with_the_option_that_gives_one(tmp_path: Path) -> None:
+    asked = [str(tmp_path / "x"), "-o", str(tmp_path / "b"), "--quantize", "int4", "--tune", "1"]
+    result = CliRunner().invoke(command, asked)
+    assert result.exit_code == 2 and "add --calibrate FILE" in result.output

@@ -28,6 +28,7 @@ from edgellm_exporters.auto.search import table_of
 from edgellm_exporters.auto.sensitivity import sensitivities
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.graph.capture import capture, signature_of
+from edgellm_exporters.graph.layers import layer_modules
 from edgellm_exporters.graph.lower import lower_to, prepare
 from edgellm_exporters.graph.targets import Target
 from edgellm_exporters.graph.write import Progress, write_graph
@@ -37,6 +38,7 @@ from edgellm_exporters.quantize.calibrate import check_windows, largest_inputs
 from edgellm_exporters.quantize.lossless import smallest_holding
 from edgellm_exporters.quantize.plan import Plan, Scheme
 from edgellm_exporters.quantize.planning import Uses, plan_of, smoothed
+from edgellm_exporters.quantize.tuning.tune import Tuning, tuned
 from edgellm_runtime.backends.ort import OrtBackend
 from edgellm_runtime.bundle import GRAPH
 from edgellm_runtime.session import Session
@@ -75,6 +77,7 @@ class Automatic:
         calibration: windows of token ids to choose with.
         held_out: windows of token ids to judge with, none of them among the others.
         hidden: the graph's output for hidden states; None: it gives none.
+        tuning: how the codes of each build are tuned; None: not at all.
     """
 
     model: LanguageModel
@@ -83,6 +86,7 @@ class Automatic:
     calibration: Sequence[Sequence[int]]
     held_out: Sequence[Sequence[int]]
     hidden: TensorSpec | None = None
+    tuning: Tuning | None = None
 
     def graph(self) -> ir.Model:
         """A captured graph after the target's passes."""
@@ -101,6 +105,8 @@ class Automatic:
         done = smoothed(captured, largest)
         with resident(self.model, self.weights):
             plan = plan_of(schemes, done, self._module, self.calibration, progress)
+        if self.tuning is not None:
+            plan = tuned(plan, self._module, self.weights, list(layer_modules(self._module)), self.tuning, progress)
         write_graph(lower_to(captured, self.target, plan), directory, progress)
         return Built(sum(file.stat().st_size for file in directory.iterdir()), plan)
 
@@ -144,7 +150,7 @@ def quantize_within(
     held = smallest_holding(uses.tensors, uses.ends, partial(progress, "looking at weights"))
     largest = {} if _was_quantized(uses, held) else job.largest(progress)
     done = smoothed(graph, largest)
-    candidates = candidates_of(uses, integer_products=budget.prefer == "prefill")
+    candidates = candidates_of(uses, integer_products=budget.prefer == "prefill", tuned=job.tuning is not None)
     if not candidates:
         raise QuantizeError("the model has no weight whose rows divide into blocks of 32; export it without --quantize")
     floats = _bytes_of_floats(graph, candidates) + _NODE_BYTES * len(graph.graph)
@@ -161,7 +167,8 @@ def quantize_within(
     (directory / REPORT).write_text(write_table(evidence), encoding="utf-8")
     progress("drawing the front", 0.0)
     draw_front(evidence, directory / PICTURE)
-    return Outcome(attempt.choice.schemes, _record(budget, attempt), measured.plan)
+    record = _record(budget, attempt) | ({"tuning": dict(measured.plan.tuned)} if measured.plan.tuned else {})
+    return Outcome(attempt.choice.schemes, record, measured.plan)
 
 
 def none_better_than_held(

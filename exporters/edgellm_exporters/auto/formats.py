@@ -15,6 +15,7 @@ _PRODUCTS = (
     Scheme(8, 32), Scheme(8, 64), Scheme(8, 128), Scheme(4, 32, symmetric=False), Scheme(4, 64, symmetric=False),
     Scheme(4, 128, symmetric=False), Scheme(4, 32, symmetric=False, shifted=True),
 )  # fmt: skip
+_TUNED = tuple(Scheme(2, block, symmetric=False) for block in (32, 64, 128))  # for what is learned after rounding
 _ENDS = (
     Scheme(8, 32), Scheme(8, 64), Scheme(4, 16, symmetric=False), Scheme(4, 32, symmetric=False),
     Scheme(4, 64, symmetric=False),
@@ -46,12 +47,13 @@ class FormatChoices:
     role: str = "product"
 
 
-def candidates_of(uses: Uses, *, integer_products: bool) -> list[FormatChoices]:
+def candidates_of(uses: Uses, *, integer_products: bool, tuned: bool = False) -> list[FormatChoices]:
     """The formats of each matrix; those whose rows divide into no block are left out, and stay floats.
 
     Args:
         uses: of a graph of canonical ops, after the target's passes.
         integer_products: whether to offer one scale a row, which is for the fastest prompts.
+        tuned: whether codes will be tuned, which products in 2 bits need to be of any use.
     """
     found: list[FormatChoices] = []
     for name, shape in uses.shapes.items():
@@ -60,7 +62,7 @@ def candidates_of(uses: Uses, *, integer_products: bool) -> list[FormatChoices]:
             schemes, role = _ENDS, "head" if name in uses.multiplied else "table"
         elif name in uses.products:
             row = (Scheme(8, ROW),) if integer_products else ()
-            schemes, role = (*_PRODUCTS, *row), "product"
+            schemes, role = (*_PRODUCTS, *row, *(_TUNED if tuned else ())), "product"
         else:
             schemes, role = _RECURRENT, "loop"
         fitting = tuple(s for s in schemes if s.block == ROW or shape[1] % s.block == 0)

@@ -27,7 +27,7 @@ from edgellm_exporters.quantize.tuning.layer import tuned_layer
 from edgellm_exporters.quantize.tuning.layer_stream import LayerStream, layers_called, shell_of
 from edgellm_exporters.quantize.tuning.store import ROOM, FinishedLayers, work_digest
 
-__all__ = ["MIN_TUNING_TOKENS", "Tuning", "tuned"]
+__all__ = ["MIN_TUNING_TOKENS", "MOST_TUNING_TOKENS", "Tuning", "tuned"]
 
 WINDOW = 128  # tokens
 MIN_TUNING_TOKENS, MOST_TUNING_TOKENS = 6144, 18_432
@@ -45,7 +45,8 @@ class Tuning:
 
     Args:
         minutes: that it may take, at most, besides what GPTQ takes.
-        tokens: text to learn from; an eighth of it, at its end, is held back and only judged on.
+        tokens: text to learn from, of which :data:`MOST_TUNING_TOKENS` are read; a ninth of those, at the end, is held
+            back and only judged on.
         seed: of the order in which text is read.
         steps: of each layer, at most; fewer where the minutes are too few.
         distilling_steps: of all scales together, likewise.
