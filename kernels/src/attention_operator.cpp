@@ -24,6 +24,7 @@ using ort::Status;
 constexpr int64_t kAlone = 8192;       // pairs of a query and a slot that are not worth a second thread
 constexpr int64_t kEnoughItems = 16;   // to share among threads as they are; fewer are cut into chunks
 constexpr int kTokensAtOnce = 8;       // that a thread writes into the cache
+constexpr int kLargestHead = 4096;     // features
 constexpr int kInputs = 5;             // before the tables
 
 struct Operator : ort::CustomOp {
@@ -57,7 +58,7 @@ struct Step {
   size_t place(int64_t row, int head, int64_t slot) const {
     return ((size_t(row) * kernel->cached_heads + head) * slots + slot) * size;
   }
-  int width() const { return (kernel->heads + 2 * kernel->cached_heads) * size; }
+  int64_t width() const { return (int64_t(kernel->heads) + 2 * kernel->cached_heads) * size; }
   size_t part_size() const { return size_t(size) + 2; }
 };
 
@@ -281,10 +282,11 @@ void run(const Kernel& kernel, KernelContext* context) {
   s.kernel = &kernel;
   s.batch = x.sizes[0], s.time = x.sizes[1], s.slots = cache.sizes[2], s.size = int(cache.sizes[3]);
   s.together = kernel.heads / kernel.cached_heads;
-  if (cache.sizes[0] != s.batch || cache.sizes[1] != kernel.cached_heads || s.size % 16 != 0 || x.sizes[2] != s.width())
+  if (cache.sizes[0] != s.batch || cache.sizes[1] != kernel.cached_heads || cache.sizes[3] < 16 ||
+      cache.sizes[3] > kLargestHead || s.size % 16 != 0 || x.sizes[2] != s.width())
     throw std::invalid_argument("heads of another number or size than the cache's, or none of a multiple of 16");
   const ort::Value *last = input_of(api, context, 3), *longest = input_of(api, context, 4);
-  if (!shape_of(api, last).is(ort::kInt32, {s.batch}) || shape_of(api, longest).type != ort::kInt32)
+  if (!shape_of(api, last).is(ort::kInt32, {s.batch}) || !shape_of(api, longest).is(ort::kInt32, {}))
     throw std::invalid_argument("lengths of another shape or type");
   s.x = data_of<float>(api, input_of(api, context, 0)), s.last = data_of<int32_t>(api, last);
   const int64_t total = *data_of<int32_t>(api, longest);
