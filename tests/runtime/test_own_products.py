@@ -359,6 +359,12 @@ def test_a_bundle_runs_on_them_and_every_check_of_it_holds() -> None:
     assert model.generate("the", max_new_tokens=8).tokens == load(bundle()).generate("the", max_new_tokens=8).tokens
 
 
+def test_loading_with_them_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    load(bundle(), kernels="own")
+    found = capfd.readouterr()
+    assert (found.out, found.err) == ("", "")
+
+
 def test_the_profile_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
     def products() -> dict[str, list[Any]]:
         _, decode = profile(bundle(), prompt_tokens=4, new_tokens=2, rounds=1).phases

@@ -129,7 +129,7 @@ class OrtBackend(HostBackend):
             source = with_float_inputs(graph.read_bytes())
         if fetch:
             source = with_outputs(source if isinstance(source, bytes) else graph.read_bytes(), fetch)
-        if isinstance(source, bytes):
+        if isinstance(source, bytes) and kernels is None:  # which have set it; twice, and the library complains
             options.add_session_config_entry(_FOLDER, str(graph.parent))
         self._session = self._load(source, graph, options)
         self._inputs = check_names(self._session, signature, fetch)
