@@ -1,10 +1,11 @@
 """Speculation on a real bundle: whether its tokens are the plain ones, how many steps it takes, why some differ.
 
-    python scripts/speculation.py BUNDLE [--draft SMALLER|lookup|recurrent|combined] [--tokens 300] [--text FILE]
+    python scripts/speculation.py BUNDLE [--draft SMALLER|lookup|recurrent|combined ...] [--tokens 300] [--text FILE]
 
 Texts are of this repository: three that are to be copied, and five that are gone on with. With --text they are pieces
-of the end of a file, unseen by a drafter that was trained on it. Where tokens differ, the logits of the two are shown
-as a third reading has them, of the whole text at once: near ones are a tie within rounding.
+of the end of a file, unseen by a drafter that was trained on it. Each text is answered plainly and with each draft, in
+turn, by one session. Where tokens differ, the two logits are shown as a third reading has them, of the whole text
+at once: near ones are a tie within rounding.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edgellm_runtime import Model, load
+from edgellm_runtime import Generation, Model, load
+from edgellm_runtime.generation.drafting import Drafting
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +30,7 @@ def prompts() -> dict[str, list[str]]:
     return {"copied": copied, "gone on with": [*free, "Once upon a time", "The capital of France"]}
 
 
-def held_out(file: Path, count: int = 12, share: float = 0.05) -> dict[str, list[str]]:
+def held_out(file: Path, count: int, share: float = 0.05) -> dict[str, list[str]]:
     """Pieces of 300 characters, evenly spread over the end of a text."""
     text = file.read_text(encoding="utf-8")
     text = text[int(len(text) * (1 - share)) :]
@@ -47,39 +49,55 @@ def difference(model: Model, text: list[int], plain: tuple[int, ...], drafted: t
     return f"parts at token {at}: logits {logits[plain[at]]:.3f} and {logits[drafted[at]]:.3f}"
 
 
+class Sums:
+    """What came of one draft over the texts of a kind."""
+
+    def __init__(self) -> None:
+        self.counts, self.seconds = np.zeros(5, int), np.zeros(2)
+
+    def add(self, model: Model, text: list[int], plain: Generation, found: Generation) -> str:
+        """Count an answer, and say what came of it."""
+        seen, same = found.speculation, plain.tokens == found.tokens
+        assert seen is not None
+        self.counts += (len(found.tokens), seen.steps, seen.drafted, seen.accepted, same)
+        self.seconds += (plain.timings.decode_s, found.timings.decode_s)
+        ratio = plain.timings.decode_s / found.timings.decode_s
+        said = "" if same else difference(model, text, plain.tokens, found.tokens)
+        return f"{seen.steps} steps, accepted {seen.acceptance:.0%}, {ratio:.2f} times as fast {said}"
+
+    def total(self, texts: int) -> str:
+        """All of it in a line."""
+        count, steps, drafted, accepted, same = self.counts.tolist()
+        return (
+            f"{count} tokens in {steps} steps, {accepted} of {drafted} drafted tokens right, {same} of {texts} answers "
+            f"are the plain ones; {count / max(steps + texts, 1):.2f} tokens a step, "
+            f"{self.seconds[0] / self.seconds[1]:.2f} times as fast"
+        )
+
+
 def main() -> None:
-    """Print a line for each text, and one for each kind."""
+    """Print a line for each text and draft, and one for each kind and draft."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle")
-    parser.add_argument("--draft", default="lookup", help="another bundle, lookup, recurrent or combined")
+    parser.add_argument("--draft", nargs="+", default=["lookup"], help="other bundles, lookup, recurrent, combined")
     parser.add_argument("--tokens", type=int, default=300, help="of each answer")
     parser.add_argument("--text", type=Path, help="a file whose end is gone on with")
+    parser.add_argument("--texts", type=int, default=12, help="pieces of it")
     options = parser.parse_args()
     model = load(options.bundle)
     assert model.tokenizer is not None
-    draft = options.draft if options.draft in ("lookup", "recurrent", "combined") else load(options.draft)
-    for kind, texts in (prompts() if options.text is None else held_out(options.text)).items():
-        total, seconds = np.zeros(5), np.zeros(2)
+    drafts: dict[str, Drafting] = {x: x if x in ("lookup", "recurrent", "combined") else load(x) for x in options.draft}
+    model.generate("A first answer, before any is timed.", max_new_tokens=16, ignore_eos=True)
+    for kind, texts in (prompts() if options.text is None else held_out(options.text, options.texts)).items():
+        sums = {name: Sums() for name in drafts}
         for text in texts:
             tokens = model.tokenizer.encode(text)
             plain = model.generate(tokens, max_new_tokens=options.tokens, ignore_eos=True)
-            found = model.generate(tokens, max_new_tokens=options.tokens, ignore_eos=True, draft=draft)
-            seen = found.speculation
-            assert seen is not None
-            total += (len(found.tokens), seen.steps, seen.drafted, seen.accepted, plain.tokens == found.tokens)
-            seconds += (plain.timings.decode_s, found.timings.decode_s)
-            ratio = plain.timings.decode_s / found.timings.decode_s
-            said = "" if plain.tokens == found.tokens else difference(model, tokens, plain.tokens, found.tokens)
-            print(
-                f"{kind}: {seen.steps} steps, accepted {seen.acceptance:.0%}, {ratio:.2f} times as fast {said}",
-                flush=True,
-            )
-        count, steps, drafted, accepted, same = total.astype(int).tolist()
-        print(
-            f"{kind}: {count} tokens in {steps} steps, {accepted} of {drafted} drafted tokens right, "
-            f"{same} of {len(texts)} answers are the plain ones; {count / max(steps + len(texts), 1):.2f} tokens a "
-            f"step, {seconds[0] / seconds[1]:.2f} times as fast"
-        )
+            for name, draft in drafts.items():
+                found = model.generate(tokens, max_new_tokens=options.tokens, ignore_eos=True, draft=draft)
+                print(f"{kind}, {name}: {sums[name].add(model, tokens, plain, found)}", flush=True)
+        for name, total in sums.items():
+            print(f"{kind}, {name}, in all: {total.total(len(texts))}")
 
 
 if __name__ == "__main__":
