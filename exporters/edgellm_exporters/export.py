@@ -308,7 +308,7 @@ def _planned(
             even = [row for row in seen if len(row) == len(seen[0])]
             plan.cache = cache_scales(model, names, plan.cache_left, even)
     if options.tuning is not None:
-        plan = tuned(plan, model, weights, list(layer_modules(model)), options.tuning, progress)
+        plan = tuned(plan, model, weights, list(layer_modules(model)), graphs.all, options.tuning, progress)
     give_back()
     return graphs, plan
 

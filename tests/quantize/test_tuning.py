@@ -29,7 +29,7 @@ from edgellm_exporters.graph.targets import find_target
 from edgellm_exporters.quantize.notes import quantization_notes
 from edgellm_exporters.quantize.plan import Plan, Scheme
 from edgellm_exporters.quantize.planning import Uses
-from edgellm_exporters.quantize.quantized_model import quantized_model
+from edgellm_exporters.quantize.quantized_model import quantized_model, quantized_stream
 from edgellm_exporters.quantize.rtn import round_to_nearest
 from edgellm_exporters.quantize.tuning import tune as tune_module
 from edgellm_exporters.quantize.tuning.chosen import RememberedRows
@@ -62,7 +62,7 @@ def plan_of(model: nn.Module, method: str = "4:32:asymmetric") -> Plan:
 
 
 def run(model: nn.Module, plan: Plan, options: Tuning, tell: Any = lambda what, share: None) -> Plan:
-    return tuned(plan, model, OwnWeights(model), list(layer_modules(model)), options, tell)
+    return tuned(plan, model, OwnWeights(model), list(layer_modules(model)), [], options, tell)
 
 
 def numbers(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
@@ -285,6 +285,25 @@ def test_ctrl_c_leaves_finished_layers_and_no_half_bundle(tmp_path: Path) -> Non
     with pytest.raises(KeyboardInterrupt):
         export(model, tmp_path / "b", options=options, progress=interrupt)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.tuning"]
+
+
+def test_gains_of_norms_are_the_same_in_the_graph_and_in_both_references() -> None:
+    model = make("decoder")
+    graph, plan = planned(model, "cpu", "4:32:asymmetric")
+    gains = {name: p for name, p in model.named_parameters() if p.dim() == 1}
+    before = {name: graph.graph.initializers[name].const_value.numpy().copy() for name in gains}
+    paths, weights = list(layer_modules(model)), OwnWeights(model)
+    found = tuned(plan, model, weights, paths, [graph], tuning(steps=1, distilling_steps=8))
+    assert found.vectors.keys() == gains.keys()
+    shell = shell_of(model)
+    streamed = quantized_stream(shell, weights, found)[1]
+    whole = numbers(model, found)
+    for name, gain in gains.items():
+        factor = found.vectors[name]
+        assert (factor != 1).any()
+        np.testing.assert_array_equal(graph.graph.initializers[name].const_value.numpy(), before[name] * factor)
+        np.testing.assert_array_equal(whole[name].detach().numpy(), gain.detach().numpy() * factor)
+        np.testing.assert_array_equal(streamed.read(name).numpy(), gain.detach().numpy() * factor)
 
 
 def test_auto_tunes_what_it_builds_and_may_take_two_bits_then(tmp_path: Path) -> None:

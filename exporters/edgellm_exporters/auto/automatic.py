@@ -106,7 +106,8 @@ class Automatic:
         with resident(self.model, self.weights):
             plan = plan_of(schemes, done, self._module, self.calibration, progress)
         if self.tuning is not None:
-            plan = tuned(plan, self._module, self.weights, list(layer_modules(self._module)), self.tuning, progress)
+            paths = list(layer_modules(self._module))
+            plan = tuned(plan, self._module, self.weights, paths, [captured], self.tuning, progress)
         write_graph(lower_to(captured, self.target, plan), directory, progress)
         return Built(sum(file.stat().st_size for file in directory.iterdir()), plan)
 

@@ -232,6 +232,7 @@ class Plan:
         orders: of weights that keep codes whose groups are no neighbours, the order of columns in which they are, by
             the names of the parts that were merged; what is multiplied with them is put into that order.
         by_rows: weights whose rows may be quantized some at a time, so that a vocabulary's table is never whole.
+        vectors: factors on the numbers of norms' gains and of biases, by name, where they were tuned too.
         tuned: what became of each layer and of all scales, where codes were tuned; for the manifest.
     """
 
@@ -246,6 +247,7 @@ class Plan:
     left: Mapping[str, str] = field(default_factory=dict)
     orders: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
     by_rows: frozenset[str] = frozenset()
+    vectors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     tuned: Mapping[str, Any] = field(default_factory=dict)
     _last: tuple[str, Codes] | None = field(default=None, repr=False)
 

@@ -111,6 +111,8 @@ def _with_numbers(model: nn.Module, numbers: _Numbers) -> nn.Module:
     with torch.no_grad():
         for name in numbers.schemes:
             by_name[name].copy_(numbers.of(name, by_name[name]))
+        for name, factor in numbers.vectors.items():
+            by_name[name].mul_(factor)
     return model
 
 
@@ -153,6 +155,7 @@ class _Numbers:
         self.by_rows = {part for name in plan.by_rows for part in parts_of(name)}
         self._columns = {part: f for name, f in plan.smoothing.columns.items() for part in parts_of(name)}
         self.orders = {name: torch.from_numpy(order) for name, order in plan.orders.items()}
+        self.vectors = {name: torch.from_numpy(factor) for name, factor in plan.vectors.items()}
         self._shifts: dict[str, Tensor] = {}
         self._rows = by_part(plan.smoothing.rows, {name: len(w) for name, w in named_weights(model).items()})
 
@@ -209,6 +212,8 @@ class RoundedWeights:
     def read(self, name: str) -> Tensor:
         """One parameter."""
         found = self._weights.read(name)
+        if name in self._numbers.vectors:
+            return found * self._numbers.vectors[name]
         return self._numbers.of(self._planned[name], found) if name in self._planned else found
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:

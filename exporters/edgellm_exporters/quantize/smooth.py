@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from edgellm.ops.schema import View, view_of, views
 from edgellm_exporters.passes.merge_linears import parts_of
 
-__all__ = ["STRENGTH", "Smoothing", "by_part", "smooth"]
+__all__ = ["STRENGTH", "Smoothing", "by_part", "scale_vectors", "smooth", "vectors_of"]
 
 STRENGTH = 0.5  # 0 leaves all the range in the inputs, 1 moves all of it into the weights
 _LARGEST = 2.0**12  # of a factor: beyond, one side would leave what float16 scales hold
@@ -82,6 +82,38 @@ def smooth(
         for weight in weights:
             _multiply(weight, factors, done.columns, factors)
     return done
+
+
+def vectors_of(graphs: Sequence[ir.Model], shapes: Mapping[str, Sequence[int]]) -> frozenset[str]:
+    """Those of a model's vectors that its graphs have as they are, so that factors on them reach what is computed.
+
+    Args:
+        graphs: of canonical ops.
+        shapes: of the model's parameters.
+    """
+    found = {name for name, shape in shapes.items() if len(shape) == 1}
+    for graph in graphs:
+        there = graph.graph.initializers
+        found -= {n for n in found if n in there and not _same(there[n], shapes[n])}
+    used = {n for n in found for g in graphs if n in g.graph.initializers and g.graph.initializers[n].uses()}
+    return frozenset(used)
+
+
+def _same(value: ir.Value, shape: Sequence[int]) -> bool:
+    tensor = value.const_value
+    return tensor is not None and tensor.dtype.is_floating_point() and list(tensor.shape.numpy()) == list(shape)
+
+
+def scale_vectors(graphs: Sequence[ir.Model], factors: Mapping[str, Array]) -> None:
+    """Multiply vectors of graphs, in place.
+
+    Args:
+        graphs: of canonical ops.
+        factors: by name, of those that :func:`vectors_of` gives.
+    """
+    for graph in graphs:
+        for name in factors.keys() & graph.graph.initializers.keys():
+            _scale(graph.graph.initializers[name], factors[name])
 
 
 def _factors(seen: Array, weights: Sequence[Array], strength: float) -> Array:

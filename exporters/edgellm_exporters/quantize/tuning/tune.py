@@ -6,12 +6,13 @@ import dataclasses
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from edgellm.streaming import Weights
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.passes.merge_linears import parts_of
 from edgellm_exporters.quantize.plan import Codes, Plan, Scheme, joined
+from edgellm_exporters.quantize.smooth import scale_vectors, vectors_of
 from edgellm_exporters.quantize.tuning import layer_stream
 from edgellm_exporters.quantize.tuning.chosen import ChosenWeights, CodedWeight, RememberedRows, coded_weights
 from edgellm_exporters.quantize.tuning.distill import distilled
@@ -76,10 +78,10 @@ class Tuning:
 
 
 def tuned(
-    plan: Plan, model: nn.Module, weights: Weights, paths: Sequence[str], tuning: Tuning,
+    plan: Plan, model: nn.Module, weights: Weights, paths: Sequence[str], graphs: Sequence[ir.Model], tuning: Tuning,
     progress: Progress = lambda what, share: None,
 ) -> Plan:  # fmt: skip
-    """A plan with the same formats and codes that are nearer to what the float model computes.
+    """A plan with the same formats and codes that are nearer to what the float model computes; graphs get its vectors.
 
     A layer whose error on held-back text is no smaller than with the plan's own codes keeps those. Given the minutes
     that it takes, the outcome depends on the seed alone.
@@ -89,6 +91,7 @@ def tuned(
         model: in eval mode; its parameters may be on the meta device, and it is left as it was.
         weights: where they are read.
         paths: of its layers.
+        graphs: that the plan is for, of canonical ops; their norms' gains are changed with the scales.
         tuning: how.
         progress: told what is done, and how much of it.
 
@@ -106,8 +109,11 @@ def tuned(
     with _Work(tuning, coded, order) as work:
         run = _Run(shell, weights, coded, tokens, learn, order, work, tuning, progress)
         run.tune_layers()
-        run.distill()
-    return _with_codes(plan, run.coded, run.told())
+        run.distill(vectors_of(graphs, {name: p.shape for name, p in model.named_parameters()}))
+    found = _with_codes(plan, run.coded, run.told())
+    found.vectors = {name: factor.numpy() for name, factor in run.vectors.items()}
+    scale_vectors(graphs, found.vectors)
+    return found
 
 
 class _Work:
@@ -153,6 +159,7 @@ class _Run:
         self._quantized = LayerStream(shell, RememberedRows(self._chosen), tokens, order, work.room / "quantized")
         self._layers: dict[str, dict[str, Any]] = {}
         self._distilled: dict[str, Any] = {}
+        self.vectors: Mapping[str, Tensor] = {}
 
     def tune_layers(self) -> None:
         """All layers, first to last."""
@@ -191,8 +198,8 @@ class _Run:
         self._quantized.advance(self._quantized.parameters(self._chosen))
         return told
 
-    def distill(self) -> None:
-        """All scales at once, in the time that is left."""
+    def distill(self, vectors: Collection[str]) -> None:
+        """All scales and some vectors at once, in the time that is left."""
         pace = _Pace(self._tuning, self._begin + 60 * self._tuning.minutes, self._tuning.distilling_steps)
 
         def steps(done: int) -> int:
@@ -201,13 +208,13 @@ class _Run:
             return total
 
         found = distilled(
-            self._shell, self._weights, self.coded, self._tokens, self._floats.logits, learn=self._learn, steps=steps,
-            generator=self._generator(len(self._order)),
+            self._shell, self._weights, self.coded, vectors, self._tokens, self._floats.logits, learn=self._learn,
+            steps=steps, generator=self._generator(len(self._order)),
         )  # fmt: skip
         better = found.after < found.before
         self._distilled = {"before": found.before, "after": found.after, "steps": found.steps, "kept": not better}
         if better:
-            self.coded = dict(found.coded)
+            self.coded, self.vectors = dict(found.coded), found.vectors
 
     def told(self) -> dict[str, Any]:
         """What the manifest says of it."""
