@@ -111,12 +111,15 @@ def one_thing_a_layer() -> nn.Module:
 
 
 def shared_blocks() -> nn.Module:
-    return Zamba2(
+    model = Zamba2(
         Zamba2Config(
             **SPACE | {"pattern": ("shared", "space", "shared", "shared"), "num_kv_heads": 4}, num_blocks=2, rank=6,
             attention_changes=True, rotates=True, mlp_bias=True,
         )
     )  # fmt: skip
+    with torch.no_grad():  # as large beside what layers add to it as training makes it: 8 bits of those are no more
+        model.embedding.weight *= 8
+    return model
 
 
 def scans_and_experts() -> nn.Module:

@@ -55,11 +55,11 @@ def largest_inputs(
     found: dict[str, Array] = {}
 
     def visit(name: str, _module: nn.Linear, x: Tensor) -> None:
-        found[name] = x.abs().amax(0).numpy()
+        found[name] = np.maximum(x.abs().amax(0).numpy(), found.get(name, np.float32(0)))
         if not np.isfinite(found[name]).all():
             raise QuantizeError(f"{name}: real text gives it NaN or infinite inputs; check the checkpoint")
 
-    _visit(model, windows, visit, None, progress)
+    _visit(model, windows, visit, None, progress)  # a block that is run at several places reads something else at each
     return found
 
 
@@ -106,7 +106,11 @@ class _Done(Exception):
 def _visit(
     model: nn.Module, windows: Sequence[Sequence[int]], visit: Visit, wanted: set[str] | None, progress: Progress
 ) -> None:
-    """Run the model and call ``visit`` with each linear layer's weight's name, the layer, and all that it reads."""
+    """Run the model and call ``visit`` with each linear layer's weight's name, the layer, and all that it reads.
+
+    Where layers are ``wanted``, it is called for those, once each, when they are first run, and nothing is run after
+    the last of them; otherwise it is called whenever a layer is run.
+    """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -117,14 +121,14 @@ def _visit(
 
     def hook(module: nn.Module, inputs: Any) -> None:
         assert isinstance(module, nn.Linear)
-        if module not in left:
+        if module not in left and wanted is not None:
             return
         x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
         for name in layers[module]:
             visit(name, module, x)
         left.discard(module)
         progress(1 - len(left) / max(total, 1))
-        if not left:
+        if not left and wanted is not None:
             raise _Done
 
     with _unchanged(layers), _hooked(layers, hook):
