@@ -10,7 +10,8 @@ import click
 
 from edgellm.cli.standard_streams import error_is_terminal
 
-__all__ = ["stages"]
+DETAIL = " · "  # parts what is being done from how it is getting on, which a bar shows in its own line
+__all__ = ["DETAIL", "stages"]
 
 
 @contextmanager
@@ -40,10 +41,11 @@ def _bar() -> Iterator[Callable[[str, float], None]]:
         tasks: dict[str, object] = {}
 
         def tell(what: str, share: float) -> None:
-            if what not in tasks:
+            stage = what.partition(DETAIL)[0]
+            if stage not in tasks:
                 for done in tasks.values():
                     progress.update(done, completed=1.0)  # type: ignore[arg-type]
-                tasks[what] = progress.add_task(what, total=1.0)
-            progress.update(tasks[what], completed=share)  # type: ignore[arg-type]
+                tasks[stage] = progress.add_task(what, total=1.0)
+            progress.update(tasks[stage], completed=share, description=what)  # type: ignore[arg-type]
 
         yield tell

@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 from families import CONTEXT, VOCAB, make, planned
+from rich.progress import Progress
 from torch import Tensor, nn
 
+from edgellm.cli import progress as progress_module
 from edgellm.cli.calibration import Calibration, tuning_of
 from edgellm.cli.export import export as command
 from edgellm.streaming import OwnWeights
@@ -154,7 +156,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_codes(tmp_path: Path) ->
     whole = numbers(model, run(model, plan, dataclasses.replace(options, directory=None)))
 
     def interrupt(what: str, share: float) -> None:
-        if what.startswith("tuning: layer 2"):
+        if what.startswith("tuning layers · 2"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -278,7 +280,7 @@ def test_ctrl_c_leaves_finished_layers_and_no_half_bundle(tmp_path: Path) -> Non
     model = make("decoder")
 
     def interrupt(what: str, share: float) -> None:
-        if what.startswith("tuning: layer 2"):
+        if what.startswith("tuning layers · 2"):
             raise KeyboardInterrupt
 
     options = ExportOptions(quantize="4:32:asymmetric", tuning=tuning(directory=tmp_path / "b.tuning"))
@@ -337,3 +339,15 @@ def test_tuning_without_a_text_is_refused_with_the_option_that_gives_one(tmp_pat
     asked = [str(tmp_path / "x"), "-o", str(tmp_path / "b"), "--quantize", "int4", "--tune", "1"]
     result = CliRunner().invoke(command, asked)
     assert result.exit_code == 2 and "add --calibrate FILE" in result.output
+
+
+def test_a_bar_shows_how_a_stage_is_getting_on_in_the_stages_own_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[list[str]] = []
+    monkeypatch.setattr(progress_module, "error_is_terminal", lambda: True)
+    with progress_module.stages() as tell:
+        tell("tuning layers · 1 of 2", 0.0)
+        tell("tuning layers · 2 of 2, error 0.5 of what it was", 0.5)
+        tell("writing", 0.0)
+        bars = next(cell.cell_contents for cell in tell.__closure__ or () if isinstance(cell.cell_contents, Progress))
+        shown.append([task.description for task in bars.tasks])
+    assert shown == [["tuning layers · 2 of 2, error 0.5 of what it was", "writing"]]

@@ -165,7 +165,7 @@ class _Run:
         """All layers, first to last."""
         said = ""
         for number, path in enumerate(self._order):
-            self._progress(f"tuning: layer {number + 1} of {len(self._order)}{said}", number / len(self._order))
+            self._progress(f"tuning layers · {number + 1} of {len(self._order)}{said}", number / len(self._order))
             told = self._layer(number, path)
             if told:
                 self._layers[path] = told
@@ -204,7 +204,7 @@ class _Run:
 
         def steps(done: int) -> int:
             total = pace(done)
-            self._progress("tuning: scales of all layers", done / max(total, 1))
+            self._progress("tuning scales of all layers", done / max(total, 1))
             return total
 
         found = distilled(
