@@ -36,10 +36,10 @@ def work_digest(coded: Mapping[str, CodedWeight], settings: Mapping[str, Any]) -
         coded: by each name that the model has for a weight.
         settings: that change the outcome, as JSON.
     """
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, allow_nan=False).encode())
     for name in sorted(coded):
         one = coded[name]
-        digest.update(json.dumps([name, one.name, asdict(one.scheme)]).encode())
+        digest.update(json.dumps([name, one.name, asdict(one.scheme)], allow_nan=False).encode())
         for part in (one.codes.codes, one.codes.scales, one.codes.zeros, one.column.numpy(), one.row.numpy()):
             digest.update(np.ascontiguousarray(part).tobytes())
     return digest.hexdigest()
@@ -97,7 +97,7 @@ class FinishedLayers:
         arrays = {f"{name}/{part}": getattr(c.codes, part) for name, c in coded.items() for part in _PARTS}
         beside = self.directory / f".{os.getpid()}.npz"
         try:
-            np.savez(beside, told=np.array(json.dumps(told)), **arrays)
+            np.savez(beside, told=np.array(json.dumps(told, allow_nan=False)), **arrays)
             beside.replace(self._file(path))
         finally:
             beside.unlink(missing_ok=True)

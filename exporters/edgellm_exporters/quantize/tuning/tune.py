@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -169,7 +170,7 @@ class _Run:
             told = self._layer(number, path)
             if told:
                 self._layers[path] = told
-                said = f", error {told['after'] / max(told['before'], 1e-30):.2f} of what it was"
+                said = f", error {told['after']:.3g} after {told['before']:.3g}" if told["after"] is not None else ""
 
     def _layer(self, number: int, path: str) -> dict[str, Any]:
         """Pass one layer with both streams, its codes tuned in between."""
@@ -187,7 +188,7 @@ class _Run:
                 self._quantized, path, self._floats.passed_outputs(), floats, own, learn=self._learn, steps=pace,
                 generator=self._generator(number),
             )  # fmt: skip
-            told = {"before": result.before, "after": result.after, "steps": result.steps, "kept": not result.better}
+            told = _told(path, result.before, result.after, result.steps)
             found = (dict(result.coded) if result.better else own), told
             if self._work.finished is not None:
                 self._work.finished.save(path, *found)
@@ -211,9 +212,8 @@ class _Run:
             self._shell, self._weights, self.coded, vectors, self._tokens, self._floats.logits, learn=self._learn,
             steps=steps, generator=self._generator(len(self._order)),
         )  # fmt: skip
-        better = found.after < found.before
-        self._distilled = {"before": found.before, "after": found.after, "steps": found.steps, "kept": not better}
-        if better:
+        self._distilled = _told("the model", found.before, found.after, found.steps)
+        if not self._distilled["kept"]:
             self.coded, self.vectors = dict(found.coded), found.vectors
 
     def told(self) -> dict[str, Any]:
@@ -225,6 +225,14 @@ class _Run:
 
     def _generator(self, number: int) -> torch.Generator:
         return torch.Generator().manual_seed(1000 * self._tuning.seed + number)
+
+
+def _told(what: str, before: float, after: float, steps: int) -> dict[str, Any]:
+    """What the manifest says of a layer, or of all scales; whether it keeps the numbers from before."""
+    if not math.isfinite(before):
+        raise QuantizeError(f"{what} gives NaN or infinities on real text; check the checkpoint")
+    shown = after if math.isfinite(after) else None
+    return {"before": before, "after": shown, "steps": steps, "kept": not after < before}
 
 
 class _Pace:
