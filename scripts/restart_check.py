@@ -74,7 +74,16 @@ def rounds(bundle: Path, options: argparse.Namespace) -> bool:
                            part, "--file", str(Path(folder, "state")),
                            *(["--threads", str(options.threads)] if options.threads else [])]  # fmt: skip
                 each.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    same = len({json.dumps([each["tokens"], each["logprobs"]]) for part in found.values() for each in part}) == 1
+    same = (
+        len(
+            {
+                json.dumps([each["tokens"], each["logprobs"]], allow_nan=False)
+                for part in found.values()
+                for each in part
+            }
+        )
+        == 1
+    )
     middle = {
         part: {key: float(np.median([e[key] for e in each])) for key in each[0] if key not in ("tokens", "logprobs")}
         for part, each in found.items()
@@ -119,7 +128,11 @@ def main() -> int:
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
-        print(json.dumps(child(options.part, options.bundle[0], options.file, options.tokens, options.threads)))
+        print(
+            json.dumps(
+                child(options.part, options.bundle[0], options.file, options.tokens, options.threads), allow_nan=False
+            )
+        )
         return 0
     print("| bundle | tokens | state, MB | reading, s (processor) | from its state, ms (processor) | times | "
           "loading the bundle, ms | answers |")  # fmt: skip

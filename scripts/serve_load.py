@@ -102,10 +102,11 @@ class Client:
     """
 
     def __init__(self, served: Served, prompt: Sequence[int], tokens: int) -> None:
-        body = json.dumps({
+        asked = {
             "model": served.model, "prompt": [*prompt], "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
             "stream": True, "stream_options": {"include_usage": True},
-        }).encode()  # fmt: skip
+        }  # fmt: skip
+        body = json.dumps(asked, allow_nan=False).encode()
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{served.port}\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
