@@ -394,3 +394,28 @@ def test_damaged_saved_state_is_an_error(tmp_path: Path) -> None:
             State.load(tmp_path / "s", specs)
 
     check()
+
+
+@pytest.mark.parametrize("room", [1, 64, 65, 300])
+def test_a_fork_with_room_is_the_state_with_room_and_goes_its_own_way(room: int, tmp_path: Path) -> None:
+    specs = [
+        StateSpec("kv", ("batch", 2, "capacity", 3), "float32", "append"),
+        StateSpec("h", ("batch", 4), "float32", "replace"),
+    ]
+    state, rng = State(specs, 2, 70), np.random.default_rng(0)
+    for each in (state.tensors, state.spares):
+        for array in each.values():
+            array[...] = rng.standard_normal(array.shape)
+    state.lengths[:] = (70, 66)
+    state.save(tmp_path / "state")
+    loaded = State.load(tmp_path / "state", specs)
+    for one in (state, loaded):
+        fork = one.fork(room)
+        assert fork.capacity >= max(room, 70) and fork.lengths.tolist() == [70, 66]
+        assert np.array_equal(fork.tensors["kv"][:, :, :70], state.tensors["kv"][:, :, :70])
+        assert np.array_equal(fork.tensors["h"], state.tensors["h"])
+        for name in ("kv", "h"):
+            assert not np.shares_memory(fork.tensors[name], one.tensors[name])
+        assert not np.shares_memory(fork.spares["h"], one.spares["h"])
+        fork.lengths[0] = 3
+        assert one.lengths[0] == 70

@@ -156,9 +156,7 @@ class TextState:
         """
         if self._state is None:
             return session.new_state(1, capacity)
-        state = self._state.fork()
-        state.reserve(max(capacity, 1))
-        return state
+        return self._state.fork(max(capacity, 1))
 
     def trail(self) -> Trail:
         """The snapshots, for whoever goes on from here; these stay as they are."""

@@ -4,9 +4,10 @@ than the bytes that it has there.
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_runtime.arguments import shown
+from edgellm_runtime.errors import OptionError, StateError
+from edgellm_runtime.spec import StateSpec
 
-__all__ = ["MOST_TOKENS", "read_arrays", "source_of", "write_arrays"]
+__all__ = ["FORMAT", "check_lengths", "header_of", "read_arrays", "shape_of_used", "source_of", "write_arrays"]
 
-MOST_TOKENS = 1 << 30  # of a row: more would overflow the graph's whole numbers
+FORMAT = 1
+_MOST_TOKENS = 1 << 30  # of a row: more would overflow the graph's whole numbers
 _MAX_HEADER = 10_000  # bytes of what NumPy writes before an array
 
 
@@ -66,6 +70,23 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
             return {name: arrays[name] for name in arrays.files}
 
 
+def header_of(specs: Sequence[StateSpec], about: dict[str, Any]) -> str:
+    """What a file says of itself.
+
+    Args:
+        specs: of its states.
+        about: what is written beside them.
+
+    Raises:
+        OptionError: something that JSON has not.
+    """
+    header = {"format": FORMAT, "specs": [s.to_json() for s in specs]}
+    try:
+        return json.dumps(header | ({"about": about} if about else {}), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise OptionError(f"about is {shown(about)}; it must be a dict of JSON's types") from error
+
+
 def source_of(specs: Any) -> int | None:
     """The length of the sources that a saved state was made of, as its header says; None: of none.
 
@@ -74,9 +95,31 @@ def source_of(specs: Any) -> int | None:
     """
     found = {spec.get("source") for spec in specs} - {None}
     (source,) = found or {None}
-    if source is not None and (type(source) is not int or not 0 < source <= MOST_TOKENS):
+    if source is not None and (type(source) is not int or not 0 < source <= _MOST_TOKENS):
         raise ValueError(f"sources of {shown(source)} tokens")
     return source
+
+
+def check_lengths(path: Path, lengths: NDArray[Any], written: NDArray[Any]) -> None:
+    """See that a file's rows have as many tokens as rows may have.
+
+    Args:
+        path: the file.
+        lengths: of its rows.
+        written: what its rings were written with.
+
+    Raises:
+        StateError: they have not.
+    """
+    if (
+        lengths.dtype != np.int32
+        or lengths.ndim != 1
+        or not len(lengths)
+        or not (0 <= lengths.min() <= lengths.max() <= _MOST_TOKENS)
+    ):
+        raise StateError(f"{path}: its lengths are damaged; read the prompt again")
+    if written.dtype != np.int32 or written.shape != lengths.shape or (written < lengths).any():
+        raise StateError(f"{path}: what its rings were written with is damaged; read the prompt again")
 
 
 def _check_size(data: Any, size: int) -> None:
@@ -88,3 +131,9 @@ def _check_size(data: Any, size: int) -> None:
     shape, _, dtype = read(data, max_header_size=_MAX_HEADER)
     if dtype.hasobject or math.prod(shape) * dtype.itemsize != size - data.tell():
         raise ValueError(f"an array of {dtype} {shape} in {size - data.tell()} bytes")
+
+
+def shape_of_used(spec: StateSpec, batch: int, tokens: int) -> tuple[int, ...]:
+    """That of a tensor's slots in use."""
+    shape, axis = spec.resolve(batch, tokens), spec.axis
+    return shape if axis is None else (*shape[:axis], min(tokens, shape[axis]), *shape[axis + 1 :])

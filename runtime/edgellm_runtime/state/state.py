@@ -23,16 +23,23 @@ from edgellm_runtime.arguments import (
     check_text,
     shown,
 )
-from edgellm_runtime.errors import OptionError, StateError, first_line
+from edgellm_runtime.errors import StateError, first_line
 from edgellm_runtime.spec import StateSpec
-from edgellm_runtime.state.saved_arrays import MOST_TOKENS, read_arrays, source_of, write_arrays
+from edgellm_runtime.state.saved_arrays import (
+    FORMAT,
+    check_lengths,
+    header_of,
+    read_arrays,
+    shape_of_used,
+    source_of,
+    write_arrays,
+)  # fmt: skip
 from edgellm_runtime.state.snapshot import Snapshot, overwritten, packed, unpacked
 from edgellm_runtime.state.storage import HOST, Buffers, HostStorage, Storage, host_dtype, widened
 
 __all__ = ["State"]
 
 Array = NDArray[Any]
-_FORMAT = 1
 _COUNTABLE = 1 << 62  # rows or slots: NumPy counts no further
 
 
@@ -126,9 +133,22 @@ class State:
         for name, spare in spares.items():
             tensors[name], spares[name] = spare, tensors[name]
 
-    def fork(self) -> State:
-        """A copy that goes its own way, such as for another continuation of one prompt."""
-        return self.take(range(self.batch))
+    def fork(self, room: int = 0) -> State:
+        """A copy that goes its own way, such as for another continuation of one prompt.
+
+        Args:
+            room: slots for tokens that each row of it has at least.
+        """
+        if room <= self.capacity or not isinstance(self.storage, HostStorage):
+            copy = self.take(range(self.batch))
+            copy.reserve(room)
+            return copy
+        copy, capacity = State.__new__(State), self.storage.rounded(room)  # what grows is copied once, not twice
+        new = self.storage.grown(self.specs, self.buffers, self.batch, capacity)
+        tensors = {name: a.copy() if a is self.tensors[name] else a for name, a in new.tensors.items()}
+        buffers = Buffers(tensors, {name: a.copy() for name, a in new.spares.items()})
+        copy._set(self.specs, self.declared, self.batch, capacity, self.storage, buffers, self.lengths, self._written)
+        return copy
 
     def take(self, rows: Sequence[int]) -> State:
         """A copy of some rows, in the order given; a row may be taken more than once.
@@ -167,11 +187,7 @@ class State:
                 self.tensors[name], self.spares[name] = spare, self.tensors[name]
 
     def follow(self, view: State) -> None:
-        """Let a state that :meth:`first` gave, and that was settled, be used again: what was bound to it stays.
-
-        Args:
-            view: of this state's memory as it is, which has not grown since.
-        """
+        """Let a state that :meth:`first` gave be used again, once it was settled, if this one has not grown since."""
         view.lengths, view._written = self.lengths[: view.batch].copy(), self._written[: view.batch].copy()
         for name, spare in view.spares.items():
             if spare.ctypes.data == self.tensors[name].ctypes.data:  # see settle
@@ -316,7 +332,7 @@ class State:
         if _has_ring(self.specs):
             arrays["__written__"] = self.written
         arrays |= packed(check_list("snapshots", snapshots, "Snapshots", _check_snapshot))
-        header = _header(self.specs, {} if about is None else check_instance("about", about, dict, "of JSON's types"))
+        header = header_of(self.specs, {} if about is None else check_instance("about", about, dict, "of JSON's types"))
         try:
             write_arrays(path, {"__header__": np.array(header), "__lengths__": self.lengths, **arrays})
         except OSError as error:
@@ -340,7 +356,7 @@ class State:
             header = json.loads(str(data["__header__"]))
             source = source_of(header["specs"])
             sized = [s.of_source(source) for s in specs]
-            known = header["format"] == _FORMAT and header["specs"] == [s.to_json() for s in sized]
+            known = header["format"] == FORMAT and header["specs"] == [s.to_json() for s in sized]
             lengths, arrays = data["__lengths__"], {spec.name: data[spec.name] for spec in specs if known}
             written = data["__written__"] if known and _has_ring(specs) else lengths
             about = dict(header.get("about", {}))
@@ -348,28 +364,25 @@ class State:
             raise StateError(f"{path}: not a saved state ({first_line(error)}); read the prompt again") from error
         if not known:
             raise StateError(f"{path}: the state of another model; read the prompt again with this one")
-        if (
-            lengths.dtype != np.int32
-            or lengths.ndim != 1
-            or not len(lengths)
-            or not (0 <= lengths.min() <= lengths.max() <= MOST_TOKENS)
-        ):
-            raise StateError(f"{path}: its lengths are damaged; read the prompt again")
-        if written.dtype != np.int32 or written.shape != lengths.shape or (written < lengths).any():
-            raise StateError(f"{path}: what its rings were written with is damaged; read the prompt again")
+        check_lengths(path, lengths, written)
         try:
             snapshots = unpacked(data, specs, int(lengths[0]) if len(lengths) == 1 else 0)
         except (ValueError, KeyError) as error:
             raise StateError(f"{path}: its snapshots are damaged ({error}); read the prompt again") from error
         used = max(int(lengths.max()), 1)
         for spec in specs:
-            found, expected = arrays[spec.name], _shape_of_used(spec.of_source(source), len(lengths), used)
+            found, expected = arrays[spec.name], shape_of_used(spec.of_source(source), len(lengths), used)
             if found.shape != expected or found.dtype != host_dtype(spec.dtype):
                 raise StateError(f"{path}: {spec.name} is {found.dtype} {found.shape}, not {spec.dtype} {expected}")
-        state = cls(specs, len(lengths), storage.rounded(used), storage, source)
+        here = isinstance(storage, HostStorage)
+        state = cls(specs, len(lengths), used if here else storage.rounded(used), storage, source)
         state.lengths, state._written, state.about, state.snapshots = lengths, written, about, snapshots
         for spec in specs:
-            storage.write(spec, state.tensors[spec.name], arrays[spec.name])
+            array, tensor = arrays[spec.name], state.tensors[spec.name]
+            if here and array.shape == tensor.shape and array.flags.c_contiguous and array.flags.writeable:
+                state.tensors[spec.name] = array  # as it was read, for a copy takes longer than reading
+            else:
+                storage.write(spec, tensor, array)
         return state
 
 
@@ -381,19 +394,5 @@ def _check_snapshot(name: str, value: Any) -> Snapshot:
     return check_instance(name, value, Snapshot, "snapshot() takes one")
 
 
-def _header(specs: Sequence[StateSpec], about: dict[str, Any]) -> str:
-    header = {"format": _FORMAT, "specs": [s.to_json() for s in specs]}
-    try:
-        return json.dumps(header | ({"about": about} if about else {}), allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise OptionError(f"about is {shown(about)}; it must be a dict of JSON's types") from error
-
-
 def _has_ring(specs: Sequence[StateSpec]) -> bool:
     return any(spec.update == "ring" for spec in specs)
-
-
-def _shape_of_used(spec: StateSpec, batch: int, tokens: int) -> tuple[int, ...]:
-    """That of a tensor's slots in use."""
-    shape, axis = spec.resolve(batch, tokens), spec.axis
-    return shape if axis is None else (*shape[:axis], min(tokens, shape[axis]), *shape[axis + 1 :])
