@@ -1,6 +1,7 @@
 """Change the numbers and the meaning of tiny bundles in many ways, checksums rewritten; count which changes are found.
 
     python scripts/mutate.py --seeds 2
+    python scripts/mutate.py --families decoder --write a.json; python scripts/mutate.py --join a.json b.json
 
 Prints tables, then each harmful change that nothing found and each layer that diff named wrongly; clean bundles are
 verified too, over numbers of threads.
@@ -9,10 +10,14 @@ verified too, over numbers of threads.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -37,6 +42,7 @@ _SUBJECTS = {
     "windows and soft caps": ("none", "int8", "2:32", "w8a8", CACHE),
 }
 _GROUPS = {"mixed": "hybrid", "lstm": "hybrid", "local and mixed": "window", "windows and soft caps": "window"}
+_MEANING = "meaning"
 _THREADS = range(1, 9)
 
 
@@ -44,25 +50,53 @@ def main() -> int:
     """Make, change, verify; 1 if a clean bundle was called wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seeds", type=int, default=2, help="of each kind of change, for each model and format")
-    parser.add_argument("--families", nargs="+", default=list(_SUBJECTS))
+    parser.add_argument("--families", nargs="+", default=[*_SUBJECTS, _MEANING], help="some of them alone")
+    parser.add_argument("--write", type=Path, help="where to write what was found, for --join")
+    parser.add_argument("--join", nargs="+", type=Path, help="print the tables of what was written, and change nothing")
     options = parser.parse_args()
-    found: list[Outcome] = []
-    alarms = clean = 0
-    with tempfile.TemporaryDirectory() as scratch:
-        for number, (family, method) in enumerate((f, m) for f in options.families for m in _SUBJECTS[f]):
-            folder = Path(scratch) / str(number)
-            source = made(method, folder / "source", family)
-            bundle = Bundle(source)
-            for threads in _THREADS:
-                clean += 1
-                alarms += not verify(bundle, open_session(bundle, threads=threads)).ok
-            group = f"{_GROUPS.get(family, '')} {method}".strip()
-            found += outcomes(source, group, range(options.seeds), folder, diff=True)
-            print(f"{family}, {method}: {len(found)} changes so far", file=sys.stderr, flush=True)
-        found += _meanings(Path(scratch))
+    run = _Run()
+    if options.join:
+        for file in options.join:
+            run.add(_Run(**json.loads(file.read_text())))
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            for number, family in enumerate(options.families):
+                run.take(family, options.seeds, Path(scratch) / str(number))
+    if options.write:
+        options.write.write_text(json.dumps(dataclasses.asdict(run)))
+    found = [Outcome(**one) for one in run.found]
     _report(found)
-    print(f"\n{len(found)} changes; {clean} clean verifications, {alarms} of them false alarms")
-    return 1 if alarms else 0
+    print(f"\n{len(found)} changes; {run.clean} clean verifications, {run.alarms} of them false alarms")
+    return 1 if run.alarms else 0
+
+
+@dataclass
+class _Run:
+    """What was found, and how many clean bundles were verified, and of these called wrong."""
+
+    found: list[dict[str, Any]] = field(default_factory=list)
+    clean: int = 0
+    alarms: int = 0
+
+    def add(self, other: _Run) -> None:
+        self.found += other.found
+        self.clean += other.clean
+        self.alarms += other.alarms
+
+    def take(self, family: str, seeds: int, folder: Path) -> None:
+        """Each method of a family."""
+        if family == _MEANING:
+            self.found += [dataclasses.asdict(one) for one in _meanings(folder)]
+            return
+        for method in _SUBJECTS[family]:
+            each = folder / method.replace(":", "-")
+            bundle = Bundle(source := made(method, each / "source", family))
+            for threads in _THREADS:
+                self.clean += 1
+                self.alarms += not verify(bundle, open_session(bundle, threads=threads)).ok
+            group = f"{_GROUPS.get(family, '')} {method}".strip()
+            self.found += [dataclasses.asdict(one) for one in outcomes(source, group, range(seeds), each, diff=True)]
+            print(f"{family}, {method}: {len(self.found)} changes so far", file=sys.stderr, flush=True)
 
 
 def _meanings(scratch: Path) -> Iterator[Outcome]:
@@ -70,14 +104,14 @@ def _meanings(scratch: Path) -> Iterator[Outcome]:
     for source in (attention_bundle(), window_bundle()):
         for name, change in MEANINGS.items():
             folder = scratch / f"{source.parent.name} {name}"
-            folder.mkdir()
+            folder.mkdir(parents=True)
             change(path := copied(source, folder))
             try:
                 bundle = Bundle(path)
                 ok = verify(bundle, open_session(bundle, threads=1)).ok
             except RuntimeFault:
                 ok = False
-            yield Outcome("meaning", "a change of meaning", float("inf"), False, not ok)
+            yield Outcome(_MEANING, "a change of meaning", float("inf"), False, not ok)
 
 
 def _report(found: Sequence[Outcome]) -> None:

@@ -191,7 +191,7 @@ def _build(
             )  # fmt: skip
             switched = adapter_traces(model, rows[:_ADAPTER_ROWS])
             made_up = standing_in is None and sources is None
-            start = far_start(model, traces[0], made.context) if made_up else None
+            start = far_start(model, traces[0], made.context, codes=bool(plan.cache)) if made_up else None
             quantized = bool(plan.schemes or plan.cache)
             far = None if start is None or quantized else far_row(model, start, {})
             info = text.info if text else None

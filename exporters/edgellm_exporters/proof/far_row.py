@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,27 +14,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgellm.models.protocol import LanguageModel, Step
+from edgellm.ops import ATTENTION
+from edgellm.ops.attention import attention_reference
+from edgellm.ops.schema import computed_by
 from edgellm_exporters.proof.traces import Trace
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.checks.far import (
     FAR,
-    FORMS,
+    far_distances,
     far_golden,
-    far_outputs,
     float_session,
     made_up,
+    page_by_page,
     reads_floats,
     written_slots,
 )
 from edgellm_runtime.checks.goldens import goldens_file
-from edgellm_runtime.checks.verify import MARGIN, distance
+from edgellm_runtime.checks.verify import MARGIN
 from edgellm_runtime.loading import open_session
 from edgellm_runtime.spec import StateSpec
 
 __all__ = ["FarRow", "FarStart", "far_bounds", "far_row", "far_start"]
 
 _TOKENS = 12
-_STATE_BYTES = 64 << 20  # of a row's past: what grows with it is as far into the context as this goes
+# Of a row's past, what grows with it is as far into the context as this goes. Most of it is zeros, which take no memory
+# and are read once a step; codes of a cache are kept by a reference that holds all of them as floats, twice.
+_STATE_BYTES, _KEPT_BYTES = 512 << 20, 64 << 20
 _SPREAD = 3**-0.5  # the standard deviation of what is even between -1 and 1
 _GENTLE = 0.25  # of a state's own spread: made-up keys as large as real ones make attention choose at random
 _TELLS = 0.1  # a KL divergence of the bundle from the very same numbers at which a far row proves nothing
@@ -64,19 +69,21 @@ class FarRow:
     float_inputs: bool = False
 
 
-def far_start(model: LanguageModel, trace: Trace, max_context: int) -> FarStart | None:
+def far_start(model: LanguageModel, trace: Trace, max_context: int, *, codes: bool = False) -> FarStart | None:
     """Where a far row may begin; None where the context is too short, or a state holds no float32 numbers.
 
     Args:
         model: the float model.
         trace: of a short row; made-up numbers are as large as those of its state.
         max_context: of the bundle.
+        codes: whether the bundle keeps its cache in 8 bits.
     """
     specs, tokens = model.state_specs(), trace.tokens[:_TOKENS]
     if not specs or any(spec.dtype != "float32" for spec in specs):
         return None
     grows = sum(spec.nbytes(1, 2) - spec.nbytes(1, 1) for spec in specs)
-    past = min(max_context - len(tokens), _STATE_BYTES // grows if grows else max_context)
+    most = _KEPT_BYTES if codes else _STATE_BYTES
+    past = min(max_context - len(tokens), most // grows if grows else max_context)
     if past <= len(trace.tokens) // 2:
         return None
     return FarStart(past, {spec.name: _scale(trace.state[spec.name]) for spec in specs}, tokens)
@@ -105,16 +112,36 @@ def far_row(
     lengths = torch.tensor([length], dtype=torch.int32)
     step = Step(torch.tensor([start.past], dtype=torch.int32), lengths, torch.arange(length)[None])
     past = {spec.name: _past(spec, start, length, codes.get(spec.name)) for spec in specs}
-    logits, state = model(tokens, past, step)
+    with computed_by({ATTENTION.name: _only_written(past, start.past)}):
+        logits, state = model(tokens, past, step)
     if not bool(logits.isfinite().all()):
         return None
-    written = {s.name: state[s.name][written_slots(s, start.past, length)][0].clone() for s in specs}
+    written = {
+        s.name: tensor[written_slots(s, start.past, length) if tensor.shape == past[s.name].shape else ()][0].clone()
+        for s in specs
+        for tensor in (state[s.name],)
+    }
     trace = Trace(list(start.tokens), logits[0], {n: t for n, t in written.items() if n not in codes})
     return FarRow(start, trace, float_inputs)
 
 
+def _only_written(past: Mapping[str, Tensor], start: int) -> Callable[..., Any]:
+    """Attention that gives of a state's caches what it wrote alone: of whole ones, memory would hold a copy each."""
+    ours = {id(tensor) for tensor in past.values()}
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, past_k: Any, past_v: Any, *rest: Any, **more: Any) -> Any:
+        y, *present = attention_reference(q, k, v, past_k, past_v, *rest, **more)
+        written = slice(start, start + q.shape[1])
+        return y, *(
+            new[:, :, written].clone() if id(old) in ours else new
+            for old, new in zip((past_k, past_v), present, strict=True)
+        )
+
+    return attention
+
+
 def _past(spec: StateSpec, start: FarStart, length: int, scales: NDArray[Any] | None) -> Tensor:
-    whole = np.zeros(spec.resolve(1, start.past + length), dtype=np.float32)
+    whole = page_by_page(spec.resolve(1, start.past + length), np.float32)
     if scales is None:
         where, numbers = made_up(spec, start.past, start.scales[spec.name])
     else:
@@ -149,4 +176,4 @@ def _figures(bundle: Bundle, data: Mapping[str, Any], threads: int) -> list[dict
     else:
         session = open_session(bundle, device="cpu", threads=threads, kernels="onnxruntime")
     far = far_golden(data, bundle.manifest.width, session)
-    return [distance(far.golden, *far_outputs(session, far, form)) for form in FORMS]
+    return far_distances(session, far)

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import itertools
 import math
+import mmap
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_runtime.bundle import GRAPH, Bundle
+from edgellm_runtime.checks.distance import distance
 from edgellm_runtime.checks.goldens import Golden, parse_golden
 from edgellm_runtime.session import Session
 from edgellm_runtime.spec import StateSpec
@@ -25,13 +27,14 @@ from edgellm_runtime.state import State
 from edgellm_runtime.state.storage import HOST
 
 __all__ = [
-    "FAR", "FLOAT_INPUTS", "FORMS", "FarGolden", "far_golden", "far_outputs", "float_session", "made_up",
-    "reads_floats", "slots_filled", "written_slots",
+    "FAR", "FLOAT_INPUTS", "FORMS", "FarGolden", "far_distances", "far_golden", "far_outputs", "float_session",
+    "made_up", "page_by_page", "reads_floats", "slots_filled", "written_slots",
 ]  # fmt: skip
 
 FAR = "far"  # in the goldens
 FLOAT_INPUTS = "float_inputs"  # in such a row: its numbers are those of products that round nothing they read
 FORMS = ("whole", "single", "ragged")  # how the row is read
+_SINGLE, _BESIDE = 4, 4  # of its tokens: the last that are read one by one, and the first that are beside another row
 _NEAR, _SPREAD = 32, 32  # slots before the new tokens, and slots before those, that hold something
 _LEVELS = 64  # of numbers, on either side of 0: every float holds them, and so do codes of a cache
 _MOST_BYTES = 1 << 30  # of a state that goldens ask for
@@ -129,26 +132,43 @@ def float_session(bundle: Bundle, threads: int | None = None) -> Session:
     return session_of(bundle, backend)
 
 
+def far_distances(session: Session, far: FarGolden) -> list[dict[str, float]]:
+    """How far a session is from a far row, read in each of :data:`FORMS`."""
+    found = []
+    for form in FORMS:
+        logits, written = far_outputs(session, far, form)
+        golden, count = far.golden, len(logits)
+        if not written:
+            golden = replace(golden, state={})
+        cut = {name: getattr(golden, name)[:count] for name in ("tokens", "top_ids", "top_logits", "logsumexp")}
+        found.append(distance(replace(golden, **cut), logits, written))
+    return found
+
+
 def far_outputs(session: Session, far: FarGolden, form: str) -> tuple[Array, dict[str, Array]]:
     """Read a far row's tokens.
 
     Args:
         session: of the bundle.
         far: the row.
-        form: all at once, the second half one by one, or all of it one by one beside a row with half as long a past.
+        form: all at once, the last one by one, or the first one by one beside a row with half as long a past.
 
     Returns:
-        Logits (time, vocab), and what the tokens wrote by state name; not of a cache in 8 bits.
+        Logits (time, vocab), and what the tokens wrote by state name; not of a cache in 8 bits, nor where only the
+        first were read.
     """
     length, rows = len(far.golden.tokens), 2 if form == "ragged" else 1
     state = _past_state(session, far, length, rows)
-    cuts = {"whole": (0, length), "single": (0, *range(length // 2, length + 1)), "ragged": range(length + 1)}[form]
+    cuts = {
+        "whole": (0, length), "single": (0, *range(max(1, length - _SINGLE), length + 1)),
+        "ragged": range(min(length, _BESIDE) + 1),
+    }[form]  # fmt: skip
     tokens = np.repeat(far.golden.tokens[None], rows, axis=0)
     parts = [session.step(tokens[:, a:b], state, logits="all")[0].copy() for a, b in itertools.pairwise(cuts)]
     written = {
         s.name: np.asarray(state.read(s.name)[written_slots(s, far.past, length)][0])
         for s in state.specs
-        if s.dtype != "int8"
+        if s.dtype != "int8" and cuts[-1] == length
     }
     return np.concatenate(parts), written
 
@@ -166,7 +186,9 @@ def _past_state(session: Session, far: FarGolden, length: int, rows: int) -> Sta
     for spec in state.specs:
         where, numbers = made_up(spec, far.past, far.scales[spec.name])
         tensor = state.tensors[spec.name]
-        if state.storage is HOST:  # pages of zeros that are never written take no memory
+        if state.storage is HOST:
+            if spec.capacity_axis is not None:
+                tensor = state.tensors[spec.name] = page_by_page(tensor.shape, tensor.dtype)
             tensor[where] = numbers
         else:
             whole = np.zeros(spec.resolve(rows, state.capacity), dtype=np.float32)
@@ -174,3 +196,16 @@ def _past_state(session: Session, far: FarGolden, length: int, rows: int) -> Sta
             state.storage.write(spec, tensor, whole)
     state.lengths[:] = [far.past, max(1, far.past // 2)][:rows]
     return state
+
+
+def page_by_page(shape: Sequence[int], dtype: Any) -> Array:
+    """Zeros that take memory only where they are written: a past of thousands of slots, of which some hold something.
+
+    NumPy asks for large pages, of which one written number takes the whole.
+    """
+    count = math.prod(shape)
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, max(1, count * np.dtype(dtype).itemsize), **flags)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype, count).reshape(shape)

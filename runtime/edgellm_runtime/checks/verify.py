@@ -20,7 +20,7 @@ from edgellm_runtime.bundle import GRAPH, Bundle
 from edgellm_runtime.checks.batches import batch_difference, relative
 from edgellm_runtime.checks.distance import distance
 from edgellm_runtime.checks.draft import DRAFTED, draft_difference, draft_goldens
-from edgellm_runtime.checks.far import FAR, FORMS, far_golden, far_outputs, float_session, reads_floats
+from edgellm_runtime.checks.far import FAR, far_distances, far_golden, float_session, reads_floats
 from edgellm_runtime.checks.goldens import ADAPTERS, EXACT, GOLDENS, Golden, goldens_file, read_goldens
 from edgellm_runtime.checks.layers import LAYERS, layer_difference, layer_goldens, tapped
 from edgellm_runtime.checks.meaning import MEANING, differences
@@ -283,7 +283,7 @@ def _far(bundle: Bundle, session: Session) -> list[Check]:
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         return [Check(FAR, False, math.nan, 0.0, f"no row far into its context ({first_line(error)}); export it again")]
     reader = float_session(bundle, getattr(session, "threads", None)) if reads_floats(bundle, data) else session
-    found = [distance(far.golden, *far_outputs(reader, far, form)) for form in FORMS]
+    found = far_distances(reader, far)
     values = {name: float(np.max([figures[name] for figures in found])) for name in found[0]}
     where = f"after {far.past} made-up tokens, "
     made = (held(f"{FAR}.{name}", values.get(name, math.nan), bound) for name, bound in bounds.items())
