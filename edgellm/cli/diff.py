@@ -15,17 +15,19 @@ if TYPE_CHECKING:
     from edgellm_runtime.bundle import Bundle
     from edgellm_runtime.checks.divergence import Divergence, Limits, Read
 
-__all__ = ["diff", "diff_models"]
+__all__ = ["UNKNOWN", "diff", "diff_models", "rows_to_read"]
 
-_UNKNOWN = 2  # the exit status where the two cannot be compared
+UNKNOWN = 2  # the exit status where the two cannot be compared
 _DOUBT = 2.0  # of a layer's distance from the float model: so much further it may be on another text
 _ROUNDING = 1e-4  # of layers that say nothing of it, and of float ones
 
 
 @click.command(context_settings={"show_default": True})
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--against", type=click.Path(path_type=Path), required=True, metavar="CHECKPOINT|BUNDLE",
+@click.option("--against", type=click.Path(path_type=Path), metavar="CHECKPOINT|BUNDLE",
               help="What it should compute: its checkpoint, which PyTorch runs, or another bundle of it.")  # fmt: skip
+@click.option("--engines", is_flag=True, help="Compare its engines, on this GPU, with the graphs that they are built "
+              "from; find the first layer that is wrong by building engines of some beginnings.")  # fmt: skip
 @click.option("--text", "file", type=click.Path(path_type=Path), metavar="FILE",
               help="UTF-8 text to read; without it, the rows of the bundle's goldens.")  # fmt: skip
 @click.option("--tokens", type=click.IntRange(min=2), default=512, help="With --text: most tokens to take from it.")
@@ -38,24 +40,31 @@ _ROUNDING = 1e-4  # of layers that say nothing of it, and of float ones
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def diff(
-    bundle: Path, against: Path, file: Path | None, tokens: int, window: int, page: Path | None, picture: Path | None,
-    threads: int | None, as_json: bool,
+    bundle: Path, against: Path | None, engines: bool, file: Path | None, tokens: int, window: int, page: Path | None,
+    picture: Path | None, threads: int | None, as_json: bool,
 ) -> int:  # fmt: skip
     """Find where BUNDLE parts from another model: the first layer and step, and a verdict on each layer.
 
     Both read the same tokens. A layer is exact, or off by rounding, by quantization (as far as its export found on its
-    own text, and as much again), or wrong. The exit status is 0 if no layer is wrong, 1 if one is, and 2 if the two
+    own text, and as much again), or wrong. With --engines, a layer of the engines is right if it is off by rounding
+    from what this CPU makes of their graphs. The exit status is 0 if no layer is wrong, 1 if one is, and 2 if the two
     cannot be compared.
     """
     from edgellm_runtime.errors import BackendError, OptionError
 
+    if (against is None) != engines:
+        raise click.UsageError("Give one of --against, a checkpoint or another bundle, and --engines.")
+    if against is None:
+        from edgellm.cli.diff_engines import diff_engines
+
+        return diff_engines(bundle, file, tokens=tokens, window=window, as_json=as_json)
     try:
         with stages() as tell:
             found = diff_models(bundle, against, file, tokens=tokens, window=window, threads=threads, tell=tell)
     except (OptionError, BackendError) as error:
         click.secho("Cannot tell: ", fg="red", bold=True, nl=False, err=True)
         click.echo(str(error), err=True)
-        return _UNKNOWN
+        return UNKNOWN
     title = f"{bundle.name} against {against.name}"
     if page is not None:
         from edgellm_runtime.checks.heat_map import heat_map
@@ -85,7 +94,7 @@ def diff_models(
 
     tell("checking files", 0.0)
     bundle = Bundle(path)
-    rows = _rows(bundle, file, tokens, window)
+    rows = rows_to_read(bundle, file, tokens, window)
     ours = tapped(bundle, threads=threads)
     tell("reading what it is compared with", 0.0)
     expected: Read
@@ -100,7 +109,8 @@ def diff_models(
     return diverge(ours.read, expected, rows, limits, lambda share: tell("comparing", share))
 
 
-def _rows(bundle: Bundle, file: Path | None, tokens: int, window: int) -> list[list[int]]:
+def rows_to_read(bundle: Bundle, file: Path | None, tokens: int, window: int) -> list[list[int]]:
+    """Token ids of a text in windows; without one, of the bundle's goldens."""
     if file is None:
         from edgellm_runtime.checks.goldens import read_goldens
 

@@ -122,6 +122,22 @@ def test_engines_are_compared_by_the_graphs_that_they_are_built_from(
     assert (status, found["wrong"]) == (1, "blocks.3")
 
 
+def test_engines_cannot_be_compared_without_a_gpu(
+    sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ExportOptions(target="tensorrt", dtype="float16", engine=EngineOptions(build=False, max_context=48))
+    export(make("decoder"), tmp_path / "engines", options=options)
+    for bundle, said in ((tmp_path / "engines", ""), (sources / "none", "which has no engines")):
+        assert run(["diff", str(bundle), "--engines", "--json"]) == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert "Cannot tell: " in told.err
+        assert said in told.err
+        assert "Traceback" not in told.err
+    assert run(["diff", str(sources / "none")]) == 2
+    assert "--engines" in capsys.readouterr().err
+
+
 def test_what_cannot_be_compared_is_neither_right_nor_wrong(sources: Path, report: Report) -> None:
     assert report(sources / "none", "--against", sources / "other") == (2, {})
 

@@ -14,7 +14,7 @@ from edgellm_exporters.engines.tensorrt import Progress, add_engines, check_engi
 from edgellm_exporters.errors import EngineError
 from edgellm_runtime.bundle import MANIFEST, Bundle, Manifest
 
-__all__ = ["build_engines"]
+__all__ = ["build_engines", "same_file"]
 
 _MAX_BATCH = 8
 
@@ -52,7 +52,7 @@ def build_engines(
     check_engine_options(wanted, bundle.manifest.quantization)
     with whole_directory(path, force=True) as scratch:
         for name in bundle.manifest.files.keys() - bundle.manifest.engine_files:
-            _same_file(path / name, scratch / name)
+            same_file(path / name, scratch / name)
         manifest = add_engines(scratch, bundle.manifest, wanted, progress)
         (scratch / MANIFEST).write_text(
             json.dumps(manifest.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
@@ -60,7 +60,7 @@ def build_engines(
     return manifest
 
 
-def _same_file(source: Path, destination: Path) -> None:
+def same_file(source: Path, destination: Path) -> None:
     """Another name for a file, for weights may be many gigabytes; a copy where the disk has no second names."""
     try:
         os.link(source, destination)
