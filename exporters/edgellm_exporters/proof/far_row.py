@@ -133,7 +133,7 @@ def _only_written(past: Mapping[str, Tensor], start: int) -> Callable[..., Any]:
         y, *present = attention_reference(q, k, v, past_k, past_v, *rest, **more)
         written = slice(start, start + q.shape[1])
         return y, *(
-            new[:, :, written].clone() if id(old) in ours else new
+            new[:, :, written].clone() if new is not None and id(old) in ours else new
             for old, new in zip((past_k, past_v), present, strict=True)
         )
 
