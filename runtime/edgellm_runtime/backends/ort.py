@@ -34,7 +34,7 @@ _MAKING = threading.Lock()  # of sessions, while the environment is changed for 
 _FOLDER = "session.model_external_initializers_file_folder_path"  # of the weights of a graph that is given as bytes
 # What the library makes of a product with 8-bit weights that are widened before it; by default one that rounds inputs.
 _FLOAT_PRODUCTS = "session.qdq_matmulnbits_accuracy_level"
-_KEPT = 4  # bindings a state: two turns of single tokens, and the chunk sizes of a prompt
+_KEPT = 12  # bindings a state: two turns of single tokens, the chunk sizes of a prompt, and those of drafts
 
 
 def library() -> Any:

@@ -5,11 +5,12 @@ from __future__ import annotations
 __all__ = ["MOST_DRAFTED", "Pace"]
 
 MOST_DRAFTED = 16
-_FORGET = 0.85  # what is left of an observation after each further one
+_FORGET = 0.9  # what is left of an observation after each further one
 _PRIOR = (1.4, 2.0)  # of a kind that is new so many drafted tokens are taken to have been right, of so many
-_PROBE = 24  # drafts that are not asked for before one is tried again, once they do not pay
+_PROBE = 20  # drafts that are not asked for before one is tried again, once they do not pay
 _WORTH = 1.05  # a draft must promise so many times the tokens a second
-_DEAREST = 1.5  # plain steps that a drafted token is believed to cost at most: a step may have waited for others
+_DEAREST = 1.0  # plain steps that a drafted token is believed to cost at most: a step may have waited for others
+_DEARER, _CHEAPER = 0.1, 0.3  # how far such a cost moves towards one that was seen: waiting is no cost of drafts
 
 
 class Pace:
@@ -73,4 +74,5 @@ class Pace:
 
 
 def _moved(old: float, seen: float) -> float:
-    return 0.8 * old + 0.2 * min(max(seen, 0.0), _DEAREST)
+    seen = min(max(seen, 0.0), _DEAREST)
+    return old + (_DEARER if seen > old else _CHEAPER) * (seen - old)
