@@ -7,10 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import anthropic
+import numpy as np
 import openai
 import pytest
 from served import Served, serving
 from tiny_bundles import CALL_TOKENS, attention_bundle, talking_bundle
+
+from edgellm_runtime import load
+from edgellm_runtime.server.thinking import ThinkingBudget, closing_tokens
 
 TALK = [{"role": "user", "content": "the"}]
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["n"],
@@ -187,15 +191,64 @@ def test_a_messages_tools_and_their_results_go_back_to_the_template(
 
 def test_thinking_is_asked_of_a_template_that_can_be_told(messages: anthropic.Anthropic, says: Any) -> None:
     says("Hm.</think>Five")
-    asked = {"model": "thinks", "max_tokens": 60, "messages": TALK}
+    asked = {"model": "thinks", "max_tokens": 2000, "messages": TALK}
     thought = messages.messages.create(**asked, thinking={"type": "enabled", "budget_tokens": 1024})
     assert [b.type for b in thought.content] == ["thinking", "text"]
     for kind in ("disabled", "adaptive"):
         assert [b.type for b in messages.messages.create(**asked, thinking={"type": kind}).content] == ["text"]
     plain = {**asked, "model": "plain", "max_tokens": 2}
     messages.messages.create(**plain, thinking={"type": "disabled"})
+    plain["max_tokens"] = 2000
     with pytest.raises(anthropic.BadRequestError, match="cannot be told how much to think"):
         messages.messages.create(**plain, thinking={"type": "enabled", "budget_tokens": 1024})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("budget", [1, 5])
+def test_thinking_ends_when_its_budget_is_used(
+    messages: anthropic.Anthropic, budget: int, stream: bool, served: Served
+) -> None:
+    asked = {"model": "thinks", "max_tokens": 24, "messages": TALK, "extra_body": {"temperature": 0},
+             "thinking": {"type": "enabled", "budget_tokens": budget}}  # fmt: skip
+    if stream:
+        with messages.messages.stream(**asked) as events:
+            answer = events.get_final_message()
+    else:
+        answer = messages.messages.create(**asked)
+    thinking, text = answer.content
+    assert (thinking.type, text.type) == ("thinking", "text")
+    tokenizer = served.model.model.tokenizer
+    assert tokenizer is not None
+    assert len(tokenizer.encode(thinking.thinking)) <= budget + 1  # the line's end before the mark may be one
+    assert answer.usage.output_tokens > budget
+    with pytest.raises(anthropic.BadRequestError, match=r"budget_tokens' is 24; it must be less than 'max_tokens', 24"):
+        messages.messages.create(**{**asked, "thinking": {"type": "enabled", "budget_tokens": 24}})
+
+
+def test_a_budget_is_of_the_thinking_alone_and_ends_none_that_has_ended() -> None:
+    tokenizer = load(talking_bundle(), threads=1).tokenizer
+    assert tokenizer is not None
+    close = closing_tokens(tokenizer)
+
+    def forced(prompt: str, said: str, budget: int) -> list[int | None]:
+        """The token that is the only possible one after each of what was said; None: it is free."""
+        budgeted, tokens = ThinkingBudget(tokenizer, budget), tokenizer.encode(prompt, special=True)
+        found = list[int | None]()
+        for token in [None, *tokenizer.encode(said, special=True)]:
+            tokens = tokens if token is None else [*tokens, token]
+            logits = budgeted(np.array(tokens), np.zeros(tokenizer_size, dtype=np.float32))
+            possible = np.flatnonzero(np.isfinite(logits)).tolist()
+            found.append(possible[0] if len(possible) == 1 else None)
+        return found
+
+    tokenizer_size = 1 + max(*close, *tokenizer.encode("the <think></think> abc", special=True), *range(300))
+    opened = forced("the<think>", "abcdefgh" * 4, 3)
+    assert opened[:3] == [None] * 3 and opened[3 : 3 + len(close)] == close
+    assert set(opened[3 + len(close) :]) == {None}
+    assert set(forced("the", "abcdefgh" * 4, 3)) == {None}  # which does not think
+    assert set(forced("the<think>", "a</think>" + "abcdefgh" * 4, 20)) == {None}
+    own = forced("the", "<think>" + "abcdefgh" * 4, 4)
+    assert own.index(close[0]) == max(4, len(tokenizer.encode("<think>", special=True)))
 
 
 @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "b"}])

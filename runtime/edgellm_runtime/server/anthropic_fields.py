@@ -147,15 +147,16 @@ def anthropic_tools(fields: Fields) -> Tools:
     return Tools(offered, required_of(fields, fields.get("tool_choice"), wanted, names, "auto, any, none"), single)
 
 
-def anthropic_thinking(fields: Fields, hosted: Hosted) -> dict[str, Any]:
-    """What the template is told of thinking. A budget is not held to: it is the client's estimate, not a limit.
+def anthropic_thinking(fields: Fields, hosted: Hosted) -> tuple[dict[str, Any], int | None]:
+    """What the template is told of thinking, and the most tokens that it may have; None: any number.
 
     Raises:
-        ApiError: an unknown type, or a model whose template cannot be told.
+        ApiError: an unknown type, a budget that leaves no token for the answer, or a model whose template cannot be
+            told.
     """
     own = fields.object("thinking")
     if own is None:
-        return {}
+        return {}, None
     kind = own.need("type")
     budget = own.integer("budget_tokens", _LEAST_BUDGET, 2**31 - 1)
     own.ignore("display")
@@ -163,10 +164,14 @@ def anthropic_thinking(fields: Fields, hosted: Hosted) -> dict[str, Any]:
     if kind == "enabled":
         if budget is None:
             own.need("budget_tokens")
-        return thinking_variables(fields, "thinking", "medium", hosted)
+        most = fields.get("max_tokens")
+        if type(most) is int and budget is not None and budget >= most:
+            raise ApiError(f"'{own.name('budget_tokens')}' is {budget}; it must be less than 'max_tokens', {most}.",
+                           param=own.name("budget_tokens"))  # fmt: skip
+        return thinking_variables(fields, "thinking", "medium", hosted), budget
     if kind == "disabled":  # which a model that cannot think is anyway
         known = hosted.model.chat_template.variables
-        return {name: False for name in ("enable_thinking", "thinking") if name in known}
+        return {name: False for name in ("enable_thinking", "thinking") if name in known}, None
     if kind != "adaptive":
         raise own.wrong("type", kind, "one of enabled, disabled, adaptive")
-    return {}
+    return {}, budget

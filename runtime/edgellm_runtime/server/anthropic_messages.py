@@ -21,6 +21,7 @@ from edgellm_runtime.server.forms import grammar_for
 from edgellm_runtime.server.host import Hosted
 from edgellm_runtime.server.parts import Sorting, chat_prompt
 from edgellm_runtime.server.sampling_fields import common_options
+from edgellm_runtime.server.thinking import ThinkingBudget
 from edgellm_runtime.server.tools import Tools
 from edgellm_runtime.text.answer_parts import AnswerParts, ToolCall
 from edgellm_runtime.text.part_stream import Piece
@@ -38,6 +39,7 @@ class _Wanted:
     turns: list[dict[str, Any]]
     tools: Tools
     variables: dict[str, Any]
+    budget: int | None  # tokens of thinking
 
 
 async def messages(call: Call) -> Response:
@@ -56,6 +58,8 @@ async def messages(call: Call) -> Response:
     form = bool(wanted.tools.required)
     if form:
         options["grammar"] = await grammar_for(hosted, wanted.tools.schema)
+    elif wanted.budget is not None and hosted.model.tokenizer is not None:
+        options["logits_processors"] = [ThinkingBudget(hosted.model.tokenizer, wanted.budget)]
     sorting = Sorting(hosted, wanted.tools, form=form)
     asked = await ask(hosted, lambda: _encode(hosted, wanted, form=form), timeout=call.options.timeout,
                       options={**options, **sorting.options})  # fmt: skip
@@ -115,7 +119,7 @@ def _wanted(fields: Fields, hosted: Hosted) -> _Wanted:
         speed=("standard",),
     )  # fmt: skip
     fields.ignore("metadata", "service_tier", "cache_control", "inference_geo", "user_profile_id", "workspace_id")
-    return _Wanted(anthropic_turns(fields), anthropic_tools(fields), anthropic_thinking(fields, hosted))
+    return _Wanted(anthropic_turns(fields), anthropic_tools(fields), *anthropic_thinking(fields, hosted))
 
 
 class _Ending:

@@ -12,6 +12,7 @@ from edgellm_runtime.server.asking import Asked
 from edgellm_runtime.server.call import Call
 from edgellm_runtime.server.fields import Fields
 from edgellm_runtime.server.host import Hosted
+from edgellm_runtime.server.thinking import closing_tokens, opens_thinking
 from edgellm_runtime.server.tools import Tools
 from edgellm_runtime.text.answer_parts import CALL_MARKS, THINKING_MARKS, AnswerParts, answer_parts
 from edgellm_runtime.text.part_stream import PartStream, Piece
@@ -19,9 +20,8 @@ from edgellm_runtime.text.tokenizer import Tokenizer
 
 __all__ = ["Sorted", "Sorting", "chat_prompt", "thinking_variables"]
 
-_OPEN, _CLOSE = THINKING_MARKS
+_, _CLOSE = THINKING_MARKS
 _WITHIN_CALLS = ("</tool_call>", "<|tool_call_end|>", "[ARGS]", "[CALL_ID]")
-_TAIL = 8  # tokens of a prompt, at whose end thinking may have been opened
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
@@ -89,11 +89,7 @@ class Sorting:
             yield Sorted(index, chunk, [*pieces, *rest], self.parts(asked, asked.answer(index)))
 
     def _thinking(self, asked: Asked) -> bool:
-        return not self._form and self._tokenizer is not None and _opens_thinking(self._tokenizer, asked.prompt)
-
-
-def _opens_thinking(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
-    return tokenizer.decode(prompt[-_TAIL:], skip_special=False).rstrip().endswith(_OPEN)
+        return not self._form and self._tokenizer is not None and opens_thinking(self._tokenizer, asked.prompt)
 
 
 def _until_closed(tokenizer: Tokenizer, asked: Asked, answer: Generation) -> int:
@@ -123,8 +119,8 @@ def chat_prompt(
     tools.check_template(hosted)
     template, tokenizer = hosted.model.chat_template, hosted.model.tokenizer
     prompt = template.encode(messages, tools=list(tools.offered) or None, template_variables=variables)
-    if form and tokenizer is not None and _opens_thinking(tokenizer, prompt):
-        prompt = [*prompt, *tokenizer.encode(f"\n{_CLOSE}\n\n", special=True)]
+    if form and tokenizer is not None and opens_thinking(tokenizer, prompt):
+        prompt = [*prompt, *closing_tokens(tokenizer)]
     return prompt
 
 
