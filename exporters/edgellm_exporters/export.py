@@ -54,6 +54,7 @@ from edgellm_exporters.quantize.methods import find_method
 from edgellm_exporters.quantize.notes import quantization_notes
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.quantize.planning import make_plan
+from edgellm_exporters.quantize.tuning.layer_stream import check_layers
 from edgellm_exporters.quantize.tuning.store import forget
 from edgellm_exporters.quantize.tuning.tune import tuned
 from edgellm_exporters.weights.memory import give_back
@@ -127,6 +128,8 @@ def export(
     if find_target(options.target).roles:
         check_engine_options(options.engine or EngineOptions(), {"method": options.quantize})
     assert isinstance(model, nn.Module)
+    if options.tuning is not None:
+        check_layers(model, list(layer_modules(model)))
     was_training = model.training
     model.eval()
     try:

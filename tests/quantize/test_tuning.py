@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 from families import CONTEXT, VOCAB, make, planned
 from rich.progress import Progress
+from source_models import bart_model
 from torch import Tensor, nn
 
 from edgellm.cli import progress as progress_module
@@ -233,6 +234,16 @@ def test_too_little_text_or_time_is_refused_before_any_work(minutes: float, coun
 def test_a_quantization_without_codes_of_its_own_is_refused(quantize: str) -> None:
     with pytest.raises(ExportError, match="no codes of its own to tune"):
         ExportOptions(quantize=quantize, tuning=tuning())
+
+
+def test_a_model_that_is_no_stack_of_layers_is_refused_before_any_work(tmp_path: Path) -> None:
+    said: list[str] = []
+    options = ExportOptions(quantize="int4", tuning=tuning())
+    with pytest.raises(QuantizeError, match="no stack of layers"):
+        export(make("memory"), tmp_path / "b", options=options, progress=lambda what, share: said.append(what))
+    with pytest.raises(QuantizeError, match="answers sources"):
+        export(bart_model(), tmp_path / "b", options=options, progress=lambda what, share: said.append(what))
+    assert said == [] and list(tmp_path.iterdir()) == []
 
 
 class Skipping(nn.Module):

@@ -21,6 +21,7 @@ __all__ = ["LayerResult", "error_on", "tuned_layer"]
 # How far all steps together go at most: a latent float, in codes, and a scale's factor. With more, errors on text that
 # was held back fall less.
 _REACH, _SCALE_REACH = 0.15, 0.06
+_FEW = 40  # steps: fewer do not go as far, for one step must not carry a latent float over a border by chance
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def tuned_layer(
     done, batches = 0, _batches(learn, generator)
     while done < (total := steps(done)):
         for group in optimizer.param_groups:
-            group["lr"] = 2 * group["reach"] / total * (1 - done / total)
+            group["lr"] = 2 * group["reach"] / max(total, _FEW) * (1 - done / total)
         windows = next(batches)
         given = stream.run(stream.call(windows), {**floats, **{name: latent() for name, latent in latents.items()}})
         optimizer.zero_grad()

@@ -24,8 +24,9 @@ from edgellm.models.protocol import answers_sources, read_rows
 from edgellm.streaming import Weights, resident
 from edgellm_exporters.errors import QuantizeError
 
-__all__ = ["GROUP", "Call", "LayerStream", "hidden_of", "layers_called", "shell_of"]
+__all__ = ["GROUP", "Call", "LayerStream", "check_layers", "hidden_of", "layers_called", "shell_of"]
 
+_NO_LAYERS = "the model has no stack of layers (an nn.ModuleList that it calls); leave --tune out"
 GROUP = 8  # windows that are run at a time
 
 
@@ -53,6 +54,22 @@ def shell_of(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def check_layers(model: nn.Module, paths: Sequence[str]) -> None:
+    """Refuse what is seen to be no stack of layers without running it.
+
+    Args:
+        model: any.
+        paths: of its layers.
+
+    Raises:
+        QuantizeError: there is none, or the model answers sources.
+    """
+    if hasattr(model, "state_specs") and answers_sources(model):
+        raise QuantizeError("a model that answers sources cannot be tuned layer by layer; leave --tune out")
+    if not paths:
+        raise QuantizeError(_NO_LAYERS)
+
+
 def layers_called(shell: nn.Module, weights: Weights, tokens: Tensor, paths: Sequence[str]) -> list[str]:
     """Those layers that a forward calls, in the order in which it does.
 
@@ -63,10 +80,9 @@ def layers_called(shell: nn.Module, weights: Weights, tokens: Tensor, paths: Seq
         paths: of the layers.
 
     Raises:
-        QuantizeError: there is none, one is called twice, or the model answers sources.
+        QuantizeError: there is none, one is called twice, or :func:`check_layers` refuses.
     """
-    if hasattr(shell, "state_specs") and answers_sources(shell):
-        raise QuantizeError("a model that answers sources cannot be tuned layer by layer; leave --tune out")
+    check_layers(shell, paths)
     order: list[str] = []
     hooks = [
         shell.get_submodule(path).register_forward_pre_hook(lambda *_, path=path: order.append(path)) for path in paths
@@ -78,7 +94,7 @@ def layers_called(shell: nn.Module, weights: Weights, tokens: Tensor, paths: Seq
         for hook in hooks:
             hook.remove()
     if not order:
-        raise QuantizeError("the model has no stack of layers (an nn.ModuleList that it calls); leave --tune out")
+        raise QuantizeError(_NO_LAYERS)
     if len(set(order)) < len(order):
         twice = next(path for path in order if order.count(path) > 1)
         raise QuantizeError(f"{twice} is called more than once a step, and is tuned for one place; leave --tune out")
