@@ -17,6 +17,8 @@
 namespace edgellm {
 namespace {
 
+constexpr int kAheadSlots = 32;  // what is not in a cache takes that long to come
+
 inline float difference(float score, float top) {
   const float x = score - top;
   return exponential(x < -87.0f ? -87.0f : x);
@@ -56,8 +58,12 @@ void add_values(const Keys& keys, const float (*p)[kChunk], int from, int to, in
   for (int r = 0; r < kRows; r++)
     for (int w = 0; w < kWide; w++) kept[r][w] = V::load(parts[r].sum + at + 16 * w);
   for (int j = from; j < to; j++) {
+    const float* v = keys.v + size_t(j) * keys.size + at;
     V value[kWide];
-    for (int w = 0; w < kWide; w++) value[w] = V::load(keys.v + size_t(j) * keys.size + at + 16 * w);
+    for (int w = 0; w < kWide; w++) {
+      value[w] = V::load(v + 16 * w);
+      if (kRows < 4) __builtin_prefetch(v + size_t(kAheadSlots) * keys.size + 16 * w);  // many queries find it near
+    }
     for (int r = 0; r < kRows; r++) {
       const V weight = V::of(p[r][j]);
       for (int w = 0; w < kWide; w++) kept[r][w] = V::fma(weight, value[w], kept[r][w]);
@@ -111,9 +117,12 @@ void attend(const Keys& keys, const Seen* seen, int rows, float scale, Part* par
     std::fill(parts[r].sum, parts[r].sum + keys.size, 0.0f);
   }
   const auto some = keys.size == 64 ? dots<V, 64> : keys.size == 128 ? dots<V, 128> : dots<V, 0>;
-  for (int start = first; start < last; start += V::kKeys)  // all queries while the keys are near
+  for (int start = first; start < last; start += V::kKeys) {  // all queries while the keys are near
+    const float* ahead = keys.k + size_t(start + kAheadSlots) * keys.size;
+    for (int i = 0; rows < kMostQueries && i < V::kKeys * keys.size; i += 16) __builtin_prefetch(ahead + i);
     for (int r = 0; r < rows; r++)
       if (start < seen[r].end && start + V::kKeys > seen[r].begin) some(keys, seen[r].query, start, p[r] + start);
+  }
   for (int r = 0; r < rows; r++) weigh(seen[r], scale, p[r], parts + r);
   int at = 0;
   for (; rows == 1 && at + 16 * V::kWideAlone <= keys.size; at += 16 * V::kWideAlone)
