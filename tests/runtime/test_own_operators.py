@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,32 @@ def test_rows_that_are_rounded_otherwise_stay_as_they_are(change: Callable[[Chai
     change(chain)
     model = chain.model(64, "y")
     assert with_own_operators(model) == (model, ())
+
+
+def rounded_once(chain: Chain, *names: str) -> None:
+    """Have two products of rounded rows share the nodes that round, as an exporter does."""
+    first, second = names
+    own = {f"{second}{part}" for part in ("most", "least", "negated", "top", "scale", "shape", "zero", "rounded")}
+    shared = {name: name.replace(second, first, 1) for name in own}
+    kept = [node for node in chain.nodes if node.outputs[0] not in own]
+    chain.nodes[:] = [replace(node, inputs=[shared.get(name, name) for name in node.inputs]) for node in kept]
+
+
+def test_two_products_of_one_norm_or_one_gate_read_what_it_gives() -> None:
+    wide, narrow = Matrix(1, 128, 64, 0, bits=8), Matrix(2, 40, 64, 0, bits=8)
+    chain = Chain()
+    chain.norm("x", "skip", "normed", "total", 64)
+    chain.product(narrow, "normed", "one")
+    chain.product(narrow, "normed", "two")
+    rounded_once(chain, "one", "two")
+    graph, nodes = with_own_operators(chain.model(64, "one", "two", "total"))
+    assert ops(graph) == ["SkipSimplifiedLayerNormalization", "BlockProduct", "BlockProduct"] and len(nodes) == 2
+    chain = layer(wide, narrow)
+    chain.product(narrow, "gated", "two")
+    rounded_once(chain, "y", "two")
+    graph, nodes = with_own_operators(chain.model(64, "y", "two"))
+    assert [node.op for node in nodes] == ["NormProduct", "BlockProduct", "BlockProduct"]
+    assert ops(graph) == ["NormProduct", "Split", "Sigmoid", "Mul", "Mul", "BlockProduct", "BlockProduct"]
 
 
 @pytest.mark.parametrize("shape", [[0, 0, 4, 16], [0, 0, 1, 64], [1, 0, 2, 32]])

@@ -7,6 +7,7 @@ has a meaning; the numbers differ from those of the nodes by the order of sums, 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isclose
@@ -112,17 +113,22 @@ def with_own_operators(model: bytes, keep: Collection[str] = ()) -> tuple[bytes,
     operations = list(_operations(view))
     there: dict[int, list[Node]] = {operation.last.place: [operation.node(view.node(operation.last.place).name)]
                                     for operation in operations}  # fmt: skip
-    for place in _unread(view, operations):
+    needed = {name for nodes in there.values() for node in nodes for name in node.inputs}
+    for place in _unread(view, operations, needed):
         there.setdefault(place, [])
     there |= {place: [node] for place in range(len(view.nodes)) if (node := own_attention(view, place)) is not None}
     return with_nodes(model, there), tuple(node for nodes in there.values() for node in nodes)
 
 
-def _unread(view: GraphView, operations: Sequence[_Operation]) -> set[int]:
-    """The places of nodes that nothing needs once the operations have taken theirs."""
+def _unread(view: GraphView, operations: Sequence[_Operation], needed: Collection[str]) -> set[int]:
+    """The places of nodes that nothing needs once the operations, which read these values, have taken theirs."""
     gone = {place for operation in operations for place in (operation.last.place, *operation.gone)}
     waiting = {place for operation in operations for place in operation.covers} - gone
-    while found := {p for p in waiting if all(view.inner(name, gone) for name in view.node(p).outputs if name)}:
+
+    def unread(place: int) -> bool:
+        return all(name not in needed and view.inner(name, gone) for name in view.node(place).outputs if name)
+
+    while found := {place for place in waiting if unread(place)}:
         gone |= found
         waiting -= found
     return gone
@@ -134,15 +140,16 @@ def _operations(view: GraphView) -> Iterator[_Operation]:
         found = _block_product(view, place) or _row_product(view, place)
         if found is not None:
             products[found.gives] = found
+    reads = Counter(product.reads for product in products.values())
     taken = set()
     for product in products.values():
         gated = _gated(view, product, products)
-        if gated is not None:
+        if gated is not None and reads[gated.last.reads] == 1:
             taken |= {product.gives, gated.last.gives}
-            yield _normed(view, gated)
+            yield _normed(view, gated, reads)
     for product in products.values():
         if product.gives not in taken:
-            yield _normed(view, _Operation(product, product))
+            yield _normed(view, _Operation(product, product), reads)
 
 
 def _block_product(view: GraphView, place: int) -> _Product | None:
@@ -292,10 +299,10 @@ def _times(view: GraphView, name: str, other: str) -> int | None:
     return place if place is not None and sorted(view.node(place).inputs) == sorted([name, other]) else None
 
 
-def _normed(view: GraphView, operation: _Operation) -> _Operation:
-    """The operation with the norm before it, if there is one that nothing else reads."""
+def _normed(view: GraphView, operation: _Operation, reads: Mapping[str, int]) -> _Operation:
+    """The operation with the norm before it, if there is one that nothing else reads, no other product either."""
     place = view.made_by(operation.first.reads, "SkipSimplifiedLayerNormalization", _LIBRARY)
-    if place is None:
+    if place is None or reads[operation.first.reads] != 1:
         return operation
     node, epsilon = view.node(place), view.attributes(place).get("epsilon")
     if len(node.inputs) != 3 or len(node.outputs) != 4 or not node.outputs[3] or not isinstance(epsilon, float):
