@@ -204,21 +204,17 @@ def test_a_template_that_never_ends_is_refused_cve_2025_61620_vllm(
 
 
 @pytest.mark.parametrize(
-    ("pattern", "text"),
-    [("(a+)+$", "a" * 200 + "b"), ("(a|aa)+$", "a" * 60 + "b"), ("(?=(a+)+$)b", "a" * 60 + "b")],
+    "pattern", ["(a+)+$", "(a|aa)+$", "(?=(a+)+$)b"],
     ids=["CVE-2024-12720 transformers repeats", "CVE-2025-1194 transformers alternatives", "lookahead"],
-)
-def test_a_tokenizers_expression_that_blows_up_is_a_fault_of_the_bundle(
-    tmp_path: Path, pattern: str, text: str
-) -> None:
+)  # fmt: skip
+def test_a_tokenizers_expression_that_blows_up_is_refused_before_it_meets_a_text(tmp_path: Path, pattern: str) -> None:
     from tokenizers import Regex, pre_tokenizers
 
     library = byte_level()
     library.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     library.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = Tokenizer(tmp_path / "tokenizer.json", TokenizerInfo(None, (2,), False, False), vocab_size=1000)
-    with pytest.raises(BundleError, match="the tokenizer failed"):
-        tokenizer.encode(text)
+    with pytest.raises(BundleError, match="a text may keep busy for hours"):
+        Tokenizer(tmp_path / "tokenizer.json", TokenizerInfo(None, (2,), False, False), vocab_size=1000)
 
 
 class Payload:

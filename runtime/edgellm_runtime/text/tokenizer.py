@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from edgellm_runtime.arguments import check_flag, check_integer, check_text, shown
 from edgellm_runtime.errors import BundleError, OptionError, first_line
 from edgellm_runtime.text.decoding import Pieces, StreamDecoder
+from edgellm_runtime.text.patterns import patterns_in, slow_part
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
@@ -246,6 +247,10 @@ def _read(path: Path, data: bytes | None) -> Library:
         for part in (library.normalizer, library.decoder):
             if part is not None and (times := _growth(json.loads(part.__getstate__()))) > _MAX_GROWTH:
                 raise ValueError(f"it makes texts {times} times as long")
+        for part in (library.normalizer, library.pre_tokenizer, library.decoder):
+            for pattern in () if part is None else patterns_in(json.loads(part.__getstate__())):
+                if why := slow_part(pattern):
+                    raise ValueError(f"a regular expression that a text may keep busy for hours: {why}")
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as e:  # the library's panics are no Exceptions
