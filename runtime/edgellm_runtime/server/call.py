@@ -130,9 +130,10 @@ class EventStream(Response):
         """See ASGI."""
         gone = asyncio.create_task(until_gone(receive))
         gone.add_done_callback(lambda _: self._call.leave())
-        comments = asyncio.create_task(self._comments(send))
+        comments: asyncio.Task[None] | None = None
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            comments = asyncio.create_task(self._comments(send))
             async for event in self._events:
                 self._sent = time.monotonic()
                 await send({"type": "http.response.body", "body": event, "more_body": True})
@@ -142,7 +143,8 @@ class EventStream(Response):
             pass
         finally:
             gone.cancel()
-            comments.cancel()
+            if comments is not None:
+                comments.cancel()
             self._call.leave()
             self._done()
 
