@@ -29,6 +29,7 @@ from edgellm.models.nemotron_h import NemotronHConfig, nemotron_h
 from edgellm.models.qwen3_next import Qwen3NextConfig, qwen3_next
 from edgellm.models.recurrent_gemma import RecurrentGemmaConfig, recurrent_gemma
 from edgellm.models.rwkv import RWKV, RWKVConfig
+from edgellm.models.rwkv7 import RWKV7, RWKV7Config
 from edgellm.models.xlstm import XLSTMConfig, xlstm
 from edgellm.models.zamba2 import Zamba2, Zamba2Config
 
@@ -210,6 +211,20 @@ FURTHER: dict[str, Callable[[], nn.Module]] = {
     "state space, attention, experts": spaces_and_experts,
     "gated linear recurrence and windows": gated("recurrent", "attention"),
     "fading averages": averages(),
+    "memories corrected and fading by feature": lambda: RWKV7(
+        RWKV7Config(
+            vocab_size=VOCAB,
+            width=48,
+            num_layers=2,
+            head_dim=16,
+            hidden=72,
+            decay_rank=7,
+            share_rank=5,
+            value_rank=6,
+            gate_rank=9,
+            max_context=CONTEXT,
+        )
+    ),
     "matrix memories": matrices(),
     "state space, attention, MLP or experts": one_thing_a_layer,
     "decoder that turns in part, with windows and factors": decoder(

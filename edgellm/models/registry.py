@@ -98,6 +98,10 @@ ENTRIES: Mapping[str, Entry] = {
     "rwkv": Entry(
         module="edgellm.models.rwkv", about="fading averages", presets=("tiny",), huggingface=("rwkv",),
     ),
+    "rwkv7": Entry(
+        module="edgellm.models.rwkv7", about="memories corrected and fading by feature", presets=("tiny",),
+        huggingface=("rwkv7", "rwkv7_fla"),
+    ),
     "zamba2": Entry(
         module="edgellm.models.zamba2", about="state space, shared attention", presets=("tiny",),
         huggingface=("zamba2",),

@@ -93,7 +93,7 @@ class Shift(nn.Module):
         seen = torch.cat([past, x], dim=1)  # (batch, 1 + time, width)
         before = seen[:, :-1]
         shares = [getattr(self, use) for use in self.uses]
-        mixed = [x * share + before * (1 - share) for share in shares]
+        mixed = [before + (x - before) * share for share in shares]  # what is stored is the share itself
         last = step.lengths.long()[:, None, None].expand(-1, 1, self.width)
         return mixed, {name: seen.gather(1, last)} if state else {}
 

@@ -19,6 +19,7 @@ from edgellm.cli import run
 from edgellm.models.layers import GatedDeltaMixer, RecurrentMixer, SelectiveMixer, SelfAttention
 from edgellm.models.recurrent_gemma import GatedRecurrence
 from edgellm.models.rwkv import TimeMixing
+from edgellm.models.rwkv7 import TimeMixing7
 from edgellm_exporters.engines import tensorrt
 from edgellm_exporters.engines.fixed_sizes import write_roles
 from edgellm_exporters.engines.lint import TRAPS
@@ -43,7 +44,7 @@ BOUNDS = {
     "w8a8": (0.997, 0.85), "fp8": (0.99, 0.85),
 }  # fmt: skip
 # Of these a prompt is a loop over its tokens.
-LOOPS = (RecurrentMixer, SelectiveMixer, GatedDeltaMixer, GatedRecurrence, TimeMixing)
+LOOPS = (RecurrentMixer, SelectiveMixer, GatedDeltaMixer, GatedRecurrence, TimeMixing, TimeMixing7)
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
