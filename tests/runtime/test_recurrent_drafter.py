@@ -141,7 +141,7 @@ def test_repeated_words_are_looked_up_and_others_foretold(monkeypatch: pytest.Mo
     drafter.observe([9])
     drafter.saw(hidden)
     assert drafter.propose(lambda kind: 3).kind == "recurrent"
-    assert drafter.propose(lambda kind: 3 * (kind != "recurrent")).tokens == []
+    assert drafter.propose(lambda kind: 3 * (kind != "recurrent")).tokens == ()
 
 
 def test_a_further_token_is_worth_what_it_costs() -> None:

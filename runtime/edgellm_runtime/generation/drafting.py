@@ -184,8 +184,9 @@ class RecurrentDrafter:
         if self._left_out > 0:
             self._left_out -= 1
             return Draft((), self.KIND)
-        most = self.MOST if wanted(self.KIND) else 0
-        drafted = self._steps.draft(self._last, self._hidden, most, self.worth)
+        if not wanted(self.KIND):  # who wants none will want to try again some time, and counts for that
+            return Draft((), self.KIND)
+        drafted = self._steps.draft(self._last, self._hidden, self.MOST, self.worth)
         self._idle = 0 if drafted else self._idle + 1
         if self._idle >= self._PATIENCE:
             self._left_out = min(2 ** (self._idle - self._PATIENCE), self._LONGEST)

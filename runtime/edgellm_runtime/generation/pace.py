@@ -8,6 +8,8 @@ MOST_DRAFTED = 16
 _FORGET = 0.9  # what is left of an observation after each further one
 _PRIOR = (1.4, 2.0)  # of a kind that is new so many drafted tokens are taken to have been right, of so many
 _PROBE = 20  # drafts that are not asked for before one is tried again, once they do not pay
+_COSTS = (0.15, 0.03)  # of checking and of drafting a token, in plain steps, before any was measured
+_EASE = 0.03  # how far they go back to that whenever they forbid a draft, or nothing would ever be measured again
 _WORTH = 1.05  # a draft must promise so many times the tokens a second
 _DEAREST = 1.0  # plain steps that a drafted token is believed to cost at most: a step may have waited for others
 _DEARER, _CHEAPER = 0.1, 0.3  # how far such a cost moves towards one that was seen: waiting is no cost of drafts
@@ -23,7 +25,7 @@ class Pace:
     def __init__(self) -> None:
         self._right: dict[str, tuple[float, float]] = {}  # of each kind: drafted tokens that were right, and all
         self._plain_s = 0.0
-        self._checking, self._drafting = 0.15, 0.0  # of one token, in plain steps
+        self._checking, self._drafting = _COSTS[0], 0.0  # of one token, in plain steps
         self._passed: dict[str, int] = {}
         self._rate = 1.2  # tokens of a step over a draft, in those of as much time without
 
@@ -40,12 +42,22 @@ class Pace:
                 best, most = count, given / (1 + count * cost)
         if best:
             return best
+        self._ease()
         self._passed[kind] = self._passed.get(kind, 0) + 1
         return 2 if self._passed[kind] % _PROBE == 0 else 0
 
     def worth(self, chance: float) -> bool:
         """Whether one more token, right with such a chance, gives more tokens a second than drafts give by now."""
-        return chance > (self._checking + self._drafting) * self._rate
+        if chance > (self._checking + self._drafting) * self._rate:
+            return True
+        self._ease()
+        return False
+
+    def _ease(self) -> None:
+        costs = self._checking, self._drafting
+        self._checking, self._drafting = (
+            old - _EASE * max(old - usual, 0.0) for old, usual in zip(costs, _COSTS, strict=True)
+        )
 
     def saw(self, kind: str, drafted: int, accepted: int) -> None:
         """Note how many of a draft's tokens were right; those behind the first wrong one tell nothing."""
