@@ -202,7 +202,7 @@ def _build(
         bounds = {**bounds_with_a_favourite(bounds, traces), MEANING: 0.0}
         give_back()
         same, manifest = _same_numbers(
-            model, weights, plan, dataclasses.replace(manifest, bounds=bounds), rows, start, progress, sources
+            model, weights, plan, dataclasses.replace(manifest, bounds=bounds), rows, start, progress, sources, scratch
         )
         manifest = _write_manifest(scratch, manifest)
         far = far or same.far
@@ -244,14 +244,15 @@ def _checked_generation(options: Mapping[str, Any], model: LanguageModel, text: 
 
 def _same_numbers(
     model: LanguageModel, weights: Weights, plan: Plan, manifest: Manifest, rows: Sequence[Sequence[int]],
-    start: FarStart | None, progress: Progress, sources: Sources,
+    start: FarStart | None, progress: Progress, sources: Sources, scratch: Path,
 ) -> tuple[ExactTraces, Manifest]:  # fmt: skip
     """PyTorch's traces with the numbers of a quantized bundle; in the manifest, why there are none."""
     if not plan.schemes and not plan.cache:
         return ExactTraces(), manifest
     progress("running PyTorch with the same numbers", 0.0)
     try:
-        return exact_traces(model, weights, plan, manifest.target["name"], rows, sources, start), manifest
+        name = manifest.target["name"]
+        return exact_traces(model, weights, plan, name, rows, sources, start, scratch), manifest
     except QuantizeError as error:
         said = {**manifest.quantization, _FLOAT_ONLY: str(error)}
         return ExactTraces(), dataclasses.replace(manifest, quantization=said)

@@ -13,13 +13,14 @@ import torch
 from edgellm_exporters.proof.far_row import FarRow
 from edgellm_exporters.proof.traces import Continuation, Trace, check_finite
 from edgellm_runtime.checks.far import FAR, FLOAT_INPUTS
+from edgellm_runtime.checks.goldens import Golden, parse_golden
 from edgellm_runtime.checks.layers import LAYERS, sampled_layer
 from edgellm_runtime.checks.meaning import MEANING
 from edgellm_runtime.checks.verify import ADAPTERS, GOLDENS
 from edgellm_runtime.json_text import finite
 from edgellm_runtime.spec import HIDDEN
 
-__all__ = ["GREEDY", "write_goldens"]
+__all__ = ["GREEDY", "golden_of", "write_goldens"]
 
 GREEDY = 16  # tokens that PyTorch says after a row
 _TOP, _STATE_SAMPLES = 8, 16
@@ -56,6 +57,12 @@ def write_goldens(
         floats = {FLOAT_INPUTS: True} if far.float_inputs else {}
         data[FAR] = {"past": far.start.past, "scales": dict(far.start.scales), **floats, **sampled_far}
     (directory / GOLDENS).write_text(json.dumps(data, allow_nan=False))
+
+
+def golden_of(trace: Trace) -> Golden:
+    """The golden that a row's trace becomes, as the runtime reads it."""
+    sampled = _sampled(trace, Continuation((), 1.0), hidden=trace.hidden is not None)
+    return parse_golden(sampled, trace.logits.shape[-1], trace.source is not None)
 
 
 def _sampled(trace: Trace, after: Continuation, *, hidden: bool = False) -> dict[str, Any]:

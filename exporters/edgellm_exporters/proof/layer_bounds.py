@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from edgellm_exporters.proof.traces import Trace
 from edgellm_runtime.bundle import Bundle
@@ -14,7 +16,7 @@ from edgellm_runtime.checks.layers import LAYER, layer_difference, sampled_layer
 from edgellm_runtime.checks.verify import MARGIN
 from edgellm_runtime.graphs.onnx_file import nodes_of, read_model
 
-__all__ = ["layer_bounds", "layers_in", "typical_distance"]
+__all__ = ["LayerDistance", "furthest", "layer_bounds", "layer_distances", "layers_in", "typical_distance"]
 
 _FLOORS = {"float32": 1e-4, "float16": 0.01}  # what sums in another order cost
 
@@ -38,8 +40,36 @@ def _named(file: Path) -> list[str]:
     return [name.removeprefix(LAYER) for name in made if name.startswith(LAYER)]
 
 
+class LayerDistance(NamedTuple):
+    """How far a layer's outputs are from a row's, relative in norm."""
+
+    samples: float  # at the places that goldens have, as :func:`layer_difference` has it
+    token: float  # the largest of one token's
+
+
+def layer_distances(
+    reference: Trace, outputs: Mapping[str, NDArray[np.float32] | Tensor]
+) -> dict[str, LayerDistance]:  # fmt: skip
+    """How far the outputs of layers (time, features) are from a trace's, by path; for paths that both have."""
+    found = {}
+    for path in (path for path in reference.layers if path in outputs):
+        expected, given = reference.layers[path].float().numpy(), np.asarray(outputs[path], dtype=np.float32)
+        sampled = layer_difference(sampled_layer(expected), given)
+        found[path] = LayerDistance(sampled, float(_differences(expected, given).max()))
+    return found
+
+
+def furthest(*each: Mapping[str, LayerDistance]) -> dict[str, LayerDistance]:
+    """The largest distances of each layer; a NaN is larger than all."""
+    paths = dict.fromkeys(path for distances in each for path in distances)
+    met = {path: [distances[path] for distances in each if path in distances] for path in paths}
+    return {
+        path: LayerDistance(*(float(np.max(kind)) for kind in zip(*found, strict=True))) for path, found in met.items()
+    }
+
+
 def layer_bounds(
-    bundle: Bundle, paths: Sequence[str], reference: Trace, copies: Sequence[Trace], model: Trace
+    bundle: Bundle, paths: Sequence[str], reference: Trace, others: Mapping[str, LayerDistance], model: Trace
 ) -> dict[str, Mapping[str, float]]:
     """Bounds for the distances of layers from their goldens, and how far they are from the float model.
 
@@ -47,24 +77,20 @@ def layer_bounds(
         bundle: finished but for these bounds.
         paths: of its layers.
         reference: what the goldens are samples of, one row.
-        copies: further traces of the same row, as sums in another order might make them.
+        others: how far further traces of the same row are from it, as sums in another order might make them.
         model: the float model's trace of that row.
     """
     row = np.asarray(reference.tokens, dtype=np.int64)
     each = [tapped(bundle, paths, threads=count).read(row)[1] for count in (1, 2)]
-    alike = [*each, *({path: copy.layers[path].numpy() for path in paths} for copy in copies)]
-    found: dict[str, Mapping[str, float]] = {}
-    for path in paths:
-        golden = sampled_layer(reference.layers[path].float().numpy())
-        expected = reference.layers[path].float().numpy()
-        worst = max(layer_difference(golden, outputs[path]) for outputs in alike)
-        furthest = max(float(_differences(expected, outputs[path]).max()) for outputs in alike)
-        distance = typical_distance(model.layers[path].float().numpy(), each[0][path])
-        floor = _FLOORS[bundle.manifest.dtype]
-        found[path] = {
-            "bound": max(MARGIN * worst, floor), "rounding": max(MARGIN * furthest, floor), "distance": distance,
-        }  # fmt: skip
-    return found
+    worst = furthest(others, *(layer_distances(reference, outputs) for outputs in each))
+    floor = _FLOORS[bundle.manifest.dtype]
+    return {
+        path: {
+            "bound": max(MARGIN * worst[path].samples, floor), "rounding": max(MARGIN * worst[path].token, floor),
+            "distance": typical_distance(model.layers[path].float().numpy(), each[0][path]),
+        }
+        for path in paths
+    }  # fmt: skip
 
 
 def typical_distance(expected: NDArray[np.float32], found: NDArray[np.float32]) -> float:

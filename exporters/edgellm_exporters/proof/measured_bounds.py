@@ -32,14 +32,14 @@ def with_measured_bounds(
     """
     measured: dict[str, float] = {}
     if same.rows:
-        found = measured_exactly(scratch, same.copies)
+        found = measured_exactly(scratch, same.others)
         manifest = dataclasses.replace(manifest, exact_bounds=exact_bounds(found))
         measured = {f"{EXACT}.{name}": value for name, value in found.items()}
     give_back()
     bundle = Bundle(scratch, checksums=False)
     if layers:
-        first, copies = (same.rows or [trace])[0], same.copies[: len(same.copies) // max(1, len(same.rows))]
-        manifest = dataclasses.replace(manifest, layers=layer_bounds(bundle, layers, first, copies, trace))
+        first = (same.rows or [trace])[0]
+        manifest = dataclasses.replace(manifest, layers=layer_bounds(bundle, layers, first, same.layers, trace))
     give_back()
     if far is not None:
         others = {} if far.float_inputs else manifest.exact_bounds  # which are wide where inputs are rounded

@@ -7,8 +7,8 @@ How far that reaches is measured, on copies of the rows whose products read inpu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,6 +18,8 @@ from edgellm.models.protocol import LanguageModel
 from edgellm.streaming import Weights, resident
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.proof.far_row import FarRow, FarStart, far_row
+from edgellm_exporters.proof.goldens import golden_of
+from edgellm_exporters.proof.layer_bounds import LayerDistance, furthest, layer_distances
 from edgellm_exporters.proof.traces import Sources, Trace, traces
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.quantize.quantized_model import same_numbers
@@ -40,18 +42,20 @@ class ExactTraces:
 
     Args:
         rows: the trace of each row.
-        copies: further traces of the same rows, in turn, as sums in another order might make them.
+        others: how far copies of the rows, as sums in another order might make them, are from these: a copy's figures.
+        layers: how far the layers of the first row's copies are from the row's, by path.
         far: a row that begins far into the context.
     """
 
     rows: Sequence[Trace] = ()
-    copies: Sequence[Trace] = ()
+    others: Sequence[Mapping[str, float]] = ()
+    layers: Mapping[str, LayerDistance] = field(default_factory=dict)
     far: FarRow | None = None
 
 
 def exact_traces(
     model: LanguageModel, weights: Weights, plan: Plan, target: str, rows: Sequence[Sequence[int]],
-    sources: Sources = None, start: FarStart | None = None,
+    sources: Sources = None, start: FarStart | None = None, scratch: Path | None = None,
 ) -> ExactTraces:  # fmt: skip
     """What PyTorch computes with a plan's numbers, weights read one by one where the model's are.
 
@@ -63,6 +67,7 @@ def exact_traces(
         rows: token ids.
         sources: what they answer, where the model answers sources.
         start: of a row far into the context, or None for no such row.
+        scratch: a directory for what is computed once and read in several passes; None to compute it in each.
 
     Raises:
         QuantizeError: this reference cannot be had, and why.
@@ -70,18 +75,32 @@ def exact_traces(
     assert isinstance(model, nn.Module)
     _check(target)
     rounds = _TARGETS[target]
-    found = same_numbers(model, weights, plan, rounds=rounds, noise=_Noise() if rounds else lambda x: x)
+    found = same_numbers(
+        model, weights, plan, rounds=rounds, noise=_Noise() if rounds else lambda x: x, scratch=scratch
+    )
     times = 1 + _COPIES if rounds else 1
     repeated = [row for row in rows for _ in range(times)]
     theirs = None if sources is None else [source for source in sources for _ in range(times)]
+    kept, others, layers = list[Trace](), list[dict[str, float]](), dict[str, LayerDistance]()
     with resident(found.model, found.weights):
         # first, for what it takes is given back before there are logits
         far = None if start is None else _far(found.model, start, plan)
         give_back()
-        each = list(traces(found.model, repeated, theirs))  # type: ignore[arg-type]
-    each = [dataclasses.replace(t, state={n: x for n, x in t.state.items() if n not in plan.cache}) for t in each]
-    count = len(repeated) // len(rows)
-    return ExactTraces(each[::count], [trace for i, trace in enumerate(each) if i % count], far)
+        for i, trace in enumerate(traces(found.model, repeated, theirs)):  # type: ignore[arg-type]
+            own = dataclasses.replace(trace, state={n: x for n, x in trace.state.items() if n not in plan.cache})
+            if i % times == 0:
+                kept.append(own.alone())
+                continue
+            others.append(_distance(kept[-1], own))
+            if len(kept) == 1:
+                layers = furthest(layers, layer_distances(kept[0], own.layers))
+    return ExactTraces(kept, others, layers, far)
+
+
+def _distance(row: Trace, copy: Trace) -> dict[str, float]:
+    state = {name: tensor.numpy() for name, tensor in copy.state.items()}
+    hidden = None if copy.hidden is None else copy.hidden.numpy()
+    return distance(golden_of(row), copy.logits.numpy(), state, hidden)
 
 
 def _far(model: nn.Module, start: FarStart, plan: Plan) -> FarRow | None:
@@ -107,12 +126,12 @@ def _check(target: str) -> None:
         raise QuantizeError(f"what target {target}'s kernels round is not known on this machine")
 
 
-def measured_exactly(scratch: Path, copies: Sequence[Trace]) -> dict[str, float]:
+def measured_exactly(scratch: Path, others: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """How far a bundle is from its goldens of the same numbers, at most, over numbers of threads and those copies.
 
     Args:
         scratch: the bundle, its goldens written.
-        copies: of :class:`ExactTraces`.
+        others: figures of copies, of :class:`ExactTraces`.
     """
     bundle = Bundle(scratch, checksums=False)
     goldens = read_goldens(bundle, EXACT)
@@ -120,9 +139,5 @@ def measured_exactly(scratch: Path, copies: Sequence[Trace]) -> dict[str, float]
         exact_figures(unchecked_session(bundle, device="cpu", threads=count, kernels="onnxruntime"), goldens)
         for count in _THREADS
     ]
-    for golden, trace in zip((g for g in goldens for _ in range(_COPIES)), copies, strict=bool(copies)):
-        state = {name: tensor.numpy() for name, tensor in trace.state.items()}
-        hidden = None if trace.hidden is None else trace.hidden.numpy()
-        found.append(distance(golden, trace.logits.numpy(), state, hidden))
     names = [name for name in found[0] if name != "state" or any(golden.state for golden in goldens)]
-    return {name: max(figures[name] for figures in found) for name in names}
+    return {name: max(figures[name] for figures in (*found, *others)) for name in names}

@@ -64,6 +64,12 @@ class Trace:
         """As a session's new state takes them."""
         return None if self.source is None else [self.source]
 
+    def alone(self) -> Trace:
+        """A copy that holds nothing of the rows that were run beside it, as views of theirs would."""
+        state, layers = ({n: x.clone() for n, x in given.items()} for given in (self.state, self.layers))
+        hidden = None if self.hidden is None else self.hidden.clone()
+        return Trace(self.tokens, self.logits.clone(), state, layers, self.source, hidden)
+
 
 @torch.no_grad()
 def traces(model: LanguageModel, rows: Sequence[Tokens], sources: Sources = None) -> Iterator[Trace]:

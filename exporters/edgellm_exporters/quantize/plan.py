@@ -14,7 +14,19 @@ from numpy.typing import NDArray
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.quantize.smooth import Smoothing
 
-__all__ = ["ROW", "STORAGE", "Codes", "Plan", "QuantizedWeight", "Quantizer", "Scheme", "joined", "pack", "widens"]
+__all__ = [
+    "ROW",
+    "STORAGE",
+    "Codes",
+    "Plan",
+    "QuantizedWeight",
+    "Quantizer",
+    "Scheme",
+    "joined",
+    "pack",
+    "unpack",
+    "widens",
+]
 
 STORAGE = "edgellm.storage"
 _ROWS_BYTES = 16 << 20  # of float32 weights that are quantized at a time
@@ -135,9 +147,14 @@ class Codes:
     def _wide(self) -> NDArray[np.float32]:
         """Codes times scales, (rows, blocks * block), shifts included."""
         rows, blocks = self.scales.shape
-        codes = self.signed(np.float32).reshape(rows, blocks, -1)
-        wide: NDArray[np.float32] = (codes * self.scales[:, :, None]).reshape(rows, -1)
-        return wide
+        if self.floating:
+            wide = self.signed(np.float32).reshape(rows, blocks, -1)
+        else:  # in place, for this is done to every weight of a model, and again for each pass over them
+            wide = self.codes.astype(np.float32).reshape(rows, blocks, -1)
+            wide -= self.zeros[:, :, None]
+        wide *= self.scales[:, :, None]
+        whole: NDArray[np.float32] = wide.reshape(rows, -1)
+        return whole
 
 
 def widens(*weights: tuple[Scheme | None, int]) -> bool:
@@ -175,6 +192,17 @@ def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     for place in range(each):
         packed |= padded[:, place::each] << (bits * place)
     return packed
+
+
+def unpack(packed: NDArray[np.uint8], bits: int, columns: int) -> NDArray[np.uint8]:
+    """The codes (rows, columns) that :func:`pack` put into bytes."""
+    if bits == 8:
+        return packed
+    each = 8 // bits
+    codes = np.empty((packed.shape[0], packed.shape[1] * each), dtype=np.uint8)
+    for place in range(each):
+        codes[:, place::each] = (packed >> np.uint8(bits * place)) & np.uint8(2**bits - 1)
+    return codes[:, :columns]
 
 
 @dataclass(frozen=True)

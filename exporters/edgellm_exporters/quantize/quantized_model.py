@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch.nn.utils import parametrize
 from edgellm.streaming import OwnWeights, Weights
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.passes.merge_linears import parts_of
+from edgellm_exporters.quantize.codes_on_disk import CodesOnDisk
 from edgellm_exporters.quantize.named_weights import is_parametrized, named_weights
-from edgellm_exporters.quantize.plan import ROW, Plan, Scheme
+from edgellm_exporters.quantize.plan import ROW, Codes, Plan, Scheme
 from edgellm_exporters.quantize.rounded_products import (
     ProductRounding,
     round_blocks,
@@ -45,8 +47,9 @@ class SameNumbers:
 
 
 def same_numbers(
-    model: nn.Module, weights: Weights, plan: Plan, *, rounds: bool, noise: Callable[[Tensor], Tensor]
-) -> SameNumbers:
+    model: nn.Module, weights: Weights, plan: Plan, *, rounds: bool, noise: Callable[[Tensor], Tensor],
+    scratch: Path | None = None,
+) -> SameNumbers:  # fmt: skip
     """A copy with a plan's numbers, whether its parameters are in memory or read one by one; its cache, too.
 
     Args:
@@ -55,11 +58,12 @@ def same_numbers(
         plan: made for its graph.
         rounds: whether the target's kernels round what products read.
         noise: what such products read passes it first.
+        scratch: a directory in which codes may be kept from one reading to the next; None to compute them each time.
 
     Raises:
         QuantizeError: as :func:`quantized_model` does.
     """
-    numbers = _Numbers(model, plan) if plan.schemes else None
+    numbers = _Numbers(model, plan, None if scratch is None else CodesOnDisk(scratch)) if plan.schemes else None
     streamed = any(p.is_meta for p in model.parameters())
     copied = copy.deepcopy(model)
     if numbers is not None:
@@ -110,7 +114,8 @@ def _with_numbers(model: nn.Module, numbers: _Numbers) -> nn.Module:
     numbers.check(by_name)
     with torch.no_grad():
         for name in numbers.schemes:
-            by_name[name].copy_(numbers.of(name, by_name[name]))
+            weight = by_name[name]
+            weight.copy_(numbers.of(name, weight.detach, 0, len(weight)))
         for name, factor in numbers.vectors.items():
             by_name[name].mul_(factor)
     return model
@@ -144,12 +149,13 @@ class _Numbers:
     Args:
         model: of whose graph the plan was made.
         plan: with codes to compute.
+        kept: where codes that were computed are found again; None to compute them each time.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, kept: CodesOnDisk | None = None) -> None:
         if plan.quantize is None or not plan.schemes:
             raise QuantizeError("the plan leaves weights as they are; compare with the model itself")
-        self._quantize = plan.quantize
+        self._quantize, self._kept = plan.quantize, kept
         self.schemes = {part: scheme for name, scheme in plan.schemes.items() for part in parts_of(name)}
         self.inputs = {part: scale for name, scale in plan.inputs.items() for part in parts_of(name)}
         self.by_rows = {part for name in plan.by_rows for part in parts_of(name)}
@@ -168,20 +174,32 @@ class _Numbers:
         """What a weight's columns were multiplied with, (columns,)."""
         return torch.from_numpy(self._columns[name]) if name in self._columns else torch.ones(columns)
 
-    def of(self, name: str, weight: Tensor, start: int = 0) -> Tensor:
-        """The numbers that stand for a weight, or for those of its rows that begin at ``start``."""
-        column = self.column(name, weight.shape[1])
-        row = torch.ones(len(weight))
-        if name in self._rows:
-            row = torch.from_numpy(self._rows[name])[start : start + len(weight)]
-        smoothed = (weight * column * row[:, None]).numpy()
-        codes = self._quantize(name, smoothed, self.schemes[name])
+    def of(self, name: str, read: Callable[[], Tensor], start: int, stop: int) -> Tensor:
+        """The numbers that stand for some of a weight's rows.
+
+        Args:
+            name: of the weight.
+            read: gives these rows of the float weight; not called where their codes are kept.
+            start: the first row.
+            stop: the one after the last.
+        """
+        scheme, column, row = self.schemes[name], self._columns.get(name), self._rows.get(name)
+        columns = None if column is None else torch.from_numpy(column)
+        rows = None if row is None else torch.from_numpy(row)[start:stop, None]
+
+        def compute() -> Codes:
+            weight = _times(_times(read(), columns), rows)
+            return self._quantize(name, weight.numpy(), scheme)
+
+        codes = compute() if self._kept is None else self._kept.get((name, start, stop), scheme.bits, compute)
         if codes.columns:
             self._shifts[name] = torch.from_numpy(codes.shifts().copy())
         found = torch.from_numpy(codes.dequantize())
         if name in self.orders:
             found = found[:, self.orders[name].argsort()]
-        return found / column / row[:, None]
+        for scale in (columns, rows):
+            found = found if scale is None else found.div_(scale)
+        return found
 
     def rounding(
         self, name: str, shape: Sequence[int], kernel: Callable[[Tensor], Tensor], noise: Callable[[Tensor], Tensor]
@@ -191,6 +209,10 @@ class _Numbers:
         row = torch.from_numpy(self._rows[name]) if name in self._rows else torch.ones(rows)
         shifts = (lambda: self._shifts[name]) if scheme.shifted else None  # known when the weight has been read
         return ProductRounding(scheme, kernel, self.column(name, columns), row, shifts, noise)
+
+
+def _times(weight: Tensor, scale: Tensor | None) -> Tensor:
+    return weight if scale is None else weight * scale
 
 
 class RoundedWeights:
@@ -206,15 +228,16 @@ class RoundedWeights:
 
     def __init__(self, weights: Weights, numbers: _Numbers, model: nn.Module) -> None:
         self._weights, self._numbers = weights, numbers
-        named = {id(p): n for n, p in model.named_parameters(remove_duplicate=False) if n in numbers.schemes}
+        found = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if n in numbers.schemes]
+        named, self._lengths = {id(p): n for n, p in found}, {n: len(p) for n, p in found}
         self._planned = {n: named[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if id(p) in named}
 
     def read(self, name: str) -> Tensor:
         """One parameter."""
-        found = self._weights.read(name)
-        if name in self._numbers.vectors:
-            return found * self._numbers.vectors[name]
-        return self._numbers.of(self._planned[name], found) if name in self._planned else found
+        if name not in self._planned:
+            return _times(self._weights.read(name), self._numbers.vectors.get(name))
+        planned = self._planned[name]
+        return self._numbers.of(planned, lambda: self._weights.read(name), 0, self._lengths[planned])
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Some rows of one parameter; of codes that were chosen for the whole of it, all are made first."""
@@ -223,7 +246,7 @@ class RoundedWeights:
         planned = self._planned[name]
         if planned not in self._numbers.by_rows:
             return self.read(name)[start:stop]
-        return self._numbers.of(planned, self._weights.rows(name, start, stop), start)
+        return self._numbers.of(planned, lambda: self._weights.rows(name, start, stop), start, stop)
 
 
 def _round_products(

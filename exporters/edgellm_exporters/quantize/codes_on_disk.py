@@ -1,0 +1,100 @@
+"""Codes that take long to compute and are asked for again, kept on disk meanwhile instead of in memory."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellm_exporters.quantize.plan import Codes, pack, unpack
+
+__all__ = ["CodesOnDisk"]
+
+_LEAST = 1 << 18  # codes that are worth a file's time: a few looked-up rows are computed as quickly
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an array lies in the file."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The places of some codes, their own packed, and what else there is to them."""
+
+    codes: _Place
+    scales: _Place
+    zeros: _Place
+    bits: int
+    padded: int  # codes in a row
+    columns: int
+    floating: bool
+
+
+class CodesOnDisk:
+    """Computes codes when they are asked for the first time, and reads them after that.
+
+    Args:
+        directory: where the file is to be; it has no name there, and goes with this object. A full disk costs time
+            only: what could not be kept is computed again.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._file: IO[bytes] | None = None
+        self._kept: dict[Hashable, _Kept] = {}
+        self._full = False
+
+    def get(self, key: Hashable, bits: int, compute: Callable[[], Codes]) -> Codes:
+        """The codes of a key.
+
+        Args:
+            key: names them; ``compute`` gives the same for one key each time.
+            bits: of a code.
+            compute: called where they are not kept.
+        """
+        if key in self._kept:
+            return self._read(self._kept[key])
+        codes = compute()
+        if codes.codes.size >= _LEAST and not self._full:
+            try:
+                self._kept[key] = self._written(codes, bits)
+            except OSError:
+                self._full = True
+        return codes
+
+    def _written(self, codes: Codes, bits: int) -> _Kept:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(dir=self._directory)  # noqa: SIM115 - goes with this object
+        found = _Kept(
+            self._append(self._file, pack(codes.codes, bits)), self._append(self._file, codes.scales),
+            self._append(self._file, codes.zeros), bits, codes.codes.shape[1], codes.columns, codes.floating,
+        )  # fmt: skip
+        self._file.flush()
+        return found
+
+    @staticmethod
+    def _append(file: IO[bytes], array: NDArray[Any]) -> _Place:
+        place = _Place(file.seek(0, 2), array.shape, array.dtype)
+        file.write(np.ascontiguousarray(array).data)
+        return place
+
+    def _read(self, kept: _Kept) -> Codes:
+        packed, scales, zeros = (self._array(place) for place in (kept.codes, kept.scales, kept.zeros))
+        return Codes(unpack(packed, kept.bits, kept.padded), scales, zeros, kept.columns, kept.floating)
+
+    def _array(self, place: _Place) -> NDArray[Any]:
+        assert self._file is not None
+        found = np.empty(place.shape, place.dtype)
+        self._file.seek(place.offset)
+        self._file.readinto(found.data)  # type: ignore[attr-defined]
+        return found
