@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,7 @@ class CodesOnDisk:
     def _written(self, codes: Codes, bits: int) -> _Kept:
         if self._file is None:
             self._file = tempfile.TemporaryFile(dir=self._directory)  # noqa: SIM115 - goes with this object
+            weakref.finalize(self, self._file.close)
         found = _Kept(
             self._append(self._file, pack(codes.codes, bits)), self._append(self._file, codes.scales),
             self._append(self._file, codes.zeros), bits, codes.codes.shape[1], codes.columns, codes.floating,
