@@ -15,11 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgellm.models.protocol import read_rows
+from edgellm.models.protocol import logit_width, read_rows
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.quantize.gptq import gptq
 from edgellm_exporters.quantize.named_weights import is_parametrized
 from edgellm_exporters.quantize.plan import Codes, Scheme
+from edgellm_exporters.weights.memory import trim
 
 __all__ = ["MIN_TOKENS", "check_windows", "largest_inputs", "quantize_in_turn"]
 
@@ -109,8 +110,11 @@ def _visit(
     """Run the model and call ``visit`` with each linear layer's weight's name, the layer, and all that it reads.
 
     Where layers are ``wanted``, it is called for those, once each, when they are first run, and nothing is run after
-    the last of them; otherwise it is called whenever a layer is run.
+    the last of them; otherwise it is called whenever a layer is run, up to the one that gives the logits, which are not
+    computed: for a long text and vocabulary they would be the largest thing in memory.
     """
+    config: Any = getattr(model, "config", None)
+    width = None if config is None else logit_width(config)
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -128,7 +132,8 @@ def _visit(
             visit(name, module, x)
         left.discard(module)
         progress(1 - len(left) / max(total, 1))
-        if not left and wanted is not None:
+        trim()
+        if not left and (wanted is not None or module.out_features == width):
             raise _Done
 
     with _unchanged(layers), _hooked(layers, hook):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,10 +168,29 @@ def widens(*weights: tuple[Scheme | None, int]) -> bool:
     return all(s is None or (s.bits == 8 and not s.shifted and size <= _SMALL) for s, size in weights)
 
 
-def joined(parts: Sequence[Codes]) -> Codes:
-    """The numbers of the weight that has the rows of all parts."""
-    codes, scales, zeros = (np.concatenate([getattr(p, f) for p in parts]) for f in ("codes", "scales", "zeros"))
-    return Codes(codes, scales, zeros, parts[0].columns, parts[0].floating)
+def joined(parts: Iterable[Codes], rows: int | None = None) -> Codes:
+    """The numbers of the weight that has the rows of all parts.
+
+    Args:
+        parts: at least one.
+        rows: of all parts, where that is known: then no more than one of them is in memory beside the whole.
+    """
+    if rows is None:
+        held = list(parts)
+        return joined(held, sum(len(part.codes) for part in held))
+    whole: Codes | None = None
+    start = 0
+    for part in parts:
+        if whole is None:
+            codes, scales, zeros = (
+                np.empty((rows, a.shape[1]), a.dtype) for a in (part.codes, part.scales, part.zeros)
+            )
+            whole = Codes(codes, scales, zeros, part.columns, part.floating)
+        stop = start + len(part.codes)
+        whole.codes[start:stop], whole.scales[start:stop], whole.zeros[start:stop] = part.codes, part.scales, part.zeros
+        start = stop
+    assert whole is not None
+    return whole
 
 
 def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
@@ -304,7 +323,7 @@ class Plan:
             return self.quantize(name, _finite(name, np.asarray(tensor.numpy(), dtype=np.float32)), scheme)
         step = max(1, _ROWS_BYTES // (4 * columns))
         pieces = (np.asarray(rows_of(i, min(i + step, total)), dtype=np.float32) for i in range(0, total, step))
-        return joined([self.quantize(name, _finite(name, piece), scheme) for piece in pieces])
+        return joined((self.quantize(name, _finite(name, piece), scheme) for piece in pieces), total)
 
 
 def _finite(name: str, weight: NDArray[np.float32]) -> NDArray[np.float32]:
