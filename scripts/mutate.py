@@ -63,7 +63,7 @@ def main() -> int:
             for number, family in enumerate(options.families):
                 run.take(family, options.seeds, Path(scratch) / str(number))
     if options.write:
-        options.write.write_text(json.dumps(dataclasses.asdict(run)))
+        options.write.write_text(json.dumps(dataclasses.asdict(run), allow_nan=False))
     found = [Outcome(**one) for one in run.found]
     _report(found)
     print(f"\n{len(found)} changes; {run.clean} clean verifications, {run.alarms} of them false alarms")

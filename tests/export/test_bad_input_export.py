@@ -189,7 +189,7 @@ def graphless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export_module, "_session", lambda *_: None)
     monkeypatch.setattr(export_module, "take_traces", lambda *_, **__: ([None], []))
     monkeypatch.setattr(export_module, "bounds_with_a_favourite", lambda bounds, _: bounds)
-    monkeypatch.setattr(export_module, "far_start", lambda *_: None)
+    monkeypatch.setattr(export_module, "far_start", lambda *_, **__: None)
     monkeypatch.setattr(export_module, "layers_in", lambda *_: [])
     monkeypatch.setattr(export_module, "meaning_of", lambda _: {})
     monkeypatch.setattr(export_module, "Bundle", lambda *_, **__: None)

@@ -110,7 +110,7 @@ def test_a_saved_state_goes_on_in_another_session_and_only_with_its_own_model(tm
     state.save(tmp_path / "state")
     other = open_session(Bundle(t5_bundle()), threads=1)
     again = State.load(tmp_path / "state", other.signature.state, other.storage)
-    assert again.nbytes == state.nbytes
+    assert np.array_equal(again.lengths, state.lengths)
     assert np.array_equal(other.step(np.array([[5]] * 3), again), one.step(np.array([[5]] * 3), state))
     with pytest.raises(StateError, match="another model"):
         State.load(tmp_path / "state", open_session(Bundle(bart_bundle()), threads=1).signature.state)

@@ -139,6 +139,7 @@ class State:
         Args:
             room: slots for tokens that each row of it has at least.
         """
+        room = check_integer("room", room, 0, _COUNTABLE)
         if room <= self.capacity or not isinstance(self.storage, HostStorage):
             copy = self.take(range(self.batch))
             copy.reserve(room)
