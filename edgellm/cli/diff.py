@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgellm.cli.diff_rows import UNKNOWN, rows_to_read
 from edgellm.cli.progress import stages
 from edgellm.cli.standard_streams import print_json
 from edgellm.cli.threads import threads_option
@@ -15,9 +16,8 @@ if TYPE_CHECKING:
     from edgellm_runtime.bundle import Bundle
     from edgellm_runtime.checks.divergence import Divergence, Limits, Read
 
-__all__ = ["UNKNOWN", "diff", "diff_models", "rows_to_read"]
+__all__ = ["diff", "diff_models"]
 
-UNKNOWN = 2  # the exit status where the two cannot be compared
 _DOUBT = 2.0  # of a layer's distance from the float model: so much further it may be on another text
 _ROUNDING = 1e-4  # of layers that say nothing of it, and of float ones
 
@@ -107,26 +107,6 @@ def diff_models(
     else:
         expected, limits = _checkpoint(bundle, against, ours.session, max(map(len, rows))), _limits(bundle, None)
     return diverge(ours.read, expected, rows, limits, lambda share: tell("comparing", share))
-
-
-def rows_to_read(bundle: Bundle, file: Path | None, tokens: int, window: int) -> list[list[int]]:
-    """Token ids of a text in windows; without one, of the bundle's goldens."""
-    if file is None:
-        from edgellm_runtime.checks.goldens import read_goldens
-
-        return [golden.tokens.tolist() for golden in read_goldens(bundle)]
-    from edgellm_runtime import OptionError
-    from edgellm_runtime.checks.evaluate import windows_of
-    from edgellm_runtime.text.tokenizer import Tokenizer
-
-    manifest = bundle.manifest
-    if manifest.tokenizer is None:
-        raise OptionError(f"{bundle.path}: has no tokenizer, so it cannot read a text; leave --text out")
-    tokenizer = Tokenizer(
-        bundle.file("tokenizer.json"), manifest.tokenizer, vocab_size=manifest.vocab_size or manifest.width
-    )
-    text = file.read_text(encoding="utf-8", errors="replace")[: 16 * tokens]
-    return windows_of(tokenizer.encode(text), min(window, manifest.max_context), tokens)
 
 
 def _checkpoint(bundle: Bundle, checkpoint: Path, session: Any, longest: int) -> Read:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgellm.cli.diff_rows import UNKNOWN, rows_to_read
 from edgellm.cli.progress import stages
 from edgellm.cli.standard_streams import print_json
 
@@ -26,7 +27,6 @@ def diff_engines(path: Path, file: Path | None, *, tokens: int, window: int, as_
         window: tokens of it that are read from an empty state at a time.
         as_json: whether to print one JSON object and nothing else.
     """
-    from edgellm.cli.diff import UNKNOWN
     from edgellm_exporters.errors import EngineError
     from edgellm_runtime.errors import BackendError, BundleError, OptionError
 
@@ -41,7 +41,6 @@ def diff_engines(path: Path, file: Path | None, *, tokens: int, window: int, as_
 
 
 def _bisected(path: Path, file: Path | None, tokens: int, window: int) -> Bisection:
-    from edgellm.cli.diff import rows_to_read
     from edgellm_exporters.engines.bisect import bisect_engines, built_with
     from edgellm_exporters.engines.options import EngineOptions
     from edgellm_runtime.bundle import Bundle
