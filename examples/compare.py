@@ -6,12 +6,12 @@ docs/applications.md and the picture beside it from what was measured.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
+from comparison.page import records, written
 from comparison.sizes import PATTERNS
-from comparison.tables import draw, render
+from comparison.tables import draw
 from comparison.work import FOLDERS, Plan, add, base_of, compare
 
 _RESULTS = Path("docs/applications")
@@ -103,11 +103,11 @@ def add_row(
 @click.option("--picture", default="docs/applications.png", type=_FILE, help="The PNG to write.")
 def render_page(results: Path, page: Path, picture: Path) -> None:
     """Write the tables into the page, and the picture."""
-    found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob("*.json"))}
+    found = records(results)
     if not found:
         raise click.ClickException(f"{results}: nothing was measured yet; see the command run")
     try:
-        page.write_text(render(page.read_text(encoding="utf-8"), found), encoding="utf-8")
+        page.write_text(written(page.read_text(encoding="utf-8"), found), encoding="utf-8")
     except ValueError as error:
         raise click.ClickException(f"{page}: {error}") from error
     draw({task: found[task] for task in FOLDERS if task in found}, picture)

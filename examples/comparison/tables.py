@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["draw", "render", "table"]
+__all__ = ["SCORES", "draw", "line", "number", "render", "table"]
 
 Result = Mapping[str, Any]
 
 _RUNS = {"pytorch": "PyTorch", "float32": "float32", "int8": "int8", "w8a8": "w8a8"}
-_SCORES = {
+SCORES = {
     "chrf": "chrF", "bleu": "BLEU", "accuracy": "accuracy", "f1": "F1", "exact_match": "exact match",
     "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "length_deviation": "words off",
     "span_precision": "span precision", "span_recall": "span recall",
@@ -23,18 +23,22 @@ _MARKS = {"pytorch": "o", "float32": "s", "int8": "^", "w8a8": "D"}
 INK, QUIET, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 
 
-def render(page: str, results: Mapping[str, Result]) -> str:
-    """A page with the table of each task between ``<!-- TASK -->`` and ``<!-- /TASK -->``.
+def render(page: str, tables: Mapping[str, str]) -> str:
+    """A page with each table between ``<!-- NAME -->`` and ``<!-- /NAME -->``.
+
+    Args:
+        page: in Markdown.
+        tables: by name.
 
     Raises:
-        ValueError: the page has no such place for one of the results.
+        ValueError: the page has no such place for one of them.
     """
-    for task, result in results.items():
+    for task, text in tables.items():
         before, begin, rest = page.partition(f"<!-- {task} -->")
         _, end, after = rest.partition(f"<!-- /{task} -->")
         if not begin or not end:
             raise ValueError(f"the page has no place for {task}; write <!-- {task} --> and <!-- /{task} --> into it")
-        page = f"{before}{begin}\n{table(result)}{end}{after}"
+        page = f"{before}{begin}\n{text}{end}{after}"
     return page
 
 
@@ -44,7 +48,7 @@ def table(result: Result) -> str:
     head = [
         "model",
         "runs in",
-        *(_SCORES.get(s, s) for s in scores),
+        *(SCORES.get(s, s) for s in scores),
         "ms",
         "p95 ms",
         "faster",
@@ -52,11 +56,11 @@ def table(result: Result) -> str:
         "MB in use",
         "same answers",
     ]
-    lines = [_line(head), _line(["---"] * len(head))]
+    lines = [line(head), line(["---"] * len(head))]
     for name, found in result.get("baselines", {}).items():
-        lines.append(_line([name, "", *(_number(found.get(s)) for s in scores), *[""] * 6]))
+        lines.append(line([name, "", *(number(found.get(s)) for s in scores), *[""] * 6]))
     for name, row in result["rows"].items():
-        lines += [_line(_cells(name, key, row, scores)) for key in _RUNS if key in row]
+        lines += [line(_cells(name, key, row, scores)) for key in _RUNS if key in row]
     return "\n".join(lines) + f"\n\n{_note(result)}\n"
 
 
@@ -80,7 +84,7 @@ def _cells(name: str, key: str, row: Mapping[str, Any], scores: Sequence[str]) -
     same = run.get("same_answers")
     return [
         f"{name}, {row['train']['parameters'] / 1e6:.2f} M", _RUNS[key],
-        *(_number(run["scores"].get(s)) for s in scores),
+        *(number(run["scores"].get(s)) for s in scores),
         f"{run['latency_ms']['median']:.1f}", f"{run['latency_ms']['p95']:.1f}", f"{faster:.1f}x" if faster else "",
         f"{size / 1e6:.1f}" if size else "", f"{run['peak_rss_mb'] or 0:.0f}", "" if same is None else f"{same:.1%}",
     ]  # fmt: skip
@@ -96,11 +100,13 @@ def _note(result: Result) -> str:
     )
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A score with the digits that mean something; nothing for None."""
     return "" if value is None else f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
 
 
@@ -150,7 +156,7 @@ def _panel(axes: Any, task: str, result: Result) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("median time of one example, ms", color=QUIET)
     direction = "lower is better" if task == "generation" else "higher is better"
-    axes.set_title(f"{task}: {_SCORES.get(main, main)}\n({direction})", loc="left", color=INK, fontsize=11)
+    axes.set_title(f"{task}: {SCORES.get(main, main)}\n({direction})", loc="left", color=INK, fontsize=11)
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

@@ -133,11 +133,11 @@ def test_tables_go_between_their_markers(plan: work.Plan, monkeypatch: pytest.Mo
     assert "| copy |  | 10.00 |" in text
     assert "| hybrid, 1.00 M | int8 | 30.00 | 20.0 | 40.0 | 1.0x | 4.0 | 90 | 50.0% |" in text
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
-    page = render("# Page\n<!-- translation -->\nold\n<!-- /translation -->\nend\n", {"translation": found})
+    page = render("# Page\n<!-- translation -->\nold\n<!-- /translation -->\nend\n", {"translation": text})
     assert page.startswith(f"# Page\n<!-- translation -->\n{text}<!-- /translation -->\nend")
-    assert render(page, {"translation": found}) == page
+    assert render(page, {"translation": text}) == page
     with pytest.raises(ValueError, match="no place for translation"):
-        render("# Page", {"translation": found})
+        render("# Page", {"translation": text})
     draw({"translation": found}, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
