@@ -229,18 +229,18 @@ def _backend(bundle: Bundle, device: str, threads: int | None, kernels: str, not
         return OrtRolesBackend(bundle.path, GraphRoles.of(manifest), manifest.signature, threads=threads)
     from edgellm_runtime.backends.ort import OrtBackend
 
-    own = None
+    own, swapped = None, None
     if manifest.quantization.get("method", "none") != "none":
         from edgellm_runtime.backends.kernel_test import check_kernels
         from edgellm_runtime.backends.own_trial import usable_kernels
 
         check_kernels(bundle.file(GRAPH), manifest.files[GRAPH].sha256)
-        own = usable_kernels(bundle.file(GRAPH), kernels)
+        own, swapped = usable_kernels(bundle.file(GRAPH), kernels) or (None, None)
     fusions = manifest.dtype == "float32"
     encoder = None if manifest.encoder is None else bundle.file(manifest.encoder.file)
     return OrtBackend(
         bundle.file(GRAPH), manifest.signature, threads=threads, fusions=fusions, profile=notes, encoder=encoder,
-        kernels=own,
+        kernels=own, swapped=swapped,
     )  # fmt: skip
 
 

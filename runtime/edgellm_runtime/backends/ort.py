@@ -72,11 +72,21 @@ def _attention_in_one_piece() -> Iterator[None]:
                 os.environ.pop(_NO_BLOCKS, None)
 
 
-def with_kernels(graph: Path, kernels: OwnKernels, options: Any, fetch: Sequence[str] = ()) -> bytes:
-    """A graph whose products run on kernels that a session's options are told of; it reads its weights where it was."""
+def with_kernels(
+    graph: Path, kernels: OwnKernels, options: Any, fetch: Sequence[str] = (), swapped: bytes | None = None
+) -> bytes:
+    """A graph whose products run on kernels that a session's options are told of; it reads its weights where it was.
+
+    Args:
+        graph: the file.
+        kernels: for its products.
+        options: of the session.
+        fetch: names of values that must stay.
+        swapped: the graph as the kernels have changed it, where that is known and nothing more must stay.
+    """
     kernels.add_to(options)
     options.add_session_config_entry(_FOLDER, str(graph.parent))
-    return kernels.swapped(graph.read_bytes(), fetch)[0]
+    return swapped if swapped is not None and not fetch else kernels.swapped(graph.read_bytes(), fetch)[0]
 
 
 class OrtBackend(HostBackend):
@@ -93,6 +103,7 @@ class OrtBackend(HostBackend):
         fetch: names of further values of the graph, which :attr:`fetched` holds after each step.
         encoder: the graph that reads sources, already checked; None: the model reads none.
         kernels: run the products that they can; None for ONNX Runtime's everywhere.
+        swapped: the graph as these kernels have changed it, where that is known.
         float_inputs: have products with quantized weights read floats, slow as that is, and not what they round to 8
             bits.
 
@@ -103,7 +114,7 @@ class OrtBackend(HostBackend):
     def __init__(
         self, graph: Path, signature: Signature, *, threads: int | None = None, device: str = "cpu",
         fusions: bool = True, profile: Path | None = None, fetch: Sequence[str] = (), encoder: Path | None = None,
-        kernels: OwnKernels | None = None, float_inputs: bool = False,
+        kernels: OwnKernels | None = None, swapped: bytes | None = None, float_inputs: bool = False,
     ) -> None:  # fmt: skip
         ort = library()
         options = ort.SessionOptions()
@@ -123,7 +134,7 @@ class OrtBackend(HostBackend):
         self.fetched: dict[str, Array] = {}
         source: str | bytes = str(graph)
         if kernels is not None:
-            source = with_kernels(graph, kernels, options, fetch)
+            source = with_kernels(graph, kernels, options, fetch, swapped)
         if float_inputs:
             options.add_session_config_entry(_FLOAT_PRODUCTS, "1")
             source = with_float_inputs(graph.read_bytes())

@@ -210,8 +210,10 @@ def _off(session: Any, trials: Sequence[_Trial], gamma: Array | None, rows: int,
     return float(max(errors)) if np.isfinite(errors).all() else np.inf
 
 
-def usable_kernels(graph: Path, asked: str | None = None) -> OwnKernels | None:
-    """Edgellm's own kernels, if they are asked for; where they cannot run or are wrong, that is told, and it is None.
+def usable_kernels(graph: Path, asked: str | None = None) -> tuple[OwnKernels, bytes] | None:
+    """Edgellm's own kernels and the graph that runs on them, if they are asked for.
+
+    Where they cannot run or are wrong, that is told, and it is None.
 
     Args:
         graph: a ``model.onnx`` that was checked.
@@ -224,7 +226,7 @@ def usable_kernels(graph: Path, asked: str | None = None) -> OwnKernels | None:
         return None
     try:
         kernels = find(library())
-        _, nodes = kernels.swapped(graph.read_bytes())
+        swapped, nodes = kernels.swapped(graph.read_bytes())
         if not nodes:
             raise Unusable(f"{graph.parent} has no product that edgellm-kernels computes")
         forms = sorted({form_of(node) for node in nodes}, key=repr)
@@ -237,7 +239,7 @@ def usable_kernels(graph: Path, asked: str | None = None) -> OwnKernels | None:
     except Unusable as reason:
         tell(str(reason))
         return None
-    return kernels
+    return kernels, swapped
 
 
 @functools.cache

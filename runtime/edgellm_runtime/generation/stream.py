@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import contextvars
 import functools
@@ -106,6 +105,8 @@ class AsyncStream(AsyncIterator[Chunk]):
         await self.aclose()
 
     async def __anext__(self) -> Chunk:
+        import asyncio
+
         following: Callable[[], Chunk | None] = functools.partial(next, self._source, None)
         try:
             chunk = await in_worker(following, self.cancel)
@@ -133,6 +134,8 @@ async def in_worker(work: Callable[[], _T], cancel: Callable[[], None]) -> _T:
         cancel: asks it to end soon; called when the waiting task is cancelled. The cancellation comes through once the
             work has ended, for nothing may be left running on a state that its owner takes for free.
     """
+    import asyncio  # here, not above: most programs have no such loop, and it brings TLS along
+
     run = functools.partial(contextvars.copy_context().run, work)
     future = asyncio.get_running_loop().run_in_executor(None, run)
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from edgellm_runtime.graphs.onnx_file import read_message, read_model
+from edgellm_runtime.graphs.onnx_file import read_message
 from edgellm_runtime.graphs.wire import Message
 from edgellm_runtime.graphs.writer import Node, message, node_bytes, number, text
 
@@ -40,7 +40,8 @@ def with_nodes(model: bytes, nodes: Mapping[int, Sequence[Node]]) -> bytes:
     changed = b"".join(
         message(field, graph(content)) if field == _MODEL_GRAPH else raw for field, raw, content in _fields(model)
     )
-    known = {opset.get("domain", b"").decode("latin1") for opset in read_model(model).get("opset_import", ())}
+    opsets = (read_message(content, "opset") for field, _, content in _fields(model) if field == _MODEL_OPSET)
+    known = {opset.get("domain", b"").decode("latin1") for opset in opsets}
     fresh = sorted({node.domain for some in nodes.values() for node in some} - known)
     return changed + b"".join(message(_MODEL_OPSET, text(1, domain) + number(2, 1)) for domain in fresh)
 
