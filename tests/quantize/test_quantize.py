@@ -177,6 +177,39 @@ def test_gptq_in_turn_sees_inputs_as_they_were_quantized_and_leaves_the_model_as
         np.testing.assert_array_equal(found[name].codes, codes.codes)
 
 
+def test_gptq_of_a_block_that_is_run_at_several_places_weighs_the_inputs_of_all() -> None:
+    model = make("state space and shared attention")
+    windows = np.random.default_rng(0).integers(0, VOCAB, (8, 32)).tolist()
+    name, scheme = "layers.3.shared.out_proj.weight", Scheme(4, 32)
+    block = model.get_submodule(name.removesuffix(".weight"))
+    calls: list[torch.Tensor] = []
+    with block.register_forward_pre_hook(lambda _, x: calls.append(x[0].flatten(0, 1))), torch.no_grad():
+        model(torch.tensor(windows))
+    assert len(calls) == 2
+    products = [x.T @ x for x in calls]
+    found = quantize_in_turn(model, windows, {name: scheme}, {}, {})[name]
+    np.testing.assert_array_equal(found.codes, gptq(block.weight.detach().numpy(), sum(products), scheme).codes)
+
+    def error(codes: Codes) -> float:
+        wrong = block.weight.detach() - torch.from_numpy(codes.dequantize())
+        return sum(float((x @ wrong.T).square().sum()) for x in calls)
+
+    assert error(found) < 0.9 * error(gptq(block.weight.detach().numpy(), products[0], scheme))
+
+
+def test_gptq_of_a_block_that_is_run_at_several_places_leaves_it_as_it_was_and_counts_smoothing() -> None:
+    """Factors of columns that are powers of two change the numbers of a weight, and no code."""
+    model = make("state space and shared attention")
+    windows = np.random.default_rng(0).integers(0, VOCAB, (8, 32)).tolist()
+    name, scheme = "layers.3.shared.out_proj.weight", Scheme(4, 32)
+    before = {n: p.clone() for n, p in model.named_parameters(remove_duplicate=False)}
+    factors = np.full(model.get_parameter(name).shape[1], 4.0, dtype=np.float32)
+    plain, smoothed_too = (quantize_in_turn(model, windows, {name: scheme}, c, {})[name] for c in ({}, {name: factors}))
+    np.testing.assert_array_equal(plain.codes, smoothed_too.codes)
+    np.testing.assert_array_equal(4 * plain.scales, smoothed_too.scales)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters(remove_duplicate=False))
+
+
 def test_smoothing_changes_no_number_of_the_float_graph_and_evens_out_the_inputs(tmp_path: Path) -> None:
     from edgellm_exporters.graph.write import write_graph
 

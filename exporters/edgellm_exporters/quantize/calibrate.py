@@ -6,7 +6,8 @@ read: statistics live no longer than the layer they are for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -70,6 +71,9 @@ def quantize_in_turn(
 ) -> dict[str, Codes]:  # fmt: skip
     """GPTQ, layer after layer; each layer's inputs come from the layers before it as they were quantized.
 
+    A layer that is run at several places is quantized for the inputs of all of them. Those of the first are what the
+    layers before it give; those of the others are the float model's, because they come from the layer itself.
+
     Args:
         model: in eval mode; its weights are the same again afterwards.
         windows: rows of token ids, each read from an empty state.
@@ -82,20 +86,42 @@ def quantize_in_turn(
         The numbers of each weight, smoothed.
     """
     found: dict[str, Codes] = {}
+    elsewhere = _inputs_elsewhere(model, windows, set(schemes))
 
     def visit(name: str, module: nn.Linear, x: Tensor) -> None:
         if name not in schemes:
             return
         column = torch.from_numpy(columns.get(name, np.ones(x.shape[1], dtype=np.float32)))
         row = torch.from_numpy(rows.get(name, np.ones(module.out_features, dtype=np.float32)))[:, None]
-        smooth_x = x / column
-        codes = gptq((module.weight.detach().float() * column * row).numpy(), smooth_x.T @ smooth_x, schemes[name])
-        found[name] = codes
+        if name not in found:
+            smooth_x = x / column
+            hessian = smooth_x.T @ smooth_x
+            if name in elsewhere:
+                hessian += elsewhere.pop(name) / column / column[:, None]
+            found[name] = gptq((module.weight.detach().float() * column * row).numpy(), hessian, schemes[name])
         if is_parametrized(module):
             return  # what it is made of stays; later layers read what it gives as it is
-        module.weight = nn.Parameter(torch.from_numpy(codes.dequantize()) / column / row, requires_grad=False)
+        module.weight = nn.Parameter(torch.from_numpy(found[name].dequantize()) / column / row, requires_grad=False)
 
-    _visit(model, windows, visit, set(schemes), progress)
+    _visit(model, windows, visit, dict.fromkeys(schemes, 1), progress)
+    return found
+
+
+def _inputs_elsewhere(model: nn.Module, windows: Sequence[Sequence[int]], names: Set[str]) -> dict[str, Tensor]:
+    """The sum of x x^T over what the weights that are used at several places read at all of these but the first."""
+    places: Counter[str] = Counter()
+    _visit(model, [windows[0][:1]], lambda name, *_: places.update([name]), None, lambda _: None)
+    several = {name: count for name in names if (count := places[name]) > 1}
+    met: Counter[str] = Counter()
+    found: dict[str, Tensor] = {}
+
+    def visit(name: str, _module: nn.Linear, x: Tensor) -> None:
+        if name in several and met[name]:
+            found[name] = found.get(name, 0) + x.T @ x
+        met[name] += 1
+
+    if several:
+        _visit(model, windows, visit, several, lambda _: None)
     return found
 
 
@@ -105,13 +131,14 @@ class _Done(Exception):
 
 @torch.no_grad()
 def _visit(
-    model: nn.Module, windows: Sequence[Sequence[int]], visit: Visit, wanted: set[str] | None, progress: Progress
-) -> None:
+    model: nn.Module, windows: Sequence[Sequence[int]], visit: Visit, wanted: Mapping[str, int] | None,
+    progress: Progress,
+) -> None:  # fmt: skip
     """Run the model and call ``visit`` with each linear layer's weight's name, the layer, and all that it reads.
 
-    Where layers are ``wanted``, it is called for those, once each, when they are first run, and nothing is run after
-    the last of them; otherwise it is called whenever a layer is run, up to the one that gives the logits, which are not
-    computed: for a long text and vocabulary they would be the largest thing in memory.
+    It is called whenever a layer is run. Where weights are ``wanted``, nothing is run after each of those was met so
+    often; otherwise nothing after the layer that gives the logits, once all others were met. Logits are not computed:
+    for a long text and vocabulary they would be the largest thing in memory.
     """
     config: Any = getattr(model, "config", None)
     width = None if config is None else logit_width(config)
@@ -120,20 +147,22 @@ def _visit(
         names.setdefault(id(parameter), []).append(name)
     linears = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear)]
     layers = {m: [f"{path}.weight"] if is_parametrized(m) else names[id(m.weight)] for path, m in linears}
-    left = {m for m, own in layers.items() if wanted is None or wanted & set(own)}
-    total = len(left)
+    every = {name for own in layers.values() for name in own}
+    left = Counter(
+        dict.fromkeys(every, 1) if wanted is None else {n: count for n, count in wanted.items() if n in every}
+    )
+    total = left.total()
 
     def hook(module: nn.Module, inputs: Any) -> None:
         assert isinstance(module, nn.Linear)
-        if module not in left and wanted is not None:
-            return
         x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
         for name in layers[module]:
             visit(name, module, x)
-        left.discard(module)
-        progress(1 - len(left) / max(total, 1))
+            if left[name]:
+                left[name] -= 1
+        progress(1 - left.total() / max(total, 1))
         trim()
-        if not left and (wanted is not None or module.out_features == width):
+        if not left.total() and (wanted is not None or module.out_features == width):
             raise _Done
 
     with _unchanged(layers), _hooked(layers, hook):
