@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import random
@@ -38,6 +39,19 @@ def _begin_draws() -> None:
 def pytest_fixture_setup() -> None:
     """Each fixture begins its draws anew, so that a model of chance weights is the same in any order of tests."""
     _begin_draws()
+
+
+_COLLECT_EVERY = 50
+_tests = itertools.count(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Spare the collector what thousands of tests and PyTorch made: a look at all of it takes half a second."""
+    if next(_tests) % _COLLECT_EVERY == 0:
+        gc.unfreeze()
+        gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

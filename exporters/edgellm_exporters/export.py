@@ -132,6 +132,7 @@ def export(
         check_layers(model, list(layer_modules(model)))
     was_training = model.training
     model.eval()
+    gc.freeze()  # what is there stays: each look at PyTorch's own objects takes a tenth of a second and more
     try:
         with whole_directory(destination, force=force) as scratch, widened(model) as note:
             name = options.name or destination.name
@@ -298,7 +299,7 @@ def _planned(
     if lacking and options.kv_cache == "int8":
         raise ExportError(f"an 8-bit cache needs target {target.name}'s kernel, but {lacking[0]}; leave --kv-cache out")
     give_back()
-    gc.freeze()  # until the export ends: each further look at PyTorch's own objects takes a quarter of a second
+    gc.freeze()  # so too what tracing made PyTorch keep
     assert isinstance(model, nn.Module)
     with resident(model, weights):
         method = find_method(options.quantize, target.methods)

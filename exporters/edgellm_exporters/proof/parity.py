@@ -81,7 +81,7 @@ def compare(
     if greedy_prompts:
         said, _ = continuations(
             model, lambda: session, greedy_prompts, [greedy_count] * len(greedy_prompts), whole=False,
-            sources=None if sources is None else sources[: len(greedy_prompts)],
+            sources=None if sources is None else sources[: len(greedy_prompts)], dropped=False,
         )  # fmt: skip
     return measure(session, traces(model, windows, sources), len(windows), said, progress)
 

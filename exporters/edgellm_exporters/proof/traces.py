@@ -138,7 +138,7 @@ def take_traces(
 
 def continuations(
     model: LanguageModel, open_session: Open, rows: Sequence[Tokens], counts: Sequence[int], *, whole: bool,
-    sources: Sources = None,
+    sources: Sources = None, dropped: bool = True,
 ) -> tuple[list[Continuation], list[Trace]]:  # fmt: skip
     """What PyTorch says after each row.
 
@@ -147,24 +147,25 @@ def continuations(
 
     Args:
         model: the reference, in eval mode.
-        open_session: gives a session of the bundle; it is dropped before PyTorch runs.
+        open_session: gives a session of the bundle.
         rows: token ids.
         counts: tokens after each.
         whole: go on from there until every continuation is complete, with another pass for each disagreement; otherwise
             a continuation ends with the first token that the bundle does not say.
         sources: as for :func:`traces`.
+        dropped: nobody else holds the session, so its memory is given back before PyTorch runs.
 
     Returns:
         The continuations, and the first pass's traces: of rows with the bundle's proposals, all but the last token.
     """
-    drafts, longer = _proposed(model, open_session, rows, counts, sources)
+    drafts, longer = _proposed(model, open_session, rows, counts, sources, dropped)
     said = [_confirmed(trace, draft) for trace, draft in zip(longer, drafts, strict=True)]
     same = [sum(a == b for a, b in zip(s, d, strict=False)) for s, d in zip(said, drafts, strict=True)]
     while whole and (unfinished := [i for i, tokens in enumerate(said) if len(tokens) < counts[i]]):
         so_far = [[*rows[i], *said[i]] for i in unfinished]
         theirs = None if sources is None else [sources[i] for i in unfinished]
         left = [counts[i] - len(said[i]) for i in unfinished]
-        drafts, more = _proposed(model, open_session, so_far, left, theirs)
+        drafts, more = _proposed(model, open_session, so_far, left, theirs, dropped)
         for i, trace, draft in zip(unfinished, more, drafts, strict=True):
             said[i] += _confirmed(trace, draft)
     agreed = [n / count if count else 1.0 for n, count in zip(same, counts, strict=True)]
@@ -173,14 +174,20 @@ def continuations(
 
 
 def _proposed(
-    model: LanguageModel, open_session: Open, rows: Sequence[Tokens], counts: Sequence[int], sources: Sources
+    model: LanguageModel,
+    open_session: Open,
+    rows: Sequence[Tokens],
+    counts: Sequence[int],
+    sources: Sources,
+    dropped: bool,
 ) -> tuple[list[list[int]], list[Trace]]:
     """The bundle's continuations, and PyTorch's traces of each row followed by all of its continuation but the last."""
     session = open_session()
     each = [None] * len(rows) if sources is None else [[source] for source in sources]
     drafts = [propose(session, row, n, source) for row, n, source in zip(rows, counts, each, strict=True)]
     del session  # held by what it gave, too
-    give_back()
+    if dropped:
+        give_back()
     return drafts, list(traces(model, [[*row, *draft[:-1]] for row, draft in zip(rows, drafts, strict=True)], sources))
 
 
