@@ -150,7 +150,8 @@ class SourceModel(LanguageModel, Protocol):
 
         Args:
             source: (batch, source) int64.
-            lengths: (batch,) int32, how many tokens of each row are valid, at least 1; the rest is padding.
+            lengths: (batch,) int32, how many tokens of each row are valid, at least 1; the rest is padding, and what is
+                made of that no step may notice, be it of this row or of another.
         """
         ...
 

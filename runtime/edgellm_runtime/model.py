@@ -346,7 +346,7 @@ class Model(TaskMethods, GrammarMethods, StateMethods, ScoringMethods, Embedding
         from edgellm_runtime.batching.options import BatchOptions
         from edgellm_runtime.batching.scheduler import Scheduler
 
-        self._check_goes_on()
+        self._check_predicts()
         checked = BatchOptions(**options)
         return Scheduler(
             self.session, self.tokenizer, self._tokens, checked, defaults=self.generation_defaults,

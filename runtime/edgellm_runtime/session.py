@@ -155,18 +155,32 @@ class Session:
             StateError: memory does not hold it.
         """
         batch, capacity = check_integer("batch", batch, 1, 2**31 - 1), check_integer("capacity", capacity, 0)
-        storage = self._backend.storage
-        slots = storage.rounded(self._capacity or min(max(capacity, 1), self.max_context))
+        storage, slots = self._backend.storage, self._slots(capacity)
         if self.encoder is None and sources is None:
             state = State(self.signature.state, batch, slots, storage)
             if self.adapters:  # also for none, for memory may have been another state's
                 spec = next(spec for spec in self.signature.state if spec.name == ADAPTER)
                 storage.write(spec, state.tensors[ADAPTER], np.full((batch, 1), self._number, dtype=np.int32))
             return state
-        tokens, lengths = padded_sources(sources, self.encoder, self.vocab_size)
-        state = State(self.signature.state, len(tokens), slots, storage, tokens.shape[1])
+        return self._encoded(sources, slots)
+
+    def _encoded(self, sources: Sequence[Tokens] | None, slots: int, room: int = 0) -> State:
+        tokens, lengths = padded_sources(sources, self.encoder, self.vocab_size, room)
+        state = State(self.signature.state, len(tokens), slots, self._backend.storage, tokens.shape[1])
         self._backend.encode(tokens, lengths, state)
         return state
+
+    def padding(self, width: int) -> State:
+        """A row whose source is one token and padding, as the encoder marks that.
+
+        Args:
+            width: tokens of the source, padding among them.
+        """
+        assert self.encoder is not None, "asked for rows that have sources"
+        return self._encoded([self.encoder.start[:1]], self._slots(1), width)
+
+    def _slots(self, capacity: int) -> int:
+        return self._backend.storage.rounded(self._capacity or min(max(capacity, 1), self.max_context))
 
     def step(
         self, tokens: Array, state: State, *, lengths: Array | None = None, logits: Wanted = "last",

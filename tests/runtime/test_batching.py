@@ -22,6 +22,7 @@ from edgellm_runtime.batching.batcher import Batcher, context_within, state_byte
 from edgellm_runtime.batching.job import Event, Job
 from edgellm_runtime.batching.options import BatchOptions
 from edgellm_runtime.batching.rows import ApartRows, CopiedRows, SharedRows, joined
+from edgellm_runtime.batching.widths import Widths
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.errors import BusyError
 from edgellm_runtime.generation.answer import Generation
@@ -229,7 +230,7 @@ def test_joined_states_are_their_rows(kind: str) -> None:
     states = [session.new_state(rows, 4) for rows in (1, 2)]
     session.step(np.array([[1, 2, 3]]), states[0])
     session.step(np.array([[4, 5], [6, 7]]), states[1])
-    whole = joined(states)
+    whole = joined(states, Widths(session))
     assert whole.lengths.tolist() == [3, 2, 2]
     again = np.concatenate([session.step(np.array([[8]] * s.batch), s).copy() for s in states])
     np.testing.assert_allclose(session.step(np.array([[8]] * 3), whole), again, rtol=0, atol=1e-5)

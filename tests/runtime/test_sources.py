@@ -177,7 +177,6 @@ def test_what_a_model_that_answers_sources_is_not_asked_for() -> None:
         (lambda: goes_on.session.new_state(sources=[[4]]), OptionError, "this one has none"),
         (lambda: evaluate(model.session, [[4, 5, 6]]), OptionError, "answers sources"),
         (lambda: model.read([4]), OptionError, "answers sources"),
-        (lambda: model.scheduler(), OptionError, "answers sources"),
         (lambda: model.generate([4], draft=model), OptionError, "answers sources"),
     ):
         with pytest.raises(error, match=words):

@@ -123,6 +123,7 @@ INTERNAL = {
     "Session.shorten",
     "Model.text_tokens",
     "Session.adapted",
+    "Session.padding",
 }  # which other parts of the runtime call
 BATCH = {"rows": "small integer", "queue": "small integer", "piece": "small integer or None", "exact": "flag",
          "state_bytes": "memory or None"}  # fmt: skip
@@ -208,6 +209,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "TaskRunner.answer": {"question": "texts", "context": "texts", **TASK},
     "TaskRunner.summarize": {"text": "texts", "words": "small integer or None", **TASK},
+    "TaskRunner.prompt": {"text": "text"},
     "TaskRunner.label_roles": {"sentence": "texts", "predicate": "predicate"},
     "TaskRunner.label_roles_batch": {"items": "specs"},
 }  # fmt: skip
@@ -289,7 +291,9 @@ class Fixtures:
             "Scheduler": lambda: self.scheduler,
             "Tokenizer": lambda: self.model.tokenizer, "ChatTemplate": lambda: self.model.chat_template,
             "TaskRunner": lambda: self.tasks[
-                {"translate": "translation", "answer": "qa", "summarize": "summarization"}.get(method, "srl")
+                {"translate": "translation", "prompt": "translation", "answer": "qa", "summarize": "summarization"}.get(
+                    method, "srl"
+                )
             ],
         }[owner]()  # fmt: skip
         if not method:
@@ -319,6 +323,7 @@ class Fixtures:
             "chat": {"messages": messages, **few}, "stream_chat": {"messages": messages, **few},
             "say": {"text": "hello", **few}, "translate": {"source": "the world"},
             "answer": {"question": "hello", "context": "the world"}, "summarize": {"text": "the world"},
+            "prompt": {"text": "the world"},
             "label_roles": {"sentence": "the world", "predicate": 0}, "label_roles_batch": {"items": []},
             "step": {"tokens": [[1, 2]], "state": self.state()},
             "best": {"tokens": [[1]], "state": self.state(), "count": 1},

@@ -18,6 +18,7 @@ from edgellm_runtime.batching.job import Answer, Job
 from edgellm_runtime.batching.options import BatchOptions
 from edgellm_runtime.batching.reading import Reading
 from edgellm_runtime.batching.rows import rows_for
+from edgellm_runtime.batching.widths import Widths
 from edgellm_runtime.errors import StateError
 from edgellm_runtime.generation.answer import Chunk, FinishReason
 from edgellm_runtime.generation.logprobs import logprobs_of
@@ -32,24 +33,27 @@ __all__ = ["Batcher", "context_within", "state_bytes"]
 _Running = tuple[Job, Answer]
 
 
-def state_bytes(session: Session, rows: int, tokens: int) -> int:
+def state_bytes(session: Session, rows: int, tokens: int, source: int | None = None) -> int:
     """What the states of so many rows of so many tokens take.
 
     Args:
         session: whose.
         rows: how many.
         tokens: of each.
+        source: tokens of each row's source; None: the model answers none.
     """
     slots = -(-max(tokens, 1) // GROWTH) * GROWTH
-    return sum(spec.nbytes(rows, slots) * (1 if spec.in_place else 2) for spec in session.signature.state)
+    specs = (spec.of_source(Widths(session).rounded(source)) for spec in session.signature.state)
+    return sum(spec.nbytes(rows, slots) * (1 if spec.in_place else 2) for spec in specs)
 
 
-def context_within(session: Session, limit: int | None) -> int:
+def context_within(session: Session, limit: int | None, source: int | None = None) -> int:
     """The most tokens that a row may hold if one row's states, twice for a moment, are to fit into so many bytes.
 
     Args:
         session: whose.
         limit: in bytes; None: no limit.
+        source: tokens of the row's source; None: the model answers none, or one of a single token.
 
     Returns:
         Tokens, at most the session's context; 0 where not even one fits.
@@ -59,7 +63,7 @@ def context_within(session: Session, limit: int | None) -> int:
     low, high = 0, session.max_context
     while low < high:  # the greatest that fits
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if 2 * state_bytes(session, 1, middle) <= limit else (low, middle - 1)
+        low, high = (middle, high) if 2 * state_bytes(session, 1, middle, source) <= limit else (low, middle - 1)
     return low
 
 
@@ -79,7 +83,7 @@ class Batcher:
     ) -> None:  # fmt: skip
         self._session, self._options, self.clock = session, options, clock
         self._piece = min(options.piece or session.chunk, session.chunk)
-        self._prefixes = None if options.exact else prefixes
+        self._prefixes = None if options.exact or session.encoder is not None else prefixes  # a source is no beginning
         self._rows = rows_for(session, options.rows, exact=options.exact)
         self._running: list[_Running] = []  # in the order of the rows
         self._waiting: deque[Job] = deque()
@@ -154,9 +158,10 @@ class Batcher:
         if self._options.state_bytes is None or rows == len(job.answers):  # alone it fits, or was refused
             return True
         inside = [*self._reading, job]
-        room = max(r.room for r in (*inside, *(r for r, _ in self._running)))
-        prompts = sum(state_bytes(self._session, 1, r.room) for r in inside)
-        return state_bytes(self._session, rows, room) + prompts <= self._options.state_bytes
+        everyone = [*inside, *(r for r, _ in self._running)]
+        room, widest = max(r.room for r in everyone), max(len(r.source or ()) for r in everyone) or None
+        prompts = sum(state_bytes(self._session, 1, r.room, len(r.source or ()) or None) for r in inside)
+        return state_bytes(self._session, rows, room, widest) + prompts <= self._options.state_bytes
 
     def _end_from_outside(self) -> None:
         """Let go who was cancelled, or whose time is over."""
@@ -285,15 +290,16 @@ class Batcher:
         start = self.clock()
         if job.reading is None:
             session, prefixes = self._of(job.options.adapter)
-            job.reading = Reading(session, job.prompt, job.room, self._piece, prefixes, job.prompt_logprobs)
+            job.reading = Reading(session, job.begins, job.room, self._piece, prefixes, job.prompt_logprobs, job.source)
             job.cached = job.reading.cached
+            self.counts["prompt_tokens"] += len(job.source or ())
             self.counts["cached_tokens"] += job.cached
         reading, before = job.reading, job.reading.read
         logits = reading.go_on()
-        self.counts["prompt_tokens"] += reading.read - before
+        self.counts["prompt_tokens"] += 0 if job.source else reading.read - before
         job.prefill_s += self.clock() - start
         if (progress := job.options.progress) is not None:
-            progress(reading.read, len(job.prompt))
+            progress(reading.read, len(job.begins))
         return logits
 
     def _start(self, job: Job, logits: NDArray[np.float32]) -> None:

@@ -61,7 +61,7 @@ class Job:
     """A request that waits, is read or is answered: a prompt and the answers to it.
 
     Args:
-        prompt: token ids.
+        prompt: token ids; a source, where the model has an encoder.
         options: of every answer; answer ``i`` draws with the seed ``seed + i``.
         answers: how many.
         sink: is told of each piece, on the thread that steps the model, which it must not hold up.
@@ -81,6 +81,9 @@ class Job:
         session: Session, tokenizer: Tokenizer | None, context: int, prompt_logprobs: int | None = None,
     ) -> None:  # fmt: skip
         self.prompt, self.options, self.sink = tuple(prompt), options, sink
+        encoder = session.encoder
+        self.source = None if encoder is None else self.prompt  # which an encoder reads before the first step
+        self.begins = self.prompt if encoder is None else encoder.start  # what steps read: answers begin alike
         self.prompt_logprobs = prompt_logprobs
         self.submitted = now
         self.deadline = None if options.deadline is None else now + options.deadline
@@ -97,9 +100,9 @@ class Job:
         for index in range(answers):
             seed = None if seeds is None else seeds[index] if isinstance(seeds, Sequence) else seeds + index
             own = replace(options, seed=seed)
-            row = Row(self.prompt, tokenizer, options, context - len(self.prompt))
+            row = Row(self.begins, tokenizer, options, context - len(self.begins))
             sampler = Sampler(own, rows=1, vocab_size=session.vocab_size, ends=row.ends)
-            sampler.observe(0, self.prompt)
+            sampler.observe(0, self.begins)
             if self.must_be_read:
                 row.finish_reason = None  # however few tokens may follow
             made.append(Answer(index, row, sampler, options.logprobs))
@@ -148,7 +151,7 @@ class Job:
             decode_tokens_per_s=(len(row.tokens) - 1) / decode_s if decode_s else 0.0,
         )  # fmt: skip
         return Generation(
-            text="".join(row.texts), tokens=tuple(row.tokens), prompt_tokens=len(row.prompt),
+            text="".join(row.texts), tokens=tuple(row.tokens), prompt_tokens=len(self.prompt),
             finish_reason=row.finish_reason, timings=timings,
             logprobs=None if self.options.logprobs is None else tuple(row.logprobs), cached_tokens=self.cached,
             prompt_logprobs=None if self.read_logprobs is None else tuple(self.read_logprobs),

@@ -27,17 +27,21 @@ class Reading:
         piece: so many tokens at once.
         prefixes: what prompts began with before; None: each is read whole.
         logprobs: so many of the most probable tokens are noted beside each of the prompt's, which is then read whole.
+        source: what the prompt begins an answer to, and an encoder reads now; None: the model answers no sources.
     """
 
     def __init__(
         self, session: Session, prompt: Sequence[int], room: int, piece: int, prefixes: Prefixes | None,
-        logprobs: int | None = None,
+        logprobs: int | None = None, source: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         prefixes = prefixes if logprobs is None else None
         piece = piece if logprobs is None else min(piece, _PIECE)
         self._session, self._prompt, self._piece, self._prefixes = session, prompt, piece, prefixes
         self._count, self.logprobs = logprobs, None if logprobs is None else list[TokenLogprobs]()
-        self.state = session.new_state(1, room)
+        if source is None:
+            self.state = session.new_state(1, room)
+        else:
+            self.state = session.new_state(capacity=room, sources=[source])
         self.read = self.cached = 0
         self.trail: Trail | None = None  # where a cache is kept
         self._stops: list[int] = []

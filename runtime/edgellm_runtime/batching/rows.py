@@ -2,7 +2,7 @@
 
 Three ways to hold them. In this process's memory rows lie one after another, and a step takes the first of them, so
 that who joins or leaves is the only row that is copied. Elsewhere the batch is copied then. And rows that must get the
-very bits that they get alone are never put together.
+very bits that they get alone are never put together. Rows that answer sources are all as wide as the longest of those.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from edgellm_runtime.batching.widths import Widths, width_of
 from edgellm_runtime.session import Session
 from edgellm_runtime.state import State
 from edgellm_runtime.state.storage import HostStorage
@@ -70,19 +71,21 @@ def rows_for(session: Session, most: int, *, exact: bool) -> Rows:
     return SharedRows(session, most) if isinstance(session.storage, HostStorage) else CopiedRows(session)
 
 
-def joined(states: Sequence[State]) -> State:
+def joined(states: Sequence[State], widths: Widths) -> State:
     """One state with the rows of several, in order.
 
     Args:
         states: at least one, of one model.
+        widths: makes rows as wide as the widest.
     """
     first = states[0]
     capacity = max(state.capacity for state in states)
-    whole = State(first.specs, sum(state.batch for state in states), capacity, first.storage)
+    width = max(width_of(state) or 0 for state in states) or None
+    whole = State(first.declared, sum(state.batch for state in states), capacity, first.storage, width)
     at = 0
     for state in states:
         for row in range(state.batch):
-            whole.put(at, state if state.batch == 1 else state.take([row]))
+            whole.put(at, widths.widened(state if state.batch == 1 else state.take([row]), width))
             at += 1
     return whole
 
@@ -96,7 +99,7 @@ class SharedRows:
     """
 
     def __init__(self, session: Session, most: int) -> None:
-        self._session, self._most = session, most
+        self._session, self._most, self._widths = session, most, Widths(session)
         self._rooms: list[int] = []
         self._whole: State | None = None
         self._view: State | None = None  # the rows that are there, while nobody joins or leaves
@@ -114,8 +117,8 @@ class SharedRows:
     def add(self, row: State, room: int) -> None:
         """See :class:`Rows`."""
         self._rooms.append(room)
-        whole = self._settled(int(row.lengths[0]) + 1)
-        whole.put(len(self._rooms) - 1, row)
+        whole = self._settled(int(row.lengths[0]) + 1, self._widths.rounded(width_of(row)))
+        whole.put(len(self._rooms) - 1, self._widths.widened(row, width_of(whole)))
 
     def take(self, at: int) -> State:
         """See :class:`Rows`."""
@@ -161,24 +164,25 @@ class SharedRows:
         self._views[rows] = found
         return found
 
-    def _settled(self, slots: int) -> State:
-        """All rows' memory, with so many slots at least, and no view of it in use."""
+    def _settled(self, slots: int, width: int | None = None) -> State:
+        """All rows' memory, with so many slots and so wide at least, and no view of it in use."""
         whole = self._whole
         if whole is not None and self._view is not None:
             whole.settle(self._view)
         self._view = None
-        if whole is None or whole.capacity < slots:
-            self._whole = whole = self._grown(whole, slots)
+        wide = None if whole is None else width_of(whole)
+        if whole is None or whole.capacity < slots or (wide or 0) < (width or 0):
+            self._whole = whole = self._grown(whole, slots, max(wide or 0, width or 0) or None)
             self._views.clear()
         return whole
 
-    def _grown(self, old: State | None, slots: int) -> State:
+    def _grown(self, old: State | None, slots: int, width: int | None) -> State:
         """By half and more, since all rows are copied; but never beyond what any of them will need."""
         ample = slots if old is None else max(slots, min(old.capacity * 3 // 2, max(self._rooms)))
-        new = self._session.new_state(self._most, ample)
+        new = self._widths.memory(self._most, ample, width)
         for row in range(0 if old is None else len(self._rooms)):
             if old is not None and old.lengths[row]:
-                new.put(row, old.take([row]))
+                new.put(row, self._widths.widened(old.take([row]), width))
         return new
 
 
@@ -190,7 +194,7 @@ class CopiedRows:
     """
 
     def __init__(self, session: Session) -> None:
-        self._session = session
+        self._widths = Widths(session)
         self._batch: State | None = None
 
     def __len__(self) -> int:
@@ -204,7 +208,7 @@ class CopiedRows:
 
     def add(self, row: State, room: int) -> None:
         """See :class:`Rows`."""
-        self._batch = row if self._batch is None else joined([self._batch, row])
+        self._batch = row if self._batch is None else joined([self._batch, row], self._widths)
 
     def take(self, at: int) -> State:
         """See :class:`Rows`."""

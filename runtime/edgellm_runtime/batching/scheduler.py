@@ -158,11 +158,11 @@ class Scheduler:
         if prompt_logprobs is not None:
             prompt_logprobs = check_integer("prompt_logprobs", prompt_logprobs, 0, 2**20)
         tokens = self._encode(prompt)
-        self._check(tokens, checked)
+        self._check(tokens, checked, prompt_logprobs)
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         job = Job(
             tokens, checked, answers, sink or events.put, self._batcher.clock(), session=self._session,
-            tokenizer=self._tokenizer, context=self.context, prompt_logprobs=prompt_logprobs,
+            tokenizer=self._tokenizer, context=self._context_for(tokens), prompt_logprobs=prompt_logprobs,
         )  # fmt: skip
         with self._changed:
             while wait and not self._closing and self._queued >= self.options.queue:
@@ -248,15 +248,33 @@ class Scheduler:
             self._batcher.cancel_all()
         return self._batcher.busy or not closing
 
-    def _check(self, tokens: list[int], options: GenerationOptions) -> None:
+    def _check(self, tokens: list[int], options: GenerationOptions, prompt_logprobs: int | None) -> None:
         """See that a prompt and its options fit the model, before they wait."""
         check_fits(self._session, self._tokenizer, [tokens], options)
         if options.beams > 1:
             raise OptionError(f"beams is {options.beams}, and a scheduler follows one; use model.generate for beams")
         if options.adapter is not None:
             self._session.with_adapter(options.adapter)
-        if len(tokens) > self.context:
+        if prompt_logprobs is not None and self._session.encoder is not None:
+            raise OptionError("prompt_logprobs is given, but the model answers a source and does not predict it")
+
+    def _context_for(self, tokens: list[int]) -> int:
+        """The most tokens that a prompt and its answer may have; of a source, its answer with what that begins with.
+
+        Raises:
+            ContextError: not even the prompt, or a token of an answer to the source.
+        """
+        memory, encoder = f"memory for states ({self.options.state_bytes} bytes) allows", self._session.encoder
+        if encoder is None:
+            if len(tokens) > self.context:
+                raise ContextError(
+                    f"the prompt has {len(tokens)} tokens, but {memory} {self.context}; shorten the prompt, or give it "
+                    "more"
+                )
+            return self.context
+        context = context_within(self._session, self.options.state_bytes, len(tokens))
+        if context <= len(encoder.start):
             raise ContextError(
-                f"the prompt has {len(tokens)} tokens, but memory for states ({self.options.state_bytes} bytes) allows "
-                f"{self.context}; shorten the prompt, or give it more"
+                f"the source has {len(tokens)} tokens, but {memory} no answer to as many; shorten it, or give it more"
             )
+        return context

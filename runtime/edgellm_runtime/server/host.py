@@ -17,6 +17,7 @@ from edgellm_runtime.loading import device_of, load
 from edgellm_runtime.model import Model
 from edgellm_runtime.server.faults import ApiError
 from edgellm_runtime.state.memory_need import memory_need
+from edgellm_runtime.tasks.runner import TaskRunner
 
 __all__ = ["Host", "Hosted", "open_host"]
 
@@ -39,6 +40,18 @@ class Hosted:
     model: Model
     scheduler: Scheduler
     created: int
+
+    @property
+    def task(self) -> TaskRunner | None:
+        """What puts a text into the form that the model was trained to answer; None: texts are taken as they are."""
+        if self.model.bundle.manifest.task is None or self.model.tokenizer is None:
+            return None
+        return self.model.task if self.model.task.asks_one_text else None
+
+    @property
+    def answers(self) -> bool:
+        """Whether the model answers what it is given, as a translator does, and does not go on with it."""
+        return self.task is not None or self.model.session.encoder is not None
 
     @property
     def fingerprint(self) -> str:

@@ -29,11 +29,11 @@ __all__ = ["completions"]
 
 _MOST_LOGPROBS = 20
 _MOST_PROMPTS = 256
-_DEFAULT_TOKENS = 16  # OpenAI's
+_DEFAULT_TOKENS = 16  # OpenAI's, of texts that are gone on with
 
 
 async def completions(call: Call) -> Response:
-    """Go on from prompts."""
+    """Go on from prompts, or answer them, where that is what the model does."""
     hosted = call.host.find(call.fields.need("model"))
     call.model = hosted.name
     options, answers, stream, usage = _wanted(call.fields, hosted)
@@ -69,11 +69,25 @@ def _check_room(hosted: Hosted, prompts: int) -> None:
 async def _asked(call: Call, hosted: Hosted, prompt: Any, answers: int, options: OptionKeywords) -> Asked:
     try:
         told = options.get("logprobs") if options.get("echo") else None  # the echo's too
-        return await ask(hosted, lambda: prompt, answers=answers, timeout=call.options.timeout, options=options,
-                         prompt_logprobs=told)  # fmt: skip
+        return await ask(
+            hosted, lambda: _in_form(hosted, prompt), answers=answers, timeout=call.options.timeout, options=options,
+            prompt_logprobs=told,
+        )  # fmt: skip
     except BaseException:  # those before it need not go on
         call.leave()
         raise
+
+
+def _in_form(hosted: Hosted, prompt: Any) -> Any:
+    """A text as a model that was trained for a task is asked with it; token ids and other models' texts stay."""
+    return hosted.task.prompt(prompt) if hosted.task is not None and isinstance(prompt, str) else prompt
+
+
+def _tokens_unasked(hosted: Hosted) -> int:
+    """How many tokens an answer may have that does not say: a translation is not to end in its middle."""
+    if hosted.task is not None:
+        return hosted.task.spec.max_new_tokens
+    return hosted.model.session.max_context if hosted.answers else _DEFAULT_TOKENS
 
 
 def _wanted(fields: Fields, hosted: Hosted) -> tuple[OptionKeywords, int, bool, bool]:
@@ -82,7 +96,7 @@ def _wanted(fields: Fields, hosted: Hosted) -> tuple[OptionKeywords, int, bool, 
     fields.ignore("user", "metadata")
     options = openai_options(fields, hosted)
     most = fields.integer("max_tokens", 0, 2**31 - 1)
-    options["max_new_tokens"] = _DEFAULT_TOKENS if most is None else most
+    options["max_new_tokens"] = _tokens_unasked(hosted) if most is None else most
     answers = fields.integer("n", 1, hosted.scheduler.options.rows) or 1
     if (best := fields.integer("best_of", 1, 2**31 - 1)) is not None and best != answers:
         raise ApiError("'best_of' other than 'n' is not supported by this server; leave it out.", param="best_of",

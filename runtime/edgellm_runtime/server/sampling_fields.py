@@ -42,12 +42,14 @@ def common_options(fields: Fields, hosted: Hosted, *, highest: float) -> OptionK
 
     Args:
         fields: of the request.
-        hosted: whose own defaults hold; where it has none, the interfaces' temperature of 1 does.
+        hosted: whose own defaults hold; where it has none, the interfaces' temperature of 1 does, and 0 of translators
+            and their like.
         highest: the highest temperature.
     """
     options: OptionKeywords = {}
     temperature = fields.number("temperature", 0, highest)
-    if temperature is None and "temperature" not in hosted.model.generation_defaults:
+    unsaid = temperature is None and "temperature" not in hosted.model.generation_defaults
+    if unsaid and not hosted.answers:  # which are the likeliest, not any
         temperature = 1.0
     if temperature is not None:
         options["temperature"] = temperature

@@ -23,6 +23,7 @@ from edgellm_runtime.text.tokenizer import Tokenizer
 __all__ = ["Answer", "RoleLabels", "Span", "TaskRunner"]
 
 _MOST_WORDS = 10_000  # of a summary
+_MAIN = {"translation": "source", "summarization": "text"}  # the field of the tasks that are asked with one text
 _WORDS = re.compile(r"\w+(?:['\u2019-]\w+)*|[^\w\s]")
 
 
@@ -166,6 +167,27 @@ class TaskRunner:
         wanted = self.spec.length if words is None else check_integer("words", words, 1, _MOST_WORDS)
         fields = [{"text": t, "length": str(wanted)} for t in _many("text", text)]
         return _as_given(text, self._answers(fields, "text", beams, 1.0, None, check_script=check_script))
+
+    @property
+    def asks_one_text(self) -> bool:
+        """Whether :meth:`prompt` makes its prompts."""
+        return self.spec.name in _MAIN
+
+    def prompt(self, text: str) -> list[int]:
+        """What the model is asked with for one text, as token ids for ``generate`` and schedulers.
+
+        Args:
+            text: to translate or to summarize, in as many words as is usual.
+
+        Raises:
+            OptionError: a task that is asked with more than a text, an empty one, or an unexpected script.
+            ContextError: a text is too long.
+        """
+        if not self.asks_one_text:
+            raise OptionError(f"{self.spec.name} is asked with more than a text; use the task's own method")
+        main = _MAIN[self.spec.name]
+        fields = {main: check_text("text", text), "length": str(self.spec.length)}
+        return self._prompt(fields, main, check_script=True).tokens
 
     def label_roles(self, sentence: str | Sequence[str], predicate: int | str) -> RoleLabels:
         """Find who does what to whom: the roles of a sentence's words for one predicate.

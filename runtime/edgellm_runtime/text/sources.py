@@ -17,7 +17,10 @@ __all__ = ["padded_sources", "whole_numbers"]
 
 
 def padded_sources(
-    sources: Sequence[Sequence[int] | NDArray[np.integer[Any]]] | None, encoder: EncoderInfo | None, vocab_size: int
+    sources: Sequence[Sequence[int] | NDArray[np.integer[Any]]] | None,
+    encoder: EncoderInfo | None,
+    vocab_size: int,
+    room: int = 0,
 ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Sources of an encoder in one array.
 
@@ -25,6 +28,7 @@ def padded_sources(
         sources: token ids of each row.
         encoder: of the model; None: it has none.
         vocab_size: ids are below it.
+        room: tokens that there is room for at least, be it padding in every row.
 
     Returns:
         Token ids (rows, longest source), padded at the end, and how many of each row are valid.
@@ -43,7 +47,7 @@ def padded_sources(
         raise OptionError(f"sources of {shown(lengths.tolist())} tokens; give one source or more, none empty")
     if lengths.max() > encoder.max_source:
         raise ContextError(f"a source has {lengths.max()} tokens, but the model reads {encoder.max_source}; shorten it")
-    padded = np.zeros((len(rows), int(lengths.max())), dtype=np.int64)
+    padded = np.zeros((len(rows), max(int(lengths.max()), room)), dtype=np.int64)
     for into, row in zip(padded, rows, strict=True):
         into[: len(row)] = row
     return padded, lengths
