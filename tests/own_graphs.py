@@ -85,10 +85,16 @@ class Chain:
         self.nodes.append(Node(op, inputs, outputs, attributes, domain=domain, name=f"{op}_{len(self.nodes)}"))
         return outputs[0]
 
-    def product(self, matrix: Matrix, x: str, y: str, *, sums: int = 0) -> str:
-        """A product as it is exported: after sums of blocks, or between the nodes that round rows."""
+    def product(self, matrix: Matrix, x: str, y: str, *, sums: int = 0, cast: bool = False) -> str:
+        """A product as it is exported: after sums of blocks, or between the nodes that round rows.
+
+        With ``cast``, scales are kept in float16 and widened by a node.
+        """
         tensors = matrix.tensors(y)
         self.tensors |= tensors
+        if cast:
+            self.tensors[f"{y}half"] = self.tensors.pop(f"{y}s").astype(np.float16)
+            self.add("Cast", [f"{y}half"], f"{y}s", to=1)
         if not matrix.block:
             return self._of_rows(matrix, x, y)
         if sums:

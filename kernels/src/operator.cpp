@@ -8,6 +8,7 @@
 #include <mutex>
 
 #include "attention_operator.h"
+#include "gather_operator.h"
 #include "product.h"
 #include "values.h"
 
@@ -205,9 +206,9 @@ Product product_of(const Api* api, const KernelInfo* info, size_t at, const std:
     if (inputs % 16 != 0 || inputs > kLongestRow || sums != 0)
       throw std::invalid_argument("rows of a scale have a multiple of 16 inputs, at most 65536, and no sums");
     const auto* codes = constant<int8_t>(api, info, at, "codes", ort::kInt8, {{inputs, outputs}});
-    const auto* scales = constant<float>(api, info, at + 1, "scales", ort::kFloat, {{outputs}});
-    const Product made{pack_rows(int(outputs), int(inputs), codes, scales), int(width), 0};
-    forget(codes, size_t(inputs * outputs));
+    const Scales scales = scales_of(api, info, at + 1, {{outputs}});
+    const Product made{pack_rows(int(outputs), int(inputs), codes, scales, forget), int(width), 0};
+    forget_all(scales.floats, outputs), forget_all(scales.halves, outputs);
     return made;
   }
   if ((block != 16 && block != 32 && block != 64 && block != 128) || (bits != 2 && bits != 4 && bits != 8))
@@ -215,13 +216,14 @@ Product product_of(const Api* api, const KernelInfo* info, size_t at, const std:
         "has blocks of 16, 32, 64 and 128 in 2, 4 and 8 bits, not of " + std::to_string(block) + " in " + std::to_string(bits));
   const int64_t blocks = (inputs + block - 1) / block, bytes = (blocks * bits + 7) / 8;
   const auto* codes = constant<uint8_t>(api, info, at, "codes", ort::kUint8, {{outputs, blocks, block * bits / 8}});
-  const auto* scales = constant<float>(api, info, at + 1, "scales", ort::kFloat, {{outputs, blocks}, {outputs * blocks}});
+  const Scales scales = scales_of(api, info, at + 1, {{outputs, blocks}, {outputs * blocks}});
   const uint8_t* zeros = nullptr;
   if (number_of(api, info, "zeros" + suffix) != 0)
     zeros = constant<uint8_t>(api, info, at + 2, "zeros", ort::kUint8, {{outputs, bytes}, {outputs * bytes}});
-  const Product made{pack(int(outputs), int(inputs), int(bits), int(block), codes, scales, zeros), int(width), int(sums)};
-  forget(codes, size_t(outputs * blocks * block * bits / 8));
-  return made;
+  const Matrix packed = pack(int(outputs), int(inputs), int(bits), int(block), codes, scales, zeros, forget);
+  forget_all(scales.floats, outputs * blocks), forget_all(scales.halves, outputs * blocks);
+  forget_all(zeros, outputs * bytes);
+  return Product{packed, int(width), int(sums)};
 }
 
 Status* compute(void* self, KernelContext* context) {
@@ -273,9 +275,9 @@ Operator description(const char* (*name)(const ort::CustomOp*), bool norm, bool 
   op.version = ort::kApiVersion;
   op.name = name;
   op.provider = [](const ort::CustomOp*) { return static_cast<const char*>(nullptr); };
-  op.input_type = [](const ort::CustomOp* self, size_t i) {  // codes are of either sign
+  op.input_type = [](const ort::CustomOp* self, size_t i) {  // codes are of either sign, scales of either size
     const int place = constant_place(self, i);
-    return place == 0 ? ort::kAny : place == 2 ? ort::kUint8 : ort::kFloat;
+    return place == 0 || place == 1 ? ort::kAny : place == 2 ? ort::kUint8 : ort::kFloat;
   };
   op.input_count = [](const ort::CustomOp* self) -> size_t {
     return (operator_of(self).norm ? 3 : 1) + (operator_of(self).gated ? 6 : 3);
@@ -322,6 +324,7 @@ EXPORTED ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort:
     if (auto* s = api->at<ort::Status*(const char*, ort::Domain**)>(ort::kCreateCustomOpDomain)("edgellm", &made)) return s;
     std::vector<const ort::CustomOp*> all = attention_operators();
     for (const Operator& op : ops) all.push_back(&op);
+    all.push_back(gather_operator());
     for (const ort::CustomOp* op : all)
       if (auto* s = api->at<ort::Status*(ort::Domain*, const ort::CustomOp*)>(ort::kCustomOpDomainAdd)(made, op)) return s;
     domain = made;

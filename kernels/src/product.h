@@ -39,15 +39,32 @@ struct Matrix {
   const uint8_t* unit(int u) const { return data.get() + u * unit_bytes(); }
 };
 
+// Scales as they are given: float32 or float16.
+struct Scales {
+  Scales(const float* numbers) : floats(numbers) {}
+  Scales(const uint16_t* numbers) : halves(numbers) {}
+  const float* floats = nullptr;
+  const uint16_t* halves = nullptr;
+};
+
+using Read = void (*)(const void* bytes, size_t size);  // told which codes will hardly be read again
+
 // As MatMulNBits has it: codes (outputs, blocks, block * bits / 8), scales (outputs, blocks), zeros (outputs, bytes of
 // blocks * bits), the earlier code or zero of a byte in its lower bits; or null where every zero is half of the codes.
-Matrix pack(int outputs, int inputs, int bits, int block, const uint8_t* codes, const float* scales, const uint8_t* zeros);
+Matrix pack(int outputs, int inputs, int bits, int block, const uint8_t* codes, Scales scales, const uint8_t* zeros,
+            Read read = nullptr);
 
 // As MatMulIntegerToFloat has it: codes (inputs, outputs), scales (outputs). Inputs are a multiple of 16, at most 65,536.
-Matrix pack_rows(int outputs, int inputs, const int8_t* codes, const float* scales);
+Matrix pack_rows(int outputs, int inputs, const int8_t* codes, Scales scales, Read read = nullptr);
 
-// Give back the memory of bytes that will hardly be read again, if they are pages of a file, which come back by themselves.
+// Give back the memory of pages of a file, which come back by themselves when they are read again; only if it is such.
 void forget(const void* bytes, size_t size);
+
+// Whether the pages in memory that these bytes are on are all a file's, as it is.
+bool of_file(const void* bytes, size_t size);
+
+// As `forget`, of what is known to be a file's.
+void forget_file(const void* bytes, size_t size);
 
 // Rows that were rounded.
 struct Rounded {

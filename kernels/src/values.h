@@ -4,9 +4,11 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "ort_abi.h"
+#include "product.h"
 
 namespace edgellm {
 
@@ -83,10 +85,12 @@ inline float float_attribute(const ort::Api* api, const ort::KernelInfo* info, c
   return value;
 }
 
-// An input that does not change; it must have one of the shapes.
-template <class T>
-const T* constant(const ort::Api* api, const ort::KernelInfo* info, size_t index, const char* what, int type,
-                  std::initializer_list<std::initializer_list<int64_t>> shapes) {
+using Shapes = std::initializer_list<std::initializer_list<int64_t>>;
+
+// An input that does not change, and its shape, which must be one of these.
+inline std::pair<const ort::Value*, Shape> constant_value(const ort::Api* api, const ort::KernelInfo* info, size_t index,
+                                                          const char* what, std::initializer_list<int> types,
+                                                          Shapes shapes) {
   using Constant = ort::Status*(const ort::KernelInfo*, size_t, int*, const ort::Value**);
   int is_constant = 0;
   const ort::Value* value = nullptr;
@@ -94,8 +98,27 @@ const T* constant(const ort::Api* api, const ort::KernelInfo* info, size_t index
   if (!is_constant || value == nullptr) throw std::invalid_argument("its matrix must be constant");
   const Shape shape = shape_of(api, value);
   for (const auto& expected : shapes)
-    if (shape.is(type, expected)) return data_of<const T>(api, value);
+    for (const int type : types)
+      if (shape.is(type, expected)) return {value, shape};
   throw std::invalid_argument(std::string(what) + " of another shape or type");
+}
+
+template <class T>
+const T* constant(const ort::Api* api, const ort::KernelInfo* info, size_t index, const char* what, int type, Shapes shapes) {
+  return data_of<const T>(api, constant_value(api, info, index, what, {type}, shapes).first);
+}
+
+// Scales, in float32 or float16.
+inline Scales scales_of(const ort::Api* api, const ort::KernelInfo* info, size_t index, Shapes shapes) {
+  const auto [value, shape] = constant_value(api, info, index, "scales", {ort::kFloat, ort::kFloat16}, shapes);
+  if (shape.type == ort::kFloat16) return Scales(data_of<const uint16_t>(api, value));
+  return Scales(data_of<const float>(api, value));
+}
+
+// Give back the memory of what was read of a file to be kept in another order.
+template <class T>
+void forget_all(const T* numbers, int64_t count) {
+  if (numbers != nullptr) forget(numbers, size_t(count) * sizeof(T));
 }
 
 }  // namespace edgellm

@@ -2,7 +2,7 @@
 // for processors that are only emulated. With Debian's g++-aarch64-linux-gnu and qemu-user, in this folder:
 //
 //   aarch64-linux-gnu-g++ -O2 -std=c++17 -ffp-contract=off -march=armv8.2-a+dotprod -I../src -static
-//       -o /tmp/compare_forms compare_forms.cpp ../src/product.cpp ../src/neon.cpp && qemu-aarch64 /tmp/compare_forms
+//       -o /tmp/compare_forms compare_forms.cpp ../src/product.cpp ../src/packing.cpp ../src/neon.cpp && qemu-aarch64 /tmp/compare_forms
 #include <cmath>
 #include <cstdio>
 #include <cstring>

@@ -88,6 +88,7 @@ def load(
         if max_memory is not None:
             context = context_within_memory(bundle.manifest, device_of(bundle, device), max_memory, shrinks=shrinks)
         session = unchecked_session(bundle, device=device, threads=threads, kernels=kernels)
+        import edgellm_runtime.model  # noqa: F401  while the weights' checksums are still compared
     if context is not None and context < session.max_context:
         session.shorten(context, f"shortened, since max_memory is {max_memory:,} bytes")
     model = _model(session, bundle)

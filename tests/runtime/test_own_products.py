@@ -230,6 +230,27 @@ def test_a_row_never_depends_on_its_neighbours(threads: int) -> None:
         np.testing.assert_array_equal(alone, product(matrix, "plain", x))
 
 
+@pytest.mark.parametrize("matrix", [Matrix(3, 70, 144, 16, zeros=True), Matrix(3, 70, 144, 0, bits=8)], ids=str)
+def test_scales_of_16_bits_are_read_as_they_are(matrix: Matrix) -> None:
+    chain, x = Chain(), rows(3, 144)
+    chain.product(matrix, "x", "y", cast=True)
+    swapped, (node,) = with_own_operators(chain.model(144, "y"))
+    assert "yhalf" in node.inputs and b"Cast" not in swapped
+    (y,) = opened(swapped).run(None, {"x": x[None]})
+    np.testing.assert_array_equal(y[0], product(matrix, "plain", x))
+
+
+def test_a_scale_of_16_bits_that_is_no_number_spoils_its_output_only() -> None:
+    matrix, x = Matrix(3, 40, 64, 32), rows(2, 64)
+    expected = product(matrix, "plain", x)
+    matrix.scales[3, 1] = np.inf
+    chain = Chain()
+    chain.product(matrix, "x", "y", cast=True)
+    (y,) = opened(with_own_operators(chain.model(64, "y"))[0]).run(None, {"x": x[None]})
+    np.testing.assert_array_equal(np.isfinite(y[0]), np.arange(40)[None] != np.array([3, 3])[:, None])
+    np.testing.assert_array_equal(np.delete(y[0], 3, 1), np.delete(expected, 3, 1))
+
+
 def close(found: Array, expected: Array, bound: float) -> None:
     assert np.linalg.norm(found - expected) < bound * np.linalg.norm(expected)
 

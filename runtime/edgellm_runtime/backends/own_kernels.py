@@ -21,7 +21,7 @@ from edgellm_runtime.graphs.writer import Node
 
 __all__ = ["INTERFACE", "OwnKernels", "Unusable", "find", "tell"]
 
-INTERFACE = 2  # of the operators, which the package names too
+INTERFACE = 3  # of the operators, which the package names too
 _TOLD: set[str] = set()
 
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,10 @@ from edgellm_runtime.backends.caches import CacheFile
 from edgellm_runtime.backends.kernel_test import packed_codes, processor
 from edgellm_runtime.backends.ort import library
 from edgellm_runtime.backends.own_attention_trial import AttentionForm, attention_error, attention_form
+from edgellm_runtime.backends.own_gather_trial import GatherForm, gather_error, gather_form
 from edgellm_runtime.backends.own_kernels import OwnKernels, Unusable, find, tell
 from edgellm_runtime.graphs.own_attention import ATTENTIONS, DOMAIN
+from edgellm_runtime.graphs.own_gather import GATHER
 from edgellm_runtime.graphs.own_operators import UNIT
 from edgellm_runtime.graphs.writer import Node, Shape, graph_bytes
 from edgellm_runtime.kernel_choice import chosen_kernels
@@ -75,8 +77,13 @@ class OwnForm:
         return f"{self.op} of {' and '.join(map(str, self.products))}"
 
 
-def form_of(node: Node) -> OwnForm | AttentionForm:
+AnyForm: TypeAlias = OwnForm | AttentionForm | GatherForm
+
+
+def form_of(node: Node) -> AnyForm:
     """The kind of a node of one of edgellm's own operators."""
+    if node.op == GATHER:
+        return gather_form(node)
     if node.op in ATTENTIONS:
         return attention_form(node)
     suffixes = ("", "_down") if "N_down" in node.attributes else ("",)
@@ -115,7 +122,7 @@ class _Trial:
         whole = codes.astype(np.int64) - np.repeat(points, block, 1)
         self.weight = (whole * np.repeat(scales, block, 1).astype(np.float64))[:, :columns]
         packed = packed_codes(codes, form.bits).reshape(outputs, blocks, -1)
-        self.tensors = {"codes": packed, "scales": scales}
+        self.tensors = {"codes": packed, "scales": scales.astype(np.float16)}  # as bundles have them
         if not form.block:
             self.tensors = {"codes": np.ascontiguousarray(whole.T).astype(np.int8), "scales": scales[:, 0].copy()}
         if form.zeros:
@@ -139,7 +146,7 @@ class _Trial:
         return product
 
 
-def own_error(form: OwnForm | AttentionForm, rows: Iterable[int] = FEW_ROWS) -> float:
+def own_error(form: AnyForm, rows: Iterable[int] = FEW_ROWS) -> float:
     """How far an operator is from NumPy, as a part of its result's length, at the worst number of rows.
 
     Args:
@@ -152,6 +159,8 @@ def own_error(form: OwnForm | AttentionForm, rows: Iterable[int] = FEW_ROWS) -> 
     """
     if isinstance(form, AttentionForm):
         return attention_error(form)
+    if isinstance(form, GatherForm):
+        return gather_error(form)
     ort, draw = library(), np.random.default_rng(7)
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, 1
@@ -243,5 +252,5 @@ def usable_kernels(graph: Path, asked: str | None = None) -> tuple[OwnKernels, b
 
 
 @functools.cache
-def _known_error(form: OwnForm | AttentionForm) -> float:
+def _known_error(form: AnyForm) -> float:
     return own_error(form)

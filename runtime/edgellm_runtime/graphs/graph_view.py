@@ -111,6 +111,14 @@ class GraphView:
             return None
         return struct.unpack(f"<{size}{layout}", data)
 
+    def uncast(self, name: str) -> tuple[str, frozenset[int]]:
+        """The float16 initializer that a constant is cast from, and the cast's place; else the constant itself."""
+        place = self.made_by(name, "Cast")
+        source = "" if place is None else self.node(place).inputs[0]
+        if place is None or source not in self._tensors or self.constants[source].dtype != "float16":
+            return name, frozenset()
+        return source, frozenset([place])
+
     def _constants(self) -> Iterator[tuple[str, Constant]]:
         found: dict[str, Constant] = {}
         for name, tensor in self._tensors.items():

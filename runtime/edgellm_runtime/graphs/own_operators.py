@@ -15,6 +15,7 @@ from math import isclose
 from edgellm_runtime.graphs.graph_view import GraphView
 from edgellm_runtime.graphs.onnx_file import read_model
 from edgellm_runtime.graphs.own_attention import DOMAIN, own_attention
+from edgellm_runtime.graphs.own_gather import own_gather
 from edgellm_runtime.graphs.rewriting import with_nodes
 from edgellm_runtime.graphs.writer import Attribute, Node
 
@@ -116,7 +117,10 @@ def with_own_operators(model: bytes, keep: Collection[str] = ()) -> tuple[bytes,
     needed = {name for nodes in there.values() for node in nodes for name in node.inputs}
     for place in _unread(view, operations, needed):
         there.setdefault(place, [])
-    there |= {place: [node] for place in range(len(view.nodes)) if (node := own_attention(view, place)) is not None}
+    for place in range(len(view.nodes)):
+        node = own_attention(view, place) or (own_gather(view, place) if operations else None)
+        if node is not None:
+            there[place] = [node]
     return with_nodes(model, there), tuple(node for nodes in there.values() for node in nodes)
 
 
@@ -166,7 +170,8 @@ def _block_product(view: GraphView, place: int) -> _Product | None:
         return None
     sizes = {"N": given.get("N", 0), "K": width, "bits": bits, "block_size": int(block or 0), "sums": 0}
     codes, scales, zeros = (*matrix, "")[:3]
-    product = _Product(place, node.inputs[0], node.outputs[0], (codes, scales, zeros), sizes, frozenset([place]))
+    scales, cast = view.uncast(scales)
+    product = _Product(place, node.inputs[0], node.outputs[0], (codes, scales, zeros), sizes, cast | {place})
     return _with_sums(view, product)
 
 
@@ -225,7 +230,8 @@ def _row_product(view: GraphView, place: int) -> _Product | None:
     if sorted(view.node(after).inputs) != sorted([made, row_scale]) or not view.inner(made, [after]):
         return None
     sizes = {"N": outputs, "K": inputs, "bits": 8, "block_size": 0, "sums": 0}
-    chain |= {place, after, quantize}
+    scales, cast = view.uncast(scales)
+    chain |= {place, after, quantize, *cast}
     return _Product(after, row, view.node(after).outputs[0], (codes, scales, ""), sizes, frozenset(chain))
 
 

@@ -1,0 +1,145 @@
+// BlockGather, in the domain `edgellm`: rows of a table of codes of 2, 4 or 8 bits in blocks, as ONNX Runtime's
+// GatherBlockQuantized gives them. The table stays where it is. If that is a file, a row that is read brings its pages
+// along and some beside them, which would stay for good; they are given back from time to time.
+#include "gather_operator.h"
+
+#include <atomic>
+#include <exception>
+#include <memory>
+
+#include "halves.h"
+#include "values.h"
+
+namespace edgellm {
+namespace {
+
+using ort::Api;
+using ort::KernelContext;
+using ort::KernelInfo;
+using ort::Status;
+
+constexpr int kMostRead = 16;  // rows between two times; Linux brings 64 kB for each
+
+struct Table {
+  const char* name;
+  const Api* api;
+  int64_t rows;
+  int width, bits, block, blocks;
+  size_t row_bytes, zero_bytes;
+  const uint8_t *codes, *zeros;  // zeros are null where every zero is half of the codes
+  Scales scales;
+  bool mapped;  // codes are a file's
+  mutable std::atomic<int> read;
+};
+
+// One row: (code - zero) * scale, in float32.
+void widen_row(const Table& t, int64_t row, float* y) {
+  const int each = 8 / t.bits, all = (1 << t.bits) - 1;
+  const uint8_t* codes = t.codes + row * t.row_bytes;
+  for (int b = 0, start = 0; b < t.blocks; b++, start += t.block) {
+    const size_t at = size_t(row) * t.blocks + b;
+    const float scale = t.scales.halves ? float_of(t.scales.halves[at]) : t.scales.floats[at];
+    const uint8_t* zeros = t.zeros ? t.zeros + row * t.zero_bytes : nullptr;
+    const int zero = zeros ? zeros[b / each] >> t.bits * (b % each) & all : 1 << (t.bits - 1);
+    const int end = start + t.block < t.width ? start + t.block : t.width;
+    if (t.bits == 8) {
+      for (int i = start; i < end; i++) y[i] = float(codes[i] - zero) * scale;
+      continue;
+    }
+    float values[16];
+    for (int code = 0; code <= all; code++) values[code] = float(code - zero) * scale;
+    for (int i = start; i < end; i++) y[i] = values[codes[i / each] >> t.bits * (i % each) & all];
+  }
+}
+
+void run(const Table& t, KernelContext* context) {
+  const ort::Value* input = input_of(t.api, context, 0);
+  Shape shape = shape_of(t.api, input);
+  if (shape.type != ort::kInt64) throw std::invalid_argument("takes places as int64");
+  int64_t count = 1;
+  for (const int64_t size : shape.sizes) count *= size;
+  const int64_t* places = data_of<const int64_t>(t.api, input);
+  for (int64_t i = 0; i < count; i++)
+    if (places[i] < -t.rows || places[i] >= t.rows)
+      throw std::invalid_argument("has " + std::to_string(t.rows) + " rows, none at " + std::to_string(places[i]));
+  shape.sizes.push_back(t.width);
+  float* y = output_of(t.api, context, 0, shape.sizes);
+  for (int64_t i = 0; i < count; i++) {
+    widen_row(t, places[i] < 0 ? places[i] + t.rows : places[i], y + i * t.width);
+    if (t.mapped && t.read.fetch_add(1, std::memory_order_relaxed) >= kMostRead) {
+      t.read.store(0, std::memory_order_relaxed);
+      forget_file(t.codes, size_t(t.rows) * t.row_bytes);
+    }
+  }
+}
+
+template <class Work>
+Status* guarded(const Api* api, const char* name, Work work) {
+  const auto fault = [&](const char* what) {
+    const std::string message = std::string(name) + ": " + what;
+    return api->at<Status*(int, const char*)>(ort::kCreateStatus)(ort::kInvalidArgument, message.c_str());
+  };
+  try {
+    work();
+    return nullptr;
+  } catch (const Refused& refused) {
+    return refused.status;
+  } catch (const std::exception& error) {
+    return fault(error.what());
+  }
+}
+
+std::unique_ptr<Table> table_of(const Api* api, const KernelInfo* info, const char* name) {
+  const int64_t rows = number_of(api, info, "N"), width = number_of(api, info, "K");
+  const int64_t bits = number_of(api, info, "bits"), block = number_of(api, info, "block_size");
+  if (rows < 1 || width < 1 || rows > 1 << 24 || width > 1 << 24) throw std::invalid_argument("sizes out of range");
+  if ((bits != 2 && bits != 4 && bits != 8) || block < 16 || block > 1 << 24 || width * bits % 8 != 0)
+    throw std::invalid_argument("has codes of 2, 4 and 8 bits in blocks of 16 or more, rows of whole bytes");
+  const int64_t blocks = (width + block - 1) / block, bytes = (blocks * bits + 7) / 8, row = width * bits / 8;
+  const auto* codes = constant<uint8_t>(api, info, 1, "codes", ort::kUint8, {{rows, row}});
+  const Scales scales = scales_of(api, info, 2, {{rows, blocks}});
+  const uint8_t* zeros = nullptr;
+  if (number_of(api, info, "zeros") != 0) zeros = constant<uint8_t>(api, info, 3, "zeros", ort::kUint8, {{rows, bytes}});
+  const bool mapped = of_file(codes, size_t(rows * row));
+  return std::unique_ptr<Table>(new Table{name, api, rows, int(width), int(bits), int(block), int(blocks), size_t(row),
+                                          size_t(bytes), codes, zeros, scales, mapped, {0}});
+}
+
+ort::CustomOp description() {
+  ort::CustomOp op{};
+  op.version = ort::kApiVersion;
+  op.name = [](const ort::CustomOp*) { return "BlockGather"; };
+  op.provider = [](const ort::CustomOp*) { return static_cast<const char*>(nullptr); };
+  op.input_type = [](const ort::CustomOp*, size_t i) {
+    return i == 0 ? ort::kInt64 : i == 2 ? ort::kAny : ort::kUint8;
+  };
+  op.input_count = [](const ort::CustomOp*) -> size_t { return 4; };
+  op.output_type = [](const ort::CustomOp*, size_t) { return ort::kFloat; };
+  op.output_count = [](const ort::CustomOp*) -> size_t { return 1; };
+  op.destroy = [](void* table) { delete static_cast<Table*>(table); };
+  op.input_characteristic = [](const ort::CustomOp*, size_t i) { return i == 3 ? 1 : 0; };
+  op.output_characteristic = [](const ort::CustomOp*, size_t) { return 0; };
+  op.input_memory = [](const ort::CustomOp*, size_t) { return 0; };
+  op.variadic_input_minimum = op.variadic_output_minimum = [](const ort::CustomOp*) { return 1; };
+  op.variadic_input_homogeneous = op.variadic_output_homogeneous = [](const ort::CustomOp*) { return 1; };
+  op.create_kernel_2 = [](const ort::CustomOp* self, const Api* api, const KernelInfo* info, void** made) {
+    const char* name = self->name(self);
+    return guarded(api, name, [&] { *made = table_of(api, info, name).release(); });
+  };
+  op.compute_2 = [](void* self, KernelContext* context) {
+    const Table& table = *static_cast<const Table*>(self);
+    return guarded(table.api, table.name, [&] { run(table, context); });
+  };
+  op.start_version = [](const ort::CustomOp*) { return 1; };
+  op.end_version = [](const ort::CustomOp*) { return 0x7fffffff; };
+  return op;
+}
+
+}  // namespace
+
+const ort::CustomOp* gather_operator() {
+  static const ort::CustomOp op = description();
+  return &op;
+}
+
+}  // namespace edgellm
