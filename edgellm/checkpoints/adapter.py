@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgellm.checkpoints.assemble import shared_names
 from edgellm.checkpoints.checkpoint import Checkpoint
 from edgellm.checkpoints.lora_source import ADAPTER_CONFIG, LoraSource, with_adapter
+from edgellm.checkpoints.shared_blocks import check_tables, give_own
 from edgellm.checkpoints.weights import CheckpointWeights, Layout
 from edgellm.codes import CodeFormat, StoredCodes
 from edgellm.errors import CheckpointError, ConfigError
@@ -30,12 +31,17 @@ def adapted(checkpoint: Checkpoint, adapter: Path) -> Checkpoint:
         CheckpointError: there is no adapter, it is one of another base, or it cannot be merged.
     """
     source, ours = adapter_source(checkpoint, adapter)
+    more = give_own(checkpoint.model, [ours[name] for name in source.changed])
     weights = CheckpointWeights(
         shared_names(checkpoint.model), {own: source.shapes[name] for name, own in ours.items()}, source,
         Layout(name=_foreign(checkpoint)), dtype=checkpoint.weights.dtype, path=adapter,  # type: ignore[union-attr]
     )  # fmt: skip
-    note = f"the adapter {adapter.name} was merged into {len(source.changed)} tensors"
-    return dataclasses.replace(checkpoint, weights=weights, notes=(*checkpoint.notes, note))
+    notes = [f"the adapter {adapter.name} was merged into {len(source.changed)} tensors"]
+    if more:
+        notes.append(f"it changes shared blocks differently at each place, so {more} tensors were doubled")
+    return dataclasses.replace(
+        checkpoint, weights=weights, notes=(*checkpoint.notes, *notes), apart=checkpoint.apart or more > 0
+    )
 
 
 def adapter_source(checkpoint: Checkpoint, adapter: Path) -> tuple[LoraSource, Mapping[str, str]]:
@@ -52,7 +58,10 @@ def adapter_source(checkpoint: Checkpoint, adapter: Path) -> tuple[LoraSource, M
     shapes = {ours: tuple(tensor.shape) for ours, tensor in checkpoint.model.state_dict().items()}
     ours = {name(own): own for own in shapes}
     source = with_adapter(_Named(weights, ours, shapes), adapter, lambda theirs, x: weights.in_layout(ours[theirs], x))
-    _check_tied(checkpoint.model, name, source.changed, adapter)
+    try:
+        check_tables(checkpoint.model, {ours[name]: name for name in source.changed})
+    except CheckpointError as error:
+        raise CheckpointError(f"{adapter}: {error}") from error
     return source, ours
 
 
@@ -92,9 +101,3 @@ def _foreign(checkpoint: Checkpoint) -> Callable[[str], str]:
     except ConfigError:  # taken over from transformers, whose own model is a part of ours
         return lambda name: name.removeprefix("model.")
     return (lambda name: name) if reader is None else reader.names
-
-
-def _check_tied(model: nn.Module, name: Callable[[str], str], changed: frozenset[str], path: Path) -> None:
-    for names in shared_names(model):
-        if len(names) > 1 and (both := [name(n) for n in names if name(n) in changed]):
-            raise CheckpointError(f"{path}: it changes {both[0]}, which is tied to another tensor; untie them first")

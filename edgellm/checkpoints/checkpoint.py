@@ -35,6 +35,8 @@ class Checkpoint:
             templates write them.
         generation: options of generation that its makers ask for; see :mod:`edgellm_runtime.option_ranges`.
         notes: what whoever exports it should know, a sentence each.
+        apart: whether blocks that its configuration has once have weights of their own at each place, because an
+            adapter changes them.
     """
 
     architecture: str
@@ -51,3 +53,4 @@ class Checkpoint:
     generation: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     add_eos: bool = False
+    apart: bool = False

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from edgellm.checkpoints.assemble import assemble, shared_names
+from edgellm.checkpoints.adapter import adapted
+from edgellm.checkpoints.assemble import assemble
 from edgellm.checkpoints.checkpoint import Checkpoint
 from edgellm.checkpoints.files import read_json
 from edgellm.checkpoints.find_weights import find_weights
@@ -17,6 +18,7 @@ from edgellm.checkpoints.huggingface_text import read_text_files
 from edgellm.checkpoints.lora_source import ADAPTER_CONFIG, with_adapter
 from edgellm.checkpoints.packed_source import PackedSource
 from edgellm.checkpoints.quantized.find import KEYS, dequantized
+from edgellm.checkpoints.shared_blocks import check_tables, shares_blocks
 from edgellm.checkpoints.stacked_source import StackedSource
 from edgellm.checkpoints.weights import Layout, TensorSource
 from edgellm.errors import CheckpointError, ModelError, UnsupportedError
@@ -33,9 +35,11 @@ def open_huggingface(path: Path, *, dtype: torch.dtype) -> Checkpoint:
     source, kind, notes = _source(path, config)
     notes += [f"config.json has keys edgellm does not know: {', '.join(sorted(unknown))}"] if unknown else []
     changed: frozenset[str] = frozenset()
-    if (path / ADAPTER_CONFIG).exists():
-        adapted = with_adapter(source, path)
-        source, changed = adapted, adapted.changed
+    beside = (path / ADAPTER_CONFIG).exists()
+    by_name = beside and _shares_blocks(architecture, ours)  # files have such a block once, adapters each place
+    if beside and not by_name:
+        merged = with_adapter(source, path)
+        source, changed = merged, merged.changed
         notes.append(f"the adapter beside the weights was merged into {len(changed)} tensors")
     layout = _layout(architecture, ours, config)
     source = _unpacked(source, architecture, ours)
@@ -44,9 +48,12 @@ def open_huggingface(path: Path, *, dtype: torch.dtype) -> Checkpoint:
             f"texts of over {ours.max_context} tokens, of {said}, would be rotated otherwise; the context ends there"
         )
     model, weights = assemble(architecture, ours, source, layout, dtype=dtype, path=path)
-    _check_tied(model, layout, changed, path / ADAPTER_CONFIG)
+    try:
+        check_tables(model, {own: name for own in model.state_dict() if (name := layout.name(own)) in changed})
+    except CheckpointError as error:
+        raise CheckpointError(f"{path / ADAPTER_CONFIG}: {error}") from error
     text = read_text_files(path, config)
-    return Checkpoint(
+    checkpoint = Checkpoint(
         architecture=architecture.name,
         model=model,
         tokenizer_json=text.tokenizer_json,
@@ -61,6 +68,12 @@ def open_huggingface(path: Path, *, dtype: torch.dtype) -> Checkpoint:
         generation=text.generation,
         notes=(*notes, *text.notes),
     )
+    return adapted(checkpoint, path) if by_name else checkpoint
+
+
+def _shares_blocks(architecture: Architecture, config: Any) -> bool:
+    with torch.device("meta"):
+        return shares_blocks(architecture.build(config))
 
 
 def _source(path: Path, config: Mapping[str, Any]) -> tuple[TensorSource, str, list[str]]:
@@ -98,13 +111,6 @@ def _layout(architecture: Architecture, ours: Any, config: Mapping[str, Any]) ->
         ignored=lambda name: name.endswith((".rotary_emb.inv_freq", *reader.ignored)),  # of old files; computed here
         adapters=True,
     )
-
-
-def _check_tied(model: nn.Module, layout: Layout, changed: Collection[str], path: Path) -> None:
-    """PEFT changes one module; here, what is tied would change with it."""
-    for names in shared_names(model):
-        if len(names) > 1 and (both := [found for name in names if (found := layout.name(name)) in changed]):
-            raise CheckpointError(f"{path}: it changes {both[0]}, which is tied to another tensor; untie them first")
 
 
 def _translate(config: Mapping[str, Any], path: Path) -> tuple[Architecture, Any, list[str]]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from edgellm.checkpoints.adapter import adapter_source
 from edgellm.checkpoints.checkpoint import Checkpoint
+from edgellm.checkpoints.shared_blocks import separate, shares_blocks
 from edgellm.codes import CodedWeights, CodeFormat, StoredCodes
 from edgellm.errors import CheckpointError
 from edgellm.models.protocol import State, Step, answers_sources
@@ -120,6 +121,8 @@ def switchable(checkpoint: Checkpoint, adapters: Mapping[str, Path]) -> Checkpoi
     if answers_sources(checkpoint.model):
         raise CheckpointError("a model with an encoder has no switchable adapters; merge one with --adapter DIR")
     found = {name: _matrices(checkpoint, path) for name, path in adapters.items()}
+    if shares_blocks(checkpoint.model):
+        separate(checkpoint.model)  # such a block may be changed differently at each place
     model = Switchable(checkpoint.model, list(adapters), _stacked(checkpoint.model, list(found.values())))
     weights: Any = _Prefixed(checkpoint.weights or OwnWeights(checkpoint.model))
     note = f"adapters that can be switched: {', '.join(adapters)}"

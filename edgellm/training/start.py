@@ -125,6 +125,11 @@ def _fresh(config: RunConfig, out: Path) -> Start:
 
 def _from_checkpoint(path: Path) -> Start:
     loaded = load_checkpoint(path)
+    if loaded.apart:
+        raise TrainingError(
+            f"{path} has an adapter that gives shared blocks weights of their own at each place, which no "
+            "checkpoint of edgellm's can say; train the base, and name the adapter when it is exported"
+        )
     if loaded.tokenizer_json is None or not loaded.eos_token_ids:
         raise TrainingError(f"{path} has no tokenizer, or none with an end token; begin with another checkpoint")
     text = {
