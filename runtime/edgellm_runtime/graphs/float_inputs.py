@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edgellm_runtime.graphs.onnx_file import nodes_of, read_model
+from edgellm_runtime.graphs.product_parts import WIDENED_BYTES, with_product_parts
 from edgellm_runtime.graphs.rewriting import with_others
 from edgellm_runtime.graphs.wire import Message
 from edgellm_runtime.graphs.writer import Node
@@ -41,7 +42,7 @@ def with_float_inputs(model: bytes) -> bytes:
             return [Node("Identity", inputs[:1], outputs)]
         return None
 
-    return with_others(model, others)
+    return with_product_parts(with_others(model, others), WIDENED_BYTES)  # which widen what they read whole
 
 
 def _reading_floats(node: Message) -> Sequence[Node] | None:

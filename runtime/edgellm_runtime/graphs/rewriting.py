@@ -12,9 +12,9 @@ from edgellm_runtime.graphs.onnx_file import read_message
 from edgellm_runtime.graphs.wire import Message
 from edgellm_runtime.graphs.writer import Node, message, node_bytes, number, text
 
-__all__ = ["with_nodes", "with_others"]
+__all__ = ["with_initializers", "with_nodes", "with_others"]
 
-_MODEL_GRAPH, _MODEL_OPSET, _GRAPH_NODE, _NODE_ATTRIBUTE = 7, 8, 1, 5
+_MODEL_GRAPH, _MODEL_OPSET, _GRAPH_NODE, _GRAPH_INITIALIZER, _NODE_ATTRIBUTE = 7, 8, 1, 5, 5
 _ATTRIBUTE_GRAPHS = (6, 11)  # one, or several
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 
@@ -74,6 +74,19 @@ def with_others(model: bytes, others: Callable[[Message], Sequence[Node] | None]
 
     return b"".join(
         message(field, graph(content)) if field == _MODEL_GRAPH else raw for field, raw, content in _fields(model)
+    )
+
+
+def with_initializers(model: bytes, tensors: Sequence[bytes]) -> bytes:
+    """A model whose graph has some more initializers.
+
+    Args:
+        model: the serialized model.
+        tensors: each a serialized ``TensorProto`` of a name that the graph does not have yet.
+    """
+    more = b"".join(message(_GRAPH_INITIALIZER, tensor) for tensor in tensors)
+    return b"".join(
+        message(field, content + more) if field == _MODEL_GRAPH else raw for field, raw, content in _fields(model)
     )
 
 
