@@ -13,7 +13,7 @@ from edgellm_runtime.checks.evaluate import logsumexp
 from edgellm_runtime.checks.goldens import Golden
 from edgellm_runtime.checks.layers import layer_difference
 
-__all__ = ["distance"]
+__all__ = ["distance", "favourites", "tie_width"]
 
 Array = NDArray[Any]
 
@@ -40,6 +40,33 @@ def distance(
         "state": _state_difference(golden, state),
         **last,
     }
+
+
+def tie_width(measured: Mapping[str, float], bounds: Mapping[str, float]) -> float:
+    """How far apart two logits of the float model must be for their order to say anything of a bundle.
+
+    A KL divergence of d nats is what errors of the logits make whose standard deviation, weighted by probability, is
+    sqrt(2 d), as long as they are small. What the export measured is taken, so that a format is allowed no more than
+    its own error was: 0 of float weights, in all that matters.
+
+    Args:
+        measured: at the export, against the float model.
+        bounds: of the bundle; more than its bound on ``kl`` is not believed.
+    """
+    return math.sqrt(2 * max(0.0, min(measured.get("kl", 0.0), bounds.get("kl", 0.0))))
+
+
+def favourites(golden: Golden, logits: Array, width: float) -> tuple[float, float]:
+    """The share of tokens whose most likely successor is the golden's, or tied with it there; and without the ties.
+
+    Args:
+        golden: of the row.
+        logits: (time, vocab).
+        width: a logit of the golden that is less than so much below its largest is tied with it.
+    """
+    chosen = golden.top_ids == logits.argmax(axis=1)[:, None]  # (time, k); none where it is not among the largest
+    tied = chosen & (golden.top_logits > golden.top_logits[:, :1] - width)
+    return float((tied | chosen & (np.arange(chosen.shape[1]) == 0)).any(1).mean()), float(chosen[:, 0].mean())
 
 
 def _coarse_kl(golden: Golden, found: Array) -> float:
