@@ -2,10 +2,11 @@
 
     python scripts/restart_check.py --bundle runs/smollm2-int4 [--tokens 8000] [--rounds 3]
 
-Each round has two processes: one loads the bundle, reads the text, answers and writes its state; the other loads the
-bundle and the state and answers. From the loaded bundle to the first token is what is compared; loading the bundle,
-which both do, is told apart. The answers must be the same bits: 16 tokens and their log-probabilities. Without
---bundle, models of 25 million weights that carry recurrences are exported, whose weights are drawn.
+Each round has a process that loads the bundle, reads the text, answers and writes its state, and then three that load
+the bundle and the state and answer. From the loaded bundle to the first token is what is compared; loading the bundle
+with its tokenizer, which both do, is told apart. The answers must be the same bits: 16 tokens and their
+log-probabilities. Without --bundle, models of 25 million weights that carry recurrences are exported, whose weights are
+drawn.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from edgellm_runtime import Model, load
 
 ROOT = Path(__file__).parents[1]
 _ANSWER = 16
+_RESUMED = 3  # times in a round
 SMALL = (("lstm",) * 6, ("gru", "gru", "attention") * 2)
 
 
@@ -49,6 +51,7 @@ def child(part: str, bundle: Path, file: Path, tokens: int, threads: int | None)
     """One process's part."""
     begin = time.perf_counter()
     model = load(bundle, threads=threads)
+    _ = model.tokenizer  # is read when it is first asked for
     loading = time.perf_counter() - begin
     began = time.perf_counter(), time.process_time()
     if part == "read":
@@ -69,11 +72,13 @@ def rounds(bundle: Path, options: argparse.Namespace) -> bool:
     found: dict[str, list[dict[str, Any]]] = {"read": [], "resume": []}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(options.rounds):
-            for part, each in found.items():
+            for part in ("read", *["resume"] * _RESUMED):
                 command = [sys.executable, __file__, "--bundle", str(bundle), "--tokens", str(options.tokens), "--part",
                            part, "--file", str(Path(folder, "state")),
                            *(["--threads", str(options.threads)] if options.threads else [])]  # fmt: skip
-                each.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+                found[part].append(
+                    json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                )
     same = (
         len(
             {

@@ -102,6 +102,11 @@ class Session:
         return self._backend.device
 
     @property
+    def threads(self) -> int:
+        """Of a step, on the CPU."""
+        return int(getattr(self._backend, "threads", 1))
+
+    @property
     def kernels(self) -> OwnKernels | None:
         """Those of edgellm's own that run some of its products; None where all are the library's."""
         found: OwnKernels | None = getattr(self._backend, "kernels", None)

@@ -17,6 +17,7 @@ from tiny_files import copied, sign
 
 from edgellm_runtime import PrefixCache, StateError, load
 from edgellm_runtime.batching.options import BatchOptions
+from edgellm_runtime.state import array_file
 
 KEY = "a-key-of-mine"
 SAY = [{"role": "user", "content": "hello"}]
@@ -176,11 +177,12 @@ def test_a_full_disk_ends_no_request_and_leaves_what_was_saved(tmp_path: Path, m
     before = (tmp_path / "state").read_bytes()
     alone = model.generate("the world", max_new_tokens=4)
 
-    def full(file: Any, **_: Any) -> None:
+    def full(file: Any, *_: Any, **__: Any) -> None:
         file.write(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(np, "savez", full)
+    monkeypatch.setattr(array_file, "_write", full)
     with pytest.raises(StateError, match="No space left on device"):
         model.generate("and", state=saved, max_new_tokens=40).state.save(tmp_path / "state")
     assert (tmp_path / "state").read_bytes() == before

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from edgellm_runtime.errors import StateError
 from edgellm_runtime.generation.trail import BLOCK
 from edgellm_runtime.spec import StateSpec
+from edgellm_runtime.state.array_file import read_arrays
 from edgellm_runtime.state.blocks import appended
-from edgellm_runtime.state.saved_arrays import read_arrays
 from edgellm_runtime.state.snapshot import Snapshot, packed, unpacked
 from edgellm_runtime.state.storage import host_dtype
 
@@ -75,8 +75,8 @@ class BlockFiles:
         """
         path = self._path(key)
         try:
-            data = read_arrays(path)
-            slots = {spec.name: data[spec.name] for spec in appended(specs)}
+            data = read_arrays(path).arrays
+            slots = {spec.name: data[spec.name].copy() for spec in appended(specs)}
             for spec in appended(specs):
                 if slots[spec.name].shape != spec.resolve(1, BLOCK) or slots[spec.name].dtype != host_dtype(spec.dtype):
                     raise ValueError(f"{spec.name} is {slots[spec.name].dtype} {slots[spec.name].shape}")

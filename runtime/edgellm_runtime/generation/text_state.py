@@ -211,7 +211,7 @@ def load_for(path: Path, session: Session, bundle: Bundle) -> State:
     Raises:
         StateError: no such file, or a damaged one, or the state of another model or of another version of it.
     """
-    state = State.load(path, session.signature.state, session.storage)
+    state = State.load(path, session.signature.state, session.storage, threads=session.threads)
     if "fingerprint" not in state.about:
         raise StateError(f"{path}: a state without its text, of State.save; load it with State.load")
     if state.about["fingerprint"] != bundle.fingerprint:

@@ -1,13 +1,10 @@
-"""The arrays of a saved state's file: written whole or not at all, and read as what is untrusted, none of them larger
-than the bytes that it has there.
-"""
+"""What a saved state's file says, of which nothing is believed before it was looked at."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,59 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_runtime.arguments import shown
-from edgellm_runtime.errors import OptionError, StateError
+from edgellm_runtime.errors import OptionError, StateError, first_line
 from edgellm_runtime.spec import StateSpec
+from edgellm_runtime.state.array_file import ArrayFile, read_arrays
+from edgellm_runtime.state.snapshot import Snapshot, unpacked
+from edgellm_runtime.state.storage import host_dtype
 
-__all__ = ["FORMAT", "check_lengths", "header_of", "read_arrays", "shape_of_used", "source_of", "write_arrays"]
+__all__ = ["Saved", "header_of", "read_saved"]
 
 FORMAT = 1
 _MOST_TOKENS = 1 << 30  # of a row: more would overflow the graph's whole numbers
-_MAX_HEADER = 10_000  # bytes of what NumPy writes before an array
-
-
-def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write a file for :func:`read_arrays`. Where that fails, as on a full disk, what was there before stays.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    if path.exists() and not path.is_file():  # a device or a pipe, whose place none can take
-        with path.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        return
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    try:
-        with unfinished.open("wb") as file:  # given a name, numpy would append .npz to it
-            np.savez(file, allow_pickle=False, **arrays)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """What ``numpy.savez`` wrote: name to array.
-
-    An archive may unpack to a thousand times its size, and an array may say that it has more elements than there are
-    bytes: neither is written by :meth:`edgellm_runtime.state.State.save`, and both are refused before memory is taken.
-
-    Raises:
-        Exception: of any kind that NumPy or the reader of archives has; ValueError for what is refused here.
-    """
-    import zipfile  # a tenth of this package's time to import, for what few programs do
-
-    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-        members, left = archive.infolist(), path.stat().st_size
-        for member in members:
-            left -= member.file_size
-            if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 or left < 0:
-                raise ValueError(f"{member.filename!r} unpacks to more than it takes")
-            with archive.open(member) as data:
-                _check_size(data, member.file_size)
-        if len({member.filename for member in members}) < len(members):
-            raise ValueError("two arrays have one name")
-        file.seek(0)
-        with np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
 
 
 def header_of(specs: Sequence[StateSpec], about: dict[str, Any]) -> str:
@@ -87,7 +41,69 @@ def header_of(specs: Sequence[StateSpec], about: dict[str, Any]) -> str:
         raise OptionError(f"about is {shown(about)}; it must be a dict of JSON's types") from error
 
 
-def source_of(specs: Any) -> int | None:
+@dataclass(frozen=True, eq=False)
+class Saved:
+    """A file that is what a model's state was saved as.
+
+    Args:
+        file: the arrays; each one of a state has at least the slots in use.
+        lengths: tokens of each row.
+        written: the most that each has held since it was empty.
+        about: what was written beside them, believed by nobody yet.
+        snapshots: of the only row.
+        source: the tokens of the longest source; None: of none.
+    """
+
+    file: ArrayFile
+    lengths: NDArray[np.int32]
+    written: NDArray[np.int32]
+    about: dict[str, Any]
+    snapshots: tuple[Snapshot, ...]
+    source: int | None
+
+    @property
+    def used(self) -> int:
+        """Slots of the longest row, at least one."""
+        return max(int(self.lengths.max()), 1)
+
+
+def read_saved(path: Path, specs: Sequence[StateSpec], threads: int) -> Saved:
+    """Read what ``State.save`` wrote.
+
+    Args:
+        path: the file.
+        specs: of the model that will go on from it.
+        threads: that look at checksums.
+
+    Raises:
+        StateError: not such a file, or a damaged one, or of another model.
+    """
+    ringed = any(spec.update == "ring" for spec in specs)
+    try:
+        file = read_arrays(path, threads)
+        data = file.arrays
+        header = json.loads(str(data["__header__"]))
+        source = _source_of(header["specs"])
+        known = header["format"] == FORMAT and header["specs"] == [s.of_source(source).to_json() for s in specs]
+        lengths, arrays = data["__lengths__"], {spec.name: data[spec.name] for spec in specs if known}
+        written = data["__written__"] if known and ringed else lengths
+        about = dict(header.get("about", {}))
+    except Exception as error:  # NumPy and the reader of archives have many kinds
+        raise StateError(f"{path}: not a saved state ({first_line(error)}); read the prompt again") from error
+    if not known:
+        raise StateError(f"{path}: the state of another model; read the prompt again with this one")
+    _check_lengths(path, lengths, written)
+    try:
+        snapshots = unpacked(data, specs, int(lengths[0]) if len(lengths) == 1 else 0)
+    except (ValueError, KeyError) as error:
+        raise StateError(f"{path}: its snapshots are damaged ({error}); read the prompt again") from error
+    saved = Saved(file, lengths.copy(), written.copy(), about, snapshots, source)
+    for spec in specs:
+        _check_array(path, spec, arrays[spec.name], saved)
+    return saved
+
+
+def _source_of(specs: Any) -> int | None:
     """The length of the sources that a saved state was made of, as its header says; None: of none.
 
     Raises:
@@ -100,7 +116,7 @@ def source_of(specs: Any) -> int | None:
     return source
 
 
-def check_lengths(path: Path, lengths: NDArray[Any], written: NDArray[Any]) -> None:
+def _check_lengths(path: Path, lengths: NDArray[Any], written: NDArray[Any]) -> None:
     """See that a file's rows have as many tokens as rows may have.
 
     Args:
@@ -122,18 +138,17 @@ def check_lengths(path: Path, lengths: NDArray[Any], written: NDArray[Any]) -> N
         raise StateError(f"{path}: what its rings were written with is damaged; read the prompt again")
 
 
-def _check_size(data: Any, size: int) -> None:
-    """Refuse an array that would take more or less memory than it has bytes."""
-    version = np.lib.format.read_magic(data)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-    if read is None:
-        raise ValueError(f"an array of version {version}")
-    shape, _, dtype = read(data, max_header_size=_MAX_HEADER)
-    if dtype.hasobject or math.prod(shape) * dtype.itemsize != size - data.tell():
-        raise ValueError(f"an array of {dtype} {shape} in {size - data.tell()} bytes")
-
-
-def shape_of_used(spec: StateSpec, batch: int, tokens: int) -> tuple[int, ...]:
-    """That of a tensor's slots in use."""
-    shape, axis = spec.resolve(batch, tokens), spec.axis
-    return shape if axis is None else (*shape[:axis], min(tokens, shape[axis]), *shape[axis + 1 :])
+def _check_array(path: Path, spec: StateSpec, found: NDArray[Any], saved: Saved) -> None:
+    """See that an array has the slots in use; it may have more, which are not looked at."""
+    expected, axis = spec.of_source(saved.source).resolve(len(saved.lengths), saved.used), spec.axis
+    if axis is not None:
+        expected = (*expected[:axis], min(saved.used, expected[axis]), *expected[axis + 1 :])
+    grows = spec.capacity_axis
+    enough = grows is not None and found.ndim == len(expected) and found.shape[grows] > expected[grows]
+    shape = (
+        (*found.shape[:grows], expected[grows], *found.shape[grows + 1 :])
+        if enough and grows is not None
+        else found.shape
+    )
+    if shape != expected or found.dtype != host_dtype(spec.dtype):
+        raise StateError(f"{path}: {spec.name} is {found.dtype} {found.shape}, not {spec.dtype} {expected}")

@@ -75,6 +75,6 @@ def unpacked(data: Mapping[str, NDArray[Any]], specs: Sequence[StateSpec], lengt
         if arrays[spec.name].shape != expected or arrays[spec.name].dtype != host_dtype(spec.dtype):
             raise ValueError(f"snapshots of {spec.name} that are none")
     return tuple(
-        Snapshot(int(held[i]), int(written[i]), {name: array[i] for name, array in arrays.items()})
+        Snapshot(int(held[i]), int(written[i]), {name: array[i].copy() for name, array in arrays.items()})
         for i in range(len(lengths))
     )

@@ -6,7 +6,6 @@ Where its tensors live is its storage's business; see :mod:`edgellm_runtime.stat
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,19 +22,12 @@ from edgellm_runtime.arguments import (
     check_text,
     shown,
 )
-from edgellm_runtime.errors import StateError, first_line
+from edgellm_runtime.errors import StateError
 from edgellm_runtime.spec import StateSpec
-from edgellm_runtime.state.saved_arrays import (
-    FORMAT,
-    check_lengths,
-    header_of,
-    read_arrays,
-    shape_of_used,
-    source_of,
-    write_arrays,
-)  # fmt: skip
-from edgellm_runtime.state.snapshot import Snapshot, overwritten, packed, unpacked
-from edgellm_runtime.state.storage import HOST, Buffers, HostStorage, Storage, host_dtype, widened
+from edgellm_runtime.state.array_file import write_arrays
+from edgellm_runtime.state.saved_arrays import header_of, read_saved
+from edgellm_runtime.state.snapshot import Snapshot, overwritten, packed
+from edgellm_runtime.state.storage import HOST, Buffers, HostStorage, Origin, Storage, widened
 
 __all__ = ["State"]
 
@@ -124,8 +116,17 @@ class State:
         if slots <= self.capacity:
             return
         capacity = self.storage.rounded(slots)
-        self.buffers = self.storage.grown(self.specs, self.buffers, self.batch, capacity)
+        self.buffers = self._grown(capacity)
         self.capacity = capacity
+
+    def _grown(self, capacity: int) -> Buffers:
+        self._touch(int(self.lengths.min()))
+        return self.storage.grown(self.specs, self.buffers, self.batch, capacity)
+
+    def _touch(self, slots: int) -> None:
+        """Note that slots from so many on may have been written to, or will be."""
+        if (origin := self.buffers.origin) is not None:
+            self.buffers.origin = origin.below(slots)
 
     def swap(self) -> None:
         """Put what the last step wrote in the place of what it read."""
@@ -140,14 +141,15 @@ class State:
             room: slots for tokens that each row of it has at least.
         """
         room = check_integer("room", room, 0, _COUNTABLE)
-        if room <= self.capacity or not isinstance(self.storage, HostStorage):
+        larger = room > self.capacity
+        if not isinstance(self.storage, HostStorage) or not (larger or self.buffers.origin):
             copy = self.take(range(self.batch))
             copy.reserve(room)
             return copy
-        copy, capacity = State.__new__(State), self.storage.rounded(room)  # what grows is copied once, not twice
-        new = self.storage.grown(self.specs, self.buffers, self.batch, capacity)
+        copy, capacity = State.__new__(State), self.storage.rounded(room) if larger else self.capacity
+        new = self._grown(capacity)  # what grows is copied once, not twice, and what is a file's not at all
         tensors = {name: a.copy() if a is self.tensors[name] else a for name, a in new.tensors.items()}
-        buffers = Buffers(tensors, {name: a.copy() for name, a in new.spares.items()})
+        buffers = Buffers(tensors, {name: a.copy() for name, a in new.spares.items()}, origin=new.origin)
         copy._set(self.specs, self.declared, self.batch, capacity, self.storage, buffers, self.lengths, self._written)
         return copy
 
@@ -174,6 +176,7 @@ class State:
         Args:
             rows: how many.
         """
+        self._touch(0)  # by whoever has the view
         view = State.__new__(State)
         tensors, spares = ({name: a[:rows] for name, a in each.items()} for each in (self.tensors, self.spares))
         kept = self.lengths[:rows], self._written[:rows]
@@ -208,6 +211,7 @@ class State:
                 "of the same model's, and the row must be there"
             )
         self.reserve(int(other.lengths[0]))
+        self._touch(0)
         for spec in self.specs:
             capacities = self.capacity, other.capacity
             self.storage.put(spec, self.tensors[spec.name], row, other.tensors[spec.name], capacities)
@@ -244,6 +248,7 @@ class State:
             self._check_rewind(int(row), int(wanted[row]), int(written[row]))
         self._clear_replaced(wanted == 0)
         self._written = np.where(wanted == 0, 0, written).astype(np.int32)
+        self._touch(int(wanted.min()))
         self.lengths = wanted.astype(np.int32)
 
     def snapshot(self, row: int | None = None) -> Snapshot:
@@ -330,60 +335,46 @@ class State:
         path = check_path("path", path)
         used = max(int(self.lengths.max()), 1)
         arrays = {s.name: self.storage.read(s, self.tensors[s.name])[s.used(used)] for s in self.specs}
+        slots = {s.name: axis for s in self.specs if (axis := s.capacity_axis) is not None}
         if _has_ring(self.specs):
             arrays["__written__"] = self.written
         arrays |= packed(check_list("snapshots", snapshots, "Snapshots", _check_snapshot))
         header = header_of(self.specs, {} if about is None else check_instance("about", about, dict, "of JSON's types"))
         try:
-            write_arrays(path, {"__header__": np.array(header), "__lengths__": self.lengths, **arrays})
+            write_arrays(path, {"__header__": np.array(header), "__lengths__": self.lengths, **arrays}, slots)
         except OSError as error:
             raise StateError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
 
     @classmethod
-    def load(cls, path: str | Path, specs: Sequence[StateSpec], storage: Storage = HOST) -> State:
+    def load(
+        cls, path: str | Path, specs: Sequence[StateSpec], storage: Storage = HOST, *, threads: int = 1
+    ) -> State:  # fmt: skip
         """Read what :meth:`save` wrote.
+
+        Where this process's memory is the storage, large tensors are the file's pages until they are written to.
 
         Args:
             path: the file.
             specs: of the model that will go on from it.
             storage: where its tensors will be.
+            threads: that look at the file's checksums.
 
         Raises:
             StateError: not such a file, or of another model.
         """
         path, specs = check_path("path", path), check_list("specs", specs, "StateSpecs", _check_spec)
-        try:
-            data = read_arrays(path)
-            header = json.loads(str(data["__header__"]))
-            source = source_of(header["specs"])
-            sized = [s.of_source(source) for s in specs]
-            known = header["format"] == FORMAT and header["specs"] == [s.to_json() for s in sized]
-            lengths, arrays = data["__lengths__"], {spec.name: data[spec.name] for spec in specs if known}
-            written = data["__written__"] if known and _has_ring(specs) else lengths
-            about = dict(header.get("about", {}))
-        except Exception as error:  # NumPy and the reader of archives have many kinds
-            raise StateError(f"{path}: not a saved state ({first_line(error)}); read the prompt again") from error
-        if not known:
-            raise StateError(f"{path}: the state of another model; read the prompt again with this one")
-        check_lengths(path, lengths, written)
-        try:
-            snapshots = unpacked(data, specs, int(lengths[0]) if len(lengths) == 1 else 0)
-        except (ValueError, KeyError) as error:
-            raise StateError(f"{path}: its snapshots are damaged ({error}); read the prompt again") from error
-        used = max(int(lengths.max()), 1)
+        saved = read_saved(path, specs, check_integer("threads", threads, 1))
+        used = saved.used
+        state = cls(specs, len(saved.lengths), storage.rounded(used), storage, saved.source)
+        state.lengths, state._written = saved.lengths, saved.written
+        state.about, state.snapshots = saved.about, saved.snapshots
+        origin = Origin(saved.file, int(saved.lengths.min())) if isinstance(storage, HostStorage) else None
         for spec in specs:
-            found, expected = arrays[spec.name], shape_of_used(spec.of_source(source), len(lengths), used)
-            if found.shape != expected or found.dtype != host_dtype(spec.dtype):
-                raise StateError(f"{path}: {spec.name} is {found.dtype} {found.shape}, not {spec.dtype} {expected}")
-        here = isinstance(storage, HostStorage)
-        state = cls(specs, len(lengths), used if here else storage.rounded(used), storage, source)
-        state.lengths, state._written, state.about, state.snapshots = lengths, written, about, snapshots
-        for spec in specs:
-            array, tensor = arrays[spec.name], state.tensors[spec.name]
-            if here and array.shape == tensor.shape and array.flags.c_contiguous and array.flags.writeable:
-                state.tensors[spec.name] = array  # as it was read, for a copy takes longer than reading
+            tensor = None if origin is None else origin.tensor(spec, state.batch, state.capacity)
+            if tensor is None:
+                storage.write(spec, state.tensors[spec.name], saved.file.arrays[spec.name][spec.used(used)])
             else:
-                storage.write(spec, tensor, array)
+                state.tensors[spec.name], state.buffers.origin = tensor, origin
         return state
 
 

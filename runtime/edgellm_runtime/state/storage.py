@@ -5,8 +5,9 @@ A :class:`~edgellm_runtime.state.State` knows rows, slots and rules; a storage k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,8 +15,21 @@ from numpy.typing import NDArray
 
 from edgellm_runtime.errors import StateError
 from edgellm_runtime.spec import StateSpec
+from edgellm_runtime.state.array_file import ArrayFile
+from edgellm_runtime.state.file_pages import PAGE
 
-__all__ = ["GROWTH", "HOST", "Buffers", "HostStorage", "Storage", "host_dtype", "narrowed", "too_large", "widened"]
+__all__ = [
+    "GROWTH",
+    "HOST",
+    "Buffers",
+    "HostStorage",
+    "Origin",
+    "Storage",
+    "host_dtype",
+    "narrowed",
+    "too_large",
+    "widened",
+]
 
 Array = NDArray[Any]
 _LINE = 64  # bytes
@@ -30,11 +44,51 @@ class Buffers:
         tensors: what a step reads, by state name.
         spares: where it writes what it does not write in place; the two change places after the step.
         attachments: what a backend keeps for these very buffers, such as bindings; it goes when they go.
+        origin: the file that some of the tensors begin with.
     """
 
     tensors: dict[str, Any]
     spares: dict[str, Any]
     attachments: dict[Any, Any] = field(default_factory=dict)
+    origin: Origin | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """A file that tensors in this process's memory begin with; another state's may begin with it, too.
+
+    Args:
+        file: with the arrays, by state name.
+        slots: how many of each row nothing was written to since.
+    """
+
+    file: ArrayFile
+    slots: int
+
+    def below(self, slots: int) -> Origin | None:
+        """What is left of it where those from ``slots`` on may have been written to; None: nothing."""
+        return self if slots >= self.slots else replace(self, slots=slots) if slots else None
+
+    def tensor(self, spec: StateSpec, batch: int, capacity: int) -> Array | None:
+        """A tensor of its own that begins with the file's slots; None where that must be copied.
+
+        Args:
+            spec: of a state that is appended to.
+            batch: rows.
+            capacity: slots.
+        """
+        axis, array, pages = spec.capacity_axis, self.file.arrays[spec.name], self.file.pages
+        shape, start = spec.resolve(batch, capacity), self.file.starts[spec.name]
+        if axis is None or pages is None or not array.flags.c_contiguous:
+            return None
+        if not self.slots <= array.shape[axis] <= min(capacity, 2 * self.slots):  # little of it would be left as it is
+            return None
+        slot = math.prod(shape[axis + 1 :]) * array.itemsize
+        size, stride = array.shape[axis] * slot, capacity * slot
+        if start % PAGE or size % PAGE or stride % PAGE or not size:
+            return None
+        memory = pages.under(start, size, math.prod(shape[:axis]), stride)
+        return None if memory is None else memory.view(array.dtype).reshape(shape)
 
 
 class Storage(Protocol):
@@ -129,11 +183,18 @@ class HostStorage:
 
     def grown(self, specs: Sequence[StateSpec], old: Buffers, batch: int, capacity: int) -> Buffers:
         """See :meth:`Storage.grown`."""
-        tensors = {s.name: _zeros(s, batch, capacity) for s in specs if s.capacity_axis is not None}
-        for name, new in tensors.items():
-            was = old.tensors[name]
-            new[tuple(slice(0, n) for n in was.shape)] = was
-        return Buffers({**old.tensors, **tensors}, old.spares)
+        tensors = {}
+        for spec in specs:
+            if (axis := spec.capacity_axis) is None:
+                continue
+            was = old.tensors[spec.name]
+            begun = None if old.origin is None else old.origin.tensor(spec, batch, capacity)
+            new = _zeros(spec, batch, capacity) if begun is None else begun
+            start = 0 if begun is None or old.origin is None else old.origin.slots
+            used = (*[slice(None)] * axis, slice(start, was.shape[axis]))
+            new[used] = was[used]
+            tensors[spec.name] = new
+        return Buffers({**old.tensors, **tensors}, old.spares, origin=old.origin)
 
     def taken(self, specs: Sequence[StateSpec], old: Buffers, rows: Sequence[int], capacity: int) -> Buffers:
         """See :meth:`Storage.taken`."""
