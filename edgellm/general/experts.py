@@ -1,12 +1,15 @@
 """Transformers' mixtures of experts, which hold all experts' matrices in one tensor, as one module for each expert.
 
 Its interface for other forms of them tells how the tensors are laid out; what stands between an expert's two matrices
-is recognised by numbers. A layer of its own is quantized, calibrated and skipped like any other.
+is recognised by numbers. So are modules that follow no interface and read a block of rows for each expert, zeros where
+a token has not chosen it. A layer of its own is quantized, calibrated and skipped like any other.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -101,6 +104,21 @@ class Mixture(nn.ModuleList):
         return mixture(self, hidden_states[None], shares)[0]
 
 
+class Blocks(nn.ModuleList):
+    """Experts that read rows of their own, in the place of a module without transformers' interface for experts."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """What each expert makes of its rows; nothing of rows of zeros, which are of tokens that have not chosen it.
+
+        Args:
+            rows: (experts * tokens, width).
+        """
+        blocks = rows.reshape(len(self), 1, -1, rows.shape[-1])  # (experts, 1, tokens, width)
+        chosen = (blocks != 0).any(-1, keepdim=True).to(rows.dtype)
+        made = [mixture([expert], x, share) for expert, x, share in zip(self, blocks, chosen, strict=True)]
+        return torch.cat(made).reshape(rows.shape)
+
+
 class Apart:
     """A source in which each expert's parameters are tensors of their own; follows :class:`TensorSource`.
 
@@ -167,19 +185,20 @@ def replace_experts(model: nn.Module) -> tuple[dict[str, Part], list[str]]:
     twice = {id(m) for (_, m), (_, other) in itertools.combinations(
         [(n, m) for n, m in every if _is_stacked(m)], 2) if m is other}  # fmt: skip
     for name, module in every:
-        if not _is_stacked(module):
+        blocks = None if _is_stacked(module) else _as_blocks(module)
+        if not (blocks or _is_stacked(module)):
             continue
-        form = None if id(module) in twice else _form(module)
+        form = blocks.form if blocks else None if id(module) in twice else _form(module)
         if form is None:
             left.append(name)
             continue
         experts = []
-        for number in range(int(module.num_experts)):
-            own = dict(_parts(name, module, number))
+        for number in range(blocks.count if blocks else int(module.num_experts)):
+            own = blocks.parts(name, number) if blocks else dict(_parts(name, module, number))
             places |= {f"{name}.{number}.{parameter}": part for parameter, part in own.items()}
             tensors = {p: _one(model.get_parameter(part.stored), part) for p, part in own.items()}
             experts.append(Expert(form, tensors))
-        put(model, name, Mixture(experts))
+        put(model, name, Blocks(experts) if blocks else Mixture(experts))
     return places, left
 
 
@@ -231,6 +250,71 @@ def _forms(module: Any) -> Iterator[dict[str, Any]]:
     held = sorted({float(v) for v in vars(module).values() if isinstance(v, float | int) and v > 0})
     for slope, offset, limit in itertools.product([1.0, *held], [0.0, 1.0], [0.0, *held]):
         yield {"activation": "silu", "packed": True, "slope": slope, "offset": offset, "limit": limit}
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Two tensors of all experts' matrices, and what stands between.
+
+    Args:
+        count: of experts.
+        first: the name of the tensor of their first matrices.
+        last: of the last ones.
+        turned: whether matrices are stored by columns.
+        form: the attributes of :data:`edgellm.ops.EXPERT`.
+    """
+
+    count: int
+    first: str
+    last: str
+    turned: bool
+    form: dict[str, Any]
+
+    def parts(self, path: str, number: int) -> dict[str, Part]:
+        """Where one expert's parameters are."""
+        names = {"in_proj": self.first, "out_proj": self.last}
+        return {f"{layer}.weight": Part(f"{path}.{n}", number, self.turned, False) for layer, n in names.items()}
+
+
+def _as_blocks(module: nn.Module) -> _Stack | None:
+    """The tensors of a module that reads a block of rows for each expert, tried on small numbers; None for others."""
+    own = dict(module.named_parameters(recurse=False))
+    if len(own) != 2 or len(list(module.parameters())) != 2 or any(p.dim() != 3 for p in own.values()):
+        return None
+    for (first, last), turned in itertools.product((tuple(own), tuple(own)[::-1]), (True, False)):
+        (count, *up), (other, *down) = own[first].shape, own[last].shape
+        (width, inner), (hidden, out) = (up, down) if turned else (up[::-1], down[::-1])
+        if count == other and width == out and inner in (hidden, 2 * hidden):
+            tried = _tried(module, first, last, width, turned=turned, packed=inner != hidden)
+            if tried is not None:
+                return _Stack(count, first, last, turned, tried)
+    return None
+
+
+def _tried(
+    module: nn.Module, first: str, last: str, width: int, *, turned: bool, packed: bool
+) -> dict[str, Any] | None:
+    """The form of an expert with which a module of two small experts computes what it does, or None."""
+    generator = torch.Generator().manual_seed(0)
+    up = torch.randn(2, 10 if packed else 5, width, generator=generator) / width**0.5
+    down = torch.randn(2, width, 5, generator=generator)
+    rows = torch.randn(6, width, generator=generator) * _WIDE
+    small: Any = copy.copy(module)  # without its hooks, which give it its own weights
+    small._forward_pre_hooks, small._forward_hooks = OrderedDict(), OrderedDict()
+    laid = {name: w.mT.contiguous() if turned else w for name, w in ((first, up), (last, down))}
+    small._parameters = {name: nn.Parameter(w, requires_grad=False) for name, w in laid.items()}
+    try:
+        found, nothing = small(rows), small(torch.zeros_like(rows))
+    except Exception:  # of whatever takes another input
+        return None
+    if not isinstance(found, Tensor) or found.shape != rows.shape or bool(nothing.any()):
+        return None
+    blocks = rows.view(2, 3, width)
+    for name in ACTIVATIONS:
+        form: dict[str, Any] = {"activation": name, "packed": packed, "slope": 1.0, "offset": 0.0, "limit": 0.0}
+        if _close((between(blocks @ up.mT, None, **form) @ down.mT).reshape(rows.shape), found):
+            return form
+    return None
 
 
 def _close(found: Tensor, wanted: Tensor) -> bool:

@@ -88,6 +88,21 @@ def test_training_computes_the_chosen_experts_and_gets_the_gradients_of_all(pack
         torch.testing.assert_close((slope * step).sum() * 2, above - below, rtol=1e-4, atol=1e-9)
 
 
+def products_of_a_token(bundle: Path, folder: Path) -> list[str]:
+    """The names of the nodes that multiplied matrices when one token was read, as often as they ran."""
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(folder / "profile")
+    session = onnxruntime.InferenceSession(bundle / "model.onnx", options, ["CPUExecutionProvider"])
+    feeds = {}
+    for given in session.get_inputs():
+        shape = [{"batch": 1, "time": 1, "count": 1, "capacity": CONTEXT}.get(d, d) for d in given.shape]
+        kind = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(float)": np.float32}[given.type]
+        feeds[given.name] = np.full(shape, 1 if given.name in ("tokens", "lengths") else 0, kind)
+    session.run(None, feeds)
+    events = json.loads(Path(session.end_profiling()).read_text())
+    return [e["name"] for e in events if e["name"].endswith("_kernel_time") and "MatMul" in e["args"]["op_name"]]
+
+
 @pytest.mark.parametrize(("target", "quantize"), [("onnx", "none"), ("cpu", "int4")])
 def test_a_token_multiplies_with_its_chosen_experts_alone(target: str, quantize: str, tmp_path: Path) -> None:
     """32 experts of which a token has 4: counted by the kernels that a step ran."""
@@ -102,23 +117,28 @@ def test_a_token_multiplies_with_its_chosen_experts_alone(target: str, quantize:
         qwen3_next(config).eval(), tmp_path / "b", options=ExportOptions(target=target, quantize=quantize)
     )
     assert exported.verification.ok
-    options = onnxruntime.SessionOptions()
-    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
-    session = onnxruntime.InferenceSession(exported.bundle.path / "model.onnx", options, ["CPUExecutionProvider"])
-    feeds = {}
-    for given in session.get_inputs():
-        shape = [{"batch": 1, "time": 1, "count": 1, "capacity": CONTEXT}.get(d, d) for d in given.shape]
-        kind = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(float)": np.float32}[given.type]
-        feeds[given.name] = np.full(shape, 1 if given.name in ("tokens", "lengths") else 0, kind)
-    session.run(None, feeds)
-    events = json.loads(Path(session.end_profiling()).read_text())
-    names = [e["name"] for e in events if e["name"].endswith("_kernel_time") and "MatMul" in e["args"]["op_name"]]
+    names = products_of_a_token(exported.bundle.path, tmp_path)
     counts = Counter(names)  # each expert's nodes have the same names within its branch
     assert sorted(counts.values())[-3:] == [chosen] * 3
     assert len(names) - 3 * chosen == len(counts) - 3 <= 10
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_experts_that_read_a_block_of_rows_each_are_found_by_numbers_and_skipped(tmp_path: Path) -> None:
+    """Llama 4's follow no interface: rows are multiplied by their shares before the experts, by zero if not chosen."""
+    experts, chosen = 4, 2
+    theirs = build("llama4_text", num_hidden_layers=1, num_local_experts=experts, num_experts_per_tok=chosen)
+    tokens = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = theirs(input_ids=tokens, use_cache=False).logits
+        model = GeneralModel(theirs).eval()
+        torch.testing.assert_close(model(tokens)[0], wanted, rtol=1e-5, atol=1e-5)
+    assert len({name.split(".")[-3] for name in model.experts}) == experts
+    exported = export(model, tmp_path / "b", options=ExportOptions(target="onnx"))
+    counts = Counter(products_of_a_token(exported.bundle.path, tmp_path))
+    assert sorted(counts.values())[-3:] == [1, chosen, chosen]
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "llama4_text"])
 def test_experts_of_the_general_road_are_quantized_and_run_on_rows_of_any_length(kind: str, tmp_path: Path) -> None:
     """One tensor of all experts there, or one by columns with gate and up in turns: here each expert has its own."""
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_local_experts": 8, "num_hidden_layers": 1}

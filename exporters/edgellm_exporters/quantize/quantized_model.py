@@ -257,6 +257,7 @@ def _round_products(
     by_name = dict(model.named_parameters(remove_duplicate=False))
     apart: dict[nn.Module, dict[str, str]] = {}  # modules that are no linear layers: own name of a weight, and its name
     roundings: dict[str, ProductRounding] = {}
+    own_classes: list[tuple[str, str, set[str]]] = []
     for name, scheme in numbers.schemes.items():
         kernel = _rounding(scheme, numbers.inputs.get(name), integer_products, block_products)
         if kernel is None:
@@ -266,14 +267,17 @@ def _round_products(
         roundings[name] = numbers.rounding(name, by_name[name].shape, kernel, noise)
         for module, own in _owners(model, by_name[name]):
             if isinstance(module, nn.Linear):
-                round_linear(module, roundings[name])
+                of_layer = set[str]()
+                own_classes += [] if type(module).forward is nn.Linear.forward else [(name, own, of_layer)]
+                round_linear(module, roundings[name], of_layer)
             elif type(module) is not nn.Embedding:
                 apart.setdefault(module, {})[own] = name
     met = {module: set[str]() for module in apart}
     for module, names in apart.items():
         round_recurrence(module, {own: roundings[name] for own, name in names.items()}, met[module])
-    if apart:
-        _check_met(model, [(name, own, met[module]) for module, names in apart.items() for own, name in names.items()])
+    expected = [(name, own, met[module]) for module, names in apart.items() for own, name in names.items()]
+    if expected := [*own_classes, *expected]:
+        _check_met(model, expected)
 
 
 def _in_order(kernel: Callable[[Tensor], Tensor], order: Tensor, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,13 +72,26 @@ class ProductRounding:
         return y + F.linear(kept - left, self.shifts()) / self.row
 
 
-def round_linear(layer: nn.Linear, rounding: ProductRounding) -> None:
-    """Have a linear layer round what it reads; in place."""
+def round_linear(layer: nn.Linear, rounding: ProductRounding, met: set[str]) -> None:
+    """Have a linear layer round what it reads; in place.
 
-    def forward(input: Tensor) -> Tensor:
-        return rounding.product(input, layer.weight, layer.bias)
+    Args:
+        layer: of a class of its own, maybe, which computes more than the product: that is found where it asks
+            PyTorch's class for it.
+        rounding: of its weight.
+        met: gets ``weight`` when it was multiplied with.
+    """
 
-    layer.forward = forward  # type: ignore[method-assign]
+    def forward(own: nn.Linear, input: Tensor) -> Tensor:
+        met.add("weight")
+        return rounding.product(input, own.weight, own.bias)
+
+    own = type(layer)
+    if own.forward is nn.Linear.forward:
+        layer.forward = partial(forward, layer)  # type: ignore[method-assign]
+    else:
+        product = type("RoundedLinear", (nn.Linear,), {"forward": forward})
+        layer.__class__ = type(own.__name__, (own, product), {})
 
 
 @contextmanager
