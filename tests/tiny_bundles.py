@@ -109,11 +109,12 @@ def device_session(bundle: Bundle, **options: Any) -> Session:
     """A session whose state is on a device: the code of CUDA, run by the CPU's kernels."""
     manifest = bundle.manifest
     backend = OrtDeviceBackend(
-        bundle.file(GRAPH), manifest.signature, max_context=manifest.max_context, device="cpu", **options
-    )
+        bundle.file(GRAPH), manifest.signature, max_context=manifest.max_context, device="cpu",
+        encoder=None if manifest.encoder is None else bundle.file(manifest.encoder.file), **options,
+    )  # fmt: skip
     return Session(
         backend, manifest.signature, max_context=manifest.max_context, ragged_chunks=manifest.ragged_chunks,
-        vocab_size=manifest.vocab_size or None,
+        vocab_size=manifest.vocab_size or None, encoder=manifest.encoder,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from edgellm_exporters.engines.tensorrt import add_engines
 from edgellm_exporters.graph.capture_encoder import Graphs
 from edgellm_exporters.graph.lower import lower_to
 from edgellm_exporters.graph.targets import Target
-from edgellm_exporters.graph.write import ENCODER_FILE, GRAPH_FILE, Progress, write_graph, write_graphs
+from edgellm_exporters.graph.write import ENCODER_FILE, GRAPH_FILE, Progress, write_graphs
 from edgellm_exporters.proof.stand_in import check_types
 from edgellm_exporters.quantize.cache import narrow_caches
 from edgellm_exporters.quantize.plan import Plan
@@ -89,15 +89,22 @@ class OneGraph:
     def write(self, graphs: Graphs, plan: Plan, directory: Path, stand_in: Path | None, progress: Progress) -> None:
         """See :class:`GraphSet`."""
         if stand_in is not None:
-            write_graph(lower_to(graphs.step.clone(), self.target, plan, rounded=self.dtype), stand_in, progress)
-        lowered = lower_to(graphs.step, self.target, plan, dtype=self.dtype)
-        narrow_caches(lowered, plan.cache)
-        written = {GRAPH_FILE: lowered}
-        if graphs.encoder is not None:
-            written[ENCODER_FILE] = _with_own_constants(lower_to(graphs.encoder, self.target, plan, dtype=self.dtype))
+            copies = Graphs(*(each.clone() for each in graphs.all))
+            write_graphs(self._lowered(copies, plan, rounded=self.dtype), stand_in, progress)
+        written = self._lowered(graphs, plan, dtype=self.dtype)
+        narrow_caches(written[GRAPH_FILE], plan.cache)
         write_graphs(written, directory, progress)
         if stand_in is not None:
-            check_types(directory / GRAPH_FILE)
+            for name in written:
+                check_types(directory / name)
+
+    def _lowered(self, graphs: Graphs, plan: Plan, *, dtype: str = "float32", rounded: str = "") -> dict[str, ir.Model]:
+        """By the files that they are written to."""
+        files = zip((GRAPH_FILE, ENCODER_FILE), graphs.all, strict=False)
+        found = {name: lower_to(graph, self.target, plan, dtype=dtype, rounded=rounded) for name, graph in files}
+        if ENCODER_FILE in found:
+            _with_own_constants(found[ENCODER_FILE])
+        return found
 
     def finish(self, directory: Path, manifest: Manifest, progress: Progress) -> Manifest:
         """See :class:`GraphSet`: nothing."""

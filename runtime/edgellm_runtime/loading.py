@@ -210,8 +210,7 @@ def _backend(bundle: Bundle, device: str, threads: int | None, kernels: str, not
     from edgellm_runtime.bundle import GRAPH
 
     manifest = bundle.manifest
-    if manifest.encoder is not None and device != "cpu":
-        raise BackendError(f"{bundle.path}: has an encoder, which runs on the CPU only; use device 'cpu'")
+    encoder = None if manifest.encoder is None else bundle.file(manifest.encoder.file)
     if device == "tensorrt":
         from edgellm_runtime.backends.tensorrt import open_engines
 
@@ -221,7 +220,7 @@ def _backend(bundle: Bundle, device: str, threads: int | None, kernels: str, not
 
         return OrtDeviceBackend(
             bundle.file(GRAPH), manifest.signature, max_context=manifest.max_context, capture=notes is None,
-            profile=notes,
+            profile=notes, encoder=encoder,
         )  # fmt: skip
     if manifest.graphs:
         from edgellm_runtime.backends.graph_roles import GraphRoles
@@ -238,7 +237,6 @@ def _backend(bundle: Bundle, device: str, threads: int | None, kernels: str, not
         check_kernels(bundle.file(GRAPH), manifest.files[GRAPH].sha256)
         own, swapped = usable_kernels(bundle.file(GRAPH), kernels) or (None, None)
     fusions = manifest.dtype == "float32"
-    encoder = None if manifest.encoder is None else bundle.file(manifest.encoder.file)
     return OrtBackend(
         bundle.file(GRAPH), manifest.signature, threads=threads, fusions=fusions, profile=notes, encoder=encoder,
         kernels=own, swapped=swapped,

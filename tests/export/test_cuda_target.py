@@ -15,15 +15,20 @@ import onnxruntime
 import pytest
 import torch
 from families import CONTEXT, FAMILIES, VOCAB, make, planned
+from source_models import bart_model, own_model, t5_model
 from tiny_bundles import attention_bundle, device_session
 
 from edgellm_exporters.errors import ExportError, LoweringError, QuantizeError
 from edgellm_exporters.export import Exported, ExportOptions, export
-from edgellm_exporters.graph.lower import lower_to
+from edgellm_exporters.graph.capture_encoder import Graphs, capture_graphs
+from edgellm_exporters.graph.lower import lower_to, prepare
 from edgellm_exporters.graph.targets import TARGETS
 from edgellm_exporters.lowering.in_float32 import compute_in_float32
 from edgellm_exporters.proof.parity import compare
 from edgellm_exporters.proof.stand_in import check_types
+from edgellm_exporters.quantize.methods import find_method
+from edgellm_exporters.quantize.plan import Plan
+from edgellm_exporters.quantize.planning import make_plan
 from edgellm_exporters.quantize.quantized_model import quantized_model
 from edgellm_runtime import BackendError, load, open_session
 from edgellm_runtime.backends import ort_memory
@@ -178,17 +183,33 @@ def without_kernel(op: str, domain: str, dtype: str) -> str | None:
     return f"{op} of {dtype}" if kinds is None or dtype not in kinds else None
 
 
+@functools.cache
+def answering(kind: str, method: str) -> tuple[Graphs, Plan]:
+    """The graphs of a model that answers sources."""
+    model = {"t5": t5_model, "bart": bart_model, "own": lambda: own_model("gru")}[kind]()
+    found = capture_graphs(model)
+    for graph in found.all:
+        prepare(graph, CUDA)
+    chosen = find_method(method, CUDA.methods)
+    return found, make_plan(chosen, found.step, model, [[4, 5]], encoder=found.encoder)
+
+
 @pytest.mark.parametrize("dtype", CUDA.dtypes)
 @pytest.mark.parametrize("method", ["none", "int4"])
 def test_every_node_has_a_cuda_kernel(dtype: str, method: str) -> None:
     missing = set()
-    for family in ("mixed", "decoder untied with biases", "decoder with q/k norm"):  # every op that any of them has
-        for graph in graphs(lowered(family, dtype, method)):
+    # every op that any of them has
+    models = [lowered(f, dtype, method) for f in ("mixed", "decoder untied with biases", "decoder with q/k norm")]
+    for kind in ("t5", "bart", "own"):
+        found, plan = answering(kind, method)
+        models += [lower_to(graph.clone(), CUDA, plan, dtype=dtype) for graph in found.all]
+    for model in models:
+        for graph in graphs(model):
             for node in graph:
                 first = node.inputs[node.op_type == "Where"]  # that op's first input is the condition
                 kind = NUMPY[first.dtype.name] if first is not None and first.dtype is not None else dtype
                 kind = "float32" if node.op_type in CUDA.wide.get(dtype, ()) else kind
-                kind = "int64" if node.op_type == "Less" else kind
+                kind = "int64" if node.op_type in ("Less", "LessOrEqual", "ReduceMax") else kind  # of positions
                 missing.add(without_kernel(node.op_type, node.domain, kind))
     assert missing == {None}
 
@@ -216,6 +237,15 @@ def test_attention_alone_copies_nothing_to_the_host_and_has_no_loop(family: str,
     """So ONNX Runtime can capture its steps: it refuses graphs with loops and with copies."""
     model = lowered(family, "float16", method)
     assert copies_to_host(model) == set()
+    assert not [node for node in model.graph if node.op_type in ("Loop", "Scan", "If")]
+
+
+@pytest.mark.parametrize(("kind", "copies"), [("t5", {"Range.1", "Slice.2"}), ("bart", set())])
+def test_what_steps_of_an_answer_copy_to_the_host_is_known(kind: str, copies: set[str]) -> None:
+    """T5's attention, with biases by distance, looks at as many slots as the longest row has: so it is not captured."""
+    found, plan = answering(kind, "none")
+    model = lower_to(found.step.clone(), CUDA, plan, dtype="float16")
+    assert copies_to_host(model) == copies
     assert not [node for node in model.graph if node.op_type in ("Loop", "Scan", "If")]
 
 

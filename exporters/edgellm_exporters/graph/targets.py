@@ -43,7 +43,8 @@ class Target:
         device: where its graphs are meant to run.
         inputs: what its graphs may take besides the inputs that all have.
         encoders: whether it has a form of encoders, which read sources into states.
-        wide: by dtype, ops that have kernels in float32 only, or sum what 16 bits would lose.
+        wide: by dtype, ops that have kernels in float32 only, or sum what 16 bits would lose; of an op with a
+            reduction, those with one alone: ``ScatterElements add``.
         check_kernel: refuses a format of weights that it would compute with, but far too slowly.
         lacks_kernel: why it has no kernel for a canonical node and computes it in standard operators; else empty.
     """
@@ -92,9 +93,10 @@ TARGETS: Mapping[str, Target] = {
             name="cuda", summary="ONNX Runtime's fused kernels on NVIDIA GPUs, in 16 bits", rules=cuda.RULES,
             passes=(MergeLinears, FuseAddRMSNorm), domains={"": OPSET, ort.DOMAIN: 1}, dtypes=("float16", "bfloat16"),
             caches=("float32",), ragged_chunks=False, methods={n: METHODS[n] for n in ("none", "int8", "int4")},
-            device="cuda", lacks_kernel=ort.lacks_kernel, inputs=(cuda.TOTAL_LENGTH,),
+            device="cuda", lacks_kernel=ort.lacks_kernel, inputs=(cuda.TOTAL_LENGTH,), encoders=True,
             wide={
-                "float16": ("LinearAttention",), "bfloat16": ("LSTM", "GRU", "RNN", "LinearAttention"),
+                "float16": ("LinearAttention", "ScatterElements add"),
+                "bfloat16": ("LSTM", "GRU", "RNN", "LinearAttention", "ScatterElements add"),
             },
         ),
     )

@@ -78,6 +78,11 @@ class Lowering:
         """A graph input by name."""
         return next(value for value in self.graph.inputs if value.name == name)
 
+    def time(self) -> ir.Value:
+        """How many tokens each row has, (1,): new ones, or, in an encoder's graph, those of the sources."""
+        tokens = next(value for value in self.graph.inputs if value.name in ("tokens", "source"))
+        return self.op("Shape", tokens, start=1, end=2)
+
     def new_input(self, spec: TensorSpec) -> ir.Value:
         """A further graph input, made when it is first asked for."""
 

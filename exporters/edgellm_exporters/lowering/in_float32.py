@@ -21,10 +21,10 @@ def compute_in_float32(model: ir.Model, ops: Collection[str], dtype: str) -> Non
 
     Args:
         model: whose main graph is changed.
-        ops: names of ops.
+        ops: names of ops, or of those with a reduction.
         dtype: that of the graph.
     """
-    for node in [n for n in model.graph if n.op_type in ops]:
+    for node in [n for n in model.graph if n.op_type in ops or _with_reduction(n) in ops]:
         for index, value in enumerate(node.inputs):
             if value is not None and value.dtype in (None, FLOATS[dtype]):  # None: what another node makes
                 cast = _cast(value, ir.DataType.FLOAT)
@@ -41,6 +41,11 @@ def compute_in_float32(model: ir.Model, ops: Collection[str], dtype: str) -> Non
                 name, value.name = value.name, f"{value.name}.wide"
                 cast.outputs[0].name = name
                 model.graph.outputs[model.graph.outputs.index(value)] = cast.outputs[0]
+
+
+def _with_reduction(node: ir.Node) -> str:
+    reduction = node.attributes.get("reduction")
+    return "" if reduction is None else f"{node.op_type} {reduction.as_string()}"
 
 
 def _cast(value: ir.Value, dtype: ir.DataType) -> ir.Node:

@@ -33,7 +33,7 @@ def _valid(context: Lowering, lengths: ir.Value) -> ir.Value:
     """Which tokens are not padding, (time, batch, 1)."""
 
     def make() -> ir.Value:
-        time = context.op("Shape", context.input("tokens"), start=1, end=2)
+        time = context.time()
         steps = context.op("Range", context.const(0), context.op("Squeeze", time, context.const([0])), context.const(1))
         columns = context.op("Unsqueeze", steps, context.const([1, 2]))
         count = context.op("Cast", context.op("Unsqueeze", lengths, context.const([0, 2])), to=ir.DataType.INT64)

@@ -72,7 +72,11 @@ def check_types(graph: Path) -> None:
 
 def stand_in_session(directory: Path, manifest: Manifest) -> Session:
     """Steps of a stand-in's graphs, whose state is float32."""
-    state = tuple(dataclasses.replace(spec, dtype="float32") for spec in manifest.signature.state)
+    narrow = manifest.dtype
+    state = tuple(
+        dataclasses.replace(spec, dtype="float32") if spec.dtype == narrow else spec
+        for spec in manifest.signature.state
+    )
     wide = dataclasses.replace(manifest.signature, state=state)
     sizes: dict[str, Any] = {}
     backend: Backend
@@ -81,8 +85,9 @@ def stand_in_session(directory: Path, manifest: Manifest) -> Session:
         backend = OrtRolesBackend(directory, roles, wide)
         sizes = {"chunk": roles.longest, "capacity": manifest.capacity}
     else:
-        backend = OrtBackend(directory / GRAPH, wide)
+        encoder = None if manifest.encoder is None else directory / manifest.encoder.file
+        backend = OrtBackend(directory / GRAPH, wide, encoder=encoder)
     return Session(
         backend, wide, max_context=manifest.max_context, ragged_chunks=manifest.ragged_chunks,
-        vocab_size=manifest.vocab_size, **sizes,
+        vocab_size=manifest.vocab_size, encoder=manifest.encoder, **sizes,
     )  # fmt: skip

@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_runtime.backends import cuda
-from edgellm_runtime.backends.base import Candidates, WithoutEncoder
+from edgellm_runtime.backends.base import Candidates
 from edgellm_runtime.backends.faults import first_line, load_fault, step_fault
 from edgellm_runtime.backends.ort import check_names, library
 from edgellm_runtime.backends.ort_choice import Chooser
 from edgellm_runtime.backends.ort_memory import DeviceStorage, Kernels
+from edgellm_runtime.errors import BackendError
 from edgellm_runtime.spec import UPDATES, Signature
 from edgellm_runtime.state import State
 from edgellm_runtime.state.storage import Storage
@@ -34,7 +35,7 @@ _UNCAPTURED = -1
 _REFUSED = "cuda graph"  # what ONNX Runtime's message holds when a graph cannot be captured
 
 
-class OrtDeviceBackend(WithoutEncoder):
+class OrtDeviceBackend:
     """Follows :class:`edgellm_runtime.backends.Backend`.
 
     Args:
@@ -45,6 +46,7 @@ class OrtDeviceBackend(WithoutEncoder):
         device_id: which GPU.
         capture: whether to capture decode steps.
         profile: how the name of ONNX Runtime's profile begins, for :meth:`end_profile`; None for none.
+        encoder: the graph that reads sources, already checked; None: the model reads none.
 
     Raises:
         BackendError: CUDA is not there, the library refuses the graph, or the GPU has no memory for it.
@@ -55,7 +57,7 @@ class OrtDeviceBackend(WithoutEncoder):
 
     def __init__(
         self, graph: Path, signature: Signature, *, max_context: int, device: str = "cuda", device_id: int = 0,
-        capture: bool = True, profile: Path | None = None,
+        capture: bool = True, profile: Path | None = None, encoder: Path | None = None,
     ) -> None:  # fmt: skip
         self._profile = profile
         self._ort, self._graph, self._signature = library(), graph, signature
@@ -68,6 +70,15 @@ class OrtDeviceBackend(WithoutEncoder):
         self._sessions_made = 0
         self._make_session()
         self._inputs = check_names(self._session, signature)
+        self._encoder = None
+        if encoder is not None:  # sources have all lengths, so nothing is captured
+            try:
+                self._encoder = self._load(encoder, capture=False)
+            except BackendError:
+                raise
+            except Exception as error:
+                raise load_fault(f"ONNX Runtime {self._ort.__version__}", encoder, error) from error
+            check_names(self._encoder, signature.encoder)
         kernels = Kernels(self._ort, self._providers(capture=False), device, device_id)
         self.storage: Storage = DeviceStorage(kernels)
         self._kernels, self._chooser = kernels, Chooser(kernels)
@@ -79,7 +90,7 @@ class OrtDeviceBackend(WithoutEncoder):
         options = {"device_id": str(self._id), "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
         return [(cuda.CUDA, {**options, "enable_cuda_graph": str(int(capture))}), "CPUExecutionProvider"]
 
-    def _make_session(self) -> None:
+    def _load(self, graph: Path, *, capture: bool) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level, options.enable_mem_pattern = 3, False
         if self.device == "cuda":
@@ -89,22 +100,40 @@ class OrtDeviceBackend(WithoutEncoder):
             options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         if self._profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(self._profile)
+        session = self._ort.InferenceSession(str(graph), options, providers=self._providers(capture=capture))
+        if self.device == "cuda" and cuda.CUDA not in session.get_providers():
+            raise cuda.not_running(self._ort)  # the library has put the CPU in its place and said so only in its log
+        return session
+
+    def _make_session(self) -> None:
         try:
-            providers = self._providers(capture=self.captures)
-            self._session = self._ort.InferenceSession(str(self._graph), options, providers=providers)
+            self._session = self._load(self._graph, capture=self.captures)
+        except BackendError:
+            raise
         except Exception as error:
             if self.captures and _REFUSED in str(error).lower():
                 self._without_capture(error)
                 return
             raise load_fault(f"ONNX Runtime {self._ort.__version__}", self._graph, error) from error
         self._sessions_made += 1
-        if self.device == "cuda" and cuda.CUDA not in self._session.get_providers():
-            raise cuda.not_running(self._ort)  # the library has put the CPU in its place and said so only in its log
 
     def _without_capture(self, error: Exception) -> None:
         """Loops and recurrences cannot be captured; the GPU runs them all the same."""
         self.captures, self.refusal = False, first_line(error)
         self._make_session()
+
+    def encode(self, source: NDArray[np.int64], lengths: NDArray[np.int32], state: State) -> None:
+        """See :meth:`edgellm_runtime.backends.Backend.encode`."""
+        assert self._encoder is not None, "a session asks for what the manifest has"
+        try:
+            io = self._encoder.io_binding()
+            for name, array in (("source", source), ("source_lengths", lengths)):
+                io.bind_cpu_input(name, np.ascontiguousarray(array))
+            for spec in self._signature.encoded:
+                io.bind_ortvalue_output(spec.present_name, state.tensors[spec.name])
+            self._encoder.run_with_iobinding(io)
+        except Exception as error:
+            raise step_fault("ONNX Runtime", error) from error
 
     def run(
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
@@ -211,8 +240,9 @@ class _Binding:
             past = state.tensors[spec.name]
             if spec.past_name in inputs:
                 self.io.bind_ortvalue_input(spec.past_name, past)
-            present = past if spec.in_place else state.spares[spec.name]
-            self.io.bind_ortvalue_output(spec.present_name, present)
+            if not spec.encoded:
+                present = past if spec.in_place else state.spares[spec.name]
+                self.io.bind_ortvalue_output(spec.present_name, present)
         logits, self.hidden = signature.logits, None
         self.logits = empty((*positions, int(logits.shape[-1])), logits.dtype)
         self.io.bind_ortvalue_output(logits.name, self.logits)
