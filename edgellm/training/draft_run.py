@@ -34,7 +34,7 @@ __all__ = ["DraftOptions", "DraftResult", "train_drafter"]
 _RECORD, _ROWS, _LAST, _BEST, _HEAD = "drafter-run.json", "rows", "last.pt", "best.pt", "drafter"
 _HELD_OUT, _HELD_OUT_SHARE = "held-out.npz", 0.05  # of the text, its end
 _WARMUP, _CLIP, _MOMENTA = 0.03, 1.0, (0.9, 0.98)
-_SAVE_EVERY = 100
+_SAVE_EVERY = 250
 Say = Callable[[str], None]
 
 
@@ -53,8 +53,10 @@ class DraftOptions:
         batch_size: continuations in one update.
         lr: the highest learning rate.
         listed: tokens that can be proposed, at most.
-        width: of the head's memory.
+        width: of what the head bends between reading and foretelling.
         token_width: of what it reads of a token.
+        keys: of its memory.
+        values: of its memory.
         gathering: share of the minutes that gathering may take.
         read_with: what reads the words; for the record.
         seed: of all that is drawn.
@@ -62,22 +64,27 @@ class DraftOptions:
 
     minutes: float = 0.0
     rows: int = 6144
-    prompt: int = 48
-    count: int = 80
+    prompt: int = 64
+    count: int = 128
     batch_rows: int = 48
-    sampled: float = 0.25
-    steps: int = 1500
+    sampled: float = 0.0
+    steps: int = 3000
     batch_size: int = 32
     lr: float = 2e-3
     listed: int = 4096
-    width: int = 384
+    width: int = 768
     token_width: int = 128
+    keys: int = 64
+    values: int = 128
     gathering: float = 0.5
     read_with: str = "PyTorch"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("rows", "prompt", "count", "batch_rows", "steps", "batch_size", "listed", "width", "token_width"):
+        for name in (
+            "rows", "prompt", "count", "batch_rows", "steps", "batch_size", "listed", "width", "token_width", "keys",
+            "values",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.prompt + self.count <= AHEAD + 1:
@@ -219,7 +226,7 @@ class _Run:
         learned = [p for p in self.head.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(learned, lr=o.lr, betas=_MOMENTA, weight_decay=0.01)
         step, base = self._restore(optimizer), self._clock.share()
-        listing, places = Listing(self.head.ids, self.head.config.vocab_size), rows.tokens.shape[1] - AHEAD
+        listing, places = Listing(self.head.ids, self._counts(rows)), rows.tokens.shape[1] - AHEAD
         while step < o.steps and self._clock.share() < 1 and not interrupt.requested:
             started = time.monotonic()
             share = max(step / o.steps, (self._clock.share() - base) / (1 - base) if o.minutes else 0.0)
@@ -262,15 +269,20 @@ class _Run:
         self._best = float(state["best"])
         return int(state["step"])
 
+    def _counts(self, rows: DraftRows) -> NDArray[np.float64]:
+        """How frequent each token is: most by what the model says."""
+        vocab = self._model.config.vocab_size
+        counts = np.bincount(rows.best.reshape(-1), minlength=vocab) * 4.0
+        counts += np.bincount(rows.tokens.reshape(-1), minlength=vocab)
+        found: NDArray[np.float64] = counts + 1e-2 * np.bincount(self._text, minlength=vocab)
+        return found
+
     def _fresh(self, rows: DraftRows) -> DraftHead:
         """A head that begins with what the model knows, as far as that is where it is usually found."""
         o, vocab, features = self._options, self._model.config.vocab_size, rows.hidden.shape[-1]
-        counts = np.bincount(rows.best.reshape(-1), minlength=vocab) * 4.0
-        counts += np.bincount(rows.tokens.reshape(-1), minlength=vocab)
-        counts += 1e-2 * np.bincount(self._text, minlength=vocab)
-        listed = np.sort(np.argsort(-counts, kind="stable")[: min(o.listed, vocab)])
+        listed = np.sort(np.argsort(-self._counts(rows), kind="stable")[: min(o.listed, vocab)])
         torch.manual_seed(o.seed)
-        head = DraftHead(DraftHeadConfig(features, vocab, len(listed), o.width, o.token_width))
+        head = DraftHead(DraftHeadConfig(features, vocab, len(listed), o.width, o.token_width, o.keys, o.values))
         head.ids.copy_(torch.from_numpy(listed))
         seen = torch.from_numpy(rows.hidden[:: max(1, len(rows.hidden) // 256)].reshape(-1, features)).float()
         shift, scale = seen.mean(dim=0), seen.std(dim=0).clamp_min(1e-3)

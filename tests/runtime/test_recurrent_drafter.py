@@ -97,44 +97,60 @@ def test_a_drafter_that_finds_nothing_is_asked_less_and_less() -> None:
 
     for _ in range(200):
         drafter.observe([3])
-        drafter.saw(np.zeros(session.hidden_width, np.float32))
+        drafter.saw(np.zeros((1, session.hidden_width), np.float32))
         assert not drafter.propose(wanted).tokens
     assert 4 < len(asked) < 20
     drafter = RecurrentDrafter(session.drafter, lambda chance: True)
     drafter.observe([3])
     assert drafter.propose(lambda kind: 4).tokens == (), "before there is a hidden state"
-    drafter.saw(np.zeros(session.hidden_width, np.float32))
+    drafter.saw(np.zeros((1, session.hidden_width), np.float32))
     assert len(drafter.propose(lambda kind: 1).tokens) == drafter.MOST, "its chances say how many, not the pace"
     assert not drafter.propose(lambda kind: 0).tokens
 
 
-def test_what_was_drafted_and_chosen_is_not_read_again() -> None:
+def test_what_is_read_at_once_is_what_is_read_one_after_another() -> None:
     graph = load(drafter_bundle(), threads=1).session.drafter
     assert graph is not None
-    hidden = np.random.default_rng(0).standard_normal((3, graph.features)).astype(np.float32)
-    ours, again = graph.steps(), graph.steps()
-    drafted = ours.draft(3, hidden[0], 4, lambda chance: True)
-    for kept in (0, 2, 3):  # of four drafted tokens three were read
-        ours.begin()
-        assert ours.draft(3, hidden[0], 4, lambda chance: True) == drafted
-        ours.keep(kept)
-        again.begin()
-        for token, first in zip([3, *drafted[:kept]], [hidden[0], None, None, None], strict=False):
-            again.step(token, first)
-        again.keep(kept)
-        assert ours.step(7, hidden[1]) == again.step(7, hidden[1])
-        assert ours.step(8, None) == again.step(8, None)
-    ours.keep(1)
-    ours.keep(0)  # after a token that it was not asked about, it begins anew
-    again.begin()
-    assert ours.step(7, hidden[2]) == again.step(7, hidden[2])
+    rng = np.random.default_rng(0)
+    hidden, tokens = rng.standard_normal((19, graph.features)).astype(np.float32), rng.integers(0, 60, 19).tolist()
+    hidden[11:], tokens[11:] = hidden[:8], tokens[:8]  # what a memory finds again
+    for count in (2, 8, 9, 19):
+        ours, again = graph.steps(), graph.steps()
+        found = ours.read(tokens[:count], hidden[:count])
+        for at in range(count):
+            expected = again.read(tokens[at : at + 1], hidden[at : at + 1])
+        assert found[0] == expected[0] and found[1] == pytest.approx(expected[1], abs=1e-5)
+        drafts = [steps.draft([7], hidden[:1], 4, lambda chance: True) for steps in (ours, again, ours)]
+        assert drafts[0] == drafts[1]
+        again.guess(5)  # nothing is kept of what is drafted
+        assert again.draft([7], hidden[:1], 4, lambda chance: True) == drafts[2]
+
+
+def test_tokens_that_were_not_read_begin_a_text_anew() -> None:
+    graph = load(drafter_bundle(), threads=1).session.drafter
+    assert graph is not None
+    hidden = np.random.default_rng(0).standard_normal((40, graph.features)).astype(np.float32)
+
+    def drafted(*told: int) -> list[int]:
+        drafter, at = RecurrentDrafter(graph, lambda chance: True), 0
+        for count in told:
+            drafter.observe([x % 60 for x in range(at, at + abs(count))])
+            if count > 0:
+                drafter.saw(hidden[at : at + count])
+            at += abs(count)
+        return list(drafter.propose(lambda kind: 4).tokens)
+
+    assert drafted(3) == drafted(1, 2), "read late, they are what they would have been"
+    assert drafted(-3) == [], "before there is a hidden state"
+    assert len(drafted(-3, 2)) == RecurrentDrafter.MOST
+    assert len(drafted(20, 20)) == RecurrentDrafter.MOST, "too many to be read late"
 
 
 def test_repeated_words_are_looked_up_and_others_foretold(monkeypatch: pytest.MonkeyPatch) -> None:
     draft_always(monkeypatch)
     graph = load(drafter_bundle(), threads=1).session.drafter
     assert graph is not None
-    drafter, hidden = CombinedDrafter(graph), np.zeros(graph.features, np.float32)
+    drafter, hidden = CombinedDrafter(graph), np.zeros((1, graph.features), np.float32)
     drafter.observe([1, 2, 3, 4, 5, 1, 2, 3])
     drafter.saw(hidden)
     assert drafter.propose(lambda kind: 3) == ([4, 5, 1], "3 tokens")

@@ -71,21 +71,15 @@ def test_what_is_learned_is_what_is_drafted() -> None:
     right = []
     for tokens, hidden, best in zip(rows.tokens.tolist(), rows.hidden, rows.best.tolist(), strict=True):
         state = torch.zeros(1, head.config.state)
-        for place in range(len(tokens) - 3):
-            given, first, after, agreed = (
-                torch.from_numpy(hidden[place : place + 1]).float(),
-                torch.ones(1, 1),
-                state,
-                [],
-            )
-            token = torch.tensor([tokens[place + 1]])
+        for place in range(7, len(tokens) - 3):
+            given, first, after = torch.from_numpy(hidden[place][None, None]).float(), torch.ones(1, 1), state
+            agreed = list[bool]()
             for ahead in range(1, 4):
                 with torch.no_grad():
-                    token, _, after = head(given, token, first, after)
+                    drafted, _, after = head(given, torch.tensor([[tokens[place + ahead]]]), first, after)
                 state, first = after if ahead == 1 else state, torch.zeros(1, 1)
-                agreed.append(int(token) == best[place + ahead])
-            if place >= 7:
-                right.append(np.cumprod(agreed))
+                agreed.append(int(drafted) == best[place + ahead])
+            right.append(np.cumprod(agreed))
     np.testing.assert_allclose(acceptance(head, rows, 8), np.mean(right, axis=0), atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""A drafter as a graph of its own: from a hidden state and a token to the next token that it proposes."""
+"""A drafter as a graph of its own: from hidden states and tokens to the next token that it proposes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgellm.streaming import OwnWeights
 from edgellm_exporters.graph.capture import OPSET, name_dimensions, name_weights, traced
 from edgellm_exporters.graph.tracing import CanonicalFunctions, fake_parameters, no_collection
 from edgellm_exporters.graph.translate import translated
-from edgellm_runtime.bundle.draft_info import draft_signature
+from edgellm_runtime.bundle.draft_info import MOST_READ, draft_signature
 from edgellm_runtime.spec import BATCH
 
 __all__ = ["capture_drafter"]
@@ -44,14 +44,15 @@ def capture_drafter(head: DraftHead) -> ir.Model:
     config = head.config
     signature = draft_signature(config.features, config.state)
     example: tuple[Any, ...] = (
-        torch.zeros(2, config.features), torch.zeros(2, dtype=torch.int64), torch.ones(2, 1),
+        torch.zeros(2, 3, config.features), torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 1),
         torch.zeros(2, config.state),
     )  # fmt: skip
-    batch = torch.export.Dim(BATCH)
+    batch, time = torch.export.Dim(BATCH), torch.export.Dim("time", max=MOST_READ)
+    free: tuple[Any, ...] = ({0: batch, 1: time}, {0: batch, 1: time}, {0: batch}, {0: batch})
     names = [t.name for t in signature.inputs] + [s.past_name for s in signature.state]
     outputs = [t.name for t in signature.outputs] + [s.present_name for s in signature.state]
     with fake_parameters(head), no_collection():
-        program = traced(_Drafter(head).eval(), example, tuple({0: batch} for _ in example))
+        program = traced(_Drafter(head).eval(), example, free)
         captured = translated(program, names, outputs, opset=OPSET)
     captured.opset_imports.setdefault(DOMAIN, 1)
     name_weights(captured, head, OwnWeights(head))

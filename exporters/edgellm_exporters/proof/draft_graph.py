@@ -35,7 +35,7 @@ __all__ = ["check_drafter", "write_drafter"]
 
 _TARGETS = ("cpu", "onnx")
 _WEIGHTS = "drafter.onnx.data"
-_PLACES, _AHEAD, _READ = 4, 4, 3  # of the goldens: where drafts begin, how long they are, and tokens read before
+_PLACES, _AHEAD, _READ = 4, 4, 3  # of the goldens: where drafts begin, how long they are, and tokens read at once
 _FLOOR = {False: 1e-3, True: 0.05}  # of the bound, by whether weights are rounded
 _SCHEME = Scheme(4, 32, symmetric=False)  # a draft is read token by token, and takes the time that its bytes take
 
@@ -127,27 +127,27 @@ def _rounded(head: DraftHead) -> DraftHead:
 
 @torch.no_grad()
 def _goldens(head: DraftHead, trace: Trace) -> list[dict[str, Any]]:
-    """What PyTorch drafts from some places of a row; at every second one it has read some tokens before."""
+    """What PyTorch drafts behind some places of a row, several of them read at once; at every second from a state."""
     assert trace.hidden is not None
     found = []
-    for place, at in enumerate(np.linspace(0, len(trace.tokens) - 2, _PLACES).astype(int).tolist()):
-        state, first = torch.zeros(1, head.config.state), torch.ones(1, 1)
-        for before in range(max(at - _READ, 0), at) if place % 2 else ():
-            *_, state = head(*_pair(trace, before), first, state)
-        past = state[0].tolist()
-        hidden, token = _pair(trace, at)
+    for place, at in enumerate(np.linspace(0, len(trace.tokens) - 1 - _READ, _PLACES).astype(int).tolist()):
+        state, first, past = torch.zeros(1, head.config.state), torch.ones(1, 1), dict[str, Any]()
+        if place % 2:
+            *_, state = head(*_told(trace, max(at - _READ, 0), at), first, state)
+            past = {"past": state[0].tolist()}
+        hidden, token = _told(trace, at, at + 1 + place % _READ)
+        given, told = hidden[0].tolist(), token[0].tolist()
         drafted, chances = [], []
         for _ in range(_AHEAD):
-            token, chance, state = head(hidden, token, first, state)
-            first = torch.zeros(1, 1)
-            drafted.append(int(token))
+            following, chance, state = head(hidden, token, first, state)
+            hidden, token, first = hidden[:, -1:], following[:, None], torch.zeros(1, 1)
+            drafted.append(int(following))
             chances.append(float(chance))
-        entry = {"hidden": hidden[0].tolist(), "token": trace.tokens[at + 1], "next": drafted, "chance": chances}
-        found.append(entry | ({"past": past} if place % 2 else {}))
+        found.append({"hidden": given, "token": told, "next": drafted, "chance": chances} | past)
     return found
 
 
-def _pair(trace: Trace, at: int) -> tuple[Tensor, Tensor]:
-    """A hidden state (1, features), and the token (1,) after it."""
+def _told(trace: Trace, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    """Hidden states (1, places, features), and the tokens (1, places) after them."""
     assert trace.hidden is not None
-    return trace.hidden[at].float()[None], torch.tensor([trace.tokens[at + 1]])
+    return trace.hidden[begin:end].float()[None], torch.tensor([trace.tokens[begin + 1 : end + 1]])

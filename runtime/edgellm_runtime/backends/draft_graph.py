@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgellm_runtime.backends.faults import load_fault, step_fault
 from edgellm_runtime.backends.ort import check_names, library, with_kernels
-from edgellm_runtime.bundle.draft_info import draft_signature
+from edgellm_runtime.bundle.draft_info import MOST_READ, draft_signature
 from edgellm_runtime.threads import thread_count
 
 if TYPE_CHECKING:
@@ -57,89 +57,97 @@ class DraftGraph:
 
 
 class DraftSteps:
-    """Drafts of one text at a time; made by :meth:`DraftGraph.steps`.
+    """Drafts of one text; made by :meth:`DraftGraph.steps`.
 
-    The graph's state is of what was chosen so far. A draft goes on from it, and :meth:`keep` says how much of the draft
-    was chosen, so that nothing is read a second time.
+    The graph's state is of the tokens that were chosen, which :meth:`read` takes with what they were chosen from. A
+    draft goes on from a copy of it.
     """
 
     def __init__(self, ort: Any, session: Any, features: int, width: int) -> None:
-        self._session = session
-        self._hidden, self._token = np.zeros((1, features), np.float32), np.zeros(1, np.int64)
-        self._first, self._next = np.ones((1, 1), np.float32), np.zeros(1, np.int64)
-        self._chance = np.zeros(1, np.float32)
+        self._ort, self._session = ort, session
+        self._needed = {given.name for given in session.get_inputs()}
+        self._hidden = np.zeros((1, MOST_READ, features), np.float32)
+        self._tokens = np.zeros((1, MOST_READ), np.int64)
+        self._first, self._next, self._chance = (
+            np.ones((1, 1), np.float32),
+            np.zeros(1, np.int64),
+            np.zeros(1, np.float32),
+        )
         self._past, self._present = np.zeros((1, width), np.float32), np.zeros((1, width), np.float32)
-        self._start = np.zeros((1, width), np.float32)  # the state that the next draft begins with
-        self._read: list[Array] = []  # states of the last draft, after each token that it read
-        self._binding, self._kept = self._bound(ort)
+        self._chosen = np.zeros((1, width), np.float32)  # the state of the tokens that were chosen
+        self._bindings: dict[int, tuple[Any, list[Any]]] = {}  # by the tokens that are read at once
 
-    def _bound(self, ort: Any) -> tuple[Any, list[Any]]:
+    def _bound(self, count: int) -> tuple[Any, list[Any]]:
         binding, kept = self._session.io_binding(), list[Any]()
-        needed = {given.name for given in self._session.get_inputs()}
         inputs: dict[str, Array] = {
-            "hidden": self._hidden, "token": self._token, "first": self._first, "past.draft": self._past,
+            "hidden": self._hidden[:, :count], "token": self._tokens[:, :count], "first": self._first,
+            "past.draft": self._past,
         }  # fmt: skip
         outputs: dict[str, Array] = {"next": self._next, "chance": self._chance, "present.draft": self._present}
         for bind, arrays in ((binding.bind_ortvalue_input, inputs), (binding.bind_ortvalue_output, outputs)):
             for name, array in arrays.items():
-                if name in outputs or name in needed:
-                    kept.append(value := ort.OrtValue.ortvalue_from_numpy(array))
+                if name in outputs or name in self._needed:
+                    kept.append(value := self._ort.OrtValue.ortvalue_from_numpy(array))
                     assert value.data_ptr() == array.ctypes.data, "ONNX Runtime copied an array that must be shared"
                     bind(name, value)
         return binding, kept
 
+    def _run(self, count: int) -> tuple[int, float]:
+        if count not in self._bindings:
+            self._bindings[count] = self._bound(count)
+        try:
+            self._session.run_with_iobinding(self._bindings[count][0])
+        except Exception as error:
+            raise step_fault("ONNX Runtime", error) from error
+        return int(self._next[0]), float(self._chance[0])
+
     def begin(self, state: Array | None = None) -> None:
-        """Draft from such a state (width,) next; None: from that of a text's beginning."""
-        self._start[0] = 0.0 if state is None else state
-        self._read = []
+        """Forget what was read; or take such a state (width,) for that of what was."""
+        self._chosen[0] = 0.0 if state is None else state
 
-    def keep(self, drafted: int) -> None:
-        """Go on behind so many of the tokens that were drafted last.
-
-        A draft's last token was not read where the draft was cut off behind it; it is passed over then. Where nothing
-        was drafted the state does not know the text so far, and begins anew.
-        """
-        if not self._read:
-            self.begin()
-            return
-        self._start, self._read = self._read[min(drafted, len(self._read) - 1)], []
-
-    def step(self, token: int, hidden: Array | None) -> tuple[int, float]:
-        """The token that may follow another, and how probable it is to be right.
+    def read(self, tokens: Sequence[int], hidden: Array) -> tuple[int, float]:
+        """Read tokens that were chosen, at least one.
 
         Args:
-            token: the one before it.
-            hidden: (features,), what that was chosen from, if it begins a draft; None: the draft goes on with it.
+            tokens: in order.
+            hidden: (tokens, features), what each was chosen from.
+
+        Returns:
+            The token that may follow the last, and how probable it is to be right.
 
         Raises:
             BackendError: the library failed.
         """
-        self._token[0], self._first[0, 0] = token, float(hidden is not None)
-        if hidden is not None:
-            self._hidden[0], self._read = hidden, []
-        self._past[:] = self._read[-1] if self._read else self._start
-        try:
-            self._session.run_with_iobinding(self._binding)
-        except Exception as error:
-            raise step_fault("ONNX Runtime", error) from error
-        self._read.append(self._present.copy())
-        return int(self._next[0]), float(self._chance[0])
+        self._first[0, 0] = 1.0
+        for start in range(0, len(tokens), MOST_READ):
+            piece = tokens[start : start + MOST_READ]
+            self._tokens[0, : len(piece)], self._hidden[0, : len(piece)] = piece, hidden[start : start + len(piece)]
+            self._past[:] = self._chosen
+            found = self._run(len(piece))
+            self._chosen[:] = self._present
+        return found
 
-    def draft(self, token: int, hidden: Array, most: int, worth: Callable[[float], bool]) -> list[int]:
-        """Tokens that may follow one, as long as all of them together are probable enough to be right.
+    def guess(self, token: int) -> tuple[int, float]:
+        """The same for a token that was drafted last; the draft goes on with it, and nothing is kept of it."""
+        self._first[0, 0], self._tokens[0, 0] = 0.0, token
+        self._past[:] = self._present
+        return self._run(1)
+
+    def draft(self, tokens: Sequence[int], hidden: Array, most: int, worth: Callable[[float], bool]) -> list[int]:
+        """Tokens that may follow, as long as all of them together are probable enough to be right.
 
         Args:
-            token: that was chosen last.
-            hidden: (features,), what it was chosen from.
+            tokens: that were chosen since the last draft.
+            hidden: (tokens, features), what each was chosen from.
             most: tokens at most.
             worth: says whether a token of such a probability is worth checking.
         """
-        found, chance = list[int](), 1.0
-        start: Array | None = hidden
-        while len(found) < most:
-            token, probable = self.step(token, start)
-            start, chance = None, chance * probable
-            if not worth(chance):
-                break
+        token, chance = self.read(tokens, hidden)
+        found = list[int]()
+        while worth(chance):
             found.append(token)
+            if len(found) == most:
+                break
+            token, probable = self.guess(token)
+            chance *= probable
         return found

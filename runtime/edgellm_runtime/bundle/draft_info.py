@@ -9,10 +9,12 @@ from typing import Any
 
 from edgellm_runtime.spec import BATCH, Signature, StateSpec, TensorSpec
 
-__all__ = ["DRAFTER", "DraftInfo", "draft_signature"]
+__all__ = ["DRAFTER", "MOST_READ", "DraftInfo", "draft_signature"]
 
 DRAFTER = "drafter.onnx"  # its usual name
 LOOSEST = 0.5  # of a bound
+MOST_READ = 8  # tokens that a drafter reads at once
+_TIME = "time"
 _MOST = 1 << 20  # features, or numbers of a state
 
 
@@ -58,7 +60,7 @@ def draft_signature(features: int, width: int) -> Signature:
         width: of its own state.
     """
     inputs = (
-        TensorSpec("hidden", (BATCH, features), "float32"), TensorSpec("token", (BATCH,), "int64"),
+        TensorSpec("hidden", (BATCH, _TIME, features), "float32"), TensorSpec("token", (BATCH, _TIME), "int64"),
         TensorSpec("first", (BATCH, 1), "float32"),
     )  # fmt: skip
     outputs = (TensorSpec("next", (BATCH,), "int64"), TensorSpec("chance", (BATCH,), "float32"))

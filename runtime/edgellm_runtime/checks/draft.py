@@ -26,15 +26,15 @@ class DraftGolden:
 
     Args:
         past: (width,), the state that the draft begins with.
-        hidden: (features,), what ``token`` was chosen from.
-        token: that the draft begins after.
+        hidden: (tokens, features), what each of them was chosen from.
+        tokens: (tokens,) that are read, the draft begins after the last.
         following: (drafted,) tokens.
         chances: (drafted,) of each to be right, by the drafter.
     """
 
     past: Array
     hidden: Array
-    token: int
+    tokens: Array
     following: Array
     chances: Array
 
@@ -51,7 +51,8 @@ def draft_goldens(bundle: Bundle) -> list[DraftGolden]:
         found = [
             DraftGolden(
                 np.asarray(entry.get("past", [0.0] * info.width), np.float32), np.asarray(entry["hidden"], np.float32),
-                int(entry["token"]), np.asarray(entry["next"], np.int64), np.asarray(entry["chance"], np.float64),
+                np.asarray(entry["token"], np.int64), np.asarray(entry["next"], np.int64),
+                np.asarray(entry["chance"], np.float64),
             )
             for entry in goldens_file(bundle)[DRAFTED]
         ]  # fmt: skip
@@ -59,13 +60,15 @@ def draft_goldens(bundle: Bundle) -> list[DraftGolden]:
             raise ValueError(f"{len(found)} drafts")
         for golden in found:
             finite = all(np.isfinite(x).all() for x in (golden.past, golden.hidden, golden.chances))
-            known = all(0 <= token < size for token in (golden.token, *golden.following.tolist()))
+            known = all(
+                0 <= token < size for x in (golden.tokens, golden.following) for token in x.reshape(-1).tolist()
+            )
             same = golden.following.shape == golden.chances.shape and golden.following.ndim == 1
-            fits = golden.hidden.shape == hidden.shape[-1:] and golden.past.shape == (info.width,)
+            fits = golden.hidden.shape == (golden.tokens.size, hidden.shape[-1]) and golden.past.shape == (info.width,)
             if not fits or not finite or not known or not same:
                 raise ValueError("a draft of another model")
-            if not 0 < len(golden.following) <= _MOST:
-                raise ValueError(f"a draft of {len(golden.following)} tokens")
+            if golden.tokens.ndim != 1 or not 0 < len(golden.tokens) <= _MOST or not 0 < len(golden.following) <= _MOST:
+                raise ValueError(f"a draft of {golden.following.size} tokens after {golden.tokens.size}")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise BundleError(f"{bundle.path}: no drafts to verify by ({first_line(error)}); export it again") from error
     return found
@@ -75,12 +78,11 @@ def draft_difference(graph: DraftGraph, goldens: list[DraftGolden]) -> float:
     """How far a drafter is from its goldens: the largest difference of a chance, or the share of tokens that differ."""
     steps, chances, tokens = graph.steps(), list[float](), list[bool]()
     for golden in goldens:
-        token = golden.token
         steps.begin(golden.past)
-        start: Array | None = golden.hidden
-        for following, chance in zip(golden.following.tolist(), golden.chances.tolist(), strict=True):
-            found, probable = steps.step(token, start)
+        found, probable = steps.read(golden.tokens.tolist(), golden.hidden)
+        for at, (following, chance) in enumerate(zip(golden.following.tolist(), golden.chances.tolist(), strict=True)):
+            if at:
+                found, probable = steps.guess(int(golden.following[at - 1]))
             chances.append(abs(probable - chance))
             tokens.append(found != following)
-            token, start = following, None
     return float(np.maximum(np.max(chances), np.mean(tokens)))

@@ -161,32 +161,45 @@ class RecurrentDrafter:
 
     KIND, MOST = "recurrent", 6  # of tokens ahead: its own errors add up
     _PATIENCE, _LONGEST = 4, 32  # drafts in a row that came to nothing before some are left out; and how many at most
+    _BACKLOG = 32  # chosen tokens that are read late, where drafts were left out; after more it begins anew
 
     def __init__(self, graph: DraftGraph, worth: Callable[[float], bool] = lambda chance: chance > 0.3) -> None:
         self._steps, self.worth = graph.steps(), worth
-        self._last: int | None = None
-        self._hidden: NDArray[np.float32] | None = None
+        self._told: Sequence[int] = ()  # by observe, and not by saw yet
+        self._tokens: list[int] = []  # chosen, and not read yet
+        self._hidden: list[NDArray[np.float32]] = []  # what each was chosen from
         self._idle = self._left_out = 0
 
     def observe(self, tokens: Sequence[int], /) -> None:
-        """See :class:`Drafter`; the hidden state is told apart, and is of the last token told."""
-        self._steps.keep(len(tokens) - 1)
-        self._last, self._hidden = tokens[-1], None
+        """See :class:`Drafter`; hidden states are told apart."""
+        if self._told:  # tokens before these were chosen from what nobody tells
+            self._begin()
+        self._told = tokens
 
     def saw(self, hidden: NDArray[np.float32]) -> None:
-        """Take note of what the last token was chosen from, (features,)."""
-        self._hidden = hidden
+        """Take note of what the last tokens told were chosen from, (tokens, features)."""
+        if len(hidden) < len(self._told) or len(self._tokens) + len(hidden) > self._BACKLOG:
+            self._begin()
+        self._tokens += self._told[-len(hidden) :]
+        self._hidden += list(hidden)
+        self._told = ()
+
+    def _begin(self) -> None:
+        """Read what comes as if it were a text's beginning."""
+        self._steps.begin()
+        self._tokens, self._hidden = [], []
 
     def propose(self, wanted: Callable[[str], int], /) -> Draft:
         """See :class:`Drafter`; how long a draft is, its own chances say, once drafts are wanted at all."""
-        if self._hidden is None or self._last is None:
+        if self._told or not self._tokens:
             return Draft((), self.KIND)
         if self._left_out > 0:
             self._left_out -= 1
             return Draft((), self.KIND)
         if not wanted(self.KIND):  # who wants none will want to try again some time, and counts for that
             return Draft((), self.KIND)
-        drafted = self._steps.draft(self._last, self._hidden, self.MOST, self.worth)
+        drafted = self._steps.draft(self._tokens, np.stack(self._hidden), self.MOST, self.worth)
+        self._tokens, self._hidden = [], []
         self._idle = 0 if drafted else self._idle + 1
         if self._idle >= self._PATIENCE:
             self._left_out = min(2 ** (self._idle - self._PATIENCE), self._LONGEST)

@@ -80,7 +80,7 @@ class Speculator:
         self._reader = drafter if isinstance(drafter, RecurrentDrafter) else None  # reads hidden states
         if self._reader is not None:
             self._reader.worth = self._pace.worth
-        self._hidden: NDArray[np.float32] | None = None  # what the last token was chosen from
+        self._hidden: NDArray[np.float32] | None = None  # what the tokens of the last step were chosen from
         self._pending: list[int] = []  # chosen, and not read yet, or no longer
         self._steps = self._drafted = self._accepted = 0
         self.snapshot: Snapshot | None = None  # from before the last step that may have to be taken back
@@ -132,7 +132,7 @@ class Speculator:
         if self._reader is None:
             return self._plain(token)
         logits, hidden = self._session.step_hidden(np.array([[token]]), state)
-        self._hidden = hidden[0, -1]
+        self._hidden = hidden[0, -1:]
         return self._choose(logits[0, 0])
 
     def _draft(self, most: int) -> tuple[list[int], str]:
@@ -159,7 +159,7 @@ class Speculator:
             if found[-1].token != draft or draft in self._ends:
                 break
         if self._reader is not None:
-            self._hidden = hidden[before + len(found) - 1]
+            self._hidden = hidden[before : before + len(found)]
         return found
 
     def _take_back(self, state: State, wrong: int, found: Sequence[Choice]) -> None:
