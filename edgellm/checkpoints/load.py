@@ -14,18 +14,20 @@ from edgellm.checkpoints.hints import hint
 from edgellm.checkpoints.huggingface import open_huggingface
 from edgellm.checkpoints.marian import marian_config, open_marian
 from edgellm.checkpoints.native import MANIFEST, checkpoint_directory, open_native
+from edgellm.checkpoints.tensor_file import open_tensor_file
 from edgellm.errors import CheckpointError
 
 __all__ = ["load_checkpoint", "open_checkpoint"]
 
-EXPECTED = "a directory with edgellm.json, a Hugging Face folder with config.json, or a .gguf file"
+EXPECTED = "a directory with edgellm.json, a Hugging Face folder with config.json, or a .gguf or .pth file"
 
 
 def load_checkpoint(path: Path, *, dtype: torch.dtype = torch.float32) -> Checkpoint:
     """Read a checkpoint of any kind that edgellm knows.
 
     Args:
-        path: a directory that :func:`save_checkpoint` wrote, a Hugging Face folder, or a GGUF file.
+        path: a directory that :func:`save_checkpoint` wrote, a Hugging Face folder, a GGUF file, or a file of tensors as
+            the authors of a family publish it.
         dtype: of the model's parameters, whatever the stored weights are in.
 
     Returns:
@@ -64,6 +66,8 @@ def open_checkpoint(path: Path, *, dtype: torch.dtype = torch.float32) -> Checkp
         raise CheckpointError(f"{path} holds no checkpoint; {hint(path) or f'expected {EXPECTED}'}")
     if path.is_file() and path.suffix == ".gguf":
         return open_gguf(path, dtype=dtype)
+    if path.is_file() and path.suffix == ".pth" and (found := open_tensor_file(path, dtype=dtype)) is not None:
+        return found
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; expected {EXPECTED}")
     raise CheckpointError(f"{path} is no checkpoint; {hint(path) or f'expected {EXPECTED}'}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgellm.errors import CheckpointError, ConfigError
-from edgellm.models.foreign import GGUF, HuggingFace, Marian
+from edgellm.models.foreign import GGUF, HuggingFace, Marian, TensorFile
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,6 +31,7 @@ class Entry:
         huggingface: ``model_type`` values of the Hugging Face folders that it loads.
         gguf: ``general.architecture`` values of the GGUF files that it loads.
         marian: decoders of Marian's files that it loads.
+        tensors: marks of the files of tensors alone that it loads.
     """
 
     module: str
@@ -39,6 +40,7 @@ class Entry:
     huggingface: tuple[str, ...] = ()
     gguf: tuple[str, ...] = ()
     marian: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = ()
 
 
 ENTRIES: Mapping[str, Entry] = {
@@ -100,7 +102,7 @@ ENTRIES: Mapping[str, Entry] = {
     ),
     "rwkv7": Entry(
         module="edgellm.models.rwkv7", about="memories corrected and fading by feature", presets=("tiny",),
-        huggingface=("rwkv7", "rwkv7_fla"),
+        huggingface=("rwkv7", "rwkv7_fla"), tensors=("blocks.0.att.r_k",),
     ),
     "zamba2": Entry(
         module="edgellm.models.zamba2", about="state space, shared attention", presets=("tiny",),
@@ -143,6 +145,7 @@ class Architecture:
         huggingface: how it reads Hugging Face folders, or None.
         gguf: how it reads GGUF files, or None.
         marian: how it reads Marian's files, or None.
+        tensors: how it reads files of tensors alone, or None.
     """
 
     name: str
@@ -152,6 +155,7 @@ class Architecture:
     huggingface: HuggingFace | None = None
     gguf: GGUF | None = None
     marian: Marian | None = None
+    tensors: TensorFile | None = None
 
 
 def find(name: str) -> Architecture:
@@ -166,7 +170,7 @@ def find(name: str) -> Architecture:
     return architecture
 
 
-def find_foreign(kind: Literal["huggingface", "gguf", "marian"], name: str) -> Architecture:
+def find_foreign(kind: Literal["huggingface", "gguf", "marian", "tensors"], name: str) -> Architecture:
     """The architecture that loads a foreign checkpoint.
 
     Args:
@@ -182,7 +186,7 @@ def find_foreign(kind: Literal["huggingface", "gguf", "marian"], name: str) -> A
     raise CheckpointError(f"unknown architecture {name!r}; edgellm loads {', '.join(foreign_names(kind))}")
 
 
-def foreign_names(kind: Literal["huggingface", "gguf", "marian"]) -> list[str]:
+def foreign_names(kind: Literal["huggingface", "gguf", "marian", "tensors"]) -> list[str]:
     """Every foreign architecture that some of ours loads, sorted."""
     return sorted({name for entry in ENTRIES.values() for name in getattr(entry, kind)})
 

@@ -8,6 +8,7 @@ the token's own key k~. Values of later layers mix with those of the first. No s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,13 +25,17 @@ from edgellm.models.foreign import (
     Fields,
     HuggingFace,
     Names,
+    TensorFile,
     Values,
     Variant,
     flag,
     neutral,
     positive,
+    refuse,
+    rows_of,
     whole,
 )
+from edgellm.models.foreign.gguf import Shapes
 from edgellm.models.foreign.keys import checked_whole
 from edgellm.models.protocol import State, Step
 from edgellm.models.registry import Architecture
@@ -285,4 +290,60 @@ HUGGING_FACE = HuggingFace(
     tensor=_as_ours,
 )
 
-ARCHITECTURE = Architecture(name="rwkv7", config=RWKV7Config, build=RWKV7, presets=PRESETS, huggingface=HUGGING_FACE)
+
+def _sizes(shapes: Shapes) -> Fields:
+    """What the shapes of the authors' tensors say; the norm of heads has one epsilon there, which is of 64 features."""
+    heads, size = shapes["blocks.0.att.r_k"] if len(shapes["blocks.0.att.r_k"]) == 2 else (0, 0)
+    if size != 64:
+        raise refuse("blocks.0.att.r_k", shapes["blocks.0.att.r_k"])
+    second = "blocks.1.att.v1"  # the first layer's values mix with none
+    sizes = {
+        "hidden": ("blocks.0.ffn.key.weight", 0), "decay_rank": ("blocks.0.att.w1", 1),
+        "share_rank": ("blocks.0.att.a1", 1), "gate_rank": ("blocks.0.att.g1", 1),
+        **({"value_rank": (second, 1)} if second in shapes else {}),
+    }  # fmt: skip
+    return {
+        "vocab_size": rows_of("emb.weight")(shapes), "width": heads * size, "head_dim": size,
+        "num_layers": 1 + max(int(n.split(".")[1]) for n in shapes if re.match(r"blocks\.\d{1,4}\.", n)),
+        **{field: shapes.get(name, (0, 0))[axis] for field, (name, axis) in sizes.items()},
+    }  # fmt: skip
+
+
+_LETTERS = {"decay": "w", "share": "a", "value": "v", "gate": "g"}
+TENSORS = TensorFile(
+    mark="blocks.0.att.r_k",
+    sizes=_sizes,
+    names=Names(
+        {
+            "embedding": "emb",
+            "embedding_norm": "blocks.0.ln0",
+            "norm": "ln_out",
+            "head": "head",
+            "time_norm": "ln1",
+            "channel_norm": "ln2",
+            **{f"time.shift.{use}": f"att.x_{use}" for use in _USES},
+            **{f"time.{letter}_proj": f"att.{part}" for part in ("receptance", "key", "value") for letter in part[0]},
+            "time.out_proj": "att.output",
+            "time.norm": "att.ln_x",
+            "time.key_gain": "att.k_k",
+            "time.key_share": "att.k_a",
+            "time.bonus": "att.r_k",
+            **{f"time.{ours}.down.weight": f"att.{letter}1" for ours, letter in _LETTERS.items()},
+            **{f"time.{ours}.up.weight": f"att.{letter}2" for ours, letter in _LETTERS.items()},
+            **{f"time.{ours}.up.bias": f"att.{letter}0" for ours, letter in _LETTERS.items()},
+            "channel.shift.key": "ffn.x_k",
+            "channel.k_proj": "ffn.key",
+            "channel.v_proj": "ffn.value",
+        },
+        layers="blocks",
+    ),
+    tensor=lambda name, tensor: 1 - tensor if ".shift." in name else tensor,
+    reshaped=(".up.bias", ".key_gain", ".key_share", *(f".shift.{use}" for use in (*_USES, "key"))),
+    by_columns=tuple(f".{ours}.{part}.weight" for ours in _LETTERS for part in ("down", "up")),
+    ignored=tuple(f"blocks.0.att.v{i}" for i in range(3)),
+    end=0,
+)
+
+ARCHITECTURE = Architecture(
+    name="rwkv7", config=RWKV7Config, build=RWKV7, presets=PRESETS, huggingface=HUGGING_FACE, tensors=TENSORS
+)

@@ -21,6 +21,7 @@ def test_an_entry_says_what_the_module_says(name: str) -> None:
     assert sorted(architecture.presets) == sorted(entry.presets)
     assert list(entry.huggingface) == list(architecture.huggingface.types if architecture.huggingface else ())
     assert list(entry.gguf) == list(architecture.gguf.types if architecture.gguf else ())
+    assert list(entry.tensors) == ([architecture.tensors.mark] if architecture.tensors else [])
 
 
 def test_no_two_architectures_load_the_same_foreign_one() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from edgellm.checkpoints import load_checkpoint
+from edgellm.errors import CheckpointError
 from edgellm.models.protocol import Step
 from edgellm.models.rwkv7 import HUGGING_FACE, RWKV7, RWKV7Config
 from edgellm_exporters.export import ExportOptions, export
@@ -107,3 +109,39 @@ def test_a_folder_of_its_tensors_is_read_and_exported(tmp_path: Path) -> None:
     report = compare(model, open_session(exported.bundle, device="cpu", threads=1), [TOKENS[0].tolist()])
     assert exported.verification.ok
     assert report.logits < 1e-5
+
+
+@torch.no_grad()
+def test_its_authors_files_are_read_and_are_their_packages_and_the_folders_model(tmp_path: Path) -> None:
+    model, tensors = scrambled(), as_theirs(scrambled())
+    shared = {"blocks.0.att.v0": torch.zeros(1, 1, 128), "blocks.0.att.v1": torch.zeros(128, 6)}  # in some, unused
+    as_stored = {
+        n: t.reshape(1, 1, -1) if ".x_" in n or n.endswith((".k_k", ".k_a")) else t for n, t in tensors.items()
+    }
+    torch.save(as_stored | shared, tmp_path / "RWKV-x070.pth")
+    read = load_checkpoint(tmp_path / "RWKV-x070.pth")
+    assert read.architecture == "rwkv7"
+    assert read.eos_token_ids == (0,)
+    assert dataclasses.replace(read.model.config, max_context=CONFIG.max_context) == CONFIG  # type: ignore[type-var]
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(read.model.get_parameter(name), parameter, rtol=0, atol=1e-7)
+    torch.testing.assert_close(logits(read.model, TOKENS), logits(model, TOKENS), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blocks.0.att.r_k": torch.zeros(4, 32)}, r"blocks\.0\.att\.r_k is \(4, 32\), which edgellm's form"),
+        ({"blocks.1.ffn.s_emb.weight": torch.zeros(61, 4)}, r"blocks\.1\.ffn\.s_emb\.weight have no place"),
+        ({"blocks.2.att.w2": torch.zeros(6, 128)}, r"blocks\.2\.att\.w2 has shape \(6, 128\)"),
+        ({"emb.weight": None}, r"emb\.weight is missing"),
+        ({"blocks.1.att.k_k": None}, r"blocks\.1\.att\.k_k .* missing"),
+    ],
+)
+def test_what_is_no_such_file_is_refused_by_the_tensor(
+    tmp_path: Path, changes: dict[str, Tensor | None], message: str
+) -> None:
+    tensors = {name: t for name, t in (as_theirs(scrambled()) | changes).items() if t is not None}
+    torch.save(tensors, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path / "model.pth")

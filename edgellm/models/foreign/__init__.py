@@ -1,7 +1,7 @@
 """What families say of other people's checkpoints: names, keys and layouts, as tables that every family shares.
 
-A family declares a :class:`HuggingFace`, a :class:`GGUF`, a :class:`Marian` or several of them in its
-:class:`~edgellm.models.registry.Architecture`.
+A family declares a :class:`HuggingFace`, a :class:`GGUF`, a :class:`Marian`, a :class:`TensorFile` or several of
+them in its :class:`~edgellm.models.registry.Architecture`.
 Nothing here names an architecture, reads a file or needs PyTorch.
 """
 
@@ -27,6 +27,7 @@ from edgellm.models.foreign.keys import (
 from edgellm.models.foreign.marian import Marian
 from edgellm.models.foreign.names import Names, Stacks
 from edgellm.models.foreign.rope import rotary
+from edgellm.models.foreign.tensor_file import TensorFile
 from edgellm.models.foreign.usual import GGUF_PARTS, HUGGING_FACE_PARTS, hidden_act
 from edgellm.models.foreign.windows import full_attention, no_window, windows
 
@@ -43,6 +44,7 @@ __all__ = [
     "Marian",
     "Names",
     "Stacks",
+    "TensorFile",
     "Values",
     "Variant",
     "choice",
