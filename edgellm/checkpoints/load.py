@@ -26,8 +26,8 @@ def load_checkpoint(path: Path, *, dtype: torch.dtype = torch.float32) -> Checkp
     """Read a checkpoint of any kind that edgellm knows.
 
     Args:
-        path: a directory that :func:`save_checkpoint` wrote, a Hugging Face folder, a GGUF file, or a file of tensors as
-            the authors of a family publish it.
+        path: a directory that :func:`save_checkpoint` wrote, a Hugging Face folder, a GGUF file, or a file of
+            tensors alone, as authors of a family publish it.
         dtype: of the model's parameters, whatever the stored weights are in.
 
     Returns:
