@@ -52,8 +52,8 @@ void dots(const Keys& keys, const float* q, int start, float* scores) {
 }
 
 // The values of slots `from` to `to` - 1 into the sums of kRows queries, 16 * kWide features of them from `at` on.
-template <class V, int kRows, int kWide>
-void add_values(const Keys& keys, const float (*p)[kChunk], int from, int to, int at, const Part* parts) {
+template <class V, int kRows, int kWide, class Row>
+void add_values(const Keys& keys, const Row* p, int from, int to, int at, const Part* parts) {
   V kept[kRows][kWide];
   for (int r = 0; r < kRows; r++)
     for (int w = 0; w < kWide; w++) kept[r][w] = V::load(parts[r].sum + at + 16 * w);
@@ -132,6 +132,13 @@ void attend(const Keys& keys, const Seen* seen, int rows, float scale, Part* par
       add_tile<V, V::kWide>(keys, seen + r, p + r, std::min(4, rows - r), at, parts + r);
   for (; at < keys.size; at += 16)
     for (int r = 0; r < rows; r += 4) add_tile<V, 1>(keys, seen + r, p + r, std::min(4, rows - r), at, parts + r);
+}
+
+// Many queries over a chunk, some at a time; attention_tile.h is faster at the same numbers.
+template <class V>
+void attend_in_turn(const Keys& keys, const float*, const Seen* seen, int rows, float scale, Part* parts) {
+  for (int r = 0; r < rows; r += kMostQueries)
+    attend<V>(keys, seen + r, std::min(kMostQueries, rows - r), scale, parts + r);
 }
 
 // A later chunk into what the earlier ones gave.

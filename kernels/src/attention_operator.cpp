@@ -10,7 +10,7 @@
 #include <exception>
 #include <memory>
 
-#include "product.h"
+#include "attention_step.h"
 #include "values.h"
 
 namespace edgellm {
@@ -31,41 +31,15 @@ struct Operator : ort::CustomOp {
   bool narrow;
 };
 
-struct Kernel {
+struct Kernel : Attention {
   const char* name;
   const Api* api;
-  const Form* form;
-  bool narrow, turns;
-  int heads, cached_heads, window;  // window 0: none
-  float scale;
-};
-
-// What every thread sees of one step.
-struct Step {
-  const Kernel* kernel;
-  const float *x, *cosines, *sines, *k_scales, *v_scales;
-  float *q, *y;
-  void *k, *v;
-  const int32_t* last;
-  int64_t batch, time, slots;
-  int size, turned, together;  // `together` query heads read one head of the cache
-  bool first;                  // of a prompt: rows begin at slot 0
-  int64_t groups;              // of queries, for each head of the cache
-  int chunks;                  // of the longest row
-  float* parts;                // where each chunk's is kept apart; null where a thread takes all chunks
-
-  int64_t past(int64_t row) const { return first ? 0 : last[row] + 1 - time; }
-  size_t place(int64_t row, int head, int64_t slot) const {
-    return ((size_t(row) * kernel->cached_heads + head) * slots + slot) * size;
-  }
-  int64_t width() const { return (int64_t(kernel->heads) + 2 * kernel->cached_heads) * size; }
-  size_t part_size() const { return size_t(size) + 2; }
 };
 
 // New tokens: their queries turned, their keys and values into the cache.
 void write_tokens(void* data, size_t index) {
   const Step& s = *static_cast<Step*>(data);
-  const Kernel& kernel = *s.kernel;
+  const Attention& kernel = *s.kernel;
   const int64_t begin = int64_t(index) * kTokensAtOnce, end = std::min(begin + kTokensAtOnce, s.batch * s.time);
   thread_local std::vector<float> turned_key;
   if (turned_key.size() < size_t(s.size)) turned_key.resize(s.size);
@@ -106,8 +80,8 @@ Group group_of(const Step& s, int64_t index) {
   Group g{};
   g.row = index / s.groups / s.kernel->cached_heads;
   g.head = int(index / s.groups % s.kernel->cached_heads);
-  const int64_t start = index % s.groups * kMostQueries;
-  g.count = int(std::min<int64_t>(kMostQueries, s.time * s.together - start));
+  const int64_t start = index % s.groups * s.block;
+  g.count = int(std::min<int64_t>(s.block, s.queries() - start));
   int64_t least = s.slots, most = 0;
   for (int i = 0; i < g.count; i++) {
     const int64_t token = (start + i) / s.together, slot = s.past(g.row) + token;
@@ -141,7 +115,7 @@ Memory& memory_of(const Step& s) {
 // One chunk of a group. `take` is told the place of each query that sees some of it, and what it gives.
 template <class Take>
 void attend_chunk(const Step& s, const Group& g, int chunk, Memory& memory, const Take& take) {
-  const Kernel& kernel = *s.kernel;
+  const Attention& kernel = *s.kernel;
   const int64_t start = int64_t(chunk) * kChunk;
   const int64_t most = *std::max_element(g.end, g.end + g.count);
   const int count = int(std::min<int64_t>(most - start, kChunk));
@@ -232,11 +206,11 @@ void join_pieces(const Step& s, int64_t groups) {
   }
 }
 
-void in_parallel(const Step& s, const KernelContext* context, bool alone, void (*f)(void*, size_t), int64_t parts) {
+void in_parallel(const Api* api, const Step& s, const KernelContext* context, bool alone, void (*f)(void*, size_t), int64_t parts) {
   Step* step = const_cast<Step*>(&s);
   if (!alone && parts > 1) {
     using Parallel = Status*(const KernelContext*, void (*)(void*, size_t), size_t, size_t, void*);
-    return check(s.kernel->api->at<Parallel>(ort::kKernelContextParallelFor)(context, f, size_t(parts), 0, step));
+    return check(api->at<Parallel>(ort::kKernelContextParallelFor)(context, f, size_t(parts), 0, step));
   }
   for (int64_t part = 0; part < parts; part++) f(step, size_t(part));
 }
@@ -308,16 +282,19 @@ void run(const Kernel& kernel, KernelContext* context) {
   const size_t elements = size_t(s.batch) * s.time * kernel.heads * s.size;
   if (queries.size() < elements) queries.resize(elements);
   s.q = queries.data();
-  s.groups = (s.time * s.together + kMostQueries - 1) / kMostQueries;
-  s.chunks = int((total + kChunk - 1) / kChunk);
   const bool alone = pairs <= kAlone;
+  in_parallel(api, s, context, alone, write_tokens, (s.batch * s.time + kTokensAtOnce - 1) / kTokensAtOnce);
+  const int many = block_of(s);
+  s.block = many ? many : kMostQueries;
+  s.groups = (s.queries() + s.block - 1) / s.block;
+  s.chunks = int((total + kChunk - 1) / kChunk);
   const int64_t groups = s.batch * kernel.cached_heads * s.groups;
-  in_parallel(s, context, alone, write_tokens, (s.batch * s.time + kTokensAtOnce - 1) / kTokensAtOnce);
-  if (alone || groups >= kEnoughItems || s.chunks == 1) return in_parallel(s, context, alone, attend_group, groups);
+  if (many) return in_parallel(api, s, context, alone, attend_block, groups);
+  if (alone || groups >= kEnoughItems || s.chunks == 1) return in_parallel(api, s, context, alone, attend_group, groups);
   const size_t needed = size_t(groups) * s.chunks * kMostQueries * s.part_size();
   if (pieces.size() < needed) pieces.resize(needed);
   s.parts = pieces.data();
-  in_parallel(s, context, false, attend_piece, groups * s.chunks);
+  in_parallel(api, s, context, false, attend_piece, groups * s.chunks);
   join_pieces(s, groups);
 }
 
@@ -343,7 +320,7 @@ Status* compute(void* self, KernelContext* context) {
 }
 
 Status* create(const ort::CustomOp* self, const Api* api, const KernelInfo* info, void** made) {
-  Kernel kernel{self->name(self), api, best(), static_cast<const Operator*>(self)->narrow, false, 0, 0, 0, 0};
+  Kernel kernel{{best(), static_cast<const Operator*>(self)->narrow, false, 0, 0, 0, 0}, self->name(self), api};
   return guarded(kernel, [&] {
     const int64_t heads = number_of(api, info, "num_heads"), cached = number_of(api, info, "kv_num_heads");
     const int64_t window = number_of(api, info, "window");

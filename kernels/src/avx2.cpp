@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "attention.h"
+#include "attention_tile.h"
 #include "product.h"
 
 namespace edgellm {
@@ -193,12 +193,28 @@ void multiply(const Matrix& m, const Rounded& x, float* y, int first, int last) 
 // Sixteen numbers, for attention.
 struct Sixteen {
   static constexpr int kKeys = 4, kWide = 1, kWideAlone = 2;
+  static constexpr int kScoreRows = 4, kScoreWide = 1, kValueRows = 6, kValueWide = 1, kWeighRows = 4;
   __m256 low, high;
   static Sixteen of(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
   static Sixteen load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
   static Sixteen fma(Sixteen a, Sixteen b, Sixteen c) {
     return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
   }
+  static Sixteen plus(Sixteen a, Sixteen b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+  static Sixteen minus(Sixteen a, Sixteen b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+  static Sixteen times(Sixteen a, Sixteen b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+  static Sixteen most(Sixteen a, Sixteen b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+  float top() const {
+    const __m256 eight = _mm256_max_ps(low, high);
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_max_ps(four, _mm_shuffle_ps(four, four, 0x4e));
+    return _mm_cvtss_f32(_mm_max_ps(four, _mm_shuffle_ps(four, four, 0xb1)));
+  }
+  static __m256 power(__m256 x) {
+    const __m256i number = _mm256_add_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(int(127u - 0x4b400000u)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(number, 23));
+  }
+  Sixteen power() const { return {power(low), power(high)}; }  // 2 to the number that rounding has left in the lowest bits
   void store(float* to) const {
     _mm256_storeu_ps(to, low);
     _mm256_storeu_ps(to + 8, high);
@@ -219,6 +235,7 @@ struct Sixteen {
 
 extern const Form kAvx2;
 const Form kAvx2{"avx2", here, round, multiply, norm, sums, gate,
-                  attend<Sixteen>, merge, finish, rotate, narrow, widen};
+                  attend<Sixteen>, merge, finish, rotate, narrow, widen,
+                  turn_one_by_one, attend_many<Sixteen>};
 
 }  // namespace edgellm

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "attention.h"
+#include "attention_tile.h"
 #include "product.h"
 
 namespace edgellm {
@@ -169,10 +169,20 @@ void multiply(const Matrix& m, const Rounded& x, float* y, int first, int last) 
 // Sixteen numbers, for attention.
 struct Sixteen {
   static constexpr int kKeys = 16, kWide = 2, kWideAlone = 4;
+  static constexpr int kScoreRows = 4, kScoreWide = 2, kValueRows = 6, kValueWide = 4, kWeighRows = 4;
   __m512 x;
   static Sixteen of(float value) { return {_mm512_set1_ps(value)}; }
   static Sixteen load(const float* from) { return {_mm512_loadu_ps(from)}; }
   static Sixteen fma(Sixteen a, Sixteen b, Sixteen c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
+  static Sixteen plus(Sixteen a, Sixteen b) { return {_mm512_add_ps(a.x, b.x)}; }
+  static Sixteen minus(Sixteen a, Sixteen b) { return {_mm512_sub_ps(a.x, b.x)}; }
+  static Sixteen times(Sixteen a, Sixteen b) { return {_mm512_mul_ps(a.x, b.x)}; }
+  static Sixteen most(Sixteen a, Sixteen b) { return {_mm512_max_ps(a.x, b.x)}; }
+  float top() const { return _mm512_reduce_max_ps(x); }
+  Sixteen power() const {  // 2 to the number that rounding has left in the lowest bits
+    const __m512i number = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(int(127u - 0x4b400000u)));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(number, 23))};
+  }
   void store(float* to) const { _mm512_storeu_ps(to, x); }
   // The lanes of each of 16 added: halves of two at a time beside each other, then quarters, and so on.
   static void together(const Sixteen* lanes, float* sums) {
@@ -192,10 +202,40 @@ struct Sixteen {
   static constexpr int place(int i) { return (i & 4) << 1 | (i & 8) >> 1 | (i & 1) << 1 | (i & 2) >> 1; }
 };
 
+// Sixteen slots of sixteen features, as attention_tile.h wants them: pairs of neighbours, fours, then quarters in place.
+inline void turn_square(const float* k, int count, int size, float* turned) {
+  __m512 a[16], b[16];
+  for (int j = 0; j < 16; j++) a[j] = j < count ? _mm512_loadu_ps(k + size_t(j) * size) : _mm512_setzero_ps();
+  for (int j = 0; j < 16; j += 2)
+    b[j] = _mm512_unpacklo_ps(a[j], a[j + 1]), b[j + 1] = _mm512_unpackhi_ps(a[j], a[j + 1]);
+  for (int j = 0; j < 16; j += 4)
+    for (int h = 0; h < 2; h++) {
+      const __m512d low = _mm512_castps_pd(b[j + h]), high = _mm512_castps_pd(b[j + h + 2]);
+      a[j + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      a[j + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  for (int i = 0; i < 4; i++) {  // a[4 * j + i] has features i, i + 4, i + 8, i + 12 of slots 4 * j to 4 * j + 3
+    const __m512 low0 = _mm512_shuffle_f32x4(a[i], a[4 + i], 0x44), low1 = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0x44);
+    const __m512 high0 = _mm512_shuffle_f32x4(a[i], a[4 + i], 0xee), high1 = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0xee);
+    _mm512_storeu_ps(turned + i * kPanel, _mm512_shuffle_f32x4(low0, low1, 0x88));
+    _mm512_storeu_ps(turned + (i + 4) * kPanel, _mm512_shuffle_f32x4(low0, low1, 0xdd));
+    _mm512_storeu_ps(turned + (i + 8) * kPanel, _mm512_shuffle_f32x4(high0, high1, 0x88));
+    _mm512_storeu_ps(turned + (i + 12) * kPanel, _mm512_shuffle_f32x4(high0, high1, 0xdd));
+  }
+}
+
+void turn(const float* k, int count, int size, float* turned) {
+  for (int first = 0; first < count; first += kPanel, turned += size_t(size) * kPanel)
+    for (int half = 0; half < kPanel; half += 16)
+      for (int i = 0; i < size; i += 16)
+        turn_square(k + size_t(first + half) * size + i, count - first - half, size, turned + i * kPanel + half);
+}
+
 }  // namespace
 
 extern const Form kAvx512;
 const Form kAvx512{"avx512-vnni", here, round, multiply, norm, sums, gate,
-                  attend<Sixteen>, merge, finish, rotate, narrow, widen};
+                  attend<Sixteen>, merge, finish, rotate, narrow, widen,
+                  turn, attend_many<Sixteen>};
 
 }  // namespace edgellm

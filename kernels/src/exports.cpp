@@ -69,21 +69,33 @@ EXPORTED int edgellm_gate(const char* name, int n, float* gate, const float* up)
   return form == nullptr;
 }
 
-// Attention of queries (rows, size) over one head's keys and values (count, size), `together` of them at a time: query i
-// sees slots begins[i] to ends[i] - 1, at least one, of one chunk after another.
-EXPORTED int edgellm_attention(const char* name, int rows, int together, int count, int size, float scale, const float* q,
-                               const float* k, const float* v, const int* begins, const int* ends, float* y) {
+namespace {
+
+// What chunks give a query, one after another: a query that began earlier is merged.
+void take(const Form& form, const Part& part, int size, bool begun, Part* own) {
+  if (begun) return form.merge(part, size, own);
+  own->top = part.top, own->total = part.total;
+  for (int i = 0; i < size; i++) own->sum[i] = part.sum[i];
+}
+
+}  // namespace
+
+// Attention of queries (rows, size) over one head's keys and values (count, size), `together` of them at a time, and by
+// tiles of turned keys if `many` is not 0: query i sees slots begins[i] to ends[i] - 1, at least one.
+EXPORTED int edgellm_attention(const char* name, int many, int rows, int together, int count, int size, float scale,
+                               const float* q, const float* k, const float* v, const int* begins, const int* ends, float* y) {
   const Form* form = named(name);
   if (form == nullptr) return 1;
-  std::vector<float> sums(size_t(rows) * size), later(size_t(kMostQueries) * size);
+  std::vector<float> sums(size_t(rows) * size), later(size_t(kManyQueries) * size), turned(size_t(kChunk) * size);
   std::vector<Part> all(rows);
   for (int i = 0; i < rows; i++) all[i] = {0, 0, sums.data() + size_t(i) * size};
   for (int start = 0; start < count; start += kChunk) {
     const Keys keys{k + size_t(start) * size, v + size_t(start) * size, count - start < kChunk ? count - start : kChunk, size};
+    if (many) form->turn(keys.k, keys.count, size, turned.data());
     for (int first = 0; first < rows; first += together) {
-      Seen seen[kMostQueries];
-      Part parts[kMostQueries];
-      int whose[kMostQueries], n = 0;
+      Seen seen[kManyQueries];
+      Part parts[kManyQueries];
+      int whose[kManyQueries], n = 0;
       for (int i = first; i < rows && i < first + together; i++) {
         const int begin = begins[i] > start ? begins[i] - start : 0, end = ends[i] - start < kChunk ? ends[i] - start : kChunk;
         if (begin >= end) continue;
@@ -91,16 +103,9 @@ EXPORTED int edgellm_attention(const char* name, int rows, int together, int cou
         parts[n].sum = later.data() + size_t(n) * size;
         whose[n++] = i;
       }
-      if (n > 0) form->attend(keys, seen, n, scale, parts);
-      for (int r = 0; r < n; r++) {
-        Part& own = all[whose[r]];
-        if (begins[whose[r]] < start) {
-          form->merge(parts[r], size, &own);
-          continue;
-        }
-        own.top = parts[r].top, own.total = parts[r].total;
-        for (int i = 0; i < size; i++) own.sum[i] = parts[r].sum[i];
-      }
+      if (n > 0 && many) form->attend_many(keys, turned.data(), seen, n, scale, parts);
+      if (n > 0 && !many) form->attend(keys, seen, n, scale, parts);
+      for (int r = 0; r < n; r++) take(*form, parts[r], size, begins[whose[r]] < start, &all[whose[r]]);
     }
   }
   for (int i = 0; i < rows; i++) form->finish(all[i], size, y + size_t(i) * size);

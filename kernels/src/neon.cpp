@@ -8,7 +8,7 @@
 #include <sys/auxv.h>
 #endif
 
-#include "attention.h"
+#include "attention_tile.h"
 #include "product.h"
 
 namespace edgellm {
@@ -143,6 +143,7 @@ void multiply(const Matrix& m, const Rounded& x, float* y, int first, int last) 
 // Sixteen numbers, for attention.
 struct Sixteen {
   static constexpr int kKeys = 4, kWide = 1, kWideAlone = 2;
+  static constexpr int kScoreRows = 4, kScoreWide = 1, kValueRows = 6, kValueWide = 1, kWeighRows = 2;
   float32x4_t x[4];
   static Sixteen of(float value) {
     const float32x4_t four = vdupq_n_f32(value);
@@ -154,6 +155,27 @@ struct Sixteen {
   static Sixteen fma(const Sixteen& a, const Sixteen& b, const Sixteen& c) {
     Sixteen y;
     for (int i = 0; i < 4; i++) y.x[i] = vfmaq_f32(c.x[i], a.x[i], b.x[i]);
+    return y;
+  }
+  template <class Operation>
+  static Sixteen each(const Sixteen& a, const Sixteen& b, const Operation& of_four) {
+    Sixteen y;
+    for (int i = 0; i < 4; i++) y.x[i] = of_four(a.x[i], b.x[i]);
+    return y;
+  }
+  static Sixteen plus(const Sixteen& a, const Sixteen& b) { return each(a, b, vaddq_f32); }
+  static Sixteen minus(const Sixteen& a, const Sixteen& b) { return each(a, b, vsubq_f32); }
+  static Sixteen times(const Sixteen& a, const Sixteen& b) { return each(a, b, vmulq_f32); }
+  static Sixteen most(const Sixteen& a, const Sixteen& b) {
+    return each(a, b, [](float32x4_t p, float32x4_t q) { return vbslq_f32(vcgtq_f32(p, q), p, q); });
+  }
+  float top() const { return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x[0], x[1]), vmaxq_f32(x[2], x[3]))); }
+  Sixteen power() const {  // 2 to the number that rounding has left in the lowest bits
+    Sixteen y;
+    for (int i = 0; i < 4; i++) {
+      const uint32x4_t number = vaddq_u32(vreinterpretq_u32_f32(x[i]), vdupq_n_u32(127u - 0x4b400000u));
+      y.x[i] = vreinterpretq_f32_u32(vshlq_n_u32(number, 23));
+    }
     return y;
   }
   void store(float* to) const {
@@ -175,6 +197,7 @@ struct Sixteen {
 
 extern const Form kNeon;
 const Form kNeon{"neon-dotprod", here, round, multiply, norm, sums, gate,
-                  attend<Sixteen>, merge, finish, rotate, narrow, widen};
+                  attend<Sixteen>, merge, finish, rotate, narrow, widen,
+                  turn_one_by_one, attend_many<Sixteen>};
 
 }  // namespace edgellm

@@ -95,7 +95,8 @@ struct Sixteen {
 }  // namespace
 
 const Form kPlain{"plain", [] { return true; }, round_plain, multiply_plain, norm, sums, gate,
-                  attend<Sixteen>, merge, finish, rotate, narrow, widen};
+                  attend<Sixteen>, merge, finish, rotate, narrow, widen,
+                  [](const float*, int, int, float*) {}, attend_in_turn<Sixteen>};
 
 const Form* const* forms() {
 #if defined(__x86_64__)

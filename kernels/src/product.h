@@ -76,6 +76,7 @@ struct Rounded {
 
 constexpr int kChunk = 256;      // slots of a cache that are read together
 constexpr int kMostQueries = 16; // that read them together
+constexpr int kManyQueries = 48; // that read them turned
 
 // A chunk of one head's keys and values (count, size), `size` a multiple of 16.
 struct Keys {
@@ -114,6 +115,9 @@ struct Form {
   void (*rotate)(const float* x, const float* cosine, const float* sine, int turned, int size, float* y);
   void (*narrow)(const float* x, const float* scales, int size, int8_t* codes);
   void (*widen)(const int8_t* codes, const float* scales, int count, int size, float* x);
+  // The same numbers for up to kManyQueries, from the chunk's keys and those as `turn` puts them into kChunk * size.
+  void (*turn)(const float* k, int count, int size, float* turned);
+  void (*attend_many)(const Keys&, const float* turned, const Seen*, int rows, float scale, Part*);
 };
 
 extern const Form kPlain;  // the reference, in plain C++

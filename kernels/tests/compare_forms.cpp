@@ -83,21 +83,24 @@ int apart_between(int n) {
   return count;
 }
 
-// Attention of some queries over one chunk.
-int apart_attention(int size, int count, int rows) {
+// Attention of some queries over one chunk, by tiles of turned keys if there are `many`.
+int apart_attention(int size, int count, int rows, bool many) {
   std::vector<float> q(size_t(rows) * size), k(size_t(count) * size), v(k.size());
   for (auto* numbers : {&q, &k, &v})
     for (float& each : *numbers) each = number(-2, 2);
-  Seen seen[kMostQueries];
+  Seen seen[kManyQueries];
   for (int r = 0; r < rows; r++) {
     const int end = 1 + int(draw() % count), begin = int(draw() % end);
     seen[r] = {q.data() + size_t(r) * size, begin, end};
   }
   const auto result = [&](const Form& form) {
-    std::vector<float> found(size_t(rows) * (size + 2));
-    Part parts[kMostQueries];
+    std::vector<float> found(size_t(rows) * (size + 2)), turned(size_t(kChunk) * size, NAN);
+    Part parts[kManyQueries];
     for (int r = 0; r < rows; r++) parts[r].sum = found.data() + size_t(r) * (size + 2);
-    form.attend(Keys{k.data(), v.data(), count, size}, seen, rows, 0.2f, parts);
+    const Keys keys{k.data(), v.data(), count, size};
+    if (many) form.turn(keys.k, count, size, turned.data());
+    if (many) form.attend_many(keys, turned.data(), seen, rows, 0.2f, parts);
+    else form.attend(keys, seen, rows, 0.2f, parts);
     for (int r = 0; r < rows; r++) parts[r].sum[size] = parts[r].top, parts[r].sum[size + 1] = parts[r].total;
     if (rows > 1) form.merge(parts[1], size, &parts[0]);
     form.finish(parts[0], size, parts[0].sum);
@@ -128,7 +131,10 @@ int main() {
   for (int n = 1; n < 200; n++) cases++, wrong += apart_between(n);
   for (const int size : {16, 48, 64, 128})
     for (const int count : {1, 15, 17, 100, 256})
-      for (int rows = 1; rows <= kMostQueries; rows++) cases++, wrong += apart_attention(size, count, rows);
+      for (int rows = 1; rows <= kManyQueries; rows++) {
+        if (rows <= kMostQueries) cases++, wrong += apart_attention(size, count, rows, false);
+        cases++, wrong += apart_attention(size, count, rows, true);
+      }
   std::printf("%d cases, %d apart; forms here:", cases, wrong);
   for (const Form* const* form = forms(); *form != nullptr; form++)
     if ((*form)->here()) std::printf(" %s", (*form)->name);

@@ -91,11 +91,13 @@ def loaded() -> Any:
     return ctypes.CDLL(str(kernels().library()))
 
 
-def attention(form: str, q: Array, k: Array, v: Array, begins: Array, ends: Array, together: int) -> Array:
-    """By a form of the library, without ONNX Runtime: queries (rows, size) over one head."""
+def attention(
+    form: str, q: Array, k: Array, v: Array, begins: Array, ends: Array, together: int, *, many: bool = False
+) -> Array:
+    """By a form of the library, without ONNX Runtime: queries (rows, size) over one head; many by turned keys."""
     y = np.empty_like(q)
     arrays = [each.ctypes.data_as(ctypes.c_void_p) for each in (q, k, v, begins, ends, y)]
-    sizes = (len(q), together, *k.shape)
+    sizes = (int(many), len(q), together, *k.shape)
     assert not loaded().edgellm_attention(form.encode(), *sizes, ctypes.c_float(0.3), *arrays)
     return y
 
@@ -121,6 +123,30 @@ def test_every_form_gives_a_query_the_same_bits_whatever_is_beside_it(
     for form in FORMS:
         if loaded().edgellm_has_form(form.encode()):
             np.testing.assert_array_equal(attention(form, q, k, v, begins, ends, together), expected, err_msg=form)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 1000), rows=st.integers(1, 60), count=st.sampled_from([1, 15, 33, 200, 256, 257, 700]),
+    size=st.sampled_from([16, 48, 64, 128]), together=st.integers(1, 48), window=st.sampled_from([1, 20, 1000]),
+    in_order=st.booleans(),
+)  # fmt: skip
+def test_tiles_of_many_queries_give_each_the_bits_that_it_gets_alone(
+    seed: int, rows: int, count: int, size: int, together: int, window: int, in_order: bool
+) -> None:
+    kernels()
+    draw = np.random.default_rng(seed)
+    q, k, v = (draw.standard_normal((n, size)).astype(np.float32) for n in (rows, count, count))
+    ends = draw.integers(1, count + 1, rows).astype(np.int32)
+    if in_order:
+        ends = np.minimum(count, ends.min() + np.arange(rows, dtype=np.int32) // 3)
+    begins = np.maximum(0, ends - window).astype(np.int32)
+    k[ends.max() :], v[ends.max() :] = np.nan, np.inf  # what no query sees
+    expected = attention("plain", q, k, v, begins, ends, 1)
+    for form in FORMS:
+        if loaded().edgellm_has_form(form.encode()):
+            found = attention(form, q, k, v, begins, ends, together, many=True)
+            np.testing.assert_array_equal(found, expected, err_msg=form)
 
 
 class Layer:
