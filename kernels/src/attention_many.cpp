@@ -37,15 +37,16 @@ class Lines {
 
 struct Memory {
   float *turned, *keys, *values;  // of a chunk; keys and values where the cache has codes
-  float *sums, *later;            // of a block's queries; of those that are together, what a chunk gives
+  float *queries, *sums, *later;  // of a block, turned by position; what they have so far; what a chunk gives some
 };
 
 Memory memory_of(const Step& s) {
   thread_local Lines lines;
   const size_t chunk = size_t(kChunk) * s.size, wide = s.kernel->narrow ? chunk : 0;
-  float* all = lines.of(chunk + 2 * wide + size_t(kBlockQueries + kManyQueries) * s.size);
-  float* sums = all + chunk + 2 * wide;
-  return {all, all + chunk, all + chunk + wide, sums, sums + size_t(kBlockQueries) * s.size};
+  const size_t block = size_t(kBlockQueries) * s.size;
+  float* all = lines.of(chunk + 2 * wide + 2 * block + size_t(kManyQueries) * s.size);
+  float* queries = all + chunk + 2 * wide;
+  return {all, all + chunk, all + chunk + wide, queries, queries + block, queries + 2 * block};
 }
 
 // Queries of one row that read one head of the cache.
@@ -64,10 +65,16 @@ Block block_at(const Step& s, int64_t index) {
   return b;
 }
 
-// Where a query, or what it gives, stands among those of its step.
-size_t place_of(const Step& s, const Block& b, int i) {
-  const int64_t query = b.start + i, head = b.head * s.together + query % s.together;
-  return ((size_t(b.row) * s.time + query / s.together) * s.kernel->heads + head) * s.size;
+size_t token_of(const Step& s, const Block& b, int i) { return size_t(b.row) * s.time + (b.start + i) / s.together; }
+int head_of(const Step& s, const Block& b, int i) { return b.head * s.together + int((b.start + i) % s.together); }
+
+void turn_queries(const Step& s, const Block& b, float* queries) {
+  for (int i = 0; i < b.count; i++, queries += s.size) {
+    const float *x = s.x + token_of(s, b, i) * s.width() + size_t(head_of(s, b, i)) * s.size, *cosine = s.cosines, *sine = s.sines;
+    const size_t slot = size_t(b.past + (b.start + i) / s.together);
+    if (s.kernel->turns) cosine += slot * (s.turned / 2), sine += slot * (s.turned / 2);
+    s.kernel->form->rotate(x, cosine, sine, s.turned, s.size, queries);
+  }
 }
 
 // The chunk's keys and values as numbers, its keys turned as well.
@@ -98,7 +105,7 @@ void attend_chunk(const Step& s, const Block& b, int64_t start, const Memory& me
       const int64_t least = s.kernel->window == 0 ? 0 : std::max<int64_t>(0, slot + 1 - s.kernel->window);
       const int64_t begin = std::max(least, start), end = std::min(slot + 1, start + kChunk);
       if (begin >= end) continue;
-      seen[rows] = {s.q + place_of(s, b, i), int(begin - start), int(end - start)};
+      seen[rows] = {memory.queries + size_t(i) * s.size, int(begin - start), int(end - start)};
       const bool begun = least < start;
       parts[rows].sum = begun ? memory.later + size_t(rows) * s.size : all[i].sum;
       whose[rows++] = begun ? i : -1 - i;
@@ -125,6 +132,7 @@ void attend_block(void* data, size_t index) {
   const Memory memory = memory_of(s);
   Part all[kBlockQueries];
   for (int i = 0; i < b.count; i++) all[i].sum = memory.sums + size_t(i) * s.size;
+  turn_queries(s, b, memory.queries);
   if (b.count > 0) {
     const int64_t first = b.past + b.start / s.together, last = b.past + (b.start + b.count - 1) / s.together;
     const int64_t least = s.kernel->window == 0 ? 0 : std::max<int64_t>(0, first + 1 - s.kernel->window);
@@ -132,7 +140,7 @@ void attend_block(void* data, size_t index) {
   }
   const int64_t count = std::min<int64_t>(s.block, s.queries() - b.start);
   for (int i = 0; i < count; i++) {
-    float* y = s.y + place_of(s, b, i);
+    float* y = s.y + (token_of(s, b, i) * s.kernel->heads + head_of(s, b, i)) * s.size;
     if (i < b.count) s.kernel->form->finish(all[i], s.size, y);
     else std::memset(y, 0, size_t(s.size) * sizeof(float));  // what fills a short row up
   }

@@ -48,8 +48,9 @@ void write_tokens(void* data, size_t index) {
     if (slot > s.last[row]) continue;  // what fills a short row up
     const float *x = s.x + token * s.width(), *cosine = s.cosines, *sine = s.sines;
     if (kernel.turns) cosine += slot * (s.turned / 2), sine += slot * (s.turned / 2);
-    for (int head = 0; head < kernel.heads; head++, x += s.size)
-      kernel.form->rotate(x, cosine, sine, s.turned, s.size, s.q + (size_t(token) * kernel.heads + head) * s.size);
+    for (int head = 0; s.q && head < kernel.heads; head++)
+      kernel.form->rotate(x + size_t(head) * s.size, cosine, sine, s.turned, s.size, s.q + (size_t(token) * kernel.heads + head) * s.size);
+    x += size_t(kernel.heads) * s.size;
     for (int head = 0; head < kernel.cached_heads; head++, x += s.size) {
       const float* value = x + size_t(kernel.cached_heads) * s.size;
       const size_t to = s.place(row, head, slot);
@@ -280,11 +281,11 @@ void run(const Kernel& kernel, KernelContext* context) {
   s.y = output_of(api, context, 0, {s.batch, s.time, int64_t(kernel.heads) * s.size});
   thread_local std::vector<float> queries, pieces;  // of the thread that calls
   const size_t elements = size_t(s.batch) * s.time * kernel.heads * s.size;
-  if (queries.size() < elements) queries.resize(elements);
-  s.q = queries.data();
+  const int many = block_of(s);
+  if (!many && queries.size() < elements) queries.resize(elements);
+  s.q = many ? nullptr : queries.data();
   const bool alone = pairs <= kAlone;
   in_parallel(api, s, context, alone, write_tokens, (s.batch * s.time + kTokensAtOnce - 1) / kTokensAtOnce);
-  const int many = block_of(s);
   s.block = many ? many : kMostQueries;
   s.groups = (s.queries() + s.block - 1) / s.block;
   s.chunks = int((total + kChunk - 1) / kChunk);

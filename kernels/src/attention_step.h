@@ -17,7 +17,7 @@ struct Attention {
 struct Step {
   const Attention* kernel;
   const float *x, *cosines, *sines, *k_scales, *v_scales;
-  float *q, *y;
+  float *q, *y;  // q: queries turned by position, null where blocks turn their own
   void *k, *v;
   const int32_t* last;
   int64_t batch, time, slots;
