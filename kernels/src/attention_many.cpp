@@ -70,10 +70,9 @@ int head_of(const Step& s, const Block& b, int i) { return b.head * s.together +
 
 void turn_queries(const Step& s, const Block& b, float* queries) {
   for (int i = 0; i < b.count; i++, queries += s.size) {
-    const float *x = s.x + token_of(s, b, i) * s.width() + size_t(head_of(s, b, i)) * s.size, *cosine = s.cosines, *sine = s.sines;
-    const size_t slot = size_t(b.past + (b.start + i) / s.together);
-    if (s.kernel->turns) cosine += slot * (s.turned / 2), sine += slot * (s.turned / 2);
-    s.kernel->form->rotate(x, cosine, sine, s.turned, s.size, queries);
+    const float* x = s.x + token_of(s, b, i) * s.width() + size_t(head_of(s, b, i)) * s.size;
+    const size_t at = s.kernel->turns ? size_t(b.past + (b.start + i) / s.together) * (s.turned / 2) : 0;
+    s.kernel->form->rotate(x, s.cosines + at, s.sines + at, s.turned, s.size, queries);
   }
 }
 

@@ -48,9 +48,9 @@ void write_tokens(void* data, size_t index) {
     if (slot > s.last[row]) continue;  // what fills a short row up
     const float *x = s.x + token * s.width(), *cosine = s.cosines, *sine = s.sines;
     if (kernel.turns) cosine += slot * (s.turned / 2), sine += slot * (s.turned / 2);
-    for (int head = 0; s.q && head < kernel.heads; head++)
-      kernel.form->rotate(x + size_t(head) * s.size, cosine, sine, s.turned, s.size, s.q + (size_t(token) * kernel.heads + head) * s.size);
-    x += size_t(kernel.heads) * s.size;
+    float* q = s.q ? s.q + size_t(token) * kernel.heads * s.size : nullptr;
+    for (int head = 0; head < kernel.heads; head++, x += s.size)
+      if (q) kernel.form->rotate(x, cosine, sine, s.turned, s.size, q + size_t(head) * s.size);
     for (int head = 0; head < kernel.cached_heads; head++, x += s.size) {
       const float* value = x + size_t(kernel.cached_heads) * s.size;
       const size_t to = s.place(row, head, slot);
@@ -207,7 +207,8 @@ void join_pieces(const Step& s, int64_t groups) {
   }
 }
 
-void in_parallel(const Api* api, const Step& s, const KernelContext* context, bool alone, void (*f)(void*, size_t), int64_t parts) {
+void in_parallel(const Api* api, const Step& s, const KernelContext* context, bool alone, void (*f)(void*, size_t),
+                 int64_t parts) {
   Step* step = const_cast<Step*>(&s);
   if (!alone && parts > 1) {
     using Parallel = Status*(const KernelContext*, void (*)(void*, size_t), size_t, size_t, void*);

@@ -1,4 +1,5 @@
 // What is called of the library without ONNX Runtime: which form runs here, and each form's numbers, for tests.
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -71,43 +72,71 @@ EXPORTED int edgellm_gate(const char* name, int n, float* gate, const float* up)
 
 namespace {
 
-// What chunks give a query, one after another: a query that began earlier is merged.
-void take(const Form& form, const Part& part, int size, bool begun, Part* own) {
-  if (begun) return form.merge(part, size, own);
-  own->top = part.top, own->total = part.total;
-  for (int i = 0; i < size; i++) own->sum[i] = part.sum[i];
+struct Queries {
+  int rows, together, size;  // `together` of the rows at a time
+  const float* q;
+  const int *begins, *ends;
+  bool many;  // by tiles of turned keys
+};
+
+// One chunk, whose first slot is `start`, for those queries that see some of it.
+void attend_chunk(const Form& form, const Queries& some, const Keys& keys, int start, float scale, std::vector<Part>* all) {
+  const size_t size = keys.size;
+  std::vector<float> later(kManyQueries * size), turned(kChunk * size);
+  if (some.many) form.turn(keys.k, keys.count, keys.size, turned.data());
+  for (int first = 0; first < some.rows; first += some.together) {
+    Seen seen[kManyQueries];
+    Part parts[kManyQueries];
+    int whose[kManyQueries], n = 0;
+    for (int i = first; i < some.rows && i < first + some.together; i++) {
+      const int begin = std::max(0, some.begins[i] - start), end = std::min(kChunk, some.ends[i] - start);
+      if (begin >= end) continue;
+      seen[n] = {some.q + i * size, begin, end};
+      parts[n].sum = later.data() + n * size;
+      whose[n++] = i;
+    }
+    if (n == 0) continue;
+    if (some.many) form.attend_many(keys, turned.data(), seen, n, scale, parts);
+    else form.attend(keys, seen, n, scale, parts);
+    for (int r = 0; r < n; r++) {
+      Part& own = (*all)[whose[r]];
+      if (some.begins[whose[r]] < start) {
+        form.merge(parts[r], keys.size, &own);
+        continue;
+      }
+      own.top = parts[r].top, own.total = parts[r].total;
+      std::copy(parts[r].sum, parts[r].sum + size, own.sum);
+    }
+  }
+}
+
+int attention(const char* name, const Queries& some, int count, float scale, const float* k, const float* v, float* y) {
+  const Form* form = named(name);
+  if (form == nullptr) return 1;
+  const size_t size = some.size;
+  std::vector<float> sums(some.rows * size);
+  std::vector<Part> all(some.rows);
+  for (int i = 0; i < some.rows; i++) all[i] = {0, 0, sums.data() + i * size};
+  for (int start = 0; start < count; start += kChunk) {
+    const Keys keys{k + start * size, v + start * size, std::min(kChunk, count - start), some.size};
+    attend_chunk(*form, some, keys, start, scale, &all);
+  }
+  for (int i = 0; i < some.rows; i++) form->finish(all[i], some.size, y + i * size);
+  return 0;
 }
 
 }  // namespace
 
-// Attention of queries (rows, size) over one head's keys and values (count, size), `together` of them at a time, and by
-// tiles of turned keys if `many` is not 0: query i sees slots begins[i] to ends[i] - 1, at least one.
-EXPORTED int edgellm_attention(const char* name, int many, int rows, int together, int count, int size, float scale,
-                               const float* q, const float* k, const float* v, const int* begins, const int* ends, float* y) {
-  const Form* form = named(name);
-  if (form == nullptr) return 1;
-  std::vector<float> sums(size_t(rows) * size), later(size_t(kManyQueries) * size), turned(size_t(kChunk) * size);
-  std::vector<Part> all(rows);
-  for (int i = 0; i < rows; i++) all[i] = {0, 0, sums.data() + size_t(i) * size};
-  for (int start = 0; start < count; start += kChunk) {
-    const Keys keys{k + size_t(start) * size, v + size_t(start) * size, count - start < kChunk ? count - start : kChunk, size};
-    if (many) form->turn(keys.k, keys.count, size, turned.data());
-    for (int first = 0; first < rows; first += together) {
-      Seen seen[kManyQueries];
-      Part parts[kManyQueries];
-      int whose[kManyQueries], n = 0;
-      for (int i = first; i < rows && i < first + together; i++) {
-        const int begin = begins[i] > start ? begins[i] - start : 0, end = ends[i] - start < kChunk ? ends[i] - start : kChunk;
-        if (begin >= end) continue;
-        seen[n] = {q + size_t(i) * size, begin, end};
-        parts[n].sum = later.data() + size_t(n) * size;
-        whose[n++] = i;
-      }
-      if (n > 0 && many) form->attend_many(keys, turned.data(), seen, n, scale, parts);
-      if (n > 0 && !many) form->attend(keys, seen, n, scale, parts);
-      for (int r = 0; r < n; r++) take(*form, parts[r], size, begins[whose[r]] < start, &all[whose[r]]);
-    }
-  }
-  for (int i = 0; i < rows; i++) form->finish(all[i], size, y + size_t(i) * size);
-  return 0;
+// Attention of queries (rows, size) over one head's keys and values (count, size), up to 16 of them `together`: query i
+// sees slots begins[i] to ends[i] - 1, at least one.
+EXPORTED int edgellm_attention(const char* name, int rows, int together, int count, int size, float scale, const float* q,
+                               const float* k, const float* v, const int* begins, const int* ends, float* y) {
+  return attention(name, {rows, together, size, q, begins, ends, false}, count, scale, k, v, y);
+}
+
+// The same by tiles of turned keys, up to 48 queries together.
+EXPORTED int edgellm_attention_many(const char* name, int rows, int together, int count, int size, float scale,
+                                    const float* q, const float* k, const float* v, const int* begins, const int* ends,
+                                    float* y) {
+  return attention(name, {rows, together, size, q, begins, ends, true}, count, scale, k, v, y);
 }

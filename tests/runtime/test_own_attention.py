@@ -97,8 +97,9 @@ def attention(
     """By a form of the library, without ONNX Runtime: queries (rows, size) over one head; many by turned keys."""
     y = np.empty_like(q)
     arrays = [each.ctypes.data_as(ctypes.c_void_p) for each in (q, k, v, begins, ends, y)]
-    sizes = (int(many), len(q), together, *k.shape)
-    assert not loaded().edgellm_attention(form.encode(), *sizes, ctypes.c_float(0.3), *arrays)
+    sizes = (len(q), together, *k.shape)
+    compute = loaded().edgellm_attention_many if many else loaded().edgellm_attention
+    assert not compute(form.encode(), *sizes, ctypes.c_float(0.3), *arrays)
     return y
 
 
