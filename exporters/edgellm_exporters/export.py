@@ -213,16 +213,19 @@ def _build(
         write_goldens(traces, said, scratch, same.rows, means, layers, far, switched, hidden=shown)
         manifest = _write_manifest(scratch, manifest)
         del plan
+        same = same.without_logits()
         give_back()
         parity, verification = _prove(Bundle(scratch), open_one(), traces, said, progress)
+        first = traces[0].without_logits()
+        del traces
     measured = {k: getattr(parity, k) for k in ("logits", "kl", "top1", "state", "greedy")} | {"tokens": parity.tokens}
-    manifest, exact = with_measured_bounds(scratch, manifest, same, traces[0], layers, far)
+    manifest, exact = with_measured_bounds(scratch, manifest, same, first, layers, far)
     measured |= exact
     manifest = _write_manifest(scratch, dataclasses.replace(manifest, measured=measured, receipt=receipt))
     manifest = _write_manifest(scratch, made.finish(scratch, manifest, progress))
     if options.drafter is not None:
         manifest = write_drafter(
-            options.drafter.eval(), target, scratch, manifest, traces[0], progress, write_manifest=_write_manifest,
+            options.drafter.eval(), target, scratch, manifest, first, progress, write_manifest=_write_manifest,
             rounds=options.quantize != "none",
         )  # fmt: skip
     weight_bytes = sum(manifest.files[n].bytes for n in (*manifest.graph_files, WEIGHTS_FILE))
@@ -230,7 +233,8 @@ def _build(
     notes += quantization_notes(quantization)
     if why := manifest.quantization.get(_FLOAT_ONLY):
         notes.append(f"its goldens are the float model's alone, and hold it to their distance: {why}")
-    return Exported(opened, parity, verification, _count(model), weight_bytes, tuple(notes))
+    parameters = sum(p.numel() for _, p in model.named_parameters())
+    return Exported(opened, parity, verification, parameters, weight_bytes, tuple(notes))
 
 
 def _checked_generation(options: Mapping[str, Any], model: LanguageModel, text: TextAssets | None) -> dict[str, Any]:
@@ -257,10 +261,6 @@ def _same_numbers(
     except QuantizeError as error:
         said = {**manifest.quantization, _FLOAT_ONLY: str(error)}
         return ExactTraces(), dataclasses.replace(manifest, quantization=said)
-
-
-def _count(model: LanguageModel) -> int:
-    return sum(p.numel() for _, p in model.named_parameters())
 
 
 def _write_weights(

@@ -18,6 +18,7 @@ from edgellm.ops import ATTENTION
 from edgellm.ops.attention import attention_reference
 from edgellm.ops.schema import computed_by
 from edgellm_exporters.proof.traces import Trace
+from edgellm_exporters.weights.memory import give_back
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.checks.far import (
     FAR,
@@ -171,6 +172,7 @@ def far_bounds(bundle: Bundle, bounds: Mapping[str, float]) -> dict[str, float]:
 
 def _figures(bundle: Bundle, data: Mapping[str, Any], threads: int) -> list[dict[str, float]]:
     """How far a bundle is from its far row, all at once and token by token; its session goes before another is made."""
+    give_back()
     if reads_floats(bundle, data):
         session = float_session(bundle, threads)
     else:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgellm_exporters.proof.traces import Trace
+from edgellm_exporters.weights.memory import give_back
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.checks.layers import LAYER, layer_difference, sampled_layer, tapped
 from edgellm_runtime.checks.verify import MARGIN
@@ -81,7 +82,7 @@ def layer_bounds(
         model: the float model's trace of that row.
     """
     row = np.asarray(reference.tokens, dtype=np.int64)
-    each = [tapped(bundle, paths, threads=count).read(row)[1] for count in (1, 2)]
+    each = [_outputs(bundle, paths, row, count) for count in (1, 2)]
     worst = furthest(others, *(layer_distances(reference, outputs) for outputs in each))
     floor = _FLOORS[bundle.manifest.dtype]
     return {
@@ -91,6 +92,14 @@ def layer_bounds(
         }
         for path in paths
     }  # fmt: skip
+
+
+def _outputs(
+    bundle: Bundle, paths: Sequence[str], row: NDArray[np.int64], threads: int
+) -> dict[str, NDArray[np.float32]]:
+    """Of a session on so many threads, which is gone before another is made."""
+    give_back()
+    return tapped(bundle, paths, threads=threads).read(row)[1]
 
 
 def typical_distance(expected: NDArray[np.float32], found: NDArray[np.float32]) -> float:

@@ -10,7 +10,6 @@ from edgellm_exporters.proof.far_row import FarRow, far_bounds
 from edgellm_exporters.proof.layer_bounds import layer_bounds
 from edgellm_exporters.proof.same_numbers import ExactTraces, measured_exactly
 from edgellm_exporters.proof.traces import Trace
-from edgellm_exporters.weights.memory import give_back
 from edgellm_runtime.bundle import Bundle, Manifest
 from edgellm_runtime.checks.verify import EXACT, exact_bounds
 
@@ -35,12 +34,10 @@ def with_measured_bounds(
         found = measured_exactly(scratch, same.others)
         manifest = dataclasses.replace(manifest, exact_bounds=exact_bounds(found))
         measured = {f"{EXACT}.{name}": value for name, value in found.items()}
-    give_back()
     bundle = Bundle(scratch, checksums=False)
     if layers:
         first = (same.rows or [trace])[0]
         manifest = dataclasses.replace(manifest, layers=layer_bounds(bundle, layers, first, same.layers, trace))
-    give_back()
     if far is not None:
         others = {} if far.float_inputs else manifest.exact_bounds  # which are wide where inputs are rounded
         manifest = dataclasses.replace(manifest, far=far_bounds(bundle, others))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,10 @@ class Trace:
         state, layers = ({n: x.clone() for n, x in given.items()} for given in (self.state, self.layers))
         hidden = None if self.hidden is None else self.hidden.clone()
         return Trace(self.tokens, self.logits.clone(), state, layers, self.source, hidden)
+
+    def without_logits(self) -> Trace:
+        """What is left of it when its logits, by far the most, have been looked at."""
+        return replace(self, logits=self.logits.new_empty(0)).alone()
 
 
 @torch.no_grad()
