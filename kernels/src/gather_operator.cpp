@@ -1,9 +1,8 @@
 // BlockGather, in the domain `edgellm`: rows of a table of codes of 2, 4 or 8 bits in blocks, as ONNX Runtime's
-// GatherBlockQuantized gives them. The table stays where it is. If that is a file, a row that is read brings its pages
-// along and some beside them, which would stay for good; they are given back from time to time.
+// GatherBlockQuantized gives them. The table stays where it is. If that is a file, a row is read from the file: as mapped
+// memory it would bring its page along and some beside it, which would stay for good.
 #include "gather_operator.h"
 
-#include <atomic>
 #include <exception>
 #include <memory>
 
@@ -18,8 +17,6 @@ using ort::KernelContext;
 using ort::KernelInfo;
 using ort::Status;
 
-constexpr int kMostRead = 16;  // rows between two times; Linux brings 64 kB for each
-
 struct Table {
   const char* name;
   const Api* api;
@@ -28,14 +25,19 @@ struct Table {
   size_t row_bytes, zero_bytes;
   const uint8_t *codes, *zeros;  // zeros are null where every zero is half of the codes
   Scales scales;
-  bool mapped;  // codes are a file's
-  mutable std::atomic<int> read;
+  MappedFile file;  // of the codes
 };
 
 // One row: (code - zero) * scale, in float32.
 void widen_row(const Table& t, int64_t row, float* y) {
   const int each = 8 / t.bits, all = (1 << t.bits) - 1;
   const uint8_t* codes = t.codes + row * t.row_bytes;
+  if (t.file.found()) {
+    thread_local std::vector<uint8_t> read;
+    if (read.size() < t.row_bytes) read.resize(t.row_bytes);
+    if (!t.file.read(row * t.row_bytes, t.row_bytes, read.data())) throw std::runtime_error("its file cannot be read");
+    codes = read.data();
+  }
   for (int b = 0, start = 0; b < t.blocks; b++, start += t.block) {
     const size_t at = size_t(row) * t.blocks + b;
     const float scale = t.scales.halves ? float_of(t.scales.halves[at]) : t.scales.floats[at];
@@ -64,13 +66,7 @@ void run(const Table& t, KernelContext* context) {
       throw std::invalid_argument("has " + std::to_string(t.rows) + " rows, none at " + std::to_string(places[i]));
   shape.sizes.push_back(t.width);
   float* y = output_of(t.api, context, 0, shape.sizes);
-  for (int64_t i = 0; i < count; i++) {
-    widen_row(t, places[i] < 0 ? places[i] + t.rows : places[i], y + i * t.width);
-    if (t.mapped && t.read.fetch_add(1, std::memory_order_relaxed) >= kMostRead) {
-      t.read.store(0, std::memory_order_relaxed);
-      forget_file(t.codes, size_t(t.rows) * t.row_bytes);
-    }
-  }
+  for (int64_t i = 0; i < count; i++) widen_row(t, places[i] < 0 ? places[i] + t.rows : places[i], y + i * t.width);
 }
 
 template <class Work>
@@ -100,9 +96,8 @@ std::unique_ptr<Table> table_of(const Api* api, const KernelInfo* info, const ch
   const Scales scales = scales_of(api, info, 2, {{rows, blocks}});
   const uint8_t* zeros = nullptr;
   if (number_of(api, info, "zeros") != 0) zeros = constant<uint8_t>(api, info, 3, "zeros", ort::kUint8, {{rows, bytes}});
-  const bool mapped = of_file(codes, size_t(rows * row));
   return std::unique_ptr<Table>(new Table{name, api, rows, int(width), int(bits), int(block), int(blocks), size_t(row),
-                                          size_t(bytes), codes, zeros, scales, mapped, {0}});
+                                          size_t(bytes), codes, zeros, scales, {codes, size_t(rows * row)}});
 }
 
 ort::CustomOp description() {

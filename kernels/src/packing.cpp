@@ -6,11 +6,7 @@
 #include <new>
 
 #if defined(__linux__)
-#include <fcntl.h>
 #include <sys/mman.h>
-#include <unistd.h>
-
-#include <vector>
 #endif
 
 #include "halves.h"
@@ -186,55 +182,6 @@ Matrix pack_rows(int outputs, int inputs, const int8_t* codes, Scales scales, Re
   }
   for (int n = 0; n < outputs; n++) finish(m, m.data.get() + n / kUnit * m.unit_bytes(), n % kUnit, scales, n, 128);
   return m;
-}
-
-#if defined(__linux__)
-
-namespace {
-
-// The pages that some bytes are on: number of the first, and of the one after the last.
-struct Pages {
-  Pages(const void* bytes, size_t size) : page(sysconf(_SC_PAGESIZE)) {
-    const size_t address = reinterpret_cast<size_t>(bytes);
-    first = address / page, last = (address + size + page - 1) / page;
-  }
-  size_t page, first, last;
-};
-
-}  // namespace
-
-bool of_file(const void* bytes, size_t size) {
-  const Pages all(bytes, size);
-  // A page of memory that is no file's would be lost, one that was written to would come back as it was before; the
-  // system says of each which it is (Documentation/admin-guide/mm/pagemap.rst).
-  constexpr uint64_t kThere = 1ull << 63, kSwapped = 1ull << 62, kOfFile = 1ull << 61;
-  std::vector<uint64_t> pages(all.last - all.first);
-  const size_t wanted = pages.size() * sizeof(uint64_t);
-  const int map = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-  if (map < 0) return false;
-  const ssize_t got = pread(map, pages.data(), wanted, off_t(all.first * sizeof(uint64_t)));
-  close(map);
-  if (got != ssize_t(wanted)) return false;
-  for (const uint64_t flags : pages)
-    if (flags & kSwapped || (flags & kThere && !(flags & kOfFile))) return false;
-  return true;
-}
-
-void forget_file(const void* bytes, size_t size) {
-  const Pages all(bytes, size);
-  if (size > 0) madvise(reinterpret_cast<void*>(all.first * all.page), (all.last - all.first) * all.page, MADV_DONTNEED);
-}
-
-#else
-
-bool of_file(const void*, size_t) { return false; }
-
-void forget_file(const void*, size_t) {}
-
-#endif
-
-void forget(const void* bytes, size_t size) {
-  if (of_file(bytes, size)) forget_file(bytes, size);
 }
 
 }  // namespace edgellm

@@ -57,15 +57,6 @@ Matrix pack(int outputs, int inputs, int bits, int block, const uint8_t* codes, 
 // As MatMulIntegerToFloat has it: codes (inputs, outputs), scales (outputs). Inputs are a multiple of 16, at most 65,536.
 Matrix pack_rows(int outputs, int inputs, const int8_t* codes, Scales scales, Read read = nullptr);
 
-// Give back the memory of pages of a file, which come back by themselves when they are read again; only if it is such.
-void forget(const void* bytes, size_t size);
-
-// Whether the pages in memory that these bytes are on are all a file's, as it is.
-bool of_file(const void* bytes, size_t size);
-
-// As `forget`, of what is known to be a file's.
-void forget_file(const void* bytes, size_t size);
-
 // Rows that were rounded.
 struct Rounded {
   int rows;

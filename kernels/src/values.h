@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "mapped_file.h"
 #include "ort_abi.h"
 #include "product.h"
 
