@@ -77,8 +77,10 @@ def test_a_call_that_is_required_is_made(client: openai.OpenAI, choice: Any) -> 
     with client.chat.completions.create(**asked, stream=True) as stream:
         deltas = [c.choices[0] for c in stream]
     assert "".join(d.delta.content or "" for d in deltas) == ""
-    (made,) = [each for d in deltas for each in d.delta.tool_calls or []]
-    assert (made.function.name, made.function.arguments) == (call.function.name, call.function.arguments)
+    first, *more = [each for d in deltas for each in d.delta.tool_calls or []]
+    assert (first.function.name, first.function.arguments) == (call.function.name, "") and first.id.startswith("call_")
+    assert {(each.id, each.function.name, each.index) for each in more} == {(None, None, 0)} and len(more) > 3
+    assert json.loads("".join(each.function.arguments for each in more)) == json.loads(call.function.arguments)
     assert deltas[-1].finish_reason == "tool_calls"
 
 

@@ -85,9 +85,61 @@ def test_a_chat_has_reasoning_and_calls_apart_from_its_content(chats: openai.Ope
     deltas = [c.choices[0].delta for c in chats.chat.completions.create(**asked, stream=True)]
     assert "".join(getattr(d, "reasoning_content", None) or "" for d in deltas) == "Hm, hm."
     assert "".join(d.content or "" for d in deltas) == "Ok."
-    assert [c.function.name for d in deltas for c in d.tool_calls or []] == ["a", "b"]
+    calls = [c for d in deltas for c in d.tool_calls or []]
+    assert [(c.index, c.function.name) for c in calls if c.id] == [(0, "a"), (1, "b")]
+    assert ["".join(c.function.arguments for c in calls if c.index == i) for i in (0, 1)] == ['{"n": 3}', "{}"]
+    with chats.chat.completions.stream(**asked) as stream:  # the client's own bookkeeping of events
+        whole = stream.until_done().get_final_completion().choices[0]
+    assert whole.finish_reason == "tool_calls"
+    assert [(c.function.name, c.function.arguments) for c in whole.message.tool_calls] == [
+        ("a", '{"n": 3}'),
+        ("b", "{}"),
+    ]
     single = chats.chat.completions.create(**asked, parallel_tool_calls=False)
     assert [c.function.name for c in single.choices[0].message.tool_calls] == ["a"]
+
+
+LONG = json.dumps({"n": 3, "words": "so it is and so it was"})
+ONE = f'Ok. <tool_call>{{"name": "a", "arguments": {LONG}}}</tool_call>'
+
+
+def test_arguments_come_as_they_are_written_on_every_route(
+    chats: openai.OpenAI, messages: anthropic.Anthropic, says: Any, served: Served
+) -> None:
+    says(ONE)
+    tokens = len(served.model.model.tokenizer.encode(LONG))
+    asked = {"model": "thinks", "messages": TALK}
+    deltas = [c.choices[0].delta for c in chats.chat.completions.create(**asked, tools=[nested("a")], stream=True)]
+    chat = [c.function.arguments for d in deltas for c in d.tool_calls or [] if not c.id]
+    events = list(chats.responses.create(model="thinks", input="the", tools=[flat("a")], stream=True))
+    response = [e.delta for e in events if e.type == "response.function_call_arguments.delta"]
+    with messages.messages.stream(**asked, max_tokens=200, tools=[claude("a")]) as stream:
+        message = [e.partial_json for e in stream if e.type == "input_json"]
+        assert stream.get_final_message().content[1].input == json.loads(LONG)
+    for pieces in (chat, response, message):
+        assert "".join(pieces) == LONG and len(pieces) > tokens // 2 > 5
+        assert pieces[-1] == "}"
+
+
+@pytest.mark.parametrize("end", ["cut", "wrong"])
+def test_a_call_that_is_not_made_in_the_end_is_never_whole(
+    end: str, chats: openai.OpenAI, messages: anthropic.Anthropic, says: Any
+) -> None:
+    text = ONE[:-40] if end == "cut" else ONE.replace("}}</tool", "}} and</tool")
+    says(text)
+    asked = {"model": "thinks", "messages": TALK}
+    (found,) = chats.chat.completions.create(**asked, tools=[nested("a")]).choices
+    assert (found.message.content, found.message.tool_calls) == (text, None)
+    choices = [c.choices[0] for c in chats.chat.completions.create(**asked, tools=[nested("a")], stream=True)]
+    pieces = [c.function.arguments for d in choices for c in d.delta.tool_calls or []]
+    assert LONG.startswith("".join(pieces)) and "".join(pieces) != LONG and len(pieces) > 3
+    assert choices[-1].finish_reason == "stop" and "".join(c.delta.content or "" for c in choices) == text
+    events = list(chats.responses.create(model="thinks", input="the", tools=[flat("a")], stream=True))
+    item = next(e.item for e in events if e.type == "response.output_item.done" and e.item.type == "function_call")
+    assert (item.status, item.arguments) == ("incomplete", "".join(pieces))
+    with messages.messages.stream(**asked, max_tokens=200, tools=[claude("a")]) as stream:
+        assert "".join(e.partial_json for e in stream if e.type == "input_json") == "".join(pieces)
+        assert stream.get_final_message().stop_reason == "end_turn"
 
 
 def test_thinking_that_the_template_opens_is_thinking(chats: openai.OpenAI, says: Any, served: Served) -> None:

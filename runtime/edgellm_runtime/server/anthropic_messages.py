@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.responses import Response
@@ -23,7 +23,7 @@ from edgellm_runtime.server.parts import Sorting, chat_prompt
 from edgellm_runtime.server.sampling_fields import common_options
 from edgellm_runtime.server.thinking import ThinkingBudget
 from edgellm_runtime.server.tools import Tools
-from edgellm_runtime.text.answer_parts import AnswerParts, ToolCall
+from edgellm_runtime.text.answer_parts import AnswerParts
 from edgellm_runtime.text.part_stream import Piece
 
 __all__ = ["count_tokens", "messages"]
@@ -161,19 +161,20 @@ class _Blocks:
         self._index, self._kind = -1, ""
 
     def piece(self, piece: Piece) -> Iterator[bytes]:
-        """Some of a text or of thinking, in a block of its own."""
+        """Some of a text, of thinking or of a call, in a block of its own."""
+        if piece.kind == "call":
+            yield from self.end()
+            yield self._begin("tool_use", _tool_use(piece.text))
+            return
+        if piece.kind == "arguments":
+            yield self._delta({"type": "input_json_delta", "partial_json": piece.text})
+            return
         kind = "text" if piece.kind == "content" else "thinking"
         if self._kind != kind:
             yield from self.end()
             empty = {"type": "text", "text": ""} if kind == "text" else _NO_THOUGHT
             yield self._begin(kind, empty)
         yield self._delta({"type": f"{kind}_delta", kind: piece.text})
-
-    def call(self, made: ToolCall) -> Iterator[bytes]:
-        """A call, whose arguments come as JSON."""
-        yield from self.end()
-        yield self._begin("tool_use", _tool_use(made.name))
-        yield self._delta({"type": "input_json_delta", "partial_json": made.json_arguments})
 
     def end(self) -> Iterator[bytes]:
         """End the block that goes on."""
@@ -210,10 +211,7 @@ async def _events(call: Call, asked: Asked, head: dict[str, Any], ending: _Endin
             for each in blocks.piece(piece):
                 yield each
         if found.parts is not None:
-            parts = found.parts
-    for made in parts.tool_calls:
-        for each in blocks.call(made):
-            yield each
+            parts = replace(found.parts, tool_calls=()) if found.unfinished else found.parts
     if blocks.none:
         for each in blocks.piece(Piece("content", "")):
             yield each

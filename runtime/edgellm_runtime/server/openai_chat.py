@@ -148,30 +148,35 @@ def _logprobs(hosted: Hosted, answer: Generation) -> dict[str, Any] | None:
 async def _events(
     call: Call, asked: Asked, hosted: Hosted, head: dict[str, Any], sorting: Sorting, *, usage: bool
 ) -> AsyncIterator[bytes]:
-    """The answers as events; choices take turns as they come. What may be a call is held back until it is whole."""
+    """The answers as events; choices take turns as they come."""
     head = {**head, "object": "chat.completion.chunk", **({"usage": None} if usage else {})}
     frames = Frames(head, "choices")
 
     def choice(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> bytes:
         return frames.event([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}])
 
-    started = set[int]()
+    started, calls = set[int](), dict[int, int]()
     async for found in sorting.pieces(call, asked):
         index, logprobs = found.answer, _chunk_logprobs(hosted, found.chunk)
         if index not in started:
             started.add(index)
             yield choice(index, {"role": "assistant", "content": "", "refusal": None})
         for piece in found.pieces:
-            name = "content" if piece.kind == "content" else "reasoning_content"
-            yield choice(index, {name: piece.text}, None, logprobs)
-            logprobs = None
+            if piece.kind == "call":
+                calls[index] = calls.get(index, -1) + 1
+                yield choice(index, {"tool_calls": [{"index": calls[index], **tool_call(piece.text, "")}]})
+            elif piece.kind == "arguments":
+                more = {"index": calls[index], "function": {"arguments": piece.text}}
+                yield choice(index, {"tool_calls": [more]})
+            else:
+                name = "content" if piece.kind == "content" else "reasoning_content"
+                yield choice(index, {name: piece.text}, None, logprobs)
+                logprobs = None
         if logprobs:
             yield choice(index, {"content": ""}, None, logprobs)
         if (parts := found.parts) is not None:
-            for at, made in enumerate(parts.tool_calls):
-                one = {"index": at, **tool_call(made.name, made.json_arguments)}
-                yield choice(index, {"tool_calls": [one]})
-            yield choice(index, {}, "tool_calls" if parts.tool_calls else reason_of(found.chunk.finish_reason))
+            called = parts.tool_calls and not found.unfinished
+            yield choice(index, {}, "tool_calls" if called else reason_of(found.chunk.finish_reason))
     if usage:
         yield event({**head, "choices": [], "usage": usage_of([asked], sorting.reasoning_tokens(asked))})
     yield event("[DONE]")

@@ -34,12 +34,14 @@ class Sorted:
         chunk: what the model said.
         pieces: what of its parts is free to go.
         parts: all of them, with the last chunk.
+        unfinished: with the last chunk, whether a call was begun that the answer did not make.
     """
 
     answer: int
     chunk: Chunk
     pieces: Sequence[Piece]
     parts: AnswerParts | None = None
+    unfinished: bool = False
 
 
 class Sorting:
@@ -80,13 +82,17 @@ class Sorting:
         async for index, chunk in asked.chunks():
             call.token_came()
             if index not in streams:
-                streams[index] = PartStream(tools=self._tools.names, thinking=self._thinking(asked))
+                streams[index] = PartStream(
+                    tools=self._tools.names, thinking=self._thinking(asked), single=self._tools.single,
+                    certain=self._form and bool(self._tools.required),
+                )  # fmt: skip
             pieces = streams[index].push(chunk.text)
             if chunk.finish_reason is None:
                 yield Sorted(index, chunk, pieces)
                 continue
             rest, _ = streams[index].finish()
-            yield Sorted(index, chunk, [*pieces, *rest], self.parts(asked, asked.answer(index)))
+            parts, unfinished = self.parts(asked, asked.answer(index)), streams[index].unfinished
+            yield Sorted(index, chunk, [*pieces, *rest], parts, unfinished)
 
     def _thinking(self, asked: Asked) -> bool:
         return not self._form and self._tokenizer is not None and opens_thinking(self._tokenizer, asked.prompt)

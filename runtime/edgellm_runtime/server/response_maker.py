@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -12,7 +13,7 @@ from edgellm_runtime.server.asking import Asked
 from edgellm_runtime.server.call import Call, event
 from edgellm_runtime.server.fields import Fields
 from edgellm_runtime.server.parts import Sorting
-from edgellm_runtime.text.answer_parts import AnswerParts, ToolCall
+from edgellm_runtime.text.answer_parts import AnswerParts
 from edgellm_runtime.text.part_stream import Piece
 
 __all__ = ["ResponseMaker"]
@@ -36,7 +37,7 @@ class ResponseMaker:
     def __init__(self, asked: Asked, sorting: Sorting, model: str, fields: Fields) -> None:
         self._asked, self._sorting, self._created = asked, sorting, int(time.time())
         self._id, self._number, self._items = f"resp_{uuid.uuid4().hex}", -1, list[dict[str, Any]]()
-        self._open: Item | None = None
+        self._open: Item | CallItem | None = None
         repeated = ("instructions", "max_output_tokens", "temperature", "top_p")
         self._said = {
             "model": model, **{name: fields.get(name) for name in repeated}, "metadata": fields.get("metadata") or {},
@@ -52,7 +53,7 @@ class ResponseMaker:
             self._items.append(Item("reasoning", parts.reasoning).json("completed"))
         if parts.content or not parts.tool_calls:
             self._items.append(Item("content", parts.content).json(status))
-        self._items += [_call_item(call, "completed") for call in parts.tool_calls]
+        self._items += [CallItem(call.name, call.json_arguments).json("completed") for call in parts.tool_calls]
         return self._response(status, ended=True)
 
     async def events(self, call: Call) -> AsyncIterator[bytes]:
@@ -71,48 +72,60 @@ class ResponseMaker:
         yield self._made(f"response.{_status(answer)}", response=self._response(_status(answer), ended=True))
 
     def _piece(self, piece: Piece) -> Iterator[bytes]:
+        if piece.kind == "arguments":
+            assert self._open is not None, "a call begins with its name"
+            self._open.text += piece.text
+            yield self._made("response.function_call_arguments.delta", **self._place, delta=piece.text)
+            return
+        if piece.kind == "call":
+            yield from self._end("completed")
+            self._open = CallItem(piece.text)
+            yield self._added(self._open)
+            return
         if self._open is None or self._open.kind != piece.kind:
             yield from self._end("completed")
             self._open = Item(piece.kind)
+            yield self._added(self._open)
             part_kind, _ = _NAMES[piece.kind]
-            yield self._made("response.output_item.added", output_index=len(self._items),
-                             item=self._open.json("in_progress", begun=True))  # fmt: skip
             yield self._made("response.content_part.added", **self._where, part=_part(part_kind, ""))
         self._open.text += piece.text
         yield self._made(f"{_NAMES[piece.kind][1]}.delta", **self._where, delta=piece.text, **_logprobs(piece.kind))
 
+    def _added(self, item: Item | CallItem) -> bytes:
+        return self._made("response.output_item.added", output_index=len(self._items),
+                          item=item.json("in_progress", begun=True))  # fmt: skip
+
     def _rest(self, parts: AnswerParts, status: str) -> Iterator[bytes]:
-        """What comes after the last piece: the end of its item, and calls."""
+        """What comes after the last piece: the end of its item."""
         if not parts.content and not parts.tool_calls:
             yield from self._piece(Piece("content", ""))
         yield from self._end(status if not parts.tool_calls else "completed")
-        for made in parts.tool_calls:
-            item = _call_item(made, "completed")
-            where = {"output_index": len(self._items)}
-            begun = {**item, "status": "in_progress", "arguments": ""}
-            yield self._made("response.output_item.added", **where, item=begun)
-            told = {**where, "item_id": item["id"]}
-            yield self._made("response.function_call_arguments.delta", **told, delta=made.json_arguments)
-            yield self._made("response.function_call_arguments.done", **told, arguments=made.json_arguments,
-                             name=made.name)  # fmt: skip
-            yield self._made("response.output_item.done", **where, item=item)
-            self._items.append(item)
 
     def _end(self, status: str) -> Iterator[bytes]:
         if self._open is None:
             return
-        part_kind, name = _NAMES[self._open.kind]
+        if isinstance(self._open, CallItem):
+            status = "completed" if self._open.whole else "incomplete"
         text, item = self._open.text, self._open.json(status)
-        yield self._made(f"{name}.done", **self._where, text=text, **_logprobs(self._open.kind))
-        yield self._made("response.content_part.done", **self._where, part=_part(part_kind, text))
+        if isinstance(self._open, CallItem):
+            yield self._made("response.function_call_arguments.done", **self._place, arguments=text,
+                             name=self._open.name)  # fmt: skip
+        else:
+            part_kind, name = _NAMES[self._open.kind]
+            yield self._made(f"{name}.done", **self._where, text=text, **_logprobs(self._open.kind))
+            yield self._made("response.content_part.done", **self._where, part=_part(part_kind, text))
         yield self._made("response.output_item.done", output_index=len(self._items), item=item)
         self._items.append(item)
         self._open = None
 
     @property
-    def _where(self) -> dict[str, Any]:
+    def _place(self) -> dict[str, Any]:
         assert self._open is not None
-        return {"item_id": self._open.id, "output_index": len(self._items), "content_index": 0}
+        return {"item_id": self._open.id, "output_index": len(self._items)}
+
+    @property
+    def _where(self) -> dict[str, Any]:
+        return {**self._place, "content_index": 0}
 
     def _made(self, kind: str, **fields: Any) -> bytes:
         self._number += 1
@@ -156,6 +169,37 @@ class Item:
         return {"id": self.id, "type": "reasoning", "summary": [], "status": status, "content": content}
 
 
+class CallItem:
+    """A call.
+
+    Args:
+        name: of the tool.
+        text: its arguments as JSON, so far.
+    """
+
+    kind = "call"
+
+    def __init__(self, name: str, text: str = "") -> None:
+        self.name, self.text = name, text
+        self.id, self._call_id = f"fc_{uuid.uuid4().hex}", f"call_{uuid.uuid4().hex[:24]}"
+
+    @property
+    def whole(self) -> bool:
+        """Whether the answer makes the call: the arguments of another are never JSON."""
+        try:
+            json.loads(self.text)
+        except (ValueError, RecursionError):
+            return False
+        return True
+
+    def json(self, status: str, *, begun: bool = False) -> dict[str, Any]:
+        """As clients read it; one that has just begun has no arguments yet."""
+        return {
+            "id": self.id, "type": "function_call", "status": status, "name": self.name, "call_id": self._call_id,
+            "arguments": "" if begun else self.text,
+        }  # fmt: skip
+
+
 def _status(answer: Generation) -> str:
     return "incomplete" if answer.finish_reason == "length" else "completed"
 
@@ -167,10 +211,3 @@ def _part(kind: str, text: str) -> dict[str, Any]:
 
 def _logprobs(kind: str) -> dict[str, Any]:
     return {"logprobs": []} if kind == "content" else {}
-
-
-def _call_item(call: ToolCall, status: str) -> dict[str, Any]:
-    return {
-        "id": f"fc_{uuid.uuid4().hex}", "type": "function_call", "status": status, "name": call.name,
-        "call_id": f"call_{uuid.uuid4().hex[:24]}", "arguments": call.json_arguments,
-    }  # fmt: skip

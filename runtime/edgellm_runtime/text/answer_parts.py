@@ -15,7 +15,9 @@ from typing import Any
 
 from edgellm_runtime.arguments import check_flag, check_list, check_text
 
-__all__ = ["CALL_MARKS", "THINKING_MARKS", "AnswerParts", "ToolCall", "answer_parts"]
+__all__ = [
+    "CALL_MARKS", "FENCE_MARKS", "THINKING_MARKS", "AnswerParts", "ToolCall", "answer_parts", "parameter_value",
+]  # fmt: skip
 
 _MOST = 1 << 16  # characters that are looked at: the marks' patterns are quadratic in what is not closed
 _NO_CALLS = (ValueError, TypeError, KeyError, AttributeError, SyntaxError, RecursionError, MemoryError)
@@ -167,11 +169,11 @@ def _tagged(match: re.Match[str]) -> Iterator[ToolCall]:
     for function in re.finditer(r"<function=([^>\s]+)>(.*?)</function>", body, re.DOTALL):
         arguments = {}
         for parameter in re.finditer(r"<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>", function[2], re.DOTALL):
-            arguments[parameter[1]] = _value(parameter[2])
+            arguments[parameter[1]] = parameter_value(parameter[2])
         yield ToolCall(function[1], arguments)
 
 
-def _value(text: str) -> Any:
+def parameter_value(text: str) -> Any:
     """What a tagged parameter says: JSON, if it is a number, a list, an object, true, false or null; else the text."""
     try:
         value = json.loads(text, parse_constant=_refuse)
@@ -200,6 +202,7 @@ _CALL = {
 CALL_MARKS = (
     "<tool_call>", "<|tool_call_start|>", "[TOOL_CALLS]", "<|tool_call|>", "<|python_tag|>", _CALL["all"], _CALL["one"],
 )  # fmt: skip
+FENCE_MARKS = (_CALL["one"], _CALL["sep"], _CALL["end"], _CALL["over"])  # of one way to write calls
 _FENCED = (
     f"(?:{_CALL['all']})?{_CALL['one']}(?:function{_CALL['sep']})?([\\w.-]+)(?:{_CALL['sep']}|\\n```json\\n)"
     f"(.*?)(?:\\n```)?{_CALL['end']}(?:{_CALL['over']})?"
