@@ -103,7 +103,7 @@ def products_of_a_token(bundle: Path, folder: Path) -> list[str]:
     return [e["name"] for e in events if e["name"].endswith("_kernel_time") and "MatMul" in e["args"]["op_name"]]
 
 
-@pytest.mark.parametrize(("target", "quantize"), [("onnx", "none"), ("cpu", "int4")])
+@pytest.mark.parametrize(("target", "quantize"), [("onnx", "none"), ("cpu", "int4"), ("cpu", "w8a8")])
 def test_a_token_multiplies_with_its_chosen_experts_alone(target: str, quantize: str, tmp_path: Path) -> None:
     """32 experts of which a token has 4: counted by the kernels that a step ran."""
     experts, chosen = 32, 4

@@ -8,7 +8,7 @@ from edgellm_runtime.graphs.onnx_file import nodes_of, read_model
 from edgellm_runtime.graphs.product_parts import WIDENED_BYTES, with_product_parts
 from edgellm_runtime.graphs.rewriting import with_others
 from edgellm_runtime.graphs.wire import Message
-from edgellm_runtime.graphs.writer import Node
+from edgellm_runtime.graphs.writer import ELEMENT_TYPES, Node
 
 __all__ = ["with_float_inputs"]
 
@@ -24,7 +24,9 @@ def with_float_inputs(model: bytes) -> bytes:
     Args:
         model: the serialized model.
     """
-    products = [node for node in nodes_of(read_model(model)) if node.get("op_type") == b"MatMulIntegerToFloat"]
+    read = read_model(model)
+    products = [node for node in nodes_of(read) if node.get("op_type") == b"MatMulIntegerToFloat"]
+    outer = {name for node in read.get("graph", {}).get("node", ()) for name in _names(node, "output")}
     codes = {_names(node, "input")[0] for node in products}  # of what they read
     rows = {_names(node, "output")[0] for node in products}  # of what they make, before each has its scale
 
@@ -34,8 +36,14 @@ def with_float_inputs(model: bytes) -> bytes:
             return _reading_floats(node)
         if op == b"MatMulIntegerToFloat":
             floats = f"{outputs[0]}.weight"
+            widen = Node("DequantizeLinear", [inputs[1], inputs[3]], [floats], {"axis": 1})
+            if outputs[0] in outer:
+                return [widen, Node("MatMul", [inputs[0], floats], outputs)]
+            # in a branch or loop the library would look for the codes of a DequantizeLinear there, and give up
+            wide = f"{outputs[0]}.codes"
             return [
-                Node("DequantizeLinear", [inputs[1], inputs[3]], [floats], {"axis": 1}),
+                Node("Cast", [inputs[1]], [wide], {"to": ELEMENT_TYPES["float32"]}),
+                Node("Mul", [wide, inputs[3]], [floats]),
                 Node("MatMul", [inputs[0], floats], outputs),
             ]
         if (op == b"QuantizeLinear" and outputs[0] in codes) or (op == b"Mul" and inputs[0] in rows):
