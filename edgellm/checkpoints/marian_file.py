@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edgellm.codes import CodeFormat, StoredCodes
 from edgellm.errors import CheckpointError
 
 __all__ = ["SHORTLIST", "MarianSource", "Shortlist", "read_lists", "read_settings", "read_shortlist"]
@@ -25,6 +26,8 @@ SHORTLIST = "shortlist"  # the name that the words of a shortlist have among the
 _VERSION, _SETTINGS = 1, "special:model.yml"
 _FLOAT32, _INT8 = 0x404, 0x4101  # types of Marian's: 32-bit floats; 8-bit codes in no processor's own order
 _BYTES = 0x101
+_MIDDLE = 128  # the code of 0
+_GROUP = 32  # of columns: kernels round what they multiply by blocks of as many, and the fewer the closer
 _MOST_TENSORS, _MOST_NAME, _MOST_DIMENSIONS = 65536, 4096, 8
 _TABLES = ("Wemb", "_ln_scale", "_ln_bias")  # ends of names of what no product turns round
 _MAGIC = 0xF11A48D5013417F5
@@ -85,16 +88,39 @@ class MarianSource:
         return whole if rows is None else whole[rows[0] : rows[1]]
 
     def _numbers(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
-        tensor, data = self._tensors[name], self._bytes(name)
-        shape, count = _turned(name, tensor.shape), int(np.prod(tensor.shape))
+        tensor = self._tensors[name]
         if tensor.kind == _INT8:
-            codes = np.frombuffer(data, np.int8, count).reshape(shape)
-            (scale,) = struct.unpack_from("<f", data, count)
-            if not scale or not np.isfinite(scale):
-                raise CheckpointError(f"{self._path}: {name} has codes to be divided by {scale}; copy the file again")
-            return codes.astype(np.float32) / np.float32(scale)
-        found = np.frombuffer(data, "<f4", count)
+            codes, scale = self._coded(name)
+            return codes.astype(np.float32) / scale
+        shape, count = _turned(name, tensor.shape), int(np.prod(tensor.shape))
+        found = np.frombuffer(self._bytes(name), "<f4", count)
         return found.reshape(shape[::-1]).T.copy() if _is_turned(name, tensor.shape) else found.reshape(shape).copy()
+
+    def _coded(self, name: str) -> tuple[np.ndarray[Any, np.dtype[np.int8]], np.float32]:
+        """Codes, in the shape that the tensor is read in, and what they are divided by."""
+        shape, data = _turned(name, self._tensors[name].shape), self._bytes(name)
+        count = int(np.prod(shape))
+        (scale,) = struct.unpack_from("<f", data, count)
+        if not scale > 0 or not np.isfinite(scale):
+            raise CheckpointError(f"{self._path}: {name} has codes to be divided by {scale}; copy the file again")
+        return np.frombuffer(data, np.int8, count).reshape(shape), np.float32(scale)
+
+    def code_format(self, name: str) -> CodeFormat | None:
+        """See :class:`edgellm.codes.CodedWeights`; a matrix has one scale, which is that of each of its groups."""
+        tensor = self._tensors.get(name)
+        if tensor is None or tensor.kind != _INT8 or len(shape := _turned(name, tensor.shape)) != 2:
+            return None
+        return CodeFormat(8, _GROUP if shape[1] % _GROUP == 0 else shape[1], symmetric=True)
+
+    def codes(self, name: str) -> StoredCodes:
+        """See :class:`edgellm.codes.CodedWeights`."""
+        form, (codes, scale) = self.code_format(name), self._coded(name)
+        assert form is not None
+        groups = (len(codes), codes.shape[1] // form.group)
+        return StoredCodes(
+            form, (codes.astype(np.int16) + _MIDDLE).astype(np.uint8), np.full(groups, 1 / scale, np.float32),
+            np.full(groups, _MIDDLE, np.uint8),
+        )  # fmt: skip
 
     def _bytes(self, name: str) -> bytes:
         tensor = self._tensors[name]

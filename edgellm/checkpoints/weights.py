@@ -173,7 +173,8 @@ class CheckpointWeights:
     def code_format(self, name: str) -> CodeFormat | None:
         """As :class:`edgellm.codes.CodedWeights`; none of a tensor that two names store, or that we order otherwise."""
         first, *others = self._stored[name]
-        if others or not isinstance(self._source, CodedWeights) or not self._is_stored_by_rows(first):
+        twice = any(self._layout.name(other) != self._layout.name(first) for other in others)
+        if twice or not isinstance(self._source, CodedWeights) or not self._is_stored_by_rows(first):
             return None
         return self._source.code_format(self._layout.name(first))
 

@@ -14,7 +14,7 @@ from marian_files import COMMONEST, LISTED, OTHERS, SENTENCES, SETTINGS, bergamo
 from source_models import ragged
 from tokenizers import Tokenizer
 
-from edgellm.checkpoints import load_checkpoint
+from edgellm.checkpoints import load_checkpoint, open_checkpoint
 from edgellm.checkpoints.unigram_tokenizer import pair_tokenizer, unigram_tokenizer
 from edgellm.errors import CheckpointError
 from edgellm.models.protocol import Step, empty_state
@@ -54,6 +54,25 @@ def test_a_bergamot_folder_gives_the_model_that_was_written(coded: bool, vocabul
     theirs = model(rows, model.encode(source, lengths))[0]
     ours = found.model(rows, found.model.encode(source, lengths))[0]
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+def test_codes_of_eight_bits_are_kept_as_they_are(vocabulary: Path, tmp_path: Path) -> None:
+    model: Any = bergamot(listed=LISTED)
+    folder = write_folder(tmp_path / "m", model, coded=True)
+    (folder / "vocab.spm").write_bytes(vocabulary.read_bytes())
+    found = open_checkpoint(folder)
+    weights: Any = found.weights
+    coded = {name for name, p in found.model.named_parameters() if weights.code_format(name) is not None}
+    assert coded == {name for name, p in model.named_parameters() if p.dim() == 2}  # the table, which two read, too
+    for name in coded:
+        stored = weights.codes(name)
+        assert stored.format == weights.code_format(name)
+        assert np.abs(stored.dequantize() - weights.read(name).numpy()).max() < 1e-6
+        assert (stored.scales == stored.scales[0, 0]).all()
+    made = export(
+        found.model, tmp_path / "b", weights=weights, options=ExportOptions(quantize="keep", bounds={"top1": 0.0})
+    )  # fmt: skip
+    assert made.bundle.manifest.quantization["kept"] == len(coded)
 
 
 def shorter(data: bytes) -> bytes:
