@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgellm.cli.budget import budget_of
+from edgellm.cli.budget import budget_of, with_rates
 from edgellm.cli.calibration import calibration_of, tuning_of
 from edgellm.cli.checkpoints import read_checkpoint, road_options
 from edgellm.cli.defaults import options_text
@@ -82,6 +82,11 @@ within the stated bounds.
               show_default=False, help="With --quantize auto: what to make best within the limits: the time of each "
               "new token, the time to read a prompt, the size, or the quality, for which all of the size is used.  "
               "[default: quality with --max-size-mb, else decode]")  # fmt: skip
+@click.option("--rates", default=None, metavar="[measured|table|FILE]", show_default=False, help="With --quantize auto "
+              "and --prefer decode: what formats take for a token. They are measured on this processor in under a "
+              "second, with edgellm's own kernels if EDGELLM_KERNELS=own; or those of a table, or those that another "
+              "bundle's manifest.json has, so that an export comes out the same again.  [default: measured for "
+              "--target cpu, else table]")  # fmt: skip
 @building_options
 @click.option("--max-context", type=int, default=None, metavar="TOKENS", show_default=False, help="Engines: the most "
               "tokens of a row; their memory is set aside for each.  [default: the model's context]")  # fmt: skip
@@ -103,7 +108,8 @@ within the stated bounds.
 def export(
     checkpoint: Path, output: Path, target: str, dtype: str | None, quantize: str, kv_cache: str,
     hidden: bool, drafter: Path | None, calibrate: Path | None, tune: float | None, receipt: Path | None,
-    no_receipt: bool, max_kl: float | None, max_size_mb: float | None, prefer: str | None, max_batch: int | None,
+    no_receipt: bool, max_kl: float | None, max_size_mb: float | None, prefer: str | None, rates: str | None,
+    max_batch: int | None,
     compute_capability: str, workspace_mb: int | None, max_context: int | None, no_engine: bool, name: str,
     force: bool, road: str, trust_remote_code: bool, threads: int | None, check: str | None,
     adapters: tuple[str, ...], as_json: bool,
@@ -124,7 +130,7 @@ def export(
             checkpoint, output, target=target, dtype=dtype, quantize=quantize, calibrate=calibrate, max_kl=max_kl,
             max_size_mb=max_size_mb, prefer=prefer, kv_cache=kv_cache, hidden=hidden, drafter=drafter, engine=engine,
             name=name, force=force, check=check, adapters=adapters, road=road, trust_remote_code=trust_remote_code,
-            receipt_text=receipt, receipt=not no_receipt, tune=tune, tell=tell,
+            receipt_text=receipt, receipt=not no_receipt, tune=tune, rates=rates, tell=tell,
         )  # fmt: skip
     if as_json:
         print_json(result)
@@ -138,7 +144,8 @@ def export_checkpoint(
     prefer: str | None = None, kv_cache: str = "float32", hidden: bool = False, drafter: Path | None = None,
     engine: EngineFlags = _NO_FLAGS, name: str = "", force: bool = False, check: str | None = None,
     adapters: Sequence[str | Path] = (), road: str = "auto", trust_remote_code: bool = False,
-    receipt_text: Path | None = None, receipt: bool = True, tune: float | None = None, tell: Any,
+    receipt_text: Path | None = None, receipt: bool = True, tune: float | None = None, rates: str | None = None,
+    tell: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Read, export and sum up; the keys are those of ``--json``."""
     from edgellm.torch_threads import let_torch_wait, limit_torch_threads
@@ -149,7 +156,7 @@ def export_checkpoint(
     from edgellm_exporters.graph.targets import find_target
 
     start = time.perf_counter()
-    budget = budget_of(quantize, calibrate, max_kl, max_size_mb, prefer)
+    budget = with_rates(budget_of(quantize, calibrate, max_kl, max_size_mb, prefer), rates, target)
     dtype = dtype or find_target(target).dtypes[0]
     options = ExportOptions(
         target=target, dtype=dtype, quantize=quantize, kv_cache=kv_cache, name=name, budget=budget,
@@ -280,7 +287,11 @@ def _held_out(result: dict[str, Any]) -> list[tuple[str, str]]:
     if "held_out" not in result:
         return []
     found, budget = result["held_out"], result["budget"]
-    return [(f"KL on {found['tokens']} held-out tokens", f"{found['kl']:.2e} nats, at most {budget['max_kl']:g}")]
+    rates = [("formats were timed with kernels of", budget["rates"]["kernels"])] if "rates" in budget else []
+    return [
+        (f"KL on {found['tokens']} held-out tokens", f"{found['kl']:.2e} nats, at most {budget['max_kl']:g}"),
+        *rates,
+    ]
 
 
 def print_summary(result: dict[str, Any]) -> None:

@@ -161,7 +161,7 @@ def quantize_within(
         rounds_inputs=ort.DOMAIN in job.target.domains, progress=progress,
     )  # fmt: skip
     predictions = none_better_than_held(candidates, predictions, held)
-    table = table_of(candidates, predictions, budget.prefer)
+    table = table_of(candidates, predictions, budget.prefer, budget.rates)
     measured = MeasuredSearch(budget, job, table, largest, directory, floats, other_bytes)
     attempt = measured.run(progress)
     evidence = Evidence(budget, candidates, predictions, tuple(measured.attempts), attempt, measured.rest)
@@ -206,7 +206,7 @@ def _record(budget: Budget, attempt: Attempt) -> dict[str, Any]:
     return {
         "rounding": "GPTQ below 8 bits, except shifted formats, embeddings and recurrent weights; else to nearest",
         "weights": dict(Counter(map(str, attempt.choice.schemes.values()))),
-        "budget": dataclasses.asdict(budget),
+        "budget": {key: value for key, value in dataclasses.asdict(budget).items() if key != "rates" or value},
         "predicted_kl": attempt.predicted,
         "held_out": {
             "tokens": report.tokens, "kl": report.kl, "kl_p99": report.kl_p99, "top1": report.top1,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from edgellm_exporters.auto.rates import Rates
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.quantize.calibrate import MIN_TOKENS
 from edgellm_exporters.quantize.methods import METHODS
@@ -28,6 +29,8 @@ class Budget:
         max_size_mb: the bundle's files together, in units of 1,000,000 bytes; None for any.
         prefer: what to make best within that: ``decode`` time of a token, ``prefill`` time of a prompt, ``size``, or
             ``quality``, which spends all of the size on the KL divergence.
+        rates: what formats take for a token, as measured; None for a table of one kind of machine, which is the same
+            everywhere.
 
     Raises:
         QuantizeError: a limit that is no positive number, or an unknown preference.
@@ -36,6 +39,7 @@ class Budget:
     max_kl: float = 0.02
     max_size_mb: float | None = None
     prefer: str = "decode"
+    rates: Rates | None = None
 
     def __post_init__(self) -> None:
         for name, limit in (("KL", self.max_kl), ("size", self.max_size_mb)):

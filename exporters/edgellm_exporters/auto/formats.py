@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from edgellm_exporters.auto.rates import Rates
 from edgellm_exporters.quantize.plan import ROW, Scheme
 from edgellm_exporters.quantize.planning import Uses
 
-__all__ = ["COSTS", "PROMPT", "FormatChoices", "candidates_of", "decode_ns", "prefill_ns"]
+__all__ = ["COSTS", "MEASURED", "PROMPT", "FormatChoices", "candidates_of", "decode_ns", "prefill_ns"]
 
 PROMPT = 128  # tokens that prefill costs are told for
 _PRODUCTS = (
@@ -20,6 +21,7 @@ _ENDS = (
     Scheme(8, 32), Scheme(8, 64), Scheme(4, 16, symmetric=False), Scheme(4, 32, symmetric=False),
     Scheme(4, 64, symmetric=False),
 )  # fmt: skip
+MEASURED = (*_PRODUCTS, *_TUNED)  # the formats whose rates a search may be told; shifted ones have those of the others
 _RECURRENT = (Scheme(8, 32), Scheme(8, 64), Scheme(4, 32, symmetric=False))
 
 # Nanoseconds measured on one kind of machine (AVX-512 with VNNI): they order formats, and promise no times elsewhere.
@@ -71,11 +73,13 @@ def candidates_of(uses: Uses, *, integer_products: bool, tuned: bool = False) ->
     return found
 
 
-def decode_ns(weight: FormatChoices, scheme: Scheme) -> float:
-    """Time of a product with one token, modelled, nanoseconds."""
+def decode_ns(weight: FormatChoices, scheme: Scheme, rates: Rates | None = None) -> float:
+    """Time of a product with one token, nanoseconds: by a format's rate where it was measured, else modelled."""
     if weight.role == "table":
         return 0.0
     rows, columns = weight.shape
+    if rates is not None and (rate := rates.of(scheme)) is not None:
+        return rows * columns * rate * (_SHIFTED if scheme.shifted else 1.0)
     each = rows * columns * (_FIXED + _EACH_BIT * scheme.bits)
     if scheme.block == ROW:
         return each + _EACH_BLOCK * rows + _ROW_START
@@ -96,8 +100,8 @@ def _nbytes(weight: FormatChoices, scheme: Scheme) -> float:
     return float(scheme.nbytes(*weight.shape))
 
 
-COSTS: dict[str, Callable[[FormatChoices, Scheme], float]] = {
+COSTS: dict[str, Callable[[FormatChoices, Scheme, Rates | None], float]] = {
     "decode": decode_ns,
-    "prefill": prefill_ns,
-    "size": _nbytes,
+    "prefill": lambda weight, scheme, rates: prefill_ns(weight, scheme),
+    "size": lambda weight, scheme, rates: _nbytes(weight, scheme),
 }

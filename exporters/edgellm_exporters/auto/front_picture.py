@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgellm_exporters.auto.formats import PROMPT
+from edgellm_exporters.auto.formats import PROMPT, FormatChoices
+from edgellm_exporters.auto.rates import Rates
 from edgellm_exporters.auto.report import Attempt, Evidence, decode_ms, prefill_ms
 from edgellm_exporters.auto.search import Choice, front, table_of
 from edgellm_exporters.errors import QuantizeError
+from edgellm_exporters.quantize.plan import Scheme
 
 __all__ = ["check_library", "draw_front"]
 
 INK, QUIET, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 FRONT, CHOSEN, LIMIT = "#2f6f9f", "#d64545", "#d9a441"
-_TIMES = {
+_Time = Callable[[Sequence[FormatChoices], Mapping[str, Scheme], Rates | None], float]
+_TIMES: Mapping[str, tuple[str, str, _Time]] = {
     "decode": ("decode", "one token", decode_ms),
-    "prefill": ("prefill", f"a prompt of {PROMPT} tokens", prefill_ms),
+    "prefill": ("prefill", f"a prompt of {PROMPT} tokens", lambda all_of, schemes, _: prefill_ms(all_of, schemes)),
 }
 
 
@@ -49,11 +52,13 @@ def draw_front(evidence: Evidence, path: Path) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     sizes = _Axis(lambda c: (c.nbytes + evidence.rest) / 1e6, lambda a: a.nbytes / 1e6)
     timed, of, ms = _TIMES["prefill" if evidence.budget.prefer == "prefill" else "decode"]
-    times = _Axis(lambda c: ms(evidence.candidates, c.schemes), lambda a: ms(evidence.candidates, a.choice.schemes))
+    candidates, rates = evidence.candidates, evidence.budget.rates
+    times = _Axis(lambda c: ms(candidates, c.schemes, rates), lambda a: ms(candidates, a.choice.schemes, rates))
     _panel(left, evidence, "size", sizes)
     _panel(right, evidence, timed, times)
     left.set_xlabel("size of the bundle, MB", color=INK)
-    right.set_xlabel(f"products of {of}, ms (modelled for AVX-512 VNNI)", color=INK)
+    how = "modelled for AVX-512 VNNI" if rates is None or timed == "prefill" else "by rates measured at the export"
+    right.set_xlabel(f"products of {of}, ms ({how})", color=INK)
     left.set_ylabel("KL from the float model, nats a token", color=INK)
     if evidence.budget.max_size_mb is not None:
         left.axvline(evidence.budget.max_size_mb, color=LIMIT, linewidth=1.2, linestyle=(0, (4, 3)))
@@ -77,7 +82,7 @@ class _Axis:
 
 
 def _panel(axes: Any, evidence: Evidence, minimise: str, axis: _Axis) -> None:
-    table = table_of(evidence.candidates, evidence.predictions, minimise)
+    table = table_of(evidence.candidates, evidence.predictions, minimise, evidence.budget.rates)
     line = front(table)
     axes.plot(
         [axis.of_choice(c) for c in line], [c.kl * evidence.ratio for c in line], color=FRONT, linewidth=1.6,

@@ -8,11 +8,21 @@ from pathlib import Path
 
 from edgellm_exporters.auto.budget import Budget
 from edgellm_exporters.auto.formats import PROMPT, FormatChoices, decode_ns, prefill_ns
+from edgellm_exporters.auto.rates import Rates
 from edgellm_exporters.auto.search import Choice
 from edgellm_exporters.proof.parity import ParityReport
 from edgellm_exporters.quantize.plan import Scheme
 
 __all__ = ["Attempt", "Evidence", "decode_ms", "prefill_ms", "write_table"]
+
+_TIMES = (
+    "Times are modelled from products alone, on an AVX-512 machine with VNNI: they order formats, and promise nothing "
+    "elsewhere."
+)
+_MEASURED = (
+    "Times are of products alone. Those of a token go by what formats took on the machine of the export, kernels of "
+    "{}, nanoseconds a weight: {} (bits:block). Those of a prompt are modelled."
+)
 
 
 @dataclass(frozen=True)
@@ -62,9 +72,9 @@ class Evidence:
         return self.chosen.report.kl / max(self.chosen.choice.kl, 1e-12)
 
 
-def decode_ms(candidates: Sequence[FormatChoices], schemes: Mapping[str, Scheme]) -> float:
-    """Modelled time of all products with one token, milliseconds."""
-    return sum(decode_ns(c, schemes[c.name]) for c in candidates) / 1e6
+def decode_ms(candidates: Sequence[FormatChoices], schemes: Mapping[str, Scheme], rates: Rates | None = None) -> float:
+    """Time of all products with one token, milliseconds: by measured rates where there are any, else modelled."""
+    return sum(decode_ns(c, schemes[c.name], rates) for c in candidates) / 1e6
 
 
 def prefill_ms(candidates: Sequence[FormatChoices], schemes: Mapping[str, Scheme]) -> float:
@@ -93,8 +103,11 @@ def write_table(evidence: Evidence) -> str:
         "|---:|---:|---:|---:|---:|---:|---|",
         *_builds(evidence),
         "",
-        "Times are modelled from products alone, on an AVX-512 machine with VNNI: they order formats, and promise "
-        "nothing elsewhere.",
+        _TIMES
+        if budget.rates is None
+        else _MEASURED.format(
+            budget.rates.kernels, ", ".join(f"{name} {rate:g}" for name, rate in budget.rates.decode.items())
+        ),
         "",
         "## Weights",
         "",
@@ -109,12 +122,13 @@ def write_table(evidence: Evidence) -> str:
 
 
 def _builds(evidence: Evidence) -> Iterator[str]:
+    rates = evidence.budget.rates
     for number, attempt in enumerate(evidence.attempts):
         verdict = "chosen" if attempt is evidence.chosen else "kept, but dearer" if attempt.holds else "missed"
         schemes = attempt.choice.schemes
         yield (
             f"| {number + 1} | {attempt.predicted:.4g} | {attempt.report.kl:.4g} | {attempt.nbytes / 1e6:.1f} "
-            f"| {decode_ms(evidence.candidates, schemes):.2f} | {prefill_ms(evidence.candidates, schemes):.0f} "
+            f"| {decode_ms(evidence.candidates, schemes, rates):.2f} | {prefill_ms(evidence.candidates, schemes):.0f} "
             f"| {verdict} |"
         )
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_exporters.auto.formats import COSTS, FormatChoices
+from edgellm_exporters.auto.rates import Rates
 from edgellm_exporters.quantize.plan import Scheme
 
 __all__ = ["QUALITY", "Choice", "Table", "front", "search", "table_of"]
@@ -70,7 +71,8 @@ class Table:
 
 
 def table_of(
-    candidates: Sequence[FormatChoices], predictions: Mapping[str, Mapping[Scheme, float]], minimise: str
+    candidates: Sequence[FormatChoices], predictions: Mapping[str, Mapping[Scheme, float]], minimise: str,
+    rates: Rates | None = None,
 ) -> Table:  # fmt: skip
     """The numbers to search in.
 
@@ -78,6 +80,7 @@ def table_of(
         candidates: weights and their formats.
         predictions: KL of each format of each weight.
         minimise: a key of :data:`edgellm_exporters.auto.formats.COSTS`, or :data:`QUALITY`.
+        rates: of formats, where they were measured.
     """
     width = max(len(c.schemes) for c in candidates)
     schemes = tuple((*c.schemes, *[c.schemes[0]] * (width - len(c.schemes))) for c in candidates)
@@ -86,8 +89,9 @@ def table_of(
         return np.array([[of(c, s) for s in own] for c, own in zip(candidates, schemes, strict=True)], dtype=np.float64)
 
     kl = numbers(lambda c, s: predictions[c.name][s])
-    cost = kl if minimise == QUALITY else numbers(COSTS[minimise])
-    return Table(tuple(c.name for c in candidates), schemes, kl, numbers(COSTS["size"]), cost)
+    cost = kl if minimise == QUALITY else numbers(lambda c, s: COSTS[minimise](c, s, rates))
+    nbytes = numbers(lambda c, s: COSTS["size"](c, s, None))
+    return Table(tuple(c.name for c in candidates), schemes, kl, nbytes, cost)
 
 
 def search(table: Table, max_kl: float, max_bytes: float = math.inf) -> Choice | None:
