@@ -22,7 +22,7 @@ from edgellm.models.gemma2 import Gemma2, Gemma2Config
 from edgellm.models.granitemoehybrid import GraniteMoeHybridConfig, granitemoehybrid
 from edgellm.models.hybrid import Hybrid, HybridConfig
 from edgellm.models.jamba import JambaConfig, jamba
-from edgellm.models.lfm2 import LFM2, LFM2Config
+from edgellm.models.lfm2 import LFM2Config, lfm2
 from edgellm.models.mamba import MambaConfig, mamba
 from edgellm.models.mamba2 import Mamba2Config, mamba2
 from edgellm.models.nemotron_h import NemotronHConfig, nemotron_h
@@ -62,12 +62,12 @@ def gemma2(*windows: int, score_cap: float, logit_cap: float, tie: bool) -> Call
     return lambda: Gemma2(config)
 
 
-def lfm2(*pattern: str, bias: bool) -> Callable[[], nn.Module]:
+def convolutions(*pattern: str, bias: bool) -> Callable[[], nn.Module]:
     config = LFM2Config(
         vocab_size=VOCAB, width=96, pattern=pattern, num_heads=3, num_kv_heads=1, head_dim=32, mlp_width=160,
         max_context=CONTEXT, conv_bias=bias,
     )  # fmt: skip
-    return lambda: LFM2(config)
+    return lambda: lfm2(config)
 
 
 def fading(*, groups: int, bias: bool) -> Callable[[], nn.Module]:
@@ -195,7 +195,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "decoder untied with biases": decoder(kv_heads=4, tie=False, bias=True),
     "decoder with q/k norm": decoder(kv_heads=2, tie=True, bias=False, qk_norm=True),
     "windows and soft caps": gemma2(9, 0, score_cap=5.0, logit_cap=12.0, tie=True),
-    "short convolutions and attention": lfm2("conv", "attention", bias=False),
+    "short convolutions and attention": convolutions("conv", "attention", bias=False),
     "state space": fading(groups=1, bias=False),
     "selective state space": selective(),
     "gated delta rule and attention": delta("delta", "attention"),
@@ -204,7 +204,7 @@ FURTHER: dict[str, Callable[[], nn.Module]] = {
     "rnn_relu": hybrid("rnn_relu", "rnn_relu"),
     "attention without positions": hybrid("attention", "lstm", rotary=False),
     "windows without caps": gemma2(0, 9, score_cap=0, logit_cap=0, tie=False),
-    "short convolutions with biases": lfm2("conv", bias=True),
+    "short convolutions with biases": convolutions("conv", bias=True),
     "state space of two groups with biases": fading(groups=2, bias=True),
     "selective state space, attention, experts": scans_and_experts,
     "state space and attention that turns half": lambda: bamba(BambaConfig(**SPACE, rotated=8, mlp_bias=True)),

@@ -39,10 +39,9 @@ from edgellm.models.foreign import (
     whole,
 )
 from edgellm.models.foreign.keys import checked_positive, checked_whole
-from edgellm.models.layers import GatedMLP, RotaryTable, SelfAttention
+from edgellm.models.layers import GatedMLP, RotaryTable, SelfAttention, Stack
 from edgellm.models.protocol import State, Step
 from edgellm.models.registry import Architecture
-from edgellm.ops import take_positions
 from edgellm_runtime.spec import StateSpec
 
 __all__ = ["ARCHITECTURE", "PRESETS", "Gemma2", "Gemma2Config"]
@@ -131,6 +130,10 @@ class Layer(nn.Module):
         )  # fmt: skip
         self.mlp = GatedMLP(c.width, c.mlp_width, activation="gelu_tanh")
 
+    def state_specs(self, prefix: str, dtype: str) -> list[StateSpec]:
+        """K and V."""
+        return self.attention.state_specs(prefix, dtype)
+
     def forward(
         self, x: Tensor, state: State, prefix: str, step: Step, rotary: RotaryTable
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -140,42 +143,15 @@ class Layer(nn.Module):
         return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x))), present
 
 
-class Gemma2(nn.Module):
+class Gemma2(Stack):
     """See the module's description; follows :class:`edgellm.models.protocol.LanguageModel`."""
 
     def __init__(self, config: Gemma2Config) -> None:
-        super().__init__()
-        self.config = config
-        self.embedding, self.scale = nn.Embedding(config.vocab_size, config.width), config.width**0.5
-        self.layers = nn.ModuleList(Layer(config, window) for window in config.windows)
-        self.norm = Norm(config)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
-        self.rotary = RotaryTable(
-            config.head_dim, config.max_context, config.rope_theta, factors=config.rope_factors,
-            amplitude=config.rope_amplitude,
-        )  # fmt: skip
-        nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
-
-    def state_specs(self) -> list[StateSpec]:
-        """K and V of each layer."""
-        dtype = str(self.embedding.weight.dtype).removeprefix("torch.")
-        mixers = [layer.attention for layer in self.layers if isinstance(layer, Layer)]
-        return [spec for i, mixer in enumerate(mixers) for spec in mixer.state_specs(f"layers.{i}", dtype)]
-
-    def forward(
-        self, tokens: Tensor, state: State | None = None, step: Step | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Tokens (batch, time) to logits (batch, count, vocab_size) and the new state."""
-        state, step = state or {}, step or Step.whole(tokens)
-        x = self.embedding(tokens) * self.scale  # (batch, time, width)
-        present: dict[str, Tensor] = {}
-        for i, layer in enumerate(self.layers):
-            x, new = layer(x, state, f"layers.{i}", step, self.rotary)
-            present |= new
-        logits, cap = self.head(take_positions(self.norm(x), step.logit_positions)), self.config.logit_cap
-        return logits if not cap else cap * (logits / cap).tanh(), present
+        c = config
+        table = RotaryTable(c.head_dim, c.max_context, c.rope_theta, factors=c.rope_factors, amplitude=c.rope_amplitude)
+        layers = (Layer(c, window) for window in c.windows)
+        super().__init__(c, layers, rotary=table, embedding_scale=c.width**0.5, logit_cap=c.logit_cap)
+        self.norm = Norm(c)
 
 
 def _windows(name: str, values: Values, fields: Fields) -> None:

@@ -36,20 +36,19 @@ from edgellm.models.foreign import (
     whole,
 )
 from edgellm.models.foreign.keys import checked_positive, checked_whole
-from edgellm.models.layers import CausalConv, GatedMLP, RotaryTable, SelfAttention
+from edgellm.models.layers import Block, CausalConv, GatedMLP, RotaryTable, SelfAttention, Stack
 from edgellm.models.protocol import State, Step
 from edgellm.models.registry import Architecture
-from edgellm.ops import take_positions
 from edgellm_runtime.spec import StateSpec
 
-__all__ = ["ARCHITECTURE", "LFM2", "PRESETS", "LFM2Config"]
+__all__ = ["ARCHITECTURE", "PRESETS", "LFM2Config", "lfm2"]
 
 MIXERS = ("conv", "attention")
 
 
 @dataclass(frozen=True)
 class LFM2Config(Shape):
-    """The shape of an :class:`LFM2`.
+    """The shape of an LFM2.
 
     Args:
         vocab_size: tokens.
@@ -125,70 +124,22 @@ class ShortConv(nn.Module):
         return out, present
 
 
-class Layer(nn.Module):
-    """A mixer and an MLP, each behind a norm and beside a residual."""
+def lfm2(config: LFM2Config) -> Stack:
+    """The model with fresh weights."""
+    c = config
 
-    def __init__(self, config: LFM2Config, mixer: str) -> None:
-        super().__init__()
-        c = config
-        self.mixer_norm = nn.RMSNorm(c.width, eps=c.norm_eps)
-        self.mixer: ShortConv | SelfAttention = (
+    def block(kind: str) -> Block:
+        mixer = (
             ShortConv(c)
-            if mixer == "conv"
+            if kind == "conv"
             else SelfAttention(
                 c.width, c.num_heads, c.num_kv_heads, c.head_dim, bias=False, qk_norm=True, norm_eps=c.norm_eps
             )
         )
-        self.mlp_norm = nn.RMSNorm(c.width, eps=c.norm_eps)
-        self.mlp = GatedMLP(c.width, c.mlp_width)
+        return Block(c.width, c.norm_eps, {"mixer": mixer}, GatedMLP(c.width, c.mlp_width))
 
-    def forward(
-        self, x: Tensor, state: State, prefix: str, step: Step, rotary: RotaryTable
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(batch, time, width) to the same shape, and this layer's part of the new state."""
-        if isinstance(self.mixer, ShortConv):
-            y, present = self.mixer(self.mixer_norm(x), state, prefix, step)
-        else:
-            y, present = self.mixer(self.mixer_norm(x), state, prefix, step, rotary)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), present
-
-
-class LFM2(nn.Module):
-    """See the module's description; follows :class:`edgellm.models.protocol.LanguageModel`."""
-
-    def __init__(self, config: LFM2Config) -> None:
-        super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.layers = nn.ModuleList(Layer(config, mixer) for mixer in config.pattern)
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
-        self.rotary = RotaryTable(
-            config.head_dim, config.max_context, config.rope_theta, factors=config.rope_factors,
-            amplitude=config.rope_amplitude,
-        )  # fmt: skip
-        nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
-
-    def state_specs(self) -> list[StateSpec]:
-        """The tail of each convolution, K and V of each attention."""
-        dtype = str(self.embedding.weight.dtype).removeprefix("torch.")
-        mixers = [layer.mixer for layer in self.layers if isinstance(layer, Layer)]
-        return [spec for i, mixer in enumerate(mixers) for spec in mixer.state_specs(f"layers.{i}", dtype)]
-
-    def forward(
-        self, tokens: Tensor, state: State | None = None, step: Step | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Tokens (batch, time) to logits (batch, count, vocab_size) and the new state."""
-        state, step = state or {}, step or Step.whole(tokens)
-        x = self.embedding(tokens)  # (batch, time, width)
-        present: dict[str, Tensor] = {}
-        for i, layer in enumerate(self.layers):
-            x, new = layer(x, state, f"layers.{i}", step, self.rotary)
-            present |= new
-        return self.head(take_positions(self.norm(x), step.logit_positions)), present
+    table = RotaryTable(c.head_dim, c.max_context, c.rope_theta, factors=c.rope_factors, amplitude=c.rope_amplitude)
+    return Stack(c, map(block, c.pattern), rotary=table)
 
 
 _UNREAD = (  # by transformers; the rest of the file says the same, or they are of training
@@ -315,5 +266,5 @@ GGUF_FILES = GGUF(
 )
 
 ARCHITECTURE = Architecture(
-    name="lfm2", config=LFM2Config, build=LFM2, presets=PRESETS, huggingface=HUGGING_FACE, gguf=GGUF_FILES
+    name="lfm2", config=LFM2Config, build=lfm2, presets=PRESETS, huggingface=HUGGING_FACE, gguf=GGUF_FILES
 )

@@ -187,12 +187,6 @@ class Zamba2(Stack):
             for kind in c.pattern
         )
 
-    def state_specs(self) -> list[StateSpec]:
-        """Those of every layer."""
-        dtype = str(self.embedding.weight.dtype).removeprefix("torch.")
-        layers = [layer for layer in self.layers if isinstance(layer, Block | SharingLayer)]
-        return [spec for i, layer in enumerate(layers) for spec in layer.state_specs(f"layers.{i}", dtype)]
-
     def forward(
         self, tokens: Tensor, state: State | None = None, step: Step | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:

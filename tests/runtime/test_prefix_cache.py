@@ -19,7 +19,7 @@ from memory_model import MemoryConfig, MemoryModel
 from tiny_bundles import text_assets, torch
 
 from edgellm.models.hybrid import Hybrid, HybridConfig
-from edgellm.models.lfm2 import LFM2, LFM2Config
+from edgellm.models.lfm2 import LFM2Config, lfm2
 from edgellm.models.mamba2 import Mamba2Config, mamba2
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_runtime import Model, OptionError, PrefixCache, StateError, load
@@ -42,7 +42,7 @@ def made(kind: str) -> Any:
     if kind == "memory":
         return MemoryModel(MemoryConfig(VOCAB, CONTEXT, width=32, heads=2))
     if kind == "convolution":
-        return LFM2(LFM2Config(
+        return lfm2(LFM2Config(
             vocab_size=VOCAB, width=32, pattern=("conv", "attention"), num_heads=2, num_kv_heads=1, head_dim=16,
             mlp_width=32, max_context=CONTEXT, conv_bias=False,
         ))  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Protocol, cast
 
 from torch import Tensor, nn
 
@@ -29,6 +29,14 @@ class StackConfig(Protocol):
     def norm_eps(self) -> float: ...
     @property
     def tie_embeddings(self) -> bool: ...
+
+
+class Stacked(Protocol):
+    """What a :class:`Stack` asks of a layer."""
+
+    def state_specs(self, prefix: str, dtype: str) -> list[StateSpec]:
+        """Those of its mixers."""
+        ...
 
 
 class Block(nn.Module):
@@ -90,7 +98,7 @@ class Stack(nn.Module):
 
     Args:
         config: of the model.
-        blocks: first to last.
+        blocks: first to last: :class:`Block`, or what is called as one and has state specs.
         rotary: positions that every attention turns by; None for none.
         embedding_scale: factor on embeddings.
         logit_scale: factor on logits.
@@ -98,7 +106,7 @@ class Stack(nn.Module):
     """
 
     def __init__(
-        self, config: StackConfig, blocks: Iterable[Block], *, rotary: RotaryTable | None = None,
+        self, config: StackConfig, blocks: Iterable[nn.Module], *, rotary: RotaryTable | None = None,
         embedding_scale: float = 1.0, logit_scale: float = 1.0, logit_cap: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -106,7 +114,7 @@ class Stack(nn.Module):
         self.logit_scale, self.logit_cap = logit_scale, logit_cap
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(blocks)
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm: nn.Module = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.rotary = rotary
         nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
@@ -116,8 +124,8 @@ class Stack(nn.Module):
     def state_specs(self) -> list[StateSpec]:
         """Those of every block."""
         dtype = str(self.embedding.weight.dtype).removeprefix("torch.")
-        blocks = [block for block in self.layers if isinstance(block, Block)]
-        return [spec for i, block in enumerate(blocks) for spec in block.state_specs(f"layers.{i}", dtype)]
+        blocks = enumerate(cast(Iterable[Stacked], self.layers))
+        return [spec for i, block in blocks for spec in block.state_specs(f"layers.{i}", dtype)]
 
     def forward(
         self, tokens: Tensor, state: State | None = None, step: Step | None = None
