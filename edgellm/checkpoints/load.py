@@ -12,7 +12,7 @@ from edgellm.checkpoints.checkpoint import Checkpoint
 from edgellm.checkpoints.gguf_file import open_gguf
 from edgellm.checkpoints.hints import hint
 from edgellm.checkpoints.huggingface import open_huggingface
-from edgellm.checkpoints.marian import marian_config, open_marian
+from edgellm.checkpoints.marian import marian_config, marian_npz, open_marian, open_marian_npz
 from edgellm.checkpoints.native import MANIFEST, checkpoint_directory, open_native
 from edgellm.checkpoints.tensor_file import open_tensor_file
 from edgellm.errors import CheckpointError
@@ -63,6 +63,8 @@ def open_checkpoint(path: Path, *, dtype: torch.dtype = torch.float32) -> Checkp
             return open_huggingface(path, dtype=dtype)
         if (config := marian_config(path)) is not None:
             return open_marian(config, dtype=dtype)
+        if (weights := marian_npz(path)) is not None:
+            return open_marian_npz(weights, dtype=dtype)
         raise CheckpointError(f"{path} holds no checkpoint; {hint(path) or f'expected {EXPECTED}'}")
     if path.is_file() and path.suffix == ".gguf":
         return open_gguf(path, dtype=dtype)

@@ -49,12 +49,15 @@ def unigram_tokenizer(path: Path, end: str = "</s>") -> str:
     return _built(found, vocabulary, unknown, [*names, *([end] if end in found.pieces else [])], path)
 
 
-def pair_tokenizer(directory: Path, settings: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+def pair_tokenizer(
+    directory: Path, settings: Mapping[str, Any], numbers: Mapping[str, Any] | None = None
+) -> tuple[str, tuple[str, ...]]:
     """The tokenizer of a folder with :data:`PAIR`; it reads sources, and writes answers.
 
     Args:
         directory: the folder.
         settings: its ``tokenizer_config.json``.
+        numbers: of the tokens; None for what its ``vocab.json`` says.
 
     Returns:
         The text of the ``tokenizer.json``, and what to say of it.
@@ -63,7 +66,8 @@ def pair_tokenizer(directory: Path, settings: Mapping[str, Any]) -> tuple[str, t
         CheckpointError: a file is damaged, or the pieces are not numbered from 0.
     """
     source, target, listed = (directory / name for name in PAIR)
-    numbers, found = read_json(listed), _unigram(source)
+    numbers = read_json(listed) if numbers is None else numbers
+    found = _unigram(source)
     _unigram(target)  # what it joins, joining does without it
     tokens = sorted(numbers, key=lambda token: numbers[token] if type(numbers[token]) is int else -1)
     if [numbers[token] for token in tokens] != list(range(len(tokens))):

@@ -31,6 +31,7 @@ from edgellm.models.foreign import (
     refuse,
     whole,
 )
+from edgellm.models.foreign.marian import Marian
 from edgellm.models.layers import MLP, SelfAttention, SourceAttention, mask_spec
 from edgellm.models.layers.mlp import ACTIVATIONS
 from edgellm.models.layers.source_attention import SOURCE_MASK
@@ -303,4 +304,49 @@ HUGGING_FACE = HuggingFace(
     ignored=("embed_positions.weight",),  # of Marian, where they are computed here
 )  # fmt: skip
 
-ARCHITECTURE = Architecture(name="bart", config=BartConfig, build=Bart, presets=PRESETS, huggingface=HUGGING_FACE)
+_MARIAN_PARTS = {"attention": "self", "cross": "context"}
+_NORM = {"weight": "scale", "bias": "bias"}
+
+
+def _marian(name: str) -> str:
+    """What Marian's own files call a parameter of ours."""
+    side, _, rest = name.partition(".layers.")
+    if not rest:
+        return "decoder_ff_logit_out_b" if name == "logits_bias" else "Wemb"
+    layer, part, *inner, kind = rest.split(".")
+    before, letter = f"{side}_l{int(layer) + 1}", "W" if kind == "weight" else "b"
+    if part == "mlp":
+        return f"{before}_ffn_{letter}{inner[0][-1]}"
+    if part == "mlp_norm":
+        return f"{before}_ffn_ffn_ln_{_NORM[kind]}"
+    theirs = _MARIAN_PARTS[part.removesuffix("_norm")]
+    return (
+        f"{before}_{theirs}_Wo_ln_{_NORM[kind]}"
+        if part.endswith("_norm")
+        else f"{before}_{theirs}_{letter}{inner[0][0]}"
+    )
+
+
+MARIAN = Marian(
+    fields={
+        "dim-emb": "width", "enc-depth": "encoder_layers", "dec-depth": "decoder_layers",
+        "transformer-heads": ("encoder_heads", "decoder_heads"),
+        "transformer-dim-ffn": ("encoder_mlp_width", "decoder_mlp_width"),
+    },
+    words={"transformer-ffn-activation": {w: {"activation": a} for w, a in
+                                          {"swish": "silu", "relu": "relu", "gelu": "gelu"}.items()}},
+    fixed={"learned_positions": False, "norm_embedding": False, "scale_embedding": True, "max_context": 512},
+    needed={
+        "type": "transformer", "transformer-decoder-autoreg": "self-attention", "tied-embeddings-all": "true",
+        "transformer-ffn-depth": "2", "transformer-preprocess": "", "transformer-postprocess": "dan",
+        "transformer-postprocess-emb": "d", "transformer-postprocess-top": "", "transformer-pool": "false",
+        "transformer-train-position-embeddings": "false", "transformer-no-projection": "false",
+        "layer-normalization": "false", "ulr": "false", "lemma-dim-emb": "0", "output-omit-bias": "false",
+        "right-left": "false",
+    },
+    name=_marian, starts_apart=True,
+)  # fmt: skip
+
+ARCHITECTURE = Architecture(
+    name="bart", config=BartConfig, build=Bart, presets=PRESETS, huggingface=HUGGING_FACE, marian=MARIAN
+)

@@ -120,7 +120,7 @@ ENTRIES: Mapping[str, Entry] = {
     ),
     "bart": Entry(
         module="edgellm.models.bart", about="encoder and decoder, positions added", presets=("tiny",),
-        huggingface=("bart", "marian"),
+        huggingface=("bart", "marian"), marian=("self-attention",),
     ),
     "bergamot": Entry(
         module="edgellm.models.bergamot", about="encoder, simple recurrent decoder, shortlist", presets=("tiny",),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from edgellm.errors import CheckpointError
 
@@ -15,16 +16,22 @@ class Marian:
     """How a family reads Marian's files.
 
     Args:
-        fields: settings that are whole numbers, and the fields of our configuration that they are.
+        fields: settings that are whole numbers, and the field of our configuration that each is, or several.
         needed: settings that must have the value that the family computes, as they are written.
         name: our parameter name to the file's.
+        words: settings that are words, and what fields of our configuration each word means.
+        fixed: fields of our configuration that Marian's models of the family have alike.
+        starts_apart: whether answers begin with a token of no embedding behind the vocabulary, which is never chosen.
     """
 
-    fields: Mapping[str, str]
+    fields: Mapping[str, str | tuple[str, ...]]
     needed: Mapping[str, str]
     name: Callable[[str], str]
+    words: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    starts_apart: bool = False
 
-    def read(self, settings: Mapping[str, str]) -> dict[str, int]:
+    def read(self, settings: Mapping[str, str]) -> dict[str, Any]:
         """The fields of our configuration.
 
         Args:
@@ -43,4 +50,11 @@ class Marian:
         for key in self.fields:
             if not settings.get(key, "").isdecimal():
                 raise CheckpointError(f"{key} is {settings.get(key, 'not there')!r}, and no whole number")
-        return {field: int(settings[key]) for key, field in self.fields.items()}
+        found = dict(self.fixed)
+        for key, names in self.fields.items():
+            found |= dict.fromkeys((names,) if isinstance(names, str) else names, int(settings[key]))
+        for key, meanings in self.words.items():
+            if (word := settings.get(key, "")) not in meanings:
+                raise CheckpointError(f"{key} is {word!r}, and edgellm knows {', '.join(meanings)}")
+            found |= meanings[word]
+        return found
