@@ -7,7 +7,7 @@ model itself (the Fisher information). So one backward pass over some text tells
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -71,11 +71,13 @@ def _backward(model: nn.Module, window: Sequence[int], generator: torch.Generato
 Records = dict[str, list[tuple[Tensor, Tensor]]]
 
 
-def _joined(records: Mapping[str, Sequence[tuple[Tensor, Tensor]]]) -> dict[str, tuple[Tensor, Tensor]]:
-    return {
-        name: (torch.cat([first for first, _ in pairs]), torch.cat([second for _, second in pairs]))
-        for name, pairs in records.items()
-    }
+def _joined(records: Records) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each layer's windows as one, which are let go of one layer after another."""
+    found = {}
+    for name in list(records):
+        pairs = records.pop(name)
+        found[name] = (torch.cat([first for first, _ in pairs]), torch.cat([second for _, second in pairs]))
+    return found
 
 
 @contextmanager

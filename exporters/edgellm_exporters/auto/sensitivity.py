@@ -21,6 +21,7 @@ from edgellm_exporters.quantize.plan import Scheme
 from edgellm_exporters.quantize.rounded_products import round_rows
 from edgellm_exporters.quantize.rtn import round_to_nearest
 from edgellm_exporters.quantize.smooth import Smoothing
+from edgellm_exporters.weights.memory import give_back
 from edgellm_runtime.threads import thread_count
 
 __all__ = ["GPTQ_FACTOR", "predicted", "sensitivities"]
@@ -54,11 +55,13 @@ def sensitivities(
         rounds_inputs: whether the target's kernels round what they multiply with to 8 bits.
         progress: told what is done, and how much of it.
     """
-    few, weights = _cut(windows), _Kept(weights)
-    with resident(model, weights):
+    few, kept = _cut(windows), _Kept(weights)
+    with resident(model, kept):
         seen = gather(model, few, lambda share: progress("measuring gradients", share))
+    kept.forget()  # each is read once more, by itself
+    give_back()
     aliases = _first_names(model)
-    sources = [_Source(c, weights, smoothing, seen, aliases) for c in candidates]
+    sources = [_Source(c, kept, smoothing, seen, aliases) for c in candidates]
     found: Predictions = {}
     with ThreadPoolExecutor(thread_count()) as pool:
         done = pool.map(lambda s: s.costs(rounds_inputs), [s for s in sources if s.known])
@@ -67,7 +70,7 @@ def sensitivities(
             progress("measuring sensitivities", (number + 1) / len(sources))
     unknown = [c for s, c in zip(sources, candidates, strict=True) if not s.known]
     if unknown:
-        found |= tried(model, weights, unknown, few[0], lambda share: progress("trying other weights", share))
+        found |= tried(model, _Kept(weights), unknown, few[0], lambda share: progress("trying other weights", share))
     return {c.name: found[c.name] for c in candidates}
 
 
@@ -77,17 +80,26 @@ def predicted(predictions: Predictions, schemes: Mapping[str, Scheme]) -> float:
 
 
 class _Kept:
-    """Weights read once, for :class:`~edgellm.streaming.Weights`; autograd keeps them anyway."""
+    """Weights read once, until they are forgotten: autograd keeps them anyway; follows the protocol of weights."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights, self._held = weights, dict[str, Tensor]()
+        self._keeps = True
 
     def read(self, name: str) -> Tensor:
         """One parameter."""
         with _READING:
-            if name not in self._held:
-                self._held[name] = self._weights.read(name)
-            return self._held[name]
+            if name in self._held:
+                return self._held[name]
+            found = self._weights.read(name)
+            if self._keeps:
+                self._held[name] = found
+            return found
+
+    def forget(self) -> None:
+        """Keep none from now on."""
+        self._keeps = False
+        self._held.clear()
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Some rows of one parameter."""
