@@ -63,7 +63,7 @@ within the stated bounds.
 @click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE", help="UTF-8 text like the model's work: "
               "int4 weights are then chosen with GPTQ instead of rounded to nearest.")  # fmt: skip
 @click.option("--tune", type=float, default=None, metavar="MINUTES", show_default=False, help="With --calibrate: after "
-              "that, learn codes and scales against what the float model computes, layer after layer, then all scales "
+              "that, learn codes and scales against what the float model computes, layer after layer, then all layers "
               "together, for at most so long. A run that was stopped goes on with its finished layers, which are kept "
               "in OUTPUT.tuning until the bundle is there.")  # fmt: skip
 @click.option("--text", "receipt", type=click.Path(path_type=Path), metavar="FILE", show_default=False,

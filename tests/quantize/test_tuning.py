@@ -56,7 +56,7 @@ def tokens(count: int = MIN_TUNING_TOKENS) -> list[int]:
 
 
 def tuning(**changes: Any) -> Tuning:
-    return Tuning(**{"minutes": 60, "tokens": tokens(), "steps": 6, "distilling_steps": 3, **changes})
+    return Tuning(**{"minutes": 60, "tokens": tokens(), "steps": 6, "distilling_steps": 3, "own_tokens": 0, **changes})
 
 
 def plan_of(model: nn.Module, method: str = "4:32:asymmetric") -> Plan:

@@ -44,11 +44,11 @@ def _tuning_named(tuning: Mapping[str, Any]) -> list[str]:
     said = f"{len(layers) - len(unreached) - len(worse)} of {len(layers)} layers are tuned"
     if scales["steps"] and not scales["kept"]:
         said += (
-            f", and all scales in {scales['steps']} steps: KL {scales['before']:.3g} to {scales['after']:.3g} on "
+            f", and all together in {scales['steps']} steps: KL {scales['before']:.3g} to {scales['after']:.3g} on "
             "held-back text"
         )
     elif scales["steps"]:
-        said += "; tuning all scales together made held-back text no better, and was dropped"
+        said += "; tuning all together made held-back text no better, and was dropped"
     notes = [said]
     if worse:
         notes.append(f"{_some(worse)} got no better on held-back text, and kept the codes from before tuning")

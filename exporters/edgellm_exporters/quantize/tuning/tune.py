@@ -1,4 +1,4 @@
-"""Tuned rounding of a whole plan: layer after layer, then the scales of all layers at once, for as long as is given."""
+"""Tuned rounding of a whole plan: layer after layer, then all layers at once, for as long as is given."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,21 @@ from edgellm_exporters.quantize.plan import Codes, Plan, Scheme, joined
 from edgellm_exporters.quantize.smooth import scale_vectors, vectors_of
 from edgellm_exporters.quantize.tuning import layer_stream
 from edgellm_exporters.quantize.tuning.chosen import ChosenWeights, CodedWeight, RememberedRows, coded_weights
-from edgellm_exporters.quantize.tuning.distill import distilled
+from edgellm_exporters.quantize.tuning.distill import GROUP, distilled
+from edgellm_exporters.quantize.tuning.held import HeldWeights
 from edgellm_exporters.quantize.tuning.layer import tuned_layer
 from edgellm_exporters.quantize.tuning.layer_stream import LayerStream, layers_called, shell_of
+from edgellm_exporters.quantize.tuning.own_words import has_words, own_words
+from edgellm_exporters.quantize.tuning.reading import fast_dtype, fast_products
 from edgellm_exporters.quantize.tuning.store import ROOM, FinishedLayers, work_digest
 
 __all__ = ["MIN_TUNING_TOKENS", "MOST_TUNING_TOKENS", "Tuning", "tuned"]
 
 WINDOW = 128  # tokens
-MIN_TUNING_TOKENS, MOST_TUNING_TOKENS = 6144, 18_432
-_VERSION = 1  # of the method: layers that another one finished are not taken over
-_LAYERS_SHARE = 0.7  # of the minutes, at most
+MIN_TUNING_TOKENS, MOST_TUNING_TOKENS = 6144, 67_584
+_LAYER_WINDOWS, _MOST_HELD = 128, 16  # that layers are learned from, and that are held back, at most
+_VERSION = 2  # of the method: layers that another one finished are not taken over
+_LAYERS_SHARE = 0.4  # of the minutes, at most
 _PASSES = 1.5  # what follows a layer's steps, in times that the float layer takes to read all
 _HELD = 9  # one window of so many is held back
 _TIMED = 2  # steps after which it is known how long one takes
@@ -48,11 +53,12 @@ class Tuning:
 
     Args:
         minutes: that it may take, at most, besides what GPTQ takes.
-        tokens: text to learn from, of which :data:`MOST_TUNING_TOKENS` are read; a ninth of those, at the end, is held
-            back and only judged on.
+        tokens: text to learn from, of which :data:`MOST_TUNING_TOKENS` are read; their end is held back and only judged
+            on.
         seed: of the order in which text is read.
+        own_tokens: that the model makes up itself, for the second part; 0: none.
         steps: of each layer, at most; fewer where the minutes are too few.
-        distilling_steps: of all scales together, likewise.
+        distilling_steps: of all layers together, likewise.
         directory: where finished layers are kept until the export is done, for a run that is stopped; None: nowhere.
         clock: seconds.
 
@@ -63,8 +69,9 @@ class Tuning:
     minutes: float
     tokens: Sequence[int] = field(repr=False)
     seed: int = 0
+    own_tokens: int = 16_384
     steps: int = 60
-    distilling_steps: int = 200
+    distilling_steps: int = 600
     directory: Path | None = None
     clock: Callable[[], float] = field(default=time.monotonic, repr=False)
 
@@ -107,7 +114,7 @@ def tuned(
     shell = shell_of(model)
     tokens, learn = _windows(tuning.tokens, model)
     order = layers_called(shell, weights, tokens[: layer_stream.GROUP], paths)
-    with _Work(tuning, coded, order) as work:
+    with fast_products(), _Work(tuning, coded, order) as work:
         run = _Run(shell, weights, coded, tokens, learn, order, work, tuning, progress)
         run.tune_layers()
         run.distill(vectors_of(graphs, {name: p.shape for name, p in model.named_parameters()}))
@@ -129,6 +136,7 @@ class _Work:
     def __init__(self, tuning: Tuning, coded: Mapping[str, CodedWeight], order: Sequence[str]) -> None:
         settings = {
             "version": _VERSION, "seed": tuning.seed, "steps": tuning.steps, "order": list(order),
+            "dtype": str(fast_dtype()),
             "tokens": hashlib.sha256(np.asarray(tuning.tokens, dtype=np.int64).tobytes()).hexdigest(),
         }  # fmt: skip
         self.finished = None
@@ -156,10 +164,13 @@ class _Run:
         self._work, self._tuning, self._progress = work, tuning, progress
         self._begin = tuning.clock()
         self._chosen = ChosenWeights(weights, self.coded)
-        self._floats = LayerStream(shell, RememberedRows(weights), tokens, order, work.room / "float")
-        self._quantized = LayerStream(shell, RememberedRows(self._chosen), tokens, order, work.room / "quantized")
+        some = torch.cat([tokens[: min(learn, _LAYER_WINDOWS)], tokens[learn:]])
+        self._layer_learn = min(learn, _LAYER_WINDOWS)
+        self._floats = LayerStream(shell, RememberedRows(weights), some, order, work.room / "float")
+        self._quantized = LayerStream(shell, RememberedRows(self._chosen), some, order, work.room / "quantized")
         self._layers: dict[str, dict[str, Any]] = {}
         self._distilled: dict[str, Any] = {}
+        self._own = 0
         self.vectors: Mapping[str, Tensor] = {}
 
     def tune_layers(self) -> None:
@@ -185,7 +196,7 @@ class _Run:
             share = (self._begin + 60 * _LAYERS_SHARE * self._tuning.minutes - start) / (len(self._order) - number)
             pace = _Pace(self._tuning, start + share - _PASSES * passing, self._tuning.steps)
             result = tuned_layer(
-                self._quantized, path, self._floats.passed_outputs(), floats, own, learn=self._learn, steps=pace,
+                self._quantized, path, self._floats.passed_outputs(), floats, own, learn=self._layer_learn, steps=pace,
                 generator=self._generator(number),
             )  # fmt: skip
             told = _told(path, result.before, result.after, result.steps)
@@ -200,27 +211,42 @@ class _Run:
         return told
 
     def distill(self, vectors: Collection[str]) -> None:
-        """All scales and some vectors at once, in the time that is left."""
+        """All codes and scales and some vectors at once, in the time that is left."""
+        teacher = HeldWeights(self._shell, self._weights)
+        own = self._own_words(teacher)
+        tokens = torch.cat([own, self._tokens])
         pace = _Pace(self._tuning, self._begin + 60 * self._tuning.minutes, self._tuning.distilling_steps)
 
         def steps(done: int) -> int:
             total = pace(done)
-            self._progress("tuning scales of all layers", done / max(total, 1))
+            self._progress(f"tuning all layers together{f' · {total} steps' if done else ''}", done / max(total, 1))
             return total
 
         found = distilled(
-            self._shell, self._weights, self.coded, vectors, self._tokens, self._floats.logits, learn=self._learn,
-            steps=steps, generator=self._generator(len(self._order)),
+            self._shell, self._weights, self.coded, vectors, tokens, teacher, paths=self._order,
+            learn=len(own) + self._learn, steps=steps, generator=self._generator(len(self._order)),
         )  # fmt: skip
         self._distilled = _told("the model", found.before, found.after, found.steps)
         if not self._distilled["kept"]:
             self.coded, self.vectors = dict(found.coded), found.vectors
 
+    def _own_words(self, teacher: HeldWeights) -> Tensor:
+        """Windows of text that the float model makes up, (windows, time); none where it cannot."""
+        time = self._tokens.shape[1]
+        rows = self._tuning.own_tokens // time // GROUP * GROUP if has_words(self._shell) else 0
+        late = self._tuning.clock() >= self._begin + 60 * self._tuning.minutes
+        if not rows or late:
+            return self._tokens[:0]
+        tell = partial(self._progress, "writing text to learn from")
+        found = own_words(self._shell, teacher, rows, time, self._generator(len(self._order) + 1), tell)
+        self._own = found.numel()
+        return found
+
     def told(self) -> dict[str, Any]:
         """What the manifest says of it."""
         return {
-            "seed": self._tuning.seed, "tokens": self._tokens[: self._learn].numel(), "layers": self._layers,
-            "scales": self._distilled,
+            "seed": self._tuning.seed, "tokens": self._tokens[: self._learn].numel(), "own_tokens": self._own,
+            "layers": self._layers, "scales": self._distilled,
         }  # fmt: skip
 
     def _generator(self, number: int) -> torch.Generator:
@@ -228,7 +254,7 @@ class _Run:
 
 
 def _told(what: str, before: float, after: float, steps: int) -> dict[str, Any]:
-    """What the manifest says of a layer, or of all scales; whether it keeps the numbers from before."""
+    """What the manifest says of a layer, or of all at once; whether it keeps the numbers from before."""
     if not math.isfinite(before):
         raise QuantizeError(f"{what} gives NaN or infinities on real text; check the checkpoint")
     shown = after if math.isfinite(after) else None
@@ -263,7 +289,7 @@ def _windows(tokens: Sequence[int], model: Any) -> tuple[Tensor, int]:
     time = min(WINDOW, model.config.max_context)
     group = layer_stream.GROUP
     count = min(len(tokens), MOST_TUNING_TOKENS) // time // group * group
-    held = max(1, count // group // _HELD) * group
+    held = min(max(1, count // group // _HELD) * group, _MOST_HELD)
     return torch.tensor(list(tokens[: count * time])).view(count, time), count - held
 
 
