@@ -102,7 +102,7 @@ def test_own_words_are_drawn_from_the_models_distributions_and_the_seed_alone(fa
     held = HeldWeights(shell, OwnWeights(model))
     held._dtype = torch.float32
     first, again, other = (own_words(shell, held, 8, 12, torch.Generator().manual_seed(s)) for s in (0, 0, 1))
-    assert first.shape == (8, 12) and 0 <= int(first.min()) and int(first.max()) < VOCAB
+    assert first.shape == (8, 12) and int(first.min()) >= 0 and int(first.max()) < VOCAB
     torch.testing.assert_close(first, again, rtol=0, atol=0)
     assert (first != other).any()
     with torch.no_grad():
