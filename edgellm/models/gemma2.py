@@ -150,8 +150,7 @@ class Gemma2(Stack):
         c = config
         table = RotaryTable(c.head_dim, c.max_context, c.rope_theta, factors=c.rope_factors, amplitude=c.rope_amplitude)
         layers = (Layer(c, window) for window in c.windows)
-        super().__init__(c, layers, rotary=table, embedding_scale=c.width**0.5, logit_cap=c.logit_cap)
-        self.norm = Norm(c)
+        super().__init__(c, layers, rotary=table, embedding_scale=c.width**0.5, logit_cap=c.logit_cap, norm=Norm(c))
 
 
 def _windows(name: str, values: Values, fields: Fields) -> None:

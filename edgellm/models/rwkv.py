@@ -27,9 +27,10 @@ from edgellm.models.foreign import (
     refuse,
     whole,
 )
+from edgellm.models.layers import Stack
 from edgellm.models.protocol import State, Step
 from edgellm.models.registry import Architecture
-from edgellm.ops import take_positions, token_by_token
+from edgellm.ops import token_by_token
 from edgellm_runtime.spec import BATCH, StateSpec
 
 __all__ = ["ARCHITECTURE", "PRESETS", "RWKV", "RWKVConfig", "TimeMixing"]
@@ -177,7 +178,9 @@ class Layer(nn.Module):
         """Those of both."""
         return [*self.time.state_specs(prefix, dtype), *self.channel.state_specs(prefix, dtype)]
 
-    def forward(self, x: Tensor, state: State, prefix: str, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, x: Tensor, state: State, prefix: str, step: Step, _rotary: None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """(batch, time, width) to the same shape, and this layer's part of the new state."""
         y, present = self.time(self.time_norm(x), state, prefix, step)
         x = x + y
@@ -185,38 +188,16 @@ class Layer(nn.Module):
         return x + y, present | more
 
 
-class RWKV(nn.Module):
+class RWKV(Stack):
     """See the module's description; follows :class:`edgellm.models.protocol.LanguageModel`."""
 
     def __init__(self, config: RWKVConfig) -> None:
-        super().__init__()
-        self.config = c = config
-        self.embedding = nn.Embedding(c.vocab_size, c.width)
-        self.embedding_norm = nn.LayerNorm(c.width, eps=c.norm_eps)
-        self.layers = nn.ModuleList(Layer(c, number) for number in range(c.num_layers))
-        self.norm = nn.LayerNorm(c.width, eps=c.eps(c.num_layers, _LAST_NORM_EPS))
-        self.head = nn.Linear(c.width, c.vocab_size, bias=False)
-        nn.init.normal_(self.embedding.weight, std=c.width**-0.5)
-        if c.tie_embeddings:
-            self.head.weight = self.embedding.weight
-
-    def state_specs(self) -> list[StateSpec]:
-        """Those of each layer."""
-        dtype = str(self.embedding.weight.dtype).removeprefix("torch.")
-        layers = [layer for layer in self.layers if isinstance(layer, Layer)]
-        return [spec for i, layer in enumerate(layers) for spec in layer.state_specs(f"layers.{i}", dtype)]
-
-    def forward(
-        self, tokens: Tensor, state: State | None = None, step: Step | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Tokens (batch, time) to logits (batch, count, vocab_size) and the new state."""
-        state, step = state or {}, step or Step.whole(tokens)
-        x = self.embedding_norm(self.embedding(tokens))  # (batch, time, width)
-        present: dict[str, Tensor] = {}
-        for i, layer in enumerate(self.layers):
-            x, new = layer(x, state, f"layers.{i}", step)
-            present |= new
-        return self.head(take_positions(self.norm(x), step.logit_positions)), present
+        c = config
+        super().__init__(
+            c, (Layer(c, number) for number in range(c.num_layers)),
+            embedding_norm=nn.LayerNorm(c.width, eps=c.norm_eps),
+            norm=nn.LayerNorm(c.width, eps=c.eps(c.num_layers, _LAST_NORM_EPS)),
+        )  # fmt: skip
 
 
 def _halved(name: str, values: Values, fields: Fields) -> None:

@@ -37,6 +37,7 @@ from edgellm.models.foreign import (
 )
 from edgellm.models.foreign.gguf import Shapes
 from edgellm.models.foreign.keys import checked_whole
+from edgellm.models.layers import Stack
 from edgellm.models.protocol import State, Step
 from edgellm.models.registry import Architecture
 from edgellm.models.rwkv import Shift
@@ -186,37 +187,27 @@ class Layer(nn.Module):
         self.time_norm, self.channel_norm = (nn.LayerNorm(config.width, eps=config.norm_eps) for _ in range(2))
         self.time, self.channel = TimeMixing7(config, number), ChannelMixing7(config)
 
+    def state_specs(self, prefix: str, dtype: str) -> list[StateSpec]:
+        """Those of both."""
+        before = self.channel.shift.state_specs(f"{prefix}.channel", dtype)
+        return [*self.time.state_specs(prefix, dtype), *before]
 
-class RWKV7(nn.Module):
+
+class RWKV7(Stack):
     """See the module's description; follows :class:`edgellm.models.protocol.LanguageModel`."""
 
     def __init__(self, config: RWKV7Config) -> None:
-        super().__init__()
-        self.config = c = config
-        self.embedding = nn.Embedding(c.vocab_size, c.width)
-        self.embedding_norm, self.norm = (nn.LayerNorm(c.width, eps=c.norm_eps) for _ in range(2))
-        self.layers = nn.ModuleList(Layer(c, number) for number in range(c.num_layers))
-        self.head = nn.Linear(c.width, c.vocab_size, bias=False)
-        nn.init.normal_(self.embedding.weight, std=c.width**-0.5)
-        if c.tie_embeddings:
-            self.head.weight = self.embedding.weight
-
-    def state_specs(self) -> list[StateSpec]:
-        """Those of each layer."""
-        dtype = str(self.embedding.weight.dtype).removeprefix("torch.")
-        specs: list[StateSpec] = []
-        for i, layer in enumerate(self.layers):
-            assert isinstance(layer, Layer)
-            specs += layer.time.state_specs(f"layers.{i}", dtype)
-            specs += layer.channel.shift.state_specs(f"layers.{i}.channel", dtype)
-        return specs
+        c = config
+        embedding_norm, norm = (nn.LayerNorm(c.width, eps=c.norm_eps) for _ in range(2))
+        layers = (Layer(c, number) for number in range(c.num_layers))
+        super().__init__(c, layers, embedding_norm=embedding_norm, norm=norm)
 
     def forward(
         self, tokens: Tensor, state: State | None = None, step: Step | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Tokens (batch, time) to logits (batch, count, vocab_size) and the new state."""
         state, step = state or {}, step or Step.whole(tokens)
-        x, first = self.embedding_norm(self.embedding(tokens)), None  # (batch, time, width)
+        x, first = self.embedded(tokens), None  # (batch, time, width)
         present: dict[str, Tensor] = {}
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)

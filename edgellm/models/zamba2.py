@@ -192,7 +192,7 @@ class Zamba2(Stack):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Tokens (batch, time) to logits (batch, count, vocab_size) and the new state."""
         state, step = state or {}, step or Step.whole(tokens)
-        x = embedded = self.embedding(tokens)  # (batch, time, width)
+        x = embedded = self.embedded(tokens)  # (batch, time, width)
         present: dict[str, Tensor] = {}
         for i, layer in enumerate(self.layers):
             more = (embedded,) if isinstance(layer, SharingLayer) else ()

@@ -103,18 +103,22 @@ class Stack(nn.Module):
         embedding_scale: factor on embeddings.
         logit_scale: factor on logits.
         logit_cap: logits x become cap * tanh(x / cap); 0 for no cap.
+        embedding_norm: of embeddings; None for none.
+        norm: the last one; None for an RMS norm.
     """
 
     def __init__(
         self, config: StackConfig, blocks: Iterable[nn.Module], *, rotary: RotaryTable | None = None,
         embedding_scale: float = 1.0, logit_scale: float = 1.0, logit_cap: float = 0.0,
+        embedding_norm: nn.Module | None = None, norm: nn.Module | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.config, self.embedding_scale = config, embedding_scale
         self.logit_scale, self.logit_cap = logit_scale, logit_cap
         self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.embedding_norm = embedding_norm
         self.layers = nn.ModuleList(blocks)
-        self.norm: nn.Module = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps) if norm is None else norm
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.rotary = rotary
         nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
@@ -127,12 +131,17 @@ class Stack(nn.Module):
         blocks = enumerate(cast(Iterable[Stacked], self.layers))
         return [spec for i, block in blocks for spec in block.state_specs(f"layers.{i}", dtype)]
 
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """(batch, time) to (batch, time, width)."""
+        x = scaled(self.embedding(tokens), self.embedding_scale)
+        return x if self.embedding_norm is None else self.embedding_norm(x)
+
     def forward(
         self, tokens: Tensor, state: State | None = None, step: Step | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Tokens (batch, time) to logits (batch, count, vocab_size) and the new state."""
         state, step = state or {}, step or Step.whole(tokens)
-        x = scaled(self.embedding(tokens), self.embedding_scale)  # (batch, time, width)
+        x = self.embedded(tokens)
         present: dict[str, Tensor] = {}
         for i, layer in enumerate(self.layers):
             x, new = layer(x, state, f"layers.{i}", step, self.rotary)
