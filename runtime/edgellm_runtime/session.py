@@ -65,13 +65,11 @@ class Session:
         drafter: DraftGraph | None = None, adapters: Sequence[str] = (),
     ) -> None:  # fmt: skip
         check_updates(backend, signature)
-        self._backend, self.signature = backend, signature
-        self.one_pass = signature.one_pass
+        self._backend, self.signature, self.one_pass = backend, signature, signature.one_pass
         self.max_context, self._ragged_chunks = max_context, ragged_chunks
         self.chunk = max_context if self.one_pass else chunk
         self._capacity, self.encoder, self.drafter = capacity, encoder, drafter
-        self._why_shorter = ""
-        self.adapters = tuple(adapters)
+        self._why_shorter, self.adapters = "", tuple(adapters)
         self.adapter: str | None = None  # of the states that new_state makes
         self.width = int(signature.outputs[0].shape[-1])
         self.vocab_size = vocab_size or self.width
