@@ -6,6 +6,7 @@ import json
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ class Check:
         try:
             work()
         except Exception as error:  # one part's fault must not cost the minutes of the others
+            traceback.print_exc()
             self.result["not_run"].append(f"{what}: {type(error).__name__}: {str(error)[:200]}")
         if kind:
             self.took[kind] = time.monotonic() - begun
