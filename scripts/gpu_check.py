@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from gpu_checks.measure import Check
 from gpu_checks.report import check_result, rows_of
@@ -74,14 +75,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.write and (options.device != "cuda" or options.quick):
         parser.error(f"--write adds measurements of a GPU to {RESULTS}; leave --device cpu and --quick out")
-    with tempfile.TemporaryDirectory() as folder:
-        result = Check(options.device, options.quick, options.minutes).run(Path(folder))
-    result["machine"] = machine_of(options.device)
-    result["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
-    result["command"] = " ".join(["python", "scripts/gpu_check.py", *(arguments or sys.argv[1:])])
-    check_result(result)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    told = {
+        "machine": machine_of(options.device), "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": " ".join(["python", "scripts/gpu_check.py", *(arguments or sys.argv[1:])]),
+    }  # fmt: skip
+
+    def note(found: dict[str, Any]) -> None:
+        options.output.write_text(json.dumps({**found, **told}, indent=1, allow_nan=False) + "\n")
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = Check(options.device, options.quick, options.minutes, note).run(Path(folder)) | told
+    check_result(result)
+    note(result)
     print(rows_of(result))
     if options.write:
         text = RESULTS.read_text(encoding="utf-8").replace(NOTHING_YET, "")

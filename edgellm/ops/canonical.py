@@ -20,7 +20,8 @@ Attribute = int | float | str | bool | Sequence[int] | Sequence[float] | Sequenc
 
 def capturing() -> bool:
     """Whether ``torch.export`` is tracing right now."""
-    return torch.compiler.is_exporting()
+    # what torch.compile traces it believes to be exported, too
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def emit(

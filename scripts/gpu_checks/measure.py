@@ -57,17 +57,22 @@ class Check:
         device: ``cuda``, or ``cpu`` for the dry run.
         quick: tiny models, few tokens.
         minutes: what all parts together may take. Nothing is begun after them, nor what would last longer.
+        note: told the result after each part, for a machine that goes away takes with it what nobody wrote down.
     """
 
-    def __init__(self, device: str, quick: bool, minutes: float) -> None:
+    def __init__(
+        self, device: str, quick: bool, minutes: float, note: Callable[[dict[str, Any]], None] = lambda _: None
+    ) -> None:
         import torch
 
+        self.note = note
         self.torch, self.device, self.quick = torch, device, quick
         self.end, self.begun = time.monotonic() + 60 * minutes, time.monotonic()
         self.took: dict[str, float] = {}  # seconds of the last part of each kind
         self.batches, self.prompt, self.new = ((1, 2), 16, 6) if quick else ((1, 8, 32), 512, 64)
         self.result: dict[str, Any] = {
-            "parity": [], "speed": [], "copies": [], "engines": [], "not_run": [], "quick": quick
+            "parity": [], "speed": [], "copies": [], "engines": [], "not_run": [], "quick": quick,
+            "seconds": 0.0,
         }  # fmt: skip
 
     def run(self, folder: Path) -> dict[str, Any]:
@@ -78,7 +83,6 @@ class Check:
             self.torch.manual_seed(number)
             self.attempt(f"{name}", lambda name=name, make=make: self.model(name, make().eval(), folder / name))
         self.attempt("engines", lambda: self.engines(folder / "engines"))
-        result["seconds"] = round(time.monotonic() - self.begun, 1)
         return result
 
     def attempt(self, what: str, work: Callable[[], None], kind: str = "") -> None:
@@ -101,6 +105,8 @@ class Check:
             self.result["not_run"].append(f"{what}: {type(error).__name__}: {str(error)[:200]}")
         if kind:
             self.took[kind] = time.monotonic() - begun
+        self.result["seconds"] = round(time.monotonic() - self.begun, 1)
+        self.note(self.result)
 
     def wait(self) -> None:
         """Until the GPU has done what it was given."""

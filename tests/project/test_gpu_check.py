@@ -112,10 +112,12 @@ def test_a_dry_run_writes_no_results_of_a_gpu(script: Any) -> None:
 
 
 def test_what_finds_no_time_or_fails_is_listed(measure: Any) -> None:
-    check = measure.Check("cpu", True, minutes=0)
+    noted: list[list[str]] = []
+    check = measure.Check("cpu", True, 0, lambda found: noted.append([*found["not_run"]]))
     check.attempt("late", lambda: pytest.fail("it ran"))
     check.end = float("inf")
     check.attempt("broken", lambda: 1 / 0)
+    assert noted == [check.result["not_run"]], "what is known is told after each part"
     assert check.result["not_run"] == ["late: out of time", "broken: ZeroDivisionError: division by zero"]
 
 

@@ -230,7 +230,9 @@ def test_a_row_never_depends_on_its_neighbours(threads: int) -> None:
         np.testing.assert_array_equal(alone, product(matrix, "plain", x))
 
 
-@pytest.mark.parametrize("matrix", [Matrix(3, 70, 144, 16, zeros=True), Matrix(3, 70, 144, 0, bits=8)], ids=str)
+@pytest.mark.parametrize(
+    "matrix", [Matrix(3, 70, 144, 16, zeros=True), Matrix(3, 70, 144, 0, bits=8)], ids=["blocks", "rows"]
+)
 def test_scales_of_16_bits_are_read_as_they_are(matrix: Matrix) -> None:
     chain, x = Chain(), rows(3, 144)
     chain.product(matrix, "x", "y", cast=True)

@@ -32,7 +32,7 @@ Array = NDArray[Any]
 _KEPT = 4  # bindings a set of buffers: two turns of single tokens, and the chunk sizes of a prompt
 _CAPTURES = 24  # a captured graph is never given back, so there is an end to them; later steps run uncaptured
 _UNCAPTURED = -1
-_REFUSED = "cuda graph"  # what ONNX Runtime's message holds when a graph cannot be captured
+_REFUSED = ("cuda graph", "graph capture")  # what ONNX Runtime's message holds when a graph cannot be captured
 
 
 class OrtDeviceBackend:
@@ -111,7 +111,7 @@ class OrtDeviceBackend:
         except BackendError:
             raise
         except Exception as error:
-            if self.captures and _REFUSED in str(error).lower():
+            if self.captures and any(words in str(error).lower() for words in _REFUSED):
                 self._without_capture(error)
                 return
             raise load_fault(f"ONNX Runtime {self._ort.__version__}", self._graph, error) from error
