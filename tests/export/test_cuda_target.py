@@ -249,9 +249,14 @@ def test_what_steps_of_an_answer_copy_to_the_host_is_known(kind: str, copies: se
     assert not [node for node in model.graph if node.op_type in ("Loop", "Scan", "If")]
 
 
-def test_what_keeps_a_recurrence_from_being_captured_is_known() -> None:
-    assert copies_to_host(lowered("mixed", "float16", "none")) == {"LSTM.4", "GRU.4", "RNN.4"}
-    assert any(node.op_type == "Scan" for node in lowered("mixed", "float16", "int4").graph)
+@pytest.mark.parametrize("method", ["none", "int4"])
+def test_recurrences_are_loops(method: str) -> None:
+    """ONNX Runtime's own, which are cuDNN's, fail on a GPU; and loops are not captured."""
+    model = lowered("mixed", "float16", method)
+    assert copies_to_host(model) == set()
+    kinds = [node.op_type for node in model.graph]
+    assert kinds.count("Scan") == 3
+    assert not {"LSTM", "GRU", "RNN"} & {*kinds}
 
 
 def test_the_length_of_the_longest_row_would_be_copied_if_the_graph_computed_it() -> None:
@@ -289,17 +294,6 @@ def test_what_moves_states_and_chooses_tokens_has_cuda_kernels(dtype: str, monke
         ints = {"Squeeze", "Range", "ReduceMin"}
         kinds = {"Where": "int64", "Cast": dtype} | dict.fromkeys(ints, "int64")
         assert not [n for node in nodes if (n := without_kernel(node.op, "", kinds.get(node.op, "float32")))]
-
-
-def test_recurrences_compute_in_float32_inside_a_bfloat16_graph() -> None:
-    model = lowered("mixed", "bfloat16", "none")
-    cells = [node for node in model.graph if node.op_type in ("LSTM", "GRU", "RNN")]
-    assert len(cells) == 3
-    for node in cells:
-        casts = [v.producer() for i, v in enumerate(node.inputs) if v is not None and i != 4]
-        assert {(c.op_type, c.attributes["to"].as_int()) for c in casts} == {("Cast", int(ir.DataType.FLOAT))}
-        users = [user for value in node.outputs for user, _ in value.uses()]
-        assert {(u.op_type, u.attributes["to"].as_int()) for u in users} == {("Cast", int(ir.DataType.BFLOAT16))}
 
 
 def test_widening_changes_no_number() -> None:

@@ -94,10 +94,7 @@ TARGETS: Mapping[str, Target] = {
             passes=(MergeLinears, FuseAddRMSNorm), domains={"": OPSET, ort.DOMAIN: 1}, dtypes=("float16", "bfloat16"),
             caches=("float32",), ragged_chunks=False, methods={n: METHODS[n] for n in ("none", "int8", "int4")},
             device="cuda", lacks_kernel=ort.lacks_kernel, inputs=(cuda.TOTAL_LENGTH,), encoders=True,
-            wide={
-                "float16": ("LinearAttention", "ScatterElements add"),
-                "bfloat16": ("LSTM", "GRU", "RNN", "LinearAttention", "ScatterElements add"),
-            },
+            wide=dict.fromkeys(("float16", "bfloat16"), ("LinearAttention", "ScatterElements add")),
         ),
     )
 }  # fmt: skip

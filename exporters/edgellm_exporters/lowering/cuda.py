@@ -91,5 +91,6 @@ RULES: Mapping[str, Rule] = {
     "Embedding": embedding,
     "Linear": linear_rule(_matmul),
     "WindowAttention": window_rule(standard.steps, by_products),
-    **recurrent.rules(_matmul, hoist=_hoist),
+    # cuDNN refuses rows' lengths as ONNX Runtime 1.31 hands them over: CUDNN_STATUS_BAD_PARAM, on an H100
+    **recurrent.rules(_matmul, hoist=_hoist, looped=True),
 }

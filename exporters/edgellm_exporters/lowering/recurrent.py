@@ -27,13 +27,14 @@ __all__ = ["reorder", "rules"]
 _GATES = {RNN.name: (0,), LSTM.name: (0, 3, 1, 2), GRU.name: (1, 0, 2)}  # ONNX's gate i is PyTorch's _GATES[i]
 
 
-def rules(matmul: MatMul, hoist: Hoist, *, folds: bool = False) -> Mapping[str, Rule]:
+def rules(matmul: MatMul, hoist: Hoist, *, folds: bool = False, looped: bool = False) -> Mapping[str, Rule]:
     """Rules for RNN, LSTM and GRU.
 
     Args:
         matmul: the target's product with a weight, quantized or not.
         hoist: prepares a weight for ``matmul`` outside the loop over tokens.
         folds: whether the target's library computes once what depends on constants alone.
+        looped: whether float weights become a Scan too, because the library's own RNN, LSTM and GRU fail.
     """
 
     def rule(context: Lowering, view: View) -> Sequence[ir.Value]:
@@ -41,7 +42,7 @@ def rules(matmul: MatMul, hoist: Hoist, *, folds: bool = False) -> Mapping[str, 
             raise LoweringError(f"{view.op.name} was called without lengths; pass step.lengths to edgellm.ops")
         both = (view.w_ih, view.w_hh)
         rounded = any(context.quantized(w) is not None for w in both)
-        if rounded and not (folds and widens(*(_kept_as(context, w) for w in both))):
+        if looped or (rounded and not (folds and widens(*(_kept_as(context, w) for w in both)))):
             return scan(context, view, matmul, hoist)
         order, past = _GATES[view.op.name], view.all(view.op.states)
         weights = [_one_direction(context, w, order) for w in both]

@@ -6,6 +6,7 @@ library is imported here.
 
 from __future__ import annotations
 
+import math
 from hashlib import sha256
 
 from edgellm_runtime.graphs.writer import ELEMENT_TYPES, NO_SHAPES, Node, graph_bytes
@@ -16,6 +17,7 @@ LOGITS = "logits"
 RESULTS = {"ids": "int64", "values": "float32", "sum": "float32"}
 MOST = 3840  # tokens of a row; TensorRT sorts no more
 _LAST = {"keepdims": 1}
+_REDUCTIONS = (("ReduceMax", "x", "values"), ("ReduceMin", "named", "ids"))
 
 
 def choosing_graph(dtype: str, vocab: int, count: int, *, sized: bool = False) -> bytes:
@@ -29,7 +31,7 @@ def choosing_graph(dtype: str, vocab: int, count: int, *, sized: bool = False) -
         dtype: of the logits.
         vocab: how many a row.
         count: how many to choose.
-        sized: whether to state every size but the batch's.
+        sized: whether to state every size but the batch's, for a library that plans its own reductions.
     """
     nodes = [
         Node("Cast", ["logits"], ["x"], {"to": ELEMENT_TYPES["float32"]}),
@@ -38,15 +40,19 @@ def choosing_graph(dtype: str, vocab: int, count: int, *, sized: bool = False) -
     constants = {"last": [-1]}
     if count == 1:
         constants |= {"zero": [0], "one": [1], "vocab": [vocab]}
+        maximum, least = ([Node(op, [x, "last"], [y], _LAST)] for op, x, y in _REDUCTIONS)
+        if not sized and (parts := _parts(vocab)) > 1:
+            constants |= {"grid": [0, parts, vocab // parts], "line": [0, 1, parts]}
+            maximum, least = (_by_parts(op, x, y) for op, x, y in _REDUCTIONS)
         nodes += [
-            Node("ReduceMax", ["x", "last"], ["values"], _LAST),
+            *maximum,
             Node("Equal", ["x", "values"], ["equal"]),
             Node("Squeeze", ["zero"], ["start"]),
             Node("Squeeze", ["vocab"], ["limit"]),
             Node("Squeeze", ["one"], ["delta"]),
             Node("Range", ["start", "limit", "delta"], ["iota"]),
             Node("Where", ["equal", "iota", "vocab"], ["named"]),
-            Node("ReduceMin", ["named", "last"], ["ids"], _LAST),
+            *least,
         ]
     else:
         constants |= {"k": [count]}
@@ -54,6 +60,21 @@ def choosing_graph(dtype: str, vocab: int, count: int, *, sized: bool = False) -
     row, some, one = (("batch", 1, size) for size in (vocab, count, 1))
     shapes = {LOGITS: row, "ids": some, "values": some, "sum": one} if sized else NO_SHAPES
     return graph_bytes(nodes, {LOGITS: dtype}, RESULTS, constants, shapes)
+
+
+def _parts(vocab: int) -> int:
+    """Into how many equal parts to cut a row, the divisor nearest its square root."""
+    return max(n for n in range(1, math.isqrt(vocab) + 1) if vocab % n == 0)
+
+
+def _by_parts(op: str, x: str, y: str) -> list[Node]:
+    """A reduction of parts of rows and then of what these gave: cuDNN's takes a thread for a row, 8 ms of 49,152."""
+    return [
+        Node("Reshape", [x, "grid"], [f"{x}.parts"]),
+        Node(op, [f"{x}.parts", "last"], [f"{x}.of_parts"], _LAST),
+        Node("Reshape", [f"{x}.of_parts", "line"], [f"{x}.line"]),
+        Node(op, [f"{x}.line", "last"], [y], _LAST),
+    ]
 
 
 def choosing_digest(vocab: int, count: int) -> str:
