@@ -77,7 +77,7 @@ def _rounded(model: nn.Module) -> nn.Module:
             if isinstance(ours, Norm) and isinstance(theirs, Norm):  # a graph holds 1 + w, and rounds that
                 ours.weight.copy_((1 + theirs.weight).bfloat16().float() - 1)
             if isinstance(ours, Gemma2):
-                ours.scale = float(torch.tensor(ours.scale).bfloat16())
+                ours.embedding_scale = float(torch.tensor(ours.embedding_scale).bfloat16())
     return copied
 
 

@@ -278,5 +278,5 @@ def test_what_is_no_checkpoint_is_refused_with_what_is(tmp_path):
     (tmp_path / "file.txt").write_bytes(b"x")
     (tmp_path / "empty").mkdir()
     for name, message in {"absent": "does not exist", "file.txt": "is no checkpoint", "empty": "no checkpoint"}.items():
-        with pytest.raises(CheckpointError, match=f"{message}.*a .gguf file"):
+        with pytest.raises(CheckpointError, match=f"{message}.*a .gguf or .pth file"):
             load_checkpoint(tmp_path / name)

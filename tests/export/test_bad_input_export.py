@@ -28,6 +28,7 @@ from edgellm_exporters import export as export_module
 from edgellm_exporters import graph_sets
 from edgellm_exporters.errors import CaptureError, ExportError
 from edgellm_exporters.export import ExportOptions
+from edgellm_exporters.graph.write import GRAPH_FILE
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_runtime.bundle import Bundle
 
@@ -181,9 +182,11 @@ def there() -> Path:
 @pytest.fixture
 def graphless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the seconds of tracing; what is tested comes after."""
-    monkeypatch.setattr(export_module, "_planned", lambda *_: (SimpleNamespace(step=None, encoder=None), Plan()))
+    monkeypatch.setattr(
+        export_module, "_planned", lambda *_: (SimpleNamespace(step=None, encoder=None, all=()), Plan())
+    )
     monkeypatch.setattr(export_module, "hidden_of", lambda *_: None)
-    monkeypatch.setattr(graph_sets, "lower_to", lambda *_, **__: None)
+    monkeypatch.setattr(graph_sets.OneGraph, "_lowered", lambda *_, **__: {GRAPH_FILE: None})
     monkeypatch.setattr(graph_sets, "narrow_caches", lambda *_: None)
     monkeypatch.setattr(graph_sets, "write_graphs", lambda *_: None)
     monkeypatch.setattr(export_module, "_session", lambda *_: None)

@@ -80,7 +80,8 @@ def test_calls_are_found_in_every_way_of_writing_them(name: str) -> None:
     [
         "The answer is {x}.", '{"name": "Ada", "age": 36}', "[1, 2, 3]", "<tool_call>weather in Zürich?</tool_call>",
         '<tool_call>{"name": "weather"}</tool_call>', '<tool_call>{"name": "", "arguments": {}}</tool_call>',
-        '<tool_call>{"name": "weather", "arguments": {"a": NaN}}</tool_call>', "[f(1)]", "[f(x=g())]", "[f(x={1})]",
+        '<tool_call>{"name": "weather", "arguments": {"a": NaN}}</tool_call>',
+        '<tool_call>{"name": "weather", "arguments": {"a": 1e400}}</tool_call>', "[f(1)]", "[f(x=g())]", "[f(x={1})]",
         "[__import__('os').system('x')]", "[f(**{})]", "[TOOL_CALLS]", "<|python_tag|>print(1)", "  spaced  ", "",
         "[" * 5000, "{" * 5000, "[f(x=" * 2000, '{"name": "f", "arguments": 3}',
     ],

@@ -192,7 +192,7 @@ TABLE: dict[str, dict[str, str]] = {
     "State.snapshot": {"row": "small integer or None"},
     "State.restore": {"snapshot": "object"},
     "State.save": {"path": "path", "about": "variables or None", "snapshots": "ids"},
-    "State.load": {"path": "path", "specs": "specs"},
+    "State.load": {"path": "path", "specs": "specs", "threads": "integer"},
     "Tokenizer.encode": {"text": "text", "bos": "flag", "special": "flag"},
     "Tokenizer.to_json": {},
     "Tokenizer.special_spans": {"text": "text"},

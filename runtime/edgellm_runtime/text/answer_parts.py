@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ def _tried(read: Callable[[re.Match[str]], Iterator[ToolCall]], match: re.Match[
 
 def _json_calls(text: str) -> Iterator[ToolCall]:
     """One object, several in a list, or several one after the other."""
-    decoder, at = json.JSONDecoder(parse_constant=_refuse), 0
+    decoder, at = json.JSONDecoder(**_STRICT), 0
     text = text.strip()
     while at < len(text):
         value, at = decoder.raw_decode(text, at)
@@ -138,12 +139,22 @@ def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is no JSON")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text} is beyond the numbers that there are")
+    return value
+
+
+_STRICT: dict[str, Any] = {"parse_constant": _refuse, "parse_float": _finite}  # for json: what others can read again
+
+
 def _call_of(entry: Any) -> ToolCall:
     entry = entry.get("function", entry) if isinstance(entry.get("function", entry), dict) else entry
     name = entry["name"]
     arguments = entry.get("arguments", entry.get("parameters"))
     if isinstance(arguments, str):
-        arguments = json.loads(arguments, parse_constant=_refuse) if arguments.strip() else {}
+        arguments = json.loads(arguments, **_STRICT) if arguments.strip() else {}
     if not isinstance(name, str) or not name or not isinstance(arguments, dict):
         raise ValueError("no name, or arguments that are none")
     return ToolCall(name, arguments)
@@ -176,7 +187,7 @@ def _tagged(match: re.Match[str]) -> Iterator[ToolCall]:
 def parameter_value(text: str) -> Any:
     """What a tagged parameter says: JSON, if it is a number, a list, an object, true, false or null; else the text."""
     try:
-        value = json.loads(text, parse_constant=_refuse)
+        value = json.loads(text, **_STRICT)
     except ValueError:
         return text
     return text if isinstance(value, str) else value
@@ -184,7 +195,7 @@ def parameter_value(text: str) -> Any:
 
 def _named(match: re.Match[str]) -> Iterator[ToolCall]:
     """A name and its JSON arguments, apart."""
-    arguments = json.loads(match[2], parse_constant=_refuse)
+    arguments = json.loads(match[2], **_STRICT)
     if not isinstance(arguments, dict):
         raise ValueError("arguments that are none")
     yield ToolCall(match[1], arguments)

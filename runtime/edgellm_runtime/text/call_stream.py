@@ -153,8 +153,10 @@ class CallStream:
         """Parameters between tags, as JSON one after another."""
         assert self._parameters is not None
         if found := _PARAMETER.match(self._text, self._at):
-            value = json.dumps(parameter_value(found[2]), ensure_ascii=False)
-            text = f"{', ' if self._parameters else '{'}{json.dumps(found[1], ensure_ascii=False)}: {value}"
+            name, value = (
+                json.dumps(x, ensure_ascii=False, allow_nan=False) for x in (found[1], parameter_value(found[2]))
+            )
+            text = f"{', ' if self._parameters else '{'}{name}: {value}"
             self._at, self._parameters = found.end(), self._parameters + 1
             self._arguments.append(text)
             yield Piece("arguments", text)
