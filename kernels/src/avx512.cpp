@@ -86,7 +86,7 @@ void tile(const Matrix& m, const Rounded& x, int row, int unit, float* y) {
         __m512i some0 = all0, some1 = all1;
         if (g > 0) some0 = _mm512_srli_epi16(all0, kBits * g), some1 = _mm512_srli_epi16(all1, kBits * g);
         if (kBits < 8) some0 = _mm512_and_si512(some0, mask), some1 = _mm512_and_si512(some1, mask);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int r = 0; r < kRows; r++) {
           const __m512i four = broadcast(codes + r * stride + 4 * (l * kGroups + g));
           whole[r][chain][0] = _mm512_dpbusd_epi32(whole[r][chain][0], some0, four);
@@ -135,6 +135,7 @@ template <int kBits, int kLines, bool kHalf>
 void units(const Matrix& m, const Rounded& x, float* y, int first, int last) {
   for (int u = first; u < last; u++) {
     int row = 0;
+    for (; x.rows > 8 && row + 6 <= x.rows; row += 6) tile<6, kBits, kLines, kHalf>(m, x, row, u, y);
     for (; row + 4 <= x.rows; row += 4) tile<4, kBits, kLines, kHalf>(m, x, row, u, y);
     if (x.rows - row == 3) tile<3, kBits, kLines, kHalf>(m, x, row, u, y);
     if (x.rows - row == 2) tile<2, kBits, kLines, kHalf>(m, x, row, u, y);
