@@ -306,7 +306,7 @@ RECURRENT: Mapping[str, Config] = {
     },
     "zamba2": COMMON
     | {
-        "layer_types": ["mamba", "hybrid"], "mamba_d_state": 8, "n_mamba_heads": 8, "mamba_ngroups": 1,
+        "layers_block_type": ["mamba", "hybrid"], "mamba_d_state": 8, "n_mamba_heads": 8, "mamba_ngroups": 1,
         "num_mem_blocks": 1,
     },
 }  # fmt: skip
