@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 from functools import partial
@@ -18,13 +19,16 @@ from tiny_files import copied, edit_manifest, sign
 
 from edgellm import streaming
 from edgellm.checkpoints import open_checkpoint, save_checkpoint
-from edgellm.streaming import resident
+from edgellm.streaming import OwnWeights, resident
 from edgellm_exporters.export import ExportOptions, export
+from edgellm_exporters.passes.merge_linears import parts_of
 from edgellm_exporters.proof.samples import golden_rows
 from edgellm_exporters.proof.traces import traces
+from edgellm_exporters.quantize import codes_on_disk
 from edgellm_exporters.quantize import plan as plan_module
-from edgellm_exporters.quantize.quantized_model import quantized_model, quantized_stream
+from edgellm_exporters.quantize.quantized_model import quantized_model, quantized_stream, same_numbers
 from edgellm_exporters.quantize.rounded_products import round_blocks
+from edgellm_exporters.quantize.tuning.layer_stream import shell_of
 from edgellm_runtime import open_session
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.checks.verify import Check, verify
@@ -178,6 +182,28 @@ def test_numbers_that_are_read_one_by_one_are_those_of_the_whole_model(
         found: Any = list(traces(streamed, rows))  # type: ignore[arg-type]
     for one, other in zip(traces(whole, rows), found, strict=True):
         torch.testing.assert_close(one.logits, other.logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["4:32:asymmetric", "4:32:shifted"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_rows_of_a_table_whose_codes_were_chosen_whole_hold_no_more_than_themselves(
+    method: str, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lookup reads each token's row by itself: a view would keep a whole table for each of them."""
+    monkeypatch.setattr(codes_on_disk, "_LEAST", 1)
+    model: Any = make("decoder untied with biases")
+    plan = dataclasses.replace(planned(model, "cpu", method)[1], by_rows=frozenset())
+    shell, scratch = shell_of(model), tmp_path if kept else None
+    stream = same_numbers(shell, OwnWeights(model), plan, rounds=False, noise=lambda x: x, scratch=scratch).weights
+    names = sorted(part for name in plan.schemes for part in parts_of(name))
+    assert len(names) > 4
+    for name in names:
+        first = stream.rows(name, 3, 4)  # when nothing is kept yet
+        whole = stream.read(name)
+        torch.testing.assert_close(first, whole[3:4], rtol=0, atol=0)
+        some = stream.rows(name, 5, 7)
+        torch.testing.assert_close(some, whole[5:7], rtol=0, atol=0)
+        assert some.untyped_storage().nbytes() == some.nbytes < whole.nbytes
 
 
 def test_rounding_blocks_keeps_the_largest_and_moves_the_rest_by_half_a_step_at_most() -> None:

@@ -38,6 +38,8 @@ def test_kept_codes_are_those_that_were_computed(scheme: Scheme, tmp_path: Path)
     for key in ("first", "second"):
         assert kept.get(key, scheme.bits, lambda: codes) is codes
     assert _same(kept.get("first", scheme.bits, _never), codes)
+    some = kept.get("first", scheme.bits, _never, (300, 517))
+    assert _same(some, codes.of_rows(300, 517))
     assert list(tmp_path.iterdir()) == []  # a file without a name, which no bundle can hold
 
 

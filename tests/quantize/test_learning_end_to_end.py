@@ -15,6 +15,7 @@ from torch import Tensor
 from edgellm.streaming import OwnWeights
 from edgellm_exporters.quantize.plan import Scheme
 from edgellm_exporters.quantize.rtn import round_to_nearest
+from edgellm_exporters.quantize.tuning import own_words as own_words_module
 from edgellm_exporters.quantize.tuning import tune as tune_module
 from edgellm_exporters.quantize.tuning.divergence import divergence
 from edgellm_exporters.quantize.tuning.held import HeldWeights
@@ -109,6 +110,18 @@ def test_own_words_are_drawn_from_the_models_distributions_and_the_seed_alone(fa
         likeliest = model(first)[0].argmax(-1)
     torch.testing.assert_close(first[:, 1:4], likeliest[:, :3], rtol=0, atol=0)  # before anything is drawn
     assert (first[:, 4:] != likeliest[:, 3:-1]).any()
+
+
+def test_own_words_are_written_by_few_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = make("decoder")
+    shell = shell_of(model)
+    held, at_once, told = HeldWeights(shell, OwnWeights(model)), list[int](), list[float]()
+    shell.register_forward_pre_hook(lambda _, given: at_once.append(len(given[0])))
+    monkeypatch.setattr(own_words_module, "ROWS", 3)
+    found = own_words(shell, held, 8, 6, torch.Generator().manual_seed(0), told.append)
+    assert found.shape == (8, 6)
+    assert at_once == [3] * 5 + [3] * 5 + [2] * 5
+    assert told == sorted(told) and told[-1] <= 1
 
 
 @pytest.mark.parametrize("family", ["decoder", "mixed"])

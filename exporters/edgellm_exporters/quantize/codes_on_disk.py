@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import weakref
 from collections.abc import Callable, Hashable
@@ -55,23 +56,26 @@ class CodesOnDisk:
         self._kept: dict[Hashable, _Kept] = {}
         self._full = False
 
-    def get(self, key: Hashable, bits: int, compute: Callable[[], Codes]) -> Codes:
+    def get(
+        self, key: Hashable, bits: int, compute: Callable[[], Codes], rows: tuple[int, int] | None = None
+    ) -> Codes:  # fmt: skip
         """The codes of a key.
 
         Args:
             key: names them; ``compute`` gives the same for one key each time.
             bits: of a code.
             compute: called where they are not kept.
+            rows: the first row that is wanted and the one after the last; None for all.
         """
         if key in self._kept:
-            return self._read(self._kept[key])
+            return self._read(self._kept[key], rows)
         codes = compute()
         if codes.codes.size >= _LEAST and not self._full:
             try:
                 self._kept[key] = self._written(codes, bits)
             except OSError:
                 self._full = True
-        return codes
+        return codes if rows is None else codes.of_rows(*rows)
 
     def _written(self, codes: Codes, bits: int) -> _Kept:
         if self._file is None:
@@ -90,13 +94,14 @@ class CodesOnDisk:
         file.write(np.ascontiguousarray(array).data)
         return place
 
-    def _read(self, kept: _Kept) -> Codes:
-        packed, scales, zeros = (self._array(place) for place in (kept.codes, kept.scales, kept.zeros))
+    def _read(self, kept: _Kept, rows: tuple[int, int] | None) -> Codes:
+        packed, scales, zeros = (self._array(place, rows) for place in (kept.codes, kept.scales, kept.zeros))
         return Codes(unpack(packed, kept.bits, kept.padded), scales, zeros, kept.columns, kept.floating)
 
-    def _array(self, place: _Place) -> NDArray[Any]:
+    def _array(self, place: _Place, rows: tuple[int, int] | None) -> NDArray[Any]:
         assert self._file is not None
-        found = np.empty(place.shape, place.dtype)
-        self._file.seek(place.offset)
+        start, stop = rows or (0, place.shape[0])
+        found = np.empty((stop - start, *place.shape[1:]), place.dtype)
+        self._file.seek(place.offset + start * math.prod(place.shape[1:]) * place.dtype.itemsize)
         self._file.readinto(found.data)  # type: ignore[attr-defined]
         return found

@@ -121,6 +121,11 @@ class Codes:
     columns: int = 0
     floating: bool = False
 
+    def of_rows(self, start: int, stop: int) -> Codes:
+        """The numbers of some rows; not copies."""
+        some = slice(start, stop)
+        return Codes(self.codes[some], self.scales[some], self.zeros[some], self.columns, self.floating)
+
     def signed(self, dtype: Any) -> NDArray[Any]:
         """Codes less their zeros, (rows, columns), in a type that holds them."""
         if self.floating:

@@ -174,14 +174,17 @@ class _Numbers:
         """What a weight's columns were multiplied with, (columns,)."""
         return torch.from_numpy(self._columns[name]) if name in self._columns else torch.ones(columns)
 
-    def of(self, name: str, read: Callable[[], Tensor], start: int, stop: int) -> Tensor:
+    def of(
+        self, name: str, read: Callable[[], Tensor], start: int, stop: int, some: tuple[int, int] | None = None
+    ) -> Tensor:  # fmt: skip
         """The numbers that stand for some of a weight's rows.
 
         Args:
             name: of the weight.
             read: gives these rows of the float weight; not called where their codes are kept.
-            start: the first row.
+            start: the first row whose codes are computed together.
             stop: the one after the last.
+            some: of these rows, which are wanted; None for all.
         """
         scheme, column, row = self.schemes[name], self._columns.get(name), self._rows.get(name)
         columns = None if column is None else torch.from_numpy(column)
@@ -191,13 +194,18 @@ class _Numbers:
             weight = _times(_times(read(), columns), rows)
             return self._quantize(name, weight.numpy(), scheme)
 
-        codes = compute() if self._kept is None else self._kept.get((name, start, stop), scheme.bits, compute)
-        if codes.columns:
+        cut = None if scheme.shifted and name not in self._shifts else some  # products ask for the shifts of all rows
+        if self._kept is not None:
+            codes = self._kept.get((name, start, stop), scheme.bits, compute, cut)
+        else:
+            codes = compute() if cut is None else compute().of_rows(*cut)
+        if codes.columns and cut is None:
             self._shifts[name] = torch.from_numpy(codes.shifts().copy())
+        codes = codes if cut == some else codes.of_rows(*some or (start, stop))
         found = torch.from_numpy(codes.dequantize())
         if name in self.orders:
             found = found[:, self.orders[name].argsort()]
-        for scale in (columns, rows):
+        for scale in (columns, rows if rows is None or some is None else rows[slice(*some)]):
             found = found if scale is None else found.div_(scale)
         return found
 
@@ -240,12 +248,13 @@ class RoundedWeights:
         return self._numbers.of(planned, lambda: self._weights.read(name), 0, self._lengths[planned])
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Some rows of one parameter; of codes that were chosen for the whole of it, all are made first."""
+        """Some rows of one parameter, of memory of their own; codes that were chosen for the whole of it are cut."""
         if name not in self._planned:
             return self._weights.rows(name, start, stop)
         planned = self._planned[name]
         if planned not in self._numbers.by_rows:
-            return self.read(name)[start:stop]
+            length = self._lengths[planned]
+            return self._numbers.of(planned, lambda: self._weights.read(name), 0, length, (start, stop))
         return self._numbers.of(planned, lambda: self._weights.rows(name, start, stop), start, stop)
 
 

@@ -16,8 +16,9 @@ from edgellm.models.protocol import Step, answers_sources, empty_state, logit_wi
 from edgellm_exporters.quantize.tuning.held import HeldWeights
 from edgellm_exporters.quantize.tuning.reading import Reading
 
-__all__ = ["has_words", "own_words"]
+__all__ = ["ROWS", "has_words", "own_words"]
 
+ROWS = 32  # that are written at once: each has a state, and logits over the vocabulary
 _LIKELIEST = 3  # tokens after the first
 
 
@@ -39,11 +40,27 @@ def own_words(
     Args:
         shell: the model, its parameters on the meta device.
         held: its weights.
-        rows: how many, all at once.
+        rows: how many; :data:`ROWS` of them at once.
         time: tokens of each.
         generator: of first tokens and of what is drawn.
         progress: told the share of what is done.
     """
+    found = list[Tensor]()
+    for start in range(0, rows, ROWS):
+        count = min(ROWS, rows - start)
+
+        def tell(share: float, start: int = start, count: int = count) -> None:
+            progress((start + count * share) / rows)
+
+        found.append(_written_together(shell, held, count, time, generator, tell))
+    return torch.cat(found)
+
+
+def _written_together(
+    shell: nn.Module, held: HeldWeights, rows: int, time: int, generator: torch.Generator,
+    progress: Callable[[float], None],
+) -> Tensor:  # fmt: skip
+    """Some of these rows."""
     model: Any = shell
     tokens = torch.randint(0, model.config.vocab_size, (rows, 1), generator=generator)
     state, found = empty_state(model, rows, time), [tokens]

@@ -246,7 +246,7 @@ class _Run:
         """What the manifest says of it."""
         return {
             "seed": self._tuning.seed, "tokens": self._tokens[: self._learn].numel(), "own_tokens": self._own,
-            "layers": self._layers, "scales": self._distilled,
+            "layers": self._layers, "together": self._distilled,
         }  # fmt: skip
 
     def _generator(self, number: int) -> torch.Generator:
