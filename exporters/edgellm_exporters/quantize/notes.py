@@ -38,16 +38,16 @@ def _tuning_named(tuning: Mapping[str, Any]) -> list[str]:
     """What tuning came to, and which layers are as they were before it."""
     if not tuning:
         return []
-    layers, scales = tuning["layers"], tuning["scales"]
+    layers, together = tuning["layers"], tuning["together"]
     unreached = [path for path, told in layers.items() if not told["steps"]]
     worse = [path for path, told in layers.items() if told["kept"] and told["steps"]]
     said = f"{len(layers) - len(unreached) - len(worse)} of {len(layers)} layers are tuned"
-    if scales["steps"] and not scales["kept"]:
+    if together["steps"] and not together["kept"]:
         said += (
-            f", and all together in {scales['steps']} steps: KL {scales['before']:.3g} to {scales['after']:.3g} on "
-            "held-back text"
+            f", and all together in {together['steps']} steps: KL {together['before']:.3g} to "
+            f"{together['after']:.3g} on held-back text"
         )
-    elif scales["steps"]:
+    elif together["steps"]:
         said += "; tuning all together made held-back text no better, and was dropped"
     notes = [said]
     if worse:
