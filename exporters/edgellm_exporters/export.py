@@ -41,6 +41,7 @@ from edgellm_exporters.proof.far_row import FarStart, far_row, far_start
 from edgellm_exporters.proof.goldens import GREEDY, write_goldens
 from edgellm_exporters.proof.layer_bounds import layers_in
 from edgellm_exporters.proof.measured_bounds import with_measured_bounds
+from edgellm_exporters.proof.opened import open_proof
 from edgellm_exporters.proof.parity import ParityReport, measure, unequal
 from edgellm_exporters.proof.receipt import check_receipt, measured_receipt
 from edgellm_exporters.proof.same_numbers import ExactTraces, exact_traces
@@ -64,7 +65,6 @@ from edgellm_runtime.bundle import GRAPH, MANIFEST, Bundle, FileInfo, Manifest, 
 from edgellm_runtime.checks.meaning import MEANING, meaning_of
 from edgellm_runtime.checks.verify import Verification, verify
 from edgellm_runtime.errors import OptionError
-from edgellm_runtime.loading import unchecked_session
 from edgellm_runtime.option_ranges import check_defaults
 from edgellm_runtime.session import Session
 from edgellm_runtime.spec import Signature, TensorSpec
@@ -332,7 +332,7 @@ def _signature(
 
 def _session(scratch: Path) -> Session:
     # its bytes were hashed while they were written; wherever it is to run, it is proved here
-    return unchecked_session(Bundle(scratch, checksums=False), device="cpu", kernels="onnxruntime")
+    return open_proof(Bundle(scratch, checksums=False))
 
 
 def _prove(

@@ -33,13 +33,13 @@ from edgellm_exporters.graph.lower import lower_to, prepare
 from edgellm_exporters.graph.targets import Target
 from edgellm_exporters.graph.write import Progress, write_graph
 from edgellm_exporters.lowering import ort
+from edgellm_exporters.proof.opened import step_backend
 from edgellm_exporters.proof.parity import ParityReport, compare
 from edgellm_exporters.quantize.calibrate import check_windows, largest_inputs
 from edgellm_exporters.quantize.lossless import smallest_holding
 from edgellm_exporters.quantize.plan import Plan, Scheme
 from edgellm_exporters.quantize.planning import Uses, plan_of, smoothed
 from edgellm_exporters.quantize.tuning.tune import Tuning, tuned
-from edgellm_runtime.backends.ort import OrtBackend
 from edgellm_runtime.bundle import GRAPH
 from edgellm_runtime.session import Session
 from edgellm_runtime.spec import TensorSpec
@@ -115,7 +115,7 @@ class Automatic:
         """Compare a built graph with the float model on the held-out text."""
         signature = signature_of(self.model, self.hidden)
         session = Session(
-            OrtBackend(directory / GRAPH, signature), signature, max_context=self.model.config.max_context,
+            step_backend(directory / GRAPH, signature), signature, max_context=self.model.config.max_context,
             ragged_chunks=self.target.ragged_chunks,
         )  # fmt: skip
         with resident(self.model, self.weights):

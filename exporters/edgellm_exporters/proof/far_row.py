@@ -17,6 +17,7 @@ from edgellm.models.protocol import LanguageModel, Step
 from edgellm.ops import ATTENTION
 from edgellm.ops.attention import attention_reference
 from edgellm.ops.schema import computed_by
+from edgellm_exporters.proof.opened import open_floats, open_proof
 from edgellm_exporters.proof.traces import Trace
 from edgellm_exporters.weights.memory import give_back
 from edgellm_runtime.bundle import Bundle
@@ -24,7 +25,6 @@ from edgellm_runtime.checks.far import (
     FAR,
     far_distances,
     far_golden,
-    float_session,
     made_up,
     page_by_page,
     reads_floats,
@@ -32,7 +32,6 @@ from edgellm_runtime.checks.far import (
 )
 from edgellm_runtime.checks.goldens import goldens_file
 from edgellm_runtime.checks.verify import MARGIN
-from edgellm_runtime.loading import open_session
 from edgellm_runtime.spec import StateSpec
 
 __all__ = ["FarRow", "FarStart", "far_bounds", "far_row", "far_start"]
@@ -173,9 +172,6 @@ def far_bounds(bundle: Bundle, bounds: Mapping[str, float]) -> dict[str, float]:
 def _figures(bundle: Bundle, data: Mapping[str, Any], threads: int) -> list[dict[str, float]]:
     """How far a bundle is from its far row, all at once and token by token; its session goes before another is made."""
     give_back()
-    if reads_floats(bundle, data):
-        session = float_session(bundle, threads)
-    else:
-        session = open_session(bundle, device="cpu", threads=threads, kernels="onnxruntime")
+    session = open_floats(bundle, threads) if reads_floats(bundle, data) else open_proof(bundle, threads)
     far = far_golden(data, bundle.manifest.width, session)
     return far_distances(session, far)

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edgellm_exporters.proof.opened import open_tapped
 from edgellm_exporters.proof.traces import Trace
 from edgellm_exporters.weights.memory import give_back
 from edgellm_runtime.bundle import Bundle
-from edgellm_runtime.checks.layers import LAYER, layer_difference, sampled_layer, tapped
+from edgellm_runtime.checks.layers import LAYER, layer_difference, sampled_layer
 from edgellm_runtime.checks.verify import MARGIN
 from edgellm_runtime.graphs.onnx_file import nodes_of, read_model
 
@@ -99,7 +100,7 @@ def _outputs(
 ) -> dict[str, NDArray[np.float32]]:
     """Of a session on so many threads, which is gone before another is made."""
     give_back()
-    return tapped(bundle, paths, threads=threads).read(row)[1]
+    return open_tapped(bundle, paths, threads).read(row)[1]
 
 
 def typical_distance(expected: NDArray[np.float32], found: NDArray[np.float32]) -> float:

@@ -20,6 +20,7 @@ from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.proof.far_row import FarRow, FarStart, far_row
 from edgellm_exporters.proof.goldens import golden_of
 from edgellm_exporters.proof.layer_bounds import LayerDistance, furthest, layer_distances
+from edgellm_exporters.proof.opened import open_proof
 from edgellm_exporters.proof.traces import Sources, Trace, traces
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.quantize.quantized_model import same_numbers
@@ -28,7 +29,6 @@ from edgellm_exporters.weights.memory import give_back
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.checks.goldens import Golden
 from edgellm_runtime.checks.verify import EXACT, distance, exact_figures, read_goldens
-from edgellm_runtime.loading import unchecked_session
 
 __all__ = ["ExactTraces", "exact_traces", "measured_exactly"]
 
@@ -148,4 +148,4 @@ def measured_exactly(scratch: Path, others: Sequence[Mapping[str, float]]) -> di
 def _figures(bundle: Bundle, goldens: Sequence[Golden], threads: int) -> dict[str, float]:
     """Of a session on so many threads, which is gone before another is made."""
     give_back()
-    return exact_figures(unchecked_session(bundle, device="cpu", threads=threads, kernels="onnxruntime"), goldens)
+    return exact_figures(open_proof(bundle, threads), goldens)

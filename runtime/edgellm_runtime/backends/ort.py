@@ -25,7 +25,7 @@ from edgellm_runtime.threads import thread_count
 if TYPE_CHECKING:
     from edgellm_runtime.backends.own_kernels import OwnKernels
 
-__all__ = ["OrtBackend", "check_names", "library", "with_kernels"]
+__all__ = ["OrtBackend", "check_names", "library", "load_graph", "session_options", "with_kernels"]
 
 Array = NDArray[Any]
 NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
@@ -70,6 +70,54 @@ def _attention_in_one_piece() -> Iterator[None]:
         finally:
             if ours:
                 os.environ.pop(_NO_BLOCKS, None)
+
+
+def session_options(
+    threads: int | None, *, fusions: bool = True, float_inputs: bool = False, weights: Path | None = None
+) -> Any:  # fmt: skip
+    """Options of the library for one graph on this processor.
+
+    Args:
+        threads: as for :class:`OrtBackend`.
+        fusions: likewise.
+        float_inputs: likewise.
+        weights: the folder of the files of weights, where the graph is given as bytes.
+    """
+    ort = library()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = thread_count(threads)
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # A plan of one block of memory for each shape of step, kept for good: it costs megabytes and saves no time.
+    options.enable_mem_pattern = False
+    if not fusions:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        # weights are made floats once, when the graph is loaded, and not in every step
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if float_inputs:
+        options.add_session_config_entry(_FLOAT_PRODUCTS, "1")
+    if weights is not None:
+        options.add_session_config_entry(_FOLDER, str(weights))
+    return options
+
+
+def load_graph(source: str | bytes, graph: Path, options: Any) -> Any:
+    """A session of the library.
+
+    Args:
+        source: the graph's file, or its bytes.
+        graph: the file, for messages.
+        options: of the session.
+
+    Raises:
+        BackendError: the library refuses the graph.
+    """
+    ort = library()
+    try:
+        with _attention_in_one_piece():
+            return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the library raises many kinds of its own
+        raise load_fault(f"ONNX Runtime {ort.__version__}", graph, error) from error
 
 
 def with_kernels(
@@ -117,16 +165,7 @@ class OrtBackend(HostBackend):
         kernels: OwnKernels | None = None, swapped: bytes | None = None, float_inputs: bool = False,
     ) -> None:  # fmt: skip
         ort = library()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = thread_count(threads)
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # A plan of one block of memory for each shape of step, kept for good: it costs megabytes and saves no time.
-        options.enable_mem_pattern = False
-        if not fusions:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-            # weights are made floats once, when the graph is loaded, and not in every step
-            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        options = session_options(threads, fusions=fusions, float_inputs=float_inputs)
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
         self.device, self.threads, self.kernels = device, options.intra_op_num_threads, kernels
@@ -136,24 +175,16 @@ class OrtBackend(HostBackend):
         if kernels is not None:
             source = with_kernels(graph, kernels, options, fetch, swapped)
         if float_inputs:
-            options.add_session_config_entry(_FLOAT_PRODUCTS, "1")
             source = with_float_inputs(graph.read_bytes())
         if fetch:
             source = with_outputs(source if isinstance(source, bytes) else graph.read_bytes(), fetch)
         if isinstance(source, bytes) and kernels is None:  # which have set it; twice, and the library complains
             options.add_session_config_entry(_FOLDER, str(graph.parent))
-        self._session = self._load(source, graph, options)
+        self._session = load_graph(source, graph, options)
         self._inputs = check_names(self._session, signature, fetch)
-        self._encoder = None if encoder is None else self._load(str(encoder), encoder, options)
+        self._encoder = None if encoder is None else load_graph(str(encoder), encoder, options)
         if self._encoder is not None:
             check_names(self._encoder, signature.encoder)
-
-    def _load(self, source: str | bytes, graph: Path, options: Any) -> Any:
-        try:
-            with _attention_in_one_piece():
-                return self._ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # the library raises many kinds of its own
-            raise load_fault(f"ONNX Runtime {self._ort.__version__}", graph, error) from error
 
     def encode(self, source: NDArray[np.int64], lengths: NDArray[np.int32], state: State) -> None:
         """See :meth:`edgellm_runtime.backends.Backend.encode`."""

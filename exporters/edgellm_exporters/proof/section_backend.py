@@ -1,0 +1,109 @@
+"""Steps of a graph whose sections are loaded one after the other in each step: slow, in the memory of one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellm_exporters.proof.sections import Section, sections_of
+from edgellm_exporters.weights.memory import trim
+from edgellm_runtime.backends.base import HostBackend
+from edgellm_runtime.backends.faults import step_fault
+from edgellm_runtime.backends.ort import library, load_graph, session_options
+from edgellm_runtime.graphs.float_inputs import with_float_inputs
+from edgellm_runtime.spec import Signature
+from edgellm_runtime.state import State
+
+__all__ = ["SectionBackend"]
+
+Array = NDArray[Any]
+
+
+class SectionBackend(HostBackend):
+    """Follows :class:`edgellm_runtime.backends.Backend`; its kernels and its numbers are those of ``OrtBackend``.
+
+    Args:
+        graph: the file, of one's own making.
+        signature: its inputs, outputs and state.
+        most: bytes of a section's weights.
+        threads: as for ``OrtBackend``.
+        fusions: likewise.
+        fetch: likewise.
+        float_inputs: likewise.
+    """
+
+    device = "cpu"
+
+    def __init__(
+        self, graph: Path, signature: Signature, most: int, *, threads: int | None = None, fusions: bool = True,
+        fetch: Sequence[str] = (), float_inputs: bool = False,
+    ) -> None:  # fmt: skip
+        self._graph, self._signature, self._fetch = graph, signature, tuple(fetch)
+        self._options = session_options(threads, fusions=fusions, float_inputs=float_inputs, weights=graph.parent)
+        self.threads = self._options.intra_op_num_threads
+        model = graph.read_bytes()
+        self.sections = sections_of(with_float_inputs(model) if float_inputs else model, most, fetch)
+        self.fetched: dict[str, Array] = {}
+
+    def run(
+        self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
+    ) -> Array:
+        """See :meth:`edgellm_runtime.backends.Backend.run`."""
+        return self._step(tokens, lengths, logit_positions, state)[self._signature.logits.name].astype(np.float32)
+
+    def run_hidden(
+        self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
+    ) -> tuple[Array, Array]:
+        """See :meth:`edgellm_runtime.backends.Backend.run_hidden`."""
+        assert self._signature.hidden is not None
+        made = self._step(tokens, lengths, logit_positions, state)
+        return made[self._signature.logits.name].astype(np.float32), made[self._signature.hidden.name]
+
+    def _step(self, tokens: Array, lengths: Array, logit_positions: Array, state: State) -> dict[str, Array]:
+        """What all sections give, by name, but for the state."""
+        values: dict[str, Array] = {
+            "tokens": tokens, "lengths": lengths, "past_lengths": state.lengths, "logit_positions": logit_positions,
+            "total_length": np.asarray((state.lengths + lengths).max()),
+        }  # fmt: skip
+        dtypes = {"tokens": np.int64, "logit_positions": np.int64}
+        values = {name: np.ascontiguousarray(v, dtypes.get(name, np.int32)) for name, v in values.items()}
+        values["total_length"] = values["total_length"].reshape(())
+        specs = self._signature.state
+        values |= {spec.past_name: state.tensors[spec.name] for spec in specs}
+        written = {
+            spec.present_name: state.tensors[spec.name] if spec.in_place else state.spares[spec.name]
+            for spec in specs
+            if not spec.encoded
+        }
+        for section in self.sections:
+            values |= self._given(section, values, written)
+            trim()
+        self.fetched = {name: values[name] for name in self._fetch}
+        state.swap()
+        return values
+
+    def _given(
+        self, section: Section, values: Mapping[str, Array], written: Mapping[str, Array]
+    ) -> dict[str, Array]:  # fmt: skip
+        """What one section gives besides the state; its session is gone afterwards."""
+        session, value = load_graph(section.model, self._graph, self._options), library().OrtValue.ortvalue_from_numpy
+        try:
+            binding = session.io_binding()
+            bound = {name: value(values[name]) for name in section.inputs}
+            for name, array in bound.items():
+                binding.bind_ortvalue_input(name, array)
+            for name in section.outputs:
+                if name in written:
+                    past = next((n for n in bound if values[n] is written[name]), None)
+                    binding.bind_ortvalue_output(name, value(written[name]) if past is None else bound[past])
+                else:
+                    binding.bind_output(name, "cpu")
+            session.run_with_iobinding(binding)
+            made = zip(section.outputs, binding.get_outputs(), strict=True)
+            return {name: np.array(found.numpy()) for name, found in made if name not in written}
+        except Exception as error:
+            raise step_fault("ONNX Runtime", error) from error

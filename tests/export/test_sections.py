@@ -1,0 +1,178 @@
+"""A graph that is run in sections gives the bits that it gives whole, and one section's weights are in memory."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from families import make
+from onnx import TensorProto, helper, numpy_helper
+
+from edgellm_exporters.export import ExportOptions, export
+from edgellm_exporters.proof import opened, section_backend
+from edgellm_exporters.proof.section_backend import SectionBackend
+from edgellm_exporters.proof.sections import sections_of
+from edgellm_runtime.bundle import Bundle
+from edgellm_runtime.checks.far import float_session
+from edgellm_runtime.checks.layers import LAYER, tapped
+from edgellm_runtime.loading import session_of, unchecked_session
+from edgellm_runtime.session import Session
+
+MOST = 20_000  # bytes: a few sections of each small model
+
+
+def exported(family: str, method: str, folder: Path) -> Bundle:
+    return export(make(family), folder / "bundle", options=ExportOptions(quantize=method)).bundle
+
+
+def in_sections(bundle: Bundle, **more: Any) -> tuple[Session, SectionBackend]:
+    backend = SectionBackend(bundle.file("model.onnx"), bundle.manifest.signature, MOST, threads=1, **more)
+    assert len(backend.sections) > 2
+    return session_of(bundle, backend), backend
+
+
+def steps(session: Session) -> list[Any]:
+    """Logits and state of a chunk and of single tokens after it, and of rows of unequal lengths."""
+    tokens = np.random.default_rng(0).integers(0, 30, (2, 9))
+    alone, found = session.new_state(1, 16), list[Any]()
+    found.append(session.step(tokens[:1], alone, logits="all").copy())
+    found += [session.step(tokens[1:, i : i + 1], alone).copy() for i in range(3)]
+    both = session.new_state(2, 16)
+    found.append(session.step(tokens, both, lengths=np.array([9, 5], dtype=np.int32)).copy())
+    found.append(session.step(tokens[:, :1], both).copy())
+    return found + [np.array(state.read(spec.name)) for state in (alone, both) for spec in state.specs]
+
+
+def assert_same_bits(one: list[Any], other: list[Any]) -> None:
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        ("decoder", "none"), ("decoder", "int4"), ("decoder", "w8a8"), ("mixed", "none"),
+        ("windows and soft caps", "int4"),
+    ],
+)  # fmt: skip
+def test_sections_give_the_bits_of_the_whole_graph(family: str, method: str, tmp_path: Path) -> None:
+    bundle = exported(family, method, tmp_path)
+    whole = unchecked_session(bundle, device="cpu", threads=1, kernels="onnxruntime")
+    assert_same_bits(steps(in_sections(bundle)[0]), steps(whole))
+
+
+@pytest.mark.parametrize("method", ["int4", "w8a8"])
+def test_sections_whose_products_read_floats_give_the_bits_of_the_whole_graph(method: str, tmp_path: Path) -> None:
+    bundle = exported("decoder", method, tmp_path)
+    assert_same_bits(steps(in_sections(bundle, float_inputs=True)[0]), steps(float_session(bundle, 1)))
+
+
+def test_sections_give_the_outputs_of_layers(tmp_path: Path) -> None:
+    bundle = exported("decoder", "int4", tmp_path)
+    paths, row = list(bundle.manifest.layers), np.arange(7)
+    session, backend = in_sections(bundle, fetch=[f"{LAYER}{path}" for path in paths])
+    _, expected, _ = tapped(bundle, paths, threads=1).read(row)
+    session.step(row[None], session.new_state(1, 7))
+    assert len(paths) > 1
+    for path in paths:
+        np.testing.assert_array_equal(backend.fetched[f"{LAYER}{path}"][0], expected[path])
+
+
+def test_one_section_is_in_memory_at_a_time_and_none_after_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = exported("decoder", "int4", tmp_path)
+    session, backend = in_sections(bundle)
+    load, alive, at_once = section_backend.load_graph, list[weakref.ref[Any]](), list[int]()
+
+    def counted(*given: Any) -> Any:
+        found = load(*given)
+        alive.append(weakref.ref(found))
+        at_once.append(sum(each() is not None for each in alive))
+        return found
+
+    monkeypatch.setattr(section_backend, "load_graph", counted)
+    session.step(np.arange(5)[None], session.new_state(1, 5))
+    gc.collect()
+    assert at_once == [1] * len(backend.sections)
+    assert not any(each() is not None for each in alive)
+    total = sum(section.nbytes for section in backend.sections)
+    assert max(section.nbytes for section in backend.sections) < total / 2
+
+
+def test_an_export_in_sections_is_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, model = ExportOptions(quantize="int4", name="same"), make("decoder")
+    one = export(model, tmp_path / "whole", options=options).bundle
+    made = list[SectionBackend]()
+
+    class Counted(SectionBackend):
+        def __init__(self, *given: Any, **more: Any) -> None:
+            super().__init__(*given, **more)
+            made.append(self)
+
+    monkeypatch.setattr(opened, "SectionBackend", Counted)
+    monkeypatch.setattr(opened, "_WHOLE_BYTES", 0)
+    monkeypatch.setattr(opened, "_SECTION_BYTES", MOST)
+    other = export(model, tmp_path / "cut", options=options).bundle
+    assert made and all(len(backend.sections) > 2 for backend in made)
+    for name in ("model.onnx", "model.onnx.data", "goldens.json"):
+        assert one.manifest.files[name] == other.manifest.files[name]
+    ours, theirs = (json.loads((bundle.path / "manifest.json").read_text()) for bundle in (one, other))
+    assert {**ours, "provenance": {}} == {**theirs, "provenance": {}}  # which has the day
+
+
+def chain(*, typed: bool) -> onnx.ModelProto:
+    """Five products, one in a branch that reads what is around it; each weight comes from a constant that is cast."""
+    weights = [numpy_helper.from_array(np.eye(8, dtype=np.float16) * (i + 1), f"w{i}") for i in range(5)]
+    weights.append(numpy_helper.from_array(np.array(True), "yes"))
+    nodes = []
+    for i in range(5):
+        nodes.append(helper.make_node("Cast", [f"w{i}"], [f"wide{i}"], to=TensorProto.FLOAT))
+        product = helper.make_node("MatMul", [f"x{i}", f"wide{i}"], [f"x{i + 1}" if i != 2 else "inner"])
+        if i == 2:
+            inner = helper.make_tensor_value_info("inner", TensorProto.FLOAT, None)
+            body = helper.make_graph([product], "body", [], [inner])
+            product = helper.make_node("If", ["yes"], ["x3"], then_branch=body, else_branch=body)
+        nodes.append(product)
+    first, last = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 8]) for name in ("x0", "x5"))
+    graph = helper.make_graph(nodes, "chain", [first], [last], initializer=weights)
+    found = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    return found if typed else _with_an_unknown_value(found)
+
+
+def _with_an_unknown_value(model: onnx.ModelProto) -> onnx.ModelProto:
+    """An operator that nothing is known of in the place of the fourth product."""
+    model.graph.node[7].op_type, model.graph.node[7].domain = "Unknown", "somewhere"
+    model.opset_import.append(helper.make_opsetid("somewhere", 1))
+    return model
+
+
+def test_each_section_makes_the_constants_that_it_reads() -> None:
+    found = sections_of(chain(typed=True).SerializeToString(), 1)
+    assert [(s.inputs, s.outputs) for s in found] == [((f"x{i}",), (f"x{i + 1}",)) for i in range(5)]
+    for i, section in enumerate(found):
+        graph = onnx.ModelProto.FromString(section.model).graph
+        assert f"w{i}" in {tensor.name for tensor in graph.initializer}
+        assert [node.op_type for node in graph.node] == ["Cast", "If" if i == 2 else "MatMul"]
+
+
+def test_no_cut_falls_where_a_type_is_unknown() -> None:
+    found = sections_of(chain(typed=False).SerializeToString(), 1)
+    assert [s.outputs[-1] for s in found] == ["x1", "x2", "x3", "x5"]
+
+
+def test_a_small_graph_is_one_section() -> None:
+    assert [(s.inputs, s.outputs) for s in sections_of(chain(typed=True).SerializeToString(), 1 << 20)] == [
+        (("x0",), ("x5",))
+    ]
+
+
+def test_a_value_that_is_fetched_is_given() -> None:
+    found = sections_of(chain(typed=True).SerializeToString(), 1 << 20, ("x2",))
+    assert found[0].outputs == ("x2", "x5")
