@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from edgellm_exporters.quantize import plan
 from edgellm_exporters.quantize.codes_on_disk import CodesOnDisk
 from edgellm_exporters.quantize.plan import Codes, Scheme, pack, unpack
 from edgellm_exporters.quantize.rtn import round_to_nearest
@@ -67,3 +69,17 @@ def test_a_full_disk_costs_time_only(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_unpacked_codes_are_those_that_were_packed(bits: int, columns: int) -> None:
     codes = np.random.default_rng(1).integers(0, 2**bits, (3, columns), dtype=np.uint8)
     assert np.array_equal(unpack(pack(codes, bits), bits, columns), codes)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_packing_takes_little_memory_besides_what_it_gives(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_PACKED_BYTES", 1 << 14)
+    codes = np.random.default_rng(0).integers(0, 1 << bits, (2048, 512), dtype=np.uint8)
+    tracemalloc.start()
+    try:
+        packed = pack(codes, bits)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(unpack(packed, bits, codes.shape[1]), codes)
+    assert packed.nbytes < peak < packed.nbytes + codes.nbytes / 10

@@ -30,6 +30,7 @@ __all__ = [
 
 STORAGE = "edgellm.storage"
 _ROWS_BYTES = 16 << 20  # of float32 weights that are quantized at a time
+_PACKED_BYTES = 8 << 20  # of codes that are put into bytes at a time
 _SMALL = 1 << 19  # numbers in a recurrence's larger weight: 2 MB when they are widened
 
 
@@ -211,10 +212,14 @@ def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     if bits == 8:
         return codes
     each = 8 // bits
-    padded = np.pad(codes, ((0, 0), (0, -codes.shape[1] % each)))
-    packed = np.zeros((codes.shape[0], padded.shape[1] // each), dtype=np.uint8)
-    for place in range(each):
-        packed |= padded[:, place::each] << (bits * place)
+    packed = np.empty((codes.shape[0], -(-codes.shape[1] // each)), dtype=np.uint8)
+    step = max(1, _PACKED_BYTES // max(1, codes.shape[1]))
+    for start in range(0, len(codes), step):  # what is made on the way is as large as the codes
+        some = codes[start : start + step]
+        packed[start : start + step] = some[:, ::each]
+        for place in range(1, each):
+            lane = some[:, place::each]
+            packed[start : start + step, : lane.shape[1]] |= lane << (bits * place)
     return packed
 
 
@@ -317,6 +322,7 @@ class Plan:
     def _codes(self, name: str, tensor: ir.TensorProtocol, scheme: Scheme) -> Codes:
         # A weight's parts are written one after the other: remembering the last keeps memory flat.
         if self._last is None or self._last[0] != name:
+            self._last = None
             self._last = (name, self._computed(name, tensor, scheme))
         return self._last[1]
 
