@@ -41,7 +41,7 @@ def load(
         device: ``cpu``, ``cuda`` or ``tensorrt``; ``auto`` is the one that the bundle was exported for. Where that is
             not there, an error says what it takes; no other device steps in. ``model.device`` says which one runs.
         threads: CPU threads for one step; None for what ``EDGELLM_THREADS`` says, else for every core that this process
-            may use: the smaller of its affinity and its control groups' CPU quota.
+            may use: the smaller of its affinity and its control groups' CPU quota. Loading takes no more either.
         checksums: whether to read and compare every file's checksum first; leave it on for bundles from elsewhere.
         isolate: load it first in a process of its own with limits on memory and time, render its template there and run
             two steps, so that what crashes or hangs does so there; Linux, on the CPU. See docs/security.md for what
@@ -70,22 +70,25 @@ def load(
             more than ``max_memory``.
     """
     from edgellm_runtime.bundle import Bundle
-    from edgellm_runtime.generation.prefix_cache import PrefixCache
-    from edgellm_runtime.state.memory_need import context_within_memory
 
     path, checksums = check_path("path", path), check_flag("checksums", checksums)
     _check_trust(Path(path), trusted_keys)
     threads = thread_count(threads)
     max_memory = None if max_memory is None else check_integer("max_memory", max_memory, 1)
     if prefix_cache is not None:
+        from edgellm_runtime.generation.prefix_cache import PrefixCache
+
         check_instance("prefix_cache", prefix_cache, PrefixCache, "PrefixCache() makes one")
     if check_flag("isolate", isolate):
         from edgellm_runtime.isolation import rehearse
 
         rehearse(path, device=device, checksums=checksums, kernels=kernels)
     shrinks, context = check_flag("shrink_context", shrink_context), None
-    with Bundle.while_checking(path, checksums=checksums) as bundle:
+    # The weights are compared from here on, so what takes long to import is imported below.
+    with Bundle.while_checking(path, checksums=checksums, beside=threads > 1) as bundle:
         if max_memory is not None:
+            from edgellm_runtime.state.memory_need import context_within_memory
+
             context = context_within_memory(bundle.manifest, device_of(bundle, device), max_memory, shrinks=shrinks)
         session = unchecked_session(bundle, device=device, threads=threads, kernels=kernels)
         import edgellm_runtime.model  # noqa: F401  while the weights' checksums are still compared
@@ -235,7 +238,7 @@ def _backend(bundle: Bundle, device: str, threads: int | None, kernels: str, not
         from edgellm_runtime.backends.own_trial import usable_kernels
 
         check_kernels(bundle.file(GRAPH), manifest.files[GRAPH].sha256)
-        own, swapped = usable_kernels(bundle.file(GRAPH), kernels) or (None, None)
+        own, swapped = usable_kernels(bundle.file(GRAPH), kernels, bundle.take_graph(GRAPH)) or (None, None)
     fusions = manifest.dtype == "float32"
     return OrtBackend(
         bundle.file(GRAPH), manifest.signature, threads=threads, fusions=fusions, profile=notes, encoder=encoder,

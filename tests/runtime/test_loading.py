@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -33,21 +35,56 @@ def test_weights_are_compared_while_the_session_is_made_and_all_else_before(monk
     def slowly(file: Path) -> str:
         if file.name == WEIGHTS:
             assert making.wait(PATIENCE), "the session waits for the weights' checksum"
-        done.append(file.name)
         return sha256_of(file)
+
+    def compare(self: Bundle, name: str, digest: str) -> None:
+        done.append(name)
+        told(self, name, digest)
 
     def making_session(*args, **options):
         seen.extend(done)
         making.set()
         return open_session(*args, **options)
 
-    open_session = loading_module.unchecked_session
+    open_session, told = loading_module.unchecked_session, Bundle._compare
     monkeypatch.setattr(bundle_module, "sha256_of", slowly)
+    monkeypatch.setattr(Bundle, "_compare", compare)
     monkeypatch.setattr(loading_module, "unchecked_session", making_session)
-    model = load(bundle, threads=1)
+    model = load(bundle, threads=2)
     assert sorted(seen) == sorted(model.bundle.manifest.files.keys() - {WEIGHTS})
     assert seen[0] == "model.onnx"  # before it is asked what the weights are
     assert sorted(done) == sorted(model.bundle.manifest.files)
+
+
+def test_for_one_thread_weights_are_compared_by_the_one_that_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, compared = attention_bundle(), list[str]()
+
+    def comparing(file: Path) -> str:
+        compared.append(threading.current_thread().name)
+        return sha256_of(file)
+
+    monkeypatch.setattr(bundle_module, "sha256_of", comparing)
+    monkeypatch.setattr(bundle_module, "sha256_of", comparing)
+    load(bundle, threads=1)
+    assert set(compared) == {threading.current_thread().name}
+    load(bundle, threads=2)
+    assert "edgellm-checksums" in compared
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads as Linux lists them")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_process_that_loads_and_steps_has_the_threads_that_were_asked_for(threads: int) -> None:
+    code = f"""if True:
+        import os
+        import numpy as np
+        from edgellm_runtime import load
+        model = load({str(attention_bundle())!r}, threads={threads})
+        model.session.step(np.array([[1]]), model.session.new_state())
+        print(len(os.listdir("/proc/self/task")))
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) <= threads
 
 
 @pytest.mark.parametrize("error", [BackendError("strange numbers"), None])

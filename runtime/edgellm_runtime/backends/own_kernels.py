@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgellm_runtime.errors import first_line
+from edgellm_runtime.graphs.onnx_file import ReadGraph
 from edgellm_runtime.graphs.own_operators import with_own_operators
 from edgellm_runtime.graphs.writer import Node
 
@@ -47,11 +48,11 @@ class OwnKernels:
         """Register the operators with a session's options."""
         options.register_custom_ops_library(str(self.library))
 
-    def swapped(self, graph: bytes, keep: Collection[str] = ()) -> tuple[bytes, tuple[Node, ...]]:
+    def swapped(self, graph: bytes | ReadGraph, keep: Collection[str] = ()) -> tuple[bytes, tuple[Node, ...]]:
         """A serialized graph that runs on these kernels where they compute what its nodes do.
 
         Args:
-            graph: of a bundle, checked.
+            graph: of a bundle, checked; read, where it has been read already.
             keep: names of values that must stay, beside the graph's outputs.
 
         Returns:

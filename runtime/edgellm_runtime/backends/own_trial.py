@@ -24,6 +24,7 @@ from edgellm_runtime.backends.ort import library
 from edgellm_runtime.backends.own_attention_trial import AttentionForm, attention_error, attention_form
 from edgellm_runtime.backends.own_gather_trial import GatherForm, gather_error, gather_form
 from edgellm_runtime.backends.own_kernels import OwnKernels, Unusable, find, tell
+from edgellm_runtime.graphs.onnx_file import ReadGraph
 from edgellm_runtime.graphs.own_attention import ATTENTIONS, DOMAIN
 from edgellm_runtime.graphs.own_gather import GATHER
 from edgellm_runtime.graphs.own_operators import UNIT
@@ -219,7 +220,9 @@ def _off(session: Any, trials: Sequence[_Trial], gamma: Array | None, rows: int,
     return float(max(errors)) if np.isfinite(errors).all() else np.inf
 
 
-def usable_kernels(graph: Path, asked: str | None = None) -> tuple[OwnKernels, bytes] | None:
+def usable_kernels(
+    graph: Path, asked: str | None = None, read: ReadGraph | None = None
+) -> tuple[OwnKernels, bytes] | None:
     """Edgellm's own kernels and the graph that runs on them, if they are asked for.
 
     Where they cannot run or are wrong, that is told, and it is None.
@@ -227,6 +230,7 @@ def usable_kernels(graph: Path, asked: str | None = None) -> tuple[OwnKernels, b
     Args:
         graph: a ``model.onnx`` that was checked.
         asked: as :func:`~edgellm_runtime.kernel_choice.chosen_kernels` takes it.
+        read: what is in the file, where it has been read already.
 
     Raises:
         OptionError: neither ``onnxruntime`` nor ``own``.
@@ -235,7 +239,7 @@ def usable_kernels(graph: Path, asked: str | None = None) -> tuple[OwnKernels, b
         return None
     try:
         kernels = find(library())
-        swapped, nodes = kernels.swapped(graph.read_bytes())
+        swapped, nodes = kernels.swapped(graph.read_bytes() if read is None else read)
         if not nodes:
             raise Unusable(f"{graph.parent} has no product that edgellm-kernels computes")
         forms = sorted({form_of(node) for node in nodes}, key=repr)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +18,9 @@ from typing import Any
 from edgellm_runtime.arguments import check_flag, check_path
 from edgellm_runtime.bundle.limits import MAX_MANIFEST_BYTES, limit_of, read_json
 from edgellm_runtime.bundle.manifest import MANIFEST, FileInfo, Manifest
-from edgellm_runtime.bundle.weight_files import weight_files
+from edgellm_runtime.bundle.weight_files import read_graph, weight_files
 from edgellm_runtime.errors import BundleError, first_line
+from edgellm_runtime.graphs.onnx_file import ReadGraph
 from edgellm_runtime.json_text import json_text
 
 __all__ = ["Bundle", "sha256_of"]
@@ -39,12 +40,12 @@ class Bundle:
     """
 
     def __init__(self, path: str | Path, *, checksums: bool = True) -> None:
-        for name in self._open(path, checksums):
-            self._check_sum(name)
+        self._graphs: dict[str, ReadGraph] = {}
+        self._check_sums(self._open(path, checksums)[0])
 
     @classmethod
     @contextmanager
-    def while_checking(cls, path: str | Path, *, checksums: bool = True) -> Iterator[Bundle]:
+    def while_checking(cls, path: str | Path, *, checksums: bool = True, beside: bool = True) -> Iterator[Bundle]:
         """A bundle whose weights are compared with their checksums in a thread, while the block runs.
 
         Everything else has been compared before. The block may prepare what reads the weights, but what it made may be
@@ -53,31 +54,36 @@ class Bundle:
         Args:
             path: the directory.
             checksums: as for the class.
+            beside: False compares the weights before the block instead, without a thread of its own.
 
         Raises:
             BundleError: as for the class.
         """
         bundle = cls.__new__(cls)
-        weights, faults = bundle._open(path, checksums), list[Exception]()
+        (weights, bundle._graphs), faults = bundle._open(path, checksums), list[Exception]()
 
         def check() -> None:
             try:
-                for name in weights:
-                    bundle._check_sum(name)
+                bundle._check_sums(weights)
             except Exception as error:
                 faults.append(error)
 
         thread = threading.Thread(target=check, name="edgellm-checksums", daemon=True)
-        thread.start()
+        if beside:
+            thread.start()
+        else:
+            bundle._check_sums(weights)
         try:
             yield bundle
         finally:
-            thread.join()
+            bundle._graphs = {}  # they take memory, and are read once
+            if beside:
+                thread.join()
             if faults:
                 raise faults[0]
 
-    def _open(self, path: str | Path, checksums: bool) -> list[str]:
-        """Check all that can be had at once; the names of the files whose checksums are still to be compared."""
+    def _open(self, path: str | Path, checksums: bool) -> tuple[list[str], dict[str, ReadGraph]]:
+        """Check all that can be had at once; the files whose checksums are still to be compared, and the graphs."""
         self.path, self._checksums = check_path("path", path), check_flag("checksums", checksums)
         self._root = self.path.absolute()  # what is read later lies there, whatever the current directory is by then
         self.manifest = Manifest.from_json(_read_manifest(self.path), self.path / MANIFEST)
@@ -87,17 +93,14 @@ class Bundle:
         parsed = self.manifest.known_files - self.manifest.engine_files
         for name, info in self.manifest.files.items():
             self._check_size(name, info, limit_of(name) if name in parsed else None)
-        if checksums:
-            for name in graphs:  # before they are asked which files are weights
-                self._check_sum(name)
-        weights = weight_files(self.path, self.manifest)
+        read = {name: self._read_graph(name) for name in graphs}
+        weights = weight_files(self.path, self.manifest, read)
         for name in self.manifest.files.keys() - weights - self.manifest.known_files:
             self._check_size(name, self.manifest.files[name], limit_of(name))
         if not checksums:
-            return []
-        for name in self.manifest.files.keys() - weights - set(graphs):
-            self._check_sum(name)
-        return sorted(weights)
+            return [], read
+        self._check_sums(self.manifest.files.keys() - weights - set(graphs))
+        return sorted(weights), read
 
     @property
     def nbytes(self) -> int:
@@ -143,6 +146,19 @@ class Bundle:
             raise BundleError(f"{file}: not the file that was exported; it was changed, copy it again")
         return data
 
+    def take_graph(self, name: str) -> ReadGraph | None:
+        """A graph as it was read when it was checked, once and only while the block of :meth:`while_checking` runs."""
+        return self._graphs.pop(name, None)
+
+    def _read_graph(self, name: str) -> ReadGraph:
+        """A graph file's content, of which the very bytes are compared with their checksum before they are parsed."""
+        file, info = self.path / name, self.manifest.files[name]
+        with file.open("rb") as stream:
+            data = stream.read(info.bytes + 1)
+        if self._checksums:
+            self._compare(name, hashlib.sha256(data).hexdigest())
+        return read_graph(file, data)
+
     def _check_size(self, name: str, info: FileInfo, most: int | None) -> None:
         file = self.path / name
         if file.is_symlink() and not file.resolve().is_relative_to(self.path.resolve()):
@@ -157,9 +173,13 @@ class Bundle:
         if most is not None and found > most:
             raise BundleError(f"{file}: {found} bytes, of at most {most} for such a file; export the model again")
 
-    def _check_sum(self, name: str) -> None:
+    def _check_sums(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._compare(name, sha256_of(self.path / name))
+
+    def _compare(self, name: str, digest: str) -> None:
         file, expected = self.path / name, self.manifest.files[name].sha256
-        if (digest := sha256_of(file)) != expected:
+        if digest != expected:
             raise BundleError(
                 f"{file}: checksum {digest[:12]}… instead of {expected[:12]}…; the file was changed, copy it again"
             )

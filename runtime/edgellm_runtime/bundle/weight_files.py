@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from edgellm_runtime.bundle.manifest import Manifest
 from edgellm_runtime.errors import BundleError, first_line
 from edgellm_runtime.graphs.external_files import StoredTensor, stored_tensors
 from edgellm_runtime.graphs.graph_rules import check_interface, check_rules
-from edgellm_runtime.graphs.onnx_file import MAX_GRAPH_BYTES, read_model
+from edgellm_runtime.graphs.onnx_file import ReadGraph
+from edgellm_runtime.graphs.wire import Message
 
-__all__ = ["weight_files"]
+__all__ = ["read_graph", "weight_files"]
 
 _SPARE_BYTES = 1 << 16  # of a file of weights, after the last tensor: what aligns or fills a page
 _MOST_MEMORY = 8  # times the machine's memory that weights may have: they are mapped, and need not all be in it
 _MOST_SHARED = 4  # times that the graphs' tensors may take what the files have: graphs of one bundle share weights
 
 
-def weight_files(path: Path, manifest: Manifest) -> set[str]:
+def weight_files(path: Path, manifest: Manifest, graphs: Mapping[str, ReadGraph]) -> set[str]:
     """The files that hold the weights of a bundle's graphs, every one listed, as large as the graphs say, nothing else.
 
     Args:
         path: the bundle's directory.
         manifest: its own; the files have the sizes that it states.
+        graphs: by the name of each graph file, what is in it.
 
     Raises:
-        BundleError: a graph is none, or reads what it may not, or a file is larger than the weights in it.
+        BundleError: a graph reads what it may not, or a file is larger than the weights in it.
     """
     read: dict[str, list[StoredTensor]] = {}
-    for name in manifest.graph_files:
-        for tensor in _tensors(path / name, manifest):
+    for name, graph in graphs.items():
+        for tensor in _tensors(path / name, graph.model, manifest):
             read.setdefault(tensor.file, []).append(tensor)
     for name, tensors in read.items():
         size, end = manifest.files[name].bytes, max(t.offset + t.nbytes for t in tensors)
@@ -57,14 +60,28 @@ def _physical_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _tensors(graph: Path, manifest: Manifest) -> list[StoredTensor]:
+def read_graph(file: Path, data: bytes) -> ReadGraph:
+    """A graph file's content, read.
+
+    Raises:
+        BundleError: it is no graph.
+    """
+    try:
+        return ReadGraph.of(data)
+    except ValueError as error:
+        raise _no_graph(file, error) from error
+
+
+def _no_graph(file: Path, error: ValueError) -> BundleError:
+    return BundleError(f"{file}: not an ONNX graph ({first_line(error)}); export the model again")
+
+
+def _tensors(graph: Path, model: Message, manifest: Manifest) -> list[StoredTensor]:
     """The tensors of one graph that are in files."""
     try:
-        with graph.open("rb") as file:
-            model = read_model(file.read(MAX_GRAPH_BYTES + 1))
-            tensors = stored_tensors(model)
+        tensors = stored_tensors(model)
     except ValueError as error:
-        raise BundleError(f"{graph}: not an ONNX graph ({first_line(error)}); export the model again") from error
+        raise _no_graph(graph, error) from error
     wanted = {tensor.file for tensor in tensors}
     if foreign := wanted - manifest.files.keys():
         raise BundleError(f"{graph}: reads {sorted(foreign)}, which the manifest does not list; refusing to follow")

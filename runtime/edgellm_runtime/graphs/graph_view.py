@@ -17,6 +17,7 @@ __all__ = ["Constant", "GraphView"]
 
 _TYPES = {number: dtype for dtype, number in ELEMENT_TYPES.items()}
 _LAYOUTS = {"float32": "f", "int64": "q", "int32": "i", "uint8": "B", "int8": "b"}
+_NOBODY: set[int] = set()
 _SAME_NUMBERS = ("Squeeze", "Unsqueeze", "Reshape", "Flatten", "Identity")
 
 
@@ -95,7 +96,7 @@ class GraphView:
 
     def inner(self, name: str, readers: Collection[int]) -> bool:
         """Whether nothing but these nodes needs a value."""
-        return name not in self._kept and self.readers(name) <= set(readers)
+        return name not in self._kept and self._readers.get(name, _NOBODY).issubset(readers)
 
     def numbers(self, name: str) -> tuple[float, ...] | None:
         """The elements of an initializer that is in the graph itself; None of others."""

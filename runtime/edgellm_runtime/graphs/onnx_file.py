@@ -6,11 +6,12 @@ The tables are onnx.proto's. Messages that can hold no tensor and no node (types
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from edgellm_runtime.graphs.wire import Message, Reader, compiled
 
-__all__ = ["FIELDS", "MAX_GRAPH_BYTES", "nodes_of", "read_message", "read_model", "tensors_of"]
+__all__ = ["FIELDS", "MAX_GRAPH_BYTES", "ReadGraph", "nodes_of", "read_message", "read_model", "tensors_of"]
 
 MAX_GRAPH_BYTES = 32 << 20  # weights are beside it; the graph of 80 layers is a tenth of this
 _MAX_FIELDS = 4_000_000
@@ -88,6 +89,24 @@ def read_model(data: bytes) -> Message:
     if len(data) > MAX_GRAPH_BYTES:
         raise ValueError(f"{len(data)} bytes are more than the {MAX_GRAPH_BYTES} that a graph may have")
     return Reader(data, _TABLES, _MAX_FIELDS).read("model")
+
+
+@dataclass(frozen=True)
+class ReadGraph:
+    """A serialized model and what it says, so that who needs both reads it once.
+
+    Args:
+        data: the model.
+        model: what :func:`read_model` makes of it.
+    """
+
+    data: bytes
+    model: Message
+
+    @classmethod
+    def of(cls, data: bytes) -> ReadGraph:
+        """Reads a serialized model; errors as :func:`read_model`."""
+        return cls(data, read_model(data))
 
 
 def read_message(data: bytes, kind: str) -> Message:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from math import isclose
 
 from edgellm_runtime.graphs.graph_view import GraphView
-from edgellm_runtime.graphs.onnx_file import read_model
+from edgellm_runtime.graphs.onnx_file import ReadGraph
 from edgellm_runtime.graphs.own_attention import DOMAIN, own_attention
 from edgellm_runtime.graphs.own_gather import own_gather
 from edgellm_runtime.graphs.rewriting import with_nodes
@@ -98,19 +98,20 @@ class _Operation:
         return Node(op, inputs, outputs, attributes, domain=DOMAIN, name=name)
 
 
-def with_own_operators(model: bytes, keep: Collection[str] = ()) -> tuple[bytes, tuple[Node, ...]]:
+def with_own_operators(graph: bytes | ReadGraph, keep: Collection[str] = ()) -> tuple[bytes, tuple[Node, ...]]:
     """A serialized model with edgellm's own operators wherever they compute what its nodes do.
 
     Nodes within loops and branches are left alone.
 
     Args:
-        model: the serialized model.
+        graph: the serialized model; read, where it has been read already.
         keep: names of values that must stay, beside the graph's outputs.
 
     Returns:
         The model, and the nodes that are new in it.
     """
-    view = GraphView(read_model(model), keep)
+    read = ReadGraph.of(graph) if isinstance(graph, bytes) else graph
+    view = GraphView(read.model, keep)
     operations = list(_operations(view))
     there: dict[int, list[Node]] = {operation.last.place: [operation.node(view.node(operation.last.place).name)]
                                     for operation in operations}  # fmt: skip
@@ -121,7 +122,7 @@ def with_own_operators(model: bytes, keep: Collection[str] = ()) -> tuple[bytes,
         node = own_attention(view, place) or (own_gather(view, place) if operations else None)
         if node is not None:
             there[place] = [node]
-    return with_nodes(model, there), tuple(node for nodes in there.values() for node in nodes)
+    return with_nodes(read.data, there), tuple(node for nodes in there.values() for node in nodes)
 
 
 def _unread(view: GraphView, operations: Sequence[_Operation], needed: Collection[str]) -> set[int]:
