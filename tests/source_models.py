@@ -6,16 +6,17 @@ import atexit
 import functools
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from marian_files import bergamot
 from tiny_bundles import text_assets
 from torch import nn
 
 from edgellm.models.bart import Bart, BartConfig
-from edgellm.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from edgellm.models.encoder_decoder import PRESETS, EncoderDecoder, EncoderDecoderConfig
 from edgellm.models.t5 import T5, T5Config
 from edgellm_exporters.export import ExportOptions, export
 
@@ -70,14 +71,14 @@ def ragged(count: int = 3, longest: int = 26) -> tuple[torch.Tensor, torch.Tenso
     return drawn, torch.tensor([longest - 9 * i for i in range(count)], dtype=torch.int32)
 
 
-def t5_model(vocab_size: int = VOCAB) -> nn.Module:
+def t5_model(vocab_size: int = VOCAB, size: float = 0.15) -> nn.Module:
     torch.manual_seed(4)
     config = T5Config(
         vocab_size=vocab_size, width=48, encoder_layers=1, decoder_layers=2, num_heads=2, head_dim=16, mlp_width=64,
         max_context=CONTEXT, max_source=24, num_buckets=8, max_distance=12, gated=True, start_tokens=(3, 0),
     )  # fmt: skip
     model = T5(config).eval()
-    _scramble(model, 0.15)
+    _scramble(model, size)
     return model
 
 
@@ -100,15 +101,35 @@ def own_bundle(target: str = "cpu") -> Path:
     return _made(own_model("gru"), target)
 
 
-def bart_model() -> nn.Module:
+def bart_model(**changes: Any) -> nn.Module:
     torch.manual_seed(4)
     config = BartConfig(
         vocab_size=VOCAB, width=64, encoder_layers=1, decoder_layers=2, encoder_heads=2, decoder_heads=4,
-        encoder_mlp_width=64, decoder_mlp_width=64, max_context=CONTEXT,
+        encoder_mlp_width=64, decoder_mlp_width=64, max_context=CONTEXT, **changes,
     )  # fmt: skip
     model = Bart(config).eval()
     _scramble(model, 0.15)
     return model
+
+
+def preset_model(name: str) -> nn.Module:
+    """A preset of edgellm's own, of random weights."""
+    torch.manual_seed(5)
+    model = EncoderDecoder(PRESETS[name]).eval()
+    _scramble(model, 0.1)
+    return model
+
+
+# Rows of the table of engines, beside the families that go on with texts.
+SOURCE_FAMILIES: Mapping[str, Callable[[], nn.Module]] = {
+    "T5": functools.partial(t5_model, size=0.1),  # scores of 50 are too coarse in 16 bits
+    "BART": bart_model,
+    "Marian": functools.partial(bart_model, learned_positions=False, norm_embedding=False, scale_embedding=True),
+    "Bergamot with a shortlist": functools.partial(bergamot, listed=3),
+    "encoder_decoder, preset tiny": functools.partial(preset_model, "tiny"),
+    "encoder_decoder, preset recurrent": functools.partial(preset_model, "recurrent"),
+    "encoder of recurrences and attention": functools.partial(own_model, "gru"),
+}
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from edgellm_runtime.graphs.layer_map import graph_nodes
 from edgellm_runtime.graphs.onnx_file import read_model
 
 SIDECAR = json.loads((Path(__file__).parent / "data/tensorrt_sidecar.json").read_text())
-NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64}
+NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64, "BOOL": np.bool_}
 SUCCESS, OUT_OF_MEMORY, NOT_PERMITTED = 0, 2, 900
 
 
@@ -165,6 +165,7 @@ class FakeContext:
         self.engine, self.shapes, self.addresses = engine, dict[str, tuple[int, ...]](), dict[str, int]()
         self.cache = FakeRuntimeCache() if config is None or config.cache is None else config.cache
         self.profiler: Any = None
+        self.resized = False  # since the last run, which then does work that cannot be recorded
         self.finish(engine.name)
 
     def finish(self, kernel: str) -> None:
@@ -177,6 +178,7 @@ class FakeContext:
         least, _, most = self.engine.get_tensor_profile_shape(name, 0)
         inside = len(shape) == len(least) and all(a <= n <= b for a, n, b in zip(least, shape, most, strict=True))
         if inside:
+            self.resized |= self.shapes.get(name) != tuple(shape)
             self.shapes[name] = tuple(shape)
         else:
             self.engine.module.log("ERROR", f"{name}: {shape} is outside the profile")
@@ -193,6 +195,10 @@ class FakeContext:
             module.log("ERROR", module.fails)
             return False
         assert set(self.addresses) == set(self.engine.tensors), "an address is missing"
+        if self.resized and cuda.recording is not None:
+            module.log("ERROR", "the first run of other sizes cannot be recorded")
+            return False
+        self.resized = False
         self.finish(f"{self.engine.name} {sorted(self.shapes.items())}")
         work = functools.partial(self.engine.compute, dict(self.shapes), dict(self.addresses))
         if cuda.recording is not None:

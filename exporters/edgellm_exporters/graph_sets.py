@@ -18,14 +18,13 @@ from edgellm_exporters.engines.tensorrt import add_engines
 from edgellm_exporters.graph.capture_encoder import Graphs
 from edgellm_exporters.graph.lower import lower_to
 from edgellm_exporters.graph.targets import Target
-from edgellm_exporters.graph.write import ENCODER_FILE, GRAPH_FILE, Progress, write_graphs
+from edgellm_exporters.graph.write import ENCODER_FILE, GRAPH_FILE, Progress, with_own_constants, write_graphs
 from edgellm_exporters.proof.stand_in import check_types
 from edgellm_exporters.quantize.cache import narrow_caches
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_runtime.bundle import Manifest
 from edgellm_runtime.bundle.engine_info import GraphInfo
 
-_APART = "encoder/"
 __all__ = ["FixedGraphs", "GraphSet", "OneGraph", "graph_set"]
 
 
@@ -100,26 +99,14 @@ class OneGraph:
 
     def _lowered(self, graphs: Graphs, plan: Plan, *, dtype: str = "float32", rounded: str = "") -> dict[str, ir.Model]:
         """By the files that they are written to."""
+        if graphs.encoder is not None:
+            with_own_constants(graphs.encoder)
         files = zip((GRAPH_FILE, ENCODER_FILE), graphs.all, strict=False)
-        found = {name: lower_to(graph, self.target, plan, dtype=dtype, rounded=rounded) for name, graph in files}
-        if ENCODER_FILE in found:
-            _with_own_constants(found[ENCODER_FILE])
-        return found
+        return {name: lower_to(graph, self.target, plan, dtype=dtype, rounded=rounded) for name, graph in files}
 
     def finish(self, directory: Path, manifest: Manifest, progress: Progress) -> Manifest:
         """See :class:`GraphSet`: nothing."""
         return manifest
-
-
-def _with_own_constants(encoder: ir.Model) -> ir.Model:
-    """Names for an encoder's constants that the other graph, traced apart, has not: what has one name is stored once.
-
-    Weights, which are read when they are written, keep theirs.
-    """
-    for value in list(encoder.graph.initializers.values()):
-        if not isinstance(value.const_value, ir.LazyTensor):
-            value.name = f"{_APART}{value.name}"
-    return encoder
 
 
 @dataclass(frozen=True)
@@ -152,10 +139,9 @@ class FixedGraphs:
 
     def write(self, graphs: Graphs, plan: Plan, directory: Path, stand_in: Path | None, progress: Progress) -> None:
         """See :class:`GraphSet`."""
-        graph = graphs.step
-        write_roles(graph, self.target, plan, self.sizes.forms(self.dtype), directory, progress)
+        write_roles(graphs, self.target, plan, self.sizes.forms(self.dtype), directory, progress)
         if stand_in is not None:
-            write_roles(graph, self.target, plan, self.sizes.forms("float32", self.dtype), stand_in, progress)
+            write_roles(graphs, self.target, plan, self.sizes.forms("float32", self.dtype), stand_in, progress)
 
     def finish(self, directory: Path, manifest: Manifest, progress: Progress) -> Manifest:
         """See :class:`GraphSet`: engines, unless they are left to the device."""

@@ -10,7 +10,7 @@ from edgellm.draft_head import DraftHead
 from edgellm_exporters.auto.budget import AUTO, Budget
 from edgellm_exporters.engines.options import EngineOptions
 from edgellm_exporters.errors import ExportError
-from edgellm_exporters.graph.targets import TARGETS, find_target
+from edgellm_exporters.graph.targets import find_target
 from edgellm_exporters.proof.receipt import ReceiptText
 from edgellm_exporters.quantize.methods import METHODS, find_method
 from edgellm_exporters.quantize.tuning.tune import Tuning
@@ -112,9 +112,6 @@ def check_encoder_options(options: ExportOptions) -> None:
     Raises:
         ExportError: such an option.
     """
-    able = [name for name, target in TARGETS.items() if target.encoders]
-    if options.target not in able:
-        raise ExportError(f"target {options.target} has no form of encoders yet; {' and '.join(able)} have one")
     if options.budget is not None or options.kv_cache != "float32":
         what = "a search of formats" if options.budget is not None else "an 8-bit cache"
         raise ExportError(f"{what} looks at models that go on with texts, and this one answers sources; leave it out")

@@ -229,7 +229,9 @@ def _backend(bundle: Bundle, device: str, threads: int | None, kernels: str, not
         from edgellm_runtime.backends.graph_roles import GraphRoles
         from edgellm_runtime.backends.ort_roles import OrtRolesBackend
 
-        return OrtRolesBackend(bundle.path, GraphRoles.of(manifest), manifest.signature, threads=threads)
+        return OrtRolesBackend(
+            bundle.path, GraphRoles.of(manifest), manifest.signature, threads=threads, encoder=encoder
+        )  # fmt: skip
     from edgellm_runtime.backends.ort import OrtBackend
 
     own, swapped = None, None

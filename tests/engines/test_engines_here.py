@@ -39,8 +39,8 @@ def test_the_engine_for_this_library_version_and_gpu_is_found_among_several() ->
         ({}, {"compute_capability": "12.0"}, r"for compute capability 8\.6, 8\.9, the GPU here has 12\.0"),
         ({"graph_sha256": "another"}, {}, "was built from another graph than the one beside it"),
         ({"precision": "bfloat16"}, {}, "computes in bfloat16, the bundle in float16"),
-        ({"library": "tensorrt"}, {}, "needs a decode engine for tensorrt_rtx, but holds only one for tensorrt"),
-        ({"role": "prefill"}, {}, "needs a decode engine for tensorrt_rtx, but holds none"),
+        ({"library": "tensorrt"}, {}, "engine of role decode for tensorrt_rtx, but holds only one for tensorrt"),
+        ({"role": "prefill"}, {}, "needs an engine of role decode for tensorrt_rtx, but holds none"),
     ],
 )
 def test_an_engine_that_is_stale_or_foreign_is_refused_with_the_command_that_builds_it(

@@ -12,8 +12,8 @@ import engine_rows
 import numpy as np
 import pytest
 import torch
-from engine_rows import CAPABILITY, PRECISIONS, SIZES
-from families import CONTEXT, EVERY, FAMILIES, VOCAB, make, planned
+from engine_rows import CAPABILITY, PRECISIONS
+from families import CONTEXT, EVERY, FAMILIES, VOCAB, make
 
 from edgellm.cli import run
 from edgellm.models.layers import GatedDeltaMixer, RecurrentMixer, SelectiveMixer, SelfAttention
@@ -77,10 +77,9 @@ def test_engines_are_built_of_graphs_that_compute_what_pytorch_computes(
 def test_quantized_graphs_equal_pytorch_with_the_same_numbers(method: str, tmp_path: Path) -> None:
     """In float32, where nothing else is rounded, the graphs and the reference agree code for code."""
     model = make("mixed")
-    graph, plan = planned(model, "tensorrt", method)
-    write_roles(
-        graph, find_target("tensorrt"), plan, SIZES.forms("float32"), tmp_path, lambda what, share: None
-    )  # fmt: skip
+    graphs, plan = engine_rows.planned_graphs(model, method)
+    forms = engine_rows.sizes_for(model).forms("float32")
+    write_roles(graphs, find_target("tensorrt"), plan, forms, tmp_path, lambda what, share: None)
     session = engine_rows.session_of(model, tmp_path, "float32")
     window = np.random.default_rng(2).integers(0, VOCAB, 40).tolist()
     rounded = quantized_model(model, plan, integer_products=False)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tensorrt_bundles import MODELS, both, machine_with_gpu, made
+from tensorrt_bundles import MODELS, begun, both, machine_with_gpu, made
 from tensorrt_fakes import SIDECAR, FakeCuda
 from tiny_bundles import sign
 
@@ -30,7 +30,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_engines_give_the_bits_of_their_graphs(name: str, gpu: Any) -> None:
     sessions = both(name)
     rng = np.random.default_rng(0)
-    states = [session.new_state(2, 8) for session in sessions]
+    states = [begun(session, 2, 8) for session in sessions]
     for time, lengths, wanted in (
         (5, [5, 3], "last"), (1, None, "last"), (1, None, "last"), (9, None, "all"), (1, None, "last"),
         (4, [1, 4], "none"), (1, None, "last"), (1, None, "all"),
@@ -104,13 +104,13 @@ def test_only_logits_come_back_from_the_gpu(gpu: Any) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_rows_are_copied_saved_and_loaded_on_the_gpu(name: str, gpu: Any, tmp_path: Path) -> None:
     _, session = both(name)
-    state = session.new_state(2, 8)
+    state = begun(session, 2, 8)
     tokens = np.array([[1, 2, 3], [7, 8, 9]])
     session.step(tokens, state)
     swapped, forked = state.take([1, 0, 1]), state.fork()
     state.save(tmp_path / "state")
     loaded = State.load(tmp_path / "state", session.signature.state, session.storage)
-    put = session.new_state(2, 8)
+    put = begun(session, 2, 8)
     put.put(1, state.take([0]))
     last = np.array([[4]])
     expected = session.step(np.repeat(last, 2, axis=0), state).copy()
@@ -275,7 +275,8 @@ def test_the_recorded_tensors_are_those_of_the_graphs_today() -> None:
             network = builder.create_network()
             parser = library.OnnxParser(network, logger)
             beside = made(name).parent if role.startswith("choose") else made(name)
-            assert parser.parse_from_file(str(beside / f"{role}.onnx"))
+            file = "encoder" if role == "encode" else role
+            assert parser.parse_from_file(str(beside / f"{file}.onnx"))
             sides = (
                 ("INPUT", [network.get_input(i) for i in range(network.num_inputs)]),
                 ("OUTPUT", [network.get_output(i) for i in range(network.num_outputs)]),

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tensorrt_bundles import MAX_BATCH, MODELS, both, machine_with_gpu, made
+from tensorrt_bundles import MAX_BATCH, MODELS, begun, both, machine_with_gpu, made
 from tiny_bundles import edit_manifest, sign
 
 from edgellm_runtime import BackendError, BundleError, load, open_session
@@ -57,7 +57,7 @@ def test_generation_says_what_the_host_says(options: dict[str, Any], gpu: Any) -
 @pytest.mark.parametrize("name", MODELS)
 def test_the_best_are_those_of_the_logits_and_the_state_goes_on(name: str, gpu: Any) -> None:
     host, device = both(name)
-    states = [session.new_state(2, 20) for session in (host, device)]
+    states = [begun(session, 2, 20) for session in (host, device)]
     for session, state in zip((host, device), states, strict=True):
         session.step(np.array([[5, 9, 2], [40, 8, 7]]), state)
     tokens = np.array([[4], [11]])

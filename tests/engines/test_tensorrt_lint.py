@@ -102,6 +102,10 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
         "bits: int = 4, block_size: int = 32> (x, w, s) }",
         {"w": np.zeros((2, 2, 16), np.uint8), "s": np.ones((2, 2), HALF)}, "parse",
     ),
+    "values scattered into sums": (
+        "g (float16[B,8] x, int64[B,4] at, float16[B,4] new) => (float16[B,8] y) "
+        '{ y = ScatterElements <axis: int = 1, reduction = "add"> (x, at, new) }', {}, "parse",
+    ),
     "batch-first recurrences": (
         "g (float[B,4,4] x) => (float[B,4,1,4] y) { y = RNN <hidden_size: int = 4, layout: int = 1> (x, w, r) }",
         {"w": SMALL.astype(np.float32), "r": SMALL.astype(np.float32)}, "ONNX Runtime",

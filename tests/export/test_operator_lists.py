@@ -13,6 +13,7 @@ from edgellm_exporters.engines.fixed_sizes import Sizes, write_roles
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.graph import lower
 from edgellm_exporters.graph.capture import capture
+from edgellm_exporters.graph.capture_encoder import Graphs
 from edgellm_exporters.graph.lower import lower_to, prepare
 from edgellm_exporters.graph.targets import TARGETS
 from edgellm_exporters.graph.write import write_graph
@@ -55,7 +56,7 @@ def test_every_family_on_every_target_in_every_precision_is_in_the_lists(
         graph = prepare(traced.clone(), goal)
         plan = make_plan(find_method(method, goal.methods), graph, model, golden_rows(None, VOCAB, CONTEXT).rows, ())
         if goal.roles:
-            write_roles(graph, goal, plan, Sizes(CONTEXT, 8, 128).forms(dtype), tmp_path, quiet)
+            write_roles(Graphs(graph), goal, plan, Sizes(CONTEXT, 8, 128).forms(dtype), tmp_path, quiet)
         else:
             write_graph(lower_to(graph, goal, plan, dtype=dtype), tmp_path, quiet)
         written = list(tmp_path.glob("*.onnx"))

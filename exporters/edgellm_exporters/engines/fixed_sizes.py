@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx_ir as ir
-
 from edgellm_exporters.engines.lint import lint
 from edgellm_exporters.engines.options import EngineOptions
 from edgellm_exporters.errors import ExportError
+from edgellm_exporters.graph.capture_encoder import Graphs
 from edgellm_exporters.graph.lower import lower_to
 from edgellm_exporters.graph.targets import Target
-from edgellm_exporters.graph.write import Progress, write_graphs
-from edgellm_exporters.lowering.fixed_form import DECODE, PREFILL, Form
+from edgellm_exporters.graph.write import ENCODER_FILE, Progress, with_own_constants, write_graphs
+from edgellm_exporters.lowering.fixed_form import DECODE, ENCODE, FREE, PREFILL, Form
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_runtime.bundle.engine_info import GraphInfo
 
@@ -38,7 +37,7 @@ class Sizes:
     capacity: int
 
     def forms(self, dtype: str, rounded: str = "") -> Mapping[str, Form]:
-        """Role to form."""
+        """Role to form, of graphs that step."""
         return {
             PREFILL: Form(PREFILL, self.chunk, self.capacity, dtype, rounded),
             DECODE: Form(DECODE, 1, self.capacity, dtype, rounded),
@@ -77,14 +76,27 @@ def sizes_of(options: EngineOptions, model_context: int, *, one_pass: bool = Fal
 
 
 def write_roles(
-    graph: ir.Model, target: Target, plan: Plan, forms: Mapping[str, Form], directory: Path, progress: Progress
+    graphs: Graphs, target: Target, plan: Plan, forms: Mapping[str, Form], directory: Path, progress: Progress
 ) -> None:
-    """Lower one captured graph into a graph for each role, check them, and write them with their common weights.
+    """Lower captured graphs into one for each role, check them, and write them with their common weights.
+
+    Args:
+        graphs: the one that steps, and the encoder's if there is one; they stay as they are.
+        target: what to make them for.
+        plan: which weights to quantize, and how.
+        forms: of the one that steps, by role.
+        directory: of the bundle.
+        progress: told what is written, and how much of it.
 
     Raises:
         LoweringError: the target would not compute what such a graph says.
     """
-    lowered = {graph_file(role): lower_to(graph.clone(), target, plan, form) for role, form in forms.items()}
-    for model, form in zip(lowered.values(), forms.values(), strict=True):
-        lint(model, form.dtype)
+    made = {graph_file(role): (graphs.step.clone(), form) for role, form in forms.items()}
+    if graphs.encoder is not None:
+        form = next(iter(forms.values()))
+        made[ENCODER_FILE] = graphs.encoder.clone(), Form(ENCODE, FREE, FREE, form.dtype, form.rounded)
+        with_own_constants(made[ENCODER_FILE][0])
+    lowered = {name: lower_to(graph, target, plan, form) for name, (graph, form) in made.items()}
+    for name, (_, form) in made.items():
+        lint(lowered[name], form.dtype)
     write_graphs(lowered, directory, progress)

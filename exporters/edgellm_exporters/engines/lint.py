@@ -123,6 +123,11 @@ def _narrow_cache(node: ir.Node, view: Surroundings) -> bool:
     return past is not None and past.dtype is not None and past.dtype.bitwidth == 8
 
 
+def _reduces(node: ir.Node, view: Surroundings) -> bool:
+    how = node.attributes.get("reduction")
+    return how is not None and how.as_string() != "none"
+
+
 def _given_lengths(node: ir.Node, view: Surroundings) -> bool:
     return _input(node, "sequence_lens") is not None and view.dtype in _HALF
 
@@ -163,6 +168,8 @@ TRAPS: tuple[Trap, ...] = (
          lambda n, v: True, "does not parse them", "QuantizeLinear and DequantizeLinear before a MatMul"),
     Trap("foreign operators", (), lambda n, v: n.domain not in ("", "ai.onnx"),
          "looks for a plugin of that name, and has none", "operators of standard ONNX"),
+    Trap("values scattered into sums", ("ScatterElements", "ScatterND"), _reduces,
+         "does not parse it", "a product with a matrix that has a one where a value goes"),
     Trap("batch-first recurrences", _RECURRENT, lambda n, v: _number(n, "layout", 0) != 0,
          "takes it, but ONNX Runtime does not, so that nothing could be proved", "layout=0"),
     Trap("recurrences with lengths in 16 bits", _RECURRENT, _given_lengths,

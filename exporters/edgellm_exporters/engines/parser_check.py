@@ -12,12 +12,15 @@ from typing import Any
 
 from edgellm_exporters.errors import EngineError
 from edgellm_runtime.bundle import Manifest
-from edgellm_runtime.bundle.engine_info import CHOOSE
+from edgellm_runtime.bundle.engine_info import CHOOSE, ENCODE
 from edgellm_runtime.graphs.token_choice import RESULTS
+from edgellm_runtime.spec import SOURCE, Signature
 
 __all__ = ["Facts", "check_parsed"]
 
-_NAMES = {"HALF": "float16", "BF16": "bfloat16", "FLOAT": "float32", "INT64": "int64", "INT32": "int32"}
+_NAMES = {
+    "HALF": "float16", "BF16": "bfloat16", "FLOAT": "float32", "INT64": "int64", "INT32": "int32", "BOOL": "bool",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,25 +29,37 @@ class Facts:
 
     Args:
         outputs: name to dtype, all of them.
-        states: name of each input that carries state to its dtype.
+        states: name of each input that carries state, or the sources themselves, to its dtype.
         caches: how many of the outputs are caches that are written in place.
+        sources: name of each input that is as long as the longest source to the axis along which it is.
         seen: filled by :func:`check_parsed` with the number of layers of each kind.
     """
 
     outputs: Mapping[str, str]
     states: Mapping[str, str]
     caches: int
+    sources: Mapping[str, int] = field(default_factory=dict)
     seen: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, manifest: Manifest, role: str) -> Facts:
         """Those of a bundle's graph."""
-        if role == CHOOSE:
-            return cls(RESULTS, {}, 0)
-        state = manifest.signature.state
-        outputs = {t.name: t.dtype for t in manifest.signature.outputs} | {s.present_name: s.dtype for s in state}
+        return cls(RESULTS, {}, 0) if role == CHOOSE else cls.in_role(manifest.signature, role)
+
+    @classmethod
+    def in_role(cls, signature: Signature, role: str) -> Facts:
+        """Those of a graph of a model: one that steps, or the encoder's."""
+        if role == ENCODE:
+            given = {t.name: t for t in signature.encoder.inputs}
+            outputs = {t.name: t.dtype for t in signature.encoder.outputs}
+            sources = {name: t.shape.index(SOURCE) for name, t in given.items() if SOURCE in t.shape}
+            return cls(outputs, {name: t.dtype for name, t in given.items()}, 0, sources)
+        outputs = {t.name: t.dtype for t in signature.outputs}
+        outputs |= {s.present_name: s.dtype for s in signature.carried}
         return cls(
-            outputs, {s.past_name: s.dtype for s in state}, sum(spec.update == "append" for spec in state)
+            outputs, {s.past_name: s.dtype for s in signature.state},
+            sum(spec.update == "append" for spec in signature.state),
+            {s.past_name: s.shape.index(SOURCE) for s in signature.encoded},
         )  # fmt: skip
 
 

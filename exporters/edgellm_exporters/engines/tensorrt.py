@@ -21,7 +21,7 @@ from edgellm_exporters.engines.timing_cache import TimingCache
 from edgellm_exporters.errors import EngineError
 from edgellm_runtime.backends.engine_fit import current_compute_capability
 from edgellm_runtime.bundle import FileInfo, Manifest, sha256_of
-from edgellm_runtime.bundle.engine_info import CHOOSE, LIBRARIES, ChooserInfo, EngineInfo, Range
+from edgellm_runtime.bundle.engine_info import CHOOSE, ENCODE, LIBRARIES, ChooserInfo, EngineInfo, Range
 from edgellm_runtime.graphs.token_choice import choosing_graph
 
 __all__ = [
@@ -55,6 +55,8 @@ RTX_API: Mapping[str, Sequence[str]] = {
 }  # fmt: skip
 Progress = Callable[[str, float], None]  # what is being done, and how much of it (0 to 1)
 _NOTHING: Mapping[str, Any] = {}
+_NO_SOURCES: Mapping[str, int] = {}
+_USUAL_SOURCE = 64  # tokens: the length that engines are fastest for, if a source may be as long
 _CANDIDATES = 64  # as many as the CUDA target chooses on the GPU
 _LEAST_CAPABILITY = {"fp8": "8.9"}  # by method; for older GPUs the library refuses the graph when it builds
 _CAPABILITY = re.compile(r"\d{1,2}\.\d")
@@ -147,24 +149,33 @@ def _number(capability: str) -> tuple[int, ...]:
     return tuple(map(int, capability.split(".")))
 
 
-def profile_of(inputs: Mapping[str, Sequence[int]], max_batch: int, time: int) -> dict[str, Range]:
+def profile_of(
+    inputs: Mapping[str, Sequence[int]], max_batch: int, time: int, *, sources: Mapping[str, int] = _NO_SOURCES,
+    max_source: int = 1,
+) -> dict[str, Range]:  # fmt: skip
     """The shapes that an engine takes: one row to ``max_batch``, and logits of one position to all.
 
     Args:
         inputs: the network's inputs with their shapes, -1 where a size is free.
         max_batch: the most rows.
         time: tokens of a step, the most positions that logits may be asked for.
+        sources: inputs that are as long as the longest source, and the axis along which they are.
+        max_source: the most tokens of one.
     """
     found = {}
     for name, shape in inputs.items():
         sizes = {axis: max_batch if axis == 0 else time for axis, size in enumerate(shape) if size < 0}
-        least = tuple(1 if axis in sizes else size for axis, size in enumerate(shape))
-        found[name] = Range(least, least, tuple(sizes.get(axis, size) for axis, size in enumerate(shape)))
+        least = [1 if axis in sizes else size for axis, size in enumerate(shape)]
+        usual = list(least)
+        if (along := sources.get(name)) is not None:
+            sizes[along], usual[along] = max_source, min(_USUAL_SOURCE, max_source)
+        most = [sizes.get(axis, size) for axis, size in enumerate(shape)]
+        found[name] = Range(tuple(least), tuple(usual), tuple(most))
     return found
 
 
 def add_engines(directory: Path, manifest: Manifest, options: EngineOptions, progress: Progress) -> Manifest:
-    """Build an engine from each of a bundle's graphs, in the bundle's directory.
+    """Build an engine from each of a bundle's graphs, its encoder's too, in the bundle's directory.
 
     Args:
         directory: of the bundle.
@@ -181,6 +192,7 @@ def add_engines(directory: Path, manifest: Manifest, options: EngineOptions, pro
     checked = check_engine_options(dataclasses.replace(options, build=True), manifest.quantization)
     assert checked is not None
     library, capabilities = checked
+    max_source = 1 if manifest.encoder is None else manifest.encoder.max_source
     files = {name: info for name, info in manifest.files.items() if name not in manifest.engine_files}
     for old in manifest.engine_files:
         (directory / old).unlink(missing_ok=True)
@@ -188,7 +200,7 @@ def add_engines(directory: Path, manifest: Manifest, options: EngineOptions, pro
     def built(role: str, name: str, graph: Path, time: int, dtype: str) -> EngineInfo:
         target = directory / f"{name}.engine"
         profile = build_engine(
-            library, graph, target, facts=Facts.of(manifest, role), time=time, options=options,
+            library, graph, target, facts=Facts.of(manifest, role), time=time, options=options, max_source=max_source,
             capabilities=capabilities, tell=lambda share: progress(f"building the {name} engine", share),
         )  # fmt: skip
         files[target.name] = FileInfo(target.stat().st_size, sha256_of(target))
@@ -196,9 +208,11 @@ def add_engines(directory: Path, manifest: Manifest, options: EngineOptions, pro
             role, target.name, library.name, library.version, capabilities, dtype, profile, sha256_of(graph)
         )  # fmt: skip
 
+    times = {role: (graph.file, graph.time) for role, graph in manifest.graphs.items()}
+    if manifest.encoder is not None:
+        times[ENCODE] = manifest.encoder.file, 1
     engines = [
-        built(role, role, directory / graph.file, graph.time, manifest.dtype)
-        for role, graph in manifest.graphs.items()
+        built(role, role, directory / file, time, manifest.dtype) for role, (file, time) in times.items()
     ]  # fmt: skip
     choosers = []
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
@@ -220,7 +234,7 @@ def chosen_counts(manifest: Manifest) -> tuple[int, ...]:
 
 def build_engine(
     library: BuilderLibrary, graph: Path, destination: Path, *, facts: Facts, time: int, options: EngineOptions,
-    capabilities: Sequence[str], tell: Any = lambda share: None,
+    capabilities: Sequence[str], max_source: int = 1, tell: Any = lambda share: None,
 ) -> dict[str, Range]:  # fmt: skip
     """Build one engine and write it.
 
@@ -232,6 +246,7 @@ def build_engine(
         time: tokens of a step.
         options: sizes and memory.
         capabilities: to build for.
+        max_source: the most tokens of a source, where there are any.
         tell: told the share that is done.
 
     Returns:
@@ -251,7 +266,7 @@ def build_engine(
         raise EngineError(f"{graph.name}: {library.name} {library.version} cannot parse it: {_short(said)}")
     shapes = {network.get_input(i).name: tuple(network.get_input(i).shape) for i in range(network.num_inputs)}
     check_parsed(trt, network, facts, graph.name)
-    profile = profile_of(shapes, options.max_batch, time)
+    profile = profile_of(shapes, options.max_batch, time, sources=facts.sources, max_source=max_source)
     config = _config(trt, builder, profile, options, capabilities, library)
     config.progress_monitor = _monitor(trt, tell)
     timing = TimingCache(library.name, library.version, capabilities, config)

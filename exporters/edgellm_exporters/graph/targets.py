@@ -42,7 +42,6 @@ class Target:
         roles: whether it has a graph for prompts and one for single tokens, of fixed sizes, instead of one for all.
         device: where its graphs are meant to run.
         inputs: what its graphs may take besides the inputs that all have.
-        encoders: whether it has a form of encoders, which read sources into states.
         wide: by dtype, ops that have kernels in float32 only, or sum what 16 bits would lose; of an op with a
             reduction, those with one alone: ``ScatterElements add``.
         check_kernel: refuses a format of weights that it would compute with, but far too slowly.
@@ -63,7 +62,6 @@ class Target:
     roles: bool = False
     device: str = "cpu"
     inputs: tuple[TensorSpec, ...] = ()
-    encoders: bool = False
     wide: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     check_kernel: Callable[[Scheme], None] = lambda scheme: None
     lacks_kernel: Callable[[View], str] = lambda view: ""
@@ -75,13 +73,12 @@ TARGETS: Mapping[str, Target] = {
         Target(
             name="onnx", summary="standard ONNX operators only; runs wherever opset 23 does", rules=standard.RULES,
             passes=(), domains={"": OPSET}, dtypes=("float32",), caches=("float32",), ragged_chunks=True,
-            encoders=True,
         ),
         Target(
             name="cpu", summary="ONNX Runtime's fused kernels on CPU", rules=ort.RULES,
             passes=(MergeLinears, FuseAddRMSNorm), domains={"": OPSET, ort.DOMAIN: 1}, dtypes=("float32",),
             caches=("float32", "int8"), narrow_caches=(ATTENTION,), ragged_chunks=False, check_kernel=ort.check_kernel,
-            lacks_kernel=ort.lacks_kernel, encoders=True,
+            lacks_kernel=ort.lacks_kernel,
         ),
         Target(
             name="tensorrt", summary="engines for NVIDIA GPUs, and the standard ONNX that they are built from",
@@ -93,7 +90,7 @@ TARGETS: Mapping[str, Target] = {
             name="cuda", summary="ONNX Runtime's fused kernels on NVIDIA GPUs, in 16 bits", rules=cuda.RULES,
             passes=(MergeLinears, FuseAddRMSNorm), domains={"": OPSET, ort.DOMAIN: 1}, dtypes=("float16", "bfloat16"),
             caches=("float32",), ragged_chunks=False, methods={n: METHODS[n] for n in ("none", "int8", "int4")},
-            device="cuda", lacks_kernel=ort.lacks_kernel, inputs=(cuda.TOTAL_LENGTH,), encoders=True,
+            device="cuda", lacks_kernel=ort.lacks_kernel, inputs=(cuda.TOTAL_LENGTH,),
             wide=dict.fromkeys(("float16", "bfloat16"), ("LinearAttention", "ScatterElements add")),
         ),
     )

@@ -12,12 +12,21 @@ import onnx_ir as ir
 from edgellm_exporters.lowering.context import CONSTANT
 from edgellm_exporters.quantize.plan import STORAGE
 
-__all__ = ["ENCODER_FILE", "GRAPH_FILE", "WEIGHTS_FILE", "Progress", "write_graph", "write_graphs"]
+__all__ = [
+    "ENCODER_FILE",
+    "GRAPH_FILE",
+    "WEIGHTS_FILE",
+    "Progress",
+    "with_own_constants",
+    "write_graph",
+    "write_graphs",
+]
 
 GRAPH_FILE, ENCODER_FILE, WEIGHTS_FILE = "model.onnx", "encoder.onnx", "model.onnx.data"
 Progress = Callable[[str, float], None]  # what is being done, and how much of it (0 to 1)
 _ALIGNMENT = 64
 _INLINE_BYTES = 1024
+_APART = "encoder/"
 
 
 def write_graph(model: ir.Model, directory: Path, progress: Progress) -> None:
@@ -55,6 +64,16 @@ def write_graphs(
         file.truncate()
     for name, model in models.items():
         ir.save(model, directory / name)
+
+
+def with_own_constants(encoder: ir.Model) -> None:
+    """Names for an encoder's constants that no other graph, traced apart, has: what has one name is stored once.
+
+    Weights, which are read when they are written, keep theirs. In place, before lowering, which narrows both alike.
+    """
+    for value in list(encoder.graph.initializers.values()):
+        if not isinstance(value.const_value, ir.LazyTensor):
+            value.name = f"{_APART}{value.name}"
 
 
 def _own_name(graph: str, value: ir.Value) -> str:

@@ -16,17 +16,25 @@ from edgellm.ops.schema import View
 from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering import standard
 from edgellm_exporters.lowering.context import Array, Lowering, Rule, blank, shape_of
-from edgellm_exporters.lowering.fixed_form import DECODE, PREFILL
+from edgellm_exporters.lowering.fixed_form import DECODE
 from edgellm_exporters.lowering.linears import linear_rule
 from edgellm_exporters.lowering.scan import CELLS
 from edgellm_exporters.lowering.tensorrt_recurrent import rules
-from edgellm_exporters.lowering.window import Heads, by_masked_attention, by_products, scaled_scores, window_rule
+from edgellm_exporters.lowering.window import (
+    HIDDEN,
+    Heads,
+    attention_with,
+    by_masked_attention,
+    by_products,
+    products_with,
+    scaled_scores,
+    window_rule,
+)
 from edgellm_exporters.quantize.plan import ROW, Codes, QuantizedWeight
 
 __all__ = ["OPSET", "RULES", "matmul"]
 
 OPSET = 24  # TensorScatter
-_HIDDEN = -60000.0  # what a score of a slot that may not be seen is lowered by; float16 holds it
 
 
 def embedding(context: Lowering, view: View) -> Sequence[ir.Value]:
@@ -133,10 +141,10 @@ def attention(context: Lowering, view: View) -> Sequence[ir.Value]:
         context.op("TensorScatter", cache, new, start, axis=2, mode="linear")
         for cache, new in ((view.past_k, k), (view.past_v, v))
     ]  # fmt: skip
+    mask = _mask(context, past, view.window) if view.distances is None else _by_distance(context, view)
     if view.softcap or _loops(context):  # the parser takes no soft cap
-        y = _written_out(context, view, q, present)
+        y = _written_out(context, view, q, present, mask)
     else:
-        mask = _mask(context, past, view.window)
         y = context.op("Attention", q, *present, mask, scale=view.scale, is_causal=0)
     merged = context.op("Transpose", y, perm=[0, 2, 1, 3])  # (batch, time, heads, head_dim)
     return [context.op("Reshape", merged, context.const([0, 0, -1])), *present]
@@ -144,11 +152,13 @@ def attention(context: Lowering, view: View) -> Sequence[ir.Value]:
 
 def _loops(context: Lowering) -> bool:
     """Whether the graph has, or will have, a loop: an engine with both a loop and an Attention does not build."""
-    kinds = {*(CELLS if context.fixed.role == PREFILL else ()), "Loop", "Scan"}
+    kinds = {*(() if context.fixed.role == DECODE else CELLS), "Loop", "Scan"}
     return context.once("loops", lambda: any(node.op_type in kinds for node in context.graph))
 
 
-def _written_out(context: Lowering, view: View, q: ir.Value, cache: Sequence[ir.Value]) -> ir.Value:
+def _written_out(
+    context: Lowering, view: View, q: ir.Value, cache: Sequence[ir.Value], mask: ir.Value
+) -> ir.Value:  # fmt: skip
     """Attention as products and a softmax; the queries of one key head become one longer query."""
     kv_heads, slots, head_dim = (size for size in view.past_k.shape[1:] if isinstance(size, int))
     keys, values = cache
@@ -157,7 +167,7 @@ def _written_out(context: Lowering, view: View, q: ir.Value, cache: Sequence[ir.
     scores = context.op("MatMul", together, context.op("Transpose", keys, perm=[0, 1, 3, 2]))
     apart = context.op("Reshape", scores, context.const([0, kv_heads * group, time, slots]))
     scores = scaled_scores(context, apart, view.scale, view.softcap)
-    seen = context.op("Add", scores, _mask(context, view.past_lengths, view.window))
+    seen = context.op("Add", scores, mask)
     shares = context.op(
         "Reshape", context.op("Softmax", seen, axis=-1), context.const([0, kv_heads, group * time, slots])
     )
@@ -173,15 +183,32 @@ def _attend(
 
 
 def source_attention(context: Lowering, view: View) -> Sequence[ir.Value]:
-    """As the standard has it; in a graph with a loop, as products and a softmax."""
-    if view.bias is not None or not _loops(context):
-        return standard.RULES["SourceAttention"](context, view)
+    """Attention under a mask of addends, a bias among them where there is one; in a graph with a loop, products."""
     heads, head_dim = (size for size in (view.q.shape[1], view.q.shape[3]) if isinstance(size, int))
     form = Heads(heads=heads, kv_heads=view.k.shape[1], head_dim=head_dim, scale=view.scale, softcap=0.0)
-    visible = context.once(
-        ("source", view.mask), lambda: context.op("Unsqueeze", view.mask, context.const([1, 2]))
-    )  # (batch, 1, 1, source)
-    return [standard.merged(context, by_products(context, view.q, view.k, view.v, visible, form))]
+    attend = products_with if _loops(context) else attention_with
+    if view.bias is not None and attend is products_with and form.heads != form.kv_heads:
+        raise LoweringError(
+            f"SourceAttention with a bias and {form.heads} heads over {form.kv_heads} has no form in a graph with a "
+            "loop; give each head keys of its own"
+        )
+    mask = _source_mask(context, view)
+    return [standard.merged(context, attend(context, view.q, view.k, view.v, mask, form))]
+
+
+def _source_mask(context: Lowering, view: View) -> ir.Value:
+    """What is added to the score of each token of the source, (batch, 1 | heads, time, source)."""
+    q, time = view.q, str(view.q.shape[2])  # layers of one time share it
+
+    def make() -> ir.Value:
+        there = context.op("Unsqueeze", view.mask, context.const([1, 2]))  # (batch, 1, 1, source)
+        seen = context.const(0, np.float32) if view.bias is None else view.bias
+        addends = context.op("Where", there, seen, context.const(HIDDEN, np.float32))
+        one = context.const([1])
+        rows = context.op("Concat", one, one, context.op("Shape", q, start=2, end=3), one, axis=0)
+        return context.op("Expand", addends, rows)  # ONNX Runtime's kernel wants a row for each query
+
+    return context.once(("source addends", view.mask, view.bias, time), make)
 
 
 def _steps(context: Lowering) -> ir.Value:
@@ -204,10 +231,25 @@ def _mask(context: Lowering, past_lengths: ir.Value, window: int) -> ir.Value:
     def make() -> ir.Value:
         slots = context.const(np.arange(context.fixed.capacity)[None, None, None])
         last = context.op("Unsqueeze", _positions(context, past_lengths), context.const([1, 3]))
-        seen, hidden = context.const(0, np.float32), context.const(_HIDDEN, np.float32)
+        seen, hidden = context.const(0, np.float32), context.const(HIDDEN, np.float32)
         return context.op("Where", standard.visible_slots(context, slots, last, window), seen, hidden)
 
     return context.once(("mask", past_lengths, window), make)
+
+
+def _by_distance(context: Lowering, view: View) -> ir.Value:
+    """:func:`_mask` with what is added to the score of each key so many positions back, (batch, heads, time, slots)."""
+
+    def make() -> ir.Value:
+        slots = context.const(np.arange(context.fixed.capacity)[None, None])
+        last = context.op("Unsqueeze", _positions(context, view.past_lengths), context.const([2]))
+        back = context.op("Max", context.op("Sub", last, slots), context.const(0))  # (batch, time, slots)
+        furthest = context.op("Sub", context.op("Shape", view.distances, start=0, end=1), context.const([1]))
+        rows = context.op("Gather", view.distances, context.op("Min", back, furthest))
+        bias = context.op("Transpose", rows, perm=[0, 3, 1, 2])
+        return context.op("Add", bias, _mask(context, view.past_lengths, view.window))
+
+    return context.once(("distances", view.past_lengths, view.distances, view.window), make)
 
 
 def _rotate(context: Lowering, x: ir.Value, past_lengths: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:

@@ -21,9 +21,11 @@ __all__ = [
     "HIDDEN",
     "Attend",
     "Heads",
+    "attention_with",
     "by_attention",
     "by_masked_attention",
     "by_products",
+    "products_with",
     "scaled_scores",
     "window_rule",
 ]
@@ -164,22 +166,34 @@ def by_masked_attention(
     context: Lowering, q: ir.Value, keys: ir.Value, values: ir.Value, visible: ir.Value, form: Heads
 ) -> ir.Value:
     """ONNX's Attention under a mask of addends, the one that TensorRT takes; it knows no soft cap and no sinks."""
+    return attention_with(context, q, keys, values, _addends(context, visible), form)
+
+
+def attention_with(
+    context: Lowering, q: ir.Value, keys: ir.Value, values: ir.Value, addends: ir.Value, form: Heads
+) -> ir.Value:
+    """:func:`by_masked_attention` with the addends themselves, one for each key or for each head, query and key."""
     assert not form.softcap and form.sinks is None
-    return context.op("Attention", q, keys, values, _addends(context, visible), scale=form.scale, is_causal=0)
+    return context.op("Attention", q, keys, values, addends, scale=form.scale, is_causal=0)
 
 
 def by_products(
     context: Lowering, q: ir.Value, keys: ir.Value, values: ir.Value, visible: ir.Value, form: Heads
 ) -> ir.Value:
     """Products and a softmax, for libraries without a kernel of Attention, or without one for such a graph."""
+    return products_with(context, q, keys, values, _addends(context, visible), form)
+
+
+def products_with(
+    context: Lowering, q: ir.Value, keys: ir.Value, values: ir.Value, addends: ir.Value, form: Heads
+) -> ir.Value:
+    """:func:`by_products` with the addends themselves, (batch, 1 | kv_heads, 1 | time, keys)."""
     group = form.heads // form.kv_heads
     q = context.op("Reshape", q, context.const([0, form.kv_heads, group, -1, form.head_dim]))
     apart = context.const([2])
     turned = context.op("Unsqueeze", context.op("Transpose", keys, perm=[0, 1, 3, 2]), apart)
     scores = scaled_scores(context, context.op("MatMul", q, turned), form.scale, form.softcap)
-    mask = context.once(
-        ("addends of groups", visible), lambda: context.op("Unsqueeze", _addends(context, visible), apart)
-    )
+    mask = context.once(("addends of groups", addends), lambda: context.op("Unsqueeze", addends, apart))
     seen = context.op("Add", scores, mask)  # (batch, kv_heads, group, time, keys)
     shares = _shares(context, seen, form)
     y = context.op("MatMul", shares, context.op("Unsqueeze", values, apart))

@@ -80,12 +80,12 @@ def stand_in_session(directory: Path, manifest: Manifest) -> Session:
     wide = dataclasses.replace(manifest.signature, state=state)
     sizes: dict[str, Any] = {}
     backend: Backend
+    encoder = None if manifest.encoder is None else directory / manifest.encoder.file
     if manifest.graphs:
         roles = GraphRoles.of(manifest)
-        backend = OrtRolesBackend(directory, roles, wide)
+        backend = OrtRolesBackend(directory, roles, wide, encoder=encoder)
         sizes = {"chunk": roles.longest, "capacity": manifest.capacity}
     else:
-        encoder = None if manifest.encoder is None else directory / manifest.encoder.file
         backend = OrtBackend(directory / GRAPH, wide, encoder=encoder)
     return Session(
         backend, wide, max_context=manifest.max_context, ragged_chunks=manifest.ragged_chunks,

@@ -7,7 +7,7 @@ never run on trust: where anything differs it is refused, with the command that 
 from __future__ import annotations
 
 from edgellm_runtime.bundle import Bundle, Manifest
-from edgellm_runtime.bundle.engine_info import ChooserInfo, EngineInfo
+from edgellm_runtime.bundle.engine_info import ENCODE, ChooserInfo, EngineInfo
 from edgellm_runtime.errors import BundleError
 from edgellm_runtime.graphs.token_choice import choosing_digest
 
@@ -21,7 +21,7 @@ def check_engine(
 
     Args:
         bundle: opened.
-        role: ``prefill`` or ``decode``.
+        role: ``prefill`` or ``decode``, or ``encode`` of a bundle that has an encoder.
         library: what is installed here, one of :data:`LIBRARIES`.
         version: its version.
         compute_capability: of the GPU here, such as ``8.6``.
@@ -31,7 +31,10 @@ def check_engine(
             what differs and how to build it here.
     """
     manifest, remedy = bundle.manifest, f"build it here: edgellm build {bundle.path}"
-    if role not in manifest.graphs:
+    graphs = {name: graph.file for name, graph in manifest.graphs.items()}
+    if graphs and manifest.encoder is not None:
+        graphs[ENCODE] = manifest.encoder.file
+    if role not in graphs:
         raise BundleError(f"{bundle.path}: is for target {manifest.target['name']}, which has no engines; "
                           "export the model with --target tensorrt")  # fmt: skip
     of_role = [engine for engine in manifest.engines if engine.role == role]
@@ -39,8 +42,8 @@ def check_engine(
     if not engines:
         others = sorted({engine.library for engine in of_role})
         had = f"only one for {' and '.join(others)}" if others else "none"
-        raise BundleError(f"{bundle.path}: needs a {role} engine for {library}, but holds {had}; {remedy}")
-    digest = manifest.files[manifest.graphs[role].file].sha256
+        raise BundleError(f"{bundle.path}: needs an engine of role {role} for {library}, but holds {had}; {remedy}")
+    digest = manifest.files[graphs[role]].sha256
     faults = [_fault(engine, digest, manifest.dtype, version, compute_capability) for engine in engines]
     if None in faults:
         return engines[faults.index(None)]

@@ -27,6 +27,7 @@ class OrtRolesBackend(HostBackend):
         roles: the graphs.
         signature: what they share.
         threads: for one step; None for what :func:`edgellm_runtime.threads.thread_count` says.
+        encoder: the graph that reads sources, already checked; None: the model reads none.
         fetch: names of further values of the graphs, (batch, time, ...), which :attr:`fetched` holds after each step.
 
     Raises:
@@ -35,7 +36,7 @@ class OrtRolesBackend(HostBackend):
 
     def __init__(
         self, directory: Path, roles: GraphRoles, signature: Signature, *, threads: int | None = None,
-        fetch: Sequence[str] = (),
+        encoder: Path | None = None, fetch: Sequence[str] = (),
     ) -> None:  # fmt: skip
         narrow = sorted({spec.dtype for spec in signature.state} & {"bfloat16"})
         if narrow:
@@ -43,9 +44,16 @@ class OrtRolesBackend(HostBackend):
         self.roles, self.device = roles, "cpu"
         self.fetched: dict[str, NDArray[Any]] = {}
         self._graphs = {
-            role.name: OrtBackend(directory / role.file, signature, threads=threads, fusions=False, fetch=fetch)
+            role.name: OrtBackend(
+                directory / role.file, signature, threads=threads, fusions=False, fetch=fetch,
+                encoder=encoder if role is roles.all[-1] else None,
+            )
             for role in roles.all
         }  # fmt: skip
+
+    def encode(self, source: NDArray[np.int64], lengths: NDArray[np.int32], state: State) -> None:
+        """See :meth:`edgellm_runtime.backends.Backend.encode`."""
+        self._graphs[self.roles.all[-1].name].encode(source, lengths, state)
 
     def run(
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_runtime.backends.base import Candidates, WithoutEncoder
+from edgellm_runtime.backends.base import Candidates
 from edgellm_runtime.backends.caches import CacheFile
 from edgellm_runtime.backends.cuda_memory import Captured, Cuda, CudaStorage, DeviceArray, bindings
 from edgellm_runtime.backends.graph_roles import GraphRole, GraphRoles
 from edgellm_runtime.backends.tensorrt_choice import Choice, check_chooser
+from edgellm_runtime.backends.tensorrt_encoder import EncoderEngine, check_encoder, row_shape
 from edgellm_runtime.backends.tensorrt_kernels import KernelCache
 from edgellm_runtime.backends.tensorrt_library import Engine, Library, find_library
+from edgellm_runtime.bundle.engine_info import ENCODE
 from edgellm_runtime.errors import BackendError, StateError
 from edgellm_runtime.spec import UPDATES, Signature
 from edgellm_runtime.state import State
@@ -54,7 +56,8 @@ def open_engines(bundle: Bundle, *, device_id: int = 0) -> TensorRTBackend:
     cuda = Cuda(bindings(), device_id)
     here = {"library": library.name, "version": library.version, "compute_capability": cuda.compute_capability}
     roles = GraphRoles.of(manifest)
-    files = {role.name: check_engine(bundle, role.name, **here).file for role in roles.all}
+    names = [*(role.name for role in roles.all), *([] if manifest.encoder is None else [ENCODE])]
+    files = {name: check_engine(bundle, name, **here).file for name in names}
     choosers, fetches = choosers_here(manifest, **here)
 
     def loaded(name: str) -> Engine:
@@ -62,9 +65,11 @@ def open_engines(bundle: Bundle, *, device_id: int = 0) -> TensorRTBackend:
         return library.load(bundle.file(name), cache)
 
     assert manifest.capacity is not None
+    engines = {name: loaded(file) for name, file in files.items()}
     backend = TensorRTBackend(
-        library, cuda, roles, {name: loaded(file) for name, file in files.items()}, manifest.signature,
-        capacity=manifest.capacity, choosers={n: loaded(found.engine.file) for n, found in choosers.items()},
+        library, cuda, roles, engines, manifest.signature, capacity=manifest.capacity,
+        choosers={n: loaded(found.engine.file) for n, found in choosers.items()},
+        max_source=0 if manifest.encoder is None else manifest.encoder.max_source,
     )  # fmt: skip
     backend.fetches = fetches
     return backend
@@ -83,17 +88,18 @@ class EngineRun:
     layers: list[tuple[str, float]] = field(default_factory=list)
 
 
-class TensorRTBackend(WithoutEncoder):
+class TensorRTBackend:
     """Follows :class:`edgellm_runtime.backends.Backend`.
 
     Args:
         library: that runs the engines.
         cuda: the GPU.
         roles: of the bundle.
-        engines: role to engine.
+        engines: role to engine; with an encoder, its own too.
         signature: what the engines share.
         capacity: slots of each row of the state.
         choosers: engines that choose tokens, by how many they choose of a row; of a single one, or none.
+        max_source: the most tokens of a source; 0: the model reads none.
 
     Raises:
         BackendError: an engine is not of this signature.
@@ -104,7 +110,7 @@ class TensorRTBackend(WithoutEncoder):
 
     def __init__(
         self, library: Library, cuda: Cuda, roles: GraphRoles, engines: Mapping[str, Engine], signature: Signature, *,
-        capacity: int, choosers: Mapping[int, Engine] = NO_CHOOSERS,
+        capacity: int, choosers: Mapping[int, Engine] = NO_CHOOSERS, max_source: int = 0,
     ) -> None:  # fmt: skip
         self.library, self._cuda, self._roles, self._signature = library, cuda, roles, signature
         self.storage: Storage = CudaStorage(cuda, capacity)
@@ -112,6 +118,10 @@ class TensorRTBackend(WithoutEncoder):
         self._engines, self._choosers = engines, choosers
         for role in roles.all:
             _check(engines[role.name], role, signature, capacity)
+        self._encoder: EncoderEngine | None = None
+        if max_source:
+            check_encoder(engines[ENCODE], signature, max_source)
+            self._encoder = EncoderEngine(cuda, engines[ENCODE], signature)
         for count, engine in choosers.items():
             check_chooser(engine, int(signature.outputs[0].shape[-1]), count, engines["decode"].profile["tokens"][2][0])
         self.candidates = max(choosers, default=0)
@@ -119,6 +129,12 @@ class TensorRTBackend(WithoutEncoder):
         self._fresh = {id(e): e.kernels for e in (*engines.values(), *choosers.values()) if e.kernels is not None}
         self._timed: list[EngineRun] | None = None
         weakref.finalize(self, _save, tuple(self._fresh.values()))  # shapes that came later make kernels too
+
+    def encode(self, source: NDArray[np.int64], lengths: NDArray[np.int32], state: State) -> None:
+        """See :meth:`edgellm_runtime.backends.Backend.encode`."""
+        assert self._encoder is not None, "a session asks for what the manifest has"
+        self._encoder.run(source, lengths, state)
+        self._keep([self._encoder.engine])
 
     def run(
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
@@ -148,7 +164,7 @@ class TensorRTBackend(WithoutEncoder):
         assert binding.choice is not None
         ids, values = binding.choice.read()
         state.swap()
-        self._keep(binding)
+        self._keep(binding.engines)
         return Candidates(ids[:, :count], values[:, :count], lambda: self._logits(binding)[:, 0])
 
     def time_layers(self) -> Sequence[EngineRun]:
@@ -177,12 +193,12 @@ class TensorRTBackend(WithoutEncoder):
 
     def _logits(self, binding: _Binding) -> Array:
         logits = widened(self._cuda.download(binding.logits), binding.logits.dtype).astype(np.float32, copy=False)
-        self._keep(binding)
+        self._keep(binding.engines)
         return logits
 
-    def _keep(self, binding: _Binding) -> None:
+    def _keep(self, engines: Sequence[Engine]) -> None:
         """Save what the library made of engines that have just run for the first time."""
-        for engine in binding.engines:
+        for engine in engines:
             if (kernels := self._fresh.pop(id(engine), None)) is not None:
                 kernels.save()
 
@@ -190,21 +206,25 @@ class TensorRTBackend(WithoutEncoder):
         if binding.captured is not None:
             binding.captured.launch()
             return
-        binding.place()
+        resized = binding.place()
         if self._timed is not None:
             self._timed.append(EngineRun(role.name))
-        if role.time > 1 or not self.captures or not binding.warm:
-            # the first run may still allocate, which cannot be recorded
+        records = role.time == 1 and self.captures and binding.warm  # the first run may still allocate
+        if resized or not records:  # nor can what a library does once for new sizes be recorded
             binding.enqueue(self._cuda.stream)
-            binding.warm = True
+        binding.warm = True
+        if not records:
             return
         try:
             binding.captured = self._cuda.capture(lambda: binding.enqueue(self._cuda.stream))
         except BackendError as error:
             self.captures, self.refusal = False, str(error)
-            binding.enqueue(self._cuda.stream)
+        if resized:
             return
-        binding.captured.launch()
+        if binding.captured is None:
+            binding.enqueue(self._cuda.stream)
+        else:
+            binding.captured.launch()
 
     def _binding(self, role: GraphRole, positions: tuple[int, ...], state: State, chosen: int) -> _Binding:
         engine = self._engines[role.name]
@@ -212,7 +232,7 @@ class TensorRTBackend(WithoutEncoder):
         key = (id(self), role.name, turn, positions, chosen)
         found: _Binding | None = state.attachments.get(key)
         if found is None:
-            self._check_shape(engine, role, positions)
+            self._check_shape(engine, role, positions, state)
             while len(state.attachments) >= _KEPT:
                 state.attachments.pop(next(iter(state.attachments)))
             found = state.attachments[key] = _Binding(self._cuda, engine, self._signature, role, positions, state)
@@ -220,7 +240,7 @@ class TensorRTBackend(WithoutEncoder):
                 found.choice = Choice(self._cuda, self._choosers[chosen], chosen, found.logits)
         return found
 
-    def _check_shape(self, engine: Engine, role: GraphRole, positions: tuple[int, ...]) -> None:
+    def _check_shape(self, engine: Engine, role: GraphRole, positions: tuple[int, ...], state: State) -> None:
         batch, count = positions
         most = engine.profile["tokens"][2][0]
         if not engine.fits("tokens", (batch, role.time)):
@@ -233,6 +253,12 @@ class TensorRTBackend(WithoutEncoder):
                 f"logits of {count} positions a row, but the {role.name} engine was built for up to "
                 f"{engine.profile['logit_positions'][2][1]}; ask for fewer at a time"
             )
+        for spec in state.specs:
+            if spec.encoded and not engine.fits(spec.past_name, state.tensors[spec.name].shape):
+                raise StateError(
+                    f"sources of {spec.source} tokens, but the {role.name} engine was built for others; build the "
+                    "engines again: edgellm build"
+                )
 
 
 class _Binding:
@@ -269,20 +295,19 @@ class _Binding:
             past = state.tensors[spec.name]
             if spec.past_name in engine.inputs:
                 self._places[spec.past_name] = past
-            # a cache is written in place, which is what the graph's TensorScatter means
-            self._places[spec.present_name] = past if spec.in_place else state.spares[spec.name]
+            if not spec.encoded:
+                # a cache is written in place, which is what the graph's TensorScatter means
+                self._places[spec.present_name] = past if spec.in_place else state.spares[spec.name]
 
     @property
     def engines(self) -> Sequence[Engine]:
         """What a step runs, in order."""
         return (self.engine,) if self.choice is None else (self.engine, self.choice.engine)
 
-    def place(self) -> None:
-        """Tell the engines' contexts; they are shared by all bindings."""
-        for name, array in self._places.items():
-            self.engine.bind(name, array.pointer, array.shape)
-        if self.choice is not None:
-            self.choice.place()
+    def place(self) -> bool:
+        """Tell the engines' contexts, which all bindings share; whether a shape is another than before."""
+        resized = [self.engine.bind(name, array.pointer, array.shape) for name, array in self._places.items()]
+        return any(resized) | (self.choice is not None and self.choice.place())
 
     def enqueue(self, stream: Any) -> None:
         """Put one step on a stream."""
@@ -298,9 +323,9 @@ def _save(kernels: Sequence[KernelCache]) -> None:
 def _check(engine: Engine, role: GraphRole, signature: Signature, capacity: int) -> None:
     """Compare an engine's tensors with the signature, so that no address is given for something else."""
     wanted = {t.name: t.dtype for t in (*signature.inputs, *signature.outputs)}
-    wanted |= {name: s.dtype for s in signature.state for name in (s.past_name, s.present_name)}
+    wanted |= {s.past_name: s.dtype for s in signature.state} | {s.present_name: s.dtype for s in signature.carried}
     known = {t.name for t in signature.inputs} | {s.past_name for s in signature.state}
-    outputs = {t.name for t in signature.outputs} | {s.present_name for s in signature.state}
+    outputs = {t.name for t in signature.outputs} | {s.present_name for s in signature.carried}
     wrong = [name for name, dtype in engine.dtypes.items() if wanted.get(name) != dtype]
     if wrong or not engine.inputs <= known or engine.outputs != outputs:
         odd = sorted({*wrong, *(engine.inputs - known), *(engine.outputs ^ outputs)})
@@ -313,7 +338,7 @@ def _check(engine: Engine, role: GraphRole, signature: Signature, capacity: int)
             f"{capacity}; build the engine again"
         )
     for spec in signature.state:
-        expected = spec.resolve(1, capacity)[1:]
+        expected = row_shape(spec, capacity)
         for name in engine.shapes.keys() & {spec.past_name, spec.present_name}:
             if (found := engine.shapes[name][1:]) != expected:
                 raise BackendError(

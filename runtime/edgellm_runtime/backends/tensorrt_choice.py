@@ -37,11 +37,11 @@ class Choice:
             total += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
         self._whole = cuda.empty((total,), "uint8")
 
-    def place(self) -> None:
-        """Tell the engine's context; it is shared by all bindings."""
-        self.engine.bind(LOGITS, self._logits.pointer, self._logits.shape)
+    def place(self) -> bool:
+        """Tell the engine's context, which all bindings share; whether a shape is another than before."""
         for name, start in self._starts.items():
             self.engine.bind(name, self._whole.pointer + start, self._shapes[name])
+        return self.engine.bind(LOGITS, self._logits.pointer, self._logits.shape)
 
     def read(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Ids and logits (batch, count) of the last step, the latter NaN where a row's logits hold one."""

@@ -170,18 +170,22 @@ class Engine:
         least, _, most = self.profile[name]
         return len(shape) == len(least) and all(a <= n <= b for a, n, b in zip(least, shape, most, strict=True))
 
-    def bind(self, name: str, pointer: int, shape: Sequence[int]) -> None:
+    def bind(self, name: str, pointer: int, shape: Sequence[int]) -> bool:
         """Say where a tensor is, and of an input, what shape it has.
+
+        Returns:
+            Whether that shape is another than before.
 
         Raises:
             BackendError: the library refuses the shape.
         """
-        if name in self.inputs and self._set.get(name) != tuple(shape):
+        if resized := name in self.inputs and self._set.get(name) != tuple(shape):
             if not self._context.set_input_shape(name, tuple(shape)):
                 raise BackendError(f"{self._library.name} refuses {name} of shape {tuple(shape)}: "
                                    f"{self._library.last_words()}")  # fmt: skip
             self._set[name] = tuple(shape)
         self._context.set_tensor_address(name, pointer)
+        return resized
 
     def time_layers(self, tell: Callable[[str, float], None]) -> None:
         """From now on, wait for each run, and tell the name of each of its layers and the milliseconds that it took."""

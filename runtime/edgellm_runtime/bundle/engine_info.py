@@ -11,6 +11,7 @@ from edgellm_runtime.graphs.token_choice import MOST
 
 __all__ = [
     "CHOOSE",
+    "ENCODE",
     "LIBRARIES",
     "ROLES",
     "ChooserInfo",
@@ -20,7 +21,8 @@ __all__ = [
 ]
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
-ROLES, CHOOSE = ("prefill", "decode"), "choose"
+ROLES, CHOOSE = ("prefill", "decode"), "choose"  # roles of graphs that step, and of engines beside them
+ENCODE = "encode"
 _CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]")
 _MOST = 2**31
 
@@ -74,7 +76,8 @@ class EngineInfo:
     """One engine and its fingerprint.
 
     Args:
-        role: which graph it was built from; :data:`CHOOSE` for one that chooses tokens.
+        role: which graph it was built from; :data:`ENCODE` for the encoder's, :data:`CHOOSE` for one that chooses
+            tokens.
         file: its name in the bundle.
         library: one of :data:`LIBRARIES`.
         library_version: the library's whole version.

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edgellm_runtime.bundle.draft_info import DraftInfo, draft_signature
-from edgellm_runtime.bundle.encoder_info import EncoderInfo
-from edgellm_runtime.bundle.engine_info import ROLES, ChooserInfo, EngineInfo, GraphInfo
+from edgellm_runtime.bundle.encoder_info import EncoderInfo, check_engines
+from edgellm_runtime.bundle.engine_info import ENCODE, ROLES, ChooserInfo, EngineInfo, GraphInfo
 from edgellm_runtime.bundle.limits import MAX_WIDTH
 from edgellm_runtime.errors import BundleError, first_line
 from edgellm_runtime.graphs.operators import TARGETS
@@ -251,6 +251,8 @@ class Manifest:
         target = _a(dict, data["target"])
         if _a(str, target["name"]) not in TARGETS:
             raise ValueError(f"target {target['name'][:80]!r} is none of {', '.join(TARGETS)}")
+        encoder, roles = _encoder(data, files, signature), _roles(data, files, width)
+        check_engines(encoder, roles.get("engines", ()), signature)
         return cls(
             name=_a(str, data["name"]), target=target, signature=signature,
             max_context=_whole(data["max_context"], least=1), ragged_chunks=_a(bool, data["ragged_chunks"]),
@@ -267,7 +269,7 @@ class Manifest:
             measured={k: _number(v) for k, v in _a(dict, data.get("measured", {})).items()},
             receipt=_a(dict, data.get("receipt", {})),
             task=task, generation=_generation(data, width), vocab_size=_whole(data.get("vocab_size", 0)),
-            **_roles(data, files, width), encoder=_encoder(data, files, signature),
+            **roles, encoder=encoder,
             drafter=_drafter(data, files, signature),
             adapters=_adapters(data, signature),
         )  # fmt: skip
@@ -293,11 +295,10 @@ def _encoder(data: dict[str, Any], files: Mapping[str, FileInfo], signature: Sig
         raise ValueError(f"an encoder {given!r} and {len(signature.encoded)} states of sources: one without the other")
     if given is None:
         return None
-    if data.get("graphs"):
-        raise ValueError("an encoder beside graphs of fixed sizes")
     size = _whole(data.get("vocab_size", 0)) or int(signature.outputs[0].shape[-1])
     found = EncoderInfo.from_json(_a(dict, given), vocab_size=size, max_context=_whole(data["max_context"], least=1))
-    if found.file not in files or found.file == GRAPH:
+    steps = {graph["file"] for graph in _a(dict, data.get("graphs", {})).values()}
+    if found.file not in files or found.file in {GRAPH, *steps}:
         raise ValueError(f"an encoder in {found.file!r}, which is not a further one of the files")
     return found
 
@@ -328,7 +329,7 @@ def _adapters(data: dict[str, Any], signature: Signature) -> tuple[str, ...]:
 def _roles(data: dict[str, Any], files: Mapping[str, FileInfo], width: int) -> dict[str, Any]:
     """Graphs, capacity and engines, which go together."""
     graphs = {role: GraphInfo.from_json(graph) for role, graph in _a(dict, data.get("graphs", {})).items()}
-    engines = tuple(EngineInfo.from_json(engine) for engine in _a(list, data.get("engines", [])))
+    engines = tuple(EngineInfo.from_json(engine, (*ROLES, ENCODE)) for engine in _a(list, data.get("engines", [])))
     choosers = tuple(ChooserInfo.from_json(entry, width) for entry in _a(list, data.get("choosers", [])))
     if not graphs:
         if engines or choosers or data.get("capacity") is not None:
