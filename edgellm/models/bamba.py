@@ -6,59 +6,48 @@ norm and an MLP, each beside a residual -> norm -> head. Half of each head of at
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from edgellm.errors import ConfigError
 from edgellm.models.foreign import (
-    HUGGING_FACE_PARTS,
-    MAX_CONTEXT,
+    FEED_FORWARD_PARTS,
     MAX_LAYERS,
-    METADATA,
     Fields,
     HuggingFace,
     Names,
     Values,
     Variant,
-    flag,
+    checked_whole,
     hidden_act,
-    positive,
     refuse,
     rotary,
-    whole,
+    usual_keys,
+    width_by_heads,
 )
-from edgellm.models.foreign.keys import checked_whole
 from edgellm.models.layers import Block, GatedMLP, Stack
-from edgellm.models.layers.rotary import order_of_part
+from edgellm.models.layers.rotary import heads_in_order
 from edgellm.models.registry import Architecture
-from edgellm.models.state_spaces import HybridShape, check_pattern, mixer_keys, mixer_parts
+from edgellm.models.shapes import PartlyRotaryShape, PatternShape
+from edgellm.models.state_spaces import HybridShape
+from edgellm.models.state_spaces_files import mixer_keys, mixer_parts
 
 __all__ = ["ARCHITECTURE", "PRESETS", "BambaConfig", "bamba"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BambaConfig(HybridShape):
+class BambaConfig(PatternShape, PartlyRotaryShape, HybridShape):
     """The shape of a Bamba.
 
     Args:
-        pattern: one mixer a layer, first to last; each ``space`` or ``attention``.
-        rotated: how many features of a head of attention turn with the position.
         mlp_bias: whether the projections of the MLP have a bias.
         activation: of the MLP.
     """
 
-    pattern: Sequence[str]
-    rotated: int
+    KINDS = ("space", "attention")
     mlp_bias: bool = False
     activation: str = "silu"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_pattern(self.pattern, ("space", "attention"))
-        if self.rotated % 2 or self.rotated > self.head_dim:
-            raise ConfigError(f"rotated is {self.rotated}; it must be even and at most head_dim {self.head_dim}")
 
 
 PRESETS: Mapping[str, BambaConfig] = {
@@ -78,7 +67,7 @@ def bamba(config: BambaConfig) -> Stack:
         mlp = GatedMLP(c.width, c.mlp_width, bias=c.mlp_bias, activation=c.activation)
         return Block(c.width, c.norm_eps, {kind: mixer}, mlp)
 
-    return Stack(c, map(block, c.pattern), rotary=c.rotary(rotated=c.rotated))
+    return Stack(c, map(block, c.pattern), rotary=c.rotary())
 
 
 def _pattern(name: str, values: Values, fields: Fields) -> None:
@@ -95,46 +84,27 @@ def _half(name: str, values: Values, fields: Fields) -> None:
 
 def _tensor(config: BambaConfig, _values: Values, name: str, tensor: Tensor) -> Tensor:
     """Features of queries and keys in the order that attention turns."""
-    if ".attention.q_proj." not in name and ".attention.k_proj." not in name:
-        return tensor
-    order = order_of_part(config.head_dim, config.rotated)
-    return tensor.reshape(-1, config.head_dim, *tensor.shape[1:])[:, order].flatten(0, 1)
+    queries_or_keys = ".attention.q_proj." in name or ".attention.k_proj." in name
+    return heads_in_order(tensor, config.head_dim, config.rotated) if queries_or_keys else tensor
 
+
+_SIZES = usual_keys(
+    vocab_size=128000, width=4096, num_heads=32, num_kv_heads=8, head_dim=width_by_heads, mlp_width=14336,
+    max_context=262144, norm_eps=1e-5, tie_embeddings=False, attention_bias=False, mlp_bias=False,
+)  # fmt: skip
 
 HUGGING_FACE = HuggingFace(
     types={"bamba": Variant()},
     keys={
-        "vocab_size": whole("vocab_size", default=128000),
-        "hidden_size": whole("width", default=4096),
+        **_SIZES,
         "num_hidden_layers": _pattern,
-        "num_attention_heads": whole("num_heads", default=32),
-        "num_key_value_heads": whole("num_kv_heads", default=8),
-        "head_dim": whole("head_dim", default=lambda fields: fields["width"] // fields["num_heads"]),
-        "intermediate_size": whole("mlp_width", default=14336),
-        "max_position_embeddings": whole("max_context", default=262144, limit=MAX_CONTEXT),
         **mixer_keys(),
         **rotary(share=0.5),
         "partial_rotary_factor": _half,
-        "rms_norm_eps": positive("norm_eps", default=1e-5),
-        "tie_word_embeddings": flag("tie_embeddings", default=False),
         "hidden_act": hidden_act(),
-        "attention_bias": flag("attention_bias", default=False),
-        "mlp_bias": flag("mlp_bias", default=False),
-        **dict.fromkeys(
-            ("attn_layer_indices", "attn_rotary_emb", "num_logits_to_keep", "z_loss_coefficient"), METADATA
-        ),
     },
-    names=Names(
-        {
-            **HUGGING_FACE_PARTS,
-            **mixer_parts("space", "mamba"),
-            "norm": "model.final_layernorm",
-            "mixer_norm": "input_layernorm",
-            "mlp_norm": "pre_ff_layernorm",
-            **{f"mlp.{part}": f"feed_forward.{part}" for part in ("gate_proj", "up_proj", "down_proj")},
-        },
-        layers="model.layers",
-    ),
+    names=Names({**FEED_FORWARD_PARTS, **mixer_parts("space", "mamba")}, layers="model.layers"),
+    unread=("attn_layer_indices", "attn_rotary_emb", "num_logits_to_keep", "z_loss_coefficient"),
     tensor=_tensor,
 )
 

@@ -15,35 +15,24 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from edgellm.errors import ConfigError
-from edgellm.models.config import Shape, check_heads
 from edgellm.models.decoder_files import GGUF_FILES, HUGGING_FACE
-from edgellm.models.layers import GatedMLP, RotaryTable, SelfAttention
+from edgellm.models.layers import GatedMLP, RotaryTable, Stack
 from edgellm.models.layers.mlp import ACTIVATIONS
 from edgellm.models.layers.stack import scaled
 from edgellm.models.protocol import State, Step
 from edgellm.models.registry import Architecture
-from edgellm.ops import take_positions
+from edgellm.models.shapes import RotaryShape
 from edgellm_runtime.spec import StateSpec
 
 __all__ = ["ARCHITECTURE", "PRESETS", "Decoder", "DecoderConfig"]
 
 
-@dataclass(frozen=True)
-class DecoderConfig(Shape):
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig(RotaryShape):
     """The shape of a :class:`Decoder`.
 
     Args:
-        vocab_size: tokens.
-        width: features between layers.
         num_layers: layers.
-        num_heads: query heads.
-        num_kv_heads: key and value heads; divides ``num_heads``.
-        head_dim: features of one head.
-        mlp_width: hidden features of the gated MLP.
-        max_context: the most tokens that a row may hold.
-        rope_theta: base of the rotary frequencies.
-        norm_eps: added to the mean square in the norms.
-        tie_embeddings: whether the vocabulary projection is the embedding.
         attention_bias: whether the query, key and value projections have a bias.
         qk_norm: whether each head's query and key pass an RMS norm before their rotation.
         output_bias: whether attention's output projection has a bias.
@@ -52,8 +41,6 @@ class DecoderConfig(Shape):
         attention_scale: factor on attention's scores; None: 1 / sqrt(head_dim).
         rotated: how many features of a head turn with the position; None for all. Others lie as
             :func:`edgellm.models.layers.rotary.order_of_part` has them.
-        rope_factors: (rotated / 2,), each rotary frequency is divided by its own; empty: by none.
-        rope_amplitude: factor on the rotary cosines and sines.
         unturned: layers, from 0, whose attention does not turn at all.
         windows: of each layer, how many tokens up to itself a token sees, 0 for all; empty: all in every layer.
         embedding_scale: factor on embeddings.
@@ -61,16 +48,7 @@ class DecoderConfig(Shape):
         logit_scale: factor on logits.
     """
 
-    vocab_size: int
-    width: int
     num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_width: int
-    max_context: int
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
     tie_embeddings: bool = True
     attention_bias: bool = False
     qk_norm: bool = False
@@ -79,8 +57,6 @@ class DecoderConfig(Shape):
     activation: str = "silu"
     attention_scale: float | None = None
     rotated: int | None = None
-    rope_factors: Sequence[float] = ()
-    rope_amplitude: float = 1.0
     unturned: Sequence[int] = ()
     windows: Sequence[int] = ()
     embedding_scale: float = 1.0
@@ -89,7 +65,6 @@ class DecoderConfig(Shape):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_heads(self.num_heads, self.num_kv_heads, self.head_dim)
         if self.activation not in ACTIVATIONS:
             raise ConfigError(f"activation is {self.activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
         if self.turning % 2 or not 0 < self.turning <= self.head_dim:
@@ -134,13 +109,16 @@ class Layer(nn.Module):
         c = config
         self.turns, self.residual_scale = number not in c.unturned, c.residual_scale
         self.attention_norm = nn.RMSNorm(c.width, eps=c.norm_eps)
-        self.attention = SelfAttention(
-            c.width, c.num_heads, c.num_kv_heads, c.head_dim, bias=c.attention_bias,
-            output_bias=c.output_bias, scale=c.attention_scale, qk_norm=c.qk_norm, norm_eps=c.norm_eps,
-            window=c.windows[number] if c.windows else 0, ring=False,
+        self.attention = c.attention(
+            bias=c.attention_bias, output_bias=c.output_bias, scale=c.attention_scale, qk_norm=c.qk_norm,
+            norm_eps=c.norm_eps, window=c.windows[number] if c.windows else 0, ring=False,
         )  # fmt: skip
         self.mlp_norm = nn.RMSNorm(c.width, eps=c.norm_eps)
         self.mlp = GatedMLP(c.width, c.mlp_width, bias=c.mlp_bias, activation=c.activation)
+
+    def state_specs(self, prefix: str, dtype: str) -> list[StateSpec]:
+        """K and V."""
+        return self.attention.state_specs(prefix, dtype)
 
     def forward(
         self, x: Tensor, state: State, prefix: str, step: Step, rotary: RotaryTable
@@ -152,42 +130,15 @@ class Layer(nn.Module):
         return x + scaled(self.mlp(self.mlp_norm(x)), self.residual_scale), present
 
 
-class Decoder(nn.Module):
+class Decoder(Stack):
     """See the module's description; follows :class:`edgellm.models.protocol.LanguageModel`."""
 
     def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
-        self.rotary = RotaryTable(
-            config.turning, config.max_context, config.rope_theta, factors=config.rope_factors,
-            amplitude=config.rope_amplitude, still=config.head_dim - config.turning,
+        c = config
+        super().__init__(
+            c, (Layer(c, number) for number in range(c.num_layers)), rotary=c.rotary(),
+            embedding_scale=c.embedding_scale, logit_scale=c.logit_scale,
         )  # fmt: skip
-        nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
-
-    def state_specs(self) -> list[StateSpec]:
-        """K and V of each layer."""
-        dtype = str(self.embedding.weight.dtype).removeprefix("torch.")
-        mixers = [layer.attention for layer in self.layers if isinstance(layer, Layer)]
-        return [spec for i, mixer in enumerate(mixers) for spec in mixer.state_specs(f"layers.{i}", dtype)]
-
-    def forward(
-        self, tokens: Tensor, state: State | None = None, step: Step | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Tokens (batch, time) to logits (batch, count, vocab_size) and the new state."""
-        state, step = state or {}, step or Step.whole(tokens)
-        x = scaled(self.embedding(tokens), self.config.embedding_scale)  # (batch, time, width)
-        present: dict[str, Tensor] = {}
-        for i, layer in enumerate(self.layers):
-            x, new = layer(x, state, f"layers.{i}", step, self.rotary)
-            present |= new
-        logits = self.head(take_positions(self.norm(x), step.logit_positions))
-        return scaled(logits, self.config.logit_scale), present
 
 
 ARCHITECTURE = Architecture(

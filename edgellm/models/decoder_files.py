@@ -3,65 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from edgellm.models.foreign import (
     GGUF,
+    GGUF_KEYS,
     GGUF_PARTS,
+    GGUF_TENSORS,
     HUGGING_FACE_PARTS,
-    MAX_CONTEXT,
-    MAX_LAYERS,
     METADATA,
+    REQUIRED,
     Fields,
     HuggingFace,
     Key,
     Names,
     Values,
     Variant,
+    as_many_heads,
+    checked_whole,
     flag,
     full_attention,
     has,
     hidden_act,
-    lacks,
+    inverse,
     neutral,
     no_window,
     positive,
     refuse,
     rotary,
-    rows_of,
-    same_as,
+    usual_keys,
     whole,
+    width_by_heads,
     windows,
 )
-from edgellm.models.foreign.keys import checked_positive, checked_whole
-from edgellm.models.layers.rotary import order_of_part
+from edgellm.models.layers.rotary import heads_in_order
+from edgellm.models.shapes import RotaryShape
 
 __all__ = ["GGUF_FILES", "HUGGING_FACE"]
-
-
-class _Sizes(Protocol):
-    """What layouts depend on, of the decoder's configuration, which knows this file."""
-
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def mlp_width(self) -> int: ...
-    @property
-    def turning(self) -> int: ...
-
-
-def _same_heads(fields: Fields) -> int:
-    return int(fields["num_heads"])
-
-
-def _divided(fields: Fields) -> int:
-    return int(fields["width"] // fields["num_heads"])
 
 
 def _every_bias(name: str, values: Values, fields: Fields) -> None:
@@ -90,24 +70,14 @@ def _unturned(name: str, values: Values, fields: Fields) -> None:
     fields["unturned"] = tuple(i for i in range(fields["num_layers"]) if not turns[i])
 
 
-def _divisor(into: str) -> Key:
-    """A number that ours is the inverse of."""
-
-    def take(name: str, values: Values, fields: Fields) -> None:
-        fields[into] = 1 / checked_positive(name, values.get(name, 1.0))
-
-    return take
-
-
-def _in_order(config: _Sizes, _values: Values, name: str, tensor: Tensor) -> Tensor:
+def _in_order(config: RotaryShape, _values: Values, name: str, tensor: Tensor) -> Tensor:
     """Features of a head in the order that attention turns."""
     if config.turning == config.head_dim or (".q_proj." not in name and ".k_proj." not in name):
         return tensor
-    heads = tensor.reshape(-1, config.head_dim, *tensor.shape[1:])
-    return heads[:, order_of_part(config.head_dim, config.turning)].flatten(0, 1)
+    return heads_in_order(tensor, config.head_dim, config.turning)
 
 
-def _packed(config: _Sizes) -> Mapping[str, Mapping[str, int]]:
+def _packed(config: RotaryShape) -> Mapping[str, Mapping[str, int]]:
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     return {
         "self_attn.qkv_proj": {"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys},
@@ -116,16 +86,16 @@ def _packed(config: _Sizes) -> Mapping[str, Mapping[str, int]]:
 
 
 _SCALED: Mapping[str, Key] = {
-    "num_key_value_heads": whole("num_kv_heads", default=_same_heads),
+    "num_key_value_heads": whole("num_kv_heads", default=as_many_heads),
     "attention_bias": _every_bias,
     "mlp_bias": flag("mlp_bias", default=False),
     "attention_multiplier": positive("attention_scale", default=1.0),
     "embedding_multiplier": positive("embedding_scale", default=1.0),
     "residual_multiplier": positive("residual_scale", default=1.0),
-    "logits_scaling": _divisor("logit_scale"),
+    "logits_scaling": inverse("logit_scale"),
 }
 _PACKED: Mapping[str, Key] = {
-    "num_key_value_heads": whole("num_kv_heads", default=_same_heads),
+    "num_key_value_heads": whole("num_kv_heads", default=as_many_heads),
     "rms_norm_eps": positive("norm_eps", default=1e-5),
     "sliding_window": METADATA,
     "layer_types": windows(),
@@ -143,11 +113,16 @@ _UNTURNED: Mapping[str, Key] = {
     "tie_word_embeddings": flag("tie_embeddings", default=True),
 }
 
+_SIZES = usual_keys(
+    vocab_size=REQUIRED, width=REQUIRED, num_layers=REQUIRED, num_heads=REQUIRED, num_kv_heads=REQUIRED,
+    head_dim=width_by_heads, mlp_width=REQUIRED, max_context=REQUIRED, norm_eps=1e-6, tie_embeddings=False,
+)  # fmt: skip
+
 HUGGING_FACE = HuggingFace(
     types={
         "llama": Variant(
             keys={
-                "num_key_value_heads": whole("num_kv_heads", default=_same_heads),
+                "num_key_value_heads": whole("num_kv_heads", default=as_many_heads),
                 "attention_bias": _every_bias,
                 "mlp_bias": flag("mlp_bias", default=False),
                 "is_llama_config": METADATA,
@@ -172,19 +147,10 @@ HUGGING_FACE = HuggingFace(
         ),
     },
     keys={
-        "vocab_size": whole("vocab_size"),
-        "hidden_size": whole("width"),
-        "num_hidden_layers": whole("num_layers", limit=MAX_LAYERS),
-        "num_attention_heads": whole("num_heads"),
-        "num_key_value_heads": whole("num_kv_heads"),
-        "head_dim": whole("head_dim", default=_divided),
-        "intermediate_size": whole("mlp_width"),
-        "max_position_embeddings": whole("max_context", limit=MAX_CONTEXT),
+        **_SIZES,
         "sliding_window": no_window(),
         "layer_types": full_attention,
         **rotary(),
-        "rms_norm_eps": positive("norm_eps", default=1e-6),
-        "tie_word_embeddings": flag("tie_embeddings", default=False),
         "hidden_act": hidden_act(),
     },
     names=Names(HUGGING_FACE_PARTS, layers="model.layers"),
@@ -193,7 +159,7 @@ HUGGING_FACE = HuggingFace(
 )
 
 
-def _gguf_tensor(config: _Sizes, metadata: Values, name: str, tensor: Tensor) -> Tensor:
+def _gguf_tensor(config: RotaryShape, metadata: Values, name: str, tensor: Tensor) -> Tensor:
     """Rows of q and k from neighbouring pairs, as llama.cpp rotates this one architecture, to the two halves."""
     if metadata["general.architecture"] != "llama" or (".q_proj." not in name and ".k_proj." not in name):
         return tensor
@@ -203,23 +169,10 @@ def _gguf_tensor(config: _Sizes, metadata: Values, name: str, tensor: Tensor) ->
 
 GGUF_FILES = GGUF(
     types={"llama": Variant(), "qwen2": Variant(), "qwen3": Variant(fields={"qk_norm": True})},
-    keys={
-        "block_count": whole("num_layers", limit=MAX_LAYERS),
-        "context_length": whole("max_context", limit=MAX_CONTEXT),
-        "embedding_length": whole("width"),
-        "feed_forward_length": whole("mlp_width"),
-        "attention.head_count": whole("num_heads"),
-        "attention.head_count_kv": whole("num_kv_heads", default=_same_heads),
-        "attention.key_length": whole("head_dim", default=_divided),
-        "attention.value_length": same_as("head_dim"),
-        "rope.dimension_count": same_as("head_dim"),
-        "rope.freq_base": positive("rope_theta", default=10000.0),
-        "attention.layer_norm_rms_epsilon": positive("norm_eps"),
-    },
+    keys=GGUF_KEYS,
     names=Names(GGUF_PARTS, layers="blk"),
     tensors={
-        "vocab_size": rows_of("token_embd.weight"),
-        "tie_embeddings": lacks("output.weight"),
+        **GGUF_TENSORS,
         "attention_bias": has("blk.0.attn_q.bias"),
         "output_bias": has("blk.0.attn_output.bias"),
         "mlp_bias": has("blk.0.ffn_gate.bias"),

@@ -17,10 +17,7 @@ from torch import Tensor
 
 from edgellm.errors import CheckpointError, ConfigError
 from edgellm.models.foreign import (
-    HUGGING_FACE_PARTS,
-    MAX_CONTEXT,
-    MAX_LAYERS,
-    METADATA,
+    FEED_FORWARD_PARTS,
     Fields,
     HuggingFace,
     Key,
@@ -31,12 +28,14 @@ from edgellm.models.foreign import (
     hidden_act,
     positive,
     rotary,
-    whole,
+    usual_keys,
+    width_by_heads,
 )
 from edgellm.models.layers import Block, GatedMLP, Stack
 from edgellm.models.layers.state_space import GATED_NORMS
 from edgellm.models.registry import Architecture
-from edgellm.models.state_spaces import HybridShape, mixer_keys, mixer_parts
+from edgellm.models.state_spaces import HybridShape
+from edgellm.models.state_spaces_files import mixer_keys, mixer_parts
 
 __all__ = ["ARCHITECTURE", "PRESETS", "FalconH1Config", "falcon_h1"]
 
@@ -138,25 +137,20 @@ def _space_norm(name: str, values: Values, fields: Fields) -> None:
     fields["space_norm"] = GATED_NORMS[int(bool(first))] if values.get(name, False) else "none"
 
 
+_SIZES = usual_keys(
+    vocab_size=128000, width=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=width_by_heads,
+    mlp_width=14336, max_context=8192, norm_eps=1e-5, tie_embeddings=False, attention_bias=False,
+    mlp_bias=False,
+)  # fmt: skip
+
 HUGGING_FACE = HuggingFace(
     types={"falcon_h1": Variant()},
     keys={
-        "vocab_size": whole("vocab_size", default=128000),
-        "hidden_size": whole("width", default=4096),
-        "num_hidden_layers": whole("num_layers", default=32, limit=MAX_LAYERS),
-        "num_attention_heads": whole("num_heads", default=32),
-        "num_key_value_heads": whole("num_kv_heads", default=8),
-        "head_dim": whole("head_dim", default=lambda fields: fields["width"] // fields["num_heads"]),
-        "intermediate_size": whole("mlp_width", default=14336),
-        "max_position_embeddings": whole("max_context", default=8192, limit=MAX_CONTEXT),
+        **_SIZES,
         **mixer_keys(inner=1024),
         **rotary(),
-        "rms_norm_eps": positive("norm_eps", default=1e-5),
-        "tie_word_embeddings": flag("tie_embeddings", default=False),
         "hidden_act": hidden_act(),
         "mamba_rms_norm": _space_norm,
-        "attention_bias": flag("attention_bias", default=False),
-        "mlp_bias": flag("mlp_bias", default=False),
         "projectors_bias": flag("space_output_bias", default=False),
         "embedding_multiplier": positive("embedding_scale", default=1.0),
         "lm_head_multiplier": positive("logit_scale", default=1.0),
@@ -164,19 +158,9 @@ HUGGING_FACE = HuggingFace(
         **dict.fromkeys(("ssm_in_multiplier", "ssm_out_multiplier"), _numbers(1)),
         "mlp_multipliers": _numbers(2),
         "ssm_multipliers": _numbers(5),
-        **dict.fromkeys(("mamba_d_ssm", "mamba_norm_before_gate", "num_logits_to_keep", "mamba_use_mlp"), METADATA),
     },
-    names=Names(
-        {
-            **HUGGING_FACE_PARTS,
-            **mixer_parts("space", "mamba"),
-            "norm": "model.final_layernorm",
-            "mixer_norm": "input_layernorm",
-            "mlp_norm": "pre_ff_layernorm",
-            **{f"mlp.{part}": f"feed_forward.{part}" for part in ("gate_proj", "up_proj", "down_proj")},
-        },
-        layers="model.layers",
-    ),
+    names=Names({**FEED_FORWARD_PARTS, **mixer_parts("space", "mamba")}, layers="model.layers"),
+    unread=("mamba_d_ssm", "mamba_norm_before_gate", "num_logits_to_keep", "mamba_use_mlp"),
     tensor=_with_scales,
 )
 

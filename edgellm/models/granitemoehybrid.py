@@ -6,7 +6,7 @@ norm -> head, scaled. What its files multiply residuals by is in the weights her
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -14,36 +14,39 @@ from torch import Tensor, nn
 from edgellm.errors import ConfigError
 from edgellm.models.foreign import (
     HUGGING_FACE_PARTS,
-    MAX_CONTEXT,
-    METADATA,
     Fields,
     HuggingFace,
     Names,
     Values,
     Variant,
+    as_many_heads,
+    checked_positive,
+    checked_whole,
     choice,
-    flag,
     hidden_act,
+    inverse,
     positive,
     rotary,
+    usual_keys,
     whole,
+    width_by_heads,
 )
-from edgellm.models.foreign.keys import checked_positive, checked_whole
 from edgellm.models.layers import Block, Experts, PackedMLP, Stack
 from edgellm.models.registry import Architecture
-from edgellm.models.state_spaces import HybridShape, check_pattern, mixer_keys, mixer_parts, pattern_key
+from edgellm.models.shapes import PatternShape
+from edgellm.models.state_spaces import HybridShape
+from edgellm.models.state_spaces_files import mixer_keys, mixer_parts, pattern_key
 
 __all__ = ["ARCHITECTURE", "PRESETS", "GraniteMoeHybridConfig", "granitemoehybrid"]
 
-KINDS = {"linear_attention": "space", "full_attention": "attention", "mamba": "space", "attention": "attention"}
+_THEIRS = {"linear_attention": "space", "full_attention": "attention", "mamba": "space", "attention": "attention"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class GraniteMoeHybridConfig(HybridShape):
+class GraniteMoeHybridConfig(PatternShape, HybridShape):
     """The shape of a Granite hybrid; ``mlp_width`` is the hidden features of one expert.
 
     Args:
-        pattern: one mixer a layer, first to last; each ``space`` or ``attention``.
         score_scale: factor on the scores of attention.
         rotates: whether attention turns by the position.
         num_experts: experts of a layer; 0 for the shared one alone.
@@ -54,7 +57,7 @@ class GraniteMoeHybridConfig(HybridShape):
         logit_scale: factor on logits.
     """
 
-    pattern: Sequence[str]
+    KINDS = ("space", "attention")
     score_scale: float
     rotates: bool = False
     num_experts: int | None = None
@@ -66,7 +69,6 @@ class GraniteMoeHybridConfig(HybridShape):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_pattern(self.pattern, ("space", "attention"))
         if self.num_experts is not None and not 1 <= self.num_chosen <= self.num_experts:
             raise ConfigError(f"num_chosen is {self.num_chosen}, of num_experts {self.num_experts}")
 
@@ -108,10 +110,6 @@ def _num_experts(name: str, values: Values, fields: Fields) -> None:
     fields["num_experts"] = None if given == 0 else checked_whole(name, given)
 
 
-def _logit_scale(name: str, values: Values, fields: Fields) -> None:
-    fields["logit_scale"] = 1 / checked_positive(name, values.get(name, 1.0))
-
-
 def _positive(name: str, values: Values, _fields: Fields) -> None:
     checked_positive(name, values.get(name, 1.0))
 
@@ -123,56 +121,46 @@ def _with_residual(_config: GraniteMoeHybridConfig, values: Values, name: str, t
     return tensor * scale if ends and scale != 1 else tensor
 
 
-def _names() -> Names:
-    return Names(
-        {
-            **HUGGING_FACE_PARTS,
-            **mixer_parts("space", "mamba"),
-            "mixer_norm": "input_layernorm",
-            "mlp.in_proj": "shared_mlp.input_linear",
-            "mlp.out_proj": "shared_mlp.output_linear",
-            "mlp.router": "block_sparse_moe.router.layer",
-            "mlp.shared.in_proj": "shared_mlp.input_linear",
-            "mlp.shared.out_proj": "shared_mlp.output_linear",
-            "mlp.experts.*.in_proj": "block_sparse_moe.input_linear.*",
-            "mlp.experts.*.out_proj": "block_sparse_moe.output_linear.*",
-        },
-        layers="model.layers",
-    )
+_PARTS = {
+    **HUGGING_FACE_PARTS,
+    **mixer_parts("space", "mamba"),
+    "mlp.in_proj": "shared_mlp.input_linear",
+    "mlp.out_proj": "shared_mlp.output_linear",
+    "mlp.router": "block_sparse_moe.router.layer",
+    "mlp.shared.in_proj": "shared_mlp.input_linear",
+    "mlp.shared.out_proj": "shared_mlp.output_linear",
+    "mlp.experts.*.in_proj": "block_sparse_moe.input_linear.*",
+    "mlp.experts.*.out_proj": "block_sparse_moe.output_linear.*",
+}
 
+_SIZES = usual_keys(
+    vocab_size=32000, width=4096, num_heads=32, num_kv_heads=as_many_heads, head_dim=width_by_heads,
+    mlp_width=11008, max_context=2048, norm_eps=1e-6, tie_embeddings=False, attention_bias=False,
+)  # fmt: skip
+_UNREAD = (  # of training, of kernels, of older code, or said by other keys
+    "num_hidden_layers", "output_router_logits", "router_aux_loss_coef", "init_method", "normalization_function",
+    "num_experts", "n_routed_experts", "moe_intermediate_size",
+)  # fmt: skip
 
 HUGGING_FACE = HuggingFace(
     types={"granitemoehybrid": Variant()},
     keys={
-        "vocab_size": whole("vocab_size", default=32000),
-        "hidden_size": whole("width", default=4096),
-        "layer_types": pattern_key(KINDS),
-        "num_hidden_layers": METADATA,
-        "num_attention_heads": whole("num_heads", default=32),
-        "num_key_value_heads": whole("num_kv_heads", default=lambda fields: fields["num_heads"]),
-        "head_dim": whole("head_dim", default=lambda fields: fields["width"] // fields["num_heads"]),
-        "intermediate_size": whole("mlp_width", default=11008),
+        **_SIZES,
+        "layer_types": pattern_key(_THEIRS),
         "shared_intermediate_size": whole("shared_width", default=1024),
         "num_local_experts": _num_experts,
         "num_experts_per_tok": whole("num_chosen", default=2),
-        "max_position_embeddings": whole("max_context", default=2048, limit=MAX_CONTEXT),
         **mixer_keys(),
         **rotary(),
         "position_embedding_type": choice("rotates", {"rope": True, "nope": False}, default=False),
-        "rms_norm_eps": positive("norm_eps", default=1e-6),
-        "tie_word_embeddings": flag("tie_embeddings", default=False),
         "hidden_act": hidden_act(),
-        "attention_bias": flag("attention_bias", default=False),
         "attention_multiplier": positive("score_scale", default=1.0),
         "embedding_multiplier": positive("embedding_scale", default=1.0),
         "residual_multiplier": _positive,
-        "logits_scaling": _logit_scale,
-        # of training and of older code
-        **dict.fromkeys(("output_router_logits", "router_aux_loss_coef"), METADATA),
-        **dict.fromkeys(("init_method", "normalization_function"), METADATA),
-        **dict.fromkeys(("num_experts", "n_routed_experts", "moe_intermediate_size"), METADATA),
+        "logits_scaling": inverse("logit_scale"),
     },
-    names=_names(),
+    names=Names(_PARTS, layers="model.layers"),
+    unread=_UNREAD,
     tensor=_with_residual,
     stacked=("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
 )

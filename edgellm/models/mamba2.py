@@ -9,42 +9,43 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edgellm.errors import ConfigError
-from edgellm.models.config import Shape
 from edgellm.models.foreign import (
     GGUF,
-    MAX_CONTEXT,
-    MAX_LAYERS,
     METADATA,
     Fields,
     HuggingFace,
     Names,
     Values,
     Variant,
+    checked_whole,
     flag,
-    has,
-    lacks,
     neutral,
     positive,
     refuse,
-    rows_of,
+    usual_keys,
     whole,
 )
-from edgellm.models.foreign.keys import checked_whole
 from edgellm.models.layers import Block, Stack, StateSpaceMixer
 from edgellm.models.registry import Architecture
-from edgellm.models.state_spaces import gguf_decay, mixer_parts, no_step_limit
+from edgellm.models.shapes import EndlessShape
+from edgellm.models.state_spaces_files import (
+    BACKBONE_PARTS,
+    GGUF_SPACE_KEYS,
+    GGUF_SPACE_PARTS,
+    GGUF_SPACE_TENSORS,
+    gguf_decay,
+    mixer_parts,
+    no_step_limit,
+)
 
 __all__ = ["ARCHITECTURE", "PRESETS", "Mamba2Config", "mamba2"]
 
 
-@dataclass(frozen=True)
-class Mamba2Config(Shape):
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Config(EndlessShape):
     """The shape of a Mamba-2.
 
     Args:
-        vocab_size: tokens.
-        width: features between layers.
-        num_layers: layers.
         num_heads: heads of the state space.
         head_dim: features of x in one head.
         state_size: features of B and C.
@@ -52,14 +53,8 @@ class Mamba2Config(Shape):
         conv_taps: tokens that the convolution sees.
         conv_bias: whether the convolution has a bias.
         bias: whether the projections have one.
-        norm_eps: added to the mean square in the norms.
-        tie_embeddings: whether the vocabulary projection is the embedding.
-        max_context: the most tokens that a row may hold; the model itself has no limit, and its state does not grow.
     """
 
-    vocab_size: int
-    width: int
-    num_layers: int
     num_heads: int
     head_dim: int
     state_size: int
@@ -67,9 +62,6 @@ class Mamba2Config(Shape):
     conv_taps: int = 4
     conv_bias: bool = True
     bias: bool = False
-    norm_eps: float = 1e-5
-    tie_embeddings: bool = False
-    max_context: int = 2**20
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,18 +82,14 @@ PRESETS: Mapping[str, Mamba2Config] = {
 def mamba2(config: Mamba2Config) -> Stack:
     """The model with fresh weights."""
     c = config
-    return Stack(
-        c,
-        (
-            Block(c.width, c.norm_eps, {
-                "mixer": StateSpaceMixer(
-                    c.width, c.num_heads, c.head_dim, c.state_size, num_groups=c.num_groups, conv_taps=c.conv_taps,
-                    conv_bias=c.conv_bias, bias=c.bias, output_bias=c.bias, norm_eps=c.norm_eps,
-                )
-            })
-            for _ in range(c.num_layers)
-        ),
-    )  # fmt: skip
+
+    def mixer() -> StateSpaceMixer:
+        return StateSpaceMixer(
+            c.width, c.num_heads, c.head_dim, c.state_size, num_groups=c.num_groups, conv_taps=c.conv_taps,
+            conv_bias=c.conv_bias, bias=c.bias, output_bias=c.bias, norm_eps=c.norm_eps,
+        )  # fmt: skip
+
+    return Stack(c, (Block(c.width, c.norm_eps, {"mixer": mixer()}) for _ in range(c.num_layers)))
 
 
 def _expand(name: str, values: Values, fields: Fields) -> None:
@@ -109,14 +97,16 @@ def _expand(name: str, values: Values, fields: Fields) -> None:
         raise refuse(name, values.get(name))
 
 
+_UNREAD = (  # of training, of kernels, and of precisions below the one that everything is computed in here
+    "time_step_rank", "time_step_min", "time_step_max", "time_step_floor", "rescale_prenorm_residual", "chunk_size",
+    "residual_in_fp32",
+)  # fmt: skip
+
 HUGGING_FACE = HuggingFace(
     types={"mamba2": Variant()},
     keys={
-        "vocab_size": whole("vocab_size", default=32768),
-        "hidden_size": whole("width", default=4096),
-        "num_hidden_layers": whole("num_layers", default=64, limit=MAX_LAYERS),
+        **usual_keys(vocab_size=32768, width=4096, num_layers=64, head_dim=64, tie_embeddings=False),
         "num_heads": whole("num_heads", default=128),
-        "head_dim": whole("head_dim", default=64),
         "expand": _expand,
         "state_size": whole("state_size", default=128),
         "n_groups": whole("num_groups", default=8),
@@ -124,23 +114,11 @@ HUGGING_FACE = HuggingFace(
         "use_conv_bias": flag("conv_bias", default=True),
         "use_bias": flag("bias", default=False),
         "layer_norm_epsilon": positive("norm_eps", default=1e-5),
-        "tie_word_embeddings": flag("tie_embeddings", default=False),
         "hidden_act": neutral("silu", "swish"),
         "time_step_limit": no_step_limit,
-        # of training, of kernels, and of precisions below the one that everything is computed in here
-        **dict.fromkeys(("time_step_rank", "time_step_min", "time_step_max", "time_step_floor"), METADATA),
-        **dict.fromkeys(("rescale_prenorm_residual", "chunk_size", "residual_in_fp32"), METADATA),
     },
-    names=Names(
-        {
-            "embedding": "backbone.embeddings",
-            "norm": "backbone.norm_f",
-            "head": "lm_head",
-            "mixer_norm": "norm",
-            **mixer_parts("mixer", "mixer"),
-        },
-        layers="backbone.layers",
-    ),
+    names=Names({**BACKBONE_PARTS, **mixer_parts("mixer", "mixer")}, layers="backbone.layers"),
+    unread=_UNREAD,
 )
 
 
@@ -156,39 +134,13 @@ def _gguf_heads(name: str, values: Values, fields: Fields) -> None:
 GGUF_FILES = GGUF(
     types={"mamba2": Variant()},
     keys={
-        "block_count": whole("num_layers", limit=MAX_LAYERS),
-        "context_length": whole("max_context", limit=MAX_CONTEXT),
-        "embedding_length": whole("width"),
+        **GGUF_SPACE_KEYS,
         "ssm.time_step_rank": _gguf_heads,
         "ssm.inner_size": METADATA,  # read with the heads
-        "ssm.state_size": whole("state_size"),
         "ssm.group_count": whole("num_groups", default=1),
-        "ssm.conv_kernel": whole("conv_taps"),
-        "attention.layer_norm_rms_epsilon": positive("norm_eps"),
-        **dict.fromkeys(("feed_forward_length", "attention.head_count", "attention.head_count_kv"), neutral(0)),
     },
-    names=Names(
-        {
-            "embedding": "token_embd",
-            "norm": "output_norm",
-            "head": "output",
-            "mixer_norm": "attn_norm",
-            "mixer.in_proj": "ssm_in",
-            "mixer.conv": "ssm_conv1d",
-            "mixer.dt_offset": "ssm_dt.bias",
-            "mixer.a_log": "ssm_a",
-            "mixer.d": "ssm_d",
-            "mixer.norm": "ssm_norm.weight",
-            "mixer.out_proj": "ssm_out",
-        },
-        layers="blk",
-    ),
-    tensors={
-        "vocab_size": rows_of("token_embd.weight"),
-        "tie_embeddings": lacks("output.weight"),
-        "conv_bias": has("blk.0.ssm_conv1d.bias"),
-        "bias": has("blk.0.ssm_in.bias"),
-    },
+    names=Names(GGUF_SPACE_PARTS, layers="blk"),
+    tensors=GGUF_SPACE_TENSORS,
     tensor=gguf_decay,
     reshaped=("mixer.conv.weight", "mixer.a_log", "mixer.d", "mixer.norm"),
 )

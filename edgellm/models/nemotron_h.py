@@ -6,47 +6,28 @@ residual -> norm -> head. MLPs have no gate.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from edgellm.errors import ConfigError
-from edgellm.models.foreign import (
-    MAX_CONTEXT,
-    METADATA,
-    Fields,
-    HuggingFace,
-    Names,
-    Values,
-    Variant,
-    choice,
-    flag,
-    neutral,
-    positive,
-    whole,
-)
-from edgellm.models.foreign.keys import checked_whole
 from edgellm.models.layers import MLP, Block, Stack
 from edgellm.models.layers.experts import mixture
+from edgellm.models.nemotron_h_files import HUGGING_FACE
 from edgellm.models.registry import Architecture
-from edgellm.models.state_spaces import HybridShape, check_pattern, mixer_parts, pattern_key
+from edgellm.models.shapes import PatternShape
+from edgellm.models.state_spaces import HybridShape
 
 __all__ = ["ARCHITECTURE", "PRESETS", "NemotronHConfig", "RoutedExperts", "nemotron_h"]
 
-KINDS = {
-    "linear_attention": "space", "full_attention": "attention", "mlp": "mlp", "moe": "experts", "mamba": "space",
-    "attention": "attention", "M": "space", "*": "attention", "-": "mlp", "E": "experts",
-}  # fmt: skip
-
 
 @dataclass(frozen=True, kw_only=True)
-class NemotronHConfig(HybridShape):
+class NemotronHConfig(PatternShape, HybridShape):
     """The shape of a Nemotron-H.
 
     Args:
-        pattern: what each layer is, first to last: ``space``, ``attention``, ``mlp`` or ``experts``.
         least_step: what no dt of a state space is below.
         mlp_bias: whether the projections of MLPs have a bias.
         activation: of MLPs.
@@ -61,7 +42,7 @@ class NemotronHConfig(HybridShape):
         share_scale: factor on these weights.
     """
 
-    pattern: Sequence[str]
+    KINDS = ("space", "attention", "mlp", "experts")
     least_step: float = 0.001
     mlp_bias: bool = False
     activation: str = "relu2"
@@ -77,7 +58,6 @@ class NemotronHConfig(HybridShape):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_pattern(self.pattern, ("space", "attention", "mlp", "experts"))
         within = self.num_experts // self.num_sets * self.sets_chosen
         alone = self.num_sets > 1 and self.num_experts < 2 * self.num_sets  # a set ranks by its two best
         if self.num_experts % self.num_sets or self.sets_chosen > self.num_sets or self.num_chosen > within or alone:
@@ -149,84 +129,6 @@ def nemotron_h(config: NemotronHConfig) -> Stack:
 
     return Stack(c, map(block, c.pattern))
 
-
-def _pattern(name: str, values: Values, fields: Fields) -> None:
-    """What each layer is: a list, or in older files a letter each."""
-    older = values.get("hybrid_override_pattern")
-    named = values.get(name) or (list(older) if isinstance(older, str) else [*KINDS][:4])
-    pattern_key(KINDS)(name, {name: named}, fields)
-
-
-def _latent(name: str, values: Values, fields: Fields) -> None:
-    fields["latent_width"] = None if values.get(name) is None else checked_whole(name, values[name])
-
-
-HUGGING_FACE = HuggingFace(
-    types={"nemotron_h": Variant()},
-    keys={
-        "vocab_size": whole("vocab_size", default=131072),
-        "hidden_size": whole("width", default=4096),
-        "layers_block_type": _pattern,
-        "num_attention_heads": whole("num_heads", default=32),
-        "num_key_value_heads": whole("num_kv_heads", default=8),
-        "head_dim": whole("head_dim", default=128),
-        "intermediate_size": whole("mlp_width", default=21504),
-        "max_position_embeddings": whole("max_context", default=4096, limit=MAX_CONTEXT),
-        "mamba_num_heads": whole("space_heads", default=128),
-        "mamba_head_dim": whole("space_head_dim", default=64),
-        "ssm_state_size": whole("state_size", default=128),
-        "n_groups": whole("num_groups", default=8),
-        "conv_kernel": whole("conv_taps", default=4),
-        "use_conv_bias": flag("conv_bias", default=True),
-        "use_bias": flag("space_bias", default=False),
-        "time_step_min": positive("least_step", default=0.001),  # transformers bounds by it; the next is not read
-        "time_step_limit": METADATA,
-        "mlp_bias": flag("mlp_bias", default=False),
-        "mlp_hidden_act": choice("activation", {"relu2": "relu2", "relu": "relu", "silu": "silu"}, default="relu2"),
-        "mamba_hidden_act": neutral("silu", "swish"),
-        "layer_norm_epsilon": positive("norm_eps", default=1e-5),
-        "tie_word_embeddings": METADATA,  # transformers ties nothing here, whatever it says
-        "n_routed_experts": whole("num_experts", default=8),
-        "num_experts_per_tok": whole("num_chosen", default=2),
-        "moe_intermediate_size": whole("expert_width", default=7688),
-        "moe_shared_expert_intermediate_size": whole("shared_width", default=7688),
-        "moe_latent_size": _latent,
-        "n_group": whole("num_sets", default=1),
-        "topk_group": whole("sets_chosen", default=1),
-        "norm_topk_prob": flag("normalised", default=True),
-        "routed_scaling_factor": positive("share_scale", default=1.0),
-        "num_nextn_predict_layers": neutral(0, None),
-        # of training, of kernels and of older code
-        **dict.fromkeys(("hybrid_override_pattern", "num_hidden_layers", "expand", "mamba_proj_bias"), METADATA),
-        **dict.fromkeys(("time_step_max", "time_step_floor", "chunk_size", "use_mamba_kernels"), METADATA),
-        **dict.fromkeys(("mamba_ssm_cache_dtype", "moe_shared_expert_overlap", "n_shared_experts"), METADATA),
-        **dict.fromkeys(("mtp_layers_block_type", "output_router_logits", "residual_in_fp32"), METADATA),
-        **dict.fromkeys(("rescale_prenorm_residual", "num_logits_to_keep", "num_local_experts"), METADATA),
-        "num_experts": METADATA,
-    },
-    names=Names(
-        {
-            "embedding": "backbone.embeddings",
-            "norm": "backbone.norm_f",
-            "head": "lm_head",
-            "mixer_norm": "norm",
-            "mlp_norm": "norm",
-            **mixer_parts("space", "mixer"),
-            **{f"attention.{part}": f"mixer.{part}" for part in ("q_proj", "k_proj", "v_proj", "o_proj")},
-            "mlp.fc1": "mixer.up_proj",
-            "mlp.fc2": "mixer.down_proj",
-            "mlp.experts.*.fc1": "mixer.experts.*.up_proj",
-            "mlp.experts.*.fc2": "mixer.experts.*.down_proj",
-            "mlp.shared.fc1": "mixer.shared_experts.up_proj",
-            "mlp.shared.fc2": "mixer.shared_experts.down_proj",
-            "mlp.router": "mixer.gate",
-            "mlp.offsets": "mixer.gate.e_score_correction_bias",
-            "mlp.latent_in": "mixer.fc1_latent_proj",
-            "mlp.latent_out": "mixer.fc2_latent_proj",
-        },
-        layers="backbone.layers",
-    ),
-)
 
 ARCHITECTURE = Architecture(
     name="nemotron_h", config=NemotronHConfig, build=nemotron_h, presets=PRESETS, huggingface=HUGGING_FACE

@@ -13,23 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from edgellm.models.config import Shape
-from edgellm.models.foreign import (
-    MAX_CONTEXT,
-    MAX_LAYERS,
-    Fields,
-    HuggingFace,
-    Names,
-    Values,
-    Variant,
-    flag,
-    positive,
-    refuse,
-    whole,
-)
+from edgellm.models.foreign import MAX_LAYERS
 from edgellm.models.layers import Stack
+from edgellm.models.layers.shift import Shift
 from edgellm.models.protocol import State, Step
 from edgellm.models.registry import Architecture
+from edgellm.models.rwkv_files import HUGGING_FACE
+from edgellm.models.shapes import EndlessShape
 from edgellm.ops import token_by_token
 from edgellm_runtime.spec import BATCH, StateSpec
 
@@ -39,31 +29,19 @@ _NONE = -30000.0  # the largest exponent of no token at all; 16 bits hold it
 _LAST_NORM_EPS = 1e-5
 
 
-@dataclass(frozen=True)
-class RWKVConfig(Shape):
+@dataclass(frozen=True, kw_only=True)
+class RWKVConfig(EndlessShape):
     """The shape of an :class:`RWKV`.
 
     Args:
-        vocab_size: tokens.
-        width: features between layers.
-        num_layers: layers.
         mixed_width: features that are averaged.
         hidden: features within a channel mixing.
         halved_every: after so many layers transformers halves the features, which norms undo but for their eps.
-        norm_eps: added to the variance in the norms.
-        tie_embeddings: whether the vocabulary projection is the embedding.
-        max_context: the most tokens that a row may hold; the model itself has no limit.
     """
 
-    vocab_size: int
-    width: int
-    num_layers: int
     mixed_width: int
     hidden: int
     halved_every: int = MAX_LAYERS
-    norm_eps: float = 1e-5
-    tie_embeddings: bool = False
-    max_context: int = 2**20
 
     def eps(self, layer: int, eps: float) -> float:
         """Of a layer's norms: that of features which were halved, for such as were not."""
@@ -73,30 +51,6 @@ class RWKVConfig(Shape):
 PRESETS: Mapping[str, RWKVConfig] = {
     "tiny": RWKVConfig(vocab_size=1024, width=128, num_layers=4, mixed_width=128, hidden=512, tie_embeddings=True),
 }
-
-
-class Shift(nn.Module):
-    """Tokens beside the token before each, and shares of both for several uses."""
-
-    def __init__(self, width: int, uses: tuple[str, ...]) -> None:
-        super().__init__()
-        self.width, self.uses = width, uses
-        for use in uses:
-            self.register_parameter(use, nn.Parameter(torch.rand(1, 1, width)))
-
-    def state_specs(self, prefix: str, dtype: str) -> list[StateSpec]:
-        """The token before."""
-        return [StateSpec(prefix, (BATCH, 1, self.width), dtype, "replace")]
-
-    def forward(self, x: Tensor, state: State, name: str, step: Step) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """One (batch, time, width) for each use, and the token that the next step begins after."""
-        past = state[name] if state else torch.zeros_like(x[:, :1])
-        seen = torch.cat([past, x], dim=1)  # (batch, 1 + time, width)
-        before = seen[:, :-1]
-        shares = [getattr(self, use) for use in self.uses]
-        mixed = [before + (x - before) * share for share in shares]  # what is stored is the share itself
-        last = step.lengths.long()[:, None, None].expand(-1, 1, self.width)
-        return mixed, {name: seen.gather(1, last)} if state else {}
 
 
 class TimeMixing(nn.Module):
@@ -199,49 +153,5 @@ class RWKV(Stack):
             norm=nn.LayerNorm(c.width, eps=c.eps(c.num_layers, _LAST_NORM_EPS)),
         )  # fmt: skip
 
-
-def _halved(name: str, values: Values, fields: Fields) -> None:
-    every = values.get(name, 6)
-    if type(every) is not int:
-        raise refuse(name, every)
-    fields["halved_every"] = every if every > 0 else MAX_LAYERS
-
-
-HUGGING_FACE = HuggingFace(
-    types={"rwkv": Variant()},
-    keys={
-        "vocab_size": whole("vocab_size", default=50277),
-        "hidden_size": whole("width", default=4096),
-        "num_hidden_layers": whole("num_layers", default=32, limit=MAX_LAYERS),
-        "attention_hidden_size": whole("mixed_width", default=lambda fields: fields["width"]),
-        "intermediate_size": whole("hidden", default=lambda fields: 4 * fields["width"]),
-        "rescale_every": _halved,
-        "context_length": whole("max_context", default=1024, limit=MAX_CONTEXT),
-        "layer_norm_epsilon": positive("norm_eps", default=1e-5),
-        "tie_word_embeddings": flag("tie_embeddings", default=False),
-    },
-    names=Names(
-        {
-            "embedding": "rwkv.embeddings",
-            "embedding_norm": "rwkv.blocks.0.pre_ln",
-            "norm": "rwkv.ln_out",
-            "head": "head",
-            "time_norm": "ln1",
-            "channel_norm": "ln2",
-            **{f"time.shift.{x}": f"attention.time_mix_{x}" for x in ("key", "value", "receptance")},
-            "time.k_proj": "attention.key",
-            "time.v_proj": "attention.value",
-            "time.r_proj": "attention.receptance",
-            "time.decay": "attention.time_decay",
-            "time.first": "attention.time_first",
-            "time.out_proj": "attention.output",
-            **{f"channel.shift.{x}": f"feed_forward.time_mix_{x}" for x in ("key", "receptance")},
-            "channel.k_proj": "feed_forward.key",
-            "channel.r_proj": "feed_forward.receptance",
-            "channel.v_proj": "feed_forward.value",
-        },
-        layers="rwkv.blocks",
-    ),
-)
 
 ARCHITECTURE = Architecture(name="rwkv", config=RWKVConfig, build=RWKV, presets=PRESETS, huggingface=HUGGING_FACE)

@@ -8,7 +8,6 @@ the token's own key k~. Values of later layers mix with those of the first. No s
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,30 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgellm.errors import ConfigError
-from edgellm.models.config import Shape
-from edgellm.models.foreign import (
-    MAX_CONTEXT,
-    MAX_LAYERS,
-    METADATA,
-    Fields,
-    HuggingFace,
-    Names,
-    TensorFile,
-    Values,
-    Variant,
-    flag,
-    neutral,
-    positive,
-    refuse,
-    rows_of,
-    whole,
-)
-from edgellm.models.foreign.gguf import Shapes
-from edgellm.models.foreign.keys import checked_whole
 from edgellm.models.layers import Stack
+from edgellm.models.layers.shift import Shift
 from edgellm.models.protocol import State, Step
 from edgellm.models.registry import Architecture
-from edgellm.models.rwkv import Shift
+from edgellm.models.rwkv7_files import HUGGING_FACE, TENSORS
+from edgellm.models.shapes import EndlessShape
 from edgellm.ops import take_positions, token_by_token
 from edgellm_runtime.spec import BATCH, StateSpec
 
@@ -50,37 +31,25 @@ _FADES = -0.6065306597126334  # -exp(-1/2), the logarithm of the least that is l
 _USES = ("r", "w", "k", "v", "a", "g")
 
 
-@dataclass(frozen=True)
-class RWKV7Config(Shape):
-    """The shape of an :class:`RWKV7`.
+@dataclass(frozen=True, kw_only=True)
+class RWKV7Config(EndlessShape):
+    """The shape of an :class:`RWKV7`; ``width`` is a multiple of ``head_dim``.
 
     Args:
-        vocab_size: tokens.
-        width: features between layers; a multiple of ``head_dim``.
-        num_layers: layers.
-        head_dim: features of a head's keys and values.
+        head_dim: features of a head's keys and values, whose norm has so many times ``norm_eps``.
         hidden: features within a channel mixing.
         decay_rank: rank of what decays are made by, and so those of the shares of the key, the value and the gate.
         share_rank: see ``decay_rank``.
         value_rank: see ``decay_rank``.
         gate_rank: see ``decay_rank``.
-        norm_eps: added to the variance in the norms; ``head_dim`` times as much in that of a head.
-        tie_embeddings: whether the vocabulary projection is the embedding.
-        max_context: the most tokens that a row may hold; the model itself has no limit.
     """
 
-    vocab_size: int
-    width: int
-    num_layers: int
     head_dim: int
     hidden: int
     decay_rank: int = 64
     share_rank: int = 64
     value_rank: int = 32
     gate_rank: int = 128
-    norm_eps: float = 1e-5
-    tie_embeddings: bool = False
-    max_context: int = 2**20
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -217,123 +186,6 @@ class RWKV7(Stack):
             x, present = x + y, present | new | more
         return self.head(take_positions(self.norm(x), step.logit_positions)), present
 
-
-def _hidden(name: str, values: Values, fields: Fields) -> None:
-    given = values.get(name)
-    usual = -(-int(fields["width"] * (values.get("hidden_ratio") or 4)) // 32) * 32
-    fields["hidden"] = usual if given is None else checked_whole(name, given)
-
-
-def _as_ours(config: RWKV7Config, values: Values, name: str, tensor: Tensor) -> Tensor:
-    """Shares between tokens are numbers of what the token has here, and of what differs from the one before there."""
-    return 1 - tensor if ".shift." in name else tensor
-
-
-_LOW_RANK = {"decay": "w_lora", "share": "a_lora", "value": "v_lora", "gate": "g_lora"}
-
-HUGGING_FACE = HuggingFace(
-    types={"rwkv7": Variant(), "rwkv7_fla": Variant()},
-    keys={
-        "vocab_size": whole("vocab_size", default=32000),
-        "hidden_size": whole("width", default=2048),
-        "num_hidden_layers": whole("num_layers", default=24, limit=MAX_LAYERS),
-        "head_dim": whole("head_dim", default=64),
-        "intermediate_size": _hidden,
-        "decay_low_rank_dim": whole("decay_rank", default=64),
-        "a_low_rank_dim": whole("share_rank", default=64),
-        "v_low_rank_dim": whole("value_rank", default=16),
-        "gate_low_rank_dim": whole("gate_rank", default=128),
-        "max_position_embeddings": whole("max_context", default=2048, limit=MAX_CONTEXT),
-        "norm_eps": positive("norm_eps", default=1e-5),
-        "norm_first": neutral(True),
-        "norm_bias": neutral(True),
-        "hidden_act": neutral("sqrelu"),
-        "attn": neutral(None),
-        "num_heads": METADATA,
-        "value_dim": METADATA,  # tensors of another width are refused by their shapes
-        "tie_word_embeddings": flag("tie_embeddings", default=False),
-        **dict.fromkeys(("attn_mode", "hidden_ratio", "fuse_norm", "fuse_cross_entropy"), METADATA),
-        **dict.fromkeys(("fuse_linear_cross_entropy", "use_l2warp"), METADATA),
-    },
-    names=Names(
-        {
-            "embedding": "model.embeddings",
-            "embedding_norm": "model.layers.0.pre_norm",
-            "norm": "model.norm",
-            "head": "lm_head",
-            "time_norm": "attn_norm",
-            "channel_norm": "ffn_norm",
-            **{f"time.shift.{use}": f"attn.x_{use}" for use in _USES},
-            **{f"time.{part}_proj": f"attn.{part}_proj" for part in "rkv"},
-            "time.out_proj": "attn.o_proj",
-            "time.norm": "attn.g_norm",
-            "time.key_gain": "attn.k_k",
-            "time.key_share": "attn.k_a",
-            "time.bonus": "attn.r_k",
-            **{f"time.{ours}.down": f"attn.{theirs}.lora.0" for ours, theirs in _LOW_RANK.items()},
-            **{f"time.{ours}.up": f"attn.{theirs}.lora.2" for ours, theirs in _LOW_RANK.items()},
-            "channel.shift.key": "ffn.x_k",
-            "channel.k_proj": "ffn.key",
-            "channel.v_proj": "ffn.value",
-        },
-        layers="model.layers",
-    ),
-    tensor=_as_ours,
-)
-
-
-def _sizes(shapes: Shapes) -> Fields:
-    """What the shapes of the authors' tensors say; the norm of heads has one epsilon there, which is of 64 features."""
-    heads, size = shapes["blocks.0.att.r_k"] if len(shapes["blocks.0.att.r_k"]) == 2 else (0, 0)
-    if size != 64:
-        raise refuse("blocks.0.att.r_k", shapes["blocks.0.att.r_k"])
-    second = "blocks.1.att.v1"  # the first layer's values mix with none
-    sizes = {
-        "hidden": ("blocks.0.ffn.key.weight", 0), "decay_rank": ("blocks.0.att.w1", 1),
-        "share_rank": ("blocks.0.att.a1", 1), "gate_rank": ("blocks.0.att.g1", 1),
-        **({"value_rank": (second, 1)} if second in shapes else {}),
-    }  # fmt: skip
-    return {
-        "vocab_size": rows_of("emb.weight")(shapes), "width": heads * size, "head_dim": size,
-        "num_layers": 1 + max(int(n.split(".")[1]) for n in shapes if re.match(r"blocks\.\d{1,4}\.", n)),
-        **{field: shapes.get(name, (0, 0))[axis] for field, (name, axis) in sizes.items()},
-    }  # fmt: skip
-
-
-_LETTERS = {"decay": "w", "share": "a", "value": "v", "gate": "g"}
-TENSORS = TensorFile(
-    mark="blocks.0.att.r_k",
-    sizes=_sizes,
-    names=Names(
-        {
-            "embedding": "emb",
-            "embedding_norm": "blocks.0.ln0",
-            "norm": "ln_out",
-            "head": "head",
-            "time_norm": "ln1",
-            "channel_norm": "ln2",
-            **{f"time.shift.{use}": f"att.x_{use}" for use in _USES},
-            **{f"time.{letter}_proj": f"att.{part}" for part in ("receptance", "key", "value") for letter in part[0]},
-            "time.out_proj": "att.output",
-            "time.norm": "att.ln_x",
-            "time.key_gain": "att.k_k",
-            "time.key_share": "att.k_a",
-            "time.bonus": "att.r_k",
-            **{f"time.{ours}.down.weight": f"att.{letter}1" for ours, letter in _LETTERS.items()},
-            **{f"time.{ours}.up.weight": f"att.{letter}2" for ours, letter in _LETTERS.items()},
-            **{f"time.{ours}.up.bias": f"att.{letter}0" for ours, letter in _LETTERS.items()},
-            "channel.shift.key": "ffn.x_k",
-            "channel.k_proj": "ffn.key",
-            "channel.v_proj": "ffn.value",
-        },
-        layers="blocks",
-    ),
-    tensor=lambda name, tensor: 1 - tensor if ".shift." in name else tensor,
-    reshaped=(".up.bias", ".key_gain", ".key_share", *(f".shift.{use}" for use in (*_USES, "key"))),
-    by_columns=tuple(f".{ours}.{part}.weight" for ours in _LETTERS for part in ("down", "up")),
-    ignored=tuple(f"blocks.0.att.v{i}" for i in range(3)),
-    end=0,
-)
 
 ARCHITECTURE = Architecture(
     name="rwkv7", config=RWKV7Config, build=RWKV7, presets=PRESETS, huggingface=HUGGING_FACE, tensors=TENSORS

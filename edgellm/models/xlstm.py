@@ -20,26 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgellm.errors import ConfigError
-from edgellm.models.config import Shape
-from edgellm.models.foreign import (
-    MAX_LAYERS,
-    METADATA,
-    Fields,
-    HuggingFace,
-    Key,
-    Names,
-    Values,
-    Variant,
-    flag,
-    neutral,
-    positive,
-    refuse,
-    whole,
-)
-from edgellm.models.foreign.keys import checked_positive, checked_whole
 from edgellm.models.layers import Block, GatedMLP, Stack
 from edgellm.models.protocol import State, Step
 from edgellm.models.registry import Architecture
+from edgellm.models.shapes import EndlessShape
+from edgellm.models.xlstm_files import HUGGING_FACE
 from edgellm.ops import linear_attention, running_max
 from edgellm_runtime.spec import BATCH, StateSpec
 
@@ -48,14 +33,11 @@ __all__ = ["ARCHITECTURE", "PRESETS", "MatrixMemory", "XLSTMConfig", "xlstm"]
 _SHUT = -30000.0  # log of an input gate that lets nothing in; 16 bits hold it
 
 
-@dataclass(frozen=True)
-class XLSTMConfig(Shape):
+@dataclass(frozen=True, kw_only=True)
+class XLSTMConfig(EndlessShape):
     """The shape of an xLSTM.
 
     Args:
-        vocab_size: tokens.
-        width: features between layers.
-        num_layers: layers.
         num_heads: memories of a layer.
         key_width: features of all its queries, and of all its keys.
         value_width: features of all its values.
@@ -63,14 +45,8 @@ class XLSTMConfig(Shape):
         gate_cap: what goes into the gates of a memory, x, becomes cap * tanh(x / cap).
         logit_cap: the same for logits.
         memory_eps: added to what a memory's output is divided by.
-        norm_eps: added to the mean square in the norms.
-        tie_embeddings: whether the vocabulary projection is the embedding.
-        max_context: the most tokens that a row may hold; the model itself has no limit, and its state does not grow.
     """
 
-    vocab_size: int
-    width: int
-    num_layers: int
     num_heads: int
     key_width: int
     value_width: int
@@ -79,8 +55,6 @@ class XLSTMConfig(Shape):
     logit_cap: float = 30.0
     memory_eps: float = 1e-6
     norm_eps: float = 1e-6
-    tie_embeddings: bool = False
-    max_context: int = 2**20
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,77 +134,5 @@ def xlstm(config: XLSTMConfig) -> Stack:
     )
     return Stack(c, blocks, logit_cap=c.logit_cap)
 
-
-def _same(into: str, other: str, default: int, limit: int = 2**31) -> Key:
-    """A number that the file may have under two names."""
-
-    def take(name: str, values: Values, fields: Fields) -> None:
-        found = values.get(name) or values.get(other) or default
-        fields[into] = checked_whole(name, found, limit)
-        if (values.get(other) or found) != found:
-            raise refuse(other, values[other])
-
-    return take
-
-
-def _share(into: str, default: float) -> Key:
-    """A part of the width."""
-
-    def take(name: str, values: Values, fields: Fields) -> None:
-        fields[into] = int(fields["width"] * checked_positive(name, values.get(name, default)))
-
-    return take
-
-
-def _mlp_width(name: str, values: Values, fields: Fields) -> None:
-    """A multiple of the width, rounded up."""
-    multiple = checked_whole("ffn_round_up_to_multiple_of", values.get("ffn_round_up_to_multiple_of", 64))
-    wanted = fields["width"] * checked_positive(name, values.get(name, 2.667))
-    fields["mlp_width"] = int((wanted + multiple - 1) // multiple * multiple)
-
-
-HUGGING_FACE = HuggingFace(
-    types={"xlstm": Variant()},
-    keys={
-        "vocab_size": whole("vocab_size", default=50304),
-        "hidden_size": _same("width", "embedding_dim", 4096),
-        "num_hidden_layers": _same("num_layers", "num_blocks", 32, MAX_LAYERS),
-        "num_heads": whole("num_heads", default=8),
-        "qk_dim_factor": _share("key_width", 0.5),
-        "v_dim_factor": _share("value_width", 1.0),
-        "ffn_proj_factor": _mlp_width,
-        "gate_soft_cap": positive("gate_cap", default=15.0),
-        "output_logit_soft_cap": positive("logit_cap", default=30.0),
-        "eps": positive("memory_eps", default=1e-6),
-        "norm_eps": positive("norm_eps", default=1e-6),
-        "tie_word_embeddings": flag("tie_embeddings", default=False),
-        "use_bias": neutral(False),
-        "weight_mode": neutral("single"),
-        **dict.fromkeys(("embedding_dim", "num_blocks", "ffn_round_up_to_multiple_of", "add_out_norm"), METADATA),
-        # of kernels, and of precisions below the one that everything is computed in here
-        **dict.fromkeys(("chunkwise_kernel", "sequence_kernel", "step_kernel", "mode", "chunk_size"), METADATA),
-        **dict.fromkeys(("return_last_states", "autocast_kernel_dtype", "inference_state_dtype"), METADATA),
-        **dict.fromkeys(("norm_reduction_force_float32", "max_inference_chunksize"), METADATA),
-    },
-    names=Names(
-        {
-            "embedding": "backbone.embeddings",
-            "norm": "backbone.out_norm",
-            "head": "lm_head",
-            "mixer_norm": "norm_mlstm",
-            **{f"mixer.{x}_proj": f"mlstm_layer.{x}" for x in "qkv"},
-            "mixer.gate_proj": "mlstm_layer.ogate_preact",
-            "mixer.input_proj": "mlstm_layer.igate_preact",
-            "mixer.forget_proj": "mlstm_layer.fgate_preact",
-            "mixer.norm": "mlstm_layer.multihead_norm.weight",
-            "mixer.out_proj": "mlstm_layer.out_proj",
-            "mlp_norm": "norm_ffn",
-            "mlp.gate_proj": "ffn.proj_up_gate",
-            "mlp.up_proj": "ffn.proj_up",
-            "mlp.down_proj": "ffn.proj_down",
-        },
-        layers="backbone.blocks",
-    ),
-)
 
 ARCHITECTURE = Architecture(name="xlstm", config=XLSTMConfig, build=xlstm, presets=PRESETS, huggingface=HUGGING_FACE)

@@ -14,42 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from edgellm.errors import ConfigError
-from edgellm.models.foreign import (
-    MAX_CONTEXT,
-    METADATA,
-    Fields,
-    HuggingFace,
-    Names,
-    Values,
-    Variant,
-    flag,
-    hidden_act,
-    neutral,
-    positive,
-    refuse,
-    rotary,
-    whole,
-)
-from edgellm.models.foreign.keys import checked_whole
 from edgellm.models.layers import Block, RotaryTable, SelfAttention, Stack
 from edgellm.models.layers.mlp import activation_of
 from edgellm.models.protocol import State, Step
 from edgellm.models.registry import Architecture
-from edgellm.models.state_spaces import HybridShape, check_pattern, mixer_parts, pattern_key
+from edgellm.models.shapes import PatternShape
+from edgellm.models.state_spaces import HybridShape
+from edgellm.models.zamba2_files import HUGGING_FACE
 from edgellm.ops import attention, take_positions
 from edgellm_runtime.spec import StateSpec
 
 __all__ = ["ARCHITECTURE", "PRESETS", "Zamba2", "Zamba2Config"]
 
-KINDS = {"linear_attention": "space", "mamba": "space", "hybrid": "shared"}
-
 
 @dataclass(frozen=True, kw_only=True)
-class Zamba2Config(HybridShape):
-    """The shape of a Zamba2.
+class Zamba2Config(PatternShape, HybridShape):
+    """The shape of a Zamba2, whose layers are a state space alone, or one after a ``shared`` block.
 
     Args:
-        pattern: first to last, ``space`` for a state space alone, ``shared`` for one after a shared block.
         num_blocks: shared blocks, which take turns.
         rank: of the changes that each use of a block has for itself.
         attention_changes: whether attention has such changes too, not the MLP alone.
@@ -59,7 +41,7 @@ class Zamba2Config(HybridShape):
         activation: of the MLP.
     """
 
-    pattern: Sequence[str]
+    KINDS = ("space", "shared")
     num_blocks: int = 1
     rank: int = 128
     attention_changes: bool = False
@@ -70,7 +52,6 @@ class Zamba2Config(HybridShape):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_pattern(self.pattern, ("space", "shared"))
         if self.attention_changes and self.num_kv_heads != self.num_heads:
             raise ConfigError(f"num_kv_heads is {self.num_kv_heads}; with attention_changes it must be num_heads")
 
@@ -200,95 +181,5 @@ class Zamba2(Stack):
             present |= new
         return self.head(take_positions(self.norm(x), step.logit_positions)), present
 
-
-def _biases(name: str, values: Values, fields: Fields) -> None:
-    """One key for all projections of state spaces and MLPs."""
-    flag("mlp_bias", default=False)(name, values, fields)
-    fields["space_bias"] = fields["mlp_bias"]
-
-
-def _head_dim(_name: str, _values: Values, fields: Fields) -> None:
-    """Heads of attention divide twice the width, whatever the file says."""
-    fields["head_dim"] = 2 * fields["width"] // fields["num_heads"]
-
-
-def _inner(name: str, values: Values, fields: Fields) -> None:
-    """Features of a head of the state space: what it expands to, divided."""
-    inner, heads = fields["width"] * checked_whole(name, values.get(name, 2)), fields["space_heads"]
-    if inner % heads:
-        raise refuse("n_mamba_heads", heads)
-    fields["space_head_dim"] = inner // heads
-
-
-def _pattern(name: str, values: Values, fields: Fields) -> None:
-    """The layers' kinds; where the file names none, those of the first of these models."""
-    six = ["mamba"] * 5 + ["hybrid"]
-    first = ["mamba", *six * 7, *["mamba"] * 4, "hybrid", *["mamba"] * 3, "hybrid", *["mamba"] * 2]
-    pattern_key(KINDS)(name, {name: values.get(name) or first}, fields)
-
-
-_UNREAD = (  # of training, of kernels, or computed anew from other keys
-    "num_hidden_layers", "hybrid_layer_ids", "attention_hidden_size", "kv_channels",
-    "mamba_headdim", "num_query_groups", "time_step_max", "time_step_floor", "use_mamba_kernels", "use_conv_bias",
-    "chunk_size", "use_mem_eff_path", "num_logits_to_keep", "head_dim",
-)  # fmt: skip
-
-HUGGING_FACE = HuggingFace(
-    types={"zamba2": Variant()},
-    keys={
-        "vocab_size": whole("vocab_size", default=32000),
-        "hidden_size": whole("width", default=2560),
-        "layers_block_type": _pattern,
-        "num_attention_heads": whole("num_heads", default=32),
-        "num_key_value_heads": whole("num_kv_heads", default=lambda fields: fields["num_heads"]),
-        "attention_head_dim": _head_dim,
-        "intermediate_size": whole("mlp_width", default=lambda fields: 4 * fields["width"]),
-        "max_position_embeddings": whole("max_context", default=4096, limit=MAX_CONTEXT),
-        "use_long_context": neutral(False, None),
-        "n_mamba_heads": whole("space_heads", default=8),
-        "mamba_expand": _inner,
-        "mamba_d_state": whole("state_size", default=64),
-        "mamba_ngroups": whole("num_groups", default=1),
-        "mamba_d_conv": whole("conv_taps", default=4),
-        "add_bias_linear": _biases,
-        "num_mem_blocks": whole("num_blocks", default=1),
-        "adapter_rank": whole("rank", default=128),
-        "use_shared_attention_adapter": flag("attention_changes", default=False),
-        "use_mem_rope": flag("rotates", default=False),
-        **rotary(),
-        "time_step_min": positive("least_step", default=0.001),
-        "rms_norm_eps": positive("norm_eps", default=1e-5),
-        "tie_word_embeddings": flag("tie_embeddings", default=True),
-        "hidden_act": hidden_act(default="gelu"),
-        **dict.fromkeys(_UNREAD, METADATA),
-    },
-    names=Names(
-        {
-            "embedding": "model.embed_tokens",
-            "norm": "model.final_layernorm",
-            "head": "lm_head",
-            "mixer_norm": "input_layernorm",
-            **mixer_parts("space", "mamba"),
-            "linear": "linear",
-            "inner.mixer_norm": "mamba_decoder.input_layernorm",
-            **mixer_parts("inner.space", "mamba_decoder.mamba"),
-            "shared.norm": "shared_transformer.input_layernorm",
-            "shared.mlp_norm": "shared_transformer.pre_ff_layernorm",
-            **{f"shared.attention.{x}_proj": f"shared_transformer.self_attn.{x}_proj" for x in "qkvo"},
-            **{
-                f"shared.attention.{x}_changes.*.{i}": f"shared_transformer.self_attn.linear_{x}_adapter_list.*.{i}"
-                for x in "qkv"
-                for i in range(2)
-            },
-            "shared.in_proj": "shared_transformer.feed_forward.gate_up_proj",
-            "shared.out_proj": "shared_transformer.feed_forward.down_proj",
-            **{
-                f"shared.changes.*.{i}": f"shared_transformer.feed_forward.gate_up_proj_adapter_list.*.{i}"
-                for i in range(2)
-            },
-        },
-        layers="model.layers",
-    ),
-)
 
 ARCHITECTURE = Architecture(name="zamba2", config=Zamba2Config, build=Zamba2, presets=PRESETS, huggingface=HUGGING_FACE)

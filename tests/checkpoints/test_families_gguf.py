@@ -125,7 +125,7 @@ def test_a_familys_gguf_file_has_the_logits_of_transformers(tmp_path, name, opti
 
 
 def test_the_largest_gemma_divides_scores_by_its_widths_share_of_a_head(tmp_path):
-    from edgellm.models.gemma2 import GGUF_FILES
+    from edgellm.models.gemma2_files import GGUF_FILES
 
     c = {"block_count": 46, "context_length": 8192, "embedding_length": 4608, "feed_forward_length": 36864,
          "attention.head_count": 32, "attention.head_count_kv": 16, "attention.key_length": 128,

@@ -16,7 +16,8 @@ from torch import Tensor
 from edgellm.checkpoints import load_checkpoint
 from edgellm.errors import CheckpointError
 from edgellm.models.protocol import Step
-from edgellm.models.rwkv7 import HUGGING_FACE, RWKV7, RWKV7Config
+from edgellm.models.rwkv7 import RWKV7, RWKV7Config
+from edgellm.models.rwkv7_files import HUGGING_FACE
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_exporters.proof.parity import compare
 from edgellm_runtime import open_session

@@ -11,12 +11,16 @@ from edgellm.models.foreign.keys import (
     MAX_CONTEXT,
     MAX_LAYERS,
     METADATA,
+    REQUIRED,
     Fields,
     Key,
     Values,
     Variant,
+    checked_positive,
+    checked_whole,
     choice,
     flag,
+    inverse,
     neutral,
     positive,
     read_keys,
@@ -25,19 +29,35 @@ from edgellm.models.foreign.keys import (
     whole,
 )
 from edgellm.models.foreign.marian import Marian
-from edgellm.models.foreign.names import Names, Stacks
+from edgellm.models.foreign.names import Names, Stacks, alike
 from edgellm.models.foreign.rope import rotary
 from edgellm.models.foreign.tensor_file import TensorFile
-from edgellm.models.foreign.usual import GGUF_PARTS, HUGGING_FACE_PARTS, hidden_act
+from edgellm.models.foreign.usual import (
+    FEED_FORWARD_PARTS,
+    GGUF_KEYS,
+    GGUF_PARTS,
+    GGUF_TENSORS,
+    HUGGING_FACE_PARTS,
+    MLP_PARTS,
+    as_many_heads,
+    hidden_act,
+    usual_keys,
+    width_by_heads,
+)
 from edgellm.models.foreign.windows import full_attention, no_window, windows
 
 __all__ = [
+    "FEED_FORWARD_PARTS",
     "GGUF",
+    "GGUF_KEYS",
     "GGUF_PARTS",
+    "GGUF_TENSORS",
     "HUGGING_FACE_PARTS",
     "MAX_CONTEXT",
     "MAX_LAYERS",
     "METADATA",
+    "MLP_PARTS",
+    "REQUIRED",
     "Fields",
     "HuggingFace",
     "Key",
@@ -47,11 +67,16 @@ __all__ = [
     "TensorFile",
     "Values",
     "Variant",
+    "alike",
+    "as_many_heads",
+    "checked_positive",
+    "checked_whole",
     "choice",
     "flag",
     "full_attention",
     "has",
     "hidden_act",
+    "inverse",
     "lacks",
     "neutral",
     "no_window",
@@ -61,6 +86,8 @@ __all__ = [
     "rotary",
     "rows_of",
     "same_as",
+    "usual_keys",
     "whole",
+    "width_by_heads",
     "windows",
 ]

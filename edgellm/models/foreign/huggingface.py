@@ -88,6 +88,7 @@ class HuggingFace:
         keys: of ``config.json``, read in this order; a key may use the fields that were read before it. Keys of
             every configuration that change nothing (``use_cache``), or that must not be set unless the family reads
             them (``is_causal``), need not be listed.
+        unread: keys of the family that change nothing: of training, of kernels, of older code, or said elsewhere.
         names: our parameter names to the file's.
         tensor: from our configuration, the ``config.json``, our parameter name and the tensor as stored, the tensor of
             the same shape in our layout; where the two do not differ, the very tensor it was given. None: all are
@@ -102,6 +103,7 @@ class HuggingFace:
     types: Mapping[str, Variant]
     keys: Mapping[str, Key]
     names: Names | Stacks
+    unread: tuple[str, ...] = ()
     tensor: Callable[[Any, Values, str, Tensor], Tensor] | None = None
     stacked: tuple[str, ...] = ()
     packed: Callable[[Any], Mapping[str, Mapping[str, int]]] | None = None
@@ -118,7 +120,7 @@ class HuggingFace:
         """
         variant = self.types[values["model_type"]]
         keys: dict[str, Any] = {**self.keys, **variant.keys}
-        keys |= {name: key for name, key in _MEANING.items() if name not in keys}
-        keys |= {name: METADATA for name in _METADATA | _GENERATION if name not in keys}
+        for more in (dict.fromkeys(self.unread, METADATA), _MEANING, dict.fromkeys(_METADATA | _GENERATION, METADATA)):
+            keys |= {name: key for name, key in more.items() if name not in keys}
         fields, unknown = read_keys(keys, values)
         return fields | dict(variant.fields), unknown

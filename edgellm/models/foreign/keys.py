@@ -17,6 +17,8 @@ __all__ = [
     "MAX_CONTEXT",
     "MAX_LAYERS",
     "METADATA",
+    "REQUIRED",
+    "Default",
     "Fields",
     "Key",
     "Values",
@@ -25,6 +27,7 @@ __all__ = [
     "checked_whole",
     "choice",
     "flag",
+    "inverse",
     "neutral",
     "positive",
     "read_keys",
@@ -40,8 +43,7 @@ Values: TypeAlias = Mapping[str, Any]  # what the file says; nothing of it is be
 Fields: TypeAlias = dict[str, Any]  # of our configuration, as far as they are read
 Key: TypeAlias = Callable[[str, Values, Fields], None]  # takes its name, the file and the fields; adds to the fields
 Default: TypeAlias = Any | Callable[[Fields], Any]
-
-_REQUIRED: Any = object()
+REQUIRED: Any = object()  # a default that there is none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,7 @@ def neutral(*allowed: Any) -> Key:
     return take
 
 
-def whole(into: str, *, default: Default = _REQUIRED, limit: int = 2**31) -> Key:
+def whole(into: str, *, default: Default = REQUIRED, limit: int = 2**31) -> Key:
     """A positive whole number, read into a field; null is as good as absent.
 
     Args:
@@ -99,12 +101,21 @@ def whole(into: str, *, default: Default = _REQUIRED, limit: int = 2**31) -> Key
     return _read(into, default, lambda name, value: checked_whole(name, value, limit))
 
 
-def positive(into: str, *, default: Default = _REQUIRED) -> Key:
+def positive(into: str, *, default: Default = REQUIRED) -> Key:
     """A positive number, read into a field; arguments as :func:`whole`."""
     return _read(into, default, checked_positive)
 
 
-def flag(into: str, *, default: Default = _REQUIRED) -> Key:
+def inverse(into: str, *, default: float = 1.0) -> Key:
+    """A positive number, read into a field that is its inverse."""
+
+    def take(name: str, values: Values, fields: Fields) -> None:
+        fields[into] = 1 / checked_positive(name, values.get(name, default))
+
+    return take
+
+
+def flag(into: str, *, default: Default = REQUIRED) -> Key:
     """True or false, read into a field; arguments as :func:`whole`."""
 
     def check(name: str, value: Any) -> bool:
@@ -125,7 +136,7 @@ def same_as(field: str) -> Key:
     return take
 
 
-def choice(into: str, choices: Mapping[str, Any], *, default: Default = _REQUIRED) -> Key:
+def choice(into: str, choices: Mapping[str, Any], *, default: Default = REQUIRED) -> Key:
     """One of some names, read into a field as what stands beside it; any other is refused.
 
     Args:
@@ -167,7 +178,7 @@ def checked_positive(name: str, value: Any) -> float:
 def _read(into: str, default: Default, check: Callable[[str, Any], Any]) -> Key:
     def take(name: str, values: Values, fields: Fields) -> None:
         value = values.get(name)
-        if value is not None or default is _REQUIRED:
+        if value is not None or default is REQUIRED:
             fields[into] = check(name, value)
         else:
             fields[into] = default(fields) if callable(default) else default

@@ -6,9 +6,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Names", "Stacks"]
+__all__ = ["Names", "Stacks", "alike"]
 
 _NUMBER = re.compile(r"\.(\d+)\.")
+
+
+def alike(ours: str, theirs: str, *parts: str) -> dict[str, str]:
+    """Parts that are called the same within a module of ours and one of the file's."""
+    return {f"{ours}.{part}": f"{theirs}.{part}" for part in parts}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from edgellm.errors import ConfigError
 
-__all__ = ["RotaryTable", "order_of_part"]
+__all__ = ["RotaryTable", "heads_in_order", "order_of_part"]
 
 _MOST_NUMBERS = 1 << 28  # 1 GB as float32: a context of a million tokens with heads of 256
 
@@ -63,3 +63,9 @@ def order_of_part(head_dim: int, turning: int) -> list[int]:
         [*range(i * first, (i + 1) * first), *range(turning + i * rest, turning + (i + 1) * rest)] for i in (0, 1)
     ]
     return [*halves[0], *halves[1]]
+
+
+def heads_in_order(tensor: Tensor, head_dim: int, turning: int) -> Tensor:
+    """The rows of a projection to queries or keys, (heads * head_dim, ...), in that order; the same shape."""
+    heads = tensor.reshape(-1, head_dim, *tensor.shape[1:])
+    return heads[:, order_of_part(head_dim, turning)].flatten(0, 1)

@@ -1,0 +1,132 @@
+"""What other people's checkpoints of state spaces, and of hybrids of these and attention, have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from edgellm.models.foreign import (
+    GGUF_KEYS,
+    GGUF_PARTS,
+    GGUF_TENSORS,
+    MAX_LAYERS,
+    METADATA,
+    Fields,
+    Key,
+    Values,
+    checked_whole,
+    flag,
+    has,
+    neutral,
+    refuse,
+    whole,
+)
+
+__all__ = [
+    "BACKBONE_PARTS", "GGUF_SPACE_KEYS", "GGUF_SPACE_PARTS", "GGUF_SPACE_TENSORS", "gguf_decay", "mixer_keys",
+    "mixer_parts", "no_step_limit", "pattern_key",
+]  # fmt: skip
+
+BACKBONE_PARTS: Mapping[str, str] = {
+    "embedding": "backbone.embeddings", "norm": "backbone.norm_f", "head": "lm_head", "mixer_norm": "norm",
+}  # fmt: skip
+
+
+def mixer_parts(ours: str, theirs: str) -> Mapping[str, str]:
+    """What a state space's parameters are called.
+
+    Args:
+        ours: our name of the mixer.
+        theirs: the file's.
+    """
+    parts = {"conv": "conv1d", "dt_offset": "dt_bias", "a_log": "A_log", "d": "D", "norm": "norm.weight"}
+    named = {part: part for part in ("in_proj", "x_proj", "dt_proj", "out_proj")} | parts
+    return {f"{ours}.{part}": f"{theirs}.{name}" for part, name in named.items()}
+
+
+def no_step_limit(name: str, values: Values, fields: Fields) -> None:
+    """A key that would bound dt, and must leave it free."""
+    neutral([0.0, float("inf")], [0.0, {"__float__": "Infinity"}], None)(name, values, fields)
+
+
+def mixer_keys(*, inner: int | None = None) -> Mapping[str, Key]:
+    """The keys of a state space whose names begin with ``mamba_``; the field ``width`` was read before.
+
+    Args:
+        inner: features of all its heads, where the file does not say; None for so many widths as it expands to.
+    """
+
+    def head_dim(name: str, values: Values, fields: Fields) -> None:
+        features, heads = values.get("mamba_d_ssm", inner), fields["space_heads"]
+        if features is None:
+            features = fields["width"] * checked_whole("mamba_expand", values.get("mamba_expand", 2))
+        size = values.get(name, "auto")
+        fields["space_head_dim"] = features // heads if size == "auto" else checked_whole(name, size)
+        if fields["space_head_dim"] * heads != features:
+            raise refuse(name, size)
+
+    return {
+        "mamba_n_heads": whole("space_heads", default=128),
+        "mamba_d_head": head_dim,
+        "mamba_d_state": whole("state_size", default=256),
+        "mamba_n_groups": whole("num_groups", default=1),
+        "mamba_d_conv": whole("conv_taps", default=4),
+        "mamba_conv_bias": flag("conv_bias", default=True),
+        "mamba_proj_bias": flag("space_bias", default=False),
+        "mamba_expand": METADATA,
+        "mamba_chunk_size": METADATA,
+        "time_step_limit": no_step_limit,
+    }
+
+
+def pattern_key(kinds: Mapping[str, str], *, count: str = "num_hidden_layers", default: int = 32) -> Key:
+    """The layers' mixers, into the field ``pattern``; where the file names none, all have the first.
+
+    Args:
+        kinds: from the file's names of them, older ones included, to ours.
+        count: the key with the number of layers.
+        default: how many there are, where the file does not say.
+    """
+
+    def take(name: str, values: Values, fields: Fields) -> None:
+        named = values.get(name)
+        layers = checked_whole(count, values.get(count, default if named is None else len(named)), MAX_LAYERS)
+        named = [next(iter(kinds))] * layers if named is None else named
+        if len(named) != layers or (other := [kind for kind in named if kind not in kinds]):
+            raise refuse(name, other[0] if len(named) == layers else named)
+        fields["pattern"] = tuple(kinds[kind] for kind in named)
+
+    return take
+
+
+GGUF_SPACE_KEYS: Mapping[str, Key] = {
+    **{name: GGUF_KEYS[name] for name in ("block_count", "context_length", "embedding_length")},
+    "ssm.state_size": whole("state_size"),
+    "ssm.conv_kernel": whole("conv_taps"),
+    "attention.layer_norm_rms_epsilon": GGUF_KEYS["attention.layer_norm_rms_epsilon"],
+    **dict.fromkeys(("feed_forward_length", "attention.head_count", "attention.head_count_kv"), neutral(0)),
+}
+GGUF_SPACE_PARTS: Mapping[str, str] = {
+    **GGUF_PARTS,
+    "mixer.in_proj": "ssm_in",
+    "mixer.conv": "ssm_conv1d",
+    "mixer.x_proj": "ssm_x",
+    "mixer.dt_proj": "ssm_dt",
+    "mixer.dt_offset": "ssm_dt.bias",
+    "mixer.a_log": "ssm_a",
+    "mixer.d": "ssm_d",
+    "mixer.norm": "ssm_norm.weight",
+    "mixer.out_proj": "ssm_out",
+}
+GGUF_SPACE_TENSORS = {
+    **GGUF_TENSORS,
+    "conv_bias": has("blk.0.ssm_conv1d.bias"),
+    "bias": has("blk.0.ssm_in.bias"),
+}
+
+
+def gguf_decay(_config: Any, _metadata: Values, name: str, tensor: Tensor) -> Tensor:
+    """GGUF files have A itself, below 0, and we the logarithm of -A."""
+    return (-tensor).log() if name.endswith("a_log") else tensor
