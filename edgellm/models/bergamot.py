@@ -8,6 +8,7 @@ before normed. An answer is made of words that some source token may stand for, 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,8 @@ from torch import Tensor, nn
 
 from edgellm.errors import ConfigError
 from edgellm.models.config import Shape
-from edgellm.models.foreign import Marian
-from edgellm.models.layers import MLP, SourceAttention, mask_spec
-from edgellm.models.layers.source_attention import SOURCE_MASK
+from edgellm.models.foreign.marian import TRANSFORMER, Marian, in_layer
+from edgellm.models.layers import MLP, DecoderLayer, EncoderLayer, SourceAttention, SourceStack
 from edgellm.models.protocol import State, Step
 from edgellm.models.registry import Architecture
 from edgellm.ops import source_mask, take_positions, token_by_token
@@ -112,62 +112,28 @@ class SimpleRecurrence(nn.Module):
         """Its memory, ``prefix.c``."""
         return [StateSpec(f"{prefix}.c", (BATCH, self.width), dtype, "replace")]
 
-    def forward(self, x: Tensor, past: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, state: State, prefix: str, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """(batch, time, width) to the same shape, and the memory after each row's last valid token."""
-        gate, valid = self.gate_proj(x).sigmoid(), source_mask(x[..., 0], lengths)[:, :, None]
+        past = state.get(f"{prefix}.c", torch.zeros_like(x[:, 0]))
+        gate, valid = self.gate_proj(x).sigmoid(), source_mask(x[..., 0], step.lengths)[:, :, None]
         kept, new = torch.where(valid, gate, 1.0), torch.where(valid, (1.0 - gate) * self.in_proj(x), 0.0)
         present, y = token_by_token(_step, [past], [kept, new])
-        return y.relu(), present
+        return y.relu(), {f"{prefix}.c": present}
 
 
-class Feed(nn.Module):
-    """A feed-forward part whose sum with what came before is normed."""
+def _layer(c: BergamotConfig, *, decodes: bool) -> nn.Module:
+    def across() -> SourceAttention:
+        return SourceAttention(c.width, c.num_heads, c.width // c.num_heads, bias=True)
 
-    def __init__(self, config: BergamotConfig) -> None:
-        super().__init__()
-        self.mlp = MLP(config.width, config.mlp_width, bias=True, activation="relu")
-        self.mlp_norm = nn.LayerNorm(config.width, eps=_EPS)
-
-    def feed(self, x: Tensor) -> Tensor:
-        """(..., width) to the same shape."""
-        y: Tensor = self.mlp_norm(x + self.mlp(x))
-        return y
+    norm = functools.partial(nn.LayerNorm, c.width, eps=_EPS)
+    parts: dict[str, nn.Module] = {"mlp": MLP(c.width, c.mlp_width, bias=True, activation="relu")}
+    if not decodes:
+        return EncoderLayer(parts | {"attention": across()}, norm, first=False)
+    parts |= {"recurrence": SimpleRecurrence(c.width), "cross": across()}
+    return DecoderLayer(parts, norm, first=False, mixer="recurrence")
 
 
-class EncoderLayer(Feed):
-    """Attention to the whole source, and a feed-forward part."""
-
-    def __init__(self, config: BergamotConfig) -> None:
-        super().__init__(config)
-        width, heads = config.width, config.num_heads
-        self.attention = SourceAttention(width, heads, width // heads, bias=True)
-        self.attention_norm = nn.LayerNorm(width, eps=_EPS)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """(batch, source, width) to the same shape."""
-        return self.feed(self.attention_norm(x + self.attention(x, *self.attention.keys(x), mask)))
-
-
-class DecoderLayer(Feed):
-    """A recurrence, attention to the source, and a feed-forward part."""
-
-    def __init__(self, config: BergamotConfig) -> None:
-        super().__init__(config)
-        width, heads = config.width, config.num_heads
-        self.recurrence = SimpleRecurrence(width)
-        self.recurrence_norm = nn.LayerNorm(width, eps=_EPS)
-        self.cross = SourceAttention(width, heads, width // heads, bias=True)
-        self.cross_norm = nn.LayerNorm(width, eps=_EPS)
-
-    def forward(self, x: Tensor, state: State, prefix: str, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """(batch, time, width) to the same shape, and the recurrence's new memory."""
-        past = state.get(f"{prefix}.c", torch.zeros_like(x[:, 0]))
-        y, present = self.recurrence(x, past, lengths)
-        x = self.recurrence_norm(x + y)
-        return self.feed(self.cross_norm(x + self.cross.answer(x, state, prefix))), present
-
-
-class Bergamot(nn.Module):
+class Bergamot(SourceStack):
     """See the module's description; follows :class:`edgellm.models.protocol.SourceModel`."""
 
     words: Tensor  # (vocab_size, listed), which words each source token may stand for, in float32; 0 fills up
@@ -177,26 +143,23 @@ class Bergamot(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.places = Places(max(config.max_context, config.max_source), config.width)
-        self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
-        self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.encoder = nn.ModuleList(_layer(config, decodes=False) for _ in range(config.encoder_layers))
+        self.decoder = nn.ModuleList(_layer(config, decodes=True) for _ in range(config.decoder_layers))
         self.head = nn.Linear(config.width, config.vocab_size)
         nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
         self.head.weight = self.embedding.weight
         if config.listed:
             self.register_buffer("words", torch.zeros(config.vocab_size, config.listed))
 
-    def _layers(self) -> list[tuple[str, DecoderLayer]]:
-        return [(f"layers.{i}", layer) for i, layer in enumerate(self.decoder) if isinstance(layer, DecoderLayer)]
+    def answering(self) -> nn.ModuleList:
+        """The decoder's layers."""
+        return self.decoder
 
     def state_specs(self) -> list[StateSpec]:
         """Each layer's memory, its keys and values of the source, and the words that the source asks for."""
-        dtype, listed = str(self.embedding.weight.dtype).removeprefix("torch."), self.config.listed
-        specs = [mask_spec()]
-        if listed:
-            specs.append(StateSpec(_WORDS, (BATCH, SOURCE, listed), "int32", "static"))
-        for prefix, layer in self._layers():
-            specs += [*layer.recurrence.state_specs(prefix, dtype), *layer.cross.state_specs(prefix, dtype)]
-        return specs
+        mask, *specs = super().state_specs()
+        listed = self.config.listed
+        return [mask, *([StateSpec(_WORDS, (BATCH, SOURCE, listed), "int32", "static")] if listed else []), *specs]
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         x: Tensor = self.embedding(tokens) * math.sqrt(self.config.width)
@@ -208,11 +171,9 @@ class Bergamot(nn.Module):
         x = self._embedded(source) + self.places(torch.arange(source.shape[1], device=source.device))
         for layer in self.encoder:
             x = layer(x, mask)
-        made = {SOURCE_MASK: mask}
+        made = self.read(x, mask)
         if self.config.listed:
             made[_WORDS] = torch.where(mask[:, :, None], self.words[source], 0.0).to(torch.int32)
-        for prefix, decoder in self._layers():
-            made |= decoder.cross.states(x, prefix)
         return made
 
     def forward(self, tokens: Tensor, state: State, step: Step | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -220,9 +181,7 @@ class Bergamot(nn.Module):
         step = step or Step.whole(tokens)
         places = step.past_lengths.long()[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         x = torch.where(places[:, :, None] > 0, self._embedded(tokens), 0.0) + self.places(places)
-        present: dict[str, Tensor] = {}
-        for prefix, layer in self._layers():
-            x, present[f"{prefix}.c"] = layer(x, state, prefix, step.lengths)
+        x, present = self.answered(x, state, step)
         logits: Tensor = self.head(take_positions(x, step.logit_positions))
         if self.config.listed:
             logits = logits + self._unlisted(state[_WORDS])[:, None]
@@ -239,51 +198,34 @@ class Bergamot(nn.Module):
         return (1.0 - listed) * _UNLISTED
 
 
-_NORMS = {"weight": "scale", "bias": "bias"}
+_OUTSIDE = {
+    "embedding.weight": "Wemb", "head.weight": "Wemb", "head.bias": "decoder_ff_logit_out_b", "words": "shortlist",
+}  # fmt: skip
 
 
 def _stored(name: str) -> str:
     """What files call a parameter of ours."""
-    if not name.startswith(("encoder.", "decoder.")):
-        return {
-            "embedding.weight": "Wemb", "head.weight": "Wemb", "head.bias": "decoder_ff_logit_out_b",
-            "words": "shortlist",
-        }.get(name, name)  # fmt: skip
-    side, layer, *parts, kind = name.split(".")
-    before = f"{side}_l{int(layer) + 1}"
-    letter = "W" if kind == "weight" else "b"
-    match parts:
-        case ["attention" | "cross" as part, projection]:
-            return f"{before}_{_PARTS[part]}_{letter}{projection[0]}"
-        case ["attention_norm" | "cross_norm" as part]:
-            return f"{before}_{_PARTS[part.removesuffix('_norm')]}_Wo_ln_{_NORMS[kind]}"
-        case ["recurrence", projection]:
-            return f"{before}_rnn_{letter}{'f' if projection == 'gate_proj' else ''}"
-        case ["recurrence_norm"]:
-            return f"{before}_rnn_ffn_ln_{_NORMS[kind]}"
-        case ["mlp", projection]:
-            return f"{before}_ffn_{letter}{projection[-1]}"
-        case _:
-            return f"{before}_ffn_ffn_ln_{_NORMS[kind]}"
+    side, _, within = name.partition(".")
+    return in_layer(side, within) if side in ("encoder", "decoder") else _OUTSIDE.get(name, name)
 
 
-_PARTS = {"attention": "self", "cross": "context"}
+MARIAN = Marian(
+    fields={
+        "dim-emb": "width",
+        "enc-depth": "encoder_layers",
+        "dec-depth": "decoder_layers",
+        "transformer-heads": "num_heads",
+        "transformer-dim-ffn": "mlp_width",
+    },
+    needed={
+        **TRANSFORMER,
+        "dec-cell": "ssru",
+        "transformer-decoder-autoreg": "rnn",
+        "dec-cell-base-depth": "2",
+        "dec-cell-high-depth": "1",
+        "transformer-ffn-activation": "relu",
+    },
+    name=_stored,
+)
 
-ARCHITECTURE = Architecture(
-    name="bergamot", config=BergamotConfig, build=Bergamot, presets=PRESETS,
-    marian=Marian(
-        fields={
-            "dim-emb": "width", "enc-depth": "encoder_layers", "dec-depth": "decoder_layers",
-            "transformer-heads": "num_heads", "transformer-dim-ffn": "mlp_width",
-        },
-        needed={
-            "type": "transformer", "dec-cell": "ssru", "transformer-decoder-autoreg": "rnn", "dec-cell-base-depth": "2",
-            "dec-cell-high-depth": "1", "tied-embeddings-all": "true", "transformer-ffn-activation": "relu",
-            "transformer-ffn-depth": "2", "transformer-preprocess": "", "transformer-postprocess": "dan",
-            "transformer-postprocess-top": "", "transformer-train-position-embeddings": "false",
-            "transformer-no-projection": "false", "transformer-pool": "false", "layer-normalization": "false",
-            "ulr": "false", "lemma-dim-emb": "0", "output-omit-bias": "false", "right-left": "false",
-        },
-        name=_stored,
-    ),
-)  # fmt: skip
+ARCHITECTURE = Architecture(name="bergamot", config=BergamotConfig, build=Bergamot, presets=PRESETS, marian=MARIAN)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from edgellm.errors import ConfigError
 from edgellm.models.config import Shape
-from edgellm.models.layers import RecurrentMixer, RotaryTable, SelfAttention, SourceAttention, mask_spec
+from edgellm.models.layers import RecurrentMixer, RotaryTable, SelfAttention, SourceAttention, SourceStack
 from edgellm.models.layers.both_ways import EncoderBlock, NormedBlock
 from edgellm.models.layers.recurrent import KINDS
 from edgellm.models.layers.source_attention import SOURCE_MASK
@@ -114,8 +114,12 @@ class DecoderBlock(NormedBlock):
         self.cross_norm = nn.RMSNorm(c.width, eps=c.norm_eps)
         self.cross = SourceAttention(c.width, c.num_heads, c.head_dim)
 
+    def state_specs(self, prefix: str, dtype: str) -> list[StateSpec]:
+        """What its mixer carries, and its keys and values of the source."""
+        return [*self.mixer.state_specs(prefix, dtype), *self.cross.state_specs(prefix, dtype)]
+
     def forward(
-        self, x: Tensor, state: State, carried: State, prefix: str, step: Step, table: RotaryTable
+        self, x: Tensor, state: State, prefix: str, step: Step, carried: State, table: RotaryTable
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(batch, time, width) to the same shape, and this block's part of the new state."""
         y = self.norm(x)
@@ -161,8 +165,10 @@ class Pointer(nn.Module):
         return mixed
 
 
-class EncoderDecoder(nn.Module):
+class EncoderDecoder(SourceStack):
     """See the module's description; follows :class:`edgellm.models.protocol.SourceModel`."""
+
+    place = "blocks"
 
     def __init__(self, config: EncoderDecoderConfig) -> None:
         super().__init__()
@@ -180,16 +186,13 @@ class EncoderDecoder(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
-    def _blocks(self) -> list[tuple[str, DecoderBlock]]:
-        return [(f"blocks.{i}", block) for i, block in enumerate(self.decoder) if isinstance(block, DecoderBlock)]
+    def answering(self) -> nn.ModuleList:
+        """The decoder's blocks."""
+        return self.decoder
 
     def state_specs(self) -> list[StateSpec]:
-        """What each block's mixer carries, and its keys and values of the source."""
-        dtype = str(self.embedding.weight.dtype).removeprefix("torch.")
-        specs = [mask_spec()]
-        for prefix, block in self._blocks():
-            specs += [*block.mixer.state_specs(prefix, dtype), *block.cross.state_specs(prefix, dtype)]
-        return specs if self.pointer is None else [*specs, *self.pointer.state_specs(dtype)]
+        """What each block's mixer carries, its keys and values of the source, and what is pointed at."""
+        return super().state_specs() + ([] if self.pointer is None else self.pointer.state_specs(self.dtype))
 
     def encode(self, source: Tensor, lengths: Tensor) -> dict[str, Tensor]:
         """The mask of sources (batch, source), and each decoder block's keys and values of them."""
@@ -199,9 +202,7 @@ class EncoderDecoder(nn.Module):
         for block in self.encoder:
             x = block(x, lengths, mask, positions, self.rotary)
         x = self.encoder_norm(x)
-        made = {SOURCE_MASK: mask}
-        for prefix, decoder in self._blocks():
-            made |= decoder.cross.states(x, prefix)
+        made = self.read(x, mask)
         return made if self.pointer is None else made | self.pointer.states(source, x)
 
     def forward(self, tokens: Tensor, state: State, step: Step | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -210,10 +211,7 @@ class EncoderDecoder(nn.Module):
         encoded = {spec.name for spec in self.state_specs() if spec.encoded}
         carried = {name: t for name, t in state.items() if name not in encoded}
         x = self.dropout(self.embedding(tokens))  # (batch, time, width)
-        present: dict[str, Tensor] = {}
-        for prefix, block in self._blocks():
-            x, new = block(x, state, carried, prefix, step, self.rotary)
-            present |= new
+        x, present = self.answered(x, state, step, carried, self.rotary)
         x = take_positions(self.norm(x), step.logit_positions)  # (batch, count, width)
         logits = self.head(x)
         return logits if self.pointer is None else self.pointer(x, logits, state), present

@@ -8,7 +8,34 @@ from typing import Any
 
 from edgellm.errors import CheckpointError
 
-__all__ = ["Marian"]
+__all__ = ["TRANSFORMER", "Marian", "in_layer"]
+
+TRANSFORMER: Mapping[str, str] = {  # settings of the usual one: normed after each part, with one table of embeddings
+    "type": "transformer", "tied-embeddings-all": "true", "transformer-ffn-depth": "2", "transformer-preprocess": "",
+    "transformer-postprocess": "dan", "transformer-postprocess-top": "", "transformer-pool": "false",
+    "transformer-train-position-embeddings": "false", "transformer-no-projection": "false",
+    "layer-normalization": "false", "ulr": "false", "lemma-dim-emb": "0", "output-omit-bias": "false",
+    "right-left": "false",
+}  # fmt: skip
+_PARTS = {"attention": "self", "cross": "context", "recurrence": "rnn", "mlp": "ffn"}
+_NORMED = {"attention": "self_Wo", "cross": "context_Wo", "recurrence": "rnn_ffn", "mlp": "ffn_ffn"}
+_WITHIN = {
+    "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "fc1": "1", "fc2": "2", "in_proj": "", "gate_proj": "f",
+}  # fmt: skip
+
+
+def in_layer(side: str, name: str) -> str:
+    """What files call a parameter of a layer.
+
+    Args:
+        side: ``encoder`` or ``decoder``.
+        name: ours within it, such as ``0.attention.q_proj.weight`` or ``0.mlp_norm.bias``.
+    """
+    layer, part, *within, kind = name.split(".")
+    before = f"{side}_l{int(layer) + 1}"
+    if not within:
+        return f"{before}_{_NORMED[part.removesuffix('_norm')]}_ln_{'scale' if kind == 'weight' else 'bias'}"
+    return f"{before}_{_PARTS[part]}_{'W' if kind == 'weight' else 'b'}{_WITHIN[within[0]]}"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from edgellm.models.layers.recurrent import RecurrentMixer
 from edgellm.models.layers.rotary import RotaryTable
 from edgellm.models.layers.selective import SelectiveMixer
 from edgellm.models.layers.source_attention import SourceAttention, mask_spec
+from edgellm.models.layers.source_stack import DecoderLayer, EncoderLayer, SourceStack
 from edgellm.models.layers.stack import Block, Stack
 from edgellm.models.layers.state_space import StateSpaceMixer
 
@@ -16,6 +17,8 @@ __all__ = [
     "MLP",
     "Block",
     "CausalConv",
+    "DecoderLayer",
+    "EncoderLayer",
     "Experts",
     "GatedDeltaMixer",
     "GatedMLP",
@@ -25,6 +28,7 @@ __all__ = [
     "SelectiveMixer",
     "SelfAttention",
     "SourceAttention",
+    "SourceStack",
     "Stack",
     "StateSpaceMixer",
     "mask_spec",
