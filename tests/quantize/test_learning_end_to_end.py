@@ -82,6 +82,18 @@ def test_steps_bring_a_learned_weight_nearer_to_what_is_wanted() -> None:
     assert (np.sign(found.scales) == np.sign(start.scales)).all()
 
 
+def test_rows_whose_gradient_is_next_to_nothing_do_not_drift_with_the_others() -> None:
+    weight, wide = learned()
+    gradient = torch.randn(6, 64, generator=torch.Generator().manual_seed(5))
+    gradient[3:] *= 1e-4  # words that are never met
+    for _ in range(20):
+        weight.take(gradient)
+        weight.step(codes=0.01, scales=1e-3)
+    moved = (weight.whole(torch.float32) - wide).abs().mean(-1)
+    assert (moved[:3] > 0.005 * wide.abs().mean()).all()
+    assert (moved[3:] < 1e-3 * moved[:3].mean()).all()
+
+
 def test_the_divergence_and_its_gradient_are_pytorchs() -> None:
     draw = torch.Generator().manual_seed(4)
     given, wanted = (torch.randn(2, 70, 33, generator=draw) for _ in range(2))

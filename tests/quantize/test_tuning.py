@@ -178,6 +178,28 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_codes(tmp_path: Path) ->
     assert all(torch.equal(whole[name], found[name]) for name in whole)
 
 
+def test_text_that_the_model_wrote_before_an_interruption_is_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make("decoder")
+    plan, options = plan_of(model), tuning(own_tokens=1024, directory=tmp_path / "b.tuning")
+    whole = numbers(model, run(model, plan, dataclasses.replace(options, directory=None)))
+
+    def interrupt(what: str, share: float) -> None:
+        if what.startswith("tuning layers"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, plan, options, interrupt)
+
+    def again(*_: Any) -> Any:
+        raise AssertionError("written again")
+
+    monkeypatch.setattr(tune_module, "own_words", again)
+    found = numbers(model, run(model, plan, options))
+    assert all(torch.equal(whole[name], found[name]) for name in whole)
+
+
 def test_finished_layers_of_other_work_are_not_taken_over(tmp_path: Path) -> None:
     model, directory = make("decoder"), tmp_path / "b.tuning"
     run(model, plan_of(model), tuning(directory=directory))
@@ -331,9 +353,11 @@ def test_auto_tunes_what_it_builds_and_may_take_two_bits_then(tmp_path: Path) ->
     schemes = {c.name: min(c.schemes, key=lambda s: s.bits) for c in offered}
     assert {s.bits for s in schemes.values()} == {2, 4}  # tables have 4 at the least
     assert all(s.bits > 2 for c in candidates_of(uses, integer_products=False) for s in c.schemes)
-    assert set(job.build(schemes, {}, tmp_path, lambda what, share: None).plan.tuned["layers"]) == set(
-        layer_modules(model)
-    )
+    weighed = job.weigh(schemes, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    built = job.build(schemes, {}, tmp_path, lambda what, share: None)
+    assert set(built.plan.tuned["layers"]) == set(layer_modules(model))
+    assert weighed == pytest.approx(built.nbytes, abs=64)
 
 
 def test_text_that_is_held_out_is_not_learned_from(tmp_path: Path) -> None:

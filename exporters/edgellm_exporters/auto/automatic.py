@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from torch import nn
 
 from edgellm.models.protocol import LanguageModel
@@ -37,7 +40,7 @@ from edgellm_exporters.proof.opened import step_backend
 from edgellm_exporters.proof.parity import ParityReport, compare
 from edgellm_exporters.quantize.calibrate import check_windows, largest_inputs
 from edgellm_exporters.quantize.lossless import smallest_holding
-from edgellm_exporters.quantize.plan import Plan, Scheme
+from edgellm_exporters.quantize.plan import ROW, Codes, Plan, Scheme
 from edgellm_exporters.quantize.planning import Uses, plan_of, smoothed
 from edgellm_exporters.quantize.tuning.tune import Tuning, tuned
 from edgellm_runtime.bundle import GRAPH
@@ -110,6 +113,13 @@ class Automatic:
             plan = tuned(plan, self._module, self.weights, paths, [captured], self.tuning, progress)
         write_graph(lower_to(captured, self.target, plan), directory, progress)
         return Built(sum(file.stat().st_size for file in directory.iterdir()), plan)
+
+    def weigh(self, schemes: Mapping[str, Scheme], directory: Path) -> int:
+        """Bytes of the graph's files with those formats, whatever their codes; nothing is left in the directory."""
+        with tempfile.TemporaryDirectory(dir=directory) as room:
+            plan = Plan(schemes, _any_codes)
+            write_graph(lower_to(self.graph(), self.target, plan), Path(room), lambda what, share: None)
+            return sum(file.stat().st_size for file in Path(room).iterdir())
 
     def measure(self, directory: Path, progress: Progress) -> ParityReport:
         """Compare a built graph with the float model on the held-out text."""
@@ -186,6 +196,15 @@ def none_better_than_held(
             least, size = costs[own], own.nbytes(*candidate.shape)
             costs |= {s: max(kl, least) for s, kl in costs.items() if s.nbytes(*candidate.shape) > size}
     return found
+
+
+def _any_codes(name: str, weight: NDArray[np.float32], scheme: Scheme) -> Codes:
+    """Numbers that take as many bytes as any others, chosen in no time."""
+    rows, blocks = len(weight), scheme.blocks(weight.shape[1])
+    width = weight.shape[1] if scheme.block == ROW else blocks * scheme.block
+    zeros = np.full((rows, blocks), scheme.middle, dtype=np.uint8)
+    columns = weight.shape[1] if scheme.shifted else 0
+    return Codes(np.zeros((rows, width), np.uint8), np.ones((rows, blocks), np.float32), zeros, columns)
 
 
 def _was_quantized(uses: Uses, held: Mapping[str, Scheme]) -> bool:

@@ -23,7 +23,7 @@ __all__ = ["Job", "MeasuredSearch"]
 _AIMS = (0.8, 0.9, 0.8)  # share of the budget that each build is to use, by the prediction as far as it is corrected
 _HALF = 0.5  # of the budget: a bundle that uses less is worth another try
 _DOUBT = 2.0  # an estimate above the budget by less than this factor is measured before it is believed
-_LATER = 300_000  # bytes of the files that come after the weights: goldens, report, picture
+_LATER = 420_000  # bytes of the files that come after the weights: goldens, manifest, report, picture
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ class Job(Protocol):
         self, schemes: Mapping[str, Scheme], largest: Mapping[str, Any], directory: Path, progress: Progress
     ) -> Built:
         """Write the graph."""
+        ...
+
+    def weigh(self, schemes: Mapping[str, Scheme], directory: Path) -> int:
+        """Bytes of the graph's files with those formats, whatever their codes; nothing is left in the directory."""
         ...
 
     def measure(self, directory: Path, progress: Progress) -> ParityReport:
@@ -76,6 +80,7 @@ class MeasuredSearch:
         Raises:
             QuantizeError: none holds.
         """
+        self._weigh(progress)
         best: Attempt | None = None
         for number, aim in enumerate(_AIMS):
             choice = self._choose(aim)
@@ -90,6 +95,13 @@ class MeasuredSearch:
         if best is None:
             raise QuantizeError(self._what_can_be_met())
         return self._keep(best)
+
+    def _weigh(self, progress: Progress) -> None:
+        """Learn what files take besides weights: a build that is too large by a little was for nothing."""
+        choice = self._choose(_AIMS[0]) if self.budget.max_size_mb is not None else None
+        if choice is not None:
+            progress("weighing the graph", 0.0)
+            self.rest = int(self.job.weigh(choice.schemes, self.directory) - choice.nbytes) + self._others
 
     def _choose(self, aim: float) -> Choice | None:
         """The cheapest that is expected to hold; if none is, the nearest, if that is near enough to be tried."""

@@ -28,7 +28,7 @@ from edgellm_exporters.quantize.tuning.reading import Reading, Source, fast_dtyp
 __all__ = ["GROUP", "Distilled", "distilled"]
 
 GROUP = 4  # windows of a step
-_CODES, _SCALES, _VECTORS = 0.01, 2e-3, 2e-3  # rates: of floats behind codes, in codes, and of factors
+_CODES, _SCALES, _VECTORS = 0.01, 1e-3, 1e-3  # rates: of floats behind codes, in codes, and of factors
 _FEW = 120  # steps: with fewer, codes move at less than their rate, for they would by chance
 _WARM = 8  # steps that come to the rates
 

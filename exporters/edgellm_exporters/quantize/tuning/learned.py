@@ -21,7 +21,7 @@ from edgellm_exporters.quantize.plan import Codes, Scheme
 __all__ = ["LearnedWeight", "product", "whole"]
 
 _INSIDE = 0.49  # of a code: a float rounds to the code that it begins with
-_CHUNK = 1 << 20  # numbers that are worked on at a time
+_CHUNK = 1 << 18  # numbers that are worked on at a time
 _FIRST, _SECOND = 0.9, 0.99  # decay of the moments
 _TINY = 1e-20
 _BEGIN = 0.5  # of the way to the weight that was rounded: at a border, floats would cross it by chance
@@ -51,6 +51,7 @@ class LearnedWeight:
         self._factor = torch.ones(rows, blocks, 1)
         self._of_factor, self._factor_square = torch.zeros(rows, blocks, 1), torch.zeros(rows, blocks, 1)
         self._fresh, self._steps = True, 0
+        self._made: Tensor | None = None  # the weight as it is until the next step
 
     @property
     def shape(self) -> torch.Size:
@@ -63,6 +64,7 @@ class LearnedWeight:
         Args:
             weight: (rows, columns), multiplied with ``column`` and ``row``.
         """
+        self._made = None
         for some in self._chunks():
             wanted = weight[some].view(self._codes[some].shape) / self._scales[some] + self._zeros[some]
             self._moved[some] = (wanted - self._codes[some]).clamp_(-_INSIDE, _INSIDE).mul_(_BEGIN).half()
@@ -86,11 +88,12 @@ class LearnedWeight:
         return wide if self._row is None else wide.mul_(self._row[some])
 
     def whole(self, dtype: torch.dtype) -> Tensor:
-        """All of it."""
-        found = torch.empty(self.shape, dtype=dtype)
-        for some in self._chunks():
-            found[some] = self.rows(some)
-        return found
+        """All of it; made once a step, and not to be written to."""
+        if self._made is None or self._made.dtype != dtype:
+            self._made = torch.empty(self.shape, dtype=dtype)
+            for some in self._chunks():
+                self._made[some] = self.rows(some)
+        return self._made
 
     @torch.no_grad()
     def take(self, gradient: Tensor) -> None:
@@ -128,14 +131,15 @@ class LearnedWeight:
         """
         if self._fresh:
             return
-        self._fresh, self._steps = True, self._steps + 1
+        self._fresh, self._steps, self._made = True, self._steps + 1, None
         first, second = 1 - _FIRST**self._steps, 1 - _SECOND**self._steps
-        pace = (self._factor_square / second).sqrt_().add_(_TINY)
+        pace = _pace(self._factor_square, self._factor_square.mean(), second)
         self._factor.addcdiv_(self._of_factor, pace, value=-scales / first)
         self._factor.clamp_(min=0.1)
+        mean = self._square.mean()
         for some in self._chunks():
             whole = self._codes[some]
-            pace = (self._square[some] / second).sqrt_().add_(_TINY)
+            pace = _pace(self._square[some], mean, second)
             moved = self._momentum[some].float().div_(pace).mul_(-codes / first).add_(self._moved[some]).add_(whole)
             self._moved[some] = moved.clamp_(-_INSIDE, self._top + _INSIDE).sub_(whole)
 
@@ -147,6 +151,14 @@ class LearnedWeight:
             codes[some] = found.to(torch.uint8).numpy().reshape(codes[some].shape)
         scales = (self._scales * self._factor)[:, :, 0].numpy()
         return Codes(codes, half_precision(scales), self._start.zeros, self._start.columns, self._start.floating)
+
+
+def _pace(square: Tensor, mean: Tensor, decayed: float) -> Tensor:
+    """What a block's gradient is divided by: its size, or that of the whole weight's blocks where that is larger.
+
+    The rows of words that are never met have next to no gradient, and would drift as fast as any by what is chance.
+    """
+    return torch.maximum(square, mean).div_(decayed).sqrt_().add_(_TINY)
 
 
 class _Product(torch.autograd.Function):

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.quantize.plan import Codes
@@ -26,6 +28,7 @@ __all__ = ["ROOM", "FinishedLayers", "forget", "work_digest"]
 
 _WORK = "tuning.json"  # what the directory is of; also tells that it is ours
 ROOM = "room-"  # begins the names of directories for what layers compute
+_WORDS = "own-words.npy"
 _PARTS = ("codes", "scales", "zeros")
 
 
@@ -99,6 +102,23 @@ class FinishedLayers:
         try:
             np.savez(beside, told=np.array(json.dumps(told, allow_nan=False)), **arrays)
             beside.replace(self._file(path))
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def load_words(self, rows: int, time: int) -> Tensor | None:
+        """Text that the model wrote, (rows, time), or None where there is none."""
+        try:
+            found = np.load(self.directory / _WORDS, allow_pickle=False)
+        except (OSError, ValueError):
+            return None
+        return torch.from_numpy(found) if found.shape == (rows, time) and found.dtype == np.int64 else None
+
+    def save_words(self, words: Tensor) -> None:
+        """Keep text that the model wrote."""
+        beside = self.directory / f".{os.getpid()}.npy"
+        try:
+            np.save(beside, words.numpy())
+            beside.replace(self.directory / _WORDS)
         finally:
             beside.unlink(missing_ok=True)
 

@@ -26,7 +26,7 @@ from edgellm_exporters.quantize.plan import Codes, Plan, Scheme, joined
 from edgellm_exporters.quantize.smooth import scale_vectors, vectors_of
 from edgellm_exporters.quantize.tuning import layer_stream
 from edgellm_exporters.quantize.tuning.chosen import ChosenWeights, CodedWeight, RememberedRows, coded_weights
-from edgellm_exporters.quantize.tuning.distill import GROUP, distilled
+from edgellm_exporters.quantize.tuning.distill import distilled
 from edgellm_exporters.quantize.tuning.held import HeldWeights
 from edgellm_exporters.quantize.tuning.layer import tuned_layer
 from edgellm_exporters.quantize.tuning.layer_stream import LayerStream, layers_called, shell_of
@@ -39,7 +39,7 @@ __all__ = ["MIN_TUNING_TOKENS", "MOST_TUNING_TOKENS", "Tuning", "tuned"]
 WINDOW = 128  # tokens
 MIN_TUNING_TOKENS, MOST_TUNING_TOKENS = 6144, 67_584
 _LAYER_WINDOWS, _MOST_HELD = 128, 16  # that layers are learned from, and that are held back, at most
-_VERSION = 2  # of the method: layers that another one finished are not taken over
+_VERSION = 3  # of the method: layers that another one finished are not taken over
 _LAYERS_SHARE = 0.4  # of the minutes, at most
 _PASSES = 1.5  # what follows a layer's steps, in times that the float layer takes to read all
 _HELD = 9  # one window of so many is held back
@@ -56,7 +56,7 @@ class Tuning:
         tokens: text to learn from, of which :data:`MOST_TUNING_TOKENS` are read; their end is held back and only judged
             on.
         seed: of the order in which text is read.
-        own_tokens: that the model makes up itself, for the second part; 0: none.
+        own_tokens: that the model makes up itself, to learn from besides; 0: none.
         steps: of each layer, at most; fewer where the minutes are too few.
         distilling_steps: of all layers together, likewise.
         directory: where finished layers are kept until the export is done, for a run that is stopped; None: nowhere.
@@ -135,7 +135,8 @@ class _Work:
 
     def __init__(self, tuning: Tuning, coded: Mapping[str, CodedWeight], order: Sequence[str]) -> None:
         settings = {
-            "version": _VERSION, "seed": tuning.seed, "steps": tuning.steps, "order": list(order),
+            "version": _VERSION, "seed": tuning.seed, "steps": tuning.steps, "own": tuning.own_tokens,
+            "order": list(order),
             "dtype": str(fast_dtype()),
             "tokens": hashlib.sha256(np.asarray(tuning.tokens, dtype=np.int64).tobytes()).hexdigest(),
         }  # fmt: skip
@@ -164,13 +165,14 @@ class _Run:
         self._work, self._tuning, self._progress = work, tuning, progress
         self._begin = tuning.clock()
         self._chosen = ChosenWeights(weights, self.coded)
-        some = torch.cat([tokens[: min(learn, _LAYER_WINDOWS)], tokens[learn:]])
-        self._layer_learn = min(learn, _LAYER_WINDOWS)
+        self._own = self._own_words(learn)
+        some = _evenly(self._own, tokens[:learn], _LAYER_WINDOWS)
+        self._layer_learn = len(some)
+        some = torch.cat([some, tokens[learn:]])
         self._floats = LayerStream(shell, RememberedRows(weights), some, order, work.room / "float")
         self._quantized = LayerStream(shell, RememberedRows(self._chosen), some, order, work.room / "quantized")
         self._layers: dict[str, dict[str, Any]] = {}
         self._distilled: dict[str, Any] = {}
-        self._own = 0
         self.vectors: Mapping[str, Tensor] = {}
 
     def tune_layers(self) -> None:
@@ -212,8 +214,7 @@ class _Run:
 
     def distill(self, vectors: Collection[str]) -> None:
         """All codes and scales and some vectors at once, in the time that is left."""
-        teacher = HeldWeights(self._shell, self._weights)
-        own = self._own_words(teacher)
+        teacher, own = HeldWeights(self._shell, self._weights), self._own
         tokens = torch.cat([own, self._tokens])
         pace = _Pace(self._tuning, self._begin + 60 * self._tuning.minutes, self._tuning.distilling_steps)
 
@@ -230,27 +231,38 @@ class _Run:
         if not self._distilled["kept"]:
             self.coded, self.vectors = dict(found.coded), found.vectors
 
-    def _own_words(self, teacher: HeldWeights) -> Tensor:
-        """Windows of text that the float model makes up, (windows, time); none where it cannot."""
-        time = self._tokens.shape[1]
-        rows = self._tuning.own_tokens // time // GROUP * GROUP if has_words(self._shell) else 0
-        late = self._tuning.clock() >= self._begin + 60 * self._tuning.minutes
-        if not rows or late:
+    def _own_words(self, learn: int) -> Tensor:
+        """Windows of text that the float model makes up, (windows, time), no more than of the other; none where it
+        cannot.
+        """
+        time, group = self._tokens.shape[1], layer_stream.GROUP
+        rows = min(self._tuning.own_tokens // time, learn) // group * group if has_words(self._shell) else 0
+        if not rows:
             return self._tokens[:0]
-        tell = partial(self._progress, "writing text to learn from")
-        found = own_words(self._shell, teacher, rows, time, self._generator(len(self._order) + 1), tell)
-        self._own = found.numel()
+        held, finished = HeldWeights(self._shell, self._weights), self._work.finished
+        found = finished.load_words(rows, time) if finished is not None else None
+        if found is None:
+            tell = partial(self._progress, "writing text to learn from")
+            found = own_words(self._shell, held, rows, time, self._generator(len(self._order) + 1), tell)
+            if finished is not None:
+                finished.save_words(found)
         return found
 
     def told(self) -> dict[str, Any]:
         """What the manifest says of it."""
         return {
-            "seed": self._tuning.seed, "tokens": self._tokens[: self._learn].numel(), "own_tokens": self._own,
+            "seed": self._tuning.seed, "tokens": self._tokens[: self._learn].numel(), "own_tokens": self._own.numel(),
             "layers": self._layers, "together": self._distilled,
         }  # fmt: skip
 
     def _generator(self, number: int) -> torch.Generator:
         return torch.Generator().manual_seed(1000 * self._tuning.seed + number)
+
+
+def _evenly(own: Tensor, given: Tensor, most: int) -> Tensor:
+    """So many windows, half of each kind as far as there are."""
+    first = own[: max(most // 2, most - len(given))]
+    return torch.cat([first, given[: most - len(first)]])
 
 
 def _told(what: str, before: float, after: float, steps: int) -> dict[str, Any]:
