@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,11 @@ def _memory(bundle: Any, context: int | None) -> list[tuple[str, str]]:
     longest, device = bundle.manifest.max_context, device_of(bundle, "auto")
     asked = sorted({min(512, longest), longest} if context is None else {context})
     exact = [(f"memory, {n:,} tokens", str(memory_need(bundle.manifest, device, n))) for n in asked]
-    peaks = [(f"peak, {n:,} tokens", str(memory_peak(bundle, n))) for n in asked] if device == "cpu" else []
+    if device != "cpu":
+        return exact
+    peaks = [(f"peak, {n:,} tokens", str(memory_peak(bundle, n))) for n in asked]
+    if importlib.util.find_spec("edgellm_kernels") is not None:
+        peaks += [(f"with own kernels, {n:,} tokens", str(memory_peak(bundle, n, kernels="own"))) for n in asked]
     return [*exact, *peaks]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -19,14 +20,16 @@ from edgellm.cli.inspect import inspect
 from edgellm.models.decoder import Decoder, DecoderConfig
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_runtime.bundle import Bundle
+from edgellm_runtime.graphs.onnx_file import read_model
 from edgellm_runtime.state.memory_peak import LIBRARIES, memory_peak
 
+UINT8, FLOAT16 = 2, 10  # as onnx.proto numbers them
 CHILD = """
 import sys
 import numpy as np
 from edgellm_runtime import load
 from edgellm_runtime.checks.memory import peak_rss_mb
-model = load(sys.argv[1], threads=1)
+model = load(sys.argv[1], threads=1, kernels=sys.argv[3])
 state = model.session.new_state(1, int(sys.argv[2]))
 model.session.step(np.ones((1, int(sys.argv[2])), dtype=np.int64), state)
 print(peak_rss_mb())
@@ -34,10 +37,10 @@ print(peak_rss_mb())
 
 
 @functools.cache
-def measured(folder: Path, tokens: int) -> float:
+def measured(folder: Path, tokens: int, kernels: str = "onnxruntime") -> float:
     """The most bytes that a process has taken."""
     found = subprocess.run(
-        [sys.executable, "-c", CHILD, str(folder), str(tokens)], check=True, capture_output=True, text=True,
+        [sys.executable, "-c", CHILD, str(folder), str(tokens), kernels], check=True, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     return float(found.stdout) * 2**20
@@ -75,6 +78,44 @@ def test_what_a_larger_model_takes_more_is_predicted_within_a_quarter() -> None:
     predicted = memory_peak(Bundle(larger_bundle()), 500)
     assert more > 2**26
     assert abs(predicted.total - LIBRARIES - more) < 0.25 * more, (str(predicted), more)
+
+
+@functools.cache
+def quantized_bundle() -> Path:
+    """A table that is looked up and multiplied with, in 8 bits, and layers in 4: scales are of 16 bits."""
+    torch.manual_seed(0)
+    config = DecoderConfig(
+        vocab_size=4096, width=512, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=128, mlp_width=512,
+        max_context=128, tie_embeddings=True,
+    )  # fmt: skip
+    folder = Path(tempfile.mkdtemp(), "bundle")
+    export(Decoder(config).eval(), folder, options=ExportOptions(target="cpu", quantize="int4"))
+    return folder
+
+
+def test_with_own_kernels_scales_keep_their_16_bits_and_a_table_stays_in_its_file() -> None:
+    bundle = Bundle(quantized_bundle())
+    tensors = read_model(bundle.file("model.onnx").read_bytes())["graph"]["initializer"]
+    sizes = {t["name"].decode(): (t["data_type"], math.prod(t["dims"])) for t in tensors if "external_data" in t}
+    codes = [count for kind, count in sizes.values() if kind == UINT8]
+    scales = [count for kind, count in sizes.values() if kind == FLOAT16]
+    table = 4096 * 512
+    assert codes.count(table) == 2  # looked up, and multiplied with
+    theirs, own = memory_peak(bundle, 100), memory_peak(bundle, 100, kernels="own")
+    assert theirs.weights - own.weights == 4 * sum(scales) + table
+    assert (theirs.loading, own.loading) == (table, 1 << 20)
+    assert (theirs.state, theirs.text) == (own.state, own.text)
+    assert 0 < own.scratch <= theirs.scratch  # scores of attention are not kept
+
+
+@only_linux
+def test_the_peak_with_own_kernels_is_predicted_within_a_fifth() -> None:
+    pytest.importorskip("edgellm_kernels", reason="edgellm-kernels is not built; make kernels builds it")
+    predicted, most = (
+        memory_peak(Bundle(quantized_bundle()), 90, kernels="own"),
+        measured(quantized_bundle(), 90, "own"),
+    )
+    assert abs(predicted.total - most) < 0.2 * most, (str(predicted), most)
 
 
 def test_inspect_shows_the_peak() -> None:

@@ -15,7 +15,7 @@ from math import isclose
 from edgellm_runtime.graphs.graph_view import GraphView
 from edgellm_runtime.graphs.onnx_file import ReadGraph
 from edgellm_runtime.graphs.own_attention import DOMAIN, own_attention
-from edgellm_runtime.graphs.own_gather import own_gather
+from edgellm_runtime.graphs.own_gather import GATHER, own_gather
 from edgellm_runtime.graphs.rewriting import with_nodes
 from edgellm_runtime.graphs.writer import Attribute, Node
 
@@ -115,20 +115,29 @@ def with_own_operators(graph: bytes | ReadGraph, keep: Collection[str] = ()) -> 
     operations = list(_operations(view))
     there: dict[int, list[Node]] = {operation.last.place: [operation.node(view.node(operation.last.place).name)]
                                     for operation in operations}  # fmt: skip
-    needed = {name for nodes in there.values() for node in nodes for name in node.inputs}
-    for place in _unread(view, operations, needed):
-        there.setdefault(place, [])
+    casts: set[int] = set()
     for place in range(len(view.nodes)):
         node = own_attention(view, place) or (own_gather(view, place) if operations else None)
         if node is not None:
             there[place] = [node]
+            casts |= view.uncast(view.node(place).inputs[2])[1] if node.op == GATHER else frozenset()
+    needed = {name for nodes in there.values() for node in nodes for name in node.inputs}
+    gone = {*there, *(place for operation in operations for place in operation.gone)}
+    waiting = casts.union(*(operation.covers for operation in operations)) - gone
+    for place in _unread(view, gone, waiting, needed):
+        there.setdefault(place, [])
     return with_nodes(read.data, there), tuple(node for nodes in there.values() for node in nodes)
 
 
-def _unread(view: GraphView, operations: Sequence[_Operation], needed: Collection[str]) -> set[int]:
-    """The places of nodes that nothing needs once the operations, which read these values, have taken theirs."""
-    gone = {place for operation in operations for place in (operation.last.place, *operation.gone)}
-    waiting = {place for operation in operations for place in operation.covers} - gone
+def _unread(view: GraphView, gone: set[int], waiting: set[int], needed: Collection[str]) -> set[int]:
+    """The places of nodes that are gone, and of those among the waiting ones that nothing needs then.
+
+    Args:
+        view: the graph.
+        gone: places that others have taken.
+        waiting: places of nodes that these stand for.
+        needed: values that they read.
+    """
 
     def unread(place: int) -> bool:
         return all(name not in needed and view.inner(name, gone) for name in view.node(place).outputs if name)

@@ -12,6 +12,9 @@ from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.graphs.external_files import ELEMENT_BITS
 from edgellm_runtime.graphs.layer_map import graph_nodes
 from edgellm_runtime.graphs.onnx_file import read_model
+from edgellm_runtime.graphs.own_attention import ATTENTIONS
+from edgellm_runtime.graphs.own_gather import GATHER
+from edgellm_runtime.graphs.own_operators import OPERATORS, with_own_operators
 from edgellm_runtime.graphs.wire import Message
 from edgellm_runtime.state.memory_need import memory_need
 
@@ -21,7 +24,8 @@ LIBRARIES = 66 << 20  # Python, NumPy, this package, and ONNX Runtime with a ses
 _TEXT = 4  # bytes that a tokenizer takes for each of its file's
 _CHUNK = 512  # tokens of a prompt that are read at once
 _WIDE = 2.5  # times its widest product, that a layer holds of each token of a chunk
-_PRODUCTS = ("MatMul", "Gemm", "Conv", "LSTM", "GRU", "RNN")
+_PRODUCTS = ("MatMul", "Gemm", "Conv", "LSTM", "GRU", "RNN", *OPERATORS)
+_PIECE = 1 << 20  # of what own kernels put in order, after which it is given back
 _ARENA = 1.4  # the arena takes memory in pieces that are larger than what is asked for
 
 
@@ -32,9 +36,10 @@ class MemoryPeak:
     Args:
         libraries: before there is a model.
         text: the tokenizer.
-        weights: as kernels keep them: a table that is both looked up and multiplied with is there twice, a scale in 16
-            bits is made one of 32 beside it.
-        loading: beside the weights while they are loaded, and not after it: the largest as it was and as it becomes.
+        weights: as kernels keep them. ONNX Runtime's have a table that is both looked up and multiplied with twice, and
+            a scale of 16 bits made one of 32 beside it; own ones leave that table in its file, and scales as they are.
+        loading: beside the weights while they are loaded, and not after it: the largest as it was and as it becomes;
+            own kernels give back what they have read.
         state: of the tokens asked about.
         scratch: of a step over the longest piece of a prompt of so many tokens.
     """
@@ -61,12 +66,13 @@ class MemoryPeak:
         )
 
 
-def memory_peak(bundle: Bundle, context: int | None = None) -> MemoryPeak:
-    """What a bundle's process will hold at most, on the CPU and ONNX Runtime's kernels.
+def memory_peak(bundle: Bundle, context: int | None = None, *, kernels: str = "onnxruntime") -> MemoryPeak:
+    """What a bundle's process will hold at most, on the CPU.
 
     Args:
         bundle: which; its graphs are read, and nothing of them is run.
         context: tokens of a prompt; None: as many as the model's context holds.
+        kernels: ``onnxruntime`` or ``own``, those that are to run.
 
     Raises:
         OptionError: a context that is longer than the model's.
@@ -75,8 +81,12 @@ def memory_peak(bundle: Bundle, context: int | None = None) -> MemoryPeak:
     manifest = bundle.manifest
     need = memory_need(manifest, "cpu", context)
     names = [name for name in manifest.files if name.endswith(".onnx") and name not in manifest.engine_files]
-    graphs = [read_model(bundle.file(name).read_bytes()) for name in names]
-    sizes = [size for graph in graphs for size in _weights(graph)]
+    files = {name: bundle.file(name).read_bytes() for name in names}
+    if kernels == "own":
+        encoder = manifest.encoder.file if manifest.encoder is not None else ""
+        files |= {name: with_own_operators(data)[0] for name, data in files.items() if name != encoder}
+    graphs = [read_model(data) for data in files.values()]
+    sizes, loading = [size for graph in graphs for size in _weights(graph).values()], max(map(_loading, graphs))
     chunk = min(_CHUNK, need.context)
     vocabulary = int(manifest.signature.logits.shape[-1])
     widest, heads = max(_widest(graph, vocabulary) for graph in graphs), max(map(_heads, graphs))
@@ -84,15 +94,26 @@ def memory_peak(bundle: Bundle, context: int | None = None) -> MemoryPeak:
     scratch = _ARENA * (4 * _WIDE * widest * chunk + seen) + 4 * vocabulary
     tokenizer = manifest.files.get("tokenizer.json")
     return MemoryPeak(
-        LIBRARIES, _TEXT * tokenizer.bytes if tokenizer is not None else 0, sum(sizes), max(sizes, default=0),
-        need.state, int(scratch),
+        LIBRARIES, _TEXT * tokenizer.bytes if tokenizer is not None else 0, sum(sizes), loading, need.state,
+        int(scratch),
     )  # fmt: skip
 
 
-def _weights(model: Message) -> list[int]:
+def _weights(model: Message) -> dict[str, int]:
     """Bytes that each initializer of a graph takes once it is loaded."""
-    widened = {node.inputs[0] for node in graph_nodes(model) if node.op == "Cast" and node.inputs}
-    return [_bytes(tensor) * (3 if name in widened else 1) for name, tensor in _initializers(model).items()]
+    nodes, known = graph_nodes(model), _initializers(model)
+    widened = {node.inputs[0] for node in nodes if node.op == "Cast" and node.inputs}
+    in_files = {node.inputs[1] for node in nodes if node.op == GATHER and "external_data" in known[node.inputs[1]]}
+    in_files -= {name for node in nodes for place, name in enumerate(node.inputs) if (node.op, place) != (GATHER, 1)}
+    return {
+        name: _bytes(tensor) * (3 if name in widened else 1) for name, tensor in known.items() if name not in in_files
+    }
+
+
+def _loading(model: Message) -> int:
+    """Bytes of what is there beside the weights, as it was read, while one of them is loaded."""
+    own = {name for node in graph_nodes(model) if node.op in OPERATORS for name in node.inputs}
+    return max((min(size, _PIECE) if name in own else size for name, size in _weights(model).items()), default=0)
 
 
 def _initializers(model: Message) -> dict[str, Message]:
@@ -119,5 +140,6 @@ def _widest(model: Message, vocabulary: int) -> int:
 
 
 def _heads(model: Message) -> int:
-    """The most heads of a kernel of attention; 0: there is none, and scores are not all held at once."""
-    return max((n.numbers.get("num_heads", 0) for n in graph_nodes(model) if "Attention" in n.op), default=0)
+    """The most heads of a kernel of attention that holds all scores at once; 0: there is none, or it is an own one."""
+    kernels = [node for node in graph_nodes(model) if "Attention" in node.op and node.op not in ATTENTIONS]
+    return max((node.numbers.get("num_heads", 0) for node in kernels), default=0)
