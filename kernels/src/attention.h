@@ -6,63 +6,93 @@
 //   top = the largest score of the chunk; p = exponential(max(score - top, -87)); lane i of sixteen adds the p of slots
 //   i, i + 16, ..., and lanes are added as above: total. A sum starts at 0 and adds p * value, slot by slot, by fma.
 //   Chunks are merged in their order (`merge`), and the result is sum / total (`finish`).
+// Numbers of 16 bits are taken as the float32 of the same value. Of codes of 8 bits, which have a scale for each feature,
+// the query is multiplied by the keys' scales before all that, and sum / total by the values' after it.
 // So a query's result depends on the keys and values that it sees and on nothing else.
 #pragma once
 #include <algorithm>
 #include <cmath>
 
 #include "elementwise.h"
+#include "halves.h"
 #include "product.h"
 
 namespace edgellm {
 namespace {
 
-constexpr int kAheadSlots = 32;  // what is not in a cache takes that long to come
+// Slots ahead that are asked for: what is not in a processor's cache takes that long to come.
+template <class T>
+constexpr int kAheadSlots = 128 / sizeof(T);
+constexpr int kLine = 64;  // bytes of a cache's line
 
 inline float difference(float score, float top) {
   const float x = score - top;
   return exponential(x < -87.0f ? -87.0f : x);
 }
 
-// The scores of the next V::kKeys slots, of which there are `count`.
-template <class V>
-void last_dots(const float* q, const float* k, int count, int size, float* scores) {
-  V lanes[V::kKeys];
+// Dot products of kQueries queries and the slots from `start` on, V::kKeys of them in all: `lanes` query by query. Slots
+// that are not there are 0. `kSize` is a head's size, 0 where it is known only here.
+template <class V, int kSize, int kQueries, class T>
+void dots(const Cells<T>& keys, const Seen* seen, int start, V* lanes) {
+  constexpr int kSlots = V::kKeys / kQueries;
+  const int size = kSize ? kSize : keys.size;
+  const T* k = keys.k + size_t(start) * size;
+#pragma GCC unroll 16
   for (int j = 0; j < V::kKeys; j++) lanes[j] = V::of(0);
-  for (int j = 0; j < count; j++)
-    for (int i = 0; i < size; i += 16) lanes[j] = V::fma(V::load(q + i), V::load(k + j * size + i), lanes[j]);
-  V::together(lanes, scores);
+  if (start + kSlots > keys.count) {
+    for (int j = 0; j < keys.count - start; j++)
+      for (int r = 0; r < kQueries; r++)
+        for (int i = 0; i < size; i += 16)
+          lanes[r * kSlots + j] = V::fma(V::load(seen[r].query + i), V::load(k + j * size + i), lanes[r * kSlots + j]);
+    return;
+  }
+  for (int i = 0; i < size; i += 16) {
+    V part[kQueries];
+#pragma GCC unroll 2
+    for (int r = 0; r < kQueries; r++) part[r] = V::load(seen[r].query + i);
+#pragma GCC unroll 16
+    for (int j = 0; j < kSlots; j++) {
+      const V key = V::load(k + j * size + i);
+#pragma GCC unroll 2
+      for (int r = 0; r < kQueries; r++) lanes[r * kSlots + j] = V::fma(part[r], key, lanes[r * kSlots + j]);
+    }
+  }
 }
 
-// The same for all of them. `kSize` is a head's size, 0 where it is known only here.
-template <class V, int kSize>
-void dots(const Keys& keys, const float* q, int start, float* scores) {
-  const int size = kSize ? kSize : keys.size;
-  const float* k = keys.k + size_t(start) * size;
-  if (start + V::kKeys > keys.count) return last_dots<V>(q, k, keys.count - start, size, scores);
+// The scores, but for the scale, of a query or of two with V::kKeys slots.
+template <class V, int kSize, class T>
+void score(const Cells<T>& keys, const Seen* seen, int start, float (*p)[kChunk]) {
   V lanes[V::kKeys];
-#pragma GCC unroll 16
-  for (int j = 0; j < V::kKeys; j++) lanes[j] = V::of(0);
-  for (int i = 0; i < size; i += 16) {
-    const V part = V::load(q + i);
-#pragma GCC unroll 16
-    for (int j = 0; j < V::kKeys; j++) lanes[j] = V::fma(part, V::load(k + j * size + i), lanes[j]);
+  dots<V, kSize, 1>(keys, seen, start, lanes);
+  V::together(lanes, p[0] + start);
+}
+
+template <class V, int kSize, class T>
+void score_two(const Cells<T>& keys, const Seen* seen, int start, float (*p)[kChunk]) {
+  constexpr int kHalf = V::kKeys / 2;
+  for (int half = start; half < start + V::kKeys; half += kHalf) {
+    V lanes[V::kKeys];
+    float sums[V::kKeys];
+    dots<V, kSize, 2>(keys, seen, half, lanes);
+    V::together(lanes, sums);
+    std::copy(sums, sums + kHalf, p[0] + half);
+    std::copy(sums + kHalf, sums + V::kKeys, p[1] + half);
   }
-  V::together(lanes, scores);
 }
 
 // The values of slots `from` to `to` - 1 into the sums of kRows queries, 16 * kWide features of them from `at` on.
-template <class V, int kRows, int kWide, class Row>
-void add_values(const Keys& keys, const Row* p, int from, int to, int at, const Part* parts) {
+template <class V, int kRows, int kWide, class Row, class T>
+void add_values(const Cells<T>& keys, const Row* p, int from, int to, int at, const Part* parts) {
   V kept[kRows][kWide];
   for (int r = 0; r < kRows; r++)
     for (int w = 0; w < kWide; w++) kept[r][w] = V::load(parts[r].sum + at + 16 * w);
   for (int j = from; j < to; j++) {
-    const float* v = keys.v + size_t(j) * keys.size + at;
+    const T* v = keys.v + size_t(j) * keys.size + at;
     V value[kWide];
     for (int w = 0; w < kWide; w++) {
       value[w] = V::load(v + 16 * w);
-      if (kRows < 4) __builtin_prefetch(v + size_t(kAheadSlots) * keys.size + 16 * w);  // many queries find it near
+      if (kRows < 4 && w * 16 * sizeof(T) % kLine == 0)  // many queries find it near
+        __builtin_prefetch(v + size_t(kAheadSlots<T>) * keys.size + 16 * w);
     }
     for (int r = 0; r < kRows; r++) {
       const V weight = V::of(p[r][j]);
@@ -74,8 +104,8 @@ void add_values(const Keys& keys, const Row* p, int from, int to, int at, const 
 }
 
 // Of up to four queries: together what all see, each by itself what is before and after.
-template <class V, int kWide>
-void add_tile(const Keys& keys, const Seen* seen, const float (*p)[kChunk], int rows, int at, const Part* parts) {
+template <class V, int kWide, class T>
+void add_tile(const Cells<T>& keys, const Seen* seen, const float (*p)[kChunk], int rows, int at, const Part* parts) {
   int from = seen[0].begin, to = seen[0].end;
   for (int r = 1; r < rows; r++) from = std::max(from, seen[r].begin), to = std::min(to, seen[r].end);
   if (from >= to || rows == 1) from = to = kChunk;
@@ -108,25 +138,35 @@ inline void weigh(const Seen& seen, float scale, float* p, Part* part) {
   part->total = together(lanes);
 }
 
-template <class V>
-void attend(const Keys& keys, const Seen* seen, int rows, float scale, Part* parts) {
+template <class V, int kSize, class T>
+void score_all(const Cells<T>& keys, const Seen* seen, int rows, int start, float (*p)[kChunk]) {
+  const auto sees = [&](const Seen& each) { return start < each.end && start + V::kKeys > each.begin; };
+  int r = 0;
+  if constexpr (V::kKeys > 1)
+    for (; r + 2 <= rows; r += 2)
+      if (sees(seen[r]) || sees(seen[r + 1])) score_two<V, kSize>(keys, seen + r, start, p + r);
+  for (; r < rows; r++)
+    if (sees(seen[r])) score<V, kSize>(keys, seen + r, start, p + r);
+}
+
+template <class V, class T>
+void attend_cells(const Cells<T>& keys, const Seen* seen, int rows, float scale, Part* parts) {
   alignas(64) float p[kMostQueries][kChunk];
   int first = kChunk, last = 0;
   for (int r = 0; r < rows; r++) {
     first = std::min(first, seen[r].begin / kLanes * kLanes), last = std::max(last, seen[r].end);
     std::fill(parts[r].sum, parts[r].sum + keys.size, 0.0f);
   }
-  const auto some = keys.size == 64 ? dots<V, 64> : keys.size == 128 ? dots<V, 128> : dots<V, 0>;
+  const auto some = keys.size == 64 ? score_all<V, 64, T> : keys.size == 128 ? score_all<V, 128, T> : score_all<V, 0, T>;
   for (int start = first; start < last; start += V::kKeys) {  // all queries while the keys are near
-    const float* ahead = keys.k + size_t(start + kAheadSlots) * keys.size;
-    for (int i = 0; rows < kMostQueries && i < V::kKeys * keys.size; i += 16) __builtin_prefetch(ahead + i);
-    for (int r = 0; r < rows; r++)
-      if (start < seen[r].end && start + V::kKeys > seen[r].begin) some(keys, seen[r].query, start, p[r] + start);
+    const T* ahead = keys.k + size_t(start + kAheadSlots<T>) * keys.size;
+    for (int i = 0; rows < kMostQueries && i < V::kKeys * keys.size; i += kLine / sizeof(T)) __builtin_prefetch(ahead + i);
+    some(keys, seen, rows, start, p);
   }
   for (int r = 0; r < rows; r++) weigh(seen[r], scale, p[r], parts + r);
   int at = 0;
-  for (; rows == 1 && at + 16 * V::kWideAlone <= keys.size; at += 16 * V::kWideAlone)
-    add_tile<V, V::kWideAlone>(keys, seen, p, 1, at, parts);
+  for (; rows <= 2 && at + 16 * V::kWideAlone <= keys.size; at += 16 * V::kWideAlone)
+    add_tile<V, V::kWideAlone>(keys, seen, p, rows, at, parts);
   for (; at + 16 * V::kWide <= keys.size; at += 16 * V::kWide)
     for (int r = 0; r < rows; r += 4)
       add_tile<V, V::kWide>(keys, seen + r, p + r, std::min(4, rows - r), at, parts + r);
@@ -134,11 +174,20 @@ void attend(const Keys& keys, const Seen* seen, int rows, float scale, Part* par
     for (int r = 0; r < rows; r += 4) add_tile<V, 1>(keys, seen + r, p + r, std::min(4, rows - r), at, parts + r);
 }
 
+template <class V>
+void attend(const Keys& keys, const Seen* seen, int rows, float scale, Part* parts) {
+  switch (keys.cell) {
+    case Cell::kFloat: return attend_cells<V>(keys.of<float>(), seen, rows, scale, parts);
+    case Cell::kHalf: return attend_cells<V>(keys.of<Half>(), seen, rows, scale, parts);
+    case Cell::kCode: return attend_cells<V>(keys.of<int8_t>(), seen, rows, scale, parts);
+  }
+}
+
 // Many queries over a chunk, some at a time; attention_tile.h is faster at the same numbers.
 template <class V>
-void attend_in_turn(const Keys& keys, const float*, const Seen* seen, int rows, float scale, Part* parts) {
+void attend_in_turn(const Cells<float>& keys, const float*, const Seen* seen, int rows, float scale, Part* parts) {
   for (int r = 0; r < rows; r += kMostQueries)
-    attend<V>(keys, seen + r, std::min(kMostQueries, rows - r), scale, parts + r);
+    attend_cells<V>(keys, seen + r, std::min(kMostQueries, rows - r), scale, parts + r);
 }
 
 // A later chunk into what the earlier ones gave.
@@ -150,8 +199,9 @@ void merge(const Part& later, int size, Part* all) {
   for (int i = 0; i < size; i++) all->sum[i] = std::fmaf(later.sum[i], added, all->sum[i] * kept);
 }
 
-void finish(const Part& all, int size, float* y) {
+void finish(const Part& all, const float* scales, int size, float* y) {
   for (int i = 0; i < size; i++) y[i] = all.sum[i] / all.total;
+  for (int i = 0; scales != nullptr && i < size; i++) y[i] *= scales[i];
 }
 
 // A head's features turned by their position, the first half of `turned` with the second; the others as they are.
@@ -165,7 +215,7 @@ void rotate(const float* x, const float* cosine, const float* sine, int turned, 
   for (int i = turned; i < size; i++) y[i] = x[i];
 }
 
-// Numbers as codes of 8 bits, each feature with a scale of its own, and back.
+// Numbers as codes of 8 bits, each feature with a scale of its own.
 void narrow(const float* x, const float* scales, int size, int8_t* codes) {
   for (int i = 0; i < size; i++) {
     float code = x[i] / scales[i];
@@ -175,9 +225,22 @@ void narrow(const float* x, const float* scales, int size, int8_t* codes) {
   }
 }
 
-void widen(const int8_t* codes, const float* scales, int count, int size, float* x) {
-  for (int j = 0; j < count; j++)
-    for (int i = 0; i < size; i++) x[j * size + i] = float(codes[j * size + i]) * scales[i];
+// Numbers as the nearest of 16 bits, ties to even; those beyond the largest as this.
+template <class V>
+void halve(const float* x, int count, Half* halves) {
+  for (int i = 0; i < count; i += 16) V::load(x + i).store(halves + i);
+}
+
+template <class V, class T>
+void widen_cells(const T* cells, int count, float* x) {
+  for (int i = 0; i < count; i += 16) V::load(cells + i).store(x + i);
+}
+
+template <class V>
+void widen(Cell cell, const void* cells, int count, float* x) {
+  if (cell == Cell::kFloat) std::memcpy(x, cells, size_t(count) * sizeof(float));
+  else if (cell == Cell::kHalf) widen_cells<V>(static_cast<const Half*>(cells), count, x);
+  else widen_cells<V>(static_cast<const int8_t*>(cells), count, x);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // Attention of a prompt: a block of queries goes through the cache chunk by chunk, and each chunk's keys are turned (and
-// widened, if they are codes) once for all of them.
+// made float32, if they are not) once for all of them.
 #include <algorithm>
 #include <cstring>
 #include <new>
@@ -36,13 +36,13 @@ class Lines {
 };
 
 struct Memory {
-  float *turned, *keys, *values;  // of a chunk; keys and values where the cache has codes
+  float *turned, *keys, *values;  // of a chunk; keys and values where the cache has others than float32
   float *queries, *sums, *later;  // of a block, turned by position; what they have so far; what a chunk gives some
 };
 
 Memory memory_of(const Step& s) {
   thread_local Lines lines;
-  const size_t chunk = size_t(kChunk) * s.size, wide = s.kernel->narrow ? chunk : 0;
+  const size_t chunk = size_t(kChunk) * s.size, wide = s.kernel->cell == Cell::kFloat ? 0 : chunk;
   const size_t block = size_t(kBlockQueries) * s.size;
   float* all = lines.of(chunk + 2 * wide + 2 * block + size_t(kManyQueries) * s.size);
   float* queries = all + chunk + 2 * wide;
@@ -71,19 +71,18 @@ int head_of(const Step& s, const Block& b, int i) { return b.head * s.together +
 void turn_queries(const Step& s, const Block& b, float* queries) {
   for (int i = 0; i < b.count; i++, queries += s.size) {
     const float* x = s.x + token_of(s, b, i) * s.width() + size_t(head_of(s, b, i)) * s.size;
-    const size_t at = s.kernel->turns ? size_t(b.past + (b.start + i) / s.together) * (s.turned / 2) : 0;
-    s.kernel->form->rotate(x, s.cosines + at, s.sines + at, s.turned, s.size, queries);
+    turn_query(s, x, b.head, b.past + (b.start + i) / s.together, queries);
   }
 }
 
 // The chunk's keys and values as numbers, its keys turned as well.
-Keys read_chunk(const Step& s, const Block& b, int64_t start, int count, const Memory& memory) {
+Cells<float> read_chunk(const Step& s, const Block& b, int64_t start, int count, const Memory& memory) {
   const Attention& kernel = *s.kernel;
-  const size_t at = s.place(b.row, b.head, start), feature = size_t(b.head) * s.size;
-  Keys keys{static_cast<const float*>(s.k) + at, static_cast<const float*>(s.v) + at, count, s.size};
-  if (kernel.narrow) {
-    kernel.form->widen(static_cast<const int8_t*>(s.k) + at, s.k_scales + feature, count, s.size, memory.keys);
-    kernel.form->widen(static_cast<const int8_t*>(s.v) + at, s.v_scales + feature, count, s.size, memory.values);
+  const size_t at = s.place(b.row, b.head, start);
+  auto keys = Keys{kernel.cell, s.k + at, s.v + at, count, s.size}.of<float>();
+  if (kernel.cell != Cell::kFloat) {
+    kernel.form->widen(kernel.cell, s.k + at, count * s.size, memory.keys);
+    kernel.form->widen(kernel.cell, s.v + at, count * s.size, memory.values);
     keys.k = memory.keys, keys.v = memory.values;
   }
   kernel.form->turn(keys.k, count, s.size, memory.turned);
@@ -93,7 +92,7 @@ Keys read_chunk(const Step& s, const Block& b, int64_t start, int count, const M
 // One chunk, from slot `start` on, for all queries of a block that see some of it.
 void attend_chunk(const Step& s, const Block& b, int64_t start, const Memory& memory, Part* all) {
   const int64_t last_slot = b.past + (b.start + b.count - 1) / s.together;
-  const Keys keys = read_chunk(s, b, start, int(std::min<int64_t>(last_slot + 1 - start, kChunk)), memory);
+  const auto keys = read_chunk(s, b, start, int(std::min<int64_t>(last_slot + 1 - start, kChunk)), memory);
   Seen seen[kManyQueries];
   Part parts[kManyQueries];
   int whose[kManyQueries];
@@ -140,7 +139,7 @@ void attend_block(void* data, size_t index) {
   const int64_t count = std::min<int64_t>(s.block, s.queries() - b.start);
   for (int i = 0; i < count; i++) {
     float* y = s.y + (token_of(s, b, i) * s.kernel->heads + head_of(s, b, i)) * s.size;
-    if (i < b.count) s.kernel->form->finish(all[i], s.size, y);
+    if (i < b.count) s.kernel->form->finish(all[i], s.scales(s.v_scales, b.head), s.size, y);
     else std::memset(y, 0, size_t(s.size) * sizeof(float));  // what fills a short row up
   }
 }

@@ -1,8 +1,9 @@
-// The operators `CachedAttention` and `CachedAttention8` for ONNX Runtime: causal attention of new tokens over a cache,
-// which they write in place where the output is the input's memory. The second keeps codes of 8 bits with a scale for
-// each feature. Inputs and results are those of GroupQueryAttention: queries, keys and values of a token side by side,
-// the cache's keys and values (batch, heads, slots, size), the last slot of each row, the tokens of the longest row, and
-// tables of cosines and sines.
+// The operators `CachedAttention`, `CachedAttention16` and `CachedAttention8` for ONNX Runtime: causal attention of new
+// tokens over a cache, which they write in place where the output is the input's memory. The second keeps float16, the
+// third codes of 8 bits with a scale for each feature. Inputs and results are those of GroupQueryAttention: queries, keys
+// and values of a token side by side, the cache's keys and values (batch, heads, slots, size), the last slot of each row,
+// the tokens of the longest row, tables of cosines and sines, and weights of the RMS norms that each head of queries and
+// of keys has before it is turned.
 #include "attention_operator.h"
 
 #include <algorithm>
@@ -24,17 +25,31 @@ using ort::Status;
 constexpr int64_t kAlone = 8192;       // pairs of a query and a slot that are not worth a second thread
 constexpr int64_t kEnoughItems = 16;   // to share among threads as they are; fewer are cut into chunks
 constexpr int kTokensAtOnce = 8;       // that a thread writes into the cache
-constexpr int kLargestHead = 4096;     // features
-constexpr int kInputs = 5;             // before the tables
+constexpr int kInputs = 5;             // before the tables, norms and scales
+constexpr int kOptional = 4;           // tables and norms
 
 struct Operator : ort::CustomOp {
-  bool narrow;
+  Cell cell;
 };
+
+ort::ElementType type_of(Cell cell) {
+  return cell == Cell::kFloat ? ort::kFloat : cell == Cell::kHalf ? ort::kFloat16 : ort::kInt8;
+}
+
+Cell cell_of(const ort::CustomOp* self) { return static_cast<const Operator*>(self)->cell; }
 
 struct Kernel : Attention {
   const char* name;
   const Api* api;
 };
+
+// Numbers into the cache, as what it keeps.
+void write_cells(const Step& s, const float* x, const float* scales, uint8_t* cells) {
+  const Form& form = *s.kernel->form;
+  if (s.kernel->cell == Cell::kFloat) std::memcpy(cells, x, size_t(s.size) * sizeof(float));
+  else if (s.kernel->cell == Cell::kHalf) form.halve(x, s.size, reinterpret_cast<Half*>(cells));
+  else form.narrow(x, scales, s.size, reinterpret_cast<int8_t*>(cells));
+}
 
 // New tokens: their queries turned, their keys and values into the cache.
 void write_tokens(void* data, size_t index) {
@@ -46,23 +61,16 @@ void write_tokens(void* data, size_t index) {
   for (int64_t token = begin; token < end; token++) {
     const int64_t row = token / s.time, slot = s.past(row) + token % s.time;
     if (slot > s.last[row]) continue;  // what fills a short row up
-    const float *x = s.x + token * s.width(), *cosine = s.cosines, *sine = s.sines;
-    if (kernel.turns) cosine += slot * (s.turned / 2), sine += slot * (s.turned / 2);
+    const float* x = s.x + token * s.width();
     float* q = s.q ? s.q + size_t(token) * kernel.heads * s.size : nullptr;
     for (int head = 0; head < kernel.heads; head++, x += s.size)
-      if (q) kernel.form->rotate(x, cosine, sine, s.turned, s.size, q + size_t(head) * s.size);
+      if (q) turn_query(s, x, head / s.together, slot, q + size_t(head) * s.size);
     for (int head = 0; head < kernel.cached_heads; head++, x += s.size) {
       const float* value = x + size_t(kernel.cached_heads) * s.size;
       const size_t to = s.place(row, head, slot);
-      if (kernel.narrow) {
-        const size_t at = size_t(head) * s.size;
-        kernel.form->rotate(x, cosine, sine, s.turned, s.size, turned_key.data());
-        kernel.form->narrow(turned_key.data(), s.k_scales + at, s.size, static_cast<int8_t*>(s.k) + to);
-        kernel.form->narrow(value, s.v_scales + at, s.size, static_cast<int8_t*>(s.v) + to);
-      } else {
-        kernel.form->rotate(x, cosine, sine, s.turned, s.size, static_cast<float*>(s.k) + to);
-        std::copy(value, value + s.size, static_cast<float*>(s.v) + to);
-      }
+      turn_head(s, x, s.k_norm, slot, turned_key.data());
+      write_cells(s, turned_key.data(), s.scales(s.k_scales, head), s.k + to);
+      write_cells(s, value, s.scales(s.v_scales, head), s.v + to);
     }
   }
 }
@@ -99,34 +107,23 @@ Group group_of(const Step& s, int64_t index) {
   return g;
 }
 
-// A thread's own memory: a chunk's numbers where the cache has codes, and what queries have so far.
-struct Memory {
-  std::vector<float> keys, values, sums;
-};
-
-Memory& memory_of(const Step& s) {
-  thread_local Memory memory;
-  const size_t chunk = size_t(kChunk) * s.size;
-  if (s.kernel->narrow && memory.keys.size() < chunk) memory.keys.resize(chunk), memory.values.resize(chunk);
-  const size_t sums = size_t(2 * kMostQueries) * s.size;
-  if (memory.sums.size() < sums) memory.sums.resize(sums);
-  return memory;
+// A thread's own memory: what queries have so far, and what a chunk gives them.
+float* memory_of(const Step& s) {
+  thread_local std::vector<float> sums;
+  const size_t count = size_t(2 * kMostQueries) * s.size;
+  if (sums.size() < count) sums.resize(count);
+  return sums.data();
 }
 
 // One chunk of a group. `take` is told the place of each query that sees some of it, and what it gives.
 template <class Take>
-void attend_chunk(const Step& s, const Group& g, int chunk, Memory& memory, const Take& take) {
+void attend_chunk(const Step& s, const Group& g, int chunk, float* memory, const Take& take) {
   const Attention& kernel = *s.kernel;
   const int64_t start = int64_t(chunk) * kChunk;
   const int64_t most = *std::max_element(g.end, g.end + g.count);
   const int count = int(std::min<int64_t>(most - start, kChunk));
-  const size_t at = s.place(g.row, g.head, start), feature = size_t(g.head) * s.size;
-  Keys keys{static_cast<const float*>(s.k) + at, static_cast<const float*>(s.v) + at, count, s.size};
-  if (kernel.narrow) {
-    kernel.form->widen(static_cast<const int8_t*>(s.k) + at, s.k_scales + feature, count, s.size, memory.keys.data());
-    kernel.form->widen(static_cast<const int8_t*>(s.v) + at, s.v_scales + feature, count, s.size, memory.values.data());
-    keys.k = memory.keys.data(), keys.v = memory.values.data();
-  }
+  const size_t at = s.place(g.row, g.head, start);
+  const Keys keys{kernel.cell, s.k + at, s.v + at, count, s.size};
   Seen seen[kMostQueries];
   Part parts[kMostQueries];
   int whose[kMostQueries], rows = 0;
@@ -134,7 +131,7 @@ void attend_chunk(const Step& s, const Group& g, int chunk, Memory& memory, cons
     const int64_t begin = std::max(g.begin[i], start), end = std::min(g.end[i], start + kChunk);
     if (g.query[i] == nullptr || begin >= end) continue;
     seen[rows] = {g.query[i], int(begin - start), int(end - start)};
-    parts[rows].sum = memory.sums.data() + size_t(kMostQueries + rows) * s.size;
+    parts[rows].sum = memory + size_t(kMostQueries + rows) * s.size;
     whose[rows++] = i;
   }
   if (rows > 0) kernel.form->attend(keys, seen, rows, kernel.scale, parts);
@@ -155,10 +152,10 @@ void copy_part(const Part& from, int size, Part* to) {
 void attend_group(void* data, size_t index) {
   const Step& s = *static_cast<Step*>(data);
   const Group g = group_of(s, int64_t(index));
-  Memory& memory = memory_of(s);
+  float* memory = memory_of(s);
   Part all[kMostQueries];
   bool begun[kMostQueries] = {};
-  for (int i = 0; i < g.count; i++) all[i].sum = memory.sums.data() + size_t(i) * s.size;
+  for (int i = 0; i < g.count; i++) all[i].sum = memory + size_t(i) * s.size;
   for (int chunk = g.first_chunk; chunk <= g.last_chunk; chunk++)
     attend_chunk(s, g, chunk, memory, [&](int i, const Part& part) {
       if (begun[i]) s.kernel->form->merge(part, s.size, &all[i]);
@@ -166,7 +163,7 @@ void attend_group(void* data, size_t index) {
       begun[i] = true;
     });
   for (int i = 0; i < g.count; i++)
-    if (begun[i]) s.kernel->form->finish(all[i], s.size, g.y[i]);
+    if (begun[i]) s.kernel->form->finish(all[i], s.scales(s.v_scales, g.head), s.size, g.y[i]);
   fill_up(s, g);
 }
 
@@ -201,7 +198,7 @@ void join_pieces(const Step& s, int64_t groups) {
         at = part_of(s, group, chunk, i);
         s.kernel->form->merge(Part{at[0], at[1], at + 2}, s.size, &all);
       }
-      s.kernel->form->finish(all, s.size, g.y[i]);
+      s.kernel->form->finish(all, s.scales(s.v_scales, g.head), s.size, g.y[i]);
     }
     fill_up(s, g);
   }
@@ -218,21 +215,23 @@ void in_parallel(const Api* api, const Step& s, const KernelContext* context, bo
 }
 
 // The cache's next state: the input's own memory, or a copy of it.
-void* cache_of(const Api* api, KernelContext* context, size_t input, size_t output, const Shape& shape, int type) {
+uint8_t* cache_of(const Api* api, KernelContext* context, size_t input, size_t output, const Shape& shape, Cell cell) {
   const void* past = data_of<void>(api, input_of(api, context, input));
   void* present = output_data<void>(api, context, output, shape.sizes);
-  size_t bytes = type == ort::kFloat ? sizeof(float) : 1;
+  size_t bytes = bytes_of(cell);
   for (const int64_t size : shape.sizes) bytes *= size_t(size);
   if (present != past) std::memcpy(present, past, bytes);
-  return present;
+  return static_cast<uint8_t*>(present);
 }
 
-const float* scales_of(const Api* api, const KernelContext* context, size_t index, int64_t count) {
+// So many scales, or weights of a norm.
+const float* floats_of(const Api* api, const KernelContext* context, size_t index, int64_t count) {
   const ort::Value* value = input_of(api, context, index);
   const Shape shape = shape_of(api, value);
   int64_t found = 1;
   for (const int64_t size : shape.sizes) found *= size;
-  if (found != count || shape.type != ort::kFloat) throw std::invalid_argument("scales of another shape or type");
+  if (found != count || shape.type != ort::kFloat)
+    throw std::invalid_argument("scales or weights of a norm of another shape or type");
   return data_of<float>(api, value);
 }
 
@@ -250,8 +249,7 @@ void read_tables(const Api* api, const KernelContext* context, int64_t slots_use
 void run(const Kernel& kernel, KernelContext* context) {
   const Api* api = kernel.api;
   const Shape x = shape_of(api, input_of(api, context, 0)), cache = shape_of(api, input_of(api, context, 1));
-  const int type = kernel.narrow ? ort::kInt8 : ort::kFloat;
-  if (x.sizes.size() != 3 || x.type != ort::kFloat || cache.sizes.size() != 4 || cache.type != type ||
+  if (x.sizes.size() != 3 || x.type != ort::kFloat || cache.sizes.size() != 4 || cache.type != type_of(kernel.cell) ||
       cache.sizes != shape_of(api, input_of(api, context, 2)).sizes)
     throw std::invalid_argument("inputs of another shape or type");
   Step s{};
@@ -274,11 +272,15 @@ void run(const Kernel& kernel, KernelContext* context) {
     pairs += s.time * (s.last[row] + 1) * kernel.heads;
   }
   read_tables(api, context, total, &s);
-  if (kernel.narrow) {
-    s.k_scales = scales_of(api, context, kInputs + 2, int64_t(kernel.cached_heads) * s.size);
-    s.v_scales = scales_of(api, context, kInputs + 3, int64_t(kernel.cached_heads) * s.size);
+  if (kernel.norms) {
+    s.q_norm = floats_of(api, context, kInputs + 2, s.size);
+    s.k_norm = floats_of(api, context, kInputs + 3, s.size);
   }
-  s.k = cache_of(api, context, 1, 1, cache, type), s.v = cache_of(api, context, 2, 2, cache, type);
+  if (kernel.cell == Cell::kCode) {
+    s.k_scales = floats_of(api, context, kInputs + kOptional, int64_t(kernel.cached_heads) * s.size);
+    s.v_scales = floats_of(api, context, kInputs + kOptional + 1, int64_t(kernel.cached_heads) * s.size);
+  }
+  s.k = cache_of(api, context, 1, 1, cache, kernel.cell), s.v = cache_of(api, context, 2, 2, cache, kernel.cell);
   s.y = output_of(api, context, 0, {s.batch, s.time, int64_t(kernel.heads) * s.size});
   thread_local std::vector<float> queries, pieces;  // of the thread that calls
   const size_t elements = size_t(s.batch) * s.time * kernel.heads * s.size;
@@ -322,7 +324,7 @@ Status* compute(void* self, KernelContext* context) {
 }
 
 Status* create(const ort::CustomOp* self, const Api* api, const KernelInfo* info, void** made) {
-  Kernel kernel{{best(), static_cast<const Operator*>(self)->narrow, false, 0, 0, 0, 0}, self->name(self), api};
+  Kernel kernel{{best(), cell_of(self), false, false, 0, 0, 0, 0, 0}, self->name(self), api};
   return guarded(kernel, [&] {
     const int64_t heads = number_of(api, info, "num_heads"), cached = number_of(api, info, "kv_num_heads");
     const int64_t window = number_of(api, info, "window");
@@ -331,30 +333,31 @@ Status* create(const ort::CustomOp* self, const Api* api, const KernelInfo* info
       throw std::invalid_argument("sizes out of range");
     kernel.heads = int(heads), kernel.cached_heads = int(cached), kernel.window = int(window);
     kernel.turns = number_of(api, info, "do_rotary") != 0;
-    kernel.scale = float_attribute(api, info, "scale");
+    kernel.norms = number_of(api, info, "norms") != 0;
+    kernel.scale = float_attribute(api, info, "scale"), kernel.epsilon = float_attribute(api, info, "epsilon");
     *made = new Kernel(kernel);
   });
 }
 
-Operator description(const char* (*name)(const ort::CustomOp*), bool narrow) {
+Operator description(const char* (*name)(const ort::CustomOp*), Cell cell) {
   Operator op{};
-  op.narrow = narrow;
+  op.cell = cell;
   op.version = ort::kApiVersion;
   op.name = name;
   op.provider = [](const ort::CustomOp*) { return static_cast<const char*>(nullptr); };
   op.input_type = [](const ort::CustomOp* self, size_t i) {
-    if (i == 1 || i == 2) return static_cast<const Operator*>(self)->narrow ? ort::kInt8 : ort::kFloat;
+    if (i == 1 || i == 2) return type_of(cell_of(self));
     return i == 3 || i == 4 ? ort::kInt32 : ort::kFloat;
   };
   op.input_count = [](const ort::CustomOp* self) -> size_t {
-    return kInputs + (static_cast<const Operator*>(self)->narrow ? 4 : 2);
+    return kInputs + kOptional + (cell_of(self) == Cell::kCode ? 2 : 0);
   };
   op.output_type = [](const ort::CustomOp* self, size_t i) {
-    return i > 0 && static_cast<const Operator*>(self)->narrow ? ort::kInt8 : ort::kFloat;
+    return i > 0 ? type_of(cell_of(self)) : ort::kFloat;
   };
   op.output_count = [](const ort::CustomOp*) -> size_t { return 3; };
   op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-  op.input_characteristic = [](const ort::CustomOp*, size_t i) { return i == kInputs || i == kInputs + 1 ? 1 : 0; };
+  op.input_characteristic = [](const ort::CustomOp*, size_t i) { return i >= kInputs && i < kInputs + kOptional ? 1 : 0; };
   op.output_characteristic = [](const ort::CustomOp*, size_t) { return 0; };
   op.input_memory = [](const ort::CustomOp*, size_t) { return 0; };
   op.variadic_input_minimum = op.variadic_output_minimum = [](const ort::CustomOp*) { return 1; };
@@ -368,10 +371,27 @@ Operator description(const char* (*name)(const ort::CustomOp*), bool narrow) {
 
 }  // namespace
 
+void turn_head(const Step& s, const float* x, const float* norm, int64_t slot, float* y) {
+  float sum[kLargestHead], normed[kLargestHead];
+  if (norm != nullptr) {
+    s.kernel->form->norm(x, nullptr, norm, s.kernel->epsilon, s.size, sum, normed);
+    x = normed;
+  }
+  const size_t at = s.kernel->turns ? size_t(slot) * (s.turned / 2) : 0;
+  s.kernel->form->rotate(x, s.cosines + at, s.sines + at, s.turned, s.size, y);
+}
+
+void turn_query(const Step& s, const float* x, int head, int64_t slot, float* y) {
+  turn_head(s, x, s.q_norm, slot, y);
+  const float* scales = s.scales(s.k_scales, head);
+  for (int i = 0; scales != nullptr && i < s.size; i++) y[i] *= scales[i];
+}
+
 std::vector<const ort::CustomOp*> attention_operators() {
-  static const Operator floats = description([](const ort::CustomOp*) { return "CachedAttention"; }, false);
-  static const Operator codes = description([](const ort::CustomOp*) { return "CachedAttention8"; }, true);
-  return {&floats, &codes};
+  static const Operator floats = description([](const ort::CustomOp*) { return "CachedAttention"; }, Cell::kFloat);
+  static const Operator halves = description([](const ort::CustomOp*) { return "CachedAttention16"; }, Cell::kHalf);
+  static const Operator codes = description([](const ort::CustomOp*) { return "CachedAttention8"; }, Cell::kCode);
+  return {&floats, &halves, &codes};
 }
 
 }  // namespace edgellm

@@ -141,7 +141,7 @@ void weigh_all(const Seen* seen, int rows, Weights* p, Part* parts) {
 }
 
 template <class V, int kWide>
-void add_values_of(int rows, const Keys& keys, const Weights* p, int from, int to, int at, const Part* parts) {
+void add_values_of(int rows, const Cells<float>& keys, const Weights* p, int from, int to, int at, const Part* parts) {
   switch (rows) {
     case 1: return add_values<V, 1, kWide>(keys, p, from, to, at, parts);
     case 2: return add_values<V, 2, kWide>(keys, p, from, to, at, parts);
@@ -154,7 +154,7 @@ void add_values_of(int rows, const Keys& keys, const Weights* p, int from, int t
 
 // Values of slots `start` to `stop` - 1 into a tile's sums: together what all its queries see, then what only some do.
 template <class V, int kWide>
-void add_near(const Keys& keys, const Seen* seen, const Weights* p, int rows, int start, int stop, int at, const Part* parts) {
+void add_near(const Cells<float>& keys, const Seen* seen, const Weights* p, int rows, int start, int stop, int at, const Part* parts) {
   int from = start, to = stop;
   for (int r = 0; r < rows; r++) from = std::max(from, seen[r].begin), to = std::min(to, seen[r].end);
   const bool shared = from < to;
@@ -171,7 +171,7 @@ void add_near(const Keys& keys, const Seen* seen, const Weights* p, int rows, in
 }
 
 template <class V>
-void attend_many(const Keys& keys, const float* turned, const Seen* seen, int rows, float scale, Part* parts) {
+void attend_many(const Cells<float>& keys, const float* turned, const Seen* seen, int rows, float scale, Part* parts) {
   static_assert(V::kValueRows <= 6 && kPanel % (16 * V::kScoreWide) == 0);
   alignas(64) Weights p[kManyQueries];
   scores_of<V>(turned, keys.size, seen, rows, scale, p);

@@ -197,6 +197,15 @@ struct Sixteen {
   __m256 low, high;
   static Sixteen of(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
   static Sixteen load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
+  static Sixteen load(const Half* from) {
+    const __m128i* halves = reinterpret_cast<const __m128i*>(from);
+    return {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
+  }
+  static Sixteen load(const int8_t* from) {
+    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(codes, 8)))};
+  }
   static Sixteen fma(Sixteen a, Sixteen b, Sixteen c) {
     return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
   }
@@ -219,6 +228,14 @@ struct Sixteen {
     _mm256_storeu_ps(to, low);
     _mm256_storeu_ps(to + 8, high);
   }
+  static __m128i halves(__m256 x) {
+    const __m256 within = _mm256_min_ps(_mm256_set1_ps(kLargestHalf), _mm256_max_ps(_mm256_set1_ps(-kLargestHalf), x));
+    return _mm256_cvtps_ph(within, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  void store(Half* to) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves(low));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 8), halves(high));
+  }
   static void together(const Sixteen* lanes, float* sums) {  // the lanes of each of 4 added
     __m128 a[4], b[2];
     for (int i = 0; i < 4; i++) {
@@ -235,7 +252,7 @@ struct Sixteen {
 
 extern const Form kAvx2;
 const Form kAvx2{"avx2", here, round, multiply, norm, sums, gate,
-                  attend<Sixteen>, merge, finish, rotate, narrow, widen,
+                  attend<Sixteen>, merge, finish, rotate, narrow, halve<Sixteen>, widen<Sixteen>,
                   turn_one_by_one, attend_many<Sixteen>};
 
 }  // namespace edgellm

@@ -174,6 +174,12 @@ struct Sixteen {
   __m512 x;
   static Sixteen of(float value) { return {_mm512_set1_ps(value)}; }
   static Sixteen load(const float* from) { return {_mm512_loadu_ps(from)}; }
+  static Sixteen load(const Half* from) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
+  }
+  static Sixteen load(const int8_t* from) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))))};
+  }
   static Sixteen fma(Sixteen a, Sixteen b, Sixteen c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
   static Sixteen plus(Sixteen a, Sixteen b) { return {_mm512_add_ps(a.x, b.x)}; }
   static Sixteen minus(Sixteen a, Sixteen b) { return {_mm512_sub_ps(a.x, b.x)}; }
@@ -185,6 +191,11 @@ struct Sixteen {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(number, 23))};
   }
   void store(float* to) const { _mm512_storeu_ps(to, x); }
+  void store(Half* to) const {
+    const __m512 within = _mm512_min_ps(_mm512_set1_ps(kLargestHalf), _mm512_max_ps(_mm512_set1_ps(-kLargestHalf), x));
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(within, kNearest));
+  }
   // The lanes of each of 16 added: halves of two at a time beside each other, then quarters, and so on.
   static void together(const Sixteen* lanes, float* sums) {
     __m512 a[8], b[4], c[2];
@@ -236,7 +247,7 @@ void turn(const float* k, int count, int size, float* turned) {
 
 extern const Form kAvx512;
 const Form kAvx512{"avx512-vnni", here, round, multiply, norm, sums, gate,
-                  attend<Sixteen>, merge, finish, rotate, narrow, widen,
+                  attend<Sixteen>, merge, finish, rotate, narrow, halve<Sixteen>, widen<Sixteen>,
                   turn, attend_many<Sixteen>};
 
 }  // namespace edgellm

@@ -18,12 +18,13 @@ inline float together(float* lanes) {
   return lanes[0];
 }
 
-// Lane i of sixteen starts at 0 and adds the squares of elements i, i + 16, ... of v = x + skip, each by fma.
+// Lane i of sixteen starts at 0 and adds the squares of elements i, i + 16, ... of v = x + skip, each by fma; v is x where
+// there is no skip.
 // y = v * scale * gamma, where scale = 1 / sqrt(sum / n + epsilon).
 void norm(const float* x, const float* skip, const float* gamma, float epsilon, int n, float* sum, float* y) {
   float lanes[kLanes] = {};
   const int whole = n / kLanes * kLanes;
-  for (int i = 0; i < n; i++) sum[i] = x[i] + skip[i];
+  for (int i = 0; i < n; i++) sum[i] = skip != nullptr ? x[i] + skip[i] : x[i];
   for (int i = 0; i < whole; i += kLanes)
     for (int j = 0; j < kLanes; j++) lanes[j] = std::fmaf(sum[i + j], sum[i + j], lanes[j]);
   for (int i = whole; i < n; i++) lanes[i - whole] = std::fmaf(sum[i], sum[i], lanes[i - whole]);

@@ -82,8 +82,12 @@ struct Queries {
 // One chunk, whose first slot is `start`, for those queries that see some of it.
 void attend_chunk(const Form& form, const Queries& some, const Keys& keys, int start, float scale, std::vector<Part>* all) {
   const size_t size = keys.size;
-  std::vector<float> later(kManyQueries * size), turned(kChunk * size);
-  if (some.many) form.turn(keys.k, keys.count, keys.size, turned.data());
+  std::vector<float> later(kManyQueries * size), turned(kChunk * size), k(keys.count * size), v(keys.count * size);
+  if (some.many) {
+    form.widen(keys.cell, keys.k, keys.count * keys.size, k.data());
+    form.widen(keys.cell, keys.v, keys.count * keys.size, v.data());
+    form.turn(k.data(), keys.count, keys.size, turned.data());
+  }
   for (int first = 0; first < some.rows; first += some.together) {
     Seen seen[kManyQueries];
     Part parts[kManyQueries];
@@ -96,7 +100,7 @@ void attend_chunk(const Form& form, const Queries& some, const Keys& keys, int s
       whose[n++] = i;
     }
     if (n == 0) continue;
-    if (some.many) form.attend_many(keys, turned.data(), seen, n, scale, parts);
+    if (some.many) form.attend_many({k.data(), v.data(), keys.count, keys.size}, turned.data(), seen, n, scale, parts);
     else form.attend(keys, seen, n, scale, parts);
     for (int r = 0; r < n; r++) {
       Part& own = (*all)[whose[r]];
@@ -110,7 +114,7 @@ void attend_chunk(const Form& form, const Queries& some, const Keys& keys, int s
   }
 }
 
-int attention(const char* name, const Queries& some, int count, float scale, const float* k, const float* v, float* y) {
+int attention(const char* name, const Queries& some, int count, float scale, Keys all_keys, float* y) {
   const Form* form = named(name);
   if (form == nullptr) return 1;
   const size_t size = some.size;
@@ -118,25 +122,29 @@ int attention(const char* name, const Queries& some, int count, float scale, con
   std::vector<Part> all(some.rows);
   for (int i = 0; i < some.rows; i++) all[i] = {0, 0, sums.data() + i * size};
   for (int start = 0; start < count; start += kChunk) {
-    const Keys keys{k + start * size, v + start * size, std::min(kChunk, count - start), some.size};
+    const size_t at = start * size * bytes_of(all_keys.cell);
+    const Keys keys{all_keys.cell, static_cast<const uint8_t*>(all_keys.k) + at, static_cast<const uint8_t*>(all_keys.v) + at,
+                    std::min(kChunk, count - start), some.size};
     attend_chunk(*form, some, keys, start, scale, &all);
   }
-  for (int i = 0; i < some.rows; i++) form->finish(all[i], some.size, y + i * size);
+  for (int i = 0; i < some.rows; i++) form->finish(all[i], nullptr, some.size, y + i * size);
   return 0;
 }
 
 }  // namespace
 
-// Attention of queries (rows, size) over one head's keys and values (count, size), up to 16 of them `together`: query i
-// sees slots begins[i] to ends[i] - 1, at least one.
-EXPORTED int edgellm_attention(const char* name, int rows, int together, int count, int size, float scale, const float* q,
-                               const float* k, const float* v, const int* begins, const int* ends, float* y) {
-  return attention(name, {rows, together, size, q, begins, ends, false}, count, scale, k, v, y);
+// Attention of queries (rows, size) over one head's keys and values (count, size), cells of 32, 16 or 8 `bits`, up to 16 of
+// them `together`: query i sees slots begins[i] to ends[i] - 1, at least one. Or up to 48, by tiles of turned keys, if they
+// are `many`.
+EXPORTED int edgellm_attention(const char* name, int many, int bits, int rows, int together, int count, int size, float scale,
+                               const float* q, const void* k, const void* v, const int* begins, const int* ends, float* y) {
+  const Cell cell = bits == 32 ? Cell::kFloat : bits == 16 ? Cell::kHalf : Cell::kCode;
+  return attention(name, {rows, together, size, q, begins, ends, many != 0}, count, scale, {cell, k, v, count, size}, y);
 }
 
-// The same by tiles of turned keys, up to 48 queries together.
-EXPORTED int edgellm_attention_many(const char* name, int rows, int together, int count, int size, float scale,
-                                    const float* q, const float* k, const float* v, const int* begins, const int* ends,
-                                    float* y) {
-  return attention(name, {rows, together, size, q, begins, ends, true}, count, scale, k, v, y);
+// Numbers as the nearest float16, 16 at a time.
+EXPORTED int edgellm_halve(const char* name, int count, const float* x, uint16_t* halves) {
+  const Form* form = named(name);
+  if (form != nullptr) form->halve(x, count, reinterpret_cast<Half*>(halves));
+  return form == nullptr;
 }

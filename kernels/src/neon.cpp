@@ -152,6 +152,17 @@ struct Sixteen {
   static Sixteen load(const float* from) {
     return {{vld1q_f32(from), vld1q_f32(from + 4), vld1q_f32(from + 8), vld1q_f32(from + 12)}};
   }
+  static Sixteen load(const Half* from) {
+    Sixteen y;
+    for (int i = 0; i < 4; i++) y.x[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&from[4 * i].bits)));
+    return y;
+  }
+  static Sixteen load(const int8_t* from) {
+    const int8x16_t codes = vld1q_s8(from);
+    const int16x8_t low = vmovl_s8(vget_low_s8(codes)), high = vmovl_s8(vget_high_s8(codes));
+    return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))),
+             vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)))}};
+  }
   static Sixteen fma(const Sixteen& a, const Sixteen& b, const Sixteen& c) {
     Sixteen y;
     for (int i = 0; i < 4; i++) y.x[i] = vfmaq_f32(c.x[i], a.x[i], b.x[i]);
@@ -181,6 +192,13 @@ struct Sixteen {
   void store(float* to) const {
     for (int i = 0; i < 4; i++) vst1q_f32(to + 4 * i, x[i]);
   }
+  void store(Half* to) const {
+    const float32x4_t most = vdupq_n_f32(kLargestHalf);
+    for (int i = 0; i < 4; i++) {
+      const float32x4_t within = vminq_f32(most, vmaxq_f32(vnegq_f32(most), x[i]));
+      vst1_u16(&to[4 * i].bits, vreinterpret_u16_f16(vcvt_f16_f32(within)));
+    }
+  }
   static void together(const Sixteen* lanes, float* sums) {  // the lanes of each of 4 added
     float32x4_t a[4], b[2];
     for (int i = 0; i < 4; i++)
@@ -197,7 +215,7 @@ struct Sixteen {
 
 extern const Form kNeon;
 const Form kNeon{"neon-dotprod", here, round, multiply, norm, sums, gate,
-                  attend<Sixteen>, merge, finish, rotate, narrow, widen,
+                  attend<Sixteen>, merge, finish, rotate, narrow, halve<Sixteen>, widen<Sixteen>,
                   turn_one_by_one, attend_many<Sixteen>};
 
 }  // namespace edgellm

@@ -80,12 +80,25 @@ struct Sixteen {
     std::memcpy(y.x, from, sizeof y.x);
     return y;
   }
+  static Sixteen load(const Half* from) {
+    Sixteen y;
+    for (int i = 0; i < kLanes; i++) y.x[i] = float_of(from[i].bits);
+    return y;
+  }
+  static Sixteen load(const int8_t* from) {
+    Sixteen y;
+    for (int i = 0; i < kLanes; i++) y.x[i] = float(from[i]);
+    return y;
+  }
   static Sixteen fma(const Sixteen& a, const Sixteen& b, const Sixteen& c) {
     Sixteen y;
     for (int i = 0; i < kLanes; i++) y.x[i] = std::fmaf(a.x[i], b.x[i], c.x[i]);
     return y;
   }
   void store(float* to) const { std::memcpy(to, x, sizeof x); }
+  void store(Half* to) const {
+    for (int i = 0; i < kLanes; i++) to[i].bits = nearest_half(x[i]);
+  }
   static void together(const Sixteen* lanes, float* sums) {
     Sixteen copy = *lanes;
     *sums = edgellm::together(copy.x);
@@ -95,7 +108,7 @@ struct Sixteen {
 }  // namespace
 
 const Form kPlain{"plain", [] { return true; }, round_plain, multiply_plain, norm, sums, gate,
-                  attend<Sixteen>, merge, finish, rotate, narrow, widen,
+                  attend<Sixteen>, merge, finish, rotate, narrow, halve<Sixteen>, widen<Sixteen>,
                   [](const float*, int, int, float*) {}, attend_in_turn<Sixteen>};
 
 const Form* const* forms() {

@@ -69,10 +69,28 @@ constexpr int kChunk = 256;      // slots of a cache that are read together
 constexpr int kMostQueries = 16; // that read them together
 constexpr int kManyQueries = 48; // that read them turned
 
+struct Half {
+  uint16_t bits;  // of a float16
+};
+
+// What a cache keeps: numbers of 32 or 16 bits, or codes of 8.
+enum class Cell { kFloat, kHalf, kCode };
+constexpr size_t bytes_of(Cell cell) { return cell == Cell::kFloat ? 4 : cell == Cell::kHalf ? 2 : 1; }
+
 // A chunk of one head's keys and values (count, size), `size` a multiple of 16.
-struct Keys {
-  const float *k, *v;
+template <class T>
+struct Cells {
+  const T *k, *v;
   int count, size;
+};
+
+// The same, of the kind that is said.
+struct Keys {
+  Cell cell;
+  const void *k, *v;
+  int count, size;
+  template <class T>
+  Cells<T> of() const { return {static_cast<const T*>(k), static_cast<const T*>(v), count, size}; }
 };
 
 // A query and the slots of a chunk that it sees, begin to end - 1, at least one.
@@ -102,13 +120,14 @@ struct Form {
   // What attention.h states.
   void (*attend)(const Keys&, const Seen*, int rows, float scale, Part*);
   void (*merge)(const Part& later, int size, Part* all);
-  void (*finish)(const Part& all, int size, float* y);
+  void (*finish)(const Part& all, const float* scales, int size, float* y);
   void (*rotate)(const float* x, const float* cosine, const float* sine, int turned, int size, float* y);
   void (*narrow)(const float* x, const float* scales, int size, int8_t* codes);
-  void (*widen)(const int8_t* codes, const float* scales, int count, int size, float* x);
+  void (*halve)(const float* x, int count, Half* halves);
+  void (*widen)(Cell, const void* cells, int count, float* x);  // count: a multiple of 16
   // The same numbers for up to kManyQueries, from the chunk's keys and those as `turn` puts them into kChunk * size.
   void (*turn)(const float* k, int count, int size, float* turned);
-  void (*attend_many)(const Keys&, const float* turned, const Seen*, int rows, float scale, Part*);
+  void (*attend_many)(const Cells<float>&, const float* turned, const Seen*, int rows, float scale, Part*);
 };
 
 extern const Form kPlain;  // the reference, in plain C++

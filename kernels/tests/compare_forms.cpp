@@ -83,8 +83,41 @@ int apart_between(int n) {
   return count;
 }
 
+// Numbers as a cache keeps them; codes without scales.
+std::vector<uint8_t> cells_of(Cell cell, const std::vector<float>& x) {
+  std::vector<uint8_t> cells(x.size() * bytes_of(cell));
+  const std::vector<float> scales(x.size(), 1.0f / 60);
+  if (cell == Cell::kFloat) std::memcpy(cells.data(), x.data(), cells.size());
+  else if (cell == Cell::kHalf) kPlain.halve(x.data(), int(x.size()), reinterpret_cast<Half*>(cells.data()));
+  else kPlain.narrow(x.data(), scales.data(), int(x.size()), reinterpret_cast<int8_t*>(cells.data()));
+  return cells;
+}
+
+// Numbers to the nearest of 16 bits and back.
+int apart_halves() {
+  std::vector<float> x(1 << 16);
+  for (float& each : x) {
+    const uint32_t bits = draw();
+    std::memcpy(&each, &bits, sizeof each);
+    if (std::isnan(each)) each = number(-1e-5f, 1e-5f);
+  }
+  const int count = int(x.size());
+  const auto expected = cells_of(Cell::kHalf, x);
+  std::vector<float> wide(count), expected_wide(count);
+  kPlain.widen(Cell::kHalf, expected.data(), count, expected_wide.data());
+  int wrong = 0;
+  for (const Form* const* form = forms(); *form != nullptr; form++) {
+    if (!(*form)->here()) continue;
+    std::vector<uint8_t> found(expected.size());
+    (*form)->halve(x.data(), count, reinterpret_cast<Half*>(found.data()));
+    (*form)->widen(Cell::kHalf, found.data(), count, wide.data());
+    wrong += found != expected || !same(wide, expected_wide);
+  }
+  return wrong;
+}
+
 // Attention of some queries over one chunk, by tiles of turned keys if there are `many`.
-int apart_attention(int size, int count, int rows, bool many) {
+int apart_attention(Cell cell, int size, int count, int rows, bool many) {
   std::vector<float> q(size_t(rows) * size), k(size_t(count) * size), v(k.size());
   for (auto* numbers : {&q, &k, &v})
     for (float& each : *numbers) each = number(-2, 2);
@@ -93,17 +126,20 @@ int apart_attention(int size, int count, int rows, bool many) {
     const int end = 1 + int(draw() % count), begin = int(draw() % end);
     seen[r] = {q.data() + size_t(r) * size, begin, end};
   }
+  const auto k_cells = cells_of(cell, k), v_cells = cells_of(cell, v);
   const auto result = [&](const Form& form) {
     std::vector<float> found(size_t(rows) * (size + 2)), turned(size_t(kChunk) * size, NAN);
     Part parts[kManyQueries];
     for (int r = 0; r < rows; r++) parts[r].sum = found.data() + size_t(r) * (size + 2);
-    const Keys keys{k.data(), v.data(), count, size};
-    if (many) form.turn(keys.k, count, size, turned.data());
-    if (many) form.attend_many(keys, turned.data(), seen, rows, 0.2f, parts);
-    else form.attend(keys, seen, rows, 0.2f, parts);
+    std::vector<float> wide_k(k.size()), wide_v(v.size());
+    form.widen(cell, k_cells.data(), count * size, wide_k.data());
+    form.widen(cell, v_cells.data(), count * size, wide_v.data());
+    if (many) form.turn(wide_k.data(), count, size, turned.data());
+    if (many) form.attend_many({wide_k.data(), wide_v.data(), count, size}, turned.data(), seen, rows, 0.2f, parts);
+    else form.attend({cell, k_cells.data(), v_cells.data(), count, size}, seen, rows, 0.2f, parts);
     for (int r = 0; r < rows; r++) parts[r].sum[size] = parts[r].top, parts[r].sum[size + 1] = parts[r].total;
     if (rows > 1) form.merge(parts[1], size, &parts[0]);
-    form.finish(parts[0], size, parts[0].sum);
+    form.finish(parts[0], q.data(), size, parts[0].sum);
     form.rotate(parts[0].sum, q.data(), k.data(), size / 2, size, parts[rows - 1].sum);
     return found;
   };
@@ -132,9 +168,12 @@ int main() {
   for (const int size : {16, 48, 64, 128})
     for (const int count : {1, 15, 17, 100, 256})
       for (int rows = 1; rows <= kManyQueries; rows++) {
-        if (rows <= kMostQueries) cases++, wrong += apart_attention(size, count, rows, false);
-        cases++, wrong += apart_attention(size, count, rows, true);
+        for (const Cell cell : {Cell::kFloat, Cell::kHalf, Cell::kCode}) {
+          if (rows <= kMostQueries) cases++, wrong += apart_attention(cell, size, count, rows, false);
+          cases++, wrong += apart_attention(cell, size, count, rows, true);
+        }
       }
+  cases++, wrong += apart_halves();
   std::printf("%d cases, %d apart; forms here:", cases, wrong);
   for (const Form* const* form = forms(); *form != nullptr; form++)
     if ((*form)->here()) std::printf(" %s", (*form)->name);

@@ -28,7 +28,26 @@ TABLES = [f(np.outer(np.arange(SLOTS), 0.1 ** np.arange(SIZE // 2))).astype(np.f
 SCALES = np.random.default_rng(4).uniform(0.02, 0.03, (2, CACHED * SIZE)).astype(np.float32)
 
 
-def exported(*, narrow: bool = False, window: int = 0, **change: Any) -> bytes:
+NORMS = np.random.default_rng(5).uniform(0.5, 1.5, (2, SIZE)).astype(np.float32)  # of queries and of keys
+
+
+def normed(change: dict[str, Any]) -> tuple[list[Node], dict[str, Array], dict[str, Any]]:
+    """Nodes that norm heads of queries and keys, with one thing changed; constants, and what the attention reads."""
+    constants: dict[str, Array] = {"sizes": np.array([HEADS * SIZE, CACHED * SIZE, CACHED * SIZE])}
+    nodes = [Node("Split", ["x", "sizes"], ["q", "k0", "v0"], {"axis": change.pop("axis", -1)})]
+    for name, heads, weight in (("q", HEADS, NORMS[0]), ("k0", CACHED, NORMS[1])):
+        shapes = {"apart": [0, 0, heads, SIZE], "whole": [0, 0, change.pop("whole", heads * SIZE)]}
+        constants |= {f"{name}_{key}": np.array(value) for key, value in shapes.items()} | {f"{name}_norm": weight}
+        nodes += [
+            Node("Reshape", [name, f"{name}_apart"], [f"{name}_heads"]),
+            Node("SimplifiedLayerNormalization", [f"{name}_heads", f"{name}_norm"], [f"{name}_normed"],
+                 {"axis": -1, "epsilon": change.pop("epsilon", 1e-5)}),
+            Node("Reshape", [f"{name}_normed", f"{name}_whole"], [f"{name}_ready"]),
+        ]  # fmt: skip
+    return nodes, constants, {"q": "q_ready", "k": "k0_ready", "v": change.pop("values", "v0")}
+
+
+def exported(*, narrow: bool = False, window: int = 0, norms: bool = False, **change: Any) -> bytes:
     """A graph of one GroupQueryAttention, with something other than usual about it."""
     cache = "int8" if narrow else "float32"
     dtypes = {"x": "float32", "k": cache, "v": cache, "last": "int32", "longest": "int32"}
@@ -41,25 +60,41 @@ def exported(*, narrow: bool = False, window: int = 0, **change: Any) -> bytes:
         tensors |= {"ks": SCALES[0], "vs": SCALES[1]}
         attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
     inputs, size = change.pop("inputs", inputs), change.pop("size", SIZE)
+    before: list[Node] = []
+    if norms:
+        before, constants, parts = normed(change)
+        tensors |= constants
+        inputs[:3] = parts.values()
     attributes = {name: value for name, value in (attributes | change).items() if value is not None}
     slots = ["batch", CACHED, SLOTS, size]
     shapes: dict[str, Any] = {"longest": [], "k": slots, "v": slots, "x": ["batch", "time", (HEADS + 4) * size]}
     outputs = {"y": "float32", "next_k": cache, "next_v": cache}
     node = Node("GroupQueryAttention", inputs, list(outputs), attributes, domain="com.microsoft", name="a")
-    dtypes |= {name: "float32" for name in inputs if name and name not in {**dtypes, **tensors}}
-    return graph_bytes([node], dtypes, outputs, tensors=tensors, shapes=shapes)
+    made = {name for each in before for name in each.outputs}
+    dtypes |= {name: "float32" for name in inputs if name and name not in {**dtypes, **tensors} and name not in made}
+    return graph_bytes([*before, node], dtypes, outputs, tensors=tensors, shapes=shapes)
 
 
 @pytest.mark.parametrize(
     ("narrow", "change"),
-    [(False, {}), (False, {"window": 7}), (False, {"softcap": 0.0, "smooth_softmax": -1}), (True, {})],
+    [
+        (False, {}),
+        (False, {"window": 7}),
+        (False, {"softcap": 0.0, "smooth_softmax": -1}),
+        (True, {}),
+        (False, {"norms": True}),
+        (True, {"norms": True}),
+    ],
     ids=str,
 )
 def test_attention_over_a_cache_is_theirs(narrow: bool, change: dict[str, Any]) -> None:
     _, (node,) = with_own_operators(exported(narrow=narrow, **change))
     sizes = {"num_heads": HEADS, "kv_num_heads": CACHED, "scale": 0.125, "do_rotary": 1}
-    inputs = ["x", "k", "v", "last", "longest", "cos", "sin", *(["ks", "vs"] if narrow else [])]
-    sizes |= {"window": change.get("window", 0)}
+    normed = change.get("norms", False)
+    inputs = ["x", "k", "v", "last", "longest", "cos", "sin"]
+    inputs += ["q_norm", "k0_norm"] if normed else ["", ""] if narrow else []
+    inputs += ["ks", "vs"] if narrow else []
+    sizes |= {"window": change.get("window", 0), "norms": int(normed), "epsilon": float(np.float32(1e-5 * normed))}
     outputs = ("y", "next_k", "next_v")
     assert node == Node(ATTENTIONS[narrow], inputs, outputs, sizes, domain=DOMAIN, name="a")
 
@@ -73,6 +108,8 @@ def test_attention_over_a_cache_is_theirs(narrow: bool, change: dict[str, Any]) 
         {"inputs": ["x", "", "", "k", "v", "last", "longest", "cos", "sin", "", "", "sinks"]},
         {"inputs": ["x", "", "", "k", "v", "last", "longest", "cos", "sin", "", "", "", "ks", "vs"]},
         {"narrow": True, "kv_cache_bit_width": 4}, {"narrow": True, "k_quant_type": None},
+        {"norms": True, "axis": 1}, {"norms": True, "values": "k0"}, {"norms": True, "whole": -1},
+        {"norms": True, "epsilon": 1e-6}, {"norms": True, "num_heads": 3},
     ],
     ids=str,
 )  # fmt: skip
@@ -97,23 +134,30 @@ def attention(
     """By a form of the library, without ONNX Runtime: queries (rows, size) over one head; many by turned keys."""
     y = np.empty_like(q)
     arrays = [each.ctypes.data_as(ctypes.c_void_p) for each in (q, k, v, begins, ends, y)]
-    sizes = (len(q), together, *k.shape)
-    compute = loaded().edgellm_attention_many if many else loaded().edgellm_attention
-    assert not compute(form.encode(), *sizes, ctypes.c_float(0.3), *arrays)
+    sizes = (int(many), 8 * k.itemsize, len(q), together, *k.shape)
+    assert not loaded().edgellm_attention(form.encode(), *sizes, ctypes.c_float(0.3), *arrays)
     return y
+
+
+def cells(numbers: Array, bits: int) -> Array:
+    """Numbers as a cache keeps them; codes without scales."""
+    return np.rint(40 * numbers).clip(-128, 127).astype(np.int8) if bits == 8 else numbers.astype(f"float{bits}")
 
 
 @settings(deadline=None, max_examples=25)
 @given(
     seed=st.integers(0, 1000), rows=st.integers(1, 9), count=st.sampled_from([1, 15, 16, 200, 256, 257, 700]),
     size=st.sampled_from([16, 48, 64, 128]), together=st.integers(1, 4), window=st.sampled_from([1, 20, 1000]),
+    bits=st.sampled_from([32, 16, 8]),
 )  # fmt: skip
 def test_every_form_gives_a_query_the_same_bits_whatever_is_beside_it(
-    seed: int, rows: int, count: int, size: int, together: int, window: int
+    seed: int, rows: int, count: int, size: int, together: int, window: int, bits: int
 ) -> None:
     kernels()
     draw = np.random.default_rng(seed)
-    q, k, v = (draw.standard_normal((n, size)).astype(np.float32) for n in (rows, count, count))
+    q, *kept = (draw.standard_normal((n, size)).astype(np.float32) for n in (rows, count, count))
+    held = [cells(each, bits) for each in kept]
+    k, v = (each.astype(np.float32) for each in held)
     ends = draw.integers(1, count + 1, rows).astype(np.int32)
     begins = np.maximum(0, ends - window).astype(np.int32)
     expected = attention("plain", q, k, v, begins, ends, 1)
@@ -123,30 +167,51 @@ def test_every_form_gives_a_query_the_same_bits_whatever_is_beside_it(
         np.testing.assert_allclose(expected[i], weights / weights.sum() @ v[begins[i] : ends[i]], rtol=1e-4, atol=1e-5)
     for form in FORMS:
         if loaded().edgellm_has_form(form.encode()):
-            np.testing.assert_array_equal(attention(form, q, k, v, begins, ends, together), expected, err_msg=form)
+            np.testing.assert_array_equal(attention(form, q, *held, begins, ends, together), expected, err_msg=form)
 
 
 @settings(deadline=None, max_examples=25)
 @given(
     seed=st.integers(0, 1000), rows=st.integers(1, 60), count=st.sampled_from([1, 15, 33, 200, 256, 257, 700]),
     size=st.sampled_from([16, 48, 64, 128]), together=st.integers(1, 48), window=st.sampled_from([1, 20, 1000]),
-    in_order=st.booleans(),
+    in_order=st.booleans(), bits=st.sampled_from([32, 16, 8]),
 )  # fmt: skip
 def test_tiles_of_many_queries_give_each_the_bits_that_it_gets_alone(
-    seed: int, rows: int, count: int, size: int, together: int, window: int, in_order: bool
+    seed: int, rows: int, count: int, size: int, together: int, window: int, in_order: bool, bits: int
 ) -> None:
     kernels()
     draw = np.random.default_rng(seed)
-    q, k, v = (draw.standard_normal((n, size)).astype(np.float32) for n in (rows, count, count))
+    q, *kept = (draw.standard_normal((n, size)).astype(np.float32) for n in (rows, count, count))
+    k, v = (cells(each, bits) for each in kept)
     ends = draw.integers(1, count + 1, rows).astype(np.int32)
     if in_order:
         ends = np.minimum(count, ends.min() + np.arange(rows, dtype=np.int32) // 3)
     begins = np.maximum(0, ends - window).astype(np.int32)
-    k[ends.max() :], v[ends.max() :] = np.nan, np.inf  # what no query sees
+    if bits > 8:
+        k[ends.max() :], v[ends.max() :] = np.nan, np.inf  # what no query sees
     expected = attention("plain", q, k, v, begins, ends, 1)
     for form in FORMS:
         if loaded().edgellm_has_form(form.encode()):
             found = attention(form, q, k, v, begins, ends, together, many=True)
+            np.testing.assert_array_equal(found, expected, err_msg=form)
+
+
+def test_every_form_rounds_to_the_nearest_of_16_bits_and_no_further_than_the_largest() -> None:
+    kernels()
+    patterns = np.random.default_rng(6).integers(0, 1 << 32, 1 << 16, dtype=np.uint32).view(np.float32)
+    halves = (
+        np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    )  # all that are finite and not below 0
+    ties = (halves[:-1] + halves[1:]) / 2
+    x = np.concatenate([patterns, -halves, halves, ties, -ties, np.array([1e9, -1e9, 65519.9, np.inf], np.float32)])
+    x = x[~np.isnan(x)]
+    x = np.ascontiguousarray(x[: len(x) // 16 * 16], np.float32)
+    expected = np.clip(x, -65504, 65504).astype(np.float16).view(np.uint16)
+    for form in FORMS:
+        if loaded().edgellm_has_form(form.encode()):
+            found = np.empty_like(expected)
+            arrays = [each.ctypes.data_as(ctypes.c_void_p) for each in (x, found)]
+            assert not loaded().edgellm_halve(form.encode(), len(x), *arrays)
             np.testing.assert_array_equal(found, expected, err_msg=form)
 
 
@@ -181,14 +246,17 @@ def own(**change: Any) -> bytes:
     return with_own_operators(exported(**change))[0]
 
 
-KINDS: dict[str, dict[str, Any]] = {"floats": {}, "window": {"window": 50}, "8 bits": {"narrow": True}}
+KINDS: dict[str, dict[str, Any]] = {
+    "floats": {}, "window": {"window": 50}, "norms": {"norms": True}, "8 bits": {"narrow": True},
+    "8 bits, norms": {"narrow": True, "norms": True},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_token_gets_the_same_bits_alone_in_pieces_and_at_once(kind: str, threads: int) -> None:
     kernels()
-    x, narrow = tokens(1, 300), kind == "8 bits"
+    x, narrow = tokens(1, 300), "8 bits" in kind
     layers = [Layer(own(**KINDS[kind]), threads=n, narrow=narrow) for n in (threads, 1, 2)]
     whole = layers[0].step(x)
     pieces = [layers[1].step(x[:, a:b]) for a, b in ((0, 5), (5, 6), (6, 280), (280, 300))]
@@ -202,7 +270,7 @@ def test_a_token_gets_the_same_bits_alone_in_pieces_and_at_once(kind: str, threa
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_a_batch_get_the_bits_that_each_gets_alone(kind: str) -> None:
     kernels()
-    narrow, lengths = kind == "8 bits", [270, 4, 131]
+    narrow, lengths = "8 bits" in kind, [270, 4, 131]
     x, after = tokens(3, 270), tokens(3, 1, seed=1)
     together = Layer(own(**KINDS[kind]), batch=3, narrow=narrow)
     prompt, token = together.step(x, lengths), together.step(after)
@@ -215,7 +283,7 @@ def test_rows_of_a_batch_get_the_bits_that_each_gets_alone(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_close_to_that_of_onnx_runtime(kind: str) -> None:
     kernels()
-    narrow = kind == "8 bits"
+    narrow = "8 bits" in kind
     ours, theirs = (Layer(graph(**KINDS[kind]), narrow=narrow) for graph in (own, exported))
     for seed, time in enumerate((120, 1, 1, 9, 1)):
         x = tokens(1, time, seed)
@@ -239,8 +307,8 @@ def test_a_later_token_and_slots_not_in_use_spoil_nothing() -> None:
 @pytest.mark.parametrize("together", [1, 3])
 def test_the_trial_at_load_finds_it_right(op: str, together: int) -> None:
     kernels()
-    for window, turned in ((False, True), (True, False)):
-        assert 0 < attention_error(AttentionForm(op, together, window, turned)) < OWN_BOUND / 100
+    for window, turned, normed in ((False, True, False), (True, False, True), (False, True, True)):
+        assert 0 < attention_error(AttentionForm(op, together, window, turned, normed)) < OWN_BOUND / 100
 
 
 def test_steps_that_do_not_fit_are_refused() -> None:

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from edgellm_runtime.backends.ort import library
 from edgellm_runtime.backends.own_kernels import find
 from edgellm_runtime.graphs.own_attention import ATTENTIONS, DOMAIN
-from edgellm_runtime.graphs.writer import Node, Shape, graph_bytes
+from edgellm_runtime.graphs.writer import Attribute, Node, Shape, graph_bytes
 
 __all__ = ["AttentionForm", "attention_error", "attention_form"]
 
 Array = NDArray[Any]
-_SIZE, _SLOTS, _SCALE, _WINDOW, _TURNED = 32, 600, 0.2, 40, 16
+_SIZE, _SLOTS, _SCALE, _WINDOW, _TURNED, _EPSILON = 32, 600, 0.2, 40, 16, 1e-5
 # Tokens that each row holds, and new ones: a prompt of rows of two lengths, a token, a piece over more than a chunk.
 _STEPS = (([0, 0], [7, 5]), ([300, 12], [1, 1]), ([511], [5]))
 
@@ -30,12 +30,14 @@ class AttentionForm:
         together: heads that share one head of the cache.
         window: whether a token sees only so many before it.
         turned: whether queries and keys are turned by their positions.
+        normed: whether their heads are normed before that.
     """
 
     op: str
     together: int
     window: bool
     turned: bool
+    normed: bool = False
 
     def __str__(self) -> str:
         return f"{self.op} of {self.together} heads to one of the cache"
@@ -43,9 +45,10 @@ class AttentionForm:
 
 def attention_form(node: Node) -> AttentionForm:
     """The kind of a node."""
-    heads, cached, window, turned = (node.attributes[n] for n in ("num_heads", "kv_num_heads", "window", "do_rotary"))
+    heads, cached = (node.attributes[name] for name in ("num_heads", "kv_num_heads"))
     assert isinstance(heads, int) and isinstance(cached, int)
-    return AttentionForm(node.op, heads // cached, bool(window), bool(turned))
+    window, turned, normed = (bool(node.attributes[name]) for name in ("window", "do_rotary", "norms"))
+    return AttentionForm(node.op, heads // cached, window, turned, normed)
 
 
 def attention_error(form: AttentionForm) -> float:
@@ -69,6 +72,7 @@ class _Trial:
         self.form, self.draw, self.narrow = form, np.random.default_rng(7), form.op == ATTENTIONS[1]
         self.heads = 2 * form.together
         self.scales = self.draw.uniform(0.01, 0.02, (2, 2, _SIZE)).astype(np.float32)  # of keys and of values
+        self.norms = self.draw.uniform(0.5, 1.5, (2, _SIZE)).astype(np.float32)  # of queries and of keys
         angles = self.draw.uniform(0, 6, (_SLOTS, _TURNED // 2))
         self.tables = [np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)]
         ort = library()
@@ -81,15 +85,16 @@ class _Trial:
         cache = "int8" if self.narrow else "float32"
         dtypes = {"x": "float32", "k": cache, "v": cache, "last": "int32", "longest": "int32"}
         tensors: dict[str, Array] = dict(zip(("cos", "sin"), self.tables, strict=True)) if self.form.turned else {}
-        inputs = [*dtypes, *(tensors or ["", ""])]
+        inputs = [*dtypes, *(tensors or ["", ""]), *(["qn", "kn"] if self.form.normed else ["", ""])]
+        tensors |= dict(zip(("qn", "kn"), self.norms, strict=True)) if self.form.normed else {}
         if self.narrow:
             tensors |= {"ks": self.scales[0], "vs": self.scales[1]}
             inputs += ["ks", "vs"]
         while not inputs[-1]:
             inputs.pop()
-        sizes = {
+        sizes: dict[str, Attribute] = {
             "num_heads": self.heads, "kv_num_heads": 2, "scale": _SCALE, "do_rotary": int(self.form.turned),
-            "window": _WINDOW * self.form.window,
+            "window": _WINDOW * self.form.window, "norms": int(self.form.normed), "epsilon": _EPSILON,
         }  # fmt: skip
         shapes: dict[str, Shape] = {"longest": []}
         outputs = {"y": "float32", "next_k": cache, "next_v": cache}
@@ -119,7 +124,10 @@ class _Trial:
         parts = x.reshape(len(x), -1, _SIZE).transpose(1, 0, 2)
         queries, keys, values = np.split(parts, [self.heads, self.heads + 2])
         places = past + np.arange(len(x))
-        queries, keys = self._turned(queries, places), self._turned(keys, places)
+        queries, keys = (
+            self._turned(self._normed(heads, norm), places)
+            for heads, norm in zip((queries, keys), self.norms, strict=True)
+        )
         held = []
         for cache, fresh, scale in zip(caches, (keys, values), self.scales, strict=True):
             if self.narrow:
@@ -133,6 +141,11 @@ class _Trial:
         weights = np.exp(np.where(unseen, -np.inf, scores - scores.max(-1, keepdims=True)))
         result = (weights / weights.sum(-1, keepdims=True)) @ v  # (heads, time, size)
         return result.transpose(1, 0, 2).reshape(len(x), -1), held[0], held[1]
+
+    def _normed(self, x: Array, weight: Array) -> Array:
+        """Heads (heads, time, size), each normed, if the form has that."""
+        scale = 1 / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + _EPSILON)
+        return x * scale * weight if self.form.normed else x
 
     def _turned(self, x: Array, places: Array) -> Array:
         """Features of heads (heads, time, size) turned by their positions."""

@@ -15,7 +15,7 @@ from math import isclose
 from edgellm_runtime.graphs.graph_view import GraphView
 from edgellm_runtime.graphs.onnx_file import ReadGraph
 from edgellm_runtime.graphs.own_attention import DOMAIN, own_attention
-from edgellm_runtime.graphs.own_gather import GATHER, own_gather
+from edgellm_runtime.graphs.own_gather import own_gather
 from edgellm_runtime.graphs.rewriting import with_nodes
 from edgellm_runtime.graphs.writer import Attribute, Node
 
@@ -115,16 +115,17 @@ def with_own_operators(graph: bytes | ReadGraph, keep: Collection[str] = ()) -> 
     operations = list(_operations(view))
     there: dict[int, list[Node]] = {operation.last.place: [operation.node(view.node(operation.last.place).name)]
                                     for operation in operations}  # fmt: skip
-    casts: set[int] = set()
+    before = {place for operation in operations for place in operation.covers}
     for place in range(len(view.nodes)):
-        node = own_attention(view, place) or (own_gather(view, place) if operations else None)
-        if node is not None:
-            there[place] = [node]
-            casts |= view.uncast(view.node(place).inputs[2])[1] if node.op == GATHER else frozenset()
+        if (attention := own_attention(view, place)) is not None:
+            there[place] = [attention.node]
+            before |= attention.covers
+        elif operations and (gather := own_gather(view, place)) is not None:
+            there[place] = [gather]
+            before |= view.uncast(view.node(place).inputs[2])[1]
     needed = {name for nodes in there.values() for node in nodes for name in node.inputs}
     gone = {*there, *(place for operation in operations for place in operation.gone)}
-    waiting = casts.union(*(operation.covers for operation in operations)) - gone
-    for place in _unread(view, gone, waiting, needed):
+    for place in _unread(view, gone, before - gone, needed):
         there.setdefault(place, [])
     return with_nodes(read.data, there), tuple(node for nodes in there.values() for node in nodes)
 
