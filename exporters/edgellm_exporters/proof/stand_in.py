@@ -89,5 +89,5 @@ def stand_in_session(directory: Path, manifest: Manifest) -> Session:
         backend = OrtBackend(directory / GRAPH, wide, encoder=encoder)
     return Session(
         backend, wide, max_context=manifest.max_context, ragged_chunks=manifest.ragged_chunks,
-        vocab_size=manifest.vocab_size, encoder=manifest.encoder, **sizes,
+        vocab_size=manifest.vocab_size, encoder=manifest.encoder, adapters=manifest.adapters, **sizes,
     )  # fmt: skip
