@@ -6,22 +6,54 @@ model itself (the Fisher information). So one backward pass over some text tells
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from edgellm.streaming import Weights, resident
+from edgellm_exporters.auto.saved_tensors import SavedTensors, ScratchFile
 
 __all__ = ["Gathered", "gather"]
 
 _STORED = torch.bfloat16  # squares of thousands of them are averaged: 8 bits of each are enough, and halve the memory
 
 
-@dataclass
+class Records(Mapping[str, tuple[Tensor, Tensor]]):
+    """Two tensors for each of some names, on disk; both grow by what is added.
+
+    Args:
+        file: where they are.
+    """
+
+    def __init__(self, file: ScratchFile) -> None:
+        self._file = file
+        self._parts: dict[str, list[tuple[Callable[[], Tensor], Callable[[], Tensor]]]] = {}
+
+    def add(self, name: str, first: Tensor, second: Tensor) -> None:
+        """Put further rows behind a name's."""
+        one, other = self._file.write(first.contiguous()), self._file.write(second.contiguous())
+        assert one is not None and other is not None
+        self._parts.setdefault(name, []).append((one, other))
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        """Both, read anew."""
+        parts = self._parts[name]
+        return torch.cat([read() for read, _ in parts]), torch.cat([read() for _, read in parts])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
+@dataclass(frozen=True)
 class Gathered:
     """Inputs and output gradients of layers, by the first of the model's names for their weights.
 
@@ -32,32 +64,35 @@ class Gathered:
         tokens: how many were read.
     """
 
-    products: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    lookups: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    tokens: int = 0
+    products: Mapping[str, tuple[Tensor, Tensor]]
+    lookups: Mapping[str, tuple[Tensor, Tensor]]
+    tokens: int
 
 
 def gather(
-    model: nn.Module, windows: Sequence[Sequence[int]], progress: Callable[[float], None] = lambda _: None
-) -> Gathered:
+    model: nn.Module, weights: Weights, windows: Sequence[Sequence[int]], scratch: Path | None = None,
+    progress: Callable[[float], None] = lambda _: None,
+) -> Gathered:  # fmt: skip
     """Run text forward and sampled words backward, window by window.
 
-    Autograd keeps the weights that a window used until its backward pass is done: of a model that reads its weights
-    from a file, all of them are in memory then.
+    What autograd saves is kept out of memory, and so is what is gathered.
 
     Args:
-        model: in eval mode, able to run.
+        model: in eval mode; may be on the meta device.
+        weights: where its parameters are read from.
         windows: rows of token ids, each read from an empty state.
+        scratch: a directory for what is kept on disk; None for where temporary files are.
         progress: told the share that is done.
     """
-    products: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-    lookups: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    file, saved = ScratchFile(scratch), SavedTensors(model, weights, scratch)
+    products, lookups = Records(file), Records(file)
     generator = torch.Generator().manual_seed(0)
-    with _recording(model, products, lookups):
+    with resident(model, saved), _recording(model, products, lookups):
         for number, window in enumerate(windows):
-            _backward(model, window, generator)
+            with saved.out_of_memory():
+                _backward(model, window, generator)
             progress((number + 1) / len(windows))
-    return Gathered(_joined(products), _joined(lookups), sum(map(len, windows)))
+    return Gathered(products, lookups, sum(map(len, windows)))
 
 
 def _backward(model: nn.Module, window: Sequence[int], generator: torch.Generator) -> None:
@@ -66,18 +101,6 @@ def _backward(model: nn.Module, window: Sequence[int], generator: torch.Generato
         logs = logits[0].float().log_softmax(-1)  # (time, vocab)
         drawn = torch.multinomial(logs.detach().exp(), 1, generator=generator)
         (-logs.gather(1, drawn).sum()).backward()
-
-
-Records = dict[str, list[tuple[Tensor, Tensor]]]
-
-
-def _joined(records: Records) -> dict[str, tuple[Tensor, Tensor]]:
-    """Each layer's windows as one, which are let go of one layer after another."""
-    found = {}
-    for name in list(records):
-        pairs = records.pop(name)
-        found[name] = (torch.cat([first for first, _ in pairs]), torch.cat([second for _, second in pairs]))
-    return found
 
 
 @contextmanager
@@ -90,12 +113,12 @@ def _recording(model: nn.Module, products: Records, lookups: Records) -> Iterato
     handles = []
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            into: Any = products[names[id(module.weight)]]
+            into = products
         elif isinstance(module, nn.Embedding):
-            into = lookups[names[id(module.weight)]]
+            into = lookups
         else:
             continue
-        handles.append(module.register_forward_hook(partial(_record, into)))
+        handles.append(module.register_forward_hook(partial(_record, partial(into.add, names[id(module.weight)]))))
     for parameter in needed:
         parameter.requires_grad_(False)
     try:
@@ -107,7 +130,7 @@ def _recording(model: nn.Module, products: Records, lookups: Records) -> Iterato
             parameter.requires_grad_(True)
 
 
-def _record(into: list[tuple[Tensor, Tensor]], module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+def _record(add: Callable[[Tensor, Tensor], None], module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     if not output.requires_grad:
         output = output.detach().requires_grad_()
     read = inputs[0].detach().flatten()
@@ -115,7 +138,7 @@ def _record(into: list[tuple[Tensor, Tensor]], module: nn.Module, inputs: Any, o
         read = read.reshape(-1, inputs[0].shape[-1]).to(_STORED)
 
     def keep(gradient: Tensor) -> None:
-        into.append((read, gradient.reshape(-1, gradient.shape[-1]).to(_STORED)))
+        add(read, gradient.reshape(-1, gradient.shape[-1]).to(_STORED))
 
     output.register_hook(keep)  # type: ignore[no-untyped-call]
     return output

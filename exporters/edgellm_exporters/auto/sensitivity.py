@@ -6,13 +6,14 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgellm.streaming import Weights, resident
+from edgellm.streaming import Weights
 from edgellm_exporters.auto.fisher import Gathered, gather
 from edgellm_exporters.auto.formats import FormatChoices
 from edgellm_exporters.auto.trials import tried
@@ -30,7 +31,6 @@ __all__ = ["GPTQ_FACTOR", "predicted", "sensitivities"]
 # vocabulary is a norm's output whose directions are few, which is where GPTQ gains most.
 GPTQ_FACTOR, _GPTQ_FACTOR_HEAD = 0.6, 0.35
 _TOKENS, _WINDOW = 1024, 256
-_READING = threading.Lock()  # files have one position
 _ROWS = 8192  # of a weight at a time: a vocabulary's error is as large as the table itself
 Progress = Callable[[str, float], None]
 Predictions = dict[str, dict[Scheme, float]]
@@ -39,12 +39,13 @@ Array = NDArray[np.float32]
 
 def sensitivities(
     model: nn.Module, weights: Weights, candidates: Sequence[FormatChoices], smoothing: Smoothing,
-    windows: Sequence[Sequence[int]], *, rounds_inputs: bool, progress: Progress = lambda what, share: None,
+    windows: Sequence[Sequence[int]], *, rounds_inputs: bool, scratch: Path | None = None,
+    progress: Progress = lambda what, share: None,
 ) -> Predictions:  # fmt: skip
     """Nats a token that each format of each weight adds to the KL divergence from the float model.
 
     Linear layers and embeddings by the Fisher information, from one pass forward and backward over about 1,000 tokens;
-    what other weights cost is measured, with one of them rounded at a time. The float model is in memory meanwhile.
+    what other weights cost is measured, with one of them rounded at a time, the float model in memory.
 
     Args:
         model: in eval mode; may be on the meta device.
@@ -53,15 +54,14 @@ def sensitivities(
         smoothing: what has been done to the graph's weights.
         windows: rows of token ids.
         rounds_inputs: whether the target's kernels round what they multiply with to 8 bits.
+        scratch: a directory for what is computed meanwhile; None for where temporary files are.
         progress: told what is done, and how much of it.
     """
-    few, kept = _cut(windows), _Kept(weights)
-    with resident(model, kept):
-        seen = gather(model, few, lambda share: progress("measuring gradients", share))
-    kept.forget()  # each is read once more, by itself
+    few, apart = _cut(windows), _OneAtATime(weights)
+    seen = gather(model, weights, few, scratch, lambda share: progress("measuring gradients", share))
     give_back()
     aliases = _first_names(model)
-    sources = [_Source(c, kept, smoothing, seen, aliases) for c in candidates]
+    sources = [_Source(c, apart, smoothing, seen, aliases) for c in candidates]
     found: Predictions = {}
     with ThreadPoolExecutor(thread_count()) as pool:
         done = pool.map(lambda s: s.costs(rounds_inputs), [s for s in sources if s.known])
@@ -79,27 +79,34 @@ def predicted(predictions: Predictions, schemes: Mapping[str, Scheme]) -> float:
     return sum(predictions[name][scheme] for name, scheme in schemes.items())
 
 
-class _Kept:
-    """Weights read once, until they are forgotten: autograd keeps them anyway; follows the protocol of weights."""
+class _OneAtATime:
+    """Weights that several threads ask for, of files that have one position; follows the protocol of weights."""
 
     def __init__(self, weights: Weights) -> None:
-        self._weights, self._held = weights, dict[str, Tensor]()
-        self._keeps = True
+        self._weights, self._lock = weights, threading.Lock()
 
     def read(self, name: str) -> Tensor:
         """One parameter."""
-        with _READING:
-            if name in self._held:
-                return self._held[name]
-            found = self._weights.read(name)
-            if self._keeps:
-                self._held[name] = found
-            return found
+        with self._lock:
+            return self._weights.read(name)
 
-    def forget(self) -> None:
-        """Keep none from now on."""
-        self._keeps = False
-        self._held.clear()
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of one parameter."""
+        with self._lock:
+            return self._weights.rows(name, start, stop)
+
+
+class _Kept:
+    """Weights that are read once; follows the protocol of weights."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights, self._held = weights, dict[str, Tensor]()
+
+    def read(self, name: str) -> Tensor:
+        """One parameter."""
+        if name not in self._held:
+            self._held[name] = self._weights.read(name)
+        return self._held[name]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Some rows of one parameter."""
@@ -148,13 +155,15 @@ class _Source:
 
     def costs(self, rounds_inputs: bool) -> dict[Scheme, float]:
         """Predicted KL of each format."""
-        weight = np.concatenate([self.weights.read(part).float().numpy() for part in self._parts])
+        parts = [self.weights.read(part).float().numpy() for part in self._parts]
+        weight = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        del parts
         weight = np.asarray(self.smoothing.scaled(self.name, weight), dtype=np.float32)
-        product = self._product()
+        product, lookup = self._product(), self.seen.lookups.get(self._parts[0])
         rounded = _input_costs(weight, *product, self.candidates.schemes) if product and rounds_inputs else {}
         found = {}
         for scheme in self.candidates.schemes:
-            direct, looked_up = self._weight_costs(weight, scheme, product)
+            direct, looked_up = _weight_costs(weight, scheme, product, lookup)
             gptq = scheme.bits < 8 and not scheme.shifted
             factor = _GPTQ_FACTOR_HEAD if self.candidates.role == "head" else GPTQ_FACTOR
             total = (factor if gptq else 1.0) * direct + looked_up + rounded.get(scheme.block, 0.0)
@@ -163,30 +172,33 @@ class _Source:
 
     def _product(self) -> tuple[Tensor, Tensor] | None:
         """Inputs and output gradients as smoothed, or None for what is only looked up in."""
-        pairs = [self.seen.products[part] for part in self._parts if part in self.seen.products]
-        if not pairs:
+        names = [part for part in self._parts if part in self.seen.products]
+        if not names:
             return None
-        x, gradient = pairs[0][0].float(), torch.cat([g for _, g in pairs], dim=1).float()
+        x, gradient = self.seen.products[names[0]]
+        if len(names) > 1:
+            gradient = torch.cat([gradient, *(self.seen.products[name][1] for name in names[1:])], dim=1)
+        x, gradient = x.float(), gradient.float()
         columns, rows = self.smoothing.columns.get(self.name), self.smoothing.rows.get(self.name)
         x = x if columns is None else x / torch.from_numpy(np.asarray(columns, dtype=np.float32))
         return x, gradient if rows is None else gradient / torch.from_numpy(np.asarray(rows, dtype=np.float32))
 
-    def _weight_costs(
-        self, weight: Array, scheme: Scheme, product: tuple[Tensor, Tensor] | None
-    ) -> tuple[float, float]:
-        """Sums over tokens of the squared effect of the weight's error: in products, and in lookups."""
-        lookup = self.seen.lookups.get(self._parts[0])
-        effect = torch.zeros(len(product[0])) if product else torch.zeros(0)
-        looked_up = torch.zeros(len(lookup[0])) if lookup else torch.zeros(0)
-        for start in range(0, len(weight), _ROWS):
-            part = weight[start : start + _ROWS]
-            error = torch.from_numpy(round_to_nearest(part, scheme).dequantize() - part)
-            if product is not None:
-                effect += ((product[1][:, start : start + len(part)] @ error) * product[0]).sum(-1)
-            if lookup is not None:
-                here = ((lookup[0] >= start) & (lookup[0] < start + len(part))).nonzero()[:, 0]
-                looked_up[here] = (lookup[1][here].float() * error[lookup[0][here] - start]).sum(-1)
-        return float(effect.square().sum()), float(looked_up.square().sum())
+
+def _weight_costs(
+    weight: Array, scheme: Scheme, product: tuple[Tensor, Tensor] | None, lookup: tuple[Tensor, Tensor] | None
+) -> tuple[float, float]:
+    """Sums over tokens of the squared effect of the weight's error: in products, and in lookups."""
+    effect = torch.zeros(len(product[0])) if product else torch.zeros(0)
+    looked_up = torch.zeros(len(lookup[0])) if lookup else torch.zeros(0)
+    for start in range(0, len(weight), _ROWS):
+        part = weight[start : start + _ROWS]
+        error = torch.from_numpy(round_to_nearest(part, scheme).dequantize() - part)
+        if product is not None:
+            effect += ((product[1][:, start : start + len(part)] @ error) * product[0]).sum(-1)
+        if lookup is not None:
+            here = ((lookup[0] >= start) & (lookup[0] < start + len(part))).nonzero()[:, 0]
+            looked_up[here] = (lookup[1][here].float() * error[lookup[0][here] - start]).sum(-1)
+    return float(effect.square().sum()), float(looked_up.square().sum())
 
 
 def _input_costs(weight: Array, x: Tensor, gradient: Tensor, schemes: Sequence[Scheme]) -> dict[int, float]:
