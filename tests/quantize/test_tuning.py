@@ -243,6 +243,12 @@ def test_minutes_that_are_too_few_leave_what_was_not_reached_as_it_was() -> None
     assert any("not reached in the minutes" in note for note in quantization_notes({"tuning": found.tuned}))
 
 
+def test_slow_first_steps_do_not_shorten_what_follows() -> None:
+    times = iter([0.0, 20.0, 26.0, 50.0])  # at the beginning, after 2, 8 and 32 steps
+    pace = tune_module._Pace(tuning(clock=lambda: next(times)), 100.0, 600)
+    assert [pace(done) for done in (0, 1, 2, 7, 8, 31, 32)] == [600, 600, 10, 10, 82, 82, 82]
+
+
 @pytest.mark.parametrize(("minutes", "count", "said"), [
     (1, MIN_TUNING_TOKENS - 1, f"needs {MIN_TUNING_TOKENS}"), (0, MIN_TUNING_TOKENS, "for 0 minutes"),
     (float("nan"), MIN_TUNING_TOKENS, "for nan minutes"),

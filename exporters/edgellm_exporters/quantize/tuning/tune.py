@@ -43,7 +43,7 @@ _VERSION = 3  # of the method: layers that another one finished are not taken ov
 _LAYERS_SHARE = 0.4  # of the minutes, at most
 _PASSES = 1.5  # what follows a layer's steps, in times that the float layer takes to read all
 _HELD = 9  # one window of so many is held back
-_TIMED = 2  # steps after which it is known how long one takes
+_TIMED = (2, 8, 32, 128)  # steps after which it is looked how long the last ones took; the first read weights, too
 Progress = Callable[[str, float], None]
 
 
@@ -284,15 +284,16 @@ class _Pace:
 
     def __init__(self, tuning: Tuning, until: float, most: int) -> None:
         self._clock, self._until, self._total = tuning.clock, until, most
-        self._start = tuning.clock()
-        if self._start >= until:
+        self._most, self._since, self._seen = most, tuning.clock(), 0
+        if self._since >= until:
             self._total = 0
 
     def __call__(self, done: int) -> int:
-        if done == _TIMED:
+        if done in _TIMED and done > self._seen:
             now = self._clock()
-            left = int((self._until - now) * done / max(now - self._start, 1e-9))
-            self._total = min(self._total, done + max(left, 0))
+            each = max(now - self._since, 1e-9) / (done - self._seen)
+            self._total = min(self._most, done + max(int((self._until - now) / each), 0))
+            self._since, self._seen = now, done
         return self._total
 
 
