@@ -40,10 +40,10 @@ def _expert(context: Lowering, view: View, matmul: MatMul, hoist: Hoist) -> Sequ
     for weight in (view.up, view.down, view.gate):
         if weight is not None:
             hoist(context, weight)
-    places = context.op("NonZero", context.op("Squeeze", share, context.const([2])))  # (2, chosen)
-    some = context.op("Cast", context.op("Size", places), to=ir.DataType.BOOL)
+    some = _some(context, share)
 
     def chosen() -> list[ir.Value]:
+        places = context.op("NonZero", context.op("Squeeze", share, context.const([2])))  # (2, chosen)
         rows = context.op("Transpose", places, perm=[1, 0])  # (chosen, 2): row and token
         hidden = _between(context, view, context.op("GatherND", x, rows), matmul)
         y = matmul(context, hidden, view.down, view.down_bias)  # (chosen, width)
@@ -51,6 +51,29 @@ def _expert(context: Lowering, view: View, matmul: MatMul, hoist: Hoist) -> Sequ
         return [context.op("ScatterND", total, rows, weighted, reduction="add")]
 
     return choose(context, f"{view.sum.name}.chosen", some, chosen, lambda: [context.op("Identity", total)])
+
+
+def _some(context: Lowering, share: ir.Value) -> ir.Value:
+    """Whether any token has a share (batch, time, 1), one boolean; those of a whole mixture are told together."""
+    split = share.producer()
+    if split is None or split.op_type != "Split" or any(_last_size(part) != 1 for part in split.outputs):
+        return _any(context, share, [0, 1, 2])
+    shares, count = split.inputs[0], len(split.outputs)
+
+    def make() -> list[ir.Value]:
+        return context.ops(count, "Split", _any(context, shares, [0, 1]), axis=0, num_outputs=count)
+
+    return context.once(("chosen at all", shares), make)[share.index() or 0]
+
+
+def _any(context: Lowering, shares: ir.Value, axes: Sequence[int]) -> ir.Value:
+    """Whether there is a number but 0 along some axes."""
+    return context.op("Cast", context.op("ReduceL1", shares, context.const(axes), keepdims=0), to=ir.DataType.BOOL)
+
+
+def _last_size(value: ir.Value) -> int | None:
+    size = None if value.shape is None else value.shape[-1]
+    return size if isinstance(size, int) else None
 
 
 def _between(context: Lowering, view: View, x: ir.Value, matmul: MatMul) -> ir.Value:
