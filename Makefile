@@ -107,7 +107,8 @@ restart-check: .venv/.installed  ## a text of 8,000 tokens gone on with after a 
 kernels: .venv/.installed  ## build edgellm-kernels into .venv (needs a C++ compiler) and test it
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps --force-reinstall ./kernels
 	$(BIN)/python -m pytest tests/runtime/test_own_kernels.py tests/runtime/test_own_operators.py \
-	    tests/runtime/test_own_products.py tests/runtime/test_own_attention.py $(TEST_ARGS)
+	    tests/runtime/test_own_products.py tests/runtime/test_own_attention.py tests/runtime/test_own_experts.py \
+	    $(TEST_ARGS)
 
 check: .venv/.installed  ## format, lint, types, import directions, contents of the wheel
 	$(BIN)/ruff format --check .

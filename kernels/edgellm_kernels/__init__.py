@@ -8,8 +8,8 @@ from pathlib import Path
 
 __all__ = ["INTERFACE", "__version__", "form", "library"]
 
-__version__ = "0.4.0"
-INTERFACE = 4  # of the operators; edgellm asks for the one that it was written for
+__version__ = "0.5.0"
+INTERFACE = 5  # of the operators; edgellm asks for the one that it was written for
 
 
 def library() -> Path:

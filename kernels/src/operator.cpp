@@ -8,9 +8,9 @@
 #include <mutex>
 
 #include "attention_operator.h"
+#include "experts_operator.h"
 #include "gather_operator.h"
-#include "product.h"
-#include "values.h"
+#include "product_operator.h"
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
@@ -22,21 +22,10 @@ using ort::KernelContext;
 using ort::KernelInfo;
 using ort::Status;
 
-// A product of few rows waits for memory: a thread that begins elsewhere in the matrix waits longest, so it is cut into
-// few parts, and only so small ones are worth another thread. One of many rows computes, so threads share it evenly.
-constexpr size_t kLeastPart = 60 << 10, kLargePart = 1 << 20;  // bytes of the matrix
-constexpr size_t kFewRows = 8, kFewParts = 8, kManyParts = 64;
-constexpr int kRowsAtOnce = 8;     // that a thread rounds at a time, where there are many
-constexpr int kGatedRows = 128;    // of which what is between two products is kept at a time
+constexpr int kGatedRows = 128;  // of which what is between two products is kept at a time
 
 struct Operator : ort::CustomOp {
   bool norm, gated;
-};
-
-// A matrix, and what it reads: `width` numbers, and after them the sums of each `sums` of these, where that is not 0.
-struct Product {
-  Matrix matrix;
-  int width, sums;
 };
 
 struct Kernel {
@@ -78,12 +67,7 @@ void round_rows(void* data, size_t part) {
       form.norm(x, w.skip + from, w.gamma, w.kernel->epsilon, width, w.sum + from, own);
       x = own;
     }
-    if (w.product->sums != 0) {
-      if (x != own) std::copy(x, x + width, own);
-      form.sums(own, width, w.product->sums, own + width);
-      x = own;
-    }
-    form.round(m, x, w.codes + at * m.block, w.scales + at, w.minus_sums + at);
+    round_row(form, *w.product, x, own, w.codes + at * m.block, w.scales + at, w.minus_sums + at);
   }
 }
 
@@ -100,14 +84,6 @@ void multiply_units(void* data, size_t part) {
     float* y = w.y + size_t(row) * m.outputs + first * kUnit;
     w.kernel->form->gate(y, y + units * kUnit, (last - first) * kUnit);
   }
-}
-
-void in_parallel(const Api* api, const KernelContext* context, void (*f)(void*, size_t), size_t parts, Work* work) {
-  if (parts > 1) {
-    using Parallel = Status*(const KernelContext*, void (*)(void*, size_t), size_t, size_t, void*);
-    return check(api->at<Parallel>(ort::kKernelContextParallelFor)(context, f, parts, 0, work));
-  }
-  for (size_t part = 0; part < parts; part++) f(work, part);
 }
 
 // Memory for rounded inputs, kept by the thread that calls for as long as it lives.
@@ -130,8 +106,7 @@ void multiply(const KernelContext* context, Work work) {
   if (memory.codes.size() < blocks * m.block) memory.codes.resize(blocks * m.block);
   work.codes = memory.codes.data(), work.scales = memory.scales.data(), work.minus_sums = memory.minus_sums.data();
   const int units = work.kernel->gated && work.product == &work.kernel->first ? m.units / 2 : m.units;
-  const size_t bytes = m.units * m.unit_bytes(), few = std::max(kFewParts, bytes / kLargePart);
-  const size_t parts = std::clamp<size_t>(bytes / kLeastPart, 1, size_t(work.rows) > kFewRows ? kManyParts : few);
+  const size_t parts = parts_of(m.units * m.unit_bytes(), work.rows);
   work.step = int((units + parts - 1) / parts);
   const Api* api = work.kernel->api;
   in_parallel(api, context, round_rows, (work.rows + kRowsAtOnce - 1) / kRowsAtOnce, &work);
@@ -187,43 +162,6 @@ void run(const Kernel& kernel, KernelContext* context) {
 Status* fault(const Api* api, const char* name, const char* what) {
   const std::string message = std::string(name) + ": " + what;
   return api->at<Status*(int, const char*)>(ort::kCreateStatus)(ort::kInvalidArgument, message.c_str());
-}
-
-// A product whose constants are the inputs from `at` on: codes, scales, zeros. Its attributes' names end in `suffix`.
-Product product_of(const Api* api, const KernelInfo* info, size_t at, const std::string& suffix) {
-  const int64_t outputs = number_of(api, info, "N" + suffix), inputs = number_of(api, info, "K" + suffix);
-  const int64_t bits = number_of(api, info, "bits" + suffix), block = number_of(api, info, "block_size" + suffix);
-  const int64_t sums = number_of(api, info, "sums" + suffix);
-  if (outputs < 1 || inputs < 1 || outputs > 1 << 24 || inputs > 1 << 24 || sums < 0 || sums > inputs)
-    throw std::invalid_argument("sizes out of range");
-  int64_t width = inputs;
-  if (sums != 0) {
-    width = inputs * sums / (sums + 1);
-    while (width + (width + sums - 1) / sums < inputs) width++;
-    if (width + (width + sums - 1) / sums != inputs) throw std::invalid_argument("no such row has a sum of each block");
-  }
-  if (block == 0) {
-    if (inputs % 16 != 0 || inputs > kLongestRow || sums != 0)
-      throw std::invalid_argument("rows of a scale have a multiple of 16 inputs, at most 65536, and no sums");
-    const auto* codes = constant<int8_t>(api, info, at, "codes", ort::kInt8, {{inputs, outputs}});
-    const Scales scales = scales_of(api, info, at + 1, {{outputs}});
-    const Product made{pack_rows(int(outputs), int(inputs), codes, scales, forget), int(width), 0};
-    forget_all(scales.floats, outputs), forget_all(scales.halves, outputs);
-    return made;
-  }
-  if ((block != 16 && block != 32 && block != 64 && block != 128) || (bits != 2 && bits != 4 && bits != 8))
-    throw std::invalid_argument(
-        "has blocks of 16, 32, 64 and 128 in 2, 4 and 8 bits, not of " + std::to_string(block) + " in " + std::to_string(bits));
-  const int64_t blocks = (inputs + block - 1) / block, bytes = (blocks * bits + 7) / 8;
-  const auto* codes = constant<uint8_t>(api, info, at, "codes", ort::kUint8, {{outputs, blocks, block * bits / 8}});
-  const Scales scales = scales_of(api, info, at + 1, {{outputs, blocks}, {outputs * blocks}});
-  const uint8_t* zeros = nullptr;
-  if (number_of(api, info, "zeros" + suffix) != 0)
-    zeros = constant<uint8_t>(api, info, at + 2, "zeros", ort::kUint8, {{outputs, bytes}, {outputs * bytes}});
-  const Matrix packed = pack(int(outputs), int(inputs), int(bits), int(block), codes, scales, zeros, forget);
-  forget_all(scales.floats, outputs * blocks), forget_all(scales.halves, outputs * blocks);
-  forget_all(zeros, outputs * bytes);
-  return Product{packed, int(width), int(sums)};
 }
 
 Status* compute(void* self, KernelContext* context) {
@@ -325,6 +263,7 @@ EXPORTED ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort:
     std::vector<const ort::CustomOp*> all = attention_operators();
     for (const Operator& op : ops) all.push_back(&op);
     all.push_back(gather_operator());
+    all.push_back(experts_operator());
     for (const ort::CustomOp* op : all)
       if (auto* s = api->at<ort::Status*(ort::Domain*, const ort::CustomOp*)>(ort::kCustomOpDomainAdd)(made, op)) return s;
     domain = made;

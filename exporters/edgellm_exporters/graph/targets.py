@@ -14,6 +14,7 @@ from edgellm_exporters.graph.capture import OPSET
 from edgellm_exporters.lowering import cuda, ort, standard, tensorrt
 from edgellm_exporters.lowering.context import Rule
 from edgellm_exporters.passes.add_rms_norm import FuseAddRMSNorm
+from edgellm_exporters.passes.merge_experts import MergeExperts
 from edgellm_exporters.passes.merge_linears import MergeLinears
 from edgellm_exporters.passes.split_sequence import SplitSequence
 from edgellm_exporters.quantize.methods import ENGINE_METHODS, METHODS, Method
@@ -76,9 +77,9 @@ TARGETS: Mapping[str, Target] = {
         ),
         Target(
             name="cpu", summary="ONNX Runtime's fused kernels on CPU", rules=ort.RULES,
-            passes=(MergeLinears, FuseAddRMSNorm), domains={"": OPSET, ort.DOMAIN: 1}, dtypes=("float32",),
-            caches=("float32", "int8"), narrow_caches=(ATTENTION,), ragged_chunks=False, check_kernel=ort.check_kernel,
-            lacks_kernel=ort.lacks_kernel,
+            passes=(MergeLinears, MergeExperts, FuseAddRMSNorm), domains={"": OPSET, ort.DOMAIN: 1},
+            dtypes=("float32",), caches=("float32", "int8"), narrow_caches=(ATTENTION,), ragged_chunks=False,
+            check_kernel=ort.check_kernel, lacks_kernel=ort.lacks_kernel,
         ),
         Target(
             name="tensorrt", summary="engines for NVIDIA GPUs, and the standard ONNX that they are built from",

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from edgellm.ops.schema import View
 from edgellm_exporters.lowering.branches import choose
-from edgellm_exporters.lowering.context import Lowering, Rule
+from edgellm_exporters.lowering.context import Lowering, Rule, shape_of
 from edgellm_exporters.lowering.scan import Hoist, MatMul
 
 __all__ = ["expert_rule"]
@@ -45,12 +45,19 @@ def _expert(context: Lowering, view: View, matmul: MatMul, hoist: Hoist) -> Sequ
     def chosen() -> list[ir.Value]:
         places = context.op("NonZero", context.op("Squeeze", share, context.const([2])))  # (2, chosen)
         rows = context.op("Transpose", places, perm=[1, 0])  # (chosen, 2): row and token
-        hidden = _between(context, view, context.op("GatherND", x, rows), matmul)
+        own = _rows(context.op("GatherND", x, rows), view.up)
+        hidden = _rows(_between(context, view, own, matmul), view.down)
         y = matmul(context, hidden, view.down, view.down_bias)  # (chosen, width)
         weighted = context.op("Mul", y, context.op("GatherND", share, rows))
         return [context.op("ScatterND", total, rows, weighted, reduction="add")]
 
     return choose(context, f"{view.sum.name}.chosen", some, chosen, lambda: [context.op("Identity", total)])
+
+
+def _rows(x: ir.Value, weight: ir.Value) -> ir.Value:
+    """The same, as rows that a weight reads: products look at how many axes there are."""
+    x.shape, x.type = ir.Shape(["chosen", shape_of(weight)[1]]), ir.TensorType(ir.DataType.FLOAT)
+    return x
 
 
 def _some(context: Lowering, share: ir.Value) -> ir.Value:
@@ -59,6 +66,7 @@ def _some(context: Lowering, share: ir.Value) -> ir.Value:
     if split is None or split.op_type != "Split" or any(_last_size(part) != 1 for part in split.outputs):
         return _any(context, share, [0, 1, 2])
     shares, count = split.inputs[0], len(split.outputs)
+    assert shares is not None
 
     def make() -> list[ir.Value]:
         return context.ops(count, "Split", _any(context, shares, [0, 1]), axis=0, num_outputs=count)

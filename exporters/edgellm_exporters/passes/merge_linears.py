@@ -11,7 +11,7 @@ import onnx_ir as ir
 from edgellm.ops import LINEAR
 from edgellm.ops.schema import View, views
 
-__all__ = ["MergeLinears", "parts_of"]
+__all__ = ["MergeLinears", "concatenated", "mergeable", "parts_of"]
 
 
 class MergeLinears(ir.passes.InPlacePass):
@@ -39,19 +39,20 @@ def _groups(model: ir.Model) -> list[list[View]]:
     """Linears that can become one."""
     readers: dict[ir.Value, list[View]] = defaultdict(list)
     for view in views(model.graph, LINEAR):
-        if all(map(_mergeable, (view.weight, view.bias))):
+        if all(map(mergeable, (view.weight, view.bias))):
             readers[view.x].append(view)
     return [found for found in readers.values() if len(found) > 1 and len({v.bias is None for v in found}) == 1]
 
 
-def _mergeable(value: ir.Value | None) -> bool:
+def mergeable(value: ir.Value | None) -> bool:
+    """Whether a weight, if there is one, is known and read once."""
     return value is None or (value.const_value is not None and len(value.uses()) == 1)
 
 
 def _merge(graph: ir.Graph, linears: Sequence[View]) -> None:
     x = linears[0].x
-    weight = _concatenated(graph, [linear.weight for linear in linears])
-    bias = None if linears[0].bias is None else _concatenated(graph, [linear.bias for linear in linears])
+    weight = concatenated(graph, [linear.weight for linear in linears])
+    bias = None if linears[0].bias is None else concatenated(graph, [linear.bias for linear in linears])
     sizes = [_tensor(linear.weight).shape.numpy()[0] for linear in linears]
     merged = LINEAR.node(ir.node, x=x, weight=weight, bias=bias)
     outer = list(x.shape)[:-1] if x.shape is not None else []
@@ -68,7 +69,8 @@ def _tensor(value: ir.Value) -> ir.TensorProtocol:
     return value.const_value
 
 
-def _concatenated(graph: ir.Graph, values: Sequence[ir.Value]) -> ir.Value:
+def concatenated(graph: ir.Graph, values: Sequence[ir.Value]) -> ir.Value:
+    """An initializer with the rows of some others, in their order."""
     tensors = [_tensor(v) for v in values]
     rows, first = sum(t.shape.numpy()[0] for t in tensors), tensors[0]
     lazy = ir.LazyTensor(

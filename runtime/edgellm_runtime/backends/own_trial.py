@@ -9,8 +9,7 @@ rounding, a code may be another, which is all that a result may be off by.
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,15 +18,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_runtime.backends.caches import CacheFile
-from edgellm_runtime.backends.kernel_test import packed_codes, processor
+from edgellm_runtime.backends.kernel_test import processor
 from edgellm_runtime.backends.ort import library
 from edgellm_runtime.backends.own_attention_trial import AttentionForm, attention_error, attention_form
+from edgellm_runtime.backends.own_experts_trial import ExpertsForm, experts_error, experts_form
 from edgellm_runtime.backends.own_gather_trial import GatherForm, gather_error, gather_form
 from edgellm_runtime.backends.own_kernels import OwnKernels, Unusable, find, tell
+from edgellm_runtime.backends.own_product_trial import (
+    ProductForm,
+    ProductTrial,
+    gated,
+    product_form,
+    product_trials,
+)
 from edgellm_runtime.graphs.onnx_file import ReadGraph
 from edgellm_runtime.graphs.own_attention import ATTENTIONS, DOMAIN
+from edgellm_runtime.graphs.own_experts import EXPERTS
 from edgellm_runtime.graphs.own_gather import GATHER
-from edgellm_runtime.graphs.own_operators import UNIT
 from edgellm_runtime.graphs.writer import Node, Shape, graph_bytes
 from edgellm_runtime.kernel_choice import chosen_kernels
 
@@ -37,29 +44,6 @@ Array = NDArray[Any]
 FEW_ROWS = (1, 4, 17)
 OWN_BOUND = 0.01  # of a result's length; without the rounding of inputs it would be 0.006 a product
 _EPSILON = 1e-5
-_OUTPUTS, _BLOCKS = 33, 3  # no multiple of any kernel's width; of those that feed a gate, a multiple of 64
-_LONG_ROW = 144
-
-
-@dataclass(frozen=True, order=True)
-class ProductForm:
-    """One kind of product.
-
-    Args:
-        bits: of a weight.
-        block: weights that share a scale; 0: a row's.
-        zeros: whether blocks have zero points.
-        sums: how many inputs share a sum that is read beside them; 0: no sums.
-    """
-
-    bits: int
-    block: int
-    zeros: bool = False
-    sums: int = 0
-
-    def __str__(self) -> str:
-        blocks = f"blocks of {self.block}" if self.block else "rows"
-        return f"{self.bits} bits in {'asymmetric' if self.zeros else 'symmetric'} {blocks}"
 
 
 @dataclass(frozen=True, order=True)
@@ -78,73 +62,19 @@ class OwnForm:
         return f"{self.op} of {' and '.join(map(str, self.products))}"
 
 
-AnyForm: TypeAlias = OwnForm | AttentionForm | GatherForm
+AnyForm: TypeAlias = OwnForm | AttentionForm | GatherForm | ExpertsForm
 
 
 def form_of(node: Node) -> AnyForm:
     """The kind of a node of one of edgellm's own operators."""
     if node.op == GATHER:
         return gather_form(node)
+    if node.op == EXPERTS:
+        return experts_form(node)
     if node.op in ATTENTIONS:
         return attention_form(node)
     suffixes = ("", "_down") if "N_down" in node.attributes else ("",)
-    return OwnForm(node.op, tuple(_product_form(node, suffix) for suffix in suffixes))
-
-
-def _product_form(node: Node, suffix: str) -> ProductForm:
-    def size(name: str) -> int:
-        value = node.attributes[f"{name}{suffix}"]
-        assert isinstance(value, int)
-        return value
-
-    return ProductForm(size("bits"), size("block_size"), zeros=bool(size("zeros")), sums=size("sums"))
-
-
-class _Trial:
-    """Random weights of a product.
-
-    Args:
-        form: its kind.
-        outputs: of it.
-        width: inputs, without sums; rounded up to what the form can have.
-        draw: where numbers come from.
-    """
-
-    def __init__(self, form: ProductForm, outputs: int, width: int, draw: np.random.Generator) -> None:
-        step = form.sums or (1 if form.block else 16)
-        self.form, self.width = form, -(-width // step) * step
-        columns = self.width + (self.width // form.sums if form.sums else 0)
-        block = form.block or columns
-        blocks = -(-columns // block)
-        codes = draw.integers(0, 1 << form.bits, (outputs, blocks * block)).astype(np.uint8)
-        scales = draw.uniform(0.01, 0.02, (outputs, blocks)).astype(np.float16).astype(np.float32)
-        middle = np.full((outputs, blocks), 1 << form.bits - 1, np.uint8)
-        points = draw.integers(0, 1 << form.bits, (outputs, blocks)).astype(np.uint8) if form.zeros else middle
-        whole = codes.astype(np.int64) - np.repeat(points, block, 1)
-        self.weight = (whole * np.repeat(scales, block, 1).astype(np.float64))[:, :columns]
-        packed = packed_codes(codes, form.bits).reshape(outputs, blocks, -1)
-        self.tensors = {"codes": packed, "scales": scales.astype(np.float16)}  # as bundles have them
-        if not form.block:
-            self.tensors = {"codes": np.ascontiguousarray(whole.T).astype(np.int8), "scales": scales[:, 0].copy()}
-        if form.zeros:
-            self.tensors["zeros"] = packed_codes(points, form.bits)
-        self.sizes = {
-            "N": outputs, "K": columns, "bits": form.bits, "block_size": form.block, "sums": form.sums,
-            "zeros": int(form.zeros),
-        }  # fmt: skip
-
-    def of(self, x: Array) -> Array:
-        """The product of rows, rounded to 8 bits in float32, in float64."""
-        x = x.astype(np.float32)
-        if self.form.sums:
-            x = np.concatenate([x, x.reshape(len(x), -1, self.form.sums).sum(-1)], -1)
-        columns = x.shape[1]
-        block = self.form.block or columns
-        parts = np.pad(x, ((0, 0), (0, -columns % block))).reshape(len(x), -1, block)
-        top = np.abs(parts).max(-1, keepdims=True)
-        parts = np.rint(parts * (np.float32(127) / top)).astype(np.float64) * (top / np.float32(127))
-        product: Array = parts.reshape(len(x), -1)[:, :columns] @ self.weight.T
-        return product
+    return OwnForm(node.op, tuple(product_form(node, suffix) for suffix in suffixes))
 
 
 def own_error(form: AnyForm, rows: Iterable[int] = FEW_ROWS) -> float:
@@ -162,30 +92,20 @@ def own_error(form: AnyForm, rows: Iterable[int] = FEW_ROWS) -> float:
         return attention_error(form)
     if isinstance(form, GatherForm):
         return gather_error(form)
+    if isinstance(form, ExpertsForm):
+        return experts_error(form)
     ort, draw = library(), np.random.default_rng(7)
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, 1
     find(ort).add_to(options)
-    trials = list(_trials(form, draw))
+    trials = list(product_trials(form.products, draw))
     gamma = draw.uniform(0.5, 1.5, trials[0].width).astype(np.float32) if "Norm" in form.op else None
     graph = _graph(form, trials, gamma)
     session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     return max(_off(session, trials, gamma, count, draw) for count in rows)
 
 
-def _trials(form: OwnForm, draw: np.random.Generator) -> Iterator[_Trial]:
-    first, *after = form.products
-    width = _BLOCKS * first.block if first.block else _LONG_ROW
-    if not after:
-        yield _Trial(first, _OUTPUTS, width, draw)
-        return
-    (second,) = after
-    middle = _Trial(second, _OUTPUTS, math.lcm(2 * UNIT, second.sums or 1), draw)
-    yield _Trial(first, 2 * middle.width, width, draw)
-    yield middle
-
-
-def _graph(form: OwnForm, trials: Sequence[_Trial], gamma: Array | None) -> bytes:
+def _graph(form: OwnForm, trials: Sequence[ProductTrial], gamma: Array | None) -> bytes:
     inputs, outputs, tensors, sizes = ["x"], ["y"], dict[str, Array](), dict[str, Any]()
     if gamma is not None:
         inputs += ["skip", "gamma"]
@@ -204,7 +124,9 @@ def _graph(form: OwnForm, trials: Sequence[_Trial], gamma: Array | None) -> byte
     return graph_bytes([node], floats, dict.fromkeys(outputs, "float32"), tensors=tensors, shapes=rows)
 
 
-def _off(session: Any, trials: Sequence[_Trial], gamma: Array | None, rows: int, draw: np.random.Generator) -> float:
+def _off(
+    session: Any, trials: Sequence[ProductTrial], gamma: Array | None, rows: int, draw: np.random.Generator
+) -> float:
     x = draw.standard_normal((rows, trials[0].width)).astype(np.float32)
     given, expected = {"x": x}, [x.astype(np.float64)]
     if gamma is not None:
@@ -213,8 +135,7 @@ def _off(session: Any, trials: Sequence[_Trial], gamma: Array | None, rows: int,
         expected = [total / np.sqrt((total**2).mean(-1, keepdims=True) + _EPSILON) * gamma, total]
     expected[0] = trials[0].of(expected[0])
     if len(trials) > 1:
-        gate, up = np.split(expected[0], 2, -1)
-        expected[0] = trials[1].of(gate / (1 + np.exp(-gate)) * up)
+        expected[0] = trials[1].of(gated(expected[0]))
     found = session.run(None, given)
     errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(found, expected, strict=True)]
     return float(max(errors)) if np.isfinite(errors).all() else np.inf

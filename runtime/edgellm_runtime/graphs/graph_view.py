@@ -54,12 +54,24 @@ class GraphView:
         for i, node in enumerate(self.nodes):
             for name in node.inputs:
                 self._readers[name].add(i)
-        self._kept = {*keep, *(_text(value.get("name", b"")) for value in graph.get("output", ()))}
-        for message in self._messages:  # what is read inside of loops and branches
+        self.gives = [_text(value.get("name", b"")) for value in graph.get("output", ())]
+        self._kept = {*keep, *self.gives}
+        for i, message in enumerate(self._messages):  # what is read inside of loops and branches
             inner = (node for part in message.get("attribute", ()) for node in nodes_of(part, "attribute"))
-            self._kept.update(_text(name) for node in inner for name in node.get("input", ()))
+            for name in (_text(name) for node in inner for name in node.get("input", ())):
+                self._readers[name].add(i)
         self.constants = dict(self._constants())
         self._inputs = {_text(value.get("name", b"")): _described(value) for value in graph.get("input", ())}
+
+    def branch(self, place: int, name: str) -> GraphView | None:
+        """A graph inside of a node, which sees this one's constants; None where there is none, or one with its own."""
+        attributes = self._messages[place].get("attribute", ())
+        found = next((a["g"] for a in attributes if a.get("name") == name.encode() and "g" in a), None)
+        if found is None or found.get("initializer") or found.get("input"):
+            return None
+        inner = GraphView({"graph": found})
+        inner._tensors, inner.constants = self._tensors, self.constants
+        return inner
 
     def domain(self, place: int) -> str:
         """Of a node's operator."""
@@ -72,6 +84,11 @@ class GraphView:
             value = next((attribute[key] for key in ("i", "f", "s") if key in attribute), None)
             found[_text(attribute.get("name", b""))] = _text(value) if isinstance(value, bytes) else value
         return found
+
+    def whole_numbers(self, place: int, name: str) -> tuple[int, ...]:
+        """A node's attribute that is a list of whole numbers; none where it is not there."""
+        attributes = self._messages[place].get("attribute", ())
+        return tuple(next((a["ints"] for a in attributes if a.get("name") == name.encode() and "ints" in a), ()))
 
     def input(self, name: str) -> Constant | None:
         """What is known of an input of the graph that is a tensor; sizes that are free are 0."""

@@ -15,6 +15,7 @@ from math import isclose
 from edgellm_runtime.graphs.graph_view import GraphView
 from edgellm_runtime.graphs.onnx_file import ReadGraph
 from edgellm_runtime.graphs.own_attention import DOMAIN, own_attention
+from edgellm_runtime.graphs.own_experts import GatedProducts, own_experts
 from edgellm_runtime.graphs.own_gather import own_gather
 from edgellm_runtime.graphs.rewriting import with_nodes
 from edgellm_runtime.graphs.writer import Attribute, Node
@@ -101,7 +102,7 @@ class _Operation:
 def with_own_operators(graph: bytes | ReadGraph, keep: Collection[str] = ()) -> tuple[bytes, tuple[Node, ...]]:
     """A serialized model with edgellm's own operators wherever they compute what its nodes do.
 
-    Nodes within loops and branches are left alone.
+    Nodes within loops and branches are left alone, but for those of experts.
 
     Args:
         graph: the serialized model; read, where it has been read already.
@@ -115,7 +116,10 @@ def with_own_operators(graph: bytes | ReadGraph, keep: Collection[str] = ()) -> 
     operations = list(_operations(view))
     there: dict[int, list[Node]] = {operation.last.place: [operation.node(view.node(operation.last.place).name)]
                                     for operation in operations}  # fmt: skip
-    before = {place for operation in operations for place in operation.covers}
+    mixtures = own_experts(view, _branch_mlp)
+    for mixture in mixtures:
+        there |= {place: [] for place in mixture.places} | {mixture.places[-1]: [mixture.node]}
+    before = {place for each in operations for place in each.covers} | {p for each in mixtures for p in each.chain}
     for place in range(len(view.nodes)):
         if (attention := own_attention(view, place)) is not None:
             there[place] = [attention.node]
@@ -165,6 +169,16 @@ def _operations(view: GraphView) -> Iterator[_Operation]:
     for product in products.values():
         if product.gives not in taken:
             yield _normed(view, _Operation(product, product), reads)
+
+
+def _branch_mlp(view: GraphView) -> GatedProducts | None:
+    """The gated MLP of a branch, if it has one and no other product."""
+    found = list(_operations(view))
+    if len(found) != 1 or not found[0].gated or found[0].norm:
+        return None
+    (mlp,) = found
+    attributes = {**mlp.first.attributes(), **mlp.last.attributes("_down")}
+    return GatedProducts(mlp.first.reads, mlp.last.gives, (*mlp.first.constants, *mlp.last.constants), attributes)
 
 
 def _block_product(view: GraphView, place: int) -> _Product | None:
