@@ -73,32 +73,29 @@ class Told {
   Read read_;
 };
 
-// Eight codes of 8 bits as they are kept: those with even numbers, then the others.
-void keep_bytes(const uint8_t* codes, uint8_t* even, uint8_t* odd) {
-  uint64_t all;
-  std::memcpy(&all, codes, 8);
-  for (uint8_t* to : {even, odd}) {
-    uint64_t half = all & 0x00ff00ff00ff00ff;
-    half = (half | half >> 8) & 0x0000ffff0000ffff;
-    const uint32_t bytes = static_cast<uint32_t>(half | half >> 16);
-    std::memcpy(to, &bytes, 4);
-    all >>= 8;
+// A block of codes of one output, as lines of 4 bytes for each of 32: in the order that `kept` says.
+void keep2(int block, const uint8_t* codes, uint8_t* lines) {
+  const auto spread = [](uint32_t half) {  // each 4 bits of 16 into the lower half of a byte
+    half = (half | half << 8) & 0x00ff00ff;
+    return (half | half << 4) & 0x0f0f0f0f;
+  };
+  for (int l = 0; l < block / 16; l++) {
+    const uint32_t low = codes[4 * l] | codes[4 * l + 1] << 8, high = codes[4 * l + 2] | codes[4 * l + 3] << 8;
+    const uint32_t all = spread(low) | spread(high) << 4;
+    for (int i = 0; i < 4; i++) lines[4 * kUnit * l + i] = uint8_t(all >> 8 * i);
   }
 }
 
-// A block of codes of one output, as lines of 4 bytes for each of 32.
-void keep(int bits, int block, const uint8_t* codes, uint8_t* lines) {
-  if (bits == 4) {
-    for (int l = 0; l < block / 8; l++) std::memcpy(lines + 4 * kUnit * l, codes + 4 * l, 4);
-  } else if (bits == 8) {
-    for (int l = 0; l < block / 4; l += 2)
-      keep_bytes(codes + 4 * l, lines + 4 * kUnit * l, lines + 4 * kUnit * (l + 1));
-  } else {
-    for (int l = 0; l < block / 16; l++) std::memset(lines + 4 * kUnit * l, 0, 4);
-    for (int i = 0; i < block; i++) {
-      const int code = codes[i / 4] >> 2 * (i % 4) & 3, p = kept(i);
-      lines[4 * kUnit * (p / 16) + p % 4] |= code << 2 * (p % 16 / 4);
-    }
+void keep4(int block, const uint8_t* codes, uint8_t* lines) {
+  for (int l = 0; l < block / 8; l++) std::memcpy(lines + 4 * kUnit * l, codes + 4 * l, 4);
+}
+
+void keep8(int block, const uint8_t* codes, uint8_t* lines) {
+  for (int from = 0; from < block; from += 16, lines += 16 * kUnit) {
+    uint8_t even[8], odd[8];
+    for (int i = 0; i < 8; i++) even[i] = codes[from + 2 * i], odd[i] = codes[from + 2 * i + 1];
+    std::memcpy(lines, even, 4), std::memcpy(lines + 4 * kUnit, odd, 4);
+    std::memcpy(lines + 8 * kUnit, even + 4, 4), std::memcpy(lines + 12 * kUnit, odd + 4, 4);
   }
 }
 
@@ -106,7 +103,7 @@ bool are_halves(const Scales& scales, size_t count) {
   uint16_t half = 0;
   bool all = true;
   if (scales.halves)
-    for (size_t i = 0; i < count; i++) all = all && (scales.halves[i] & 0x7c00) != 0x7c00;  // is a number
+    for (size_t i = 0; i < count; i++) all &= (scales.halves[i] & 0x7c00) != 0x7c00;  // is a number
   else
     for (size_t i = 0; i < count && all; i++) all = half_of(scales.floats[i], &half);
   return all;
@@ -122,19 +119,29 @@ Matrix fresh(int outputs, int inputs, int bits, int block, const Scales& scales)
   return m;
 }
 
-// One output's scale, the one at `from`, and zero into a record.
-void finish(const Matrix& m, uint8_t* record, int r, const Scales& scales, size_t from, uint8_t zero) {
-  uint8_t* scale = record + m.codes_bytes();
-  if (m.half) {
-    uint16_t half = 0;
-    if (scales.halves) half = scales.halves[from];
-    else half_of(scales.floats[from], &half);
-    std::memcpy(scale + r * sizeof half, &half, sizeof half);
-  } else {
-    const float value = scales.halves ? float_of(scales.halves[from]) : scales.floats[from];
-    std::memcpy(scale + r * sizeof value, &value, sizeof value);
+// Scales of some outputs into a record, each `step` after the one before it.
+void set_scales(const Matrix& m, uint8_t* record, int count, const Scales& scales, size_t from, size_t step) {
+  uint8_t* to = record + m.codes_bytes();
+  for (int r = 0; r < count; r++, from += step) {
+    if (m.half) {
+      uint16_t half = 0;
+      if (scales.halves) half = scales.halves[from];
+      else half_of(scales.floats[from], &half);
+      std::memcpy(to + r * sizeof half, &half, sizeof half);
+    } else {
+      const float value = scales.halves ? float_of(scales.halves[from]) : scales.floats[from];
+      std::memcpy(to + r * sizeof value, &value, sizeof value);
+    }
   }
-  record[m.record - kUnit + r] = zero;
+}
+
+// Four rows of codes as one line of some outputs: a byte of each, a code of either sign and 128.
+void interleave(const int8_t* rows, size_t stride, int count, uint8_t* to) {
+  const int8_t *a = rows, *b = a + stride, *c = b + stride, *d = c + stride;
+  for (int r = 0; r < count; r++) {
+    to[4 * r] = uint8_t(a[r]) ^ 128, to[4 * r + 1] = uint8_t(b[r]) ^ 128;
+    to[4 * r + 2] = uint8_t(c[r]) ^ 128, to[4 * r + 3] = uint8_t(d[r]) ^ 128;
+  }
 }
 
 }  // namespace
@@ -144,17 +151,18 @@ Matrix pack(int outputs, int inputs, int bits, int block, const uint8_t* codes, 
   const Matrix m = fresh(outputs, inputs, bits, block, scales);
   const int each = 8 / bits, all = (1 << bits) - 1;
   const size_t zero_bytes = (m.blocks + each - 1) / each, block_bytes = size_t(block) * bits / 8;
+  const auto keep = bits == 2 ? keep2 : bits == 4 ? keep4 : keep8;
   uint8_t* record = m.data.get();
   Told told(codes, read);
   for (int first = 0; first < outputs; first += kUnit) {
     const int count = std::min(outputs - first, kUnit);
     for (int b = 0; b < m.blocks; b++, record += m.record) {
-      for (int r = 0; r < count; r++) {
-        const size_t n = first + r, from = n * m.blocks + b;
-        keep(bits, block, codes + from * block_bytes, record + 4 * r);
-        const int zero = zeros ? zeros[n * zero_bytes + b / each] >> bits * (b % each) & all : 1 << (bits - 1);
-        finish(m, record, r, scales, from, uint8_t(zero));
-      }
+      const size_t from = size_t(first) * m.blocks + b;
+      for (int r = 0; r < count; r++) keep(block, codes + (from + r * m.blocks) * block_bytes, record + 4 * r);
+      set_scales(m, record, count, scales, from, m.blocks);
+      uint8_t* zero = record + m.record - kUnit;
+      for (int r = 0; r < count; r++)
+        zero[r] = zeros ? zeros[(first + r) * zero_bytes + b / each] >> bits * (b % each) & all : 1 << (bits - 1);
     }
     told.until(codes + (first + count) * m.blocks * block_bytes, first + count == outputs);
   }
@@ -169,18 +177,19 @@ Matrix pack_rows(int outputs, int inputs, const int8_t* codes, Scales scales, Re
       const int8_t* rows = codes + size_t(i + line) * outputs;
       for (int u = 0; u < m.units; u++) {
         uint8_t* to = m.data.get() + u * m.unit_bytes() + 4 * kUnit * (i / 4 + line);
-        const int first = u * kUnit, count = std::min(outputs - first, kUnit);
-        for (int r = 0; r < count; r++) {
-          uint32_t four = 0;
-          for (int j = 0; j < 4; j++) four |= uint32_t(uint8_t(rows[size_t(2 * j) * outputs + first + r])) << 8 * j;
-          four ^= 0x80808080;  // a code of either sign and 128
-          std::memcpy(to + 4 * r, &four, 4);
-        }
+        const int first = u * kUnit, count = outputs - first;
+        if (count < kUnit) interleave(rows + first, 2 * size_t(outputs), count, to);
+        else interleave(rows + first, 2 * size_t(outputs), kUnit, to);  // a number that the compiler knows
       }
     }
     told.until(codes + size_t(i + 8) * outputs, i + 8 == inputs);
   }
-  for (int n = 0; n < outputs; n++) finish(m, m.data.get() + n / kUnit * m.unit_bytes(), n % kUnit, scales, n, 128);
+  for (int u = 0; u < m.units; u++) {
+    const int count = std::min(outputs - u * kUnit, kUnit);
+    uint8_t* record = m.data.get() + u * m.unit_bytes();
+    set_scales(m, record, count, scales, u * kUnit, 1);
+    std::memset(record + m.record - kUnit, 128, count);
+  }
   return m;
 }
 
