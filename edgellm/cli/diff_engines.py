@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgellm.cli.diff_rows import UNKNOWN, rows_to_read
+from edgellm.cli.diff_rows import UNKNOWN, rows_to_read, sources_to_read
 from edgellm.cli.progress import stages
 from edgellm.cli.standard_streams import print_json
 
@@ -53,9 +53,11 @@ def _bisected(path: Path, file: Path | None, tokens: int, window: int) -> Bisect
         if not bundle.manifest.graphs:
             target = bundle.manifest.target["name"]
             raise OptionError(f"{path}: is for target {target}, which has no engines; compare it with --against")
-        rows = rows_to_read(bundle, file, tokens, window)
+        rows, sources = rows_to_read(bundle, file, tokens, window), sources_to_read(bundle, file)
         build = built_with(EngineOptions(max_batch=1))
-        return bisect_engines(bundle, rows, lambda part: open_session(part, device="tensorrt"), build, tell=tell)
+        return bisect_engines(
+            bundle, rows, lambda part: open_session(part, device="tensorrt"), build, sources=sources, tell=tell
+        )  # fmt: skip
 
 
 def _report(found: Bisection) -> dict[str, object]:

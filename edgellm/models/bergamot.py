@@ -173,7 +173,7 @@ class Bergamot(SourceStack):
             x = layer(x, mask)
         made = self.read(x, mask)
         if self.config.listed:
-            made[_WORDS] = torch.where(mask[:, :, None], self.words[source], 0.0).to(torch.int32)
+            made[_WORDS] = torch.where(mask[:, :, None], self.words.to(torch.int32)[source], 0)
         return made
 
     def forward(self, tokens: Tensor, state: State, step: Step | None = None) -> tuple[Tensor, dict[str, Tensor]]:

@@ -12,12 +12,14 @@ import onnx
 import pytest
 from families import make
 from onnx import helper
+from source_models import t5_model
 
+from edgellm.cli.diff_rows import rows_to_read, sources_to_read
 from edgellm_exporters.engines.bisect import LOGITS, bisect_engines, built_with
 from edgellm_exporters.engines.cut import cut_behind
 from edgellm_exporters.engines.options import EngineOptions
 from edgellm_exporters.export import ExportOptions, export
-from edgellm_runtime import BackendError, BundleError, open_session
+from edgellm_runtime import BackendError, BundleError, OptionError, open_session
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.checks.layers import tapped
 from edgellm_runtime.session import Session
@@ -109,6 +111,21 @@ def test_without_a_gpu_there_is_one_sentence_and_nothing_is_built(bundle: Bundle
 
     with pytest.raises((BackendError, BundleError)):  # the latter where there is a GPU that the bundle is not for
         bisect_engines(bundle, [ROW], lambda part: open_session(part, device="tensorrt"), built)
+
+
+def test_engines_that_answer_sources_are_held_to_their_graphs_whole(tmp_path: Path) -> None:
+    options = ExportOptions(
+        target="tensorrt", dtype="float16", engine=EngineOptions(build=False, chunk=8), bounds={"top1": 0.0}
+    )
+    answering = export(t5_model(), tmp_path / "b", options=options).bundle
+    rows, sources = rows_to_read(answering, None, 1, 1), sources_to_read(answering, None)
+    for wrong, value in ((LOGITS, "logits.narrow"), (None, "no such value")):
+        engines = WrongEngines(value, tmp_path / str(wrong))
+        engines.scratch.mkdir()
+        found = bisect_engines(answering, rows, engines.run, engines.build, sources=sources)
+        assert (found.wrong, engines.built, len(found.trials)) == (wrong, 0, 1)
+    with pytest.raises(OptionError, match="answers sources, and a text has none; leave --text out"):
+        sources_to_read(answering, tmp_path / "text")
 
 
 def test_what_is_no_number_is_wrong(bundle: Bundle, tmp_path: Path) -> None:

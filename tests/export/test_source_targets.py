@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from marian_files import bergamot
 from source_models import VOCAB, bart_model, own_model, t5_model
 from tiny_bundles import device_session
 
+from edgellm_exporters.engines.options import EngineOptions
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_exporters.proof.parity import compare
 from edgellm_exporters.proof.torch_backend import torch_session
@@ -83,3 +85,16 @@ def test_a_bundle_for_cuda_answers_texts_on_the_cpu_too() -> None:
     answers = model.generate(SOURCES, max_new_tokens=6)
     assert [len(a.tokens) for a in answers] == [6, 6, 6]
     assert all(0 <= token < VOCAB for a in answers for token in a.tokens)
+
+
+@pytest.mark.parametrize("target", ["cuda", "tensorrt"])
+def test_ids_of_a_shortlist_stay_whole_in_16_bits(target: str, tmp_path: Path) -> None:
+    """Of 5,000 words float16 holds the first 2,048 exactly."""
+    model: Any = bergamot(vocab=5000, listed=3)
+    engine = EngineOptions(build=False) if target == "tensorrt" else None
+    options = ExportOptions(target=target, dtype="float16", bounds=ANY, engine=engine)
+    session = open_session(export(model, tmp_path / "b", options=options).bundle, device="cpu", threads=1)
+    state = session.new_state(sources=[list(range(4000, 4020))])
+    found = state.read("source.words")[0]
+    assert found.max() > 4096
+    np.testing.assert_array_equal(found, model.words[4000:4020].int().numpy())

@@ -33,6 +33,7 @@ _SINGLE = 4  # of a row's tokens, the last, which the engine for single tokens r
 _FLOORS = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
 Array = NDArray[Any]
 Run = Callable[[Bundle], Session]  # a session of a bundle's engines
+Sources = Sequence[Sequence[int]] | None
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Bisection:
 
 def bisect_engines(
     bundle: Bundle, rows: Sequence[Sequence[int]], run: Run, build: Callable[[Bundle], Bundle], *,
-    tell: Callable[[str, float], None] = lambda what, share: None,
+    sources: Sources = None, tell: Callable[[str, float], None] = lambda what, share: None,
 ) -> Bisection:  # fmt: skip
     """Find the first layer whose engines do not compute what their graphs say.
 
@@ -79,6 +80,7 @@ def bisect_engines(
         rows: token ids to read.
         run: opens a session of a bundle's engines, on the GPU.
         build: gives a bundle of graphs engines; of about log2(layers) of them.
+        sources: what each row answers, of a bundle with an encoder, whose layers have no names to cut behind.
         tell: told what is done, and how much of it.
 
     Raises:
@@ -87,7 +89,7 @@ def bisect_engines(
     """
     layers = list(bundle.manifest.layers)
     tell("comparing the engines with their graphs", 0.0)
-    trials = [_trial(LOGITS, bundle, bundle, rows, run)]
+    trials = [_trial(LOGITS, bundle, bundle, rows, run, sources)]
     if trials[0].holds or not layers:
         return Bisection(None if trials[0].holds else LOGITS, tuple(trials))
     right, wrong = -1, len(layers)  # of what is known: the last that holds, and the first that does not
@@ -112,21 +114,24 @@ def built_with(options: EngineOptions) -> Callable[[Bundle], Bundle]:
     return build
 
 
-def _trial(name: str, part: Bundle, whole: Bundle, rows: Sequence[Sequence[int]], run: Run) -> Trial:
-    found, expected = _read(run(part), rows), _read(open_session(part, device="cpu"), rows)
+def _trial(
+    name: str, part: Bundle, whole: Bundle, rows: Sequence[Sequence[int]], run: Run, sources: Sources = None
+) -> Trial:  # fmt: skip
+    found, expected = (_read(each, rows, sources) for each in (run(part), open_session(part, device="cpu")))
     size = np.maximum(np.linalg.norm(expected, axis=-1), 1e-12)
     away = np.nan_to_num(np.linalg.norm(found - expected, axis=-1) / size, nan=np.inf, posinf=np.inf)
     measured = [figures["rounding"] for figures in whole.manifest.layers.values()]
     if name in whole.manifest.layers:
         measured = [whole.manifest.layers[name]["rounding"]]
-    return Trial(name, float(away.max()), max(*measured, _FLOORS[whole.manifest.dtype]))
+    return Trial(name, float(away.max()), max([*measured, _FLOORS[whole.manifest.dtype]]))
 
 
-def _read(session: Session, rows: Sequence[Sequence[int]]) -> Array:
+def _read(session: Session, rows: Sequence[Sequence[int]], sources: Sources) -> Array:
     """What a session gives for rows, their last tokens one by one, (tokens, width)."""
     found = list[Array]()
-    for row in rows:
-        tokens, state = np.asarray([list(row)], dtype=np.int64), session.new_state(1, len(row))
+    for at, row in enumerate(rows):
+        tokens = np.asarray([list(row)], dtype=np.int64)
+        state = session.new_state(1, len(row), sources=None if sources is None else [sources[at]])
         cuts = (0, *range(max(1, len(row) - _SINGLE), len(row) + 1))
         found += [session.step(tokens[:, a:b], state, logits="all")[0].copy() for a, b in itertools.pairwise(cuts)]
     return np.concatenate(found).astype(np.float64)

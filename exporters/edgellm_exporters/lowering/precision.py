@@ -28,8 +28,9 @@ def to_dtype(array: NDArray[np.generic], dtype: str, rounded: str = "") -> NDArr
 def narrow(model: ir.Model, dtype: str, rounded: str = "") -> None:
     """Turn every float32 of a graph into ``dtype``, bodies of loops too, but what it gives besides the state. In place.
 
-    Before: a lowered graph whose floats are all float32. After: the same graph in ``dtype``; weights are converted when
-    they are written, and what is wider than float16 holds is refused by the proof, not here.
+    Before: a lowered graph whose floats are all float32. After: the same graph in ``dtype``, but for weights that are
+    read as whole numbers only. Weights are converted when they are written, and what is wider than float16 holds is
+    refused by the proof, not here.
 
     Args:
         model: a lowered graph; its logits, and hidden states if it gives them, stay float32.
@@ -42,8 +43,11 @@ def narrow(model: ir.Model, dtype: str, rounded: str = "") -> None:
         for at in given:
             _keep_float(model.graph, at)
     kept = [model.graph.outputs[at] for at in given]
+    kept += [value for graph in _graphs(model.graph) for value in graph.initializers.values() if _made_whole(value)]
     for graph in _graphs(model.graph):
         for value in graph.initializers.values():
+            if any(value is other for other in kept):
+                continue
             if value.dtype == ir.DataType.FLOAT and value.const_value is not None:
                 value.const_value = _converted(value.const_value, wanted, dtype, rounded)
         for value in _values(graph):
@@ -51,6 +55,12 @@ def narrow(model: ir.Model, dtype: str, rounded: str = "") -> None:
                 value.type = ir.TensorType(wanted)
         for node in graph:
             _retype(node, wanted, dtype, rounded, keep=any(node.outputs[0] is other for other in kept))
+
+
+def _made_whole(value: ir.Value) -> bool:
+    """Whether a weight is read as whole numbers only, such as ids of tokens, of which 16 bits hold few exactly."""
+    to = [node.attributes["to"].as_int() for node in value.consumers() if node.op_type == "Cast"]
+    return len(value.uses()) == len(to) > 0 and all(ir.DataType(kind).is_integer() for kind in to)
 
 
 def _keep_float(graph: ir.Graph, at: int) -> None:
