@@ -18,6 +18,7 @@ from edgellm.models.bart_files import HUGGING_FACE, MARIAN
 from edgellm.models.config import Shape
 from edgellm.models.layers import MLP, DecoderLayer, EncoderLayer, SelfAttention, SourceAttention, SourceStack
 from edgellm.models.layers.mlp import ACTIVATIONS
+from edgellm.models.layers.waves import Waves
 from edgellm.models.protocol import State, Step
 from edgellm.models.registry import Architecture
 from edgellm.ops import source_mask, take_positions
@@ -27,7 +28,7 @@ __all__ = ["ARCHITECTURE", "PRESETS", "Bart", "BartConfig"]
 _BEFORE = 2  # rows of a learned table of positions that no position has
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BartConfig(Shape):
     """The shape of a :class:`Bart`.
 
@@ -86,22 +87,6 @@ PRESETS: Mapping[str, BartConfig] = {
         scale_embedding=True, activation="silu", start_tokens=(0,),
     ),
 }  # fmt: skip
-
-
-class Waves(nn.Module):
-    """Positions as sines and, in the second half of the features, cosines; computed, never stored in a checkpoint."""
-
-    table: Tensor  # (positions, width)
-
-    def __init__(self, positions: int, width: int) -> None:
-        super().__init__()
-        frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
-        angles = torch.arange(positions, dtype=torch.float64, device="cpu")[:, None] * frequencies
-        self.register_buffer("table", torch.cat([angles.sin(), angles.cos()], dim=1).float(), persistent=False)
-
-    def forward(self, positions: Tensor) -> Tensor:
-        """Positions (...) to (..., width)."""
-        return self.table[positions]
 
 
 class BartStack(nn.Module):

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from edgellm.errors import ConfigError
+from edgellm.models.bergamot_files import MARIAN
 from edgellm.models.config import Shape
-from edgellm.models.foreign.marian import TRANSFORMER, Marian, in_layer
 from edgellm.models.layers import MLP, DecoderLayer, EncoderLayer, SourceAttention, SourceStack
+from edgellm.models.layers.simple_recurrence import SimpleRecurrence
+from edgellm.models.layers.waves import Waves
 from edgellm.models.protocol import State, Step
 from edgellm.models.registry import Architecture
-from edgellm.ops import source_mask, take_positions, token_by_token
+from edgellm.ops import source_mask, take_positions
 from edgellm_runtime.spec import BATCH, SOURCE, StateSpec
 
 __all__ = ["ARCHITECTURE", "PRESETS", "Bergamot", "BergamotConfig"]
@@ -33,7 +35,7 @@ _EPS = 1e-6
 _EIGHT = 8  # lists of words are filled up to a multiple of it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BergamotConfig(Shape):
     """The shape of a :class:`Bergamot`.
 
@@ -52,6 +54,7 @@ class BergamotConfig(Shape):
         start_tokens: what every answer begins with; the first one's embedding is not used.
     """
 
+    ZERO = ("listed", "commonest")
     vocab_size: int
     width: int = 256
     encoder_layers: int = 6
@@ -60,8 +63,8 @@ class BergamotConfig(Shape):
     mlp_width: int = 1536
     max_context: int = 512
     max_source: int = 512
-    listed: int | None = 0
-    commonest: int | None = 0
+    listed: int = 0
+    commonest: int = 0
     start_tokens: Sequence[int] = (0,)
 
     def __post_init__(self) -> None:
@@ -69,56 +72,13 @@ class BergamotConfig(Shape):
         if self.width % self.num_heads or self.width % 2:
             raise ConfigError(f"width {self.width} must be even and a multiple of num_heads {self.num_heads}")
         for name in ("listed", "commonest"):
-            if type(found := getattr(self, name)) is not int or not 0 <= found <= self.vocab_size:
-                raise ConfigError(f"{name} is {found!r}; it must be a whole number up to vocab_size")
+            if (found := getattr(self, name)) > self.vocab_size:
+                raise ConfigError(f"{name} is {found}; it must be a whole number up to vocab_size")
 
 
 PRESETS: Mapping[str, BergamotConfig] = {
     "tiny": BergamotConfig(vocab_size=1024, width=128, encoder_layers=2, num_heads=4, mlp_width=256),
 }
-
-
-class Places(nn.Module):
-    """Positions as sines and, in the second half of the features, cosines; computed, never stored in a checkpoint."""
-
-    table: Tensor  # (positions, width)
-
-    def __init__(self, positions: int, width: int) -> None:
-        super().__init__()
-        half = width // 2
-        steps = torch.arange(half, dtype=torch.float64, device="cpu") / max(1, half - 1)
-        angles = torch.arange(positions, dtype=torch.float64, device="cpu")[:, None] * 10000.0**-steps
-        self.register_buffer("table", torch.cat([angles.sin(), angles.cos()], dim=1).float(), persistent=False)
-
-    def forward(self, positions: Tensor) -> Tensor:
-        """Positions (...) to (..., width)."""
-        return self.table[positions.clamp(max=len(self.table) - 1)]  # padding may point past it; nobody reads that
-
-
-def _step(state: Tensor, kept: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-    state = kept * state + new
-    return state, state
-
-
-class SimpleRecurrence(nn.Module):
-    """relu(c), with c fading by a gate: c = f * c + (1 - f) * W x, f = sigmoid(W_f x + b_f)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-        self.in_proj, self.gate_proj = nn.Linear(width, width, bias=False), nn.Linear(width, width)
-
-    def state_specs(self, prefix: str, dtype: str) -> list[StateSpec]:
-        """Its memory, ``prefix.c``."""
-        return [StateSpec(f"{prefix}.c", (BATCH, self.width), dtype, "replace")]
-
-    def forward(self, x: Tensor, state: State, prefix: str, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        """(batch, time, width) to the same shape, and the memory after each row's last valid token."""
-        past = state.get(f"{prefix}.c", torch.zeros_like(x[:, 0]))
-        gate, valid = self.gate_proj(x).sigmoid(), source_mask(x[..., 0], step.lengths)[:, :, None]
-        kept, new = torch.where(valid, gate, 1.0), torch.where(valid, (1.0 - gate) * self.in_proj(x), 0.0)
-        present, y = token_by_token(_step, [past], [kept, new])
-        return y.relu(), {f"{prefix}.c": present}
 
 
 def _layer(c: BergamotConfig, *, decodes: bool) -> nn.Module:
@@ -142,7 +102,8 @@ class Bergamot(SourceStack):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.places = Places(max(config.max_context, config.max_source), config.width)
+        self.most = max(config.max_context, config.max_source)
+        self.places = Waves(self.most, config.width, slowest=True)
         self.encoder = nn.ModuleList(_layer(config, decodes=False) for _ in range(config.encoder_layers))
         self.decoder = nn.ModuleList(_layer(config, decodes=True) for _ in range(config.decoder_layers))
         self.head = nn.Linear(config.width, config.vocab_size)
@@ -180,7 +141,8 @@ class Bergamot(SourceStack):
         """Tokens (batch, time) to logits (batch, count, vocab_size) and the new state."""
         step = step or Step.whole(tokens)
         places = step.past_lengths.long()[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        x = torch.where(places[:, :, None] > 0, self._embedded(tokens), 0.0) + self.places(places)
+        x = torch.where(places[:, :, None] > 0, self._embedded(tokens), 0.0)
+        x = x + self.places(places.clamp(max=self.most - 1))  # padding may point past the table; nobody reads that
         x, present = self.answered(x, state, step)
         logits: Tensor = self.head(take_positions(x, step.logit_positions))
         if self.config.listed:
@@ -190,42 +152,12 @@ class Bergamot(SourceStack):
     def _unlisted(self, words: Tensor) -> Tensor:
         """What is added to logits (batch, vocab_size), of lists (batch, source, listed)."""
         size = self.config.vocab_size
-        common = (torch.arange(size, device=words.device) < self.config.commonest).float()  # type: ignore[operator]
+        common = (torch.arange(size, device=words.device) < self.config.commonest).float()
         listed = common.expand(words.shape[0], size).scatter(1, words.long().flatten(1), 1.0)
         # as many more as make the list a multiple of eight, the commonest first
         lacking = torch.remainder(-listed.sum(1, keepdim=True), _EIGHT)
         listed = torch.where((1.0 - listed).cumsum(1) <= lacking, 1.0, listed)
         return (1.0 - listed) * _UNLISTED
 
-
-_OUTSIDE = {
-    "embedding.weight": "Wemb", "head.weight": "Wemb", "head.bias": "decoder_ff_logit_out_b", "words": "shortlist",
-}  # fmt: skip
-
-
-def _stored(name: str) -> str:
-    """What files call a parameter of ours."""
-    side, _, within = name.partition(".")
-    return in_layer(side, within) if side in ("encoder", "decoder") else _OUTSIDE.get(name, name)
-
-
-MARIAN = Marian(
-    fields={
-        "dim-emb": "width",
-        "enc-depth": "encoder_layers",
-        "dec-depth": "decoder_layers",
-        "transformer-heads": "num_heads",
-        "transformer-dim-ffn": "mlp_width",
-    },
-    needed={
-        **TRANSFORMER,
-        "dec-cell": "ssru",
-        "transformer-decoder-autoreg": "rnn",
-        "dec-cell-base-depth": "2",
-        "dec-cell-high-depth": "1",
-        "transformer-ffn-activation": "relu",
-    },
-    name=_stored,
-)
 
 ARCHITECTURE = Architecture(name="bergamot", config=BergamotConfig, build=Bergamot, presets=PRESETS, marian=MARIAN)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar, Self
 
 from edgellm.errors import ConfigError
 
@@ -18,13 +18,17 @@ _LARGEST = 1 << 31  # of a whole number: sizes, and products of two of them, tha
 class Shape:
     """The base of a frozen dataclass of sizes; those declared as ``int`` are positive whole numbers, lists tuples."""
 
+    ZERO: ClassVar[Collection[str]] = ()  # whole numbers that may be 0, too
+
     def __post_init__(self) -> None:
         for field in self._fields():
             value = getattr(self, field.name)
             if isinstance(value, list):
                 object.__setattr__(self, field.name, tuple(value))
-            if field.type == "int" and (type(value) is not int or value < 1):
-                raise ConfigError(f"{field.name} is {value!r}; it must be a positive whole number")
+            least = 0 if field.name in self.ZERO else 1
+            if field.type == "int" and (type(value) is not int or value < least):
+                wanted = "a positive whole number" if least else "a whole number, 0 for none"
+                raise ConfigError(f"{field.name} is {value!r}; it must be {wanted}")
 
     @classmethod
     def _fields(cls) -> tuple[dataclasses.Field[Any], ...]:

@@ -14,80 +14,41 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from edgellm.errors import ConfigError
-from edgellm.models.config import Shape
 from edgellm.models.layers import RecurrentMixer, RotaryTable, SelfAttention, SourceAttention, SourceStack
-from edgellm.models.layers.both_ways import EncoderBlock, NormedBlock
-from edgellm.models.layers.recurrent import KINDS
-from edgellm.models.layers.source_attention import SOURCE_MASK
+from edgellm.models.layers.both_ways import BlockShape, EncoderBlock, NormedBlock
+from edgellm.models.layers.pointer import Pointer
 from edgellm.models.protocol import State, Step
 from edgellm.models.registry import Architecture
 from edgellm.ops import source_mask, take_positions
-from edgellm_runtime.spec import BATCH, SOURCE, StateSpec
+from edgellm_runtime.spec import StateSpec
 
 __all__ = ["ARCHITECTURE", "PRESETS", "EncoderDecoder", "EncoderDecoderConfig"]
 
-MIXERS = (*KINDS, "attention")
-_POINTED = ("pointer.tokens", "pointer.k")  # states that words are copied by
-_FAR, _LEAST = -1e4, 1e-8  # a score of padding; a probability that no word falls below
 
-
-@dataclass(frozen=True)
-class EncoderDecoderConfig(Shape):
-    """The shape of an :class:`EncoderDecoder`.
+@dataclass(frozen=True, kw_only=True)
+class EncoderDecoderConfig(BlockShape):
+    """The shape of an :class:`EncoderDecoder`; sources and answers are of the same tokens.
 
     Args:
-        vocab_size: tokens, of sources and of answers.
-        width: features between blocks.
         encoder: one mixer a block of the encoder; each of rnn_tanh, rnn_relu, lstm, gru, attention.
         decoder: likewise of the decoder.
-        num_heads: attention heads; divides ``width``.
-        recurrent_width: hidden features of each recurrence, in each direction.
-        mlp_width: hidden features of the gated MLPs.
-        max_context: the most tokens of an answer, its start among them.
         max_source: the most tokens of a source.
-        rope_theta: base of the rotary frequencies of self-attention.
-        dropout: probability in training, after embeddings, mixers, attention to the source and MLPs.
         tie_embeddings: whether the vocabulary projection is the embedding.
-        norm_eps: added to the mean square in the norms.
         start_tokens: what every answer begins with.
-        copies: whether words of the source may be pointed at, and so copied: See et al. 2017, arXiv:1704.04368.
+        copies: whether words of the source may be pointed at, and so copied.
     """
 
-    vocab_size: int
-    width: int = 256
     encoder: Sequence[str] = ("attention",) * 3
     decoder: Sequence[str] = ("gru", "attention")
-    num_heads: int = 4
-    recurrent_width: int = 256
-    mlp_width: int = 704
-    max_context: int = 512
     max_source: int = 512
-    rope_theta: float = 10000.0
-    dropout: float = 0.0
     tie_embeddings: bool = True
-    norm_eps: float = 1e-5
     start_tokens: Sequence[int] = (0,)
     copies: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("encoder", "decoder"):
-            found = getattr(self, name)
-            if not found or (unknown := [mixer for mixer in found if mixer not in MIXERS]):
-                raise ConfigError(f"{name} has {unknown if found else 'no block'}; each is one of {', '.join(MIXERS)}")
-        if self.width % self.num_heads or self.head_dim % 2:
-            raise ConfigError(
-                f"width {self.width} must be a multiple of num_heads {self.num_heads}, and head_dim {self.head_dim} "
-                "even"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout is {self.dropout}; it must be in [0, 1)")
-
-    @property
-    def head_dim(self) -> int:
-        """Features of one attention head."""
-        return self.width // self.num_heads
+        self.check_mixers("encoder")
+        self.check_mixers("decoder")
 
 
 PRESETS: Mapping[str, EncoderDecoderConfig] = {
@@ -130,39 +91,6 @@ class DecoderBlock(NormedBlock):
         x = x + self.dropout(y)
         x = x + self.dropout(self.cross.answer(self.cross_norm(x), state, prefix))
         return self.finish(x), present
-
-
-class Pointer(nn.Module):
-    """Points at tokens of the source: the next one is, with a probability of its own, one of those."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.q_proj, self.k_proj = (nn.Linear(width, width, bias=False) for _ in range(2))
-        self.gate = nn.Linear(width, 1)
-
-    def state_specs(self, dtype: str) -> list[StateSpec]:
-        """The source's tokens, and what they are pointed at by."""
-        width = self.k_proj.out_features
-        return [
-            StateSpec(_POINTED[0], (BATCH, SOURCE), "int32", "static"),
-            StateSpec(_POINTED[1], (BATCH, SOURCE, width), dtype, "static"),
-        ]
-
-    def states(self, source: Tensor, x: Tensor) -> dict[str, Tensor]:
-        """What :meth:`state_specs` declares, of sources (batch, source) and what the encoder gave."""
-        return dict(zip(_POINTED, (source.to(torch.int32), self.k_proj(x)), strict=True))
-
-    def forward(self, x: Tensor, logits: Tensor, state: State) -> Tensor:
-        """Log-probabilities (batch, count, vocab_size) of x (batch, count, width) and the words' own logits."""
-        tokens, keys = (state[name] for name in _POINTED)
-        scores = self.q_proj(x) @ keys.transpose(1, 2) * x.shape[-1] ** -0.5  # (batch, count, source)
-        wide = torch.promote_types(scores.dtype, torch.float32)  # probabilities of 16 bits are too coarse
-        shares = scores.to(wide).masked_fill(~state[SOURCE_MASK][:, None], _FAR).softmax(-1)
-        gate, own = self.gate(x).to(wide).sigmoid(), logits.to(wide).softmax(-1)
-        where = tokens.long()[:, None].expand_as(shares)
-        copied = torch.zeros_like(own).scatter_add(-1, where, gate * shares)
-        mixed: Tensor = ((1.0 - gate) * own + copied + _LEAST).log().to(logits.dtype)
-        return mixed
 
 
 class EncoderDecoder(SourceStack):

@@ -7,16 +7,14 @@ vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from edgellm.errors import ConfigError
 from edgellm.models.layers import GatedMLP, RecurrentMixer, RotaryTable, SelfAttention
-from edgellm.models.layers.recurrent import KINDS
+from edgellm.models.layers.both_ways import BlockShape
 from edgellm.models.protocol import State, Step, logit_width
 from edgellm.models.registry import Architecture
 from edgellm.ops import take_positions
@@ -25,32 +23,23 @@ from edgellm_runtime.spec import StateSpec
 __all__ = ["ARCHITECTURE", "PRESETS", "Hybrid", "HybridConfig"]
 
 ATTENTIONS = ("attention", "local")
-MIXERS = (*KINDS, *ATTENTIONS)
 
 
-@dataclass(frozen=True)
-class HybridConfig:
-    """The shape of a :class:`Hybrid`.
+@dataclass(frozen=True, kw_only=True)
+class HybridConfig(BlockShape):
+    """The shape of a :class:`Hybrid`; a recurrence is projected back to ``width``, and ``mlp_width`` 0 is no MLP.
 
     Args:
-        vocab_size: tokens.
-        width: features between blocks.
         pattern: one mixer a block, first to last; each of rnn_tanh, rnn_relu, lstm, gru, attention, local.
-        num_heads: attention heads; divides ``width``.
         num_kv_heads: key and value heads; divides ``num_heads``.
-        recurrent_width: hidden features of each recurrence, projected back to ``width``.
-        mlp_width: hidden features of the gated MLP after each mixer; 0 for none.
-        max_context: the most tokens that a row may hold.
         rotary: whether attention turns queries and keys by position (without it, order comes from the recurrences).
-        rope_theta: base of the rotary frequencies.
-        dropout: probability in training, after the embedding and after each mixer and MLP.
         tie_embeddings: whether the vocabulary projection is the embedding.
-        norm_eps: added to the mean square in the norms.
         window: how many tokens a token sees in a block of local attention, itself among them.
         num_labels: when not 0, the model gives each token logits over so many labels in place of the vocabulary.
     """
 
-    vocab_size: int
+    MIXERS = (*BlockShape.MIXERS, "local")
+    ZERO = ("mlp_width", "num_labels")
     width: int = 512
     pattern: Sequence[str] = ("lstm", "attention") * 3
     num_heads: int = 8
@@ -59,56 +48,22 @@ class HybridConfig:
     mlp_width: int = 0
     max_context: int = 2048
     rotary: bool = True
-    rope_theta: float = 10000.0
-    dropout: float = 0.0
     tie_embeddings: bool = False
-    norm_eps: float = 1e-5
     window: int = 256
     num_labels: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "pattern", tuple(self.pattern))
-        for name in ("vocab_size", "width", "num_heads", "num_kv_heads", "recurrent_width", "max_context", "window"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"{name} is {value!r}; it must be a positive whole number")
-        if not self.pattern or (unknown := [m for m in self.pattern if m not in MIXERS]):
-            raise ConfigError(
-                f"pattern has {unknown if self.pattern else 'no block'}; each is one of {', '.join(MIXERS)}"
-            )
-        if self.width % self.num_heads or self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"width {self.width}, num_heads {self.num_heads}, num_kv_heads {self.num_kv_heads}: each must divide "
-                "the one before"
-            )
-        if self.rotary and self.head_dim % 2:
-            raise ConfigError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs, so it must be even")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout is {self.dropout}; it must be in [0, 1)")
-        if type(self.num_labels) is not int or self.num_labels < 0:
-            raise ConfigError(f"num_labels is {self.num_labels!r}; it must be a whole number, 0 for a language model")
+        super().__post_init__()
+        self.check_mixers("pattern")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"num_heads is {self.num_heads}, no multiple of num_kv_heads {self.num_kv_heads}")
         if self.num_labels and self.tie_embeddings:
             raise ConfigError("tie_embeddings is set, but labels are no words of the vocabulary; leave it false")
 
     @property
-    def head_dim(self) -> int:
-        """Features of one attention head."""
-        return self.width // self.num_heads
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"pattern": list(self.pattern)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> HybridConfig:
-        """From what :meth:`to_json` gave.
-
-        Raises:
-            ConfigError: an unknown key or an impossible value.
-        """
-        unknown = data.keys() - {f.name for f in dataclasses.fields(cls)}
-        if unknown:
-            raise ConfigError(f"unknown configuration keys {sorted(unknown)} for the hybrid model")
-        return cls(**data)
+    def turns(self) -> bool:
+        """Whether attention turns queries and keys by position."""
+        return self.rotary
 
 
 PRESETS: Mapping[str, HybridConfig] = {

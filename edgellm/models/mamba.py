@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from edgellm.errors import ConfigError
 from edgellm.models.foreign import (
-    GGUF,
     Fields,
     HuggingFace,
     Names,
@@ -19,7 +18,6 @@ from edgellm.models.foreign import (
     Variant,
     checked_whole,
     flag,
-    neutral,
     positive,
     usual_keys,
     whole,
@@ -27,14 +25,7 @@ from edgellm.models.foreign import (
 from edgellm.models.layers import Block, SelectiveMixer, Stack
 from edgellm.models.registry import Architecture
 from edgellm.models.shapes import EndlessShape
-from edgellm.models.state_spaces_files import (
-    BACKBONE_PARTS,
-    GGUF_SPACE_KEYS,
-    GGUF_SPACE_PARTS,
-    GGUF_SPACE_TENSORS,
-    gguf_decay,
-    mixer_parts,
-)
+from edgellm.models.state_spaces_files import BACKBONE_KEYS, BACKBONE_PARTS, mixer_parts, space_gguf
 
 __all__ = ["ARCHITECTURE", "PRESETS", "MambaConfig", "mamba", "time_step_rank"]
 
@@ -115,13 +106,9 @@ HUGGING_FACE = HuggingFace(
     keys={
         **usual_keys(vocab_size=50280, width=768, num_layers=32, tie_embeddings=True),
         "expand": _inner,
+        **BACKBONE_KEYS,
         "state_size": whole("state_size", default=16),
         "time_step_rank": time_step_rank,
-        "conv_kernel": whole("conv_taps", default=4),
-        "use_conv_bias": flag("conv_bias", default=True),
-        "use_bias": flag("bias", default=False),
-        "layer_norm_epsilon": positive("norm_eps", default=1e-5),
-        "hidden_act": neutral("silu", "swish"),
     },
     names=Names({**BACKBONE_PARTS, **mixer_parts("mixer", "mixer")}, layers="backbone.layers"),
     unread=_UNREAD,
@@ -133,17 +120,13 @@ def _gguf_norms(name: str, values: Values, fields: Fields) -> None:
     fields["mixer_norm_eps"] = fields["norm_eps"]  # the file has one for all
 
 
-GGUF_FILES = GGUF(
-    types={"mamba": Variant()},
-    keys={
-        **GGUF_SPACE_KEYS,
+GGUF_FILES = space_gguf(
+    "mamba",
+    {
         "ssm.inner_size": whole("inner"),
         "ssm.time_step_rank": whole("rank"),
         "ssm.dt_b_c_rms": _gguf_norms,
     },
-    names=Names(GGUF_SPACE_PARTS, layers="blk"),
-    tensors=GGUF_SPACE_TENSORS,
-    tensor=gguf_decay,
     reshaped=("mixer.conv.weight",),
 )
 

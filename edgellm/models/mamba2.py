@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from edgellm.errors import ConfigError
 from edgellm.models.foreign import (
-    GGUF,
     METADATA,
     Fields,
     HuggingFace,
@@ -18,9 +17,6 @@ from edgellm.models.foreign import (
     Values,
     Variant,
     checked_whole,
-    flag,
-    neutral,
-    positive,
     refuse,
     usual_keys,
     whole,
@@ -28,15 +24,7 @@ from edgellm.models.foreign import (
 from edgellm.models.layers import Block, Stack, StateSpaceMixer
 from edgellm.models.registry import Architecture
 from edgellm.models.shapes import EndlessShape
-from edgellm.models.state_spaces_files import (
-    BACKBONE_PARTS,
-    GGUF_SPACE_KEYS,
-    GGUF_SPACE_PARTS,
-    GGUF_SPACE_TENSORS,
-    gguf_decay,
-    mixer_parts,
-    no_step_limit,
-)
+from edgellm.models.state_spaces_files import BACKBONE_KEYS, BACKBONE_PARTS, mixer_parts, no_step_limit, space_gguf
 
 __all__ = ["ARCHITECTURE", "PRESETS", "Mamba2Config", "mamba2"]
 
@@ -108,13 +96,9 @@ HUGGING_FACE = HuggingFace(
         **usual_keys(vocab_size=32768, width=4096, num_layers=64, head_dim=64, tie_embeddings=False),
         "num_heads": whole("num_heads", default=128),
         "expand": _expand,
+        **BACKBONE_KEYS,
         "state_size": whole("state_size", default=128),
         "n_groups": whole("num_groups", default=8),
-        "conv_kernel": whole("conv_taps", default=4),
-        "use_conv_bias": flag("conv_bias", default=True),
-        "use_bias": flag("bias", default=False),
-        "layer_norm_epsilon": positive("norm_eps", default=1e-5),
-        "hidden_act": neutral("silu", "swish"),
         "time_step_limit": no_step_limit,
     },
     names=Names({**BACKBONE_PARTS, **mixer_parts("mixer", "mixer")}, layers="backbone.layers"),
@@ -131,17 +115,13 @@ def _gguf_heads(name: str, values: Values, fields: Fields) -> None:
     fields["head_dim"] = inner // fields["num_heads"]
 
 
-GGUF_FILES = GGUF(
-    types={"mamba2": Variant()},
-    keys={
-        **GGUF_SPACE_KEYS,
+GGUF_FILES = space_gguf(
+    "mamba2",
+    {
         "ssm.time_step_rank": _gguf_heads,
         "ssm.inner_size": METADATA,  # read with the heads
         "ssm.group_count": whole("num_groups", default=1),
     },
-    names=Names(GGUF_SPACE_PARTS, layers="blk"),
-    tensors=GGUF_SPACE_TENSORS,
-    tensor=gguf_decay,
     reshaped=("mixer.conv.weight", "mixer.a_log", "mixer.d", "mixer.norm"),
 )
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from edgellm.models.foreign import (
+    GGUF,
     GGUF_KEYS,
     GGUF_PARTS,
     GGUF_TENSORS,
@@ -15,18 +16,20 @@ from edgellm.models.foreign import (
     METADATA,
     Fields,
     Key,
+    Names,
     Values,
+    Variant,
     checked_whole,
     flag,
     has,
     neutral,
+    positive,
     refuse,
     whole,
 )
 
 __all__ = [
-    "BACKBONE_PARTS", "GGUF_SPACE_KEYS", "GGUF_SPACE_PARTS", "GGUF_SPACE_TENSORS", "gguf_decay", "mixer_keys",
-    "mixer_parts", "no_step_limit", "pattern_key",
+    "BACKBONE_KEYS", "BACKBONE_PARTS", "mixer_keys", "mixer_parts", "no_step_limit", "pattern_key", "space_gguf",
 ]  # fmt: skip
 
 BACKBONE_PARTS: Mapping[str, str] = {
@@ -101,14 +104,21 @@ def pattern_key(kinds: Mapping[str, str], *, count: str = "num_hidden_layers", d
     return take
 
 
-GGUF_SPACE_KEYS: Mapping[str, Key] = {
+BACKBONE_KEYS: Mapping[str, Key] = {
+    "conv_kernel": whole("conv_taps", default=4),
+    "use_conv_bias": flag("conv_bias", default=True),
+    "use_bias": flag("bias", default=False),
+    "layer_norm_epsilon": positive("norm_eps", default=1e-5),
+    "hidden_act": neutral("silu", "swish"),
+}
+_GGUF_KEYS: Mapping[str, Key] = {
     **{name: GGUF_KEYS[name] for name in ("block_count", "context_length", "embedding_length")},
     "ssm.state_size": whole("state_size"),
     "ssm.conv_kernel": whole("conv_taps"),
     "attention.layer_norm_rms_epsilon": GGUF_KEYS["attention.layer_norm_rms_epsilon"],
     **dict.fromkeys(("feed_forward_length", "attention.head_count", "attention.head_count_kv"), neutral(0)),
 }
-GGUF_SPACE_PARTS: Mapping[str, str] = {
+_GGUF_PARTS: Mapping[str, str] = {
     **GGUF_PARTS,
     "mixer.in_proj": "ssm_in",
     "mixer.conv": "ssm_conv1d",
@@ -120,13 +130,27 @@ GGUF_SPACE_PARTS: Mapping[str, str] = {
     "mixer.norm": "ssm_norm.weight",
     "mixer.out_proj": "ssm_out",
 }
-GGUF_SPACE_TENSORS = {
+_GGUF_TENSORS = {
     **GGUF_TENSORS,
     "conv_bias": has("blk.0.ssm_conv1d.bias"),
     "bias": has("blk.0.ssm_in.bias"),
 }
 
 
-def gguf_decay(_config: Any, _metadata: Values, name: str, tensor: Tensor) -> Tensor:
+def _decay(_config: Any, _metadata: Values, name: str, tensor: Tensor) -> Tensor:
     """GGUF files have A itself, below 0, and we the logarithm of -A."""
     return (-tensor).log() if name.endswith("a_log") else tensor
+
+
+def space_gguf(name: str, keys: Mapping[str, Key], *, reshaped: tuple[str, ...]) -> GGUF:
+    """How GGUF files of state spaces alone are read.
+
+    Args:
+        name: of the foreign architecture.
+        keys: its own, besides those that all have.
+        reshaped: as :class:`GGUF`'s.
+    """
+    return GGUF(
+        types={name: Variant()}, keys={**_GGUF_KEYS, **keys}, names=Names(_GGUF_PARTS, layers="blk"),
+        tensors=_GGUF_TENSORS, tensor=_decay, reshaped=reshaped,
+    )  # fmt: skip

@@ -25,7 +25,7 @@ from edgellm.ops import source_mask, take_positions
 __all__ = ["ARCHITECTURE", "PRESETS", "T5", "T5Config"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class T5Config(Shape):
     """The shape of a :class:`T5`.
 

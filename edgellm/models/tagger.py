@@ -14,10 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from edgellm.errors import ConfigError
-from edgellm.models.config import Shape
 from edgellm.models.layers import RotaryTable
-from edgellm.models.layers.both_ways import EncoderBlock
-from edgellm.models.layers.recurrent import KINDS
+from edgellm.models.layers.both_ways import BlockShape, EncoderBlock
 from edgellm.models.protocol import State, Step
 from edgellm.models.registry import Architecture
 from edgellm.ops import source_mask, take_positions
@@ -25,59 +23,24 @@ from edgellm_runtime.spec import StateSpec
 
 __all__ = ["ARCHITECTURE", "PRESETS", "Tagger", "TaggerConfig"]
 
-MIXERS = (*KINDS, "attention")
 
-
-@dataclass(frozen=True)
-class TaggerConfig(Shape):
+@dataclass(frozen=True, kw_only=True)
+class TaggerConfig(BlockShape):
     """The shape of a :class:`Tagger`.
 
     Args:
-        vocab_size: tokens.
         num_labels: how many labels the logits are over; another number than tokens.
-        width: features between blocks.
         pattern: one mixer a block; each of rnn_tanh, rnn_relu, lstm, gru, attention.
-        num_heads: attention heads; divides ``width``.
-        recurrent_width: hidden features of each recurrence, in each direction.
-        mlp_width: hidden features of the gated MLPs.
-        max_context: the most tokens of a row.
-        rope_theta: base of the rotary frequencies of attention.
-        dropout: probability in training, after the embedding, mixers and MLPs.
-        norm_eps: added to the mean square in the norms.
     """
 
-    vocab_size: int
     num_labels: int = 2
-    width: int = 256
     pattern: Sequence[str] = ("lstm", "attention")
-    num_heads: int = 4
-    recurrent_width: int = 256
-    mlp_width: int = 704
-    max_context: int = 512
-    rope_theta: float = 10000.0
-    dropout: float = 0.0
-    norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.pattern or (unknown := [mixer for mixer in self.pattern if mixer not in MIXERS]):
-            raise ConfigError(
-                f"pattern has {unknown if self.pattern else 'no block'}; each is one of {', '.join(MIXERS)}"
-            )
-        if self.width % self.num_heads or self.head_dim % 2:
-            raise ConfigError(
-                f"width {self.width} must be a multiple of num_heads {self.num_heads}, and head_dim {self.head_dim} "
-                "even"
-            )
+        self.check_mixers("pattern")
         if self.num_labels == self.vocab_size:
             raise ConfigError(f"num_labels is {self.num_labels}, as many as tokens; logits must be over one of the two")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout is {self.dropout}; it must be in [0, 1)")
-
-    @property
-    def head_dim(self) -> int:
-        """Features of one attention head."""
-        return self.width // self.num_heads
 
     @property
     def one_pass(self) -> bool:

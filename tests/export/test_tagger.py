@@ -15,8 +15,9 @@ from torch import nn
 
 import edgellm_runtime
 from edgellm.errors import ConfigError
+from edgellm.models.layers.both_ways import MIXERS
 from edgellm.models.protocol import Step
-from edgellm.models.tagger import MIXERS, TaggerConfig
+from edgellm.models.tagger import TaggerConfig
 from edgellm_exporters.engines.options import EngineOptions
 from edgellm_exporters.errors import CaptureError
 from edgellm_exporters.export import ExportOptions, export

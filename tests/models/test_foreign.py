@@ -6,12 +6,15 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from edgellm.errors import CheckpointError, ConfigError
 from edgellm.models import registry
 from edgellm.models.foreign import GGUF, METADATA, Names, Variant, choice, flag, neutral, read_keys, rows_of, whole
+
+DATA = Path(__file__).parents[1] / "data"
 
 
 @pytest.mark.parametrize("name", registry.ENTRIES)
@@ -135,3 +138,11 @@ def test_a_decoders_configuration_survives_json() -> None:
     architecture = registry.find("decoder")
     config = dataclasses.replace(architecture.presets["tiny"], rope_factors=[0.1 * i + 1 for i in range(16)])
     assert architecture.config.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize("name", registry.ENTRIES)
+def test_configurations_have_the_names_that_older_checkpoints_hold(name: str) -> None:
+    architecture = registry.find(name)
+    known = json.loads((DATA / "presets.json").read_text(encoding="utf-8"))[name]
+    assert {key: json.loads(json.dumps(preset.to_json())) for key, preset in architecture.presets.items()} == known
+    assert {key: architecture.config.from_json(data) for key, data in known.items()} == architecture.presets

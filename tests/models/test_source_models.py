@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from edgellm.checkpoints import load_checkpoint
 from edgellm.errors import CheckpointError
-from edgellm.models.encoder_decoder import MIXERS
+from edgellm.models.layers.both_ways import MIXERS
 from edgellm.models.protocol import Step, answers_sources, empty_state, read_rows
 from edgellm.models.t5 import buckets
 

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import inspect
 import re
+import statistics
 import subprocess
 import sys
 import zipfile
@@ -29,6 +30,9 @@ FAMILIES = {"llama", "mistral", "qwen", "gemma", "phi", "falcon", "mamba", "rwkv
 ELSEWHERE = {"edgellm.harness": "lm_eval"}  # modules that need an extra which the tests' environment need not have
 LIMIT = 400  # lines in a file
 SKIPPED = {".git", "runs", "build", "dist", "__pycache__", ".hypothesis"}
+
+
+FAMILY_LIMIT = 150  # lines that half of the families' files stay under
 
 
 def sources(*packages: str) -> list[Path]:
@@ -161,3 +165,18 @@ def test_wheel_holds_exactly_the_three_packages(tmp_path: Path) -> None:
     shipped = {str(p.relative_to(PACKAGES[n].parent)) for n, p in files}
     shipped |= {f"{n}/py.typed" for n in PACKAGES} | {"edgellm_runtime/server/page.html"}
     assert names - metadata == shipped
+
+
+def test_half_of_the_families_files_are_short() -> None:
+    folder = PACKAGES["edgellm"] / "models"
+    models = [folder / f"{entry.module.rpartition('.')[2]}.py" for entry in registry.ENTRIES.values()]
+    beside = [path for model in models if (path := model.with_name(f"{model.stem}_files.py")).exists()]
+    assert len(beside) > 10
+    for files in (models, models + beside):
+        assert statistics.median(len(path.read_text(encoding="utf-8").splitlines()) for path in files) < FAMILY_LIMIT
+
+
+def test_what_reads_a_familys_files_knows_no_model() -> None:
+    for path in (PACKAGES["edgellm"] / "models").glob("*_files.py"):
+        model = path.stem.removesuffix("_files")
+        assert not re.search(rf"\bedgellm\.models\.{model}\b", path.read_text(encoding="utf-8")), path

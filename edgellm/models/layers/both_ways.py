@@ -2,57 +2,84 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from edgellm.errors import ConfigError
+from edgellm.models.config import Shape
 from edgellm.models.layers.mlp import GatedMLP
-from edgellm.models.layers.recurrent import RecurrentMixer
+from edgellm.models.layers.recurrent import KINDS, RecurrentMixer
 from edgellm.models.layers.rotary import RotaryTable
 from edgellm.models.layers.source_attention import SourceAttention
 from edgellm.models.protocol import Step
 
-__all__ = ["BlockShape", "BothWays", "EncoderBlock", "NormedBlock"]
+__all__ = ["MIXERS", "BlockShape", "BothWays", "EncoderBlock", "NormedBlock"]
 
 
-class BlockShape(Protocol):
-    """What a block asks of a model's configuration."""
+MIXERS = (*KINDS, "attention")
 
-    @property
-    def width(self) -> int:
-        """Features between blocks."""
-        ...
 
-    @property
-    def num_heads(self) -> int:
-        """Attention heads."""
-        ...
+@dataclass(frozen=True, kw_only=True)
+class BlockShape(Shape):
+    """The sizes of blocks of one mixer each, which are trained from scratch.
+
+    Args:
+        vocab_size: tokens.
+        width: features between blocks.
+        num_heads: attention heads; divides ``width``.
+        recurrent_width: hidden features of each recurrence, in each direction.
+        mlp_width: hidden features of the gated MLPs.
+        max_context: the most tokens that a row may hold.
+        rope_theta: base of the rotary frequencies of attention.
+        dropout: probability in training, after embeddings, mixers and MLPs.
+        norm_eps: added to the mean square in the norms.
+    """
+
+    MIXERS: ClassVar[Sequence[str]] = MIXERS
+    vocab_size: int
+    width: int = 256
+    num_heads: int = 4
+    recurrent_width: int = 256
+    mlp_width: int = 704
+    max_context: int = 512
+    rope_theta: float = 10000.0
+    dropout: float = 0.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width % self.num_heads or (self.turns and self.head_dim % 2):
+            raise ConfigError(
+                f"width {self.width} must be a multiple of num_heads {self.num_heads}, and head_dim {self.head_dim} "
+                "even"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout is {self.dropout}; it must be in [0, 1)")
 
     @property
     def head_dim(self) -> int:
-        """Features of one head."""
-        ...
+        """Features of one attention head."""
+        return self.width // self.num_heads
 
     @property
-    def recurrent_width(self) -> int:
-        """Hidden features of each recurrence."""
-        ...
+    def turns(self) -> bool:
+        """Whether attention turns queries and keys by position."""
+        return True
 
-    @property
-    def mlp_width(self) -> int:
-        """Hidden features of the MLPs."""
-        ...
+    def check_mixers(self, name: str) -> None:
+        """Make sure that a field names a mixer for each block.
 
-    @property
-    def norm_eps(self) -> float:
-        """Added to the mean square in the norms."""
-        ...
-
-    @property
-    def dropout(self) -> float:
-        """Probability in training."""
-        ...
+        Raises:
+            ConfigError: it does not.
+        """
+        found = getattr(self, name)
+        if not found or (unknown := [mixer for mixer in found if mixer not in self.MIXERS]):
+            known = ", ".join(self.MIXERS)
+            raise ConfigError(f"{name} has {unknown if found else 'no block'}; each is one of {known}")
 
 
 class BothWays(nn.Module):
