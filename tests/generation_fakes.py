@@ -97,7 +97,7 @@ class FakeSession:
 
 class FakeBundle:
     def __init__(self, path: Path, info: TokenizerInfo | None) -> None:
-        self.path, self.manifest = path, SimpleNamespace(tokenizer=info, name="fake", generation={})
+        self.path, self.manifest = path, SimpleNamespace(tokenizer=info, name="fake", generation={}, adapters=())
 
     def file(self, name: str) -> Path:
         return self.path / name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
@@ -22,9 +22,11 @@ __all__ = ["chat"]
 
 _COMMAND = re.compile(r"/[a-z]+(\s|$)")
 _MOST_NEW = 512
+_WITHOUT = "-"  # in an adapter's place; no adapter has such a name
 _HELP = """\
 /reset          forget the conversation
 /system [TEXT]  show or set the system message; setting it forgets the conversation
+/adapter [NAME] show or choose the adapter that answers, - for none; the conversation stays and is read anew
 /stats          sizes and speed of the last answer
 /help           this
 //TEXT          send a message that begins with /
@@ -36,12 +38,14 @@ _HELP = """\
 @click.option("--system", default=None, help="System message.  [default: the template's own]")
 @choosing_options(max_new_tokens=_MOST_NEW)
 @click.option("--seed", type=int, default=None, help="Makes sampling repeatable.  [default: random]")
+@click.option("--adapter", default=None, metavar="NAME", help="Begin with this adapter of the bundle's.  "
+              "[default: none]")  # fmt: skip
 @threads_option
 @device_option
 def chat(
     bundle: str, system: str | None, max_new_tokens: int | None, temperature: float | None, top_k: int | None,
     top_p: float | None, min_p: float | None, repetition_penalty: float | None, seed: int | None,
-    threads: int | None, device: str,
+    adapter: str | None, threads: int | None, device: str,
 ) -> None:  # fmt: skip
     """Talk with the model in BUNDLE. /help lists the commands; Ctrl-C stops an answer.
 
@@ -56,17 +60,19 @@ def chat(
         "repetition_penalty": repetition_penalty, "seed": seed,
     })  # fmt: skip
     GenerationOptions(**options)  # a wrong option is told before the model is loaded
-    model = load(bundle, device=device, threads=threads)
+    model = load(bundle, device=device, threads=threads).with_adapter(adapter)
     if "max_new_tokens" not in model.generation_defaults:
         options.setdefault("max_new_tokens", _MOST_NEW)
     conversation = model.conversation(system=system)
     tty = input_is_terminal()
     if tty:
         click.secho("/help lists the commands.", err=True, dim=True)
-    _loop(conversation, options, _line_reader(tty))
+    _loop(conversation, model.adapters, options, _line_reader(tty))
 
 
-def _loop(conversation: Conversation, options: OptionKeywords, read: Callable[[], str | None]) -> None:
+def _loop(
+    conversation: Conversation, adapters: Sequence[str], options: OptionKeywords, read: Callable[[], str | None]
+) -> None:
     interrupted = False
     while True:
         try:
@@ -82,7 +88,7 @@ def _loop(conversation: Conversation, options: OptionKeywords, read: Callable[[]
         if line is None or line.strip() == "/exit":
             return
         if _COMMAND.match(line):
-            _command(conversation, line.strip())
+            _command(conversation, adapters, line.strip())
         elif line.strip():
             _answer(conversation, line[1:] if line.startswith("//") else line, options)
 
@@ -119,7 +125,7 @@ def _answer(conversation: Conversation, text: str, options: OptionKeywords) -> N
     click.echo()
 
 
-def _command(conversation: Conversation, line: str) -> None:
+def _command(conversation: Conversation, adapters: Sequence[str], line: str) -> None:
     name, _, rest = line.partition(" ")
     if name == "/reset":
         conversation.reset()
@@ -129,6 +135,8 @@ def _command(conversation: Conversation, line: str) -> None:
         note = "The system message is set; the conversation is forgotten."
     elif name == "/system":
         note = conversation.system if conversation.system is not None else "No system message but the template's own."
+    elif name == "/adapter":
+        note = _adapter(conversation, adapters, rest.strip())
     elif name == "/stats":
         note = _stats(conversation)
     elif name == "/help":
@@ -136,6 +144,21 @@ def _command(conversation: Conversation, line: str) -> None:
     else:
         note = f"No command {name}; /help lists them. Begin a message with // to send it with one /."
     click.secho(note, err=True, dim=True)
+
+
+def _adapter(conversation: Conversation, adapters: Sequence[str], wanted: str) -> str:
+    from edgellm_runtime.errors import OptionError
+
+    if not wanted:
+        named = [f"* {name}" if name == conversation.adapter else f"  {name}" for name in adapters]
+        return "\n".join([*named, f"{'*' if conversation.adapter is None else ' '} {_WITHOUT} (none)"])
+    try:
+        conversation.switch(None if wanted == _WITHOUT else wanted)
+    except OptionError as error:
+        return str(error)
+    if conversation.adapter is None:
+        return "Answers come from the model without an adapter; it reads the conversation anew."
+    return f"Answers come with the adapter {conversation.adapter}; it reads the conversation anew."
 
 
 def _stats(conversation: Conversation) -> str:

@@ -55,6 +55,7 @@ def _print(bundle: Any, context: int | None) -> None:
         ("state", f"{len(specs)} tensors: {slot:,} bytes a token, {fixed - read:,} bytes fixed{of_source}"),
         *_encoder(manifest),
         *_memory(bundle, context),
+        *([("adapters", ", ".join(manifest.adapters))] if manifest.adapters else []),
         ("tokenizer", json_text(manifest.tokenizer.to_json()) if manifest.tokenizer else "none"),
         ("generates with", options_text(manifest.generation)),
         ("held to", json_text(dict(manifest.bounds))),

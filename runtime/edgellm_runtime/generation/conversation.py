@@ -128,6 +128,28 @@ class Conversation:
         made._trail, made._held = self._trail.copy(), list(self._held)
         return made
 
+    @property
+    def adapter(self) -> str | None:
+        """The adapter that answers; None: the model without one."""
+        return self._session.adapter
+
+    def switch(self, adapter: str | None) -> None:
+        """Answer with another adapter from the next turn on, which reads the whole history with it.
+
+        What was said stays; what the adapter before has read of it is forgotten. An open stream is closed.
+
+        Args:
+            adapter: the name of one of the bundle's; None for none.
+
+        Raises:
+            OptionError: there is none of that name.
+        """
+        session = self._session.with_adapter(adapter)
+        self._close()
+        if session.adapter != self._session.adapter:
+            self._session, self._prefixes = session, None if self._prefixes is None else self._prefixes.of(session)
+            self._forget()
+
     def rewind(self, turns: int = 1) -> None:
         """Take the last turns back, an open stream's among them; the next one reads only what differs.
 
@@ -223,8 +245,8 @@ class Conversation:
         checked = with_defaults(self._defaults, options)
         if checked.adapter not in (None, self._session.adapter):
             raise OptionError(
-                f"adapter is {checked.adapter!r}, and the conversation has read with another or none; make one with "
-                "model.with_adapter(name).conversation()"
+                f"adapter is {checked.adapter!r}, and the conversation has read with another or none; switch it with "
+                "conversation.switch(name)"
             )
         self._close()
         turn = [*self._messages, {"role": "user", "content": text}]
