@@ -31,7 +31,12 @@ def exported(family: str, method: str, folder: Path) -> Bundle:
     return export(make(family), folder / "bundle", options=ExportOptions(quantize=method)).bundle
 
 
+def no_room() -> tuple[int, int]:
+    return 1, 1
+
+
 def in_sections(bundle: Bundle, **more: Any) -> tuple[Session, SectionBackend]:
+    more = {"memory": no_room, **more}
     backend = SectionBackend(bundle.file("model.onnx"), bundle.manifest.signature, MOST, threads=1, **more)
     assert len(backend.sections) > 2
     return session_of(bundle, backend), backend
@@ -104,6 +109,28 @@ def test_one_section_is_in_memory_at_a_time_and_none_after_a_step(
     assert not any(each() is not None for each in alive)
     total = sum(section.nbytes for section in backend.sections)
     assert max(section.nbytes for section in backend.sections) < total / 2
+
+
+def test_sections_stay_loaded_while_the_process_holds_less_than_it_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here it held as much as makes room for two of them."""
+    bundle, loaded = exported("decoder", "int4", tmp_path), list[bytes]()
+    load = section_backend.load_graph
+
+    def counted(model: bytes, *given: Any) -> Any:
+        loaded.append(model)
+        return load(model, *given)
+
+    monkeypatch.setattr(section_backend, "load_graph", counted)
+    asked = [(0, 10 * MOST), (0, 0), (8 * MOST, 0)]  # at the beginning, after the first section, after the second
+    session, backend = in_sections(bundle, memory=lambda: asked.pop(0) if asked else (9 * MOST, 0))
+    count = len(backend.sections)
+    monkeypatch.setattr(section_backend, "trim", lambda: None)
+    found = steps(session)
+    assert_same_bits(found, steps(unchecked_session(bundle, device="cpu", threads=1, kernels="onnxruntime")))
+    models = [section.model for section in backend.sections]
+    assert loaded[: 2 * count - 2] == models + models[2:]
 
 
 def test_an_export_in_sections_is_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

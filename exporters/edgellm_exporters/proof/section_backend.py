@@ -1,8 +1,12 @@
-"""Steps of a graph whose sections are loaded one after the other in each step: slow, in the memory of one of them."""
+"""Steps of a graph whose sections are loaded one after the other in each step: slow, in little memory.
+
+The first sections stay loaded as long as that leaves the process below the most it has held; where it had little, each
+step loads all of them anew, in the memory of one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_exporters.proof.sections import Section, sections_of
-from edgellm_exporters.weights.memory import trim
+from edgellm_exporters.weights.memory import memory_now_and_at_most, trim
 from edgellm_runtime.backends.base import HostBackend
 from edgellm_runtime.backends.faults import step_fault
 from edgellm_runtime.backends.ort import library, load_graph, session_options
@@ -34,6 +38,7 @@ class SectionBackend(HostBackend):
         fusions: likewise.
         fetch: likewise.
         float_inputs: likewise.
+        memory: gives the bytes that the process holds, and the most it has held.
     """
 
     device = "cpu"
@@ -41,6 +46,7 @@ class SectionBackend(HostBackend):
     def __init__(
         self, graph: Path, signature: Signature, most: int, *, threads: int | None = None, fusions: bool = True,
         fetch: Sequence[str] = (), float_inputs: bool = False,
+        memory: Callable[[], tuple[int, int]] = memory_now_and_at_most,
     ) -> None:  # fmt: skip
         self._graph, self._signature, self._fetch = graph, signature, tuple(fetch)
         self._options = session_options(threads, fusions=fusions, float_inputs=float_inputs, weights=graph.parent)
@@ -48,6 +54,8 @@ class SectionBackend(HostBackend):
         model = graph.read_bytes()
         self.sections = sections_of(with_float_inputs(model) if float_inputs else model, most, fetch)
         self.fetched: dict[str, Array] = {}
+        self._memory, self._limit = memory, memory()[1]
+        self._kept: dict[int, Any] = {}  # sessions that stay loaded, by the places of their sections
 
     def run(
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
@@ -79,18 +87,26 @@ class SectionBackend(HostBackend):
             for spec in specs
             if not spec.encoded
         }
-        for section in self.sections:
-            values |= self._given(section, values, written)
+        for place, section in enumerate(self.sections):
+            session = self._kept.get(place) or load_graph(section.model, self._graph, self._options)
+            values |= self._given(session, section, values, written)
+            if place not in self._kept and self._has_room():
+                self._kept[place] = session
+            del session
             trim()
         self.fetched = {name: values[name] for name in self._fetch}
         state.swap()
         return values
 
+    def _has_room(self) -> bool:
+        """Whether another section can be loaded beside those that are: its weights, as they lie and in order."""
+        return self._memory()[0] + 2 * max(section.nbytes for section in self.sections) <= self._limit
+
     def _given(
-        self, section: Section, values: Mapping[str, Array], written: Mapping[str, Array]
+        self, session: Any, section: Section, values: Mapping[str, Array], written: Mapping[str, Array]
     ) -> dict[str, Array]:  # fmt: skip
-        """What one section gives besides the state; its session is gone afterwards."""
-        session, value = load_graph(section.model, self._graph, self._options), library().OrtValue.ortvalue_from_numpy
+        """What one section gives besides the state."""
+        value = library().OrtValue.ortvalue_from_numpy
         try:
             binding = session.io_binding()
             bound = {name: value(values[name]) for name in section.inputs}
