@@ -9,15 +9,19 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from test_adapters_on_targets import same_numbers
 
 from edgellm.checkpoints import adapted, load_checkpoint, open_checkpoint, switchable
 from edgellm.checkpoints.assemble import fill, shared_names
 from edgellm.checkpoints.shared_blocks import separate
-from edgellm.cli.export import export
+from edgellm.cli.export import export as export_command
 from edgellm.errors import CheckpointError, TrainingError
+from edgellm.models.protocol import Step, empty_state
 from edgellm.streaming import resident
 from edgellm.training.start import _from_checkpoint
+from edgellm_exporters.export import ExportOptions, export
 from edgellm_runtime import load
+from edgellm_runtime.spec import ADAPTER
 
 pytestmark = pytest.mark.filterwarnings("default")  # the warnings here are transformers' and PEFT's own
 TOKENS = torch.randint(3, 61, (2, 19), generator=torch.Generator().manual_seed(0))
@@ -93,12 +97,39 @@ def test_bundles_have_it_merged_and_to_be_switched(made: tuple[Path, torch.Tenso
     folder, wanted = made
     for name, given in (("merged", folder / "adapter"), ("apart", f"own={folder / 'adapter'}")):
         call = [str(folder / "base"), "-o", str(tmp_path / name), "--adapter", str(given)]
-        said = CliRunner().invoke(export, call, catch_exceptions=False)
+        said = CliRunner().invoke(export_command, call, catch_exceptions=False)
         assert said.exit_code == 0, said.output
         model = load(tmp_path / name)
         session = model.session if name == "merged" else model.with_adapter("own").session
         found = torch.from_numpy(session.step(TOKENS.numpy(), session.new_state(2), logits="all"))
         assert near(found, wanted)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("method", ["int8", "int4"])
+def test_quantized_bundles_have_it_merged_and_to_be_switched(
+    method: str, made: tuple[Path, torch.Tensor], tmp_path: Path
+) -> None:
+    base = zamba2()
+    base.get_input_embeddings().weight.mul_(8)  # else all tokens are nearly as likely, and rounding chooses
+    base.save_pretrained(tmp_path / "base")
+    for name in ("merged", "apart"):
+        opened, folder = open_checkpoint(tmp_path / "base"), made[0] / "adapter"
+        opened = adapted(opened, folder) if name == "merged" else switchable(opened, {"own": folder})
+        done = export(
+            opened.model, tmp_path / name, weights=opened.weights, options=ExportOptions(target="onnx", quantize=method)
+        )
+        reference = same_numbers(fill(opened.model, opened.weights), "onnx", method, done.bundle.manifest.max_context)
+        model, own = load(tmp_path / name, threads=1), () if name == "merged" else ("own",)
+        for number, adapter in enumerate((None, *own)):
+            state = empty_state(reference, *TOKENS.shape)
+            chosen = {ADAPTER: torch.full((2, 1), number, dtype=torch.int32)} if own else {}
+            wanted = reference(TOKENS, {**state, **chosen}, Step.whole(TOKENS))[0]
+            session = model.with_adapter(adapter).session
+            found = torch.from_numpy(session.step(TOKENS.numpy(), session.new_state(2), logits="all"))
+            assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5, (name, adapter)
+    groups = {tensor: group for group in shared_names(reference) for tensor in group}
+    assert len(groups["base.layers.2.shared.attention.q_proj.weight"]) == 2  # switched, the base's blocks stay one
 
 
 @torch.inference_mode()
