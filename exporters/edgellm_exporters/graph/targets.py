@@ -16,6 +16,7 @@ from edgellm_exporters.lowering.context import Rule
 from edgellm_exporters.passes.add_rms_norm import FuseAddRMSNorm
 from edgellm_exporters.passes.merge_experts import MergeExperts
 from edgellm_exporters.passes.merge_linears import MergeLinears
+from edgellm_exporters.passes.merge_low_rank import MergeLowRank
 from edgellm_exporters.passes.split_sequence import SplitSequence
 from edgellm_exporters.quantize.methods import ENGINE_METHODS, METHODS, Method
 from edgellm_exporters.quantize.plan import Scheme
@@ -83,7 +84,7 @@ TARGETS: Mapping[str, Target] = {
         ),
         Target(
             name="tensorrt", summary="engines for NVIDIA GPUs, and the standard ONNX that they are built from",
-            rules=tensorrt.RULES, passes=(SplitSequence, MergeLinears), domains={"": tensorrt.OPSET},
+            rules=tensorrt.RULES, passes=(SplitSequence, MergeLinears, MergeLowRank), domains={"": tensorrt.OPSET},
             dtypes=("float16", "bfloat16", "float32"), caches=("float32",), ragged_chunks=True, methods=ENGINE_METHODS,
             requires={"tensorrt": "11.0", "tensorrt_rtx": "1.7", "onnxruntime": "1.30"}, roles=True, device="tensorrt",
         ),
