@@ -53,8 +53,9 @@ within the stated bounds.
               "rounded is not rounded again), auto (one for each, within --max-kl and --max-size-mb), or one format "
               "for all, BITS:BLOCK, such as 4:32:asymmetric. Of these, cuda has none, int8 and int4; tensorrt has "
               "none, int8, w8a8 and int4, and fp8 (8-bit floats).")  # fmt: skip
-@click.option("--kv-cache", default="float32", help="What attention keeps keys and values in: float32, or int8, a "
-              "quarter of the memory of long contexts. What no kernel holds so stays float, and the summary names "
+@click.option("--kv-cache", default="float32", help="What attention keeps keys and values in: float32, float16 "
+              "(half of the memory of long contexts; meant for edgellm's own kernels, without which each step takes "
+              "longer), or int8 (a quarter). What no kernel holds so stays float32, and the summary names "
               "it.")  # fmt: skip
 @click.option("--hidden", is_flag=True, help="Let steps give the model's last hidden states, too: embeddings need "
               "them. A step that does not ask for them costs no more.")  # fmt: skip
@@ -256,19 +257,23 @@ def _summary(exported: Exported, loaded: Checkpoint, target: str, dtype: str, qu
         "tokenizer": exported.bundle.manifest.tokenizer is not None,
         "notes": [*loaded.notes, *exported.notes],
         "peak_rss_mb": peak_rss_mb(),
-        **{key: said[key] for key in ("cache", "cache_left", "budget", "predicted_kl", "held_out") if key in said},
+        **{key: said[key] for key in _TOLD if key in said},
     }  # fmt: skip
 
 
+_TOLD = ("cache", "cache_dtype", "cache_left", "budget", "predicted_kl", "held_out")  # of the manifest's quantization
+
+
 def _cache(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """How many states are kept in 8 bits, and which are not though that was asked for."""
+    """How many states are kept in fewer bits, and which are not though that was asked for."""
     if "cache" not in result:
         return []
     left: dict[str, str] = result.get("cache_left", {})
     shown = ", ".join(f"{name} ({why})" for name, why in list(left.items())[:2])
     more = f", and {len(left) - 2} more" if len(left) > 2 else ""
     kept = f"{len(result['cache'])} of {len(result['cache']) + len(left)} states"
-    return [("keys and values in 8 bits", f"{kept}{f'; not {shown}{more}' if left else ''}")]
+    bits = 16 if result.get("cache_dtype") == "float16" else 8
+    return [(f"keys and values in {bits} bits", f"{kept}{f'; not {shown}{more}' if left else ''}")]
 
 
 def _generation(result: dict[str, Any]) -> list[tuple[str, str]]:

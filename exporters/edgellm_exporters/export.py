@@ -50,7 +50,7 @@ from edgellm_exporters.proof.stand_in import bounds_in, proved_on, stand_in, sta
 from edgellm_exporters.proof.text import TEMPLATE, TOKENIZER, check_text
 from edgellm_exporters.proof.torch_backend import encoder_info
 from edgellm_exporters.proof.traces import Continuation, Sources, Trace, take_traces
-from edgellm_exporters.quantize.cache import cache_scales, cached_states
+from edgellm_exporters.quantize.cache import cache_scales, cached_states, half_caches
 from edgellm_exporters.quantize.methods import find_method
 from edgellm_exporters.quantize.notes import quantization_notes
 from edgellm_exporters.quantize.plan import Plan
@@ -169,7 +169,7 @@ def _build(
             model, weights, target, options, rows, scratch, write, notes, progress
         )  # fmt: skip
         signature = _signature(model, quantization, options.dtype, target, hidden)
-        bounds = {**bounds_in(held_by(own_bounds, signature), options.dtype), **options.bounds}
+        bounds = {**bounds_in(held_by(own_bounds, signature, options.dtype), options.dtype), **options.bounds}
         labels = logit_width(model.config) != model.config.vocab_size  # which are nothing to go on with
         unasked = {"greedy": labels, "hidden": hidden is None, "split": signature.one_pass}
         bounds = {name: bound for name, bound in bounds.items() if not unasked.get(name)}
@@ -195,8 +195,10 @@ def _build(
             )  # fmt: skip
             switched = adapter_traces(model, rows[:_ADAPTER_ROWS])
             made_up = standing_in is None and sources is None
-            start = far_start(model, traces[0], made.context, codes=bool(plan.cache)) if made_up else None
-            quantized = bool(plan.schemes or plan.cache)
+            start = (
+                far_start(model, traces[0], made.context, codes=bool(plan.cache or plan.halves)) if made_up else None
+            )
+            quantized = bool(plan.schemes or plan.cache or plan.halves)
             far = None if start is None or quantized else far_row(model, start, {})
             info = text.info if text else None
             receipt = measured_receipt(model, open_one, scratch, info, options.receipt, progress)
@@ -252,7 +254,7 @@ def _same_numbers(
     start: FarStart | None, progress: Progress, sources: Sources, scratch: Path,
 ) -> tuple[ExactTraces, Manifest]:  # fmt: skip
     """PyTorch's traces with the numbers of a quantized bundle; in the manifest, why there are none."""
-    if not plan.schemes and not plan.cache:
+    if not plan.schemes and not plan.cache and not plan.halves:
         return ExactTraces(), manifest
     progress("running PyTorch with the same numbers", 0.0)
     try:
@@ -279,7 +281,9 @@ def _write_weights(
         hidden=hidden, tuning=options.tuning,
     )  # fmt: skip
     if options.kv_cache != "float32":
-        raise ExportError("an 8-bit cache is not part of what the search measures; use it with another --quantize")
+        raise ExportError(
+            f"a cache in {options.kv_cache} is not part of what the search measures; use it with another --quantize"
+        )
     others = sum(file.stat().st_size for file in scratch.iterdir())
     notes += kernel_notes(job.graph(), target)
     found = quantize_within(options.budget, job, scratch, others, progress)
@@ -296,8 +300,8 @@ def _planned(
         prepare(each, target)
     captured = graphs.step
     notes += (lacking := kernel_notes(captured, target))
-    if lacking and options.kv_cache == "int8":
-        raise ExportError(f"an 8-bit cache needs target {target.name}'s kernel, but {lacking[0]}; leave --kv-cache out")
+    if lacking and options.kv_cache != "float32":
+        raise ExportError(f"such a cache needs target {target.name}'s kernel, but {lacking[0]}; leave --kv-cache out")
     give_back()
     gc.freeze()  # so too what tracing made PyTorch keep
     assert isinstance(model, nn.Module)
@@ -306,12 +310,15 @@ def _planned(
         plan = make_plan(
             method, captured, model, rows, options.calibration, progress, weights, encoder=graphs.encoder
         )  # fmt: skip
-        if options.kv_cache == "int8":
+        if options.kv_cache != "float32":
             progress("looking at keys and values", 0.0)
             seen = options.calibration[:_CACHE_WINDOWS] or rows
             names, plan.cache_left = cached_states(captured, model.state_specs(), target.narrow_caches)
             even = [row for row in seen if len(row) == len(seen[0])]
-            plan.cache = cache_scales(model, names, plan.cache_left, even)
+            if options.kv_cache == "float16":
+                plan.halves = half_caches(model, names, plan.cache_left, even)
+            else:
+                plan.cache = cache_scales(model, names, plan.cache_left, even)
     if options.tuning is not None:
         plan = tuned(plan, model, weights, list(layer_modules(model)), graphs.all, options.tuning, progress)
     give_back()
@@ -321,10 +328,11 @@ def _planned(
 def _signature(
     model: LanguageModel, quantization: Mapping[str, Any], dtype: str, target: Target, hidden: TensorSpec | None
 ) -> Signature:
-    """The model's, with the state in the target's precision or, where it is kept in 8 bits, in that."""
+    """The model's, with the state in the target's precision or, where it is kept in fewer bits, in that."""
     whole, narrow = signature_of(model, hidden), frozenset(quantization.get("cache", ()))
+    kept = quantization.get("cache_dtype", "int8")
     state = [
-        dataclasses.replace(s, dtype="int8" if s.name in narrow else dtype if s.dtype == "float32" else s.dtype)
+        dataclasses.replace(s, dtype=kept if s.name in narrow else dtype if s.dtype == "float32" else s.dtype)
         for s in whole.state
     ]
     return dataclasses.replace(whole, inputs=(*whole.inputs, *target.inputs), state=tuple(state))
@@ -367,6 +375,8 @@ def _write_manifest(scratch: Path, manifest: Manifest) -> Manifest:
 
 def _quantization(options: ExportOptions, plan: Plan) -> dict[str, Any]:
     cache: dict[str, Any] = {"cache": sorted(plan.cache)} if plan.cache else {}
+    if plan.halves:
+        cache |= {"cache": sorted(plan.halves), "cache_dtype": "float16"}
     if plan.cache_left:
         cache["cache_left"] = dict(plan.cache_left)
     if not plan.schemes:

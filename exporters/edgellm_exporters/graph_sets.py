@@ -91,7 +91,8 @@ class OneGraph:
             copies = Graphs(*(each.clone() for each in graphs.all))
             write_graphs(self._lowered(copies, plan, rounded=self.dtype), stand_in, progress)
         written = self._lowered(graphs, plan, dtype=self.dtype)
-        narrow_caches(written[GRAPH_FILE], plan.cache)
+        narrow_caches(written[GRAPH_FILE], plan.cache, ir.DataType.INT8)
+        narrow_caches(written[GRAPH_FILE], plan.halves, ir.DataType.FLOAT16)
         write_graphs(written, directory, progress)
         if stand_in is not None:
             for name in written:

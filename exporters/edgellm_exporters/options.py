@@ -35,8 +35,8 @@ class ExportOptions:
         bounds: overrides for what the bundle must hold to.
         budget: what a bundle of ``quantize="auto"`` must keep to.
         held_out: windows of token ids that such a bundle is judged on; none of them is in ``calibration``.
-        kv_cache: what attention keeps keys and values in: ``float32``, or ``int8`` with one scale for each feature of
-            each head.
+        kv_cache: what attention keeps keys and values in: ``float32``, ``float16``, or ``int8`` with one scale for
+            each feature of each head.
         engine: what engines are built for, by a target that has them; None for what :class:`EngineOptions` says.
         generation: options of generation that the bundle sets for whoever names no others, such as
             ``{"temperature": 0.7}``; see :mod:`edgellm_runtime.option_ranges`.
@@ -113,5 +113,5 @@ def check_encoder_options(options: ExportOptions) -> None:
         ExportError: such an option.
     """
     if options.budget is not None or options.kv_cache != "float32":
-        what = "a search of formats" if options.budget is not None else "an 8-bit cache"
+        what = "a search of formats" if options.budget is not None else f"a cache in {options.kv_cache}"
         raise ExportError(f"{what} looks at models that go on with texts, and this one answers sources; leave it out")

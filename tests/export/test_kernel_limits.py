@@ -70,7 +70,7 @@ def test_batch_of_unequal_prompts_in_several_chunks_gets_what_each_gets_alone(tm
 
 
 def test_eight_bit_cache_without_its_kernel_is_refused_before_the_weights_are_written(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="an 8-bit cache needs target cpu's kernel, but Attention of layers"):
+    with pytest.raises(ExportError, match="such a cache needs target cpu's kernel, but Attention of layers"):
         export(model(24), tmp_path / "out", options=ExportOptions(kv_cache="int8"))
     only(tmp_path)
 

@@ -149,7 +149,7 @@ class OtherStates(WithoutEncode):
 
 def test_what_has_no_form_is_refused_in_a_sentence(tmp_path: Path) -> None:
     for options, words in (
-        (ExportOptions(target="cpu", kv_cache="int8"), "an 8-bit cache looks at models that go on with texts"),
+        (ExportOptions(target="cpu", kv_cache="int8"), "a cache in int8 looks at models that go on with texts"),
         (ExportOptions(target="cpu", quantize="auto", budget=Budget(max_kl=1.0)), "a search of formats looks at"),
     ):
         with pytest.raises(ExportError, match=words):

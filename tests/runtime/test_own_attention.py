@@ -19,7 +19,7 @@ from edgellm_runtime.backends.own_kernels import find
 from edgellm_runtime.backends.own_trial import OWN_BOUND
 from edgellm_runtime.graphs.own_attention import ATTENTIONS, DOMAIN
 from edgellm_runtime.graphs.own_operators import with_own_operators
-from edgellm_runtime.graphs.writer import Node, graph_bytes
+from edgellm_runtime.graphs.writer import ELEMENT_TYPES, Node, graph_bytes
 
 Array = NDArray[Any]
 FORMS = ("avx512-vnni", "avx2", "neon-dotprod", "plain")
@@ -47,9 +47,9 @@ def normed(change: dict[str, Any]) -> tuple[list[Node], dict[str, Array], dict[s
     return nodes, constants, {"q": "q_ready", "k": "k0_ready", "v": change.pop("values", "v0")}
 
 
-def exported(*, narrow: bool = False, window: int = 0, norms: bool = False, **change: Any) -> bytes:
+def exported(*, narrow: bool = False, half: bool = False, window: int = 0, norms: bool = False, **change: Any) -> bytes:
     """A graph of one GroupQueryAttention, with something other than usual about it."""
-    cache = "int8" if narrow else "float32"
+    cache = "int8" if narrow else "float16" if half else "float32"
     dtypes = {"x": "float32", "k": cache, "v": cache, "last": "int32", "longest": "int32"}
     attributes: dict[str, Any] = {"num_heads": HEADS, "kv_num_heads": CACHED, "scale": 0.125, "do_rotary": 1}
     attributes |= {"local_window_size": window} if window else {}
@@ -69,10 +69,17 @@ def exported(*, narrow: bool = False, window: int = 0, norms: bool = False, **ch
     slots = ["batch", CACHED, SLOTS, size]
     shapes: dict[str, Any] = {"longest": [], "k": slots, "v": slots, "x": ["batch", "time", (HEADS + 4) * size]}
     outputs = {"y": "float32", "next_k": cache, "next_v": cache}
-    node = Node("GroupQueryAttention", inputs, list(outputs), attributes, domain="com.microsoft", name="a")
+    gives, after = list(outputs), list[Node]()
+    if half:
+        kinds = [ELEMENT_TYPES[name] for name in ("float32", change.pop("back", "float16"))]
+        before += [Node("Cast", [name], [f"{name}_wide"], {"to": kinds[0]}) for name in ("k", "v")]
+        after = [Node("Cast", [f"{name}_wide"], [name], {"to": kinds[1]}) for name in gives[1:]]
+        inputs[3:5], gives[1:] = ["k_wide", "v_wide"], [f"{name}_wide" for name in gives[1:]]
+        attributes = {name: value for name, value in attributes.items() if name != "back"}
+    node = Node("GroupQueryAttention", inputs, gives, attributes, domain="com.microsoft", name="a")
     made = {name for each in before for name in each.outputs}
     dtypes |= {name: "float32" for name in inputs if name and name not in {**dtypes, **tensors} and name not in made}
-    return graph_bytes([*before, node], dtypes, outputs, tensors=tensors, shapes=shapes)
+    return graph_bytes([*before, node, *after], dtypes, outputs, tensors=tensors, shapes=shapes)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +103,7 @@ def test_attention_over_a_cache_is_theirs(narrow: bool, change: dict[str, Any]) 
     inputs += ["ks", "vs"] if narrow else []
     sizes |= {"window": change.get("window", 0), "norms": int(normed), "epsilon": float(np.float32(1e-5 * normed))}
     outputs = ("y", "next_k", "next_v")
-    assert node == Node(ATTENTIONS[narrow], inputs, outputs, sizes, domain=DOMAIN, name="a")
+    assert node == Node(ATTENTIONS["int8" if narrow else "float32"], inputs, outputs, sizes, domain=DOMAIN, name="a")
 
 
 @pytest.mark.parametrize(
@@ -116,6 +123,13 @@ def test_attention_over_a_cache_is_theirs(narrow: bool, change: dict[str, Any]) 
 def test_attention_of_other_kinds_stays_as_it_is(change: dict[str, Any]) -> None:
     model = exported(**change)
     assert with_own_operators(model) == (model, ())
+
+
+def test_a_cache_that_is_cast_before_attention_and_back_is_read_as_it_lies() -> None:
+    _, (node,) = with_own_operators(exported(half=True))
+    assert (node.op, node.inputs[1:3], node.outputs[1:]) == (ATTENTIONS["float16"], ["k", "v"], ("next_k", "next_v"))
+    _, nodes = with_own_operators(exported(half=True, back="float64"))
+    assert not nodes
 
 
 @functools.cache
@@ -218,13 +232,13 @@ def test_every_form_rounds_to_the_nearest_of_16_bits_and_no_further_than_the_lar
 class Layer:
     """A session over a cache that goes on from step to step."""
 
-    def __init__(self, graph: bytes, *, threads: int = 2, batch: int = 1, narrow: bool = False) -> None:
+    def __init__(self, graph: bytes, *, threads: int = 2, batch: int = 1, dtype: str = "float32") -> None:
         ort = library()
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 4
         find(ort).add_to(options)
         self.session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        slots = np.zeros((batch, CACHED, SLOTS, SIZE), np.int8 if narrow else np.float32)
+        slots = np.zeros((batch, CACHED, SLOTS, SIZE), dtype)
         self.caches, self.lengths = [slots, slots.copy()], np.zeros(batch, np.int32)
 
     def step(self, x: Array, lengths: Sequence[int] | None = None) -> Array:
@@ -248,16 +262,21 @@ def own(**change: Any) -> bytes:
 
 KINDS: dict[str, dict[str, Any]] = {
     "floats": {}, "window": {"window": 50}, "norms": {"norms": True}, "8 bits": {"narrow": True},
-    "8 bits, norms": {"narrow": True, "norms": True},
+    "8 bits, norms": {"narrow": True, "norms": True}, "16 bits": {"half": True},
+    "16 bits, norms": {"half": True, "norms": True, "window": 50},
 }  # fmt: skip
+
+
+def dtype_of(kind: str) -> str:
+    return "int8" if "8 bits" in kind else "float16" if "16 bits" in kind else "float32"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_token_gets_the_same_bits_alone_in_pieces_and_at_once(kind: str, threads: int) -> None:
     kernels()
-    x, narrow = tokens(1, 300), "8 bits" in kind
-    layers = [Layer(own(**KINDS[kind]), threads=n, narrow=narrow) for n in (threads, 1, 2)]
+    x, dtype = tokens(1, 300), dtype_of(kind)
+    layers = [Layer(own(**KINDS[kind]), threads=n, dtype=dtype) for n in (threads, 1, 2)]
     whole = layers[0].step(x)
     pieces = [layers[1].step(x[:, a:b]) for a, b in ((0, 5), (5, 6), (6, 280), (280, 300))]
     np.testing.assert_array_equal(np.concatenate(pieces, 1), whole)
@@ -270,12 +289,12 @@ def test_a_token_gets_the_same_bits_alone_in_pieces_and_at_once(kind: str, threa
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_a_batch_get_the_bits_that_each_gets_alone(kind: str) -> None:
     kernels()
-    narrow, lengths = "8 bits" in kind, [270, 4, 131]
+    dtype, lengths = dtype_of(kind), [270, 4, 131]
     x, after = tokens(3, 270), tokens(3, 1, seed=1)
-    together = Layer(own(**KINDS[kind]), batch=3, narrow=narrow)
+    together = Layer(own(**KINDS[kind]), batch=3, dtype=dtype)
     prompt, token = together.step(x, lengths), together.step(after)
     for row, length in enumerate(lengths):
-        alone = Layer(own(**KINDS[kind]), narrow=narrow)
+        alone = Layer(own(**KINDS[kind]), dtype=dtype)
         np.testing.assert_array_equal(alone.step(x[row : row + 1, :length])[0], prompt[row, :length])
         np.testing.assert_array_equal(alone.step(after[row : row + 1])[0], token[row])
 
@@ -283,14 +302,15 @@ def test_rows_of_a_batch_get_the_bits_that_each_gets_alone(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_close_to_that_of_onnx_runtime(kind: str) -> None:
     kernels()
-    narrow = "8 bits" in kind
-    ours, theirs = (Layer(graph(**KINDS[kind]), narrow=narrow) for graph in (own, exported))
+    dtype = dtype_of(kind)
+    close = 1e-5 if dtype == "float32" else 1e-3
+    ours, theirs = (Layer(graph(**KINDS[kind]), dtype=dtype) for graph in (own, exported))
     for seed, time in enumerate((120, 1, 1, 9, 1)):
         x = tokens(1, time, seed)
         y, expected = ours.step(x), theirs.step(x)
-        assert np.linalg.norm(y - expected) < (1e-3 if narrow else 1e-5) * np.linalg.norm(expected)
+        assert np.linalg.norm(y - expected) < close * np.linalg.norm(expected)
     for cache, other in zip(ours.caches, theirs.caches, strict=True):
-        assert np.abs(cache.astype(np.float64) - other).max() <= (1 if narrow else 1e-5)  # a code at a tie
+        assert np.abs(cache.astype(np.float64) - other).max() <= (1 if dtype == "int8" else close)  # a code at a tie
 
 
 def test_a_later_token_and_slots_not_in_use_spoil_nothing() -> None:
@@ -303,7 +323,7 @@ def test_a_later_token_and_slots_not_in_use_spoil_nothing() -> None:
     np.testing.assert_array_equal(spoilt.step(other)[0, :30], layer.step(x)[0, :30])
 
 
-@pytest.mark.parametrize("op", ATTENTIONS)
+@pytest.mark.parametrize("op", ATTENTIONS.values())
 @pytest.mark.parametrize("together", [1, 3])
 def test_the_trial_at_load_finds_it_right(op: str, together: int) -> None:
     kernels()

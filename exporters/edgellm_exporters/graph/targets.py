@@ -37,7 +37,7 @@ class Target:
         domains: operator sets its graphs use, with their versions.
         dtypes: precisions of activations and unquantized weights.
         caches: precisions that attention can keep keys and values in.
-        narrow_caches: ops whose caches its kernels hold in 8 bits.
+        narrow_caches: ops whose caches its kernels hold in fewer bits.
         ragged_chunks: whether several tokens over a filled cache may come for several rows at once.
         methods: the quantizations that it has forms for.
         requires: libraries that run its graphs, any one of them, with the least version.
@@ -79,8 +79,8 @@ TARGETS: Mapping[str, Target] = {
         Target(
             name="cpu", summary="ONNX Runtime's fused kernels on CPU", rules=ort.RULES,
             passes=(MergeLinears, MergeExperts, FuseAddRMSNorm), domains={"": OPSET, ort.DOMAIN: 1},
-            dtypes=("float32",), caches=("float32", "int8"), narrow_caches=(ATTENTION,), ragged_chunks=False,
-            check_kernel=ort.check_kernel, lacks_kernel=ort.lacks_kernel,
+            dtypes=("float32",), caches=("float32", "float16", "int8"), narrow_caches=(ATTENTION,),
+            ragged_chunks=False, check_kernel=ort.check_kernel, lacks_kernel=ort.lacks_kernel,
         ),
         Target(
             name="tensorrt", summary="engines for NVIDIA GPUs, and the standard ONNX that they are built from",

@@ -36,7 +36,7 @@ class _Places(NamedTuple):
 
 def capped_attention(
     context: Lowering, view: View, longest: ir.Value, packed: ir.Value | None, kernel: Kernel,
-    scales: Sequence[ir.Value | None],
+    scales: Sequence[ir.Value | None], *, half: bool,
 ) -> Sequence[ir.Value]:  # fmt: skip
     """Lower an Attention whose scores are capped.
 
@@ -47,10 +47,13 @@ def capped_attention(
         packed: queries, keys and values side by side, where there is such a tensor.
         kernel: its form as GroupQueryAttention.
         scales: of the features of an 8-bit cache, keys' and values' (kv_heads, 1, head_dim); None for floats.
+        half: whether the cache is kept in float16.
     """
     few = _few(context, view, longest)
     places = _places(context, view, few)
-    return choose(context, str(view.y.name), few, kernel, lambda: _written_out(context, view, packed, places, scales))
+    return choose(
+        context, str(view.y.name), few, kernel, lambda: _written_out(context, view, packed, places, scales, half)
+    )
 
 
 def _few(context: Lowering, view: View, longest: ir.Value) -> ir.Value:
@@ -119,7 +122,12 @@ def _indices(context: Lowering, places: ir.Value, kv_heads: int) -> ir.Value:
 
 
 def _written_out(
-    context: Lowering, view: View, packed: ir.Value | None, places: _Places, scales: Sequence[ir.Value | None]
+    context: Lowering,
+    view: View,
+    packed: ir.Value | None,
+    places: _Places,
+    scales: Sequence[ir.Value | None],
+    half: bool,
 ) -> list[ir.Value]:
     kv_heads, shared = view.num_kv_heads, view.num_heads // view.num_kv_heads
     dim = int(view.past_k.shape[3])
@@ -131,11 +139,11 @@ def _written_out(
     if view.cos is not None:
         q, k = (context.op("RotaryEmbedding", x, view.cos, view.sin, places.positions) for x in (q, k))
     present = [
-        context.op("ScatterND", past, places.slots, _narrow(context, new, scale))
+        context.op("ScatterND", past, places.slots, _narrow(context, new, scale, half))
         for past, new, scale in zip((view.past_k, view.past_v), (k, v), scales, strict=True)
     ]
     keys, values = (
-        _wide(context, context.op("Slice", cache, places.start, places.stop, context.const([2])), scale)
+        _wide(context, context.op("Slice", cache, places.start, places.stop, context.const([2])), scale, half)
         for cache, scale in zip(present, scales, strict=True)
     )
     q = context.op("Reshape", q, context.const([0, kv_heads, -1, dim]))  # (batch, kv_heads, shared * time, head_dim)
@@ -148,8 +156,10 @@ def _written_out(
     return [context.op("Reshape", merged, context.const([0, 0, -1])), *present]
 
 
-def _narrow(context: Lowering, x: ir.Value, scale: ir.Value | None) -> ir.Value:
-    """What an 8-bit cache keeps of keys or values."""
+def _narrow(context: Lowering, x: ir.Value, scale: ir.Value | None, half: bool) -> ir.Value:
+    """What a cache of 8 or 16 bits keeps of keys or values."""
+    if half:
+        return context.op("Cast", x, to=ir.DataType.FLOAT16)
     if scale is None:
         return x
     codes = context.op("Round", context.op("Div", x, scale))
@@ -157,5 +167,7 @@ def _narrow(context: Lowering, x: ir.Value, scale: ir.Value | None) -> ir.Value:
     return context.op("Cast", context.op("Clip", codes, *bounds), to=ir.DataType.INT8)
 
 
-def _wide(context: Lowering, codes: ir.Value, scale: ir.Value | None) -> ir.Value:
+def _wide(context: Lowering, codes: ir.Value, scale: ir.Value | None, half: bool) -> ir.Value:
+    if half:
+        return context.op("Cast", codes, to=ir.DataType.FLOAT)
     return codes if scale is None else context.op("Mul", context.op("Cast", codes, to=ir.DataType.FLOAT), scale)

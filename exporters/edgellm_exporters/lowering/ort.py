@@ -3,6 +3,8 @@
 Traps that this file knows (measured, see docs/benchmark-notes.md): 8-bit MatMulNBits is two orders of magnitude slower
 without ``accuracy_level=4``, 2-bit MatMulNBits is with blocks that it has no kernel for, and GroupQueryAttention takes
 several tokens over a filled cache only one row at a time, and no norms of queries and keys, though its schema has them.
+Beside float32 it takes no cache of 16 bits, so that one is made float32 for each step and back; edgellm's own kernels
+read it as it lies.
 """
 
 from __future__ import annotations
@@ -148,23 +150,28 @@ def attention(context: Lowering, view: View) -> Sequence[ir.Value]:
         ("longest", view.past_lengths, view.lengths),
         lambda: context.op("ReduceMax", _totals(context, view), keepdims=0),
     )
-    scales = _cache_scales(context, view)
-    narrow = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8} if scales else {}
+    scales, half = _cache_scales(context, view), _in_halves(context, view)
+    narrow: dict[str, Any] = (
+        {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8} if scales else {}
+    )
     inputs = [context.const(scale, np.float32) for scale in scales]
     _last(context, view)  # made here, where all layers find it
 
     def kernel() -> Sequence[ir.Value]:
-        return grouped_attention(context, view, longest, *inputs, **narrow)
+        if not half:
+            return grouped_attention(context, view, longest, *inputs, **narrow)
+        y, *present = grouped_attention(context, view, longest, widened=True)
+        return [y, *(context.op("Cast", cache, to=ir.DataType.FLOAT16) for cache in present)]
 
     if not view.softcap:
         return kernel()
     heads = (view.num_kv_heads, 1, -1)
     each = [context.const(scale.reshape(heads), np.float32) for scale in scales]
-    return capped_attention(context, view, longest, _packed(view), kernel, each or (None, None))
+    return capped_attention(context, view, longest, _packed(view), kernel, each or (None, None), half=half)
 
 
 def grouped_attention(
-    context: Lowering, view: View, longest: ir.Value, *more: ir.Value | None, **attributes: Any
+    context: Lowering, view: View, longest: ir.Value, *more: ir.Value | None, widened: bool = False, **attributes: Any
 ) -> Sequence[ir.Value]:
     """GroupQueryAttention.
 
@@ -173,11 +180,14 @@ def grouped_attention(
         view: an Attention.
         longest: the tokens of the longest row with the new ones, a scalar.
         more: what the kernel reads after the sinks.
+        widened: whether the cache has fewer bits than the kernel takes, and is given to it as float32.
         attributes: of the kernel, besides those that the op has.
     """
-    last = _last(context, view)
+    last, caches = _last(context, view), [view.past_k, view.past_v]
+    if widened:
+        caches = [context.op("Cast", cache, to=ir.DataType.FLOAT) for cache in caches]
     return context.ops(
-        3, "GroupQueryAttention", *_queries_keys_values(context, view), view.past_k, view.past_v, last, longest,
+        3, "GroupQueryAttention", *_queries_keys_values(context, view), *caches, last, longest,
         view.cos, view.sin, *_after_tables(view, more), domain=DOMAIN, num_heads=view.num_heads,
         kv_num_heads=view.num_kv_heads, scale=view.scale, do_rotary=int(view.cos is not None), **_bounds(view),
         **attributes,
@@ -214,6 +224,11 @@ def _cache_scales(context: Lowering, view: View) -> list[Array]:
     """Of the features of an 8-bit cache, keys' and values'; none for floats."""
     found = [context.plan.cache.get(str(past.name).removeprefix("past.")) for past in view.all(view.op.caches)]
     return [scale for scale in found if scale is not None] if all(scale is not None for scale in found) else []
+
+
+def _in_halves(context: Lowering, view: View) -> bool:
+    """Whether the cache is kept in float16, which the kernel does not read."""
+    return all(str(past.name).removeprefix("past.") in context.plan.halves for past in view.all(view.op.caches))
 
 
 def _queries_keys_values(context: Lowering, view: View) -> Sequence[ir.Value | None]:

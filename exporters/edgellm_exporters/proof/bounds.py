@@ -15,9 +15,9 @@ __all__ = ["bounds_with_a_favourite", "held_by"]
 _FAVOURITE = 1e-3  # mean probability of the most likely token; a model that was trained has a hundred times as much
 
 
-def held_by(bounds: Mapping[str, float], signature: Signature) -> Mapping[str, float]:
-    """A method's bounds; of float weights, those of 8 bits if the cache has them. Its codes are not compared."""
-    if all(spec.dtype != "int8" for spec in signature.state):
+def held_by(bounds: Mapping[str, float], signature: Signature, dtype: str) -> Mapping[str, float]:
+    """A method's bounds; of float weights, those of 8 bits if the cache has fewer bits. Its codes are not compared."""
+    if not any(spec.dtype == "int8" or spec.dtype == "float16" != dtype for spec in signature.state):
         return bounds
     found = find_method("int8").bounds if bounds == find_method("none").bounds else bounds
     compared = any(spec.dtype != "int8" for spec in signature.state)

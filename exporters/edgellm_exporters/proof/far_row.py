@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,21 +97,23 @@ def _scale(tensor: Tensor) -> float:
 
 @torch.no_grad()
 def far_row(
-    model: LanguageModel, start: FarStart, codes: Mapping[str, NDArray[Any]], *, float_inputs: bool = False
-) -> FarRow | None:
+    model: LanguageModel, start: FarStart, codes: Mapping[str, NDArray[Any]], halves: Collection[str] = (), *,
+    float_inputs: bool = False,
+) -> FarRow | None:  # fmt: skip
     """Run a far row; None where it gives no finite logits, for the model may not be made for such a past.
 
     Args:
         model: able to run.
         start: of the row.
         codes: scales of the caches that the bundle keeps in 8 bits, by state name.
+        halves: names of those that it keeps in float16.
         float_inputs: whether the model rounds nothing where the bundle's kernels would.
     """
     length, specs = len(start.tokens), model.state_specs()
     tokens = torch.tensor([list(start.tokens)])
     lengths = torch.tensor([length], dtype=torch.int32)
     step = Step(torch.tensor([start.past], dtype=torch.int32), lengths, torch.arange(length)[None])
-    past = {spec.name: _past(spec, start, length, codes.get(spec.name)) for spec in specs}
+    past = {spec.name: _past(spec, start, length, codes.get(spec.name), spec.name in halves) for spec in specs}
     with computed_by({ATTENTION.name: _only_written(past, start.past)}):
         logits, state = model(tokens, past, step)
     if not bool(logits.isfinite().all()):
@@ -140,14 +142,14 @@ def _only_written(past: Mapping[str, Tensor], start: int) -> Callable[..., Any]:
     return attention
 
 
-def _past(spec: StateSpec, start: FarStart, length: int, scales: NDArray[Any] | None) -> Tensor:
+def _past(spec: StateSpec, start: FarStart, length: int, scales: NDArray[Any] | None, half: bool) -> Tensor:
     whole = page_by_page(spec.resolve(1, start.past + length), np.float32)
     if scales is None:
         where, numbers = made_up(spec, start.past, start.scales[spec.name])
     else:
         where, numbers = made_up(dataclasses.replace(spec, dtype="int8"), start.past, 1.0)
         numbers = numbers * scales.reshape(1, whole.shape[1], 1, whole.shape[3])
-    whole[where] = numbers
+    whole[where] = numbers.astype(np.float16) if half else numbers
     return torch.from_numpy(whole)
 
 

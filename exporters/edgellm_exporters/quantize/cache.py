@@ -1,4 +1,4 @@
-"""The key/value cache in 8 bits: one scale for each feature of each head, found on real text.
+"""The key/value cache in 16 bits, or in 8: one scale for each feature of each head, found on real text.
 
 Keys are cached after their rotation, so what is seen in the state is what will be stored.
 """
@@ -18,16 +18,17 @@ from edgellm.ops.schema import Op, View, views
 from edgellm_exporters.errors import QuantizeError
 from edgellm_runtime.spec import StateSpec
 
-__all__ = ["cache_scales", "cached_states", "narrow_caches"]
+__all__ = ["cache_scales", "cached_states", "half_caches", "narrow_caches"]
 
 _HEADROOM = 1.25  # what the text did not show: larger values are cut off
 _CODES = 127
+_LARGEST_HALF = 65504.0
 
 
 def cached_states(
     graph: ir.Model, specs: Sequence[StateSpec], ops: Sequence[Op]
 ) -> tuple[list[str], dict[str, str]]:  # fmt: skip
-    """Which states can be kept in 8 bits, and why the others cannot.
+    """Which states can be kept in fewer bits, and why the others cannot.
 
     A state can if tokens are appended to it, and one node of an op whose kernel holds its caches so is all that reads
     it and all that knows what it becomes; and only together with the other caches of that node.
@@ -35,7 +36,7 @@ def cached_states(
     Args:
         graph: of canonical ops, after the target's passes.
         specs: of the model.
-        ops: whose caches the target's kernels hold in 8 bits.
+        ops: whose caches the target's kernels hold so.
 
     Returns:
         The names of those that can, and by name the reasons of those that cannot. A recurrence is of neither.
@@ -88,7 +89,7 @@ def cache_scales(
     """
     if not names and left:
         shown = ", ".join(f"{name} ({why})" for name, why in list(left.items())[:3])
-        raise QuantizeError(f"no state can be kept in 8 bits: {shown}; leave the cache's precision out")
+        raise QuantizeError(f"no state can be kept in fewer bits: {shown}; leave the cache's precision out")
     if not names:
         raise QuantizeError("the model keeps no keys and values; leave the cache's precision out")
     tokens = torch.tensor([list(row) for row in rows])
@@ -104,9 +105,27 @@ def cache_scales(
     return found
 
 
-def narrow_caches(graph: ir.Model, names: Collection[str]) -> None:
-    """Declare those states of a lowered graph as 8-bit integers. In place."""
+def half_caches(
+    model: LanguageModel, names: Sequence[str], left: Mapping[str, str], rows: Sequence[Sequence[int]]
+) -> frozenset[str]:
+    """The states that are kept in float16: all of these, whose numbers are looked at as :func:`cache_scales` does.
+
+    Raises:
+        QuantizeError: as there, or one has numbers that float16 does not hold.
+    """
+    found = cache_scales(model, names, left, rows)
+    for name, scale in found.items():
+        if (largest := float(scale.max()) * _CODES) > _LARGEST_HALF:
+            raise QuantizeError(
+                f"{name}: real text gives keys or values near {largest:.0f}, and float16 holds up to "
+                f"{_LARGEST_HALF:.0f}; leave the cache's precision out"
+            )
+    return frozenset(found)
+
+
+def narrow_caches(graph: ir.Model, names: Collection[str], dtype: ir.DataType) -> None:
+    """Declare those states of a lowered graph to be of that type. In place."""
     ends = {f"past.{name}" for name in names} | {f"present.{name}" for name in names}
     for value in (*graph.graph.inputs, *graph.graph.outputs):
         if value.name in ends:
-            value.type = ir.TensorType(ir.DataType.INT8)
+            value.type = ir.TensorType(dtype)

@@ -281,7 +281,8 @@ class Plan:
         quantize: computes the numbers from a weight's name, its values (rows, columns) and its scheme.
         smoothing: what the graph's weights were multiplied with before.
         cache: scales of the states that are kept in 8 bits, by state name, (heads * head_dim,).
-        cache_left: states that are asked for in 8 bits and stay as they are, with the reasons.
+        halves: states that are kept in float16.
+        cache_left: states that are asked for in fewer bits and stay as they are, with the reasons.
         inputs: what is multiplied with a weight is rounded to its codes with this scale, by the weight's name.
         floats: matrices that the method would quantize, but whose rows divide into no block, with their shapes.
         kept: weights whose codes are the checkpoint's own, by the names of the parts that were merged.
@@ -297,6 +298,7 @@ class Plan:
     quantize: Quantizer | None = None
     smoothing: Smoothing = field(default_factory=Smoothing)
     cache: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    halves: frozenset[str] = frozenset()
     cache_left: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, np.float32] = field(default_factory=dict)
     floats: Mapping[str, tuple[int, int]] = field(default_factory=dict)

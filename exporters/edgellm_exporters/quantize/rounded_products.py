@@ -6,7 +6,7 @@ read at one token was rounded at the one before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -151,25 +151,32 @@ def round_recurrence(module: nn.Module, roundings: Mapping[str, ProductRounding]
 
 
 def round_cache(
-    model: nn.Module, scales: Mapping[str, NDArray[Any]], noise: Callable[[Tensor], Tensor] = lambda x: x
-) -> None:
-    """Have attention keep keys and values in 8 bits, as codes with one scale for each feature of each head; in place.
+    model: nn.Module, scales: Mapping[str, NDArray[Any]], halves: Collection[str] = (),
+    noise: Callable[[Tensor], Tensor] = lambda x: x,
+) -> None:  # fmt: skip
+    """Have attention keep keys and values in 8 bits, as codes with one scale for each feature of each head, or in 16.
+
+    In place.
 
     Args:
         model: follows :class:`edgellm.models.protocol.LanguageModel`.
-        scales: by the name of a state, (heads * head_dim,).
+        scales: by the name of a state in 8 bits, (heads * head_dim,).
+        halves: names of states in float16.
         noise: what is kept passes it first.
     """
     forward = model.forward
 
+    def of(name: str | None, x: Tensor) -> Tensor:
+        if name is None:
+            return x
+        return _codes_of(noise(x), scales[name]) if name in scales else _half_of(noise(x))
+
     def rounded(tokens: Tensor, state: Mapping[str, Tensor], *given: Any, **named: Any) -> Any:
-        names = {id(tensor): name for name, tensor in state.items() if name in scales}
+        names = {id(tensor): name for name, tensor in state.items() if name in scales or name in halves}
 
         def attention(q: Tensor, k: Tensor, v: Tensor, past_k: Any, past_v: Any, *rest: Any, **more: Any) -> Any:
-            keeps = [scales[names[id(past)]] if id(past) in names else None for past in (past_k, past_v)]
-
             def kept(*new: Tensor) -> tuple[Tensor, Tensor]:
-                k, v = (x if s is None else _codes_of(noise(x), s) for x, s in zip(new, keeps, strict=True))
+                k, v = (of(names.get(id(past)), x) for x, past in zip(new, (past_k, past_v), strict=True))
                 return k, v
 
             return attention_over(q, k, v, past_k, past_v, *rest, **more, kept=kept)
@@ -184,6 +191,11 @@ def _codes_of(x: Tensor, scale: NDArray[Any]) -> Tensor:
     """What 8 bits hold of x (batch, heads, time, head_dim) with scales (heads * head_dim,)."""
     each = torch.from_numpy(scale).view(x.shape[1], 1, x.shape[3])
     return (x / each).round().clamp(-128, 127) * each
+
+
+def _half_of(x: Tensor) -> Tensor:
+    """What float16 holds of x."""
+    return x.half().float()
 
 
 def round_rows(x: Tensor) -> Tensor:

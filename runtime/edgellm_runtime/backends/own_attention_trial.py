@@ -69,7 +69,9 @@ class _Trial:
     """A node over two heads of a cache."""
 
     def __init__(self, form: AttentionForm) -> None:
-        self.form, self.draw, self.narrow = form, np.random.default_rng(7), form.op == ATTENTIONS[1]
+        self.form, self.draw = form, np.random.default_rng(7)
+        self.cache = next(dtype for dtype, op in ATTENTIONS.items() if op == form.op)
+        self.narrow = self.cache == "int8"
         self.heads = 2 * form.together
         self.scales = self.draw.uniform(0.01, 0.02, (2, 2, _SIZE)).astype(np.float32)  # of keys and of values
         self.norms = self.draw.uniform(0.5, 1.5, (2, _SIZE)).astype(np.float32)  # of queries and of keys
@@ -82,7 +84,7 @@ class _Trial:
         self.session = ort.InferenceSession(self._graph(), options, providers=["CPUExecutionProvider"])
 
     def _graph(self) -> bytes:
-        cache = "int8" if self.narrow else "float32"
+        cache = self.cache
         dtypes = {"x": "float32", "k": cache, "v": cache, "last": "int32", "longest": "int32"}
         tensors: dict[str, Array] = dict(zip(("cos", "sin"), self.tables, strict=True)) if self.form.turned else {}
         inputs = [*dtypes, *(tensors or ["", ""]), *(["qn", "kn"] if self.form.normed else ["", ""])]
@@ -104,7 +106,7 @@ class _Trial:
     def error(self, past: Array, new: Array) -> float:
         """Of one step, for rows that hold ``past`` tokens and read ``new`` ones."""
         shape = (len(past), 2, _SLOTS, _SIZE)
-        caches = [self.draw.standard_normal(shape).astype(np.float32) for _ in range(2)]
+        caches = [self.draw.standard_normal(shape).astype(self.cache) for _ in range(2)]
         if self.narrow:
             caches = [self.draw.integers(-128, 128, shape).astype(np.int8) for _ in range(2)]
         x = self.draw.standard_normal((len(past), new.max(), (self.heads + 4) * _SIZE)).astype(np.float32)
@@ -132,6 +134,7 @@ class _Trial:
         for cache, fresh, scale in zip(caches, (keys, values), self.scales, strict=True):
             if self.narrow:
                 fresh = np.clip(np.rint(fresh / scale[:, None]), -128, 127)
+            fresh = fresh.astype(self.cache)
             held.append(np.concatenate([cache[:, :past], fresh], 1).astype(np.float64))
         wide = [h * scale[:, None] if self.narrow else h for h, scale in zip(held, self.scales, strict=True)]
         k, v = (np.repeat(each, self.form.together, 0) for each in wide)

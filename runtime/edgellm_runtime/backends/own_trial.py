@@ -71,7 +71,7 @@ def form_of(node: Node) -> AnyForm:
         return gather_form(node)
     if node.op == EXPERTS:
         return experts_form(node)
-    if node.op in ATTENTIONS:
+    if node.op in ATTENTIONS.values():
         return attention_form(node)
     suffixes = ("", "_down") if "N_down" in node.attributes else ("",)
     return OwnForm(node.op, tuple(product_form(node, suffix) for suffix in suffixes))

@@ -14,6 +14,7 @@ from typing import Any
 from edgellm_runtime.checks.kernel_events import Kernel
 from edgellm_runtime.graphs.external_files import ELEMENT_BITS
 from edgellm_runtime.graphs.layer_map import GraphNode
+from edgellm_runtime.graphs.own_attention import ATTENTIONS
 from edgellm_runtime.graphs.wire import Message
 from edgellm_runtime.spec import StateSpec
 
@@ -28,7 +29,7 @@ _CELLS = ("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM")
 _UNKNOWN_OPERATIONS = ("Attention", "LinearAttention", "Einsum", "ConvTranspose", "MultiHeadAttention")
 # Read the slots in use and write the new ones, where others read and write all of them. And which of their inputs are
 # rotary tables, of which they read a row a token.
-_IN_PLACE = {"GroupQueryAttention": (7, 8), "CachedAttention": (5, 6), "CachedAttention8": (5, 6)}
+_IN_PLACE = {"GroupQueryAttention": (7, 8), **dict.fromkeys(ATTENTIONS.values(), (5, 6))}
 
 
 @dataclass(frozen=True)

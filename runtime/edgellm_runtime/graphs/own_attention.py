@@ -1,21 +1,24 @@
 """Which attention of a graph edgellm's own operator computes, and the node of it.
 
 Queries, keys and values come to it side by side in one tensor. Where a graph splits this, to norm each head of queries
-and of keys, the operator has the norms too.
+and of keys, the operator has the norms too. A cache of float16 that is made float32 for an attention, and float16 again
+after it, is read and written as it lies.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from edgellm_runtime.graphs.graph_view import GraphView
-from edgellm_runtime.graphs.writer import Attribute, Node
+from edgellm_runtime.graphs.writer import ELEMENT_TYPES, Attribute, Node
 
 __all__ = ["ATTENTIONS", "DOMAIN", "OwnAttention", "own_attention"]
 
 DOMAIN = "edgellm"
-ATTENTIONS = ("CachedAttention", "CachedAttention8")  # over a cache of floats; of 8 bits
+ATTENTIONS = {"float32": "CachedAttention", "float16": "CachedAttention16", "int8": "CachedAttention8"}  # by the cache
+_FLOAT, _HALF = ELEMENT_TYPES["float32"], ELEMENT_TYPES["float16"]
 _STEP = 16  # features of a head are a multiple of it
 _LARGEST_WINDOW = 1 << 30
 _NEUTRAL: dict[str, tuple[float | str, ...]] = {  # what other attributes may say without a change of the result
@@ -35,10 +38,33 @@ class OwnAttention:
     Args:
         node: it.
         covers: the places of nodes before it that it stands for.
+        after: the places of those after it.
     """
 
     node: Node
     covers: frozenset[int]
+    after: frozenset[int]
+
+
+@dataclass(frozen=True)
+class _Caches:
+    """Keys and values that an attention reads and writes.
+
+    Args:
+        dtype: of their elements.
+        size: features of a head.
+        past: names of what it reads.
+        present: names of what it makes of these.
+        before: the places of nodes that make float32 of it.
+        after: the places of those that make float16 of what the attention gives.
+    """
+
+    dtype: str
+    size: int
+    past: tuple[str, ...]
+    present: tuple[str, ...]
+    before: frozenset[int] = frozenset()
+    after: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -89,12 +115,8 @@ def own_attention(view: GraphView, place: int) -> OwnAttention | None:
     *_, past_k, past_v, last, longest, cosines, sines, _, _, _, k_scale, v_scale = names
     if any(names[9:12]) or len(names) > 14 or len(node.outputs) != 3:
         return None
-    caches = [view.input(past_k), view.input(past_v)]
-    dtypes = {cache and cache.dtype for cache in caches}
-    if dtypes not in ({"float32"}, {"int8"}) or (dtypes == {"int8"}) != bool(k_scale and v_scale):
-        return None
-    dims = [cache.dims for cache in caches if cache is not None]
-    if dims[0] != dims[1] or dims[0] is None or len(dims[0]) != 4 or not dims[0][3] or dims[0][3] % _STEP:
+    caches = _caches(view, (past_k, past_v), node.outputs[1:])
+    if caches is None or (caches.dtype == "int8") != bool(k_scale and v_scale):
         return None
     attributes = view.attributes(place)
     allowed = _NEUTRAL | (_NARROW if k_scale else {})
@@ -102,18 +124,55 @@ def own_attention(view: GraphView, place: int) -> OwnAttention | None:
         return None
     if k_scale and not set(_NARROW) <= set(attributes):
         return None
-    source = _source(view, place, attributes, dims[0][3])
-    if source is None:
+    source = _source(view, place, attributes, caches.size)
+    found = None if source is None else _attributes(attributes, source, (bool(cosines), bool(sines)))
+    if source is None or found is None:
         return None
-    inputs = [source.packed, past_k, past_v, last, longest, cosines, sines, *source.norms, k_scale, v_scale]
-    made = _node(view, place, attributes, inputs, source.epsilon)
-    return None if made is None else OwnAttention(made, source.covers)
+    inputs = [source.packed, *caches.past, last, longest, cosines, sines, *source.norms, k_scale, v_scale]
+    while not inputs[-1]:
+        inputs.pop()
+    outputs = (node.outputs[0], *caches.present)
+    made = Node(ATTENTIONS[caches.dtype], inputs, outputs, found, domain=DOMAIN, name=node.name)
+    return OwnAttention(made, source.covers | caches.before, caches.after)
 
 
-def _node(
-    view: GraphView, place: int, given: dict[str, float | str | None], inputs: list[str], epsilon: float
-) -> Node | None:
-    node = view.node(place)
+def _caches(view: GraphView, past: tuple[str, ...], present: tuple[str, ...]) -> _Caches | None:
+    """Keys and values that are inputs of the graph, of float32 or codes; or of float16, and cast before and after."""
+    before: Sequence[int | None] = ()
+    after: Sequence[int | None] = ()
+    if any(view.input(name) is None for name in past):
+        before = [view.made_by(name, "Cast") for name in past]
+        after = [_only_cast(view, name) for name in present]
+        places = [place for place in (*before, *after) if place is not None]
+        if (
+            len(set(places)) != 4
+            or [view.node(place).numbers.get("to") for place in places] != [_FLOAT] * 2 + [_HALF] * 2
+        ):
+            return None
+        past = tuple(view.node(place).inputs[0] for place in places[:2])
+        present = tuple(view.node(place).outputs[0] for place in places[2:])
+    keys, values = (view.input(name) for name in past)
+    if keys is None or keys != values or keys.dtype not in (("float16",) if before else ("float32", "int8")):
+        return None
+    if keys.dims is None or len(keys.dims) != 4 or not keys.dims[3] or keys.dims[3] % _STEP:
+        return None
+    return _Caches(keys.dtype, keys.dims[3], past, present, _known(before), _known(after))
+
+
+def _known(places: Iterable[int | None]) -> frozenset[int]:
+    return frozenset(place for place in places if place is not None)
+
+
+def _only_cast(view: GraphView, name: str) -> int | None:
+    """The cast that alone reads a value."""
+    readers = view.readers(name)
+    place = next(iter(readers)) if len(readers) == 1 and view.inner(name, readers) else None
+    return place if place is not None and (view.node(place).op, view.domain(place)) == ("Cast", "") else None
+
+
+def _attributes(
+    given: dict[str, float | str | None], source: _Source, turned: tuple[bool, bool]
+) -> dict[str, Attribute] | None:
     scale, window = given.get("scale"), given.get("local_window_size", -1)
     heads, cached, turns = (given.get(name, 0) for name in ("num_heads", "kv_num_heads", "do_rotary"))
     numbers = [heads, cached, turns, window]
@@ -121,16 +180,12 @@ def _node(
         return None
     if not all(isinstance(number, int) for number in numbers) or not isinstance(window, int) or not cached:
         return None
-    tables = all(inputs[5:7])
-    if bool(turns) != tables or window > _LARGEST_WINDOW or any(inputs[5:7]) != tables:
+    tables = all(turned)
+    if bool(turns) != tables or window > _LARGEST_WINDOW or any(turned) != tables:
         return None
     attributes: dict[str, Attribute] = {"num_heads": int(heads or 0), "kv_num_heads": int(cached), "scale": scale}
     attributes |= {"do_rotary": int(tables), "window": max(0, window)}
-    attributes |= {"norms": int(any(inputs[7:9])), "epsilon": epsilon}
-    op = ATTENTIONS[bool(inputs[-1])]
-    while not inputs[-1]:
-        inputs.pop()
-    return Node(op, inputs, node.outputs, attributes, domain=DOMAIN, name=node.name)
+    return attributes | {"norms": int(any(source.norms)), "epsilon": source.epsilon}
 
 
 def _source(view: GraphView, place: int, given: dict[str, float | str | None], size: int) -> _Source | None:

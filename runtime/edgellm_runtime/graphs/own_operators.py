@@ -122,7 +122,7 @@ def with_own_operators(graph: bytes | ReadGraph, keep: Collection[str] = ()) -> 
     before = {place for each in operations for place in each.covers} | {p for each in mixtures for p in each.chain}
     for place in range(len(view.nodes)):
         if (attention := own_attention(view, place)) is not None:
-            there[place] = [attention.node]
+            there |= {place: [attention.node], **{after: [] for after in attention.after}}
             before |= attention.covers
         elif operations and (gather := own_gather(view, place)) is not None:
             there[place] = [gather]

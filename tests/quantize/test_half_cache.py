@@ -1,0 +1,85 @@
+"""Keys and values in 16 bits: what is stored, how near it is to float32, and that edgellm's own kernels read it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import VOCAB, make
+
+from edgellm.cli.export import _cache
+from edgellm_exporters.errors import QuantizeError
+from edgellm_exporters.export import ExportOptions, export
+from edgellm_exporters.proof.parity import compare
+from edgellm_runtime import open_session
+from edgellm_runtime.graphs.own_attention import ATTENTIONS
+from edgellm_runtime.graphs.own_operators import with_own_operators
+from edgellm_runtime.session import Session
+from edgellm_runtime.state.state import State
+
+HALVES = ExportOptions(kv_cache="float16")
+WINDOW = np.random.default_rng(1).integers(0, VOCAB, 60)
+
+
+@pytest.mark.parametrize(
+    "family", ["attention", "decoder with q/k norm", "mixed", "windows and soft caps", "local and mixed"]
+)
+def test_a_16_bit_cache_is_next_to_float32_at_half_of_the_memory(family: str, tmp_path: Path) -> None:
+    model = make(family)
+    made = export(model, tmp_path / "b", options=HALVES)
+    assert made.verification.ok
+    said, specs = made.bundle.manifest.quantization, made.bundle.manifest.signature.state
+    assert {spec.name for spec in specs if spec.dtype == "float16"} == set(said["cache"]) != set()
+    assert said["cache_dtype"] == "float16"
+    assert all(spec.dtype == "float16" for spec in specs if spec.update == "append")
+    assert _cache(said)[0][0] == "keys and values in 16 bits"
+    report = compare(model, open_session(made.bundle, threads=1), [WINDOW.tolist()])
+    assert report.kl < 1e-6
+    assert report.logits < 2e-3
+
+
+def step_by_step(session: Session, tokens: np.ndarray, cuts: list[int], state: State) -> np.ndarray:
+    pieces = zip([0, *cuts], [*cuts, len(tokens)], strict=True)
+    return np.concatenate([session.step(tokens[None, a:b], state, logits="all")[0].copy() for a, b in pieces])
+
+
+@pytest.mark.parametrize("family", ["attention", "decoder with q/k norm"])
+@pytest.mark.parametrize("method", ["none", "int8"])
+def test_own_kernels_read_it_as_it_lies(family: str, method: str, tmp_path: Path) -> None:
+    pytest.importorskip("edgellm_kernels", reason="edgellm-kernels is not built; make kernels builds it")
+    made = export(make(family), tmp_path / "b", options=ExportOptions(quantize=method, kv_cache="float16"))
+    _, nodes = with_own_operators((made.bundle.path / "model.onnx").read_bytes())
+    assert [node.op for node in nodes].count(ATTENTIONS["float16"]) == len(
+        made.bundle.manifest.quantization["cache"]
+    ) // 2
+    ours = open_session(made.bundle, threads=2, kernels="own")
+    whole = step_by_step(ours, WINDOW, [], ours.new_state(1))
+    if method == "none":
+        theirs = open_session(made.bundle, threads=1, kernels="onnxruntime")
+        expected = step_by_step(theirs, WINDOW, [], theirs.new_state(1))
+        np.testing.assert_allclose(whole, expected, rtol=0, atol=2e-3 * np.abs(expected).max())
+    else:  # products of float weights are ONNX Runtime's, which depend on how many rows there are
+        np.testing.assert_array_equal(step_by_step(ours, WINDOW, [3, 4, 40], ours.new_state(1)), whole)
+
+
+def test_a_16_bit_cache_is_saved_and_gone_on_with(tmp_path: Path) -> None:
+    made = export(make("decoder"), tmp_path / "b", options=HALVES)
+    session = open_session(made.bundle, threads=1)
+    state = session.new_state(1)
+    first = step_by_step(session, WINDOW[:30], [], state)
+    state.save(tmp_path / "saved")
+    again = State.load(tmp_path / "saved", session.signature.state)
+    np.testing.assert_array_equal(
+        step_by_step(session, WINDOW[30:], [], again), step_by_step(session, WINDOW[30:], [], state)
+    )
+    assert np.isfinite(first).all()
+
+
+def test_numbers_that_float16_does_not_hold_are_refused(tmp_path: Path) -> None:
+    model = make("decoder")
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "v_proj" in name).mul_(1e7)
+    with pytest.raises(QuantizeError, match=r"keys or values near \d+, and float16 holds up to 65504"):
+        export(model, tmp_path / "b", options=HALVES)
