@@ -108,7 +108,7 @@ kernels: .venv/.installed  ## build edgellm-kernels into .venv (needs a C++ comp
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps --force-reinstall ./kernels
 	$(BIN)/python -m pytest tests/runtime/test_own_kernels.py tests/runtime/test_own_operators.py \
 	    tests/runtime/test_own_products.py tests/runtime/test_own_attention.py tests/runtime/test_own_experts.py \
-	    $(TEST_ARGS)
+	    tests/quantize/test_half_cache.py $(TEST_ARGS)
 
 check: .venv/.installed  ## format, lint, types, import directions, contents of the wheel
 	$(BIN)/ruff format --check .

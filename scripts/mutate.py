@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from meanings import MEANINGS
-from mutations import CACHE, HARMFUL, Outcome, by_kind, made, outcomes, table
+from mutations import CACHE, HALVES, HARMFUL, Outcome, by_kind, made, outcomes, table
 from tiny_bundles import attention_bundle, window_bundle
 from tiny_files import copied
 
@@ -33,13 +33,13 @@ from edgellm_runtime.errors import RuntimeFault
 
 _WEIGHTS = ("none", "int8", "int4", "2:32", "w8a8")
 _SUBJECTS = {
-    "decoder": (*_WEIGHTS, CACHE),
+    "decoder": (*_WEIGHTS, CACHE, HALVES),
     "decoder untied with biases": _WEIGHTS,
     "decoder with q/k norm": _WEIGHTS,
     "mixed": ("none", "int8", "int4", "w8a8"),
     "lstm": ("int4", "2:32"),
     "local and mixed": ("none", "int4"),
-    "windows and soft caps": ("none", "int8", "2:32", "w8a8", CACHE),
+    "windows and soft caps": ("none", "int8", "2:32", "w8a8", CACHE, HALVES),
 }
 _GROUPS = {"mixed": "hybrid", "lstm": "hybrid", "local and mixed": "window", "windows and soft caps": "window"}
 _MEANING = "meaning"

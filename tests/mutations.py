@@ -25,6 +25,7 @@ from edgellm_runtime.errors import RuntimeFault
 GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
 HARMFUL = 1e-4  # of the KL divergence from the bundle as it was, nats a token
 CACHE = "8-bit cache"  # as a method: float weights, keys and values in 8 bits
+HALVES = "16-bit cache"  # the same in 16
 Array = NDArray[Any]
 _TYPES = {1: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64, 10: np.float16}
 _FLOATS = (np.float32, np.float16)
@@ -321,7 +322,8 @@ class Outcome:
 
 def made(method: str, folder: Path, family: str = "decoder") -> Path:
     """A bundle to change."""
-    options = ExportOptions(kv_cache="int8") if method == CACHE else ExportOptions(quantize=method)
+    caches = {CACHE: "int8", HALVES: "float16"}
+    options = ExportOptions(kv_cache=caches[method]) if method in caches else ExportOptions(quantize=method)
     return export(make(family), folder, options=options).bundle.path
 
 

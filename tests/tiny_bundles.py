@@ -87,6 +87,12 @@ def attention_bundle(target: str = "cpu") -> Path:
 
 
 @functools.cache
+def half_bundle(quantize: str = "none") -> Path:
+    """The same with keys and values in 16 bits."""
+    return _make(attention_model, "cpu", text_assets(), kv_cache="float16", quantize=quantize)
+
+
+@functools.cache
 def recurrent_bundle(target: str = "cpu") -> Path:
     """Token ids only."""
     return _make(recurrent_model, target, None)

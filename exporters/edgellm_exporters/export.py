@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import datetime
 import gc
@@ -55,6 +54,7 @@ from edgellm_exporters.quantize.methods import find_method
 from edgellm_exporters.quantize.notes import quantization_notes
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.quantize.planning import make_plan
+from edgellm_exporters.quantize.record import recorded
 from edgellm_exporters.quantize.tuning.layer_stream import check_layers
 from edgellm_exporters.quantize.tuning.store import forget
 from edgellm_exporters.quantize.tuning.tune import tuned
@@ -195,11 +195,8 @@ def _build(
             )  # fmt: skip
             switched = adapter_traces(model, rows[:_ADAPTER_ROWS])
             made_up = standing_in is None and sources is None
-            start = (
-                far_start(model, traces[0], made.context, codes=bool(plan.cache or plan.halves)) if made_up else None
-            )
-            quantized = bool(plan.schemes or plan.cache or plan.halves)
-            far = None if start is None or quantized else far_row(model, start, {})
+            start = far_start(model, traces[0], made.context, codes=plan.rounds_cache) if made_up else None
+            far = None if start is None or plan.rounds else far_row(model, start, {})
             info = text.info if text else None
             receipt = measured_receipt(model, open_one, scratch, info, options.receipt, progress)
         bounds = {**bounds_with_a_favourite(bounds, traces), MEANING: 0.0}
@@ -254,7 +251,7 @@ def _same_numbers(
     start: FarStart | None, progress: Progress, sources: Sources, scratch: Path,
 ) -> tuple[ExactTraces, Manifest]:  # fmt: skip
     """PyTorch's traces with the numbers of a quantized bundle; in the manifest, why there are none."""
-    if not plan.schemes and not plan.cache and not plan.halves:
+    if not plan.rounds:
         return ExactTraces(), manifest
     progress("running PyTorch with the same numbers", 0.0)
     try:
@@ -274,7 +271,8 @@ def _write_weights(
         graphs, plan = _planned(model, weights, target, options, rows, notes, progress)
         hidden = hidden_of(graphs.step)
         write(graphs, plan)
-        return _quantization(options, plan), find_method(options.quantize, target.methods).bounds, plan, hidden
+        record = recorded(plan, options.quantize, calibrated=bool(options.calibration))
+        return record, find_method(options.quantize, target.methods).bounds, plan, hidden
     hidden = hidden_of(capture(model, weights, hidden=True)) if options.hidden else None
     job = Automatic(
         model=model, weights=weights, target=target, calibration=options.calibration, held_out=options.held_out,
@@ -371,25 +369,6 @@ def _write_manifest(scratch: Path, manifest: Manifest) -> Manifest:
     full = dataclasses.replace(manifest, files=dict(sorted(files.items())))
     (scratch / MANIFEST).write_text(json.dumps(full.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return full
-
-
-def _quantization(options: ExportOptions, plan: Plan) -> dict[str, Any]:
-    cache: dict[str, Any] = {"cache": sorted(plan.cache)} if plan.cache else {}
-    if plan.halves:
-        cache |= {"cache": sorted(plan.halves), "cache_dtype": "float16"}
-    if plan.cache_left:
-        cache["cache_left"] = dict(plan.cache_left)
-    if not plan.schemes:
-        return {"method": "none", **cache}
-    counted = dict(collections.Counter(map(str, plan.schemes.values())))
-    rounding = "GPTQ" if options.calibration else "round to nearest"
-    floats = {"floats": {name: list(shape) for name, shape in sorted(plan.floats.items())}} if plan.floats else {}
-    kept: dict[str, Any] = {"kept": len(plan.kept)} if plan.kept else {}
-    if plan.left:
-        kept["left"] = dict(sorted(plan.left.items()))
-    if plan.tuned:
-        kept["tuning"] = dict(plan.tuned)
-    return {"method": options.quantize, "rounding": rounding, "weights": counted, **kept, **floats, **cache}
 
 
 def _environment() -> dict[str, str]:

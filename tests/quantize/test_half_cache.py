@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 import torch
 from families import VOCAB, make
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_bundles import attention_bundle, half_bundle
 
 from edgellm.cli.export import _cache
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_exporters.proof.parity import compare
-from edgellm_runtime import open_session
+from edgellm_runtime import Model, PrefixCache, load, open_session
+from edgellm_runtime.generation.trail import BLOCK
 from edgellm_runtime.graphs.own_attention import ATTENTIONS
 from edgellm_runtime.graphs.own_operators import with_own_operators
 from edgellm_runtime.session import Session
@@ -75,6 +79,39 @@ def test_a_16_bit_cache_is_saved_and_gone_on_with(tmp_path: Path) -> None:
         step_by_step(session, WINDOW[30:], [], again), step_by_step(session, WINDOW[30:], [], state)
     )
     assert np.isfinite(first).all()
+
+
+def prefixed(model: Model) -> Model:
+    other = Model(model.session, model.tokenizer, model.bundle)
+    other.prefix_cache = PrefixCache()
+    return other
+
+
+@settings(max_examples=6, deadline=None)
+@given(shared=st.integers(1, 70), left=st.integers(1, 20), right=st.integers(1, 20), seed=st.integers(0, 9))
+def test_beginnings_that_were_kept_give_the_answers_that_reading_them_gives(
+    shared: int, left: int, right: int, seed: int
+) -> None:
+    pytest.importorskip("edgellm_kernels", reason="edgellm-kernels is not built; make kernels builds it")
+    model = load(half_bundle("int8"), threads=1, kernels="own")
+    draw, kept = np.random.default_rng(seed), prefixed(model)
+    stem, *ends = (draw.integers(3, VOCAB, size).tolist() for size in (shared, left, right))
+    for i, end in enumerate(ends):
+        answer = kept.generate([*stem, *end], max_new_tokens=5, ignore_eos=True)
+        assert answer.tokens == model.generate([*stem, *end], max_new_tokens=5, ignore_eos=True).tokens
+        assert i == 0 or answer.cached_tokens >= shared // BLOCK * BLOCK
+
+
+def test_a_beginning_that_was_kept_takes_half_of_the_bytes() -> None:
+    tokens = np.random.default_rng(0).integers(3, VOCAB, 70).tolist()
+    kept = [prefixed(load(folder, threads=1)) for folder in (half_bundle(), attention_bundle())]
+    for model in kept:
+        model.generate(tokens, max_new_tokens=1)
+        assert model.generate(tokens, max_new_tokens=1).cached_tokens == 2 * BLOCK
+    half, whole = (model.prefix_cache.counts for model in kept if model.prefix_cache is not None)
+    slots = {spec.nbytes(1, BLOCK) for spec in kept[1].session.signature.state}
+    assert half.blocks == whole.blocks == 2
+    assert whole.nbytes - half.nbytes == len(kept[1].session.signature.state) * slots.pop()  # of two blocks, half
 
 
 def test_numbers_that_float16_does_not_hold_are_refused(tmp_path: Path) -> None:

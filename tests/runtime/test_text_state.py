@@ -17,7 +17,7 @@ from family_bundles import model_of
 from generation_fakes import fake_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_bundles import attention_bundle, recurrent_bundle, window_bundle
+from tiny_bundles import attention_bundle, half_bundle, recurrent_bundle, window_bundle
 
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_runtime import ContextError, OptionError, StateError, load
@@ -109,7 +109,7 @@ print(json.dumps([logits.tobytes().hex(), model.generate([], state=state, max_ne
 """
 
 
-@pytest.mark.parametrize("bundle", [attention_bundle, window_bundle, recurrent_bundle])
+@pytest.mark.parametrize("bundle", [attention_bundle, half_bundle, window_bundle, recurrent_bundle])
 def test_another_process_goes_on_bit_by_bit(bundle, tmp_path: Path) -> None:
     model = load(bundle(), threads=1)
     state = model.generate([5, 6, 7, 8], max_new_tokens=20, ignore_eos=True, state=model.new_state()).state

@@ -110,7 +110,7 @@ def _distance(row: Trace, copy: Trace) -> dict[str, float]:
 
 def _far(model: nn.Module, start: FarStart, plan: Plan) -> FarRow | None:
     """The row far into the context; of products that round nothing, unless what a cache keeps is rounded anyway."""
-    if plan.cache or plan.halves:
+    if plan.rounds_cache:
         return far_row(model, start, plan.cache, plan.halves)  # type: ignore[arg-type]
     with rounding_nothing():
         return far_row(model, start, {}, float_inputs=True)  # type: ignore[arg-type]

@@ -310,6 +310,16 @@ class Plan:
     tuned: Mapping[str, Any] = field(default_factory=dict)
     _last: tuple[str, Codes] | None = field(default=None, repr=False)
 
+    @property
+    def rounds_cache(self) -> bool:
+        """Whether states are kept in fewer bits."""
+        return bool(self.cache or self.halves)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether a bundle's numbers are others than the model's."""
+        return bool(self.schemes) or self.rounds_cache
+
     def find(self, name: str, tensor: ir.TensorProtocol) -> QuantizedWeight | None:
         """How to quantize this weight, or None to leave it alone."""
         if name not in self.schemes or self.quantize is None:
