@@ -65,6 +65,8 @@ _NUMBERS = _Numbers()
 @click.option("--kernels", multiple=True, type=click.Choice(CHOICES), show_default=False, help="Whose kernels to run: "
               "own are those of the package edgellm-kernels; given twice, each bundle is measured with both.  "
               f"[default: those that {KERNELS} says, else onnxruntime]")  # fmt: skip
+@click.option("--adapter", default=None, metavar="NAME", help="Measure with this adapter of the bundle's, or of "
+              "each of several bundles'.  [default: none]")  # fmt: skip
 @click.option("--against", type=click.Path(path_type=Path), metavar="CHECKPOINT",
               help="Measure this checkpoint in PyTorch too, in float32 and on as many threads.")  # fmt: skip
 @click.option("--seed", type=int, default=0, help="Of the random prompts.")
@@ -76,7 +78,8 @@ _NUMBERS = _Numbers()
 def bench(
     bundles: tuple[str, ...], prompt_tokens: list[int], new_tokens: list[int], depth: list[int], batch: list[int],
     threads: int | None, sweep_threads: list[int] | None, rounds: int, precision: float, most_rounds: int, device: str,
-    kernels: tuple[str, ...], against: Path | None, seed: int, outputs: tuple[Path, ...], profiled: bool, as_json: bool,
+    kernels: tuple[str, ...], adapter: str | None, against: Path | None, seed: int, outputs: tuple[Path, ...],
+    profiled: bool, as_json: bool,
 ) -> None:  # fmt: skip
     r"""Measure BUNDLE: loading, time to first token, decoding speed and memory.
 
@@ -99,7 +102,7 @@ def bench(
     openers = {} if against is None else {str(against): "edgellm.cli.bench_pytorch"}
     plan = Plan(
         (*bundles, *openers), workloads, sweep_threads or [threads], rounds, precision / 100, max(most_rounds, rounds),
-        device, seed, kernels or (None,), openers,
+        device, seed, kernels or (None,), openers, adapter,
     )  # fmt: skip
     _check_outputs(outputs)
     before = machine_now()

@@ -26,12 +26,14 @@ _TOGETHER = 64  # texts that are read before their lines are printed
 @click.option("--raw", is_flag=True, help="Leave vectors as long as they come, and not of length 1.")
 @click.option("--truncate", is_flag=True, help="Take the beginning of a text that is longer than the context, which is "
               "refused otherwise.")  # fmt: skip
+@click.option("--adapter", default=None, metavar="NAME", help="Embed with this adapter of the bundle's.  "
+              "[default: none]")  # fmt: skip
 @threads_option
 @device_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for all texts, instead of one for each.")
 def embed(
     bundle: str, texts: tuple[str, ...], file: Path | None, pooling: str, raw: bool, truncate: bool,
-    threads: int | None, device: str, as_json: bool,
+    adapter: str | None, threads: int | None, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Print TEXTS as vectors by the model in BUNDLE, which was exported with --hidden: a line of JSON for each.
 
@@ -43,7 +45,7 @@ def embed(
     given += _lines(file)
     if not given:
         raise click.UsageError("name a text, - for those of standard input, or a --file.")
-    model = load(bundle, device=device, threads=threads)
+    model = load(bundle, device=device, threads=threads).with_adapter(adapter)
     model.session.check_hidden()
     entries = []
     for start in range(0, len(given), _TOGETHER):

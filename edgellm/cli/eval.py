@@ -37,13 +37,16 @@ __all__ = ["evaluate", "evaluate_bundle"]
               "bundle, for others to measure again.")  # fmt: skip
 @click.option("--receipt", is_flag=True, help="With --text: measure again what the bundle's receipt says, as it says; "
               "with --against, the distance too.")  # fmt: skip
+@click.option("--adapter", default=None, metavar="NAME", help="Measure with this adapter of the bundle's.  "
+              "[default: none]")  # fmt: skip
 @device_option
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 @click.pass_context
 def evaluate(
     context: click.Context, /, bundle: Path, file: Path | None, against: Path | None, tokens: int, window: int,
-    write_receipt: bool, receipt: bool, device: str, threads: int | None, as_json: bool, **of_task: Any,
+    write_receipt: bool, receipt: bool, adapter: str | None, device: str, threads: int | None, as_json: bool,
+    **of_task: Any,
 ) -> int:  # fmt: skip
     """Measure how well BUNDLE predicts a text, or does its task.
 
@@ -67,7 +70,9 @@ def evaluate(
         if of_task["data"] is None:
             raise click.UsageError("--task needs its test data: --data FILE")
         with stages() as tell:
-            result = evaluate_model(bundle, **of_task, window=window, device=device, threads=threads, tell=tell)
+            result = evaluate_model(
+                bundle, **of_task, window=window, adapter=adapter, device=device, threads=threads, tell=tell
+            )
         print_json(result) if as_json else print_report(result)
         return 0
     _refuse(given & of_task.keys(), "belongs to --task NAME, which is not given")
@@ -75,7 +80,9 @@ def evaluate(
         raise click.UsageError("nothing to measure; give --text FILE, or --task NAME and --data FILE")
     if write_receipt and (receipt or against is None):
         raise click.UsageError("--write-receipt needs --against CHECKPOINT, and goes without --receipt")
-    measure = partial(evaluate_bundle, bundle, file, against, device=device, threads=threads)
+    if receipt or write_receipt:
+        _refuse(given & {"adapter"}, "goes without a receipt, which is of the bundle without one")
+    measure = partial(evaluate_bundle, bundle, file, against, adapter=adapter, device=device, threads=threads)
     if receipt:
         from edgellm.cli.receipt import measure_again
 
@@ -109,14 +116,14 @@ def _refuse(names: set[str], why: str) -> None:
 
 def evaluate_bundle(
     path: Path, file: Path, against: Path | None = None, *, tokens: int = 4096, window: int = 512, skip: int = 0,
-    device: str = "auto", threads: int | None = None, tell: Any,
+    adapter: str | None = None, device: str = "auto", threads: int | None = None, tell: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """The figures; the keys are those of ``--json``."""
     from edgellm_runtime import OptionError, load
     from edgellm_runtime.checks.evaluate import evaluate as run
     from edgellm_runtime.checks.receipt import Asked, read_windows
 
-    model = load(path, device=device, threads=threads)
+    model = load(path, device=device, threads=threads).with_adapter(adapter)
     if model.tokenizer is None:
         raise OptionError(f"{path}: has no tokenizer, so it cannot read a text; export it with one")
     try:

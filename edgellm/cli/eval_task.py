@@ -22,8 +22,8 @@ _WIDTH = 100  # characters of each line of theirs
 
 def evaluate_model(
     path: Path, *, task: str, data: Path, limit: int | None = None, beams: int | None = None,
-    baseline: Path | None = None, predictions: Path | None = None, window: int = 512, device: str = "auto",
-    threads: int | None = None, tell: Any,
+    baseline: Path | None = None, predictions: Path | None = None, window: int = 512,
+    adapter: str | None = None, device: str = "auto", threads: int | None = None, tell: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """The figures; the keys are those of ``--json``.
 
@@ -36,6 +36,7 @@ def evaluate_model(
         baseline: training examples of the baselines, if their scores are wanted too.
         predictions: the file that each answer is written to.
         window: of generation: tokens read from an empty state at a time.
+        adapter: the name of one of the bundle's; None for none.
         device: where a bundle runs.
         threads: CPU threads.
         tell: told what is done and how much of it.
@@ -51,7 +52,7 @@ def evaluate_model(
         _check_replaceable(predictions)
     examples = read_examples(data, task, limit or 0)
     tell("reading the model", 0.0)
-    runner, kind = open_runner(path, task, device=device, threads=threads)
+    runner, kind = open_runner(path, task, adapter=adapter, device=device, threads=threads)
     report = evaluate_task(
         runner, task, examples, beams=beams, window=window, progress=lambda share: tell("asking the model", share)
     )
@@ -64,11 +65,13 @@ def evaluate_model(
     return result | {"shown": _shown(task, examples, report.predictions)}
 
 
-def open_runner(path: Path, task: str, *, device: str = "auto", threads: int | None = None) -> tuple[Any, str]:
+def open_runner(
+    path: Path, task: str, *, adapter: str | None = None, device: str = "auto", threads: int | None = None
+) -> tuple[Any, str]:
     """A model behind its task's methods, and whether it is a ``bundle`` or a ``checkpoint``.
 
     Raises:
-        OptionError: it was made for another task, or has no tokenizer.
+        OptionError: it was made for another task, has no tokenizer, or no such adapter.
     """
     from edgellm_runtime import OptionError, load
 
@@ -78,6 +81,7 @@ def open_runner(path: Path, task: str, *, device: str = "auto", threads: int | N
     else:
         session, tokenizer, spec = _checkpoint(path, device, threads)
         kind = "checkpoint"
+    session = session.with_adapter(adapter)
     if tokenizer is None:
         raise OptionError(f"{path}: has no tokenizer, so it cannot read examples; make it with one")
     name = "generation" if spec is None else spec.name

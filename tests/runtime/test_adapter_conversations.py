@@ -8,45 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from adapter_bundles import NAMES, adapter_bundle
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_bundles import attention_model, text_assets
 
-from edgellm.checkpoints.switchable import Switchable
 from edgellm.cli.chat import chat
 from edgellm.cli.inspect import inspect
-from edgellm_exporters.export import export
 from edgellm_runtime import Model, OptionError, StateError, load
 from edgellm_runtime.generation.conversation import Conversation
 from edgellm_runtime.generation.prefix_cache import PrefixCache
 
-NAMES = ("red", "blue")
-
-
-@functools.cache
-def bundle() -> Path:
-    """A tiny decoder with two adapters, each of which changes what is said."""
-    base, draw = attention_model(), torch.Generator().manual_seed(5)
-    stacks = {}
-    for module in ("layers.0.attention.q_proj", "layers.0.attention.v_proj", "layers.1.mlp.down_proj"):
-        rows, columns = base.get_submodule(module).weight.shape  # type: ignore[misc]
-        down, up = torch.randn(3, columns, 4, generator=draw), torch.randn(3, 4, rows, generator=draw)
-        down[0], up[0] = 0, 0
-        stacks[module] = down, up
-    folder = Path(tempfile.mkdtemp()) / "bundle"
-    return export(Switchable(base, NAMES, stacks).eval(), folder, text=text_assets()).bundle.path
-
 
 @functools.cache
 def model() -> Model:
-    return load(bundle(), threads=1)
+    return load(adapter_bundle(), threads=1)
 
 
 @functools.cache
 def caching() -> Model:
-    return load(bundle(), threads=1, prefix_cache=PrefixCache(1 << 22))
+    return load(adapter_bundle(), threads=1, prefix_cache=PrefixCache(1 << 22))
 
 
 def said_anew(conversation: Conversation, text: str, **options: Any) -> str:
@@ -134,7 +115,7 @@ def test_a_saved_conversation_is_of_the_adapter_that_it_had_last(tmp_path: Path)
 def test_chat_begins_with_an_adapter_and_switches() -> None:
     lines = "hello\n/adapter\n/adapter blue\nhello\n/adapter -\nhello\n/adapter green\n/adapter red\n/reset\nhello\n"
     options = {"max_new_tokens": 4}
-    given = [str(bundle()), "--adapter", "red", "--max-new-tokens", "4", "--threads", "1"]
+    given = [str(adapter_bundle()), "--adapter", "red", "--max-new-tokens", "4", "--threads", "1"]
     result = CliRunner().invoke(chat, given, input=lines, catch_exceptions=False)
     assert result.exit_code == 0
     conversation = model().with_adapter("red").conversation()
@@ -148,4 +129,4 @@ def test_chat_begins_with_an_adapter_and_switches() -> None:
 
 
 def test_inspect_lists_the_adapters() -> None:
-    assert "red, blue" in CliRunner().invoke(inspect, [str(bundle())], catch_exceptions=False).output
+    assert "red, blue" in CliRunner().invoke(inspect, [str(adapter_bundle())], catch_exceptions=False).output

@@ -26,8 +26,10 @@ ORDER: list[tuple[str, int]] = []
 class Fake:
     """A worker that notes its turns; the bundle called slow takes twice as long."""
 
-    def __init__(self, bundle: str, *, threads: int, device: str, kernels: str, opener: str = "") -> None:
-        self.bundle = bundle if kernels == "onnxruntime" else f"{bundle} {kernels}"
+    def __init__(
+        self, bundle: str, *, threads: int, device: str, kernels: str, adapter: str | None = None, opener: str = ""
+    ) -> None:
+        self.bundle = " ".join([bundle, *([] if kernels == "onnxruntime" else [kernels]), *([adapter] * bool(adapter))])
         self.loaded = {"load_s": 0.1, "max_context": 64, "device": "cpu", "kernels": kernels}
 
     def __enter__(self) -> Fake:

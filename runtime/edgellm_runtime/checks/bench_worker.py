@@ -36,6 +36,7 @@ class Worker:
         threads: for loading.
         device: for loading.
         kernels: likewise.
+        adapter: the name of one of the bundle's, or none.
         opener: a module whose ``opened`` loads it in the child, in the place of :func:`edgellm_runtime.load`: it takes
             the path and the number of threads, and gives a session and what runs its products.
 
@@ -44,15 +45,16 @@ class Worker:
     """
 
     def __init__(
-        self, bundle: str | Path, *, threads: int, device: str, kernels: str | None = None, opener: str = ""
-    ) -> None:
+        self, bundle: str | Path, *, threads: int, device: str, kernels: str | None = None, adapter: str | None = None,
+        opener: str = "",
+    ) -> None:  # fmt: skip
         self._process = subprocess.Popen(
             [sys.executable, "-c", _CODE, json.dumps(sys.path, allow_nan=False)], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, text=True, encoding="utf-8", env=os.environ | {"PYTHONUTF8": "1"},
         )  # fmt: skip
         try:
             question = {"bundle": str(bundle), "threads": threads, "device": device, "kernels": kernels}
-            self.loaded = self._ask({**question, "opener": opener})
+            self.loaded = self._ask({**question, "adapter": adapter, "opener": opener})
         except BaseException:
             self.close()
             raise
@@ -131,7 +133,7 @@ def _loaded(question: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         from edgellm_runtime import load
 
         where = {name: question[name] for name in ("device", "threads", "kernels")}
-        session = load(question["bundle"], **where).session
+        session = load(question["bundle"], **where).with_adapter(question["adapter"]).session
         kernels = "own" if session.kernels else "onnxruntime"
     took = time.perf_counter() - start
     return session, {

@@ -43,6 +43,7 @@ class Plan:
         seed: of the prompts.
         kernels: those that each bundle is loaded with, beside each other; None is the usual ones.
         openers: of those of ``bundles`` that are none, modules that open them, as :class:`Worker` takes them.
+        adapter: the name of one that each bundle has, for all of its rows; None for none.
 
     Raises:
         OptionError: a value is out of its range, or there is nothing to measure.
@@ -58,6 +59,7 @@ class Plan:
     seed: int = 0
     kernels: Sequence[str | None] = (None,)
     openers: Mapping[str, str] = field(default_factory=dict)
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         check_integer("rounds", self.rounds, 1)
@@ -81,6 +83,7 @@ class Cell:
         peak_rss_mb: of its process, with this workload and those before it.
         joules: of the whole machine's processors during its rounds; None where the system does not say.
         kernels: whose ran its products, ``onnxruntime``, ``own``, or ``PyTorch``.
+        adapter: of its rows, or none.
     """
 
     bundle: str
@@ -92,11 +95,16 @@ class Cell:
     peak_rss_mb: float | None = None
     joules: float | None = None
     kernels: str = "onnxruntime"
+    adapter: str | None = None
 
     @property
     def name(self) -> str:
         """The bundle's path, and what is other than usual about how it ran."""
-        return self.bundle if self.kernels == "onnxruntime" else f"{self.bundle} ({self.kernels} kernels)"
+        unusual = [
+            *([] if self.kernels == "onnxruntime" else [f"{self.kernels} kernels"]),
+            *([] if self.adapter is None else [f"adapter {self.adapter}"]),
+        ]
+        return f"{self.bundle} ({', '.join(unusual)})" if unusual else self.bundle
 
     def times(self, figure: str) -> list[float]:
         """Seconds of each round, of ``prefill`` or ``decode``."""
@@ -113,7 +121,7 @@ class Cell:
         counts = {"prefill": w.batch * w.prompt_tokens, "decode": w.batch * w.new_tokens}
         return {
             "bundle": self.bundle, "name": self.name, **asdict(w), "threads": self.threads, "device": self.device,
-            "kernels": self.kernels,
+            "kernels": self.kernels, "adapter": self.adapter,
             "load_s": round(self.load_s, 3), **summary(self.rounds, w),
             "intervals": {
                 f"{name}_tokens_per_s": [round(counts[name] / t, 1) for t in reversed(interval(self.times(name)))]
@@ -141,10 +149,11 @@ class Cell:
             ]
             if not rounds or any(r.ttft_s <= 0 or r.decode_s <= 0 for r in rounds):
                 raise ValueError("it has no rounds, or times below 0")
-            kernels = str(data.get("kernels", "onnxruntime"))
+            adapter = data.get("adapter")
             return cls(
-                str(data["bundle"]), workload, int(data["threads"]), str(data["device"]), 0.0, rounds, kernels=kernels
-            )
+                str(data["bundle"]), workload, int(data["threads"]), str(data["device"]), 0.0, rounds,
+                kernels=str(data.get("kernels", "onnxruntime")), adapter=None if adapter is None else str(adapter),
+            )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise OptionError(f"this is no result of edgellm bench ({error}); write one with --output FILE") from error
 
@@ -170,11 +179,14 @@ def _with_threads(plan: Plan, threads: int, progress: Callable[[str, float], Non
             for bundle in plan.bundles
             for kernels in ([None] if str(bundle) in plan.openers else map(chosen_kernels, plan.kernels))
         ]
+        adapters = [None if str(bundle) in plan.openers else plan.adapter for bundle, _ in ways]
         workers = []
-        for bundle, kernels in ways:
+        for (bundle, kernels), adapter in zip(ways, adapters, strict=True):
             progress(f"loading {bundle}", 0.0)
-            opener = plan.openers.get(str(bundle), "")
-            worker = Worker(bundle, threads=threads, device=plan.device, kernels=kernels, opener=opener)
+            worker = Worker(
+                bundle, threads=threads, device=plan.device, kernels=kernels, adapter=adapter,
+                opener=plan.openers.get(str(bundle), ""),
+            )  # fmt: skip
             workers.append(stack.enter_context(worker))
         for workload, worker in itertools.product(plan.workloads, workers):
             workload.check(worker.loaded["max_context"])
@@ -187,8 +199,9 @@ def _with_threads(plan: Plan, threads: int, progress: Callable[[str, float], Non
                     worker.loaded["device"],
                     worker.loaded["load_s"],
                     kernels=worker.loaded["kernels"],
+                    adapter=adapter,
                 )
-                for (bundle, _), worker in zip(ways, workers, strict=True)
+                for (bundle, _), adapter, worker in zip(ways, adapters, workers, strict=True)
             ]
             _rounds(plan, list(zip(cells, workers, strict=True)), progress)
             done += cells
