@@ -33,9 +33,9 @@ def has_words(model: Any) -> bool:
 @torch.no_grad()
 def own_words(
     shell: nn.Module, held: HeldWeights, rows: int, time: int, generator: torch.Generator,
-    progress: Callable[[float], None] = lambda share: None,
+    progress: Callable[[float], None] = lambda share: None, *, enough: Callable[[], bool] = lambda: False,
 ) -> Tensor:  # fmt: skip
-    """Rows of text, (rows, time).
+    """Rows of text, (rows, time), or the first of them.
 
     Args:
         shell: the model, its parameters on the meta device.
@@ -44,6 +44,7 @@ def own_words(
         time: tokens of each.
         generator: of first tokens and of what is drawn.
         progress: told the share of what is done.
+        enough: asked after each :data:`ROWS` whether to end there.
     """
     found = list[Tensor]()
     for start in range(0, rows, ROWS):
@@ -53,6 +54,8 @@ def own_words(
             progress((start + count * share) / rows)
 
         found.append(_written_together(shell, held, count, time, generator, tell))
+        if enough():
+            break
     return torch.cat(found)
 
 

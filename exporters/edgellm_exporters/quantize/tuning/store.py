@@ -106,12 +106,13 @@ class FinishedLayers:
             beside.unlink(missing_ok=True)
 
     def load_words(self, rows: int, time: int) -> Tensor | None:
-        """Text that the model wrote, (rows, time), or None where there is none."""
+        """Text that the model wrote, (rows, time) or less, where time was up, or None where there is none."""
         try:
             found = np.load(self.directory / _WORDS, allow_pickle=False)
         except (OSError, ValueError):
             return None
-        return torch.from_numpy(found) if found.shape == (rows, time) and found.dtype == np.int64 else None
+        fits = found.ndim == 2 and 0 < len(found) <= rows and found.shape[1] == time and found.dtype == np.int64
+        return torch.from_numpy(found) if fits else None
 
     def save_words(self, words: Tensor) -> None:
         """Keep text that the model wrote."""

@@ -32,15 +32,15 @@ from edgellm_exporters.quantize.tuning.layer import tuned_layer
 from edgellm_exporters.quantize.tuning.layer_stream import LayerStream, layers_called, shell_of
 from edgellm_exporters.quantize.tuning.own_words import has_words, own_words
 from edgellm_exporters.quantize.tuning.reading import fast_dtype, fast_products
+from edgellm_exporters.quantize.tuning.schedule import LAYERS_SHARE, WRITING_SHARE, Schedule, schedule_of
 from edgellm_exporters.quantize.tuning.store import ROOM, FinishedLayers, work_digest
 
 __all__ = ["MIN_TUNING_TOKENS", "MOST_TUNING_TOKENS", "Tuning", "tuned"]
 
 WINDOW = 128  # tokens
 MIN_TUNING_TOKENS, MOST_TUNING_TOKENS = 6144, 67_584
-_LAYER_WINDOWS, _MOST_HELD = 128, 16  # that layers are learned from, and that are held back, at most
-_VERSION = 3  # of the method: layers that another one finished are not taken over
-_LAYERS_SHARE = 0.4  # of the minutes, at most
+_MOST_HELD = 16  # windows that are held back, at most
+_VERSION = 4  # of the method: layers that another one finished are not taken over
 _PASSES = 1.5  # what follows a layer's steps, in times that the float layer takes to read all
 _HELD = 9  # one window of so many is held back
 _TIMED = (2, 8, 32, 128)  # steps after which it is looked how long the last ones took; the first read weights, too
@@ -56,8 +56,8 @@ class Tuning:
         tokens: text to learn from, of which :data:`MOST_TUNING_TOKENS` are read; their end is held back and only judged
             on.
         seed: of the order in which text is read.
-        own_tokens: that the model makes up itself, to learn from besides; 0: none.
-        steps: of each layer, at most; fewer where the minutes are too few.
+        own_tokens: that the model makes up itself, to learn from besides; 0: none; None: more for more minutes.
+        steps: of each layer, at most, and fewer where the minutes are too few; None: more for more minutes.
         distilling_steps: of all layers together, likewise.
         directory: where finished layers are kept until the export is done, for a run that is stopped; None: nowhere.
         clock: seconds.
@@ -69,8 +69,8 @@ class Tuning:
     minutes: float
     tokens: Sequence[int] = field(repr=False)
     seed: int = 0
-    own_tokens: int = 16_384
-    steps: int = 60
+    own_tokens: int | None = None
+    steps: int | None = None
     distilling_steps: int = 600
     directory: Path | None = None
     clock: Callable[[], float] = field(default=time.monotonic, repr=False)
@@ -83,6 +83,16 @@ class Tuning:
                 f"the calibration text has {len(self.tokens)} tokens, and tuning needs {MIN_TUNING_TOKENS}; give a "
                 "longer text, or leave --tune out"
             )
+
+    @property
+    def schedule(self) -> Schedule:
+        """How much is learned, at most."""
+        of_minutes = schedule_of(self.minutes)
+        return dataclasses.replace(
+            of_minutes,
+            steps=of_minutes.steps if self.steps is None else self.steps,
+            own_tokens=of_minutes.own_tokens if self.own_tokens is None else self.own_tokens,
+        )
 
 
 def tuned(
@@ -135,9 +145,8 @@ class _Work:
 
     def __init__(self, tuning: Tuning, coded: Mapping[str, CodedWeight], order: Sequence[str]) -> None:
         settings = {
-            "version": _VERSION, "seed": tuning.seed, "steps": tuning.steps, "own": tuning.own_tokens,
-            "order": list(order),
-            "dtype": str(fast_dtype()),
+            "version": _VERSION, "seed": tuning.seed, "schedule": dataclasses.asdict(tuning.schedule),
+            "order": list(order), "dtype": str(fast_dtype()),
             "tokens": hashlib.sha256(np.asarray(tuning.tokens, dtype=np.int64).tobytes()).hexdigest(),
         }  # fmt: skip
         self.finished = None
@@ -166,7 +175,9 @@ class _Run:
         self._begin = tuning.clock()
         self._chosen = ChosenWeights(weights, self.coded)
         self._own = self._own_words(learn)
-        some = _evenly(self._own, tokens[:learn], _LAYER_WINDOWS)
+        some = _evenly(
+            self._own, tokens[:learn], tuning.schedule.layer_windows // layer_stream.GROUP * layer_stream.GROUP
+        )
         self._layer_learn = len(some)
         some = torch.cat([some, tokens[learn:]])
         self._floats = LayerStream(shell, RememberedRows(weights), some, order, work.room / "float")
@@ -195,8 +206,8 @@ class _Run:
         own = {name: one for name, one in own.items() if one.tunable}
         found = self._work.finished.load(path, own) if own and self._work.finished is not None else None
         if found is None and own:
-            share = (self._begin + 60 * _LAYERS_SHARE * self._tuning.minutes - start) / (len(self._order) - number)
-            pace = _Pace(self._tuning, start + share - _PASSES * passing, self._tuning.steps)
+            share = (self._begin + 60 * LAYERS_SHARE * self._tuning.minutes - start) / (len(self._order) - number)
+            pace = _Pace(self._tuning, start + share - _PASSES * passing, self._tuning.schedule.steps)
             result = tuned_layer(
                 self._quantized, path, self._floats.passed_outputs(), floats, own, learn=self._layer_learn, steps=pace,
                 generator=self._generator(number),
@@ -232,18 +243,22 @@ class _Run:
             self.coded, self.vectors = dict(found.coded), found.vectors
 
     def _own_words(self, learn: int) -> Tensor:
-        """Windows of text that the float model makes up, (windows, time), no more than of the other; none where it
-        cannot.
+        """Windows of text that the float model makes up, (windows, time), no more than of the other and than there is
+        time for; none where it cannot.
         """
         time, group = self._tokens.shape[1], layer_stream.GROUP
-        rows = min(self._tuning.own_tokens // time, learn) // group * group if has_words(self._shell) else 0
+        rows = min(self._tuning.schedule.own_tokens // time, learn) // group * group if has_words(self._shell) else 0
         if not rows:
             return self._tokens[:0]
         held, finished = HeldWeights(self._shell, self._weights), self._work.finished
         found = finished.load_words(rows, time) if finished is not None else None
         if found is None:
             tell = partial(self._progress, "writing text to learn from")
-            found = own_words(self._shell, held, rows, time, self._generator(len(self._order) + 1), tell)
+            until = self._begin + 60 * WRITING_SHARE * self._tuning.minutes
+            found = own_words(
+                self._shell, held, rows, time, self._generator(len(self._order) + 1), tell,
+                enough=lambda: self._tuning.clock() >= until,
+            )  # fmt: skip
             if finished is not None:
                 finished.save_words(found)
         return found
