@@ -31,7 +31,7 @@ class MergeLowRank(ir.passes.InPlacePass):
 
     Before: canonical graph after ``MergeLinears``. After: what was added to two or more parts of a Linear, of its own
     input and with one choice among stacks, is added before its Split. TensorRT for RTX 1.7 ends the process when it
-    builds an engine of such parts whose Linear has an input of 8 bits.
+    builds an engine where value and another part have such sums and their Linear an input of 8 bits.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
