@@ -168,6 +168,7 @@ TABLE: dict[str, dict[str, str]] = {
     "Conversation.stream": {"text": "text", **OPTIONS},
     "Conversation.reset": {"system": "text or None"},
     "Conversation.fork": {},
+    "Conversation.switch": {"adapter": "choice or None"},
     "Conversation.rewind": {"turns": "small integer"},
     "Conversation.edit": {"messages": "history"},
     "Conversation.save": {"path": "path"},

@@ -38,6 +38,7 @@ from edgellm_exporters.graph.faults import (
     writes_to,
 )
 from edgellm_exporters.graph.free_sizes import renamed
+from edgellm_exporters.graph.held_signals import held_signals
 from edgellm_exporters.graph.layers import layer_modules, layer_nodes
 from edgellm_exporters.graph.tracing import CanonicalFunctions, canonical, fake_parameters, no_collection
 from edgellm_exporters.graph.translate import translated
@@ -251,7 +252,7 @@ def traced(wrapped: nn.Module, example: tuple[Any, ...], shapes: tuple[Any, ...]
     dynamo_config: Any = torch._dynamo.config
     shape_config: Any = torch.fx.experimental._config
     # The cache keeps what operators give at sizes that were met before; symbols are met anew all the time.
-    with dynamo_config.patch(fake_tensor_cache_enabled=False):
+    with held_signals(), dynamo_config.patch(fake_tensor_cache_enabled=False):
         try:
             return canonical(torch.export.export(wrapped, example, dynamic_shapes=shapes, strict=False))
         except Exception as error:
