@@ -318,7 +318,7 @@ class Fixtures:
         messages = [{"role": "user", "content": "hello"}]
         few = {"max_new_tokens": 1}
         return {
-            "with_adapter": {"name": None},
+            "with_adapter": {"name": None}, "switch": {"adapter": None},
             "generate": {"prompt": "hello", **few}, "stream": {"prompt": "hello", **few},
             "agenerate": {"prompt": "hello", **few}, "astream": {"prompt": "hello", **few},
             "chat": {"messages": messages, **few}, "stream_chat": {"messages": messages, **few},
