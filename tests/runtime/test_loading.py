@@ -64,7 +64,6 @@ def test_for_one_thread_weights_are_compared_by_the_one_that_loads(monkeypatch: 
         return sha256_of(file)
 
     monkeypatch.setattr(bundle_module, "sha256_of", comparing)
-    monkeypatch.setattr(bundle_module, "sha256_of", comparing)
     load(bundle, threads=1)
     assert set(compared) == {threading.current_thread().name}
     load(bundle, threads=2)

@@ -217,7 +217,8 @@ def test_every_form_rounds_to_the_nearest_of_16_bits_and_no_further_than_the_lar
         np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
     )  # all that are finite and not below 0
     ties = (halves[:-1] + halves[1:]) / 2
-    x = np.concatenate([patterns, -halves, halves, ties, -ties, np.array([1e9, -1e9, 65519.9, np.inf], np.float32)])
+    far = np.array([1e9, -1e9, 65519.9, 65520.0, np.inf, -np.inf], np.float32)
+    x = np.concatenate([far, patterns, -halves, halves, ties, -ties])
     x = x[~np.isnan(x)]
     x = np.ascontiguousarray(x[: len(x) // 16 * 16], np.float32)
     expected = np.clip(x, -65504, 65504).astype(np.float16).view(np.uint16)
