@@ -123,8 +123,8 @@ def preset_model(name: str) -> nn.Module:
 # Rows of the table of engines, beside the families that go on with texts. Weights are large enough that a source read
 # backwards shows (a cosine of 0.995 at most, which fp8's bound of 0.99 alone would let pass:
 # ``test_quantized_graphs_equal_pytorch_with_the_same_numbers`` would not), and no larger: with 0.3 for the last row,
-# rounding to codes of 8 bits in PyTorch alone leaves a cosine of 0.70, and such a model says nothing about the 16 bits of
-# a graph.
+# rounding to codes of 8 bits in PyTorch alone leaves a cosine of 0.70, and such a model says nothing about the 16 bits
+# of a graph.
 SOURCE_FAMILIES: Mapping[str, Callable[[], nn.Module]] = {
     "T5": functools.partial(t5_model, size=0.07),
     "BART": bart_model,
