@@ -26,16 +26,11 @@ import httpx2 as httpx
 from served import Served, serving
 
 from edgellm_runtime.batching.options import BatchOptions
+from edgellm_runtime.checks.memory import memory_now_and_at_most
 
 _WORDS = ["the", "user", "said", "hello", "to", "the", "assistant", "and", "the", "world"]
 _GROWTH = 0.02
 _WARM_UP = 0.25  # of the goal, after which memory may not grow
-
-
-def resident_bytes() -> int:
-    """What this process holds in memory now."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) * 1024
 
 
 class Goal:
@@ -169,11 +164,11 @@ def soak(
     threads = [Client(served, i, goal, expected) for i in range(clients)]
     for thread in threads:
         thread.start()
-    most = dict.fromkeys(("warming up", "after"), resident_bytes())
+    most = dict.fromkeys(("warming up", "after"), memory_now_and_at_most()[0])
     while any(thread.is_alive() for thread in threads):
         time.sleep(0.05)
         part = "warming up" if goal.share < _WARM_UP else "after"
-        most[part] = max(most[part], resident_bytes())
+        most[part] = max(most[part], memory_now_and_at_most()[0])
     faults = [fault for thread in threads for fault in thread.faults]
     load, counts = served.model.scheduler.load, sum((t.counts for t in threads), Counter())
     deadline = time.monotonic() + 60

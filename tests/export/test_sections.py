@@ -18,6 +18,7 @@ from edgellm_exporters.export import ExportOptions, export
 from edgellm_exporters.proof import opened, section_backend
 from edgellm_exporters.proof.section_backend import SectionBackend
 from edgellm_exporters.proof.sections import sections_of
+from edgellm_runtime.backends.ort import OrtBackend
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.checks.far import float_session
 from edgellm_runtime.checks.layers import LAYER, tapped
@@ -76,6 +77,22 @@ def test_sections_give_the_bits_of_the_whole_graph(family: str, method: str, tmp
 def test_sections_whose_products_read_floats_give_the_bits_of_the_whole_graph(method: str, tmp_path: Path) -> None:
     bundle = exported("decoder", method, tmp_path)
     assert_same_bits(steps(in_sections(bundle, float_inputs=True)[0]), steps(float_session(bundle, 1)))
+
+
+def test_a_state_that_a_section_wrote_is_read_by_a_later_one(tmp_path: Path) -> None:
+    bundle = exported("decoder", "none", tmp_path)
+    signature = bundle.manifest.signature
+    model = onnx.load(bundle.file("model.onnx"), load_external_data=False)
+    made = next(node for node in model.graph.node if signature.logits.name in node.output)
+    made.output[list(made.output).index(signature.logits.name)] = "before"
+    model.graph.node.append(helper.make_node("ReduceMax", [signature.state[0].present_name], ["largest"], keepdims=0))
+    model.graph.node.append(helper.make_node("Add", ["before", "largest"], [signature.logits.name]))
+    graph = bundle.path / "more.onnx"
+    onnx.save(model, graph)
+    backend = SectionBackend(graph, signature, MOST, threads=1, memory=no_room)
+    assert signature.state[0].present_name in backend.sections[-1].inputs
+    whole = session_of(bundle, OrtBackend(graph, signature, threads=1))
+    assert_same_bits(steps(session_of(bundle, backend)), steps(whole))
 
 
 def test_sections_give_the_outputs_of_layers(tmp_path: Path) -> None:
@@ -154,7 +171,7 @@ def test_an_export_in_sections_is_the_export(tmp_path: Path, monkeypatch: pytest
     assert {**ours, "provenance": {}} == {**theirs, "provenance": {}}  # which has the day
 
 
-def chain(*, typed: bool) -> onnx.ModelProto:
+def chain(*, unknown: int | None = None) -> onnx.ModelProto:
     """Five products, one in a branch that reads what is around it; each weight comes from a constant that is cast."""
     weights = [numpy_helper.from_array(np.eye(8, dtype=np.float16) * (i + 1), f"w{i}") for i in range(5)]
     weights.append(numpy_helper.from_array(np.array(True), "yes"))
@@ -170,18 +187,15 @@ def chain(*, typed: bool) -> onnx.ModelProto:
     first, last = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 8]) for name in ("x0", "x5"))
     graph = helper.make_graph(nodes, "chain", [first], [last], initializer=weights)
     found = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    return found if typed else _with_an_unknown_value(found)
-
-
-def _with_an_unknown_value(model: onnx.ModelProto) -> onnx.ModelProto:
-    """An operator that nothing is known of in the place of the fourth product."""
-    model.graph.node[7].op_type, model.graph.node[7].domain = "Unknown", "somewhere"
-    model.opset_import.append(helper.make_opsetid("somewhere", 1))
-    return model
+    if unknown is not None:  # an operator that nothing is known of in the place of a product
+        product = found.graph.node[2 * unknown + 1]
+        product.op_type, product.domain = "Unknown", "somewhere"
+        found.opset_import.append(helper.make_opsetid("somewhere", 1))
+    return found
 
 
 def test_each_section_makes_the_constants_that_it_reads() -> None:
-    found = sections_of(chain(typed=True).SerializeToString(), 1)
+    found = sections_of(chain().SerializeToString(), 1)
     assert [(s.inputs, s.outputs) for s in found] == [((f"x{i}",), (f"x{i + 1}",)) for i in range(5)]
     for i, section in enumerate(found):
         graph = onnx.ModelProto.FromString(section.model).graph
@@ -190,16 +204,19 @@ def test_each_section_makes_the_constants_that_it_reads() -> None:
 
 
 def test_no_cut_falls_where_a_type_is_unknown() -> None:
-    found = sections_of(chain(typed=False).SerializeToString(), 1)
+    found = sections_of(chain(unknown=3).SerializeToString(), 1)
     assert [s.outputs[-1] for s in found] == ["x1", "x2", "x3", "x5"]
 
 
+def test_where_a_type_is_unknown_the_cut_falls_at_the_first_place_after_it() -> None:
+    found = sections_of(chain(unknown=1).SerializeToString(), 1)
+    assert [s.outputs[-1] for s in found] == ["x1", "x3", "x4", "x5"]
+
+
 def test_a_small_graph_is_one_section() -> None:
-    assert [(s.inputs, s.outputs) for s in sections_of(chain(typed=True).SerializeToString(), 1 << 20)] == [
-        (("x0",), ("x5",))
-    ]
+    assert [(s.inputs, s.outputs) for s in sections_of(chain().SerializeToString(), 1 << 20)] == [(("x0",), ("x5",))]
 
 
 def test_a_value_that_is_fetched_is_given() -> None:
-    found = sections_of(chain(typed=True).SerializeToString(), 1 << 20, ("x2",))
+    found = sections_of(chain().SerializeToString(), 1 << 20, ("x2",))
     assert found[0].outputs == ("x2", "x5")

@@ -20,6 +20,7 @@ from edgellm.cli.inspect import inspect
 from edgellm.models.decoder import Decoder, DecoderConfig
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_runtime.bundle import Bundle
+from edgellm_runtime.checks.memory import memory_now_and_at_most, peak_rss_mb
 from edgellm_runtime.graphs.onnx_file import read_model
 from edgellm_runtime.state.memory_peak import LIBRARIES, memory_peak
 
@@ -122,3 +123,10 @@ def test_inspect_shows_the_peak() -> None:
     result = CliRunner().invoke(inspect, [str(attention_bundle()), "--context", "10"], env={"COLUMNS": "400"})
     (row,) = (line for line in result.output.splitlines() if "peak, 10 tokens" in line)
     assert str(memory_peak(Bundle(attention_bundle()), 10)) in row
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the system does not say")
+def test_what_a_process_holds_is_at_most_what_it_has_held() -> None:
+    now, most = memory_now_and_at_most()
+    assert 10 << 20 < now <= most
+    assert most <= (peak_rss_mb() or 0) * 2**20 + 2**20

@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_exporters.proof.sections import Section, sections_of
-from edgellm_exporters.weights.memory import memory_now_and_at_most, trim
+from edgellm_exporters.weights.memory import trim
 from edgellm_runtime.backends.base import HostBackend
 from edgellm_runtime.backends.faults import step_fault
 from edgellm_runtime.backends.ort import library, load_graph, session_options
+from edgellm_runtime.checks.memory import memory_now_and_at_most
 from edgellm_runtime.graphs.float_inputs import with_float_inputs
 from edgellm_runtime.spec import Signature
 from edgellm_runtime.state import State
@@ -72,7 +73,7 @@ class SectionBackend(HostBackend):
         return made[self._signature.logits.name].astype(np.float32), made[self._signature.hidden.name]
 
     def _step(self, tokens: Array, lengths: Array, logit_positions: Array, state: State) -> dict[str, Array]:
-        """What all sections give, by name, but for the state."""
+        """What there is after all sections, by name."""
         values: dict[str, Array] = {
             "tokens": tokens, "lengths": lengths, "past_lengths": state.lengths, "logit_positions": logit_positions,
             "total_length": np.asarray((state.lengths + lengths).max()),
@@ -90,6 +91,7 @@ class SectionBackend(HostBackend):
         for place, section in enumerate(self.sections):
             session = self._kept.get(place) or load_graph(section.model, self._graph, self._options)
             values |= self._given(session, section, values, written)
+            values |= {name: written[name] for name in section.outputs if name in written}  # later ones may read them
             if place not in self._kept and self._has_room():
                 self._kept[place] = session
             del session

@@ -100,11 +100,15 @@ class _Graph:
             enough += [place] if 2 * nbytes > most else []
         if last == len(self.nodes):
             return last
-        for places in (enough, range(start, last), range(last, len(self.nodes) - 1)):
-            able = [place for place in places if all(name in self._known for name in self._crossing[place])]
-            if able:
+        for places in (enough, range(start, last)):
+            if able := [place for place in places if self._can_end(place)]:
                 return 1 + min(able, key=lambda place: (len(self._crossing[place]), -place))
-        return len(self.nodes)
+        final = len(self.nodes) - 1
+        return 1 + next((place for place in range(last, final) if self._can_end(place)), final)
+
+    def _can_end(self, place: int) -> bool:
+        """Whether a section may end with a node: of all that crosses there, the type is known."""
+        return all(name in self._known for name in self._crossing[place])
 
     def _weights(self, node: onnx.NodeProto) -> set[str]:
         """The initializers that a node reads, itself or by the constants that it reads."""

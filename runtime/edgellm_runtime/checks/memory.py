@@ -5,9 +5,18 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-__all__ = ["peak_rss_mb"]
+__all__ = ["memory_now_and_at_most", "peak_rss_mb"]
 
 _STATUS = Path("/proc/self/status")
+
+
+def memory_now_and_at_most() -> tuple[int, int]:
+    """Bytes in memory now, and the most there have been since the program began; none where the system is not Linux."""
+    if not _STATUS.is_file():
+        return 0, 0
+    said = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
+    now, most = (int(said.get(name, "0 kB").split()[0]) << 10 for name in ("VmRSS", "VmHWM"))
+    return now, most
 
 
 def peak_rss_mb() -> float | None:
@@ -16,10 +25,9 @@ def peak_rss_mb() -> float | None:
     On Linux this is VmHWM, which starts anew with each program. ``getrusage`` would also count what the program that
     started this one had taken.
     """
-    if _STATUS.is_file():
-        lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
-        if "VmHWM" in lines:
-            return round(int(lines["VmHWM"].split()[0]) / 1024, 1)
+    _, most = memory_now_and_at_most()
+    if most:
+        return round(most / (1 << 20), 1)
     try:
         import resource
     except ImportError:  # Windows
