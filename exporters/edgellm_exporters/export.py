@@ -195,7 +195,7 @@ def _build(
             )  # fmt: skip
             switched = adapter_traces(model, rows[:_ADAPTER_ROWS])
             made_up = standing_in is None and sources is None
-            start = far_start(model, traces[0], made.context, codes=plan.rounds_cache) if made_up else None
+            start = far_start(model, traces[0], made.context, rounds=plan.rounds_cache) if made_up else None
             far = None if start is None or plan.rounds else far_row(model, start, {})
             info = text.info if text else None
             receipt = measured_receipt(model, open_one, scratch, info, options.receipt, progress)

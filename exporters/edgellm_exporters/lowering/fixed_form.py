@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from edgellm_runtime.bundle.engine_info import ENCODE, ROLES
+
 __all__ = ["DECODE", "ENCODE", "FREE", "PREFILL", "Form"]
 
-PREFILL, DECODE, ENCODE = "prefill", "decode", "encode"
+PREFILL, DECODE = ROLES
 FREE = 0  # a size that is no fixed one
 
 

@@ -38,7 +38,7 @@ __all__ = ["FarRow", "FarStart", "far_bounds", "far_row", "far_start"]
 
 _TOKENS = 12
 # Of a row's past, what grows with it is as far into the context as this goes. Most of it is zeros, which take no memory
-# and are read once a step; codes of a cache are kept by a reference that holds all of them as floats, twice.
+# and are read once a step; a cache in fewer bits is kept by a reference that holds all of it as floats, twice.
 _STATE_BYTES, _KEPT_BYTES = 512 << 20, 64 << 20
 _SPREAD = 3**-0.5  # the standard deviation of what is even between -1 and 1
 _GENTLE = 0.25  # of a state's own spread: made-up keys as large as real ones make attention choose at random
@@ -69,20 +69,20 @@ class FarRow:
     float_inputs: bool = False
 
 
-def far_start(model: LanguageModel, trace: Trace, max_context: int, *, codes: bool = False) -> FarStart | None:
+def far_start(model: LanguageModel, trace: Trace, max_context: int, *, rounds: bool = False) -> FarStart | None:
     """Where a far row may begin; None where the context is too short, or a state holds no float32 numbers.
 
     Args:
         model: the float model.
         trace: of a short row; made-up numbers are as large as those of its state.
         max_context: of the bundle.
-        codes: whether the bundle keeps its cache in 8 bits.
+        rounds: whether the bundle keeps its cache in fewer bits than the model.
     """
     specs, tokens = model.state_specs(), trace.tokens[:_TOKENS]
     if not specs or any(spec.dtype != "float32" for spec in specs):
         return None
     grows = sum(spec.nbytes(1, 2) - spec.nbytes(1, 1) for spec in specs)
-    most = _KEPT_BYTES if codes else _STATE_BYTES
+    most = _KEPT_BYTES if rounds else _STATE_BYTES
     past = min(max_context - len(tokens), most // grows if grows else max_context)
     if past <= len(trace.tokens) // 2:
         return None
