@@ -86,6 +86,28 @@ def test_products_of_parts_become_one_with_the_same_numbers(parts: str) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_no_weight_is_read_before_it_is_written() -> None:
+    model, read = adapted(*"qkv"), list[str]()
+    for value in model.graph.initializers.values():
+        made = value.const_value
+        if made is not None and len(made.shape) == 3:
+            value.const_value = ir.LazyTensor(
+                lambda made=made, name=value.name: read.append(str(name)) or made, dtype=made.dtype, shape=made.shape
+            )
+    assert MergeLowRank()(model).modified
+    assert not read
+    for op in ("MatMul", "Gather"):
+        assert count(model, op) == 2
+    for a, b in zip(run(adapted(*"qkv")), run(model), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert len(set(read)) == 6
+
+
+def test_a_group_that_is_left_is_told() -> None:
+    with pytest.raises(ir.passes.PostconditionError, match="could be merged and was not"):
+        MergeLowRank().ensures(adapted("q", "v"))
+
+
 @pytest.mark.parametrize(
     ("parts", "kept"),
     [("v", {}), ("qv", {"second": "v"}), ("qv", {"of": "z"})],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -36,17 +37,31 @@ class MergeLowRank(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Merge every group, in place."""
-        made = False
-        for view in views(model.graph, LINEAR):
-            users = [user for user, _ in view.y.uses()]
-            if len(users) != 1 or users[0].op_type != "Split" or (sizes := _sizes(users[0])) is None:
-                continue
-            for group in _groups(users[0], view.x):
-                _merge(model.graph, users[0], sizes, group)
-                made = True
-        if made:
+        found = _found(model)
+        for split, sizes, group in found:
+            _merge(model.graph, split, sizes, group)
+        if found:
             model.graph.sort()  # a choice that was made after the Split is asked for before it now
-        return ir.passes.PassResult(model, made)
+        return ir.passes.PassResult(model, bool(found))
+
+    def ensures(self, model: ir.Model) -> None:
+        """No group is left.
+
+        Raises:
+            PostconditionError: one is.
+        """
+        if left := _found(model):
+            raise ir.passes.PostconditionError(f"what is added to {left[0][2][0].add.name} could be merged and was not")
+
+
+def _found(model: ir.Model) -> list[tuple[ir.Node, list[int], list[_LowRank]]]:
+    """Splits of Linears with the sizes of their parts and what is added to some of them, a group for each choice."""
+    found = []
+    for view in views(model.graph, LINEAR):
+        users = [user for user, _ in view.y.uses()]
+        if len(users) == 1 and users[0].op_type == "Split" and (sizes := _sizes(users[0])) is not None:
+            found += [(users[0], sizes, group) for group in _groups(users[0], view.x)]
+    return found
 
 
 def _sizes(split: ir.Node) -> list[int] | None:
@@ -111,20 +126,7 @@ def _places(stack: ir.Value) -> int:
 def _merge(graph: ir.Graph, split: ir.Node, sizes: list[int], group: list[_LowRank]) -> None:
     whole = split.inputs[0]
     assert whole is not None
-    downs, ups = (
-        [value.const_value.numpy() for value in values]  # type: ignore[union-attr]
-        for values in ([one.down for one in group], [one.up for one in group])
-    )
-    down = np.concatenate(downs, axis=2)
-    up = np.zeros((len(down), down.shape[2], sum(sizes)), down.dtype)
-    rank = 0
-    for one, own in zip(group, ups, strict=True):
-        start = sum(sizes[: one.part])
-        up[:, rank : rank + own.shape[1], start : start + own.shape[2]] = own
-        rank += own.shape[1]
-    stacks = [_initializer(graph, "+".join(str(v.name) for v in names), array) for names, array in (
-        ([one.down for one in group], down), ([one.up for one in group], up),
-    )]  # fmt: skip
+    stacks = _side_by_side(graph, [one.down for one in group]), _along_a_diagonal(graph, sizes, group)
     chosen = [ir.node("Gather", [stack, group[0].lookup.inputs[1]], attributes={"axis": 0}) for stack in stacks]
     narrow = ir.node("MatMul", [group[0].x, chosen[0].outputs[0]])
     wide = ir.node("MatMul", [narrow.outputs[0], chosen[1].outputs[0]])
@@ -139,8 +141,44 @@ def _merge(graph: ir.Graph, split: ir.Node, sizes: list[int], group: list[_LowRa
         graph.remove(one.add, safe=True)
 
 
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(array)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
+def _side_by_side(graph: ir.Graph, values: Sequence[ir.Value]) -> ir.Value:
+    """The As of a group as one (places, columns, ranks), made when it is read."""
+    tensors = [_tensor(value) for value in values]
+    places, columns, _ = tensors[0].shape.numpy()
+    shape = ir.Shape([places, columns, sum(t.shape.numpy()[2] for t in tensors)])
+    return _initializer(graph, values, shape, lambda: np.concatenate([t.numpy() for t in tensors], axis=2))
+
+
+def _along_a_diagonal(graph: ir.Graph, sizes: Sequence[int], group: Sequence[_LowRank]) -> ir.Value:
+    """The Bs of a group as one (places, ranks, rows of all parts), each where its part is, made when it is read."""
+    tensors, starts = [_tensor(one.up) for one in group], [sum(sizes[: one.part]) for one in group]
+    shape = ir.Shape([tensors[0].shape.numpy()[0], sum(t.shape.numpy()[1] for t in tensors), sum(sizes)])
+
+    def made() -> np.ndarray:
+        whole, rank = np.zeros(shape.numpy(), tensors[0].dtype.numpy()), 0
+        for start, own in zip(starts, (t.numpy() for t in tensors), strict=True):
+            whole[:, rank : rank + own.shape[1], start : start + own.shape[2]] = own
+            rank += own.shape[1]
+        return whole
+
+    return _initializer(graph, [one.up for one in group], shape, made)
+
+
+def _tensor(value: ir.Value) -> ir.TensorProtocol:
+    assert value.const_value is not None
+    return value.const_value
+
+
+def _initializer(
+    graph: ir.Graph, values: Sequence[ir.Value], shape: ir.Shape, made: Callable[[], np.ndarray]
+) -> ir.Value:  # fmt: skip
+    """A lazy one in the place of some others, of whose numbers and name its own are made."""
+    dtype = _tensor(values[0]).dtype
+    value = ir.Value(
+        name="+".join(str(v.name) for v in values),
+        const_value=ir.LazyTensor(lambda: ir.tensor(made()), dtype=dtype, shape=shape),
+        shape=shape,
+        type=ir.TensorType(dtype),
+    )
     graph.register_initializer(value)
     return value
