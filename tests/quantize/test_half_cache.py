@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from tiny_bundles import attention_bundle, half_bundle
 
 from edgellm.cli.export import _cache
+from edgellm.models.protocol import LanguageModel, Step, empty_state
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_exporters.proof.parity import compare
+from edgellm_exporters.quantize.cache import half_caches
 from edgellm_runtime import Model, PrefixCache, load, open_session
 from edgellm_runtime.generation.trail import BLOCK
 from edgellm_runtime.graphs.own_attention import ATTENTIONS
@@ -118,5 +120,25 @@ def test_numbers_that_float16_does_not_hold_are_refused(tmp_path: Path) -> None:
     model = make("decoder")
     with torch.no_grad():
         next(p for name, p in model.named_parameters() if "v_proj" in name).mul_(1e7)
-    with pytest.raises(QuantizeError, match=r"keys or values near \d+, and float16 holds up to 65504"):
+    with pytest.raises(QuantizeError, match=r"keys or values of up to \d+, and float16 holds up to 65504"):
         export(model, tmp_path / "b", options=HALVES)
+
+
+def largest(model: LanguageModel, name: str, tokens: torch.Tensor) -> float:
+    with torch.no_grad():
+        return float(model(tokens, empty_state(model, *tokens.shape), Step.whole(tokens))[1][name].abs().max())
+
+
+@pytest.mark.parametrize(("most", "held"), [(50_000, True), (55_000, False), (70_000, False)])
+def test_the_largest_number_that_was_seen_is_told_where_a_quarter_more_is_too_much(most: float, held: bool) -> None:
+    model, rows = make("decoder"), [WINDOW.tolist()]
+    tokens = torch.tensor(rows)
+    with torch.no_grad():
+        weight = next(p for name, p in model.named_parameters() if "layers.0." in name and "v_proj" in name)
+        weight.mul_(most / largest(model, "layers.0.v", tokens))
+    seen = largest(model, "layers.0.v", tokens)
+    if held:
+        assert half_caches(model, ["layers.0.v"], {}, rows) == {"layers.0.v"}
+        return
+    with pytest.raises(QuantizeError, match=rf"keys or values of up to {seen:.0f}, .* 65504, .* 1.25 times as much"):
+        half_caches(model, ["layers.0.v"], {}, rows)

@@ -69,7 +69,6 @@ def _is_cache_of(view: View, name: str, appended: Mapping[str, StateSpec]) -> bo
     )
 
 
-@torch.no_grad()
 def cache_scales(
     model: LanguageModel, names: Sequence[str], left: Mapping[str, str], rows: Sequence[Sequence[int]]
 ) -> Mapping[str, NDArray[np.float32]]:
@@ -87,6 +86,15 @@ def cache_scales(
     Raises:
         QuantizeError: there is no cache, or it holds something that is not finite.
     """
+    found = _largest(model, names, left, rows)
+    return {name: np.maximum(most * _HEADROOM / _CODES, 1e-8).astype(np.float32) for name, most in found.items()}
+
+
+@torch.no_grad()
+def _largest(
+    model: LanguageModel, names: Sequence[str], left: Mapping[str, str], rows: Sequence[Sequence[int]]
+) -> dict[str, NDArray[np.float32]]:
+    """The largest number of each feature of each head on real text; arguments as for :func:`cache_scales`."""
     if not names and left:
         shown = ", ".join(f"{name} ({why})" for name, why in list(left.items())[:3])
         raise QuantizeError(f"no state can be kept in fewer bits: {shown}; leave the cache's precision out")
@@ -101,7 +109,7 @@ def cache_scales(
         largest = state[name].float().abs().amax(dim=(0, 2)).reshape(-1).numpy()  # (heads * head_dim,)
         if not np.isfinite(largest).all():
             raise QuantizeError(f"{name}: real text gives NaN or infinite keys or values; check the checkpoint")
-        found[name] = np.maximum(largest * _HEADROOM / _CODES, 1e-8).astype(np.float32)
+        found[name] = largest
     return found
 
 
@@ -113,12 +121,12 @@ def half_caches(
     Raises:
         QuantizeError: as there, or one has numbers that float16 does not hold.
     """
-    found = cache_scales(model, names, left, rows)
-    for name, scale in found.items():
-        if (largest := float(scale.max()) * _CODES) > _LARGEST_HALF:
+    found = _largest(model, names, left, rows)
+    for name, most in found.items():
+        if (largest := float(most.max())) * _HEADROOM > _LARGEST_HALF:
             raise QuantizeError(
-                f"{name}: real text gives keys or values near {largest:.0f}, and float16 holds up to "
-                f"{_LARGEST_HALF:.0f}; leave the cache's precision out"
+                f"{name}: real text gives keys or values of up to {largest:.0f}, and float16 holds up to "
+                f"{_LARGEST_HALF:.0f}, which is less than {_HEADROOM:g} times as much; leave the cache's precision out"
             )
     return frozenset(found)
 
