@@ -75,7 +75,8 @@ def gather(
 ) -> Gathered:  # fmt: skip
     """Run text forward and sampled words backward, window by window.
 
-    What autograd saves is kept out of memory, and so is what is gathered.
+    What autograd saves is kept out of memory, and so is what is gathered, but for one window's inputs in 16 bits and
+    the last weights that were read.
 
     Args:
         model: in eval mode; may be on the meta device.
