@@ -296,5 +296,5 @@ def _translate(source: GGUFSource, path: Path) -> tuple[Architecture, Any]:
         return architecture, architecture.config(**fields)
     except ModelError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except (TypeError, AttributeError, ValueError, LookupError) as error:
+    except (TypeError, AttributeError, ValueError, LookupError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: its metadata is malformed ({error}); convert it again") from error

@@ -126,5 +126,5 @@ def _translate(config: Mapping[str, Any], path: Path) -> tuple[Architecture, Any
         return architecture, architecture.config(**fields), unknown
     except ModelError as error:
         raise UnsupportedError(f"{path}: {error}") from error
-    except (TypeError, AttributeError, ValueError, LookupError) as error:
+    except (TypeError, AttributeError, ValueError, LookupError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: it is malformed ({error}); copy the checkpoint again") from error

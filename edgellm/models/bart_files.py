@@ -26,10 +26,11 @@ __all__ = ["HUGGING_FACE", "MARIAN"]
 
 def _start(name: str, values: Values, fields: Fields) -> None:
     """The token that decoders begin with and, where one is forced to follow, that."""
-    start = [values.get(name), values.get("forced_bos_token_id")]
-    if type(start[0]) is not int or (start[1] is not None and type(start[1]) is not int):
-        raise refuse(name, start[0])
-    fields["start_tokens"] = tuple(token for token in start if token is not None)
+    first, forced = values.get(name), values.get("forced_bos_token_id")
+    for key, token in ((name, first), ("forced_bos_token_id", first if forced is None else forced)):
+        if type(token) is not int:
+            raise refuse(key, token)
+    fields["start_tokens"] = (first,) if forced is None else (first, forced)
 
 
 _LAYER = {

@@ -18,6 +18,7 @@ from edgellm.models.foreign import (
     Names,
     Values,
     Variant,
+    checked_flag,
     flag,
     hidden_act,
     positive,
@@ -73,8 +74,8 @@ def _is_number(x: Any) -> bool:
 
 
 def _space_norm(name: str, values: Values, fields: Fields) -> None:
-    first = values.get("mamba_norm_before_gate", True)
-    fields["space_norm"] = GATED_NORMS[int(bool(first))] if values.get(name, False) else "none"
+    first = checked_flag("mamba_norm_before_gate", values.get("mamba_norm_before_gate", True))
+    fields["space_norm"] = GATED_NORMS[first] if checked_flag(name, values.get(name, False)) else "none"
 
 
 _SIZES = usual_keys(

@@ -18,11 +18,11 @@ from edgellm.models.foreign import (
     Names,
     Values,
     Variant,
+    checked_kinds,
     checked_positive,
     checked_whole,
     neutral,
     positive,
-    refuse,
     rotary,
     usual_keys,
     whole,
@@ -31,6 +31,7 @@ from edgellm.models.foreign import (
 __all__ = ["GGUF_FILES", "HUGGING_FACE"]
 
 _LARGEST = 46  # layers
+_KINDS = ("sliding_attention", "full_attention")
 
 
 def _windows(name: str, values: Values, fields: Fields) -> None:
@@ -38,9 +39,7 @@ def _windows(name: str, values: Values, fields: Fields) -> None:
     count = checked_whole("num_hidden_layers", values.get("num_hidden_layers", 26), MAX_LAYERS)
     window = values.get("sliding_window", 4096)
     window = 0 if window is None else checked_whole("sliding_window", window)
-    kinds = values.get(name) or [("sliding_attention", "full_attention")[i % 2] for i in range(count)]
-    if len(kinds) != count or (other := [k for k in kinds if k not in ("sliding_attention", "full_attention")]):
-        raise refuse(name, other[0] if len(kinds) == count else kinds)
+    kinds = checked_kinds(name, values.get(name) or [_KINDS[i % 2] for i in range(count)], _KINDS, count)
     fields["windows"] = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 

@@ -15,6 +15,7 @@ from edgellm.models.foreign import (
     Names,
     Values,
     Variant,
+    checked_kinds,
     checked_positive,
     checked_whole,
     flag,
@@ -36,14 +37,14 @@ def _pattern(name: str, values: Values, fields: Fields) -> None:
     if kinds is None:
         attentive = range(count) if attentive is None else attentive
         kinds = ["full_attention" if i in attentive else "conv" for i in range(count)]
-    if len(kinds) != count or (other := [kind for kind in kinds if kind not in ("conv", "full_attention")]):
-        raise refuse(name, other[0] if len(kinds) == count else kinds)
+    kinds = checked_kinds(name, kinds, ("conv", "full_attention"), count)
     fields["pattern"] = tuple("conv" if kind == "conv" else "attention" for kind in kinds)
 
 
 def _mlp_width(name: str, values: Values, fields: Fields) -> None:
     """Two thirds of what the file says, by a factor, rounded up to a multiple; unless it asks for the very number."""
-    size = checked_whole(name, values.get("block_ff_dim", values.get(name, 12288)))
+    key = "block_ff_dim" if "block_ff_dim" in values else name
+    size = checked_whole(key, values.get(key, 12288))
     if values.get("block_auto_adjust_ff_dim", True):
         size = int(2 * size / 3)
         if (factor := values.get("block_ffn_dim_multiplier", 1.0)) is not None:

@@ -14,6 +14,7 @@ from edgellm.models.foreign import (
     flag,
     neutral,
     positive,
+    refuse,
     usual_keys,
     whole,
 )
@@ -30,7 +31,11 @@ _KINDS = {
 def _pattern(name: str, values: Values, fields: Fields) -> None:
     """What each layer is: a list, or in older files a letter each."""
     older = values.get("hybrid_override_pattern")
-    named = values.get(name) or (list(older) if isinstance(older, str) else [*_KINDS][:4])
+    if older is not None and not isinstance(older, str):
+        raise refuse("hybrid_override_pattern", older)
+    named = values.get(name)
+    if not named:
+        name, named = (name, [*_KINDS][:4]) if older is None else ("hybrid_override_pattern", list(older))
     pattern_key(_KINDS)(name, {name: named}, fields)
 
 

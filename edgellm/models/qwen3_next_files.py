@@ -19,10 +19,10 @@ from edgellm.models.foreign import (
     Values,
     Variant,
     alike,
+    checked_kinds,
     checked_whole,
     flag,
     neutral,
-    refuse,
     rotary,
     usual_keys,
     whole,
@@ -45,9 +45,7 @@ def _pattern(layers: int) -> Key:
         count = checked_whole("num_hidden_layers", values.get("num_hidden_layers", layers), MAX_LAYERS)
         every = checked_whole("full_attention_interval", values.get("full_attention_interval", 4))
         kinds = values.get(name) or [[*_MIXERS][(i + 1) % every == 0] for i in range(count)]
-        if len(kinds) != count or (other := [kind for kind in kinds if kind not in _MIXERS]):
-            raise refuse(name, other[0] if len(kinds) == count else kinds)
-        fields["pattern"] = tuple(_MIXERS[kind] for kind in kinds)
+        fields["pattern"] = tuple(_MIXERS[kind] for kind in checked_kinds(name, kinds, _MIXERS, count))
 
     return take
 

@@ -14,6 +14,7 @@ from edgellm.models.foreign import (
     Values,
     Variant,
     alike,
+    checked_positive,
     checked_whole,
     neutral,
     positive,
@@ -32,7 +33,9 @@ _LOW_RANK = {"decay": "w", "share": "a", "value": "v", "gate": "g"}
 
 def _hidden(name: str, values: Values, fields: Fields) -> None:
     given = values.get(name)
-    usual = -(-int(fields["width"] * (values.get("hidden_ratio") or 4)) // 32) * 32
+    ratio = values.get("hidden_ratio")
+    ratio = 4 if ratio is None else checked_positive("hidden_ratio", ratio)
+    usual = -(-int(fields["width"] * ratio) // 32) * 32
     fields["hidden"] = usual if given is None else checked_whole(name, given)
 
 

@@ -19,6 +19,7 @@ from edgellm.models.foreign import (
     Names,
     Values,
     Variant,
+    checked_kinds,
     checked_whole,
     flag,
     has,
@@ -65,6 +66,8 @@ def mixer_keys(*, inner: int | None = None) -> Mapping[str, Key]:
         features, heads = values.get("mamba_d_ssm", inner), fields["space_heads"]
         if features is None:
             features = fields["width"] * checked_whole("mamba_expand", values.get("mamba_expand", 2))
+        else:
+            checked_whole("mamba_d_ssm", features)
         size = values.get(name, "auto")
         fields["space_head_dim"] = features // heads if size == "auto" else checked_whole(name, size)
         if fields["space_head_dim"] * heads != features:
@@ -84,22 +87,19 @@ def mixer_keys(*, inner: int | None = None) -> Mapping[str, Key]:
     }
 
 
-def pattern_key(kinds: Mapping[str, str], *, count: str = "num_hidden_layers", default: int = 32) -> Key:
+def pattern_key(kinds: Mapping[str, str]) -> Key:
     """The layers' mixers, into the field ``pattern``; where the file names none, all have the first.
 
     Args:
         kinds: from the file's names of them, older ones included, to ours.
-        count: the key with the number of layers.
-        default: how many there are, where the file does not say.
     """
 
     def take(name: str, values: Values, fields: Fields) -> None:
         named = values.get(name)
-        layers = checked_whole(count, values.get(count, default if named is None else len(named)), MAX_LAYERS)
+        said = values.get("num_hidden_layers", len(named) if isinstance(named, list) else 32)
+        layers = checked_whole("num_hidden_layers", said, MAX_LAYERS)
         named = [next(iter(kinds))] * layers if named is None else named
-        if len(named) != layers or (other := [kind for kind in named if kind not in kinds]):
-            raise refuse(name, other[0] if len(named) == layers else named)
-        fields["pattern"] = tuple(kinds[kind] for kind in named)
+        fields["pattern"] = tuple(kinds[kind] for kind in checked_kinds(name, named, kinds, layers))
 
     return take
 

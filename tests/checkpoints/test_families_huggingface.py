@@ -44,6 +44,10 @@ JAMBA = HEADS | {
     "num_experts": 5, "num_experts_per_tok": 2, "mamba_d_state": 10, "mamba_dt_rank": 7,
     "rms_norm_eps": 0.1,  # norms of what is all but 0 would magnify what either side rounds
 }  # fmt: skip
+BART = {
+    "vocab_size": 61, "max_position_embeddings": 64, "d_model": 48, "encoder_layers": 1, "decoder_layers": 1,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 80, "decoder_ffn_dim": 80,
+}  # fmt: skip
 MAMBA = {"hidden_size": 48, "num_hidden_layers": 3, "state_size": 10, "expand": 3}
 BAMBA = HEADS | {
     "hidden_size": 48, "head_dim": 12, "intermediate_size": 80, "num_hidden_layers": 3, "attn_layer_indices": [1],
@@ -262,8 +266,9 @@ def test_logits_equal_transformers_whole_and_in_steps(kind: str, options: dict[s
     [
         ("Llama", rope("dynamic", factor=0), "rope_parameters.factor is 0"),
         ("Mistral", {"sliding_window": -1}, "sliding_window is -1"),
-        ("Ministral", {"layer_types": ["full_attention"]}, r"layer_types is \['full_attention'\]"),
+        ("Ministral", {"layer_types": ["full_attention"]}, "layer_types is of 1 layers, but the model has 4; make"),
         ("Ministral", {"sliding_window": None}, "layer_types is 'sliding_attention'"),
+        ("Llama", rope("yarn", factor=2.0, rope_theta=1), "config.json: it is malformed"),
         ("Granite", {"residual_multiplier": 0.0}, "residual_multiplier is 0.0"),
         ("Granite", {"logits_scaling": 0}, "logits_scaling is 0"),
         ("Qwen2", {"max_window_layers": -1}, "max_window_layers is -1"),
@@ -275,13 +280,14 @@ def test_logits_equal_transformers_whole_and_in_steps(kind: str, options: dict[s
             rope("longrope", short_factor=[1.0], long_factor=[1.0]),
             r"short_factor is \[1.0\]; it must be a list",
         ),
+        ("Phi3", rope("default", partial_rotary_factor=1e308), "config.json: it is malformed"),
         ("Phi3", rope("default", partial_rotary_factor=0.4), "partial_rotary_factor is 0.4"),
         (
             "Gemma2",
             {"layer_types": ["full_attention"] * 2 + ["chunked_attention"]},
             "layer_types is 'chunked_attention'",
         ),
-        ("Gemma2", {"layer_types": ["full_attention"]}, r"layer_types is \['full_attention'\]"),
+        ("Gemma2", {"layer_types": ["full_attention"]}, "layer_types is of 1 layers, but the model has 3; make"),
         ("Gemma2", {"sliding_window": -1}, "sliding_window is -1"),
         ("Gemma2", {"attention_bias": True}, "attention_bias is True"),
         ("Gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
@@ -289,6 +295,11 @@ def test_logits_equal_transformers_whole_and_in_steps(kind: str, options: dict[s
         ("Gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping is 0"),
         ("Gemma2", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
         ("Lfm2", {"layer_types": ["conv", "linear_attention", "conv", "conv"]}, "layer_types is 'linear_attention'"),
+        ("Gemma2", {"layer_types": "full_attention"}, "layer_types is 'full_attention'"),
+        ("Gemma2", {"layer_types": [["full_attention"]] * 3}, r"layer_types is \['full_attention'\]"),
+        ("Lfm2", {"layer_types": ["conv"] * 3}, "layer_types is of 3 layers, but the model has 4; make them agree"),
+        ("Lfm2", {"block_ff_dim": "80"}, "block_ff_dim is '80'"),
+        ("Lfm2", {"block_ffn_dim_multiplier": 1e308}, "config.json: it is malformed"),
         ("Lfm2", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
         ("Lfm2", {"conv_L_cache": 1}, "conv_taps 1"),
         ("Lfm2", {"block_multiple_of": 0}, "block_multiple_of is 0"),
@@ -299,15 +310,25 @@ def test_logits_equal_transformers_whole_and_in_steps(kind: str, options: dict[s
         ("Bamba", {"mamba_n_heads": 7}, "mamba_d_head is 12"),
         ("Bamba", {"rope_parameters": {"partial_rotary_factor": 1.0}}, "partial_rotary_factor is 1.0"),
         ("GraniteMoeHybrid", {"layer_types": ["mamba", "moe", "mamba"]}, "layer_types is 'moe'"),
+        ("GraniteMoeHybrid", {"layer_types": ["mamba"]}, "layer_types is of 1 layers, but the model has 3; make"),
         ("GraniteMoeHybrid", {"position_embedding_type": "alibi"}, "position_embedding_type is 'alibi'"),
         ("GraniteMoeHybrid", {"num_local_experts": 4}, "block_sparse_moe.router.layer.weight has shape"),
         ("NemotronH", {"layers_block_type": ["mamba", "conv"]}, "layers_block_type is 'conv'"),
+        (
+            "NemotronH",
+            {"layers_block_type": None, "hybrid_override_pattern": ["M", "*"]},
+            r"hybrid_override_pattern is \['M', '\*'\]",
+        ),
+        ("NemotronH", {"layers_block_type": None, "hybrid_override_pattern": "MX"}, "hybrid_override_pattern is 'X'"),
         ("NemotronH", {"n_group": 3, "topk_group": 1, "num_experts_per_tok": 3}, "num_chosen 3: of 6 experts"),
         ("NemotronH", {"num_nextn_predict_layers": 1}, "num_nextn_predict_layers is 1"),
         ("Zamba2", {"layers_block_type": ["mamba", "attention"]}, "layers_block_type is 'attention'"),
         ("Zamba2", {"n_mamba_heads": 7}, "n_mamba_heads is 7"),
         ("Zamba2", {"use_long_context": True}, "use_long_context is True"),
         ("FalconH1", {"mamba_d_head": 6}, "mamba_d_head is 6"),
+        ("FalconH1", {"mamba_d_ssm": 48.0}, "mamba_d_ssm is 48.0; it must be a positive whole number"),
+        ("FalconH1", {"mamba_rms_norm": "no"}, "mamba_rms_norm is 'no'; it must be true or false"),
+        ("FalconH1", {"mamba_norm_before_gate": 1}, "mamba_norm_before_gate is 1; it must be true or false"),
         ("FalconH1", {"ssm_multipliers": [1.0, 2.0]}, r"ssm_multipliers is \[1.0, 2.0\]; it must be 5 finite numbers"),
         ("FalconH1", {"key_multiplier": float("nan")}, "key_multiplier is nan"),
         ("FalconH1", {"time_step_limit": [0.0, 0.1]}, r"time_step_limit is \[0.0, 0.1\]"),
@@ -318,6 +339,7 @@ def test_logits_equal_transformers_whole_and_in_steps(kind: str, options: dict[s
         ("Mamba", {"time_step_rank": "half"}, "time_step_rank is 'half'"),
         ("Mamba", {"conv_kernel": 1}, "conv_taps is 1"),
         ("Qwen3_5", {"layer_types": ["conv"] * 3}, "layer_types is 'conv'"),
+        ("Qwen3_5", {"layer_types": ["full_attention"]}, "layer_types is of 1 layers, but the model has 3; make them"),
         ("Qwen3_5", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("Qwen3_5", {"linear_num_key_heads": 4}, "delta_groups 4"),
         ("Qwen3_5", {"num_experts": 4}, "num_experts is 4"),
@@ -330,6 +352,7 @@ def test_logits_equal_transformers_whole_and_in_steps(kind: str, options: dict[s
         ("xLSTM", {"weight_mode": "fused"}, "weight_mode is 'fused'"),
         ("xLSTM", {"use_bias": True}, "use_bias is True"),
         ("xLSTM", {"num_blocks": 3}, "num_blocks is 3"),
+        ("xLSTM", {"qk_dim_factor": 1e308}, "config.json: it is malformed"),
         ("xLSTM", {"num_heads": 7}, "num_heads 7"),
     ],
 )
@@ -341,4 +364,20 @@ def test_what_a_family_cannot_represent_is_refused_by_name(
     config = tmp_path / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     with pytest.raises(CheckpointError, match=said):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "said"),
+    [
+        ("rwkv7", {"hidden_ratio": float("inf")}, "hidden_ratio is inf; it must be a positive number"),
+        ("rwkv7", {"hidden_ratio": True}, "hidden_ratio is True; it must be a positive number"),
+        ("rwkv7", {"hidden_ratio": 1e308}, "it is malformed"),
+        ("bart", BART | {"decoder_start_token_id": "2"}, "decoder_start_token_id is '2'"),
+        ("bart", BART | {"decoder_start_token_id": 2, "forced_bos_token_id": [0]}, r"forced_bos_token_id is \[0\]"),
+    ],
+)
+def test_a_configuration_alone_is_refused_by_name(kind: str, values: dict[str, Any], said: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind} | values), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=f"config.json: {said}"):
         load_checkpoint(tmp_path)

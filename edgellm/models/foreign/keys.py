@@ -7,7 +7,7 @@ dropped in silence.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -23,6 +23,8 @@ __all__ = [
     "Key",
     "Values",
     "Variant",
+    "checked_flag",
+    "checked_kinds",
     "checked_positive",
     "checked_whole",
     "choice",
@@ -117,13 +119,7 @@ def inverse(into: str, *, default: float = 1.0) -> Key:
 
 def flag(into: str, *, default: Default = REQUIRED) -> Key:
     """True or false, read into a field; arguments as :func:`whole`."""
-
-    def check(name: str, value: Any) -> bool:
-        if type(value) is not bool:
-            raise CheckpointError(f"{name} is {value!r}; it must be true or false")
-        return value
-
-    return _read(into, default, check)
+    return _read(into, default, checked_flag)
 
 
 def same_as(field: str) -> Key:
@@ -161,6 +157,39 @@ def checked_whole(name: str, value: Any, limit: int = 2**31) -> int:
     """
     if type(value) is not int or not 1 <= value <= limit:
         raise CheckpointError(f"{name} is {value!r}; it must be a positive whole number of at most {limit}")
+    return value
+
+
+def checked_flag(name: str, value: Any) -> bool:
+    """The value, if it is true or false.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    if type(value) is not bool:
+        raise CheckpointError(f"{name} is {value!r}; it must be true or false")
+    return value
+
+
+def checked_kinds(name: str, value: Any, known: Collection[str], count: int) -> Sequence[str]:
+    """The value, if it is a list that gives each layer a kind that is known.
+
+    Args:
+        name: of the key.
+        value: what it says.
+        known: the file's names of the kinds.
+        count: how many layers the model has.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise refuse(name, value)
+    if len(value) != count:
+        raise CheckpointError(f"{name} is of {len(value)} layers, but the model has {count}; make them agree")
+    for kind in value:
+        if not isinstance(kind, str) or kind not in known:
+            raise refuse(name, kind)
     return value
 
 

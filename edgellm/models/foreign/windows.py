@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from edgellm.models.foreign.keys import Fields, Key, Values, checked_whole, refuse
+from edgellm.models.foreign.keys import Fields, Key, Values, checked_kinds, checked_whole, refuse
 
 __all__ = ["full_attention", "no_window", "windows"]
 
@@ -54,9 +54,8 @@ def windows(
         if type(start) is not int or start < 0:
             raise refuse(first[0], start)
         slides = used(values) and window is not None
-        kinds: Any = values.get(name) or [_KINDS[slides and i >= start] for i in range(count)]
-        if len(kinds) != count or (other := [kind for kind in kinds if kind not in _KINDS]):
-            raise refuse(name, other[0] if len(kinds) == count else kinds)
+        given = values.get(name) or [_KINDS[slides and i >= start] for i in range(count)]
+        kinds = checked_kinds(name, given, _KINDS, count)
         if not slides and _KINDS[True] in kinds:
             raise refuse(name, _KINDS[True])
         width = checked_whole("sliding_window", window) if slides else 0
