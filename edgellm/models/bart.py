@@ -165,7 +165,7 @@ class Bart(SourceStack):
         """Tokens (batch, time) to logits (batch, count, vocab_size) and the new state."""
         step = step or Step.whole(tokens)
         positions = step.past_lengths.long()[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        x, present = self.answered(self.decoder.embed(tokens, positions), state, step)
+        x, present = self.answered(self.decoder.embed(tokens, positions), state, step, None)
         return self.head(take_positions(x, step.logit_positions)) + self.logits_bias, present
 
 

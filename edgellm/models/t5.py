@@ -184,7 +184,7 @@ class T5(SourceStack):
     def forward(self, tokens: Tensor, state: State, step: Step | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Tokens (batch, time) to logits (batch, count, vocab_size) and the new state."""
         step = step or Step.whole(tokens)
-        x, present = self.answered(self.embedding(tokens), state, step, self.decoder.distances())
+        x, present = self.answered(self.embedding(tokens), state, step, None, self.decoder.distances())
         x = take_positions(self.decoder.norm(x), step.logit_positions)
         return self.head(x * self.config.width**-0.5 if self.config.scale_output else x), present
 

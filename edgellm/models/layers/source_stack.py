@@ -7,7 +7,6 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
-from edgellm.models.layers.attention import SelfAttention
 from edgellm.models.layers.source_attention import SOURCE_MASK, SourceAttention, mask_spec
 from edgellm.models.protocol import State, Step
 from edgellm_runtime.spec import StateSpec
@@ -65,9 +64,9 @@ class DecoderLayer(_Layer):
 
     Args:
         parts: as for every layer.
-        norm: likewise.
-        first: likewise.
-        mixer: the name of the mixer.
+        norm: makes one.
+        first: whether what goes into a part is normed; otherwise its sum with the residual is.
+        mixer: the name of the mixer, which is called as :meth:`forward` is.
     """
 
     cross: SourceAttention
@@ -82,13 +81,9 @@ class DecoderLayer(_Layer):
         """What the mixer carries, and keys and values of the source."""
         return [*getattr(self, self.mixer).state_specs(prefix, dtype), *self.cross.state_specs(prefix, dtype)]
 
-    def forward(
-        self, x: Tensor, state: State, prefix: str, step: Step, distances: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(batch, time, width) to the same shape, and this layer's part of the new state."""
-        mixer = getattr(self, self.mixer)
-        more = (None, distances) if isinstance(mixer, SelfAttention) else ()
-        y, present = mixer(self.before(self.mixer, x), state, prefix, step, *more)
+    def forward(self, x: Tensor, state: State, prefix: str, step: Step, *more: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """(batch, time, width) to the same shape, and this layer's part of the new state; the mixer gets ``more``."""
+        y, present = getattr(self, self.mixer)(self.before(self.mixer, x), state, prefix, step, *more)
         x = self.after(self.mixer, x, y)
         x = self.after("cross", x, self.cross.answer(self.before("cross", x), state, prefix))
         return self.finish(x), present
