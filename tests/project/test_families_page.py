@@ -76,6 +76,10 @@ def test_docs_models_names_every_architecture_and_what_it_reads() -> None:
         for name, entry in ENTRIES.items()
     }
     assert {name: cells[:3] for name, cells in documented().items()} == expected
+    assert {name: int(cells[3]) for name, cells in documented().items()} == {
+        name: len((REPOSITORY / "edgellm" / "models" / f"{name}.py").read_text(encoding="utf-8").splitlines())
+        for name in ENTRIES
+    }
 
 
 @pytest.mark.parametrize("name", ["decoder", "mamba"])
