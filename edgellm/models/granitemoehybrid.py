@@ -49,7 +49,7 @@ class GraniteMoeHybridConfig(PatternShape, HybridShape):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_experts is not None and not 1 <= self.num_chosen <= self.num_experts:
-            raise ConfigError(f"num_chosen is {self.num_chosen}, of num_experts {self.num_experts}")
+            raise ConfigError(f"num_chosen is {self.num_chosen}; it must be from 1 to num_experts {self.num_experts}")
 
 
 PRESETS: Mapping[str, GraniteMoeHybridConfig] = {

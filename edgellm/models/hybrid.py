@@ -56,7 +56,9 @@ class HybridConfig(BlockShape):
         super().__post_init__()
         self.check_mixers("pattern")
         if self.num_heads % self.num_kv_heads:
-            raise ConfigError(f"num_heads is {self.num_heads}, no multiple of num_kv_heads {self.num_kv_heads}")
+            raise ConfigError(
+                f"num_heads is {self.num_heads}; it must be a multiple of num_kv_heads {self.num_kv_heads}"
+            )
         if self.num_labels and self.tie_embeddings:
             raise ConfigError("tie_embeddings is set, but labels are no words of the vocabulary; leave it false")
 

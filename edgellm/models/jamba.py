@@ -28,10 +28,9 @@ from edgellm.models.foreign import (
     width_by_heads,
 )
 from edgellm.models.layers import Block, Experts, GatedMLP, SelectiveMixer, Stack
-from edgellm.models.mamba import time_step_rank
 from edgellm.models.registry import Architecture
 from edgellm.models.shapes import ConvShape, MixtureShape, PatternShape, TransformerShape
-from edgellm.models.state_spaces_files import mixer_parts
+from edgellm.models.state_spaces_files import inner_features, mixer_parts, time_step_rank
 
 __all__ = ["ARCHITECTURE", "PRESETS", "JambaConfig", "jamba"]
 
@@ -105,10 +104,6 @@ def _layers(name: str, values: Values, fields: Fields) -> None:
     fields["experts"] = tuple(mixed) if fields["num_experts"] > 1 else ()
 
 
-def _inner(name: str, values: Values, fields: Fields) -> None:
-    fields["inner"] = fields["width"] * checked_whole(name, values.get(name, 2))
-
-
 _PARTS = {
     **FEED_FORWARD_PARTS,
     **mixer_parts("space", "mamba"),
@@ -135,7 +130,7 @@ HUGGING_FACE = HuggingFace(
         "num_experts_per_tok": whole("num_chosen", default=2),
         **_SIZES,
         "num_hidden_layers": _layers,
-        "mamba_expand": _inner,
+        "mamba_expand": inner_features,
         "mamba_d_state": whole("state_size", default=16),
         "mamba_dt_rank": time_step_rank,
         "mamba_d_conv": whole("conv_taps", default=4),

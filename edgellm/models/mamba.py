@@ -16,7 +16,6 @@ from edgellm.models.foreign import (
     Names,
     Values,
     Variant,
-    checked_whole,
     flag,
     positive,
     usual_keys,
@@ -25,9 +24,16 @@ from edgellm.models.foreign import (
 from edgellm.models.layers import Block, SelectiveMixer, Stack
 from edgellm.models.registry import Architecture
 from edgellm.models.shapes import EndlessShape
-from edgellm.models.state_spaces_files import BACKBONE_KEYS, BACKBONE_PARTS, mixer_parts, space_gguf
+from edgellm.models.state_spaces_files import (
+    BACKBONE_KEYS,
+    BACKBONE_PARTS,
+    inner_features,
+    mixer_parts,
+    space_gguf,
+    time_step_rank,
+)
 
-__all__ = ["ARCHITECTURE", "PRESETS", "MambaConfig", "mamba", "time_step_rank"]
+__all__ = ["ARCHITECTURE", "PRESETS", "MambaConfig", "mamba"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +64,7 @@ class MambaConfig(EndlessShape):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.conv_taps < 2:
-            raise ConfigError(f"conv_taps is {self.conv_taps}; a convolution has at least 2")
+            raise ConfigError(f"conv_taps is {self.conv_taps}; it must be at least 2")
 
 
 PRESETS: Mapping[str, MambaConfig] = {
@@ -79,16 +85,6 @@ def mamba(config: MambaConfig) -> Stack:
     return Stack(c, (Block(c.width, c.norm_eps, {"mixer": mixer()}) for _ in range(c.num_layers)))
 
 
-def time_step_rank(name: str, values: Values, fields: Fields) -> None:
-    """Features of dt; a sixteenth of the width where the file leaves it to the code."""
-    rank = values.get(name, "auto")
-    fields["rank"] = -(-fields["width"] // 16) if rank == "auto" else checked_whole(name, rank)
-
-
-def _inner(name: str, values: Values, fields: Fields) -> None:
-    fields["inner"] = fields["width"] * checked_whole(name, values.get(name, 2))
-
-
 _UNREAD = (  # of training, of kernels, of older code, and of precisions below the one that is computed in here
     "time_step_min", "time_step_max", "time_step_floor", "time_step_scale", "time_step_init_scheme",
     "rescale_prenorm_residual", "residual_in_fp32", "use_mambapy", "use_associative_scan", "use_falcon_mambapy",
@@ -105,7 +101,7 @@ HUGGING_FACE = HuggingFace(
     },
     keys={
         **usual_keys(vocab_size=50280, width=768, num_layers=32, tie_embeddings=True),
-        "expand": _inner,
+        "expand": inner_features,
         **BACKBONE_KEYS,
         "state_size": whole("state_size", default=16),
         "time_step_rank": time_step_rank,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from edgellm.models.foreign import (
+    ATTENTION_PARTS,
     Fields,
     HuggingFace,
     Names,
@@ -59,7 +60,7 @@ _PARTS = {
     **BACKBONE_PARTS,
     "mlp_norm": "norm",
     **mixer_parts("space", "mixer"),
-    **alike("attention", "mixer", "q_proj", "k_proj", "v_proj", "o_proj"),
+    **alike("attention", "mixer", *ATTENTION_PARTS),
     "mlp.fc1": "mixer.up_proj",
     "mlp.fc2": "mixer.down_proj",
     "mlp.experts.*.fc1": "mixer.experts.*.up_proj",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from edgellm.models.foreign import (
+    ATTENTION_PARTS,
     HUGGING_FACE_PARTS,
     MAX_LAYERS,
     METADATA,
@@ -105,7 +106,7 @@ _SIZES = usual_keys(
 )  # fmt: skip
 _PARTS = {
     **HUGGING_FACE_PARTS,
-    **alike("mixer", "self_attn", "q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"),
+    **alike("mixer", "self_attn", *ATTENTION_PARTS),
     **alike("mixer", "linear_attn", "norm", "out_proj"),
     **{f"mixer.{part}_proj": f"linear_attn.in_proj_{part}" for part in ("qkvz", "qkv", "z")},
     "mixer.gates_proj": "linear_attn.in_proj_ba",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from edgellm.models.foreign import (
+    ATTENTION_PARTS,
     MAX_LAYERS,
     MLP_PARTS,
     Fields,
@@ -68,7 +69,7 @@ _PARTS = {
     "norm": "model.final_norm",
     "head": "lm_head",
     "mixer_norm": "temporal_pre_norm",
-    **alike("mixer", "temporal_block", "q_proj", "k_proj", "v_proj", "o_proj"),
+    **alike("mixer", "temporal_block", *ATTENTION_PARTS),
     "mixer.gate_proj": "temporal_block.linear_y",
     "mixer.in_proj": "temporal_block.linear_x",
     "mixer.out_proj": "temporal_block.linear_out",

@@ -20,7 +20,7 @@ from edgellm.models.layers import Stack
 from edgellm.models.layers.shift import Shift
 from edgellm.models.protocol import State, Step
 from edgellm.models.registry import Architecture
-from edgellm.models.rwkv7_files import HUGGING_FACE, TENSORS
+from edgellm.models.rwkv7_files import HUGGING_FACE, TENSORS, USES
 from edgellm.models.shapes import EndlessShape
 from edgellm.ops import take_positions, token_by_token
 from edgellm_runtime.spec import BATCH, StateSpec
@@ -28,7 +28,6 @@ from edgellm_runtime.spec import BATCH, StateSpec
 __all__ = ["ARCHITECTURE", "PRESETS", "RWKV7", "RWKV7Config", "TimeMixing7"]
 
 _FADES = -0.6065306597126334  # -exp(-1/2), the logarithm of the least that is left of the memory at a token
-_USES = ("r", "w", "k", "v", "a", "g")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +79,7 @@ class TimeMixing7(nn.Module):
         super().__init__()
         c, self.first = config, number == 0
         self.head_dim, self.num_heads = c.head_dim, c.width // c.head_dim
-        self.shift = Shift(c.width, _USES)
+        self.shift = Shift(c.width, USES)
         self.r_proj, self.k_proj, self.v_proj = (nn.Linear(c.width, c.width, bias=False) for _ in range(3))
         self.decay, self.share = (LowRank(c.width, rank, bias=True) for rank in (c.decay_rank, c.share_rank))
         self.value = None if self.first else LowRank(c.width, c.value_rank, bias=True)

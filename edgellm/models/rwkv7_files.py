@@ -25,9 +25,9 @@ from edgellm.models.foreign import (
 )
 from edgellm.models.foreign.gguf import Shapes
 
-__all__ = ["HUGGING_FACE", "TENSORS"]
+__all__ = ["HUGGING_FACE", "TENSORS", "USES"]
 
-_USES = ("r", "w", "k", "v", "a", "g")
+USES = ("r", "w", "k", "v", "a", "g")  # of a token, by a time mixing
 _LOW_RANK = {"decay": "w", "share": "a", "value": "v", "gate": "g"}
 
 
@@ -55,7 +55,7 @@ _PARTS = {
     "head": "lm_head",
     "time_norm": "attn_norm",
     "channel_norm": "ffn_norm",
-    **{f"time.shift.{use}": f"attn.x_{use}" for use in _USES},
+    **{f"time.shift.{use}": f"attn.x_{use}" for use in USES},
     **alike("time", "attn", "r_proj", "k_proj", "v_proj"),
     "time.out_proj": "attn.o_proj",
     "time.norm": "attn.g_norm",
@@ -115,7 +115,7 @@ _TENSOR_PARTS = {
     "head": "head",
     "time_norm": "ln1",
     "channel_norm": "ln2",
-    **{f"time.shift.{use}": f"att.x_{use}" for use in _USES},
+    **{f"time.shift.{use}": f"att.x_{use}" for use in USES},
     **{f"time.{letter}_proj": f"att.{part}" for part in ("receptance", "key", "value") for letter in part[0]},
     "time.out_proj": "att.output",
     "time.norm": "att.ln_x",
@@ -135,7 +135,7 @@ TENSORS = TensorFile(
     sizes=_sizes,
     names=Names(_TENSOR_PARTS, layers="blocks"),
     tensor=lambda name, tensor: _as_ours(None, {}, name, tensor),
-    reshaped=(".up.bias", ".key_gain", ".key_share", *(f".shift.{use}" for use in (*_USES, "key"))),
+    reshaped=(".up.bias", ".key_gain", ".key_share", *(f".shift.{use}" for use in (*USES, "key"))),
     by_columns=tuple(f".{ours}.{part}.weight" for ours in _LOW_RANK for part in ("down", "up")),
     ignored=tuple(f"blocks.0.att.v{i}" for i in range(3)),
     end=0,

@@ -156,7 +156,7 @@ class ConvShape(Shape):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.conv_taps < 2:
-            raise ConfigError(f"a convolution of conv_taps {self.conv_taps} sees too few tokens; it needs at least 2")
+            raise ConfigError(f"conv_taps is {self.conv_taps}; it must be at least 2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,4 +176,4 @@ class MixtureShape(Shape):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_chosen > self.num_experts:
-            raise ConfigError(f"num_chosen is {self.num_chosen}, of num_experts {self.num_experts}")
+            raise ConfigError(f"num_chosen is {self.num_chosen}; it must be at most num_experts {self.num_experts}")

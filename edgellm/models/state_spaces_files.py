@@ -30,7 +30,8 @@ from edgellm.models.foreign import (
 )
 
 __all__ = [
-    "BACKBONE_KEYS", "BACKBONE_PARTS", "mixer_keys", "mixer_parts", "no_step_limit", "pattern_key", "space_gguf",
+    "BACKBONE_KEYS", "BACKBONE_PARTS", "inner_features", "mixer_keys", "mixer_parts", "no_step_limit", "pattern_key",
+    "space_gguf", "time_step_rank",
 ]  # fmt: skip
 
 BACKBONE_PARTS: Mapping[str, str] = {
@@ -48,6 +49,17 @@ def mixer_parts(ours: str, theirs: str) -> Mapping[str, str]:
     parts = {"conv": "conv1d", "dt_offset": "dt_bias", "a_log": "A_log", "d": "D", "norm": "norm.weight"}
     named = {part: part for part in ("in_proj", "x_proj", "dt_proj", "out_proj")} | parts
     return {f"{ours}.{part}": f"{theirs}.{name}" for part, name in named.items()}
+
+
+def inner_features(name: str, values: Values, fields: Fields) -> None:
+    """So many widths of features as the key says."""
+    fields["inner"] = fields["width"] * checked_whole(name, values.get(name, 2))
+
+
+def time_step_rank(name: str, values: Values, fields: Fields) -> None:
+    """Features of dt; a sixteenth of the width where the file leaves it to the code."""
+    rank = values.get(name, "auto")
+    fields["rank"] = -(-fields["width"] // 16) if rank == "auto" else checked_whole(name, rank)
 
 
 def no_step_limit(name: str, values: Values, fields: Fields) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from edgellm.models.foreign import (
+    ATTENTION_PARTS,
     Fields,
     HuggingFace,
     Names,
@@ -73,7 +74,7 @@ _PARTS = {
     **mixer_parts("inner.space", "mamba_decoder.mamba"),
     "shared.norm": "shared_transformer.input_layernorm",
     "shared.mlp_norm": "shared_transformer.pre_ff_layernorm",
-    **alike("shared.attention", "shared_transformer.self_attn", "q_proj", "k_proj", "v_proj", "o_proj"),
+    **alike("shared.attention", "shared_transformer.self_attn", *ATTENTION_PARTS),
     **{
         f"shared.attention.{x}_changes.*.{i}": f"shared_transformer.self_attn.linear_{x}_adapter_list.*.{i}"
         for x in "qkv"

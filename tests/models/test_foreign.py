@@ -12,7 +12,19 @@ import pytest
 
 from edgellm.errors import CheckpointError, ConfigError
 from edgellm.models import registry
-from edgellm.models.foreign import GGUF, METADATA, Names, Variant, choice, flag, neutral, read_keys, rows_of, whole
+from edgellm.models.foreign import (
+    GGUF,
+    METADATA,
+    Names,
+    Variant,
+    choice,
+    flag,
+    neutral,
+    read_keys,
+    rows_of,
+    usual_keys,
+    whole,
+)
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -138,6 +150,26 @@ def test_a_decoders_configuration_survives_json() -> None:
     architecture = registry.find("decoder")
     config = dataclasses.replace(architecture.presets["tiny"], rope_factors=[0.1 * i + 1 for i in range(16)])
     assert architecture.config.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_kv_heads": 3}, "num_heads is 4; it must be a multiple of num_kv_heads 3"),
+        ({"width": 130}, "width is 130; it must be a multiple of num_heads 4"),
+        ({"width": 132}, "head_dim is 33, of width 132 and num_heads 4; where positions turn, it must be even"),
+    ],
+)
+def test_a_hybrids_heads_are_checked(changes: dict, message: str) -> None:
+    config = registry.find("hybrid").presets["tiny"]
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(config, **changes)
+    assert dataclasses.replace(config, width=132, rotary=False).head_dim == 33
+
+
+def test_a_field_that_no_usual_key_gives_is_no_usual_field() -> None:
+    with pytest.raises(AssertionError, match=r"not among the usual keys: \['head_dims'\]"):
+        usual_keys(width=8, head_dims=4)
 
 
 @pytest.mark.parametrize("name", registry.ENTRIES)

@@ -35,6 +35,7 @@ from edgellm.models.foreign.names import Names, Stacks, alike
 from edgellm.models.foreign.rope import rotary
 from edgellm.models.foreign.tensor_file import TensorFile
 from edgellm.models.foreign.usual import (
+    ATTENTION_PARTS,
     FEED_FORWARD_PARTS,
     GGUF_KEYS,
     GGUF_PARTS,
@@ -49,6 +50,7 @@ from edgellm.models.foreign.usual import (
 from edgellm.models.foreign.windows import full_attention, no_window, windows
 
 __all__ = [
+    "ATTENTION_PARTS",
     "FEED_FORWARD_PARTS",
     "GGUF",
     "GGUF_KEYS",

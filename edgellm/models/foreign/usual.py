@@ -22,6 +22,7 @@ from edgellm.models.foreign.keys import (
 from edgellm.models.foreign.names import alike
 
 __all__ = [
+    "ATTENTION_PARTS",
     "FEED_FORWARD_PARTS",
     "GGUF_KEYS",
     "GGUF_PARTS",
@@ -34,7 +35,7 @@ __all__ = [
     "width_by_heads",
 ]
 
-_ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
 
 HUGGING_FACE_PARTS: Mapping[str, str] = {
@@ -43,7 +44,7 @@ HUGGING_FACE_PARTS: Mapping[str, str] = {
     "head": "lm_head",
     "attention_norm": "input_layernorm",
     "mixer_norm": "input_layernorm",
-    **alike("attention", "self_attn", *_ATTENTION_PARTS),
+    **alike("attention", "self_attn", *ATTENTION_PARTS),
     "mlp_norm": "post_attention_layernorm",
     **alike("mlp", "mlp", *MLP_PARTS),
 }
@@ -116,6 +117,7 @@ def usual_keys(**defaults: Default) -> dict[str, Key]:
         defaults: for each field that is read so, what counts where the file does not say; a function is given the
             fields that were read before it, and :data:`~edgellm.models.foreign.keys.REQUIRED` means that it must.
     """
+    assert defaults.keys() <= _KEYS.keys(), f"not among the usual keys: {sorted(defaults.keys() - _KEYS.keys())}"
     return {key: read(field, default=defaults[field]) for field, (key, read) in _KEYS.items() if field in defaults}
 
 

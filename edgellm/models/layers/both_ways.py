@@ -52,10 +52,12 @@ class BlockShape(Shape):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.width % self.num_heads or (self.turns and self.head_dim % 2):
+        if self.width % self.num_heads:
+            raise ConfigError(f"width is {self.width}; it must be a multiple of num_heads {self.num_heads}")
+        if self.turns and self.head_dim % 2:
             raise ConfigError(
-                f"width {self.width} must be a multiple of num_heads {self.num_heads}, and head_dim {self.head_dim} "
-                "even"
+                f"head_dim is {self.head_dim}, of width {self.width} and num_heads {self.num_heads}; where positions "
+                "turn, it must be even"
             )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}; it must be in [0, 1)")
