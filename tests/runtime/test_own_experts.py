@@ -91,19 +91,26 @@ def altered(change: str) -> bytes:
     elif change == "a larger branch":
         then.node.append(onnx.helper.make_node("Identity", [then.output[0].name], ["more"]))
         then.output[0].name = "more"
+    elif change == "reads what it makes itself":
+        for gather in (n for n in then.node if n.op_type == "GatherND" and n.input[0] == "x"):
+            gather.input[0] = "inside"
+        then.node.insert(0, onnx.helper.make_node("Identity", ["x"], ["inside"]))
+    elif change == "adds to what it makes itself":
+        next(n for n in then.node if n.op_type == "ScatterND").input[0] = "inside"
+        then.node.insert(0, onnx.helper.make_node("Identity", ["total"], ["inside"]))
     return bytes(model.SerializeToString())
 
 
 CHANGES = (
     "another sum is kept", "replaces", "another's flag", "no reduction of shares", "weighted by another",
-    "a larger branch",
+    "a larger branch", "reads what it makes itself", "adds to what it makes itself",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_branch_that_means_something_else_stays(change: str) -> None:
     _, nodes = with_own_operators(altered(change))
-    assert [node.attributes["first"] for node in nodes] == [] if change == "no reduction of shares" else [1]
+    assert [node.attributes["first"] for node in nodes] == ([] if change == "no reduction of shares" else [1])
 
 
 @built
@@ -196,12 +203,11 @@ def test_inputs_of_other_sizes_are_refused(name: str, shape: tuple[int, ...]) ->
 
 
 @built
-@pytest.mark.parametrize("block", [0, 64])
+@pytest.mark.parametrize(("bits", "block", "last"), [(8, 0, 8), (4, 64, 8), (2, 16, 2), (2, 32, 2)])
 def test_the_trial_on_this_processor_tells_a_right_library_from_a_wrong_one(
-    block: int, monkeypatch: pytest.MonkeyPatch
+    bits: int, block: int, last: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bits = 8 if block == 0 else 4
-    form = ExpertsForm(ProductForm(bits, block, zeros=block > 0), ProductForm(8, block))
+    form = ExpertsForm(ProductForm(bits, block, zeros=block > 0), ProductForm(last, block))
     assert experts_error(form) < 1e-3
     monkeypatch.setattr("edgellm_runtime.backends.own_experts_trial.gated", lambda x: x[:, : x.shape[1] // 2])
     assert experts_error(form) > 0.1

@@ -115,7 +115,8 @@ def _expert(view: GraphView, place: int, mlp_of: Callable[[GraphView], GatedProd
     y, share_rows = then.node(times).inputs
     share = _gathered(then, share_rows if y == mlp.gives else y, rows)
     x = _gathered(then, mlp.reads, rows)
-    if share is None or x is None or _places_of(then, rows) != share:
+    made = {name for each in then.nodes for name in each.outputs}  # which nothing outside of the branch can read
+    if share is None or x is None or not made.isdisjoint((x, total)) or _places_of(then, rows) != share:
         return None
     asked = _asked(view, node.inputs[0], share)
     if asked is None:
