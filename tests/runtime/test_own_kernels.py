@@ -5,19 +5,23 @@ from __future__ import annotations
 import functools
 import logging
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import pytest
-from tiny_bundles import attention_model, text_assets
+from expert_graphs import mixture_graph
+from tiny_bundles import attention_model, sign, text_assets
 
 from edgellm_exporters.export import ExportOptions, export
-from edgellm_runtime import OptionError, load
+from edgellm_exporters.quantize.plan import ROW, Scheme
+from edgellm_runtime import BackendError, OptionError, load
 from edgellm_runtime.backends import own_kernels, own_trial
-from edgellm_runtime.backends.own_kernels import INTERFACE, OwnKernels
+from edgellm_runtime.backends.own_kernels import INTERFACE, OwnKernels, Unusable
 from edgellm_runtime.checks.doctor import diagnose
 from edgellm_runtime.graphs.operators import TARGETS
 from edgellm_runtime.graphs.own_operators import DOMAIN, OPERATORS
@@ -118,3 +122,29 @@ def test_a_graph_that_has_none_of_their_products_runs_as_it_is(
     monkeypatch.setattr(OwnKernels, "swapped", lambda *given: (b"", ()))
     assert load(bundle(), kernels="own").session.kernels is None
     assert "has no product that edgellm-kernels computes; ONNX Runtime's kernels run instead" in caplog.text
+
+
+@pytest.mark.parametrize(("op", "scheme"), [("ScatterND", Scheme(8, 32)), ("Mul", Scheme(8, ROW))], ids=str)
+def test_a_node_that_lacks_an_input_is_told_in_one_sentence(op: str, scheme: Scheme) -> None:
+    model = onnx.load_model_from_string(mixture_graph([scheme] * 2))
+    branches = [a.g for node in model.graph.node if node.op_type == "If" for a in node.attribute]
+    for node in (node for graph in branches for node in graph.node if node.op_type == op):
+        del node.input[1:]
+    with pytest.raises(Unusable, match=r"^a node of the graph has other inputs than its operator$"):
+        KERNELS.swapped(model.SerializeToString())
+
+
+def test_of_a_graph_with_such_a_node_onnx_runtime_says_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(bundle(), tmp_path / "b"))
+    model = onnx.load_model(folder / "model.onnx", load_external_data=False)
+    node = next(node for node in model.graph.node if node.op_type == "MatMulNBits")
+    (lost,) = node.output
+    del node.output[:]
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    sign(folder, "model.onnx")
+    monkeypatch.setattr(own_trial, "find", lambda ort: KERNELS)
+    with pytest.raises(BackendError, match=rf"refuses the graph: .*'{re.escape(lost)}' is not"):
+        load(folder, kernels="own")
+    assert "a node of the graph has other inputs than its operator; ONNX Runtime's kernels run instead" in caplog.text

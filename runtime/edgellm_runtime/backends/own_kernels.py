@@ -57,8 +57,15 @@ class OwnKernels:
 
         Returns:
             The graph, and its nodes of edgellm's own operators.
+
+        Raises:
+            Unusable: the graph has a node that is none of its operator.
         """
-        return with_own_operators(graph, keep)
+        read = ReadGraph.of(graph) if isinstance(graph, bytes) else graph
+        try:
+            return with_own_operators(read, keep)
+        except (ValueError, IndexError) as error:  # ONNX Runtime, which checks every node, can say which and why
+            raise Unusable("a node of the graph has other inputs than its operator") from error
 
 
 def find(ort: Any) -> OwnKernels:
