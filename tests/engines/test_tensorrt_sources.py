@@ -124,6 +124,23 @@ def test_an_encoder_of_other_tensors_gets_no_address(changed: dict, message: str
         open_session(Bundle(folder))
 
 
+def test_an_engine_that_does_not_read_an_encoded_state_has_no_bounds_for_its_sources(gpu: Any) -> None:
+    _, session = both("answers")
+    backend, state = session._backend, begun(session, 2, 8)
+    role = backend._roles.choose(1)
+    engine = backend._engines[role.name]
+    names = {spec.past_name for spec in state.specs if spec.encoded}
+    assert names <= engine.inputs
+    for name in names:
+        engine.profile[name] = ((0,), (0,), (0,))
+    with pytest.raises(StateError, match=f"but the {role.name} engine was built for others"):
+        backend._check_shape(engine, role, (2, 1), state)
+    engine.inputs -= names
+    for name in names:
+        del engine.profile[name]
+    backend._check_shape(engine, role, (2, 1), state)
+
+
 def test_an_engine_for_shorter_sources_than_it_says_is_refused(gpu: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(made("answers"), tmp_path / "b"))
     description = json.loads((folder / "encode.engine").read_text())

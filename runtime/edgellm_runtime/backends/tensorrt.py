@@ -254,7 +254,8 @@ class TensorRTBackend:
                 f"{engine.profile['logit_positions'][2][1]}; ask for fewer at a time"
             )
         for spec in state.specs:
-            if spec.encoded and not engine.fits(spec.past_name, state.tensors[spec.name].shape):
+            read = spec.encoded and spec.past_name in engine.inputs
+            if read and not engine.fits(spec.past_name, state.tensors[spec.name].shape):
                 raise StateError(
                     f"sources of {spec.source} tokens, but the {role.name} engine was built for others; build the "
                     "engines again: edgellm build"
