@@ -265,10 +265,11 @@ void run(const Kernel& kernel, KernelContext* context) {
   s.x = data_of<float>(api, input_of(api, context, 0)), s.last = data_of<int32_t>(api, last);
   const int64_t total = *data_of<int32_t>(api, longest);
   s.first = total == s.time;
-  int64_t pairs = 0;
+  int64_t pairs = 0, used = 0;  // slots of the longest row, by its own last
   for (int64_t row = 0; row < s.batch; row++) {
     if (s.past(row) < 0 || s.last[row] < 0 || s.last[row] >= s.slots || s.last[row] >= total)
       throw std::invalid_argument("a row that does not fit into the cache");
+    used = std::max<int64_t>(used, s.last[row] + 1);
     pairs += s.time * (s.last[row] + 1) * kernel.heads;
   }
   read_tables(api, context, total, &s);
@@ -291,7 +292,7 @@ void run(const Kernel& kernel, KernelContext* context) {
   in_parallel(api, s, context, alone, write_tokens, (s.batch * s.time + kTokensAtOnce - 1) / kTokensAtOnce);
   s.block = many ? many : kMostQueries;
   s.groups = (s.queries() + s.block - 1) / s.block;
-  s.chunks = int((total + kChunk - 1) / kChunk);
+  s.chunks = int((used + kChunk - 1) / kChunk);
   const int64_t groups = s.batch * kernel.cached_heads * s.groups;
   if (many) return in_parallel(api, s, context, alone, attend_block, groups);
   if (alone || groups >= kEnoughItems || s.chunks == 1) return in_parallel(api, s, context, alone, attend_group, groups);

@@ -1,6 +1,7 @@
 // ChosenExperts, in the domain `edgellm`: gated MLPs of which each row has a few, added to a sum. Expert after expert, a
 // row with a share but 0 of it gets share * (what GatedMlp gives of the row), each product and sum rounded to float32.
-// A matrix is read once for all rows that have chosen its expert, and not at all where none has.
+// Rows are taken in runs of up to 1,024 pairs of a row and an expert that it has chosen (kMostPairs): in each run a matrix
+// is read once for all of its rows that have chosen the expert, and not at all where none has.
 #include "experts_operator.h"
 
 #include <algorithm>
@@ -50,7 +51,8 @@ struct Rows {
 // experts, and of rows for each.
 struct Work {
   const Kernel* kernel;
-  int rows, all;  // `all` shares of a row
+  int rows;
+  size_t all;  // shares of a row
   const float *total, *x, *shares;
   float* sum;
   std::vector<int> experts, begins;  // those that are chosen, and their first pairs, with one more for the end
@@ -60,7 +62,7 @@ struct Work {
   int parts, step;                   // an expert's, and the units of each
 
   const Expert& any() const { return kernel->experts.front(); }  // all have its sizes
-  float share(int row, int expert) const { return shares[size_t(row) * all + kernel->first + expert]; }
+  float share(int row, int expert) const { return shares[size_t(row) * all + size_t(kernel->first + expert)]; }
 };
 
 // Find the pairs of the next rows, at least of one; gives how many rows that are.
@@ -212,7 +214,7 @@ void run(const Kernel& kernel, KernelContext* context) {
                                 std::to_string(width) + " and at least " + std::to_string(last) + " shares");
   int64_t rows = 1;
   for (size_t i = 0; i + 1 < shape.sizes.size(); i++) rows *= shape.sizes[i];
-  w.all = int(given.sizes.back());
+  w.all = size_t(given.sizes.back());
   w.total = data_of<float>(api, total), w.x = data_of<float>(api, x), w.shares = data_of<float>(api, shares);
   w.sum = output_of(api, context, 0, shape.sizes);
   for (int64_t row = 0; row < rows; row += w.rows) {

@@ -3,6 +3,7 @@
 //   product   with a matrix of codes; what it reads is rounded to 8 bits first
 //   gated     the product's first half, through SiLU, times its second half; then a second product
 // BlockProduct has the second step alone, NormProduct the first two, GatedMlp the last two, NormGatedMlp all.
+#include <algorithm>
 #include <exception>
 #include <memory>
 #include <mutex>
@@ -22,7 +23,8 @@ using ort::KernelContext;
 using ort::KernelInfo;
 using ort::Status;
 
-constexpr int kGatedRows = 128;  // of which what is between two products is kept at a time
+constexpr int64_t kGatedRows = 128;     // of which what is between two products is kept at a time
+constexpr int64_t kMostRows = 1 << 20;  // of one product that are rounded and kept at a time
 
 struct Operator : ort::CustomOp {
   bool norm, gated;
@@ -135,10 +137,10 @@ void run(const Kernel& kernel, KernelContext* context) {
   }
   shape.sizes.back() = last.matrix.outputs;
   float* y = output_of(api, context, 0, shape.sizes);
-  const int most = kernel.gated ? kGatedRows : int(rows);
-  for (int row = 0; row < rows; row += most) {
+  const int64_t most = kernel.gated ? kGatedRows : kMostRows;
+  for (int64_t row = 0; row < rows; row += most) {
     Work some = work;
-    some.rows = int(std::min<int64_t>(most, rows - row));
+    some.rows = int(std::min(most, rows - row));
     const size_t at = size_t(row) * first.width;
     some.x += at;
     if (kernel.norm) some.skip += at, some.sum += at;

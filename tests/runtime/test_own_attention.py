@@ -332,6 +332,16 @@ def test_the_trial_at_load_finds_it_right(op: str, together: int) -> None:
         assert 0 < attention_error(AttentionForm(op, together, window, turned, normed)) < OWN_BOUND / 100
 
 
+def test_a_graph_that_names_more_tokens_than_its_rows_hold_gets_no_more_memory() -> None:
+    kernels()
+    inputs = ["x", "", "", "k", "v", "last", "longest"]  # without tables, which are as long as what is named
+    layer = Layer(own(inputs=inputs, do_rotary=0))
+    layer.step(tokens(1, 300))
+    given = {"x": tokens(1, 9, seed=1), "k": layer.caches[0], "v": layer.caches[1], "last": np.array([308], np.int32)}
+    right, wrong = (layer.session.run(["y"], given | {"longest": np.array(n, np.int32)})[0] for n in (309, 2**31 - 1))
+    np.testing.assert_array_equal(wrong, right)
+
+
 def test_steps_that_do_not_fit_are_refused() -> None:
     kernels()
     layer = Layer(own())
