@@ -2,7 +2,8 @@
 
 Every rule begins at a product with quantized weights and looks at what its input is made from and what its result
 becomes. A value that anything else needs stays where it is. What no rule knows stays as it is, so that a graph always
-has a meaning; the numbers differ from those of the nodes by the order of sums, as ``kernels/src`` states them.
+has a meaning; the numbers differ from those of the nodes by the order of sums, as ``kernels/src`` states them, and over
+a cache of float16 in that a step's own keys and values are rounded to it before they are attended to.
 """
 
 from __future__ import annotations
