@@ -36,6 +36,7 @@ from edgellm_exporters.quantize.rtn import round_to_nearest
 from edgellm_runtime import open_session
 
 SCHEMES = [Scheme(b, block, symmetric) for b in (2, 4, 8) for block in (16, 64) for symmetric in (True, False)]
+SCHEMES += [Scheme(3, block, symmetric=False) for block in (16, 64)]
 SHIFTED = [Scheme(b, 32, symmetric=False, shifted=True) for b in (2, 4, 8)]
 
 
@@ -65,6 +66,8 @@ def test_more_bits_and_smaller_blocks_are_nearer() -> None:
         (Scheme(4, 16), Scheme(2, 16)),
         (Scheme(8, 16), Scheme(4, 16)),
         (Scheme(4, 16), Scheme(4, 64)),
+        (Scheme(3, 64, symmetric=False), Scheme(2, 16, symmetric=False)),
+        (Scheme(4, 64, symmetric=False), Scheme(3, 16, symmetric=False)),
     ):
         assert error[small] < error[large]
 
@@ -89,14 +92,22 @@ def test_a_block_of_zeros_and_an_extreme_block_stay_finite() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "block", "said"), [(3, 32, "3-bit weights are not supported"), (4, 24, "block size 24"), (4, 512, "512")]
+    ("bits", "block", "said"),
+    [
+        (3, 32, "3-bit block 32: .* as in 3:32:asymmetric"),
+        (5, 32, "5-bit weights"),
+        (4, 24, "block size 24"),
+        (4, 512, "512"),
+    ],
 )
 def test_an_impossible_scheme_is_refused_by_name(bits: int, block: int, said: str) -> None:
     with pytest.raises(QuantizeError, match=said):
         Scheme(bits, block)
 
 
-@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(4, 32, symmetric=False), Scheme(2, 16)], ids=str)
+@pytest.mark.parametrize(
+    "scheme", [Scheme(4, 32), Scheme(4, 32, symmetric=False), Scheme(3, 32, symmetric=False), Scheme(2, 16)], ids=str
+)
 def test_gptq_changes_products_less_than_rounding(scheme: Scheme) -> None:
     """The criterion that the method minimises, measured on other inputs of the same distribution."""
     torch.manual_seed(0)
@@ -120,7 +131,9 @@ def test_gptq_with_independent_inputs_is_rounding(monkeypatch: pytest.MonkeyPatc
     np.testing.assert_array_equal(codes.scales, expected.scales)
 
 
-@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(4, 16, symmetric=False), Scheme(2, 64)], ids=str)
+@pytest.mark.parametrize(
+    "scheme", [Scheme(4, 32), Scheme(4, 16, symmetric=False), Scheme(3, 32, symmetric=False), Scheme(2, 64)], ids=str
+)
 def test_refining_lowers_the_error_and_leaves_no_better_single_code(scheme: Scheme) -> None:
     """Every code against every other value it could have, one at a time: a naive reference for the descent."""
     torch.manual_seed(1)
@@ -306,6 +319,7 @@ def test_a_calibrated_bundle_is_nearer_than_a_rounded_one(target: str, tmp_path:
 
 
 FORMATS = [f"{bits}:32{kind}" for bits in (2, 4, 8) for kind in ("", ":asymmetric", ":shifted")]
+FORMATS += ["3:32:asymmetric"]
 
 
 @pytest.mark.parametrize("method", [*FORMATS, "8:row"])
@@ -335,8 +349,8 @@ def test_every_format_that_a_target_has_computes_what_it_stores(
 
 @pytest.mark.parametrize(
     ("method", "said"),
-    [("int5", "unknown quantization .int5.; there are none, int8"), ("3:32", "3-bit weights"), ("4:48", "size 48"),
-     ("4:row", "for symmetric 8-bit"), ("4:32:wide", "BITS:BLOCK")],
+    [("int5", "unknown quantization .int5.; there are none, int8"), ("3:32", "as in 3:32:asymmetric"),
+     ("4:48", "size 48"), ("4:row", "for symmetric 8-bit"), ("4:32:wide", "BITS:BLOCK")],
 )  # fmt: skip
 def test_an_unknown_quantization_is_refused_before_any_work(method: str, said: str) -> None:
     with pytest.raises(QuantizeError, match=said):

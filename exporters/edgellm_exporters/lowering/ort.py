@@ -23,6 +23,7 @@ from edgellm_exporters.lowering.capped_attention import capped_attention
 from edgellm_exporters.lowering.context import Array, Lowering, Rule, shape_of
 from edgellm_exporters.lowering.expert import expert_rule
 from edgellm_exporters.lowering.linears import fused_matmul, linear_rule
+from edgellm_exporters.lowering.three_bits import spread_codes
 from edgellm_exporters.quantize.plan import ROW, QuantizedWeight, Scheme, pack
 
 __all__ = ["DOMAIN", "RULES", "check_kernel", "codes_of", "grouped_attention", "lacks_kernel", "zeros_of"]
@@ -41,14 +42,14 @@ def embedding(context: Lowering, view: View) -> Sequence[ir.Value]:
     if quantized is None:
         return standard.RULES["Embedding"](context, view)
     scheme = quantized.scheme
-    if scheme.bits < 4 or scheme.shifted or scheme.block == ROW:
+    if scheme.bits < 3 or scheme.shifted or scheme.block == ROW:
         raise LoweringError(
-            f"{weight.name}: no kernel looks up rows of {scheme}; use 4 or 8 bits in blocks for the embedding"
+            f"{weight.name}: no kernel looks up rows of {scheme}; use 3, 4 or 8 bits in blocks for the embedding"
         )
-    shape = (quantized.shape[0], quantized.shape[1] * scheme.bits // 8)
+    shape = (quantized.shape[0], quantized.shape[1] * scheme.kernel_bits // 8)
     rows = context.op(
         "GatherBlockQuantized", codes_of(context, weight, shape, "table"), indices,
-        standard.scales_of(context, weight), zeros_of(context, weight), domain=DOMAIN, bits=scheme.bits,
+        standard.scales_of(context, weight), zeros_of(context, weight), domain=DOMAIN, bits=scheme.kernel_bits,
         block_size=scheme.block, gather_axis=0, quantize_axis=1,
     )  # fmt: skip
     return [rows]
@@ -80,11 +81,17 @@ def _blockwise_product(context: Lowering, x: ir.Value, weight: ir.Value, quantiz
     if scheme.shifted:
         x = standard.with_block_sums(context, x, columns, scheme.block)
         columns += columns // scheme.block
-    codes = codes_of(context, weight, (rows, quantized.blocks, scheme.block * scheme.bits // 8), "codes")
+    codes = _product_codes(context, weight, quantized)
     return context.op(
         "MatMulNBits", x, codes, standard.scales_of(context, weight), zeros_of(context, weight), domain=DOMAIN, N=rows,
-        K=columns, bits=scheme.bits, block_size=scheme.block, accuracy_level=_INT8_ACTIVATIONS,
+        K=columns, bits=scheme.kernel_bits, block_size=scheme.block, accuracy_level=_INT8_ACTIVATIONS,
     )  # fmt: skip
+
+
+def _product_codes(context: Lowering, weight: ir.Value, quantized: QuantizedWeight) -> ir.Value:
+    """Those that MatMulNBits reads, (rows, blocks, bytes of a block)."""
+    size = quantized.scheme.block * quantized.scheme.kernel_bits // 8
+    return codes_of(context, weight, (quantized.shape[0], quantized.blocks, size), "codes")
 
 
 def _integer_product(context: Lowering, x: ir.Value, weight: ir.Value) -> ir.Value:
@@ -284,6 +291,9 @@ def codes_of(context: Lowering, weight: ir.Value, shape: tuple[int, ...], view: 
     quantized = context.quantized(weight)
     assert quantized is not None
     bits = quantized.scheme.bits
+    if bits == 3:
+        pairs = spread_codes(context, weight, quantized)
+        return context.once((view, weight.name), lambda: context.op("Reshape", pairs, context.const(shape)))
     packed = quantized.lazy(
         lambda c: pack(c.codes, bits).reshape(shape),
         np.broadcast_to(np.uint8(0), shape),
@@ -298,18 +308,20 @@ def zeros_of(context: Lowering, weight: ir.Value) -> ir.Value | None:
     assert quantized is not None
     if quantized.scheme.symmetric:
         return None
-    bits = quantized.scheme.bits
+    bits = quantized.scheme.kernel_bits
     like = np.broadcast_to(np.uint8(0), (quantized.shape[0], -(-quantized.blocks * bits // 8)))
     return context.part(weight, "zeros", quantized.lazy(lambda c: pack(c.zeros, bits), like))
 
 
 def _hoist(context: Lowering, weight: ir.Value) -> None:
-    """The kernel reads codes as they are stored; only scales are widened first."""
+    """The kernel reads codes as they are stored, but for those of 3 bits; scales are widened first."""
     quantized = context.quantized(weight)
     if quantized is not None and quantized.scheme.block == ROW:
         standard.row_scales_of(context, weight)
     elif quantized is not None:
         standard.scales_of(context, weight)
+        if quantized.scheme.bits == 3:
+            _product_codes(context, weight, quantized)
 
 
 _matmul = fused_matmul(_product)

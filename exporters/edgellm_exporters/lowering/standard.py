@@ -14,6 +14,7 @@ from edgellm_exporters.errors import LoweringError
 from edgellm_exporters.lowering import recurrent
 from edgellm_exporters.lowering.context import Lowering, Rule, blank, shape_of
 from edgellm_exporters.lowering.expert import expert_rule
+from edgellm_exporters.lowering.three_bits import apart
 from edgellm_exporters.lowering.window import HIDDEN, Attend, Heads, by_attention, window_rule
 from edgellm_exporters.quantize.plan import ROW, QuantizedWeight
 
@@ -305,9 +306,11 @@ def _parts(context: Lowering, weight: ir.Value) -> list[ir.Value]:
     quantized = context.quantized(weight)
     assert quantized is not None
     scheme, blocks = quantized.scheme, (quantized.shape[0], quantized.blocks)
+    if scheme.bits == 3:
+        return [apart(context, weight, quantized), scales_of(context, weight), _wide_zeros(context, weight, quantized)]
     if scheme.bits not in (4, 8):
         raise LoweringError(
-            f"{weight.name}: opset 23 has no {scheme.bits}-bit type; use 4 or 8 bits, or the cpu target"
+            f"{weight.name}: opset 23 has no {scheme.bits}-bit type; use 3, 4 or 8 bits, or the cpu target"
         )
     dtype = _TYPES[scheme.bits, scheme.symmetric]
     shift = scheme.middle if scheme.symmetric else 0
@@ -320,6 +323,14 @@ def _parts(context: Lowering, weight: ir.Value) -> list[ir.Value]:
         zeros = quantized.lazy(lambda c: c.zeros.astype(dtype), np.broadcast_to(np.zeros((), dtype), blocks))
         parts.append(context.part(weight, "zeros", zeros))
     return parts
+
+
+def _wide_zeros(context: Lowering, weight: ir.Value, quantized: QuantizedWeight) -> ir.Value:
+    """The zeros of 3-bit codes, a byte each as these are; 4 bits in the file."""
+    four = ml_dtypes.uint4
+    like = np.broadcast_to(np.zeros((), four), (quantized.shape[0], quantized.blocks))
+    zeros = context.part(weight, "zeros", quantized.lazy(lambda c: c.zeros.astype(four), like))
+    return context.once(("zeros", weight.name), lambda: context.op("Cast", zeros, to=ir.DataType.UINT8))
 
 
 def signed_columns(

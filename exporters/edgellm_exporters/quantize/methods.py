@@ -115,12 +115,12 @@ def find_method(name: str, methods: Mapping[str, Method] = METHODS) -> Method:
     if written is None:
         raise QuantizeError(
             f"unknown quantization {name!r}; there are {', '.join(METHODS)}, and BITS:BLOCK such as 4:32, "
-            "4:32:asymmetric, 4:32:shifted or 8:row"
+            "4:32:asymmetric, 3:64:asymmetric, 4:32:shifted or 8:row"
         )
     bits, block, kind = written.groups()
     scheme = Scheme(int(bits), ROW if block == "row" else int(block), kind is None, kind == "shifted")
     # rows of the vocabulary are looked up too, which fewer formats can be
-    ends = scheme if scheme.bits >= 4 and not scheme.shifted and scheme.block != ROW else Scheme(8, 32)
+    ends = scheme if scheme.bits >= 3 and not scheme.shifted and scheme.block != ROW else Scheme(8, 32)
     bounds = _MIXED if bits == "8" else _FOUR if bits == "4" else {"split": 0.3, "batch": 0.3}
     return Method(f"{scheme} weights", scheme, ends, bounds, smooth=True, exact=True)
 

@@ -43,7 +43,7 @@ class Scheme:
     """An integer format for the rows of a weight: weight = (code - zero) * scale, or that plus a shift.
 
     Args:
-        bits: of one code: 2, 4 or 8.
+        bits: of one code: 2, 3, 4 or 8. Kernels hold 3-bit codes as 4-bit ones; they take 3 bits in files alone.
         block: how many neighbours in a row share a scale: a power of two from 16 to 256, or :data:`ROW` for the whole
             row. Products with a ``ROW`` weight are integer products: the inputs are rounded to 8 bits with one scale
             for each of their rows.
@@ -64,8 +64,8 @@ class Scheme:
     floating: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in (2, 4, 8):
-            raise QuantizeError(f"{self.bits}-bit weights are not supported; use 2, 4 or 8")
+        if self.bits not in (2, 3, 4, 8):
+            raise QuantizeError(f"{self.bits}-bit weights are not supported; use 2, 3, 4 or 8")
         if self.block == ROW:
             if self.bits != 8 or not self.symmetric or self.shifted:
                 raise QuantizeError(f"{self}: one scale a row is for symmetric 8-bit weights; give a block size")
@@ -75,6 +75,8 @@ class Scheme:
             raise QuantizeError(f"{self}: floating codes are for 8-bit weights with one scale a row")
         if self.shifted and self.symmetric:
             raise QuantizeError(f"{self}: a shifted format has zeros of its own; make it asymmetric")
+        if self.bits == 3 and (self.symmetric or self.shifted):
+            raise QuantizeError(f"{self}: codes of 3 bits have zeros and no shifts, as in 3:{self.block}:asymmetric")
 
     @property
     def top(self) -> int:
@@ -85,6 +87,11 @@ class Scheme:
     def middle(self) -> int:
         """The code that stands for zero in a symmetric block."""
         return int(2 ** (self.bits - 1))
+
+    @property
+    def kernel_bits(self) -> int:
+        """Of one code as kernels read it."""
+        return 4 if self.bits == 3 else self.bits
 
     def blocks(self, columns: int) -> int:
         """How many scales a row of that many weights has, those of its shifts included."""
@@ -97,7 +104,8 @@ class Scheme:
         """Bytes that a weight of that shape takes in a file: codes, 16-bit scales and zeros."""
         blocks = self.blocks(columns)
         codes = columns if self.block == ROW else blocks * self.block * self.bits // 8
-        return int(rows * (codes + 2 * blocks + (0 if self.symmetric else -(-blocks * self.bits // 8))))
+        zeros = 0 if self.symmetric else -(-blocks * self.kernel_bits // 8)
+        return int(rows * (codes + 2 * blocks + zeros))
 
     def __str__(self) -> str:
         kind = " float" if self.floating else " shifted" if self.shifted else "" if self.symmetric else " asymmetric"

@@ -196,7 +196,7 @@ class _Numbers:
 
         cut = None if scheme.shifted and name not in self._shifts else some  # products ask for the shifts of all rows
         if self._kept is not None:
-            codes = self._kept.get((name, start, stop), scheme.bits, compute, cut)
+            codes = self._kept.get((name, start, stop), scheme.kernel_bits, compute, cut)
         else:
             codes = compute() if cut is None else compute().of_rows(*cut)
         if codes.columns and cut is None:

@@ -1,0 +1,60 @@
+"""Weights of 3 bits: what a file holds of them, and the 4-bit codes that graphs make of it when they are loaded."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from families import cpu_targets, make
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgellm_exporters.export import ExportOptions, export
+from edgellm_exporters.quantize.plan import Scheme
+from edgellm_exporters.quantize.three_bits import condensed, spread
+from edgellm_runtime.bundle import GRAPH, Bundle
+
+METHOD, SCHEME = "3:32:asymmetric", Scheme(3, 32, symmetric=False)
+UNPACKING = {"BitShift", "BitwiseAnd", "BitwiseOr"}
+
+
+@functools.cache
+def bundle(target: str) -> Bundle:
+    loose = {"kl": 100.0, "split": 100.0, "batch": 100.0, "top1": 0.0, "state": 100.0}
+    options = ExportOptions(target=target, quantize=METHOD, bounds=loose)
+    return export(make("decoder"), Path(tempfile.mkdtemp()) / "b", options=options).bundle
+
+
+@given(size=st.integers(1, 9), seed=st.integers(0, 99))
+def test_bytes_of_small_codes_come_back_from_three_quarters_of_their_size(size: int, seed: int) -> None:
+    codes = np.random.default_rng(seed).integers(0, 8, (2, 4 * size)).astype(np.uint8)
+    packed = codes[0] | codes[1] << 4
+    stored = condensed(packed)
+    assert 4 * stored.nbytes == 3 * packed.nbytes
+    assert (spread(stored) == packed).all()
+
+
+@pytest.mark.parametrize("target", cpu_targets())
+def test_a_file_has_three_bits_for_each_code_and_what_the_format_says_in_all(target: str) -> None:
+    tensors = {t.name: len(t.raw_data) for t in onnx.load(bundle(target).file(GRAPH)).graph.initializer}
+    name, (rows, columns) = "layers.1.attention.o_proj.weight", (96, 128)
+    parts = {part.rpartition(".")[2]: size for part, size in tensors.items() if part.startswith(f"{name}.")}
+    assert parts.keys() == {"three_bits", "scales", "zeros"}
+    assert parts["three_bits"] == rows * columns * 3 // 8
+    assert sum(parts.values()) == SCHEME.nbytes(rows, columns)
+
+
+@pytest.mark.parametrize("target", cpu_targets())
+def test_nothing_of_unpacking_is_left_for_a_step(target: str, tmp_path: Path) -> None:
+    graph, options = bundle(target).file(GRAPH), onnxruntime.SessionOptions()
+    stored = {node.op_type for node in onnx.load(graph, load_external_data=False).graph.node}
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "run.onnx"), 3
+    onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    run = {node.op_type for node in onnx.load(tmp_path / "run.onnx", load_external_data=False).graph.node}
+    assert stored >= UNPACKING
+    assert not run & UNPACKING
