@@ -357,7 +357,7 @@ def test_auto_tunes_what_it_builds_and_may_take_two_bits_then(tmp_path: Path) ->
     uses = Uses(job.graph())
     offered = candidates_of(uses, integer_products=False, tuned=True)
     schemes = {c.name: min(c.schemes, key=lambda s: s.bits) for c in offered}
-    assert {s.bits for s in schemes.values()} == {2, 4}  # tables have 4 at the least
+    assert {s.bits for s in schemes.values()} == {2, 3}  # tables have 3 at the least
     assert all(s.bits > 2 for c in candidates_of(uses, integer_products=False) for s in c.schemes)
     weighed = job.weigh(schemes, tmp_path)
     assert list(tmp_path.iterdir()) == []

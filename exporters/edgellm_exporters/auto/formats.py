@@ -14,12 +14,13 @@ __all__ = ["COSTS", "MEASURED", "PROMPT", "FormatChoices", "candidates_of", "dec
 PROMPT = 128  # tokens that prefill costs are told for
 _PRODUCTS = (
     Scheme(8, 32), Scheme(8, 64), Scheme(8, 128), Scheme(4, 32, symmetric=False), Scheme(4, 64, symmetric=False),
-    Scheme(4, 128, symmetric=False), Scheme(4, 32, symmetric=False, shifted=True),
+    Scheme(4, 128, symmetric=False), Scheme(4, 32, symmetric=False, shifted=True), Scheme(3, 32, symmetric=False),
+    Scheme(3, 64, symmetric=False), Scheme(3, 128, symmetric=False),
 )  # fmt: skip
 _TUNED = tuple(Scheme(2, block, symmetric=False) for block in (32, 64, 128))  # for what is learned after rounding
 _ENDS = (
     Scheme(8, 32), Scheme(8, 64), Scheme(4, 16, symmetric=False), Scheme(4, 32, symmetric=False),
-    Scheme(4, 64, symmetric=False),
+    Scheme(4, 64, symmetric=False), Scheme(3, 32, symmetric=False), Scheme(3, 64, symmetric=False),
 )  # fmt: skip
 MEASURED = (*_PRODUCTS, *_TUNED)  # the formats whose rates a search may be told; shifted ones have those of the others
 _RECURRENT = (Scheme(8, 32), Scheme(8, 64), Scheme(4, 32, symmetric=False))
@@ -80,7 +81,7 @@ def decode_ns(weight: FormatChoices, scheme: Scheme, rates: Rates | None = None)
     rows, columns = weight.shape
     if rates is not None and (rate := rates.of(scheme)) is not None:
         return rows * columns * rate * (_SHIFTED if scheme.shifted else 1.0)
-    each = rows * columns * (_FIXED + _EACH_BIT * scheme.bits)
+    each = rows * columns * (_FIXED + _EACH_BIT * scheme.kernel_bits)
     if scheme.block == ROW:
         return each + _EACH_BLOCK * rows + _ROW_START
     return (each + _EACH_BLOCK * rows * (columns // scheme.block)) * (_SHIFTED if scheme.shifted else 1.0)
@@ -92,7 +93,8 @@ def prefill_ns(weight: FormatChoices, scheme: Scheme) -> float:
         return decode_ns(weight, scheme)
     if weight.role == "loop":
         return PROMPT * decode_ns(weight, scheme)
-    each = _PREFILL_ROW if scheme.block == ROW else _PREFILL.get((scheme.bits, scheme.block), _PREFILL_LARGE_BLOCKS)
+    each = _PREFILL.get((scheme.kernel_bits, scheme.block), _PREFILL_LARGE_BLOCKS)
+    each = _PREFILL_ROW if scheme.block == ROW else each
     return PROMPT * weight.shape[0] * weight.shape[1] * each * (_SHIFTED if scheme.shifted else 1.0)
 
 

@@ -41,7 +41,7 @@ class Rates:
 
 
 def _name(scheme: Scheme) -> str:
-    return f"{scheme.bits}:{scheme.block}"
+    return f"{scheme.kernel_bits}:{scheme.block}"
 
 
 def measured_rates(schemes: Sequence[Scheme]) -> Rates:
@@ -52,7 +52,7 @@ def measured_rates(schemes: Sequence[Scheme]) -> Rates:
     """
     kernels = _own()
     forms = {
-        _name(s): KernelForm("MatMulNBits", s.bits, s.block, _LEVEL, zeros=not s.symmetric)
+        _name(s): KernelForm("MatMulNBits", s.kernel_bits, s.block, _LEVEL, zeros=not s.symmetric)
         for s in schemes if s.block != ROW
     }  # fmt: skip
     found = product_rates(list(forms.values()), kernels=kernels)
