@@ -196,7 +196,10 @@ def test_a_looser_budget_gives_a_smaller_bundle(tmp_path: Path) -> None:
     ("budget", "said"),
     [
         ({"max_kl": 1e-7}, r"no formats keep to KL 1e-07; what can be met, by the estimate: KL \S+ at 0\.\d MB;"),
-        ({"max_kl": 0.02, "max_size_mb": 0.43}, r"KL 0.02 and 0.43 MB; .*: 0\.5 MB at KL 0\.0\d+, or at the very least"),
+        (
+            {"max_kl": 0.02, "max_size_mb": 0.43},
+            r"KL 0.02 and 0.43 MB; .*: 0\.5 MB at KL 0\.0\d+, or at the very least",
+        ),
     ],
 )
 def test_an_impossible_budget_says_what_can_be_met_and_leaves_nothing(
