@@ -51,7 +51,8 @@ within the stated bounds.
 @click.option("--quantize", default="none", help="Weights: none (float), int8, int4 (embedding and vocabulary "
               "projection in 8 bits), w8a8 (integer products, for the fastest prompts), keep (what the checkpoint "
               "rounded is not rounded again), auto (one for each, within --max-kl and --max-size-mb), or one format "
-              "for all, BITS:BLOCK, such as 4:32:asymmetric. Of these, cuda has none, int8 and int4; tensorrt has "
+              "for all, BITS:BLOCK, such as 4:32:asymmetric or, with blocks' scales in 8 bits instead of 16, "
+              "4:32:asymmetric:scales8. Of these, cuda has none, int8 and int4; tensorrt has "
               "none, int8, w8a8 and int4, and fp8 (8-bit floats).")  # fmt: skip
 @click.option("--kv-cache", default="float32", help="What attention keeps keys and values in: float32, float16 "
               "(half of the memory of long contexts; meant for edgellm's own kernels, without which each step takes "

@@ -322,7 +322,10 @@ FORMATS = [f"{bits}:32{kind}" for bits in (2, 4, 8) for kind in ("", ":asymmetri
 FORMATS += ["3:32:asymmetric"]
 
 
-@pytest.mark.parametrize("method", [*FORMATS, "8:row"])
+FORMATS += ["8:row", "8:32:scales8", "2:32:asymmetric:scales8", "4:32:shifted:scales8"]
+
+
+@pytest.mark.parametrize("method", FORMATS)
 @pytest.mark.parametrize("family", ["decoder", "mixed"])
 @pytest.mark.parametrize("target", cpu_targets())
 def test_every_format_that_a_target_has_computes_what_it_stores(

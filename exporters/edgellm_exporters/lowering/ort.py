@@ -23,6 +23,7 @@ from edgellm_exporters.lowering.capped_attention import capped_attention
 from edgellm_exporters.lowering.context import Array, Lowering, Rule, shape_of
 from edgellm_exporters.lowering.expert import expert_rule
 from edgellm_exporters.lowering.linears import fused_matmul, linear_rule
+from edgellm_exporters.lowering.narrow_scales import scales_of
 from edgellm_exporters.lowering.three_bits import spread_codes
 from edgellm_exporters.quantize.plan import ROW, QuantizedWeight, Scheme, pack
 
@@ -49,7 +50,7 @@ def embedding(context: Lowering, view: View) -> Sequence[ir.Value]:
     shape = (quantized.shape[0], quantized.shape[1] * scheme.kernel_bits // 8)
     rows = context.op(
         "GatherBlockQuantized", codes_of(context, weight, shape, "table"), indices,
-        standard.scales_of(context, weight), zeros_of(context, weight), domain=DOMAIN, bits=scheme.kernel_bits,
+        scales_of(context, weight), zeros_of(context, weight), domain=DOMAIN, bits=scheme.kernel_bits,
         block_size=scheme.block, gather_axis=0, quantize_axis=1,
     )  # fmt: skip
     return [rows]
@@ -83,7 +84,7 @@ def _blockwise_product(context: Lowering, x: ir.Value, weight: ir.Value, quantiz
         columns += columns // scheme.block
     codes = _product_codes(context, weight, quantized)
     return context.op(
-        "MatMulNBits", x, codes, standard.scales_of(context, weight), zeros_of(context, weight), domain=DOMAIN, N=rows,
+        "MatMulNBits", x, codes, scales_of(context, weight), zeros_of(context, weight), domain=DOMAIN, N=rows,
         K=columns, bits=scheme.kernel_bits, block_size=scheme.block, accuracy_level=_INT8_ACTIVATIONS,
     )  # fmt: skip
 
@@ -319,7 +320,7 @@ def _hoist(context: Lowering, weight: ir.Value) -> None:
     if quantized is not None and quantized.scheme.block == ROW:
         standard.row_scales_of(context, weight)
     elif quantized is not None:
-        standard.scales_of(context, weight)
+        scales_of(context, weight)
         if quantized.scheme.bits == 3:
             _product_codes(context, weight, quantized)
 

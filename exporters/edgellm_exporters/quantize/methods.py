@@ -94,7 +94,7 @@ ENGINE_METHODS: Mapping[str, Method] = {
         integer_products=False, fixed_inputs=True,
     ),
 }  # fmt: skip
-_FORMAT = re.compile(r"(\d+):(\d+|row)(?::(asymmetric|shifted))?")
+_FORMAT = re.compile(r"(\d+):(\d+|row)(?::(asymmetric|shifted))?(?::(scales8))?")
 
 
 def find_method(name: str, methods: Mapping[str, Method] = METHODS) -> Method:
@@ -115,12 +115,14 @@ def find_method(name: str, methods: Mapping[str, Method] = METHODS) -> Method:
     if written is None:
         raise QuantizeError(
             f"unknown quantization {name!r}; there are {', '.join(METHODS)}, and BITS:BLOCK such as 4:32, "
-            "4:32:asymmetric, 3:64:asymmetric, 4:32:shifted or 8:row"
+            "4:32:asymmetric, 3:64:asymmetric, 4:32:shifted or 8:row; :scales8 after it makes scales of 16 bits 8"
         )
-    bits, block, kind = written.groups()
-    scheme = Scheme(int(bits), ROW if block == "row" else int(block), kind is None, kind == "shifted")
+    bits, block, kind, narrow = written.groups()
+    row, scales = block == "row", 8 if narrow else 16
+    scheme = Scheme(int(bits), ROW if row else int(block), kind is None, kind == "shifted", scale_bits=scales)
     # rows of the vocabulary are looked up too, which fewer formats can be
-    ends = scheme if scheme.bits >= 3 and not scheme.shifted and scheme.block != ROW else Scheme(8, 32)
+    looked_up = scheme.bits >= 3 and not scheme.shifted and scheme.block != ROW
+    ends = scheme if looked_up else Scheme(8, 32, scale_bits=scheme.scale_bits)
     bounds = _MIXED if bits == "8" else _FOUR if bits == "4" else {"split": 0.3, "batch": 0.3}
     return Method(f"{scheme} weights", scheme, ends, bounds, smooth=True, exact=True)
 

@@ -54,6 +54,8 @@ class Scheme:
         positive: whether no scale may be negative; otherwise a symmetric block of few bits may have such a one, so that
             its largest weight gets the code below zero that has no counterpart above.
         floating: whether codes are 8-bit floats (E4M3: 4 bits of exponent, 3 of mantissa) instead of whole numbers.
+        scale_bits: of one scale in the file: 16, a float16; or 8, a whole number times a power of two that the row has,
+            which is a float16 too (see :mod:`.scales`).
     """
 
     bits: int
@@ -62,6 +64,7 @@ class Scheme:
     shifted: bool = False
     positive: bool = False
     floating: bool = False
+    scale_bits: int = 16
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4, 8):
@@ -77,6 +80,20 @@ class Scheme:
             raise QuantizeError(f"{self}: a shifted format has zeros of its own; make it asymmetric")
         if self.bits == 3 and (self.symmetric or self.shifted):
             raise QuantizeError(f"{self}: codes of 3 bits have zeros and no shifts, as in 3:{self.block}:asymmetric")
+        self._check_scales()
+
+    def _check_scales(self) -> None:
+        if self.scale_bits not in (8, 16):
+            raise QuantizeError(f"{self.scale_bits}-bit scales are not supported; use 8 or 16")
+        if self.scale_bits == 8 and self.block == ROW:
+            raise QuantizeError(f"{self}: a row's one scale has 16 bits; give a block size, or leave 8-bit scales out")
+        if self.scale_bits == 8 and self.signed:
+            raise QuantizeError(f"{self}: scales of 8 bits have no sign; make the format asymmetric")
+
+    @property
+    def signed(self) -> bool:
+        """Whether scales may be negative."""
+        return self.symmetric and not self.positive and self.bits < 8
 
     @property
     def top(self) -> int:
@@ -101,20 +118,22 @@ class Scheme:
         return blocks + -(-blocks // self.block) if self.shifted else blocks
 
     def nbytes(self, rows: int, columns: int) -> int:
-        """Bytes that a weight of that shape takes in a file: codes, 16-bit scales and zeros."""
+        """Bytes that a weight of that shape takes in a file: codes, scales and zeros."""
         blocks = self.blocks(columns)
         codes = columns if self.block == ROW else blocks * self.block * self.bits // 8
         zeros = 0 if self.symmetric else -(-blocks * self.kernel_bits // 8)
-        return int(rows * (codes + 2 * blocks + zeros))
+        scales = 2 * blocks if self.scale_bits == 16 else blocks + 1
+        return int(rows * (codes + scales + zeros))
 
     def __str__(self) -> str:
         kind = " float" if self.floating else " shifted" if self.shifted else "" if self.symmetric else " asymmetric"
-        return f"{self.bits}-bit {'row' if self.block == ROW else f'block {self.block}'}{kind}"
+        scales = "" if self.scale_bits == 16 else f", {self.scale_bits}-bit scales"
+        return f"{self.bits}-bit {'row' if self.block == ROW else f'block {self.block}'}{kind}{scales}"
 
 
 @dataclass(frozen=True)
 class Codes:
-    """A quantized weight's numbers. Scales are stored in 16 bits, so they hold no more than float16 can.
+    """A quantized weight's numbers. Scales are stored in 16 bits or fewer: float16 holds each.
 
     Args:
         codes: (rows, blocks * block), 0 to the scheme's top; blocks that are not full end in zeros.

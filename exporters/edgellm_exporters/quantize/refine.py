@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgellm_exporters.quantize.grids import half_precision
 from edgellm_exporters.quantize.plan import Codes, Scheme
+from edgellm_exporters.quantize.scales import stored_scales, units_of
 
 __all__ = ["refined"]
 
@@ -34,7 +34,8 @@ def refined(weight: NDArray[np.float32], codes: Codes, hessian: Tensor, scheme: 
     hessian, pieces = hessian.float(), []
     for start in range(0, len(weight), _ROWS):
         rows = slice(start, start + _ROWS)
-        piece = _Piece(weight[rows], Codes(codes.codes[rows], codes.scales[rows], codes.zeros[rows]), hessian, scheme)
+        scales = stored_scales(codes.scales[rows], scheme)
+        piece = _Piece(weight[rows], Codes(codes.codes[rows], scales, codes.zeros[rows]), hessian, scheme)
         for _ in range(sweeps):
             piece.sweep()
         pieces.append((piece.codes.T, piece.scales.T))
@@ -46,9 +47,10 @@ class _Piece:
     """Some rows of a weight; all tensors are (columns, rows) or (blocks, rows)."""
 
     def __init__(self, weight: NDArray[np.float32], codes: Codes, hessian: Tensor, scheme: Scheme) -> None:
-        self._hessian, self._block, self._top = hessian, scheme.block, scheme.top
+        self._hessian, self._block, self._scheme = hessian, scheme.block, scheme
         self.codes = torch.tensor(codes.codes.T).float()
         self.scales = torch.tensor(codes.scales.T).contiguous()
+        self._units = units_of(np.abs(codes.scales))  # (rows, 1), which stay
         self._zeros = torch.tensor(codes.zeros.T).float()
         error = torch.tensor(codes.dequantize().T - weight.T)
         self._slope = hessian @ error  # half of how each row's error grows with each of its weights
@@ -61,18 +63,23 @@ class _Piece:
             slope, zero = self._slope[here].clone(), self._zeros[number]
             levels = self.codes[here] - zero
             before = levels * self.scales[number]
-            self.scales[number] = _scale(levels, self.scales[number], slope, own)
+            best = _scale(levels, self.scales[number], slope, own)
+            self.scales[number] = self._stored(best)
             wide = levels * self.scales[number]
             slope += own @ (wide - before)
             self._choose(here, number, wide, slope, own)
             self._slope += self._hessian[:, here] @ (wide - before)
+
+    def _stored(self, scales: Tensor) -> Tensor:
+        """A block's scales (rows,) as the file will hold them."""
+        return torch.from_numpy(stored_scales(scales.numpy()[:, None], self._scheme, self._units))[:, 0]
 
     def _choose(self, here: slice, number: int, wide: Tensor, slope: Tensor, own: Tensor) -> None:
         """Each column's codes, given all the others; changes ``wide`` and ``slope`` with them."""
         scale, zero = self.scales[number], self._zeros[number]
         for i in range(self._block):
             best = wide[i] - slope[i] / own[i, i]
-            codes = best.div_(scale).round_().add_(zero).clamp_(0, self._top)
+            codes = best.div_(scale).round_().add_(zero).clamp_(0, self._scheme.top)
             change = (codes - zero) * scale - wide[i]
             slope.addr_(own[:, i], change)
             wide[i] += change
@@ -80,8 +87,7 @@ class _Piece:
 
 
 def _scale(levels: Tensor, scale: Tensor, slope: Tensor, own: Tensor) -> Tensor:
-    """The scale with the least error for the same codes, as float16 holds it; its sign stays."""
+    """The scale with the least error for the same codes; its sign stays."""
     curve = (levels * (own @ levels)).sum(0)
     best = torch.where(curve > 0, scale - (levels * slope).sum(0) / curve.clamp(min=1e-30), scale)
-    best = torch.where(best * scale > 0, best, scale)
-    return torch.from_numpy(half_precision(best.abs().numpy())) * scale.sign()
+    return torch.where(best * scale > 0, best, scale)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_exporters.quantize.grids import PIECE, best_grid, floating_grid, half_precision, in_threads
 from edgellm_exporters.quantize.plan import Codes, Scheme, joined
+from edgellm_exporters.quantize.scales import stored_scales, units_of
 
 __all__ = ["round_to_nearest"]
 
@@ -28,10 +31,11 @@ def round_to_nearest(weight: Array, scheme: Scheme) -> Codes:
     return joined(in_threads(lambda piece: make(piece, scheme), pieces))
 
 
-def _plain(weight: Array, scheme: Scheme) -> Codes:
+def _plain(weight: Array, scheme: Scheme, units: Array | None = None) -> Codes:
     rows, columns = weight.shape
     blocks = weight.reshape(rows, -1, scheme.block or columns)
     scales, zeros = best_grid(blocks, scheme)
+    scales = stored_scales(scales, scheme, units)
     return Codes(_codes(blocks, scales, zeros, scheme.top).reshape(rows, columns), scales, zeros.astype(np.uint8))
 
 
@@ -52,11 +56,13 @@ def _shifted(weight: Array, scheme: Scheme) -> Codes:
     """A scale, a whole zero, and a shift for what the zero leaves over; the shifts are a small weight of their own."""
     rows, columns = weight.shape
     blocks = weight.reshape(rows, -1, scheme.block)
-    scales, lows = floating_grid(blocks, scheme)
+    found, lows = floating_grid(blocks, scheme)
+    scales = stored_scales(found, scheme)
+    lows += (found - scales) * np.float32(scheme.top / 2)  # a block's range keeps its middle
     zeros = np.clip(np.rint(-lows / scales), 0, scheme.top).astype(np.float32)
     left = lows + zeros * scales  # (rows, blocks), within half a step of zero unless the block is all on one side
     padding = ((0, 0), (0, -left.shape[1] % scheme.block))
-    shifts = _plain(np.pad(left, padding), Scheme(scheme.bits, scheme.block, symmetric=False))
+    shifts = _plain(np.pad(left, padding), replace(scheme, shifted=False), units_of(scales))
     kept = shifts.dequantize()[:, : left.shape[1], None]
     return Codes(
         np.concatenate([_codes(blocks - kept, scales, zeros, scheme.top).reshape(rows, columns), shifts.codes], axis=1),

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgellm_exporters.quantize.grids import half_precision
 from edgellm_exporters.quantize.plan import Codes, Scheme
+from edgellm_exporters.quantize.scales import stored_scales
 
 __all__ = ["LatentWeight"]
 
@@ -38,7 +38,7 @@ class LatentWeight:
     def __init__(
         self, weight: Tensor | None, codes: Codes, scheme: Scheme, column: Tensor, row: Tensor, *, move_codes: bool
     ) -> None:  # fmt: skip
-        self._start, self._top = codes, scheme.top
+        self._start, self._scheme, self._top = codes, scheme, scheme.top
         rows, blocks = codes.scales.shape
         self._zeros = torch.from_numpy(codes.zeros)[:, :, None].float()  # (rows, blocks, 1)
         self._scales = torch.from_numpy(codes.scales)[:, :, None]
@@ -71,15 +71,15 @@ class LatentWeight:
             self.latent.clamp_(-_INSIDE, self._top + _INSIDE)
 
     def codes(self) -> Codes:
-        """The numbers as they are now, scales as float16 holds them; the sign of a scale stays."""
+        """The numbers as they are now, scales as the file will hold them; the sign of a scale stays."""
         if self.latent is None:
             codes = self._start.codes
         else:
             rounded = self.latent.detach().round().clamp(0, self._top).to(torch.uint8)
             codes = rounded.numpy().reshape(self._start.codes.shape)
         scales: NDArray[Any] = (self._scales * self.factor.detach())[:, :, 0].numpy()
-        signed = half_precision(np.abs(scales)) * np.where(self._start.scales < 0, np.float32(-1), np.float32(1))
-        return Codes(codes, np.ascontiguousarray(signed, dtype=np.float32), self._start.zeros)
+        scales = np.copysign(stored_scales(np.abs(scales), self._scheme), self._start.scales)
+        return Codes(codes, scales, self._start.zeros)
 
 
 class _Dequantized(torch.autograd.Function):

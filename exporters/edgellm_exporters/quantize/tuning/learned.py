@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgellm_exporters.quantize.grids import half_precision
 from edgellm_exporters.quantize.plan import Codes, Scheme
+from edgellm_exporters.quantize.scales import stored_scales
 
 __all__ = ["LearnedWeight", "product", "whole"]
 
@@ -38,7 +38,7 @@ class LearnedWeight:
     """
 
     def __init__(self, codes: Codes, scheme: Scheme, column: Tensor, row: Tensor) -> None:
-        self._start, self._top = codes, scheme.top
+        self._start, self._scheme, self._top = codes, scheme, scheme.top
         rows, blocks = codes.scales.shape
         self._codes = torch.from_numpy(codes.codes).view(rows, blocks, -1)
         self._scales = torch.from_numpy(codes.scales)[:, :, None]
@@ -144,13 +144,13 @@ class LearnedWeight:
             self._moved[some] = moved.clamp_(-_INSIDE, self._top + _INSIDE).sub_(whole)
 
     def codes(self) -> Codes:
-        """The numbers as they are now, scales as float16 holds them; the sign of a scale stays."""
+        """The numbers as they are now, scales as the file will hold them; the sign of a scale stays."""
         codes = np.empty_like(self._start.codes)
         for some in self._chunks():
             found = self._moved[some].float().add_(self._codes[some]).round_().clamp_(0, self._top)
             codes[some] = found.to(torch.uint8).numpy().reshape(codes[some].shape)
-        scales = (self._scales * self._factor)[:, :, 0].numpy()
-        return Codes(codes, half_precision(scales), self._start.zeros, self._start.columns, self._start.floating)
+        scales = stored_scales((self._scales * self._factor)[:, :, 0].numpy(), self._scheme)
+        return Codes(codes, scales, self._start.zeros, self._start.columns, self._start.floating)
 
 
 def _pace(square: Tensor, mean: Tensor, decayed: float) -> Tensor:
