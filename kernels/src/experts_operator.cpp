@@ -178,7 +178,7 @@ void multiply(const KernelContext* context, Work& w, bool gated) {
   const Matrix& m = gated ? w.any().up.matrix : w.any().down.matrix;
   const size_t pairs = w.begins.back(), count = w.experts.size();
   const int units = gated ? m.units / 2 : m.units;
-  const size_t each = (parts_of(count * m.units * m.unit_bytes(), pairs) + count - 1) / count;
+  const size_t each = (parts_of(count * units, count * m.units * m.unit_bytes(), pairs) + count - 1) / count;
   w.step = int((units + each - 1) / each), w.parts = (units + w.step - 1) / w.step;
   in_parallel(w.kernel->api, context, gated ? multiply_up : multiply_down, count * w.parts, &w, true);
 }

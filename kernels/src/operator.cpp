@@ -108,7 +108,7 @@ void multiply(const KernelContext* context, Work work) {
   if (memory.codes.size() < blocks * m.block) memory.codes.resize(blocks * m.block);
   work.codes = memory.codes.data(), work.scales = memory.scales.data(), work.minus_sums = memory.minus_sums.data();
   const int units = work.kernel->gated && work.product == &work.kernel->first ? m.units / 2 : m.units;
-  const size_t parts = parts_of(m.units * m.unit_bytes(), work.rows);
+  const size_t parts = parts_of(units, m.units * m.unit_bytes(), work.rows);
   work.step = int((units + parts - 1) / parts);
   const Api* api = work.kernel->api;
   in_parallel(api, context, round_rows, (work.rows + kRowsAtOnce - 1) / kRowsAtOnce, &work);

@@ -6,15 +6,16 @@ namespace edgellm {
 namespace {
 
 // A product of few rows waits for memory: a thread that begins elsewhere in the matrix waits longest, so it is cut into
-// few parts, and only so small ones are worth another thread. One of many rows computes, so threads share it evenly.
+// few parts, and only so small ones are worth another thread. One of many rows computes, so threads share it evenly: a
+// matrix of few units is cut into each of them.
 constexpr size_t kLeastPart = 60 << 10, kLargePart = 1 << 20;  // bytes of the matrix
 constexpr size_t kFewRows = 8, kFewParts = 8, kManyParts = 64;
 
 }  // namespace
 
-size_t parts_of(size_t bytes, size_t rows) {
-  const size_t few = std::max(kFewParts, bytes / kLargePart);
-  return std::clamp<size_t>(bytes / kLeastPart, 1, rows > kFewRows ? kManyParts : few);
+size_t parts_of(size_t units, size_t bytes, size_t rows) {
+  if (rows > kFewRows) return std::clamp<size_t>(rows * bytes / (kFewRows * kLeastPart), 1, std::min(units, kManyParts));
+  return std::clamp<size_t>(bytes / kLeastPart, 1, std::max(kFewParts, bytes / kLargePart));
 }
 
 void in_parallel(const ort::Api* api, const ort::KernelContext* context, void (*f)(void*, size_t), size_t parts,

@@ -20,8 +20,8 @@ Product product_of(const ort::Api* api, const ort::KernelInfo* info, size_t at, 
 void round_row(const Form& form, const Product& product, const float* x, float* own, int8_t* codes, float* scales,
                int32_t* minus_sums);
 
-// Into how many parts a product of some rows with matrices of so many bytes is cut.
-size_t parts_of(size_t bytes, size_t rows);
+// Into how many parts a product of some rows with matrices of so many units and bytes is cut.
+size_t parts_of(size_t units, size_t bytes, size_t rows);
 
 // f(work, part) for each part, on all threads. Each thread has its share of them, or, if they are uneven, takes the next.
 void in_parallel(const ort::Api* api, const ort::KernelContext* context, void (*f)(void*, size_t), size_t parts,
