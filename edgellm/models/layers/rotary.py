@@ -40,12 +40,14 @@ class RotaryTable(nn.Module):
                 f"max_context {max_context} and head_dim {head_dim + still} make a table of angles of over "
                 f"{_MOST_NUMBERS} numbers; correct one of them"
             )
-        # float64, then rounded once: every target gets the same table; on the CPU even while weights are on "meta"
+        # Frequencies in float64, then angles in float32, as models are trained with them and as a target computes them
+        # again: the product is rounded, its cosine only once. On the CPU even while weights are on "meta".
         half = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu")
         frequencies = theta ** (-half / head_dim)
         if factors:
             frequencies = frequencies / torch.tensor(factors, dtype=torch.float64, device="cpu")
-        angles = torch.arange(max_context, dtype=torch.float64, device="cpu")[:, None] * frequencies
+        angles = torch.arange(max_context, dtype=torch.float32, device="cpu")[:, None] * frequencies.float()
+        angles = angles.double()
         for name, table, value in (("cos", angles.cos(), 1.0), ("sin", angles.sin(), 0.0)):
             whole = F.pad(table * amplitude, (0, still // 2), value=value)
             self.register_buffer(name, whole.float(), persistent=False)

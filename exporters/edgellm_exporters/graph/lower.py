@@ -92,7 +92,7 @@ def lower_to(
     lower(captured, target.rules, plan, form, rounded or dtype)
     ir.passes.Sequential(
         common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(), DistinctOutputs(),
-        common.TopologicalSortPass(), common.NameFixPass(),
+        common.TopologicalSortPass(), *(make() for make in target.after_lowering), common.NameFixPass(),
     )(captured)  # fmt: skip
     if form is not None:
         SeparateDequantize()(captured)

@@ -14,6 +14,7 @@ from edgellm_exporters.graph.capture import OPSET
 from edgellm_exporters.lowering import cuda, ort, standard, tensorrt
 from edgellm_exporters.lowering.context import Rule
 from edgellm_exporters.passes.add_rms_norm import FuseAddRMSNorm
+from edgellm_exporters.passes.compute_tables import ComputeTables
 from edgellm_exporters.passes.merge_experts import MergeExperts
 from edgellm_exporters.passes.merge_linears import MergeLinears
 from edgellm_exporters.passes.merge_low_rank import MergeLowRank
@@ -47,6 +48,7 @@ class Target:
         wide: by dtype, ops that have kernels in float32 only, or sum what 16 bits would lose; of an op with a
             reduction, those with one alone: ``ScatterElements add``.
         check_kernel: refuses a format of weights that it would compute with, but far too slowly.
+        after_lowering: passes over what the rules made.
         lacks_kernel: why it has no kernel for a canonical node and computes it in standard operators; else empty.
     """
 
@@ -67,6 +69,7 @@ class Target:
     wide: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     check_kernel: Callable[[Scheme], None] = lambda scheme: None
     lacks_kernel: Callable[[View], str] = lambda view: ""
+    after_lowering: tuple[type[ir.passes.InPlacePass], ...] = ()
 
 
 TARGETS: Mapping[str, Target] = {
@@ -81,6 +84,7 @@ TARGETS: Mapping[str, Target] = {
             passes=(MergeLinears, MergeExperts, FuseAddRMSNorm), domains={"": OPSET, ort.DOMAIN: 1},
             dtypes=("float32",), caches=("float32", "float16", "int8"), narrow_caches=(ATTENTION,),
             ragged_chunks=False, check_kernel=ort.check_kernel, lacks_kernel=ort.lacks_kernel,
+            after_lowering=(ComputeTables,),
         ),
         Target(
             name="tensorrt", summary="engines for NVIDIA GPUs, and the standard ONNX that they are built from",

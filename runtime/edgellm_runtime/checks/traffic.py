@@ -14,6 +14,7 @@ from typing import Any
 from edgellm_runtime.checks.kernel_events import Kernel
 from edgellm_runtime.graphs.external_files import ELEMENT_BITS
 from edgellm_runtime.graphs.layer_map import GraphNode
+from edgellm_runtime.graphs.onnx_file import read_message
 from edgellm_runtime.graphs.own_attention import ATTENTIONS
 from edgellm_runtime.graphs.wire import Message
 from edgellm_runtime.spec import StateSpec
@@ -282,6 +283,7 @@ def _constants(model: Message, nodes: Sequence[GraphNode], run: Collection[int])
     graph: dict[str, Any] = model.get("graph", {})
     types: dict[str, int] = {}
     found: dict[str, _Constant | None] = {}
+    told = _told(graph)
     for tensor in graph.get("initializer", ()):
         name, kind = _text(tensor.get("name", b"")), int(tensor.get("data_type", 0))
         dims = tuple(int(size) for size in tensor.get("dims", ()))
@@ -299,8 +301,20 @@ def _constants(model: Message, nodes: Sequence[GraphNode], run: Collection[int])
             elif node.op in _SAME_BYTES and first is not None:
                 found[name], kind = _Constant(first.nbytes, ()), types.get(given[0], 0)
             else:
-                found[name] = None
+                found[name] = told.get(name)
             types[name] = kind
+    return found
+
+
+def _told(graph: Message) -> dict[str, _Constant]:
+    """What the graph itself says of the sizes of values between its nodes, such as tables that are computed."""
+    found = {}
+    for value in (read_message(data, "value") for data in graph.get("value_info", ())):
+        tensor = value.get("type", {}).get("tensor_type", {})
+        dims = [dim.get("dim_value") for dim in tensor.get("shape", {}).get("dim", ())]
+        if "shape" in tensor and all(isinstance(size, int) for size in dims):
+            sized = _sized(tuple(map(int, dims)), int(tensor.get("elem_type", 0)))
+            found |= {} if sized is None else {_text(value.get("name", b"")): sized}
     return found
 
 
