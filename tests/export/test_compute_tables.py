@@ -1,4 +1,4 @@
-"""Rotary tables that a graph computes when it is loaded: the same numbers to the last position, and nothing more a step."""
+"""Rotary tables that are computed when a graph is loaded: the same numbers to the last position, no more in a step."""
 
 from __future__ import annotations
 
@@ -208,6 +208,7 @@ def test_the_rows_that_attention_reads_of_a_computed_table_are_counted_as_of_a_s
     place = next(i for i, node in enumerate(nodes) if node.op == "GroupQueryAttention")
     folded = 1 + next(i for i, node in enumerate(nodes) if "rotary.sin" in node.outputs)
     kernel = Kernel("n", "GroupQueryAttention", 0, 0.0, 1.0, (), ((1, 3, 64),))
-    found = GraphTraffic(model, nodes, (), range(folded, len(nodes))).of(kernel, place, Ran(past=10, time=3, capacity=64))
+    step = Ran(past=10, time=3, capacity=64)
+    found = GraphTraffic(model, nodes, (), range(folded, len(nodes))).of(kernel, place, step)
     assert isinstance(found, Traffic)
     assert found.weights == 2 * 3 * 8 * 4

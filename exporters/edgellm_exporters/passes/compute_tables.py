@@ -1,9 +1,9 @@
 """Tables of rotary positions are computed when a graph is loaded, from a frequency for each column, and not stored.
 
 Twice 8,192 x 32 numbers are 2.1 MB, which is 3% of a bundle of 70 MB; their 32 frequencies are 128 bytes. ONNX Runtime
-folds what reads constants only, so nothing more runs in a step. What it costs was measured, see docs/benchmark-notes.md:
-4 ms of loading for that table, and memory of its size, of which a stored one takes only the rows that are read. So
-larger tables stay stored: they are a smaller part of their bundles, and the time and the memory grow with them.
+folds what reads constants only, so nothing more runs in a step. It costs time of loading and memory (for that table 4
+ms and 2.1 MB, docs/benchmark-notes.md), for of a stored table only the rows that are read are in memory. Both grow with
+the table, so larger ones stay stored.
 """
 
 from __future__ import annotations

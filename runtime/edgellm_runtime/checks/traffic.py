@@ -308,7 +308,7 @@ def _constants(model: Message, nodes: Sequence[GraphNode], run: Collection[int])
 
 def _told(graph: Message) -> dict[str, _Constant]:
     """What the graph itself says of the sizes of values between its nodes, such as tables that are computed."""
-    found = {}
+    found: dict[str, _Constant] = {}
     for value in (read_message(data, "value") for data in graph.get("value_info", ())):
         tensor = value.get("type", {}).get("tensor_type", {})
         dims = [dim.get("dim_value") for dim in tensor.get("shape", {}).get("dim", ())]
