@@ -1,4 +1,4 @@
-// BlockGather, in the domain `edgellm`: rows of a table of codes of 2, 4 or 8 bits in blocks, as ONNX Runtime's
+// BlockGather, in the domain `edgellm`: rows of a table of codes of 2, 3, 4 or 8 bits in blocks, as ONNX Runtime's
 // GatherBlockQuantized gives them. The table stays where it is. If that is a file, a row is read from the file: as mapped
 // memory it would bring its page along and some beside it, which would stay for good.
 #include "gather_operator.h"
@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "halves.h"
+#include "three_bits.h"
 #include "values.h"
 
 namespace edgellm {
@@ -25,19 +26,29 @@ struct Table {
   size_t row_bytes, zero_bytes;
   const uint8_t *codes, *zeros;  // zeros are null where every zero is half of the codes
   Scales scales;
+  bool three;       // codes are as three_bits.h has them, and `bits` is 4
   MappedFile file;  // of the codes
 };
+
+// The codes of a row; they stay until the next call of this thread.
+const uint8_t* codes_of(const Table& t, int64_t row) {
+  thread_local std::vector<uint8_t> read, made;
+  const auto stored_at = [&](size_t from, size_t size) -> const uint8_t* {
+    if (!t.file.found()) return t.codes + from;
+    if (read.size() < size) read.resize(size);
+    if (!t.file.read(from, size, read.data())) throw std::runtime_error("its file cannot be read");
+    return read.data();
+  };
+  if (!t.three) return stored_at(row * t.row_bytes, t.row_bytes);
+  if (made.size() < t.row_bytes) made.resize(t.row_bytes);
+  spread(t.rows * t.row_bytes / (kStoredParts + 1), row * t.row_bytes, t.row_bytes, made.data(), stored_at);
+  return made.data();
+}
 
 // One row: (code - zero) * scale, in float32.
 void widen_row(const Table& t, int64_t row, float* y) {
   const int each = 8 / t.bits, all = (1 << t.bits) - 1;
-  const uint8_t* codes = t.codes + row * t.row_bytes;
-  if (t.file.found()) {
-    thread_local std::vector<uint8_t> read;
-    if (read.size() < t.row_bytes) read.resize(t.row_bytes);
-    if (!t.file.read(row * t.row_bytes, t.row_bytes, read.data())) throw std::runtime_error("its file cannot be read");
-    codes = read.data();
-  }
+  const uint8_t* codes = codes_of(t, row);
   for (int b = 0, start = 0; b < t.blocks; b++, start += t.block) {
     const size_t at = size_t(row) * t.blocks + b;
     const float scale = t.scales.halves ? float_of(t.scales.halves[at]) : t.scales.floats[at];
@@ -87,17 +98,22 @@ Status* guarded(const Api* api, const char* name, Work work) {
 
 std::unique_ptr<Table> table_of(const Api* api, const KernelInfo* info, const char* name) {
   const int64_t rows = number_of(api, info, "N"), width = number_of(api, info, "K");
-  const int64_t bits = number_of(api, info, "bits"), block = number_of(api, info, "block_size");
+  const int64_t stored = number_of(api, info, "bits"), block = number_of(api, info, "block_size");
+  const bool three = stored == 3;
+  const int64_t bits = three ? 4 : stored;
   if (rows < 1 || width < 1 || rows > 1 << 24 || width > 1 << 24) throw std::invalid_argument("sizes out of range");
-  if ((bits != 2 && bits != 4 && bits != 8) || block < 16 || block > 1 << 24 || width * bits % 8 != 0)
-    throw std::invalid_argument("has codes of 2, 4 and 8 bits in blocks of 16 or more, rows of whole bytes");
+  if ((bits != 2 && bits != 4 && bits != 8) || block < 16 || block > 1 << 24 || width * bits % 8 != 0 ||
+      (three && rows * width % 8 != 0))
+    throw std::invalid_argument("has codes of 2, 3, 4 and 8 bits in blocks of 16 or more, rows of whole bytes");
   const int64_t blocks = (width + block - 1) / block, bytes = (blocks * bits + 7) / 8, row = width * bits / 8;
-  const auto* codes = constant<uint8_t>(api, info, 1, "codes", ort::kUint8, {{rows, row}});
+  const auto* codes = three ? constant<uint8_t>(api, info, 1, "codes", ort::kUint8, {{3, rows * width / 8}})
+                            : constant<uint8_t>(api, info, 1, "codes", ort::kUint8, {{rows, row}});
   const Scales scales = scales_of(api, info, 2, {{rows, blocks}});
   const uint8_t* zeros = nullptr;
   if (number_of(api, info, "zeros") != 0) zeros = constant<uint8_t>(api, info, 3, "zeros", ort::kUint8, {{rows, bytes}});
   return std::unique_ptr<Table>(new Table{name, api, rows, int(width), int(bits), int(block), int(blocks), size_t(row),
-                                          size_t(bytes), codes, zeros, scales, {codes, size_t(rows * row)}});
+                                          size_t(bytes), codes, zeros, scales, three,
+                                          {codes, size_t(rows * width * stored / 8)}});
 }
 
 ort::CustomOp description() {

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <mutex>
 #include <new>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -11,6 +12,7 @@
 
 #include "halves.h"
 #include "product.h"
+#include "three_bits.h"
 
 namespace edgellm {
 namespace {
@@ -148,24 +150,31 @@ void interleave(const int8_t* rows, size_t stride, int count, uint8_t* to) {
 
 Matrix pack(int outputs, int inputs, int bits, int block, const uint8_t* codes, Scales scales, const uint8_t* zeros,
             Read read) {
+  const bool three = bits == 3;
+  if (three) bits = 4;
   const Matrix m = fresh(outputs, inputs, bits, block, scales);
   const int each = 8 / bits, all = (1 << bits) - 1;
   const size_t zero_bytes = (m.blocks + each - 1) / each, block_bytes = size_t(block) * bits / 8;
   const auto keep = bits == 2 ? keep2 : bits == 4 ? keep4 : keep8;
+  const size_t row_bytes = m.blocks * block_bytes, part = outputs * row_bytes / (kStoredParts + 1);
+  std::vector<uint8_t> unit(three ? kUnit * row_bytes : 0);
   uint8_t* record = m.data.get();
-  Told told(codes, read);
+  Told told(codes, three ? nullptr : read);
   for (int first = 0; first < outputs; first += kUnit) {
     const int count = std::min(outputs - first, kUnit);
+    const uint8_t* rows = three ? unit.data() : codes + first * row_bytes;
+    if (three) spread(part, first * row_bytes, count * row_bytes, unit.data(), [&](size_t at, size_t) { return codes + at; });
     for (int b = 0; b < m.blocks; b++, record += m.record) {
       const size_t from = size_t(first) * m.blocks + b;
-      for (int r = 0; r < count; r++) keep(block, codes + (from + r * m.blocks) * block_bytes, record + 4 * r);
+      for (int r = 0; r < count; r++) keep(block, rows + (b + size_t(r) * m.blocks) * block_bytes, record + 4 * r);
       set_scales(m, record, count, scales, from, m.blocks);
       uint8_t* zero = record + m.record - kUnit;
       for (int r = 0; r < count; r++)
         zero[r] = zeros ? zeros[(first + r) * zero_bytes + b / each] >> bits * (b % each) & all : 1 << (bits - 1);
     }
-    told.until(codes + (first + count) * m.blocks * block_bytes, first + count == outputs);
+    told.until(codes + (first + count) * row_bytes, first + count == outputs);
   }
+  if (three && read != nullptr) read(codes, kStoredParts * part);
   return m;
 }
 

@@ -51,6 +51,7 @@ using Read = void (*)(const void* bytes, size_t size);  // told which codes will
 
 // As MatMulNBits has it: codes (outputs, blocks, block * bits / 8), scales (outputs, blocks), zeros (outputs, bytes of
 // blocks * bits), the earlier code or zero of a byte in its lower bits; or null where every zero is half of the codes.
+// Of 3 bits: codes as three_bits.h has them, zeros as of 4 bits; the matrix has 4 then.
 Matrix pack(int outputs, int inputs, int bits, int block, const uint8_t* codes, Scales scales, const uint8_t* zeros,
             Read read = nullptr);
 

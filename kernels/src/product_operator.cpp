@@ -59,11 +59,13 @@ Product product_of(const ort::Api* api, const ort::KernelInfo* info, size_t at, 
     forget_all(scales.floats, outputs), forget_all(scales.halves, outputs);
     return made;
   }
-  if ((block != 16 && block != 32 && block != 64 && block != 128) || (bits != 2 && bits != 4 && bits != 8))
+  if ((block != 16 && block != 32 && block != 64 && block != 128) || (bits < 2 || (bits > 4 && bits != 8)))
     throw std::invalid_argument(
-        "has blocks of 16, 32, 64 and 128 in 2, 4 and 8 bits, not of " + std::to_string(block) + " in " + std::to_string(bits));
-  const int64_t blocks = (inputs + block - 1) / block, bytes = (blocks * bits + 7) / 8;
-  const auto* codes = constant<uint8_t>(api, info, at, "codes", ort::kUint8, {{outputs, blocks, block * bits / 8}});
+        "has blocks of 16, 32, 64 and 128 in 2, 3, 4 and 8 bits, not of " + std::to_string(block) + " in " + std::to_string(bits));
+  const int64_t blocks = (inputs + block - 1) / block, bytes = (blocks * (bits == 3 ? 4 : bits) + 7) / 8;
+  const auto* codes = bits == 3
+      ? constant<uint8_t>(api, info, at, "codes", ort::kUint8, {{3, outputs * blocks * block / 8}})
+      : constant<uint8_t>(api, info, at, "codes", ort::kUint8, {{outputs, blocks, block * bits / 8}});
   const Scales scales = scales_of(api, info, at + 1, {{outputs, blocks}, {outputs * blocks}});
   const uint8_t* zeros = nullptr;
   if (number_of(api, info, "zeros" + suffix) != 0)

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_exporters.quantize.plan import Scheme
-from edgellm_exporters.quantize.three_bits import condensed, spread
 from edgellm_runtime.bundle import GRAPH, Bundle
+from edgellm_runtime.graphs.three_bits import condensed, spread
 
 METHOD, SCHEME = "3:32:asymmetric", Scheme(3, 32, symmetric=False)
 UNPACKING = {"BitShift", "BitwiseAnd", "BitwiseOr"}

@@ -336,8 +336,8 @@ def test_wrong_shapes_and_inputs_are_refused() -> None:
 @pytest.mark.parametrize(
     ("sizes", "said"),
     [
-        ({"block_size": 256}, "blocks of 16, 32, 64 and 128 in 2, 4 and 8 bits, not of 256 in 4"),
-        ({"bits": 3}, "not of 64 in 3"), ({"N": 0}, "sizes out of range"),
+        ({"block_size": 256}, "blocks of 16, 32, 64 and 128 in 2, 3, 4 and 8 bits, not of 256 in 4"),
+        ({"bits": 5}, "not of 64 in 5"), ({"bits": 3}, "codes of another shape"), ({"N": 0}, "sizes out of range"),
         ({"block_size": 0, "K": 130}, "multiple of 16"),
         ({"sums": 126}, "no such row has a sum of each block"),
     ],

@@ -1,7 +1,4 @@
-"""The bytes with 4-bit codes that kernels read, made in the graph of the 3 bits a code that its file holds.
-
-All of it depends on constants alone: libraries compute it once, when they load a graph.
-"""
+"""The bytes with 4-bit codes that kernels read, made in the graph of the 3 bits a code that its file holds."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from numpy.typing import NDArray
 
 from edgellm_exporters.lowering.context import Lowering
 from edgellm_exporters.quantize.plan import Codes, QuantizedWeight, pack
-from edgellm_exporters.quantize.three_bits import CODES, PARTS, PLACES, SHIFTS, condensed
+from edgellm_runtime.graphs.three_bits import CODES, PARTS, PLACES, SHIFTS, condensed
 
 __all__ = ["apart", "spread_codes"]
 
@@ -37,8 +34,8 @@ def spread_codes(
         )
         parts = context.part(weight, "three_bits", stored)
         own = context.op("BitwiseAnd", parts, context.const(CODES, np.uint8))
-        shifted = context.op("BitShift", parts, context.const(SHIFTS, np.uint8), direction="RIGHT")
-        spare = context.op("BitwiseAnd", shifted, context.const(PLACES, np.uint8))
+        shifted = context.op("BitShift", parts, context.const([[n] for n in SHIFTS], np.uint8), direction="RIGHT")
+        spare = context.op("BitwiseAnd", shifted, context.const([[n] for n in PLACES], np.uint8))
         first, second, third = context.ops(PARTS, "Split", spare, axis=0, num_outputs=PARTS)
         fourth = context.op("BitwiseOr", context.op("BitwiseOr", first, second), third)
         return context.op("Concat", own, fourth, axis=0)

@@ -13,6 +13,7 @@ from edgellm_runtime.backends.ort import library
 from edgellm_runtime.backends.own_kernels import find
 from edgellm_runtime.graphs.own_attention import DOMAIN
 from edgellm_runtime.graphs.own_gather import GATHER
+from edgellm_runtime.graphs.three_bits import condensed
 from edgellm_runtime.graphs.writer import Node, graph_bytes
 
 __all__ = ["GatherForm", "gather_error", "gather_form"]
@@ -65,11 +66,12 @@ def gather_error(form: GatherForm) -> float:
     width = _BLOCKS * form.block
     codes = draw.integers(0, 1 << form.bits, (_ROWS, width)).astype(np.uint8)
     scales = draw.uniform(0.01, 0.02, (_ROWS, _BLOCKS)).astype(np.float16)
-    points = np.full((_ROWS, _BLOCKS), 1 << form.bits - 1, np.uint8)
-    tensors = {"codes": packed_codes(codes, form.bits), "scales": scales}
+    stored = 4 if form.bits == 3 else form.bits  # of a code in bytes; those of 3 bits are put together after that
+    points, packed = np.full((_ROWS, _BLOCKS), 1 << stored - 1, np.uint8), packed_codes(codes, stored)
+    tensors = {"codes": condensed(packed) if form.bits == 3 else packed, "scales": scales}
     if form.zeros:
         points = draw.integers(0, 1 << form.bits, (_ROWS, _BLOCKS)).astype(np.uint8)
-        tensors["zeros"] = packed_codes(points, form.bits)
+        tensors["zeros"] = packed_codes(points, stored)
     sizes = {"N": _ROWS, "K": width, "bits": form.bits, "block_size": form.block, "zeros": int(form.zeros)}
     node = Node(GATHER, ["x", *tensors], ["y"], sizes, domain=DOMAIN)
     graph = graph_bytes([node], {"x": "int64"}, {"y": "float32"}, tensors=tensors, shapes={"x": ["rows", "time"]})

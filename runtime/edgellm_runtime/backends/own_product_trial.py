@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from edgellm_runtime.backends.kernel_test import packed_codes
 from edgellm_runtime.graphs.own_operators import UNIT
+from edgellm_runtime.graphs.three_bits import condensed
 from edgellm_runtime.graphs.writer import Node
 
 __all__ = ["ProductForm", "ProductTrial", "gated", "product_form", "product_trials"]
@@ -71,16 +72,19 @@ class ProductTrial:
         blocks = -(-columns // block)
         codes = draw.integers(0, 1 << form.bits, (outputs, blocks * block)).astype(np.uint8)
         scales = draw.uniform(0.01, 0.02, (outputs, blocks)).astype(np.float16).astype(np.float32)
-        middle = np.full((outputs, blocks), 1 << form.bits - 1, np.uint8)
+        stored = 4 if form.bits == 3 else form.bits  # of a code in bytes; those of 3 bits are put together after that
+        middle = np.full((outputs, blocks), 1 << stored - 1, np.uint8)
         points = draw.integers(0, 1 << form.bits, (outputs, blocks)).astype(np.uint8) if form.zeros else middle
         whole = codes.astype(np.int64) - np.repeat(points, block, 1)
         self.weight = (whole * np.repeat(scales, block, 1).astype(np.float64))[:, :columns]
-        packed = packed_codes(codes, form.bits).reshape(outputs, blocks, -1)
+        packed = packed_codes(codes, stored).reshape(outputs, blocks, -1)
+        if form.bits == 3:
+            packed = condensed(packed)
         self.tensors = {"codes": packed, "scales": scales.astype(np.float16)}  # as bundles have them
         if not form.block:
             self.tensors = {"codes": np.ascontiguousarray(whole.T).astype(np.int8), "scales": scales[:, 0].copy()}
         if form.zeros:
-            self.tensors["zeros"] = packed_codes(points, form.bits)
+            self.tensors["zeros"] = packed_codes(points, stored)
         self.sizes = {
             "N": outputs, "K": columns, "bits": form.bits, "block_size": form.block, "sums": form.sums,
             "zeros": int(form.zeros),

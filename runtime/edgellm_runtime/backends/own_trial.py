@@ -31,6 +31,7 @@ from edgellm_runtime.backends.own_product_trial import (
     product_form,
     product_trials,
 )
+from edgellm_runtime.errors import BackendError, first_line
 from edgellm_runtime.graphs.onnx_file import ReadGraph
 from edgellm_runtime.graphs.own_attention import ATTENTIONS, DOMAIN
 from edgellm_runtime.graphs.own_experts import EXPERTS
@@ -178,4 +179,11 @@ def usable_kernels(
 
 @functools.cache
 def _known_error(form: AnyForm) -> float:
-    return own_error(form)
+    try:
+        return own_error(form)
+    except (BackendError, Unusable):
+        raise
+    except Exception as error:  # the library's own kinds, of a node that an older build does not take
+        raise Unusable(
+            f"edgellm-kernels does not take {form} ({first_line(error)}); install those of this release"
+        ) from error

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from edgellm_runtime.graphs.graph_view import GraphView
+from edgellm_runtime.graphs.graph_view import Constant, GraphView
 from edgellm_runtime.graphs.own_attention import DOMAIN
+from edgellm_runtime.graphs.three_bits import StoredCodes, stored_codes
 from edgellm_runtime.graphs.writer import Node
 
-__all__ = ["GATHER", "own_gather"]
+__all__ = ["GATHER", "gather_chain", "own_gather"]
 
 GATHER = "BlockGather"
 _BITS, _LEAST_BLOCK = (2, 4, 8), 16
@@ -26,19 +27,42 @@ def own_gather(view: GraphView, place: int) -> Node | None:
     given, (codes, places, scales, *zeros) = node.numbers, node.inputs
     bits, block = given.get("bits", 4), given.get("block_size", 128)
     asked = view.input(places)
-    table, points = view.constants.get(codes), view.constants.get(zeros[0]) if zeros and zeros[0] else None
+    points = view.constants.get(zeros[0]) if zeros and zeros[0] else None
     if set(view.attributes(place)) - _READ or given.get("gather_axis", 0) != 0 or bits not in _BITS:
         return None
-    if table is None or table.dims is None or len(table.dims) != 2 or table.dtype != "uint8" or block < _LEAST_BLOCK:
+    scale, three = view.constants.get(scales), stored_codes(view, codes) if bits == 4 else None
+    rows, width = _stored_size(three, scale) if three is not None else _size(view.constants.get(codes), bits)
+    if not width or block < _LEAST_BLOCK:
         return None
-    scale, width = view.constants.get(scales), table.dims[1] * 8 // bits
     if given.get("quantize_axis", 1) not in (1, -1) or asked is None or asked.dtype != "int64":
         return None
     blocks = -(-width // block)
-    if scale is None or scale.dtype != "float32" or scale.dims != (table.dims[0], blocks):
+    if scale is None or scale.dtype != "float32" or scale.dims != (rows, blocks):
         return None
     if bool(zeros and zeros[0]) and (points is None or points.dtype != "uint8"):
         return None
-    sizes = {"N": table.dims[0], "K": width, "bits": bits, "block_size": block, "zeros": int(points is not None)}
+    if three is not None:
+        codes, bits = three.name, 3
+    sizes = {"N": rows, "K": width, "bits": bits, "block_size": block, "zeros": int(points is not None)}
     inputs = [places, codes, view.uncast(scales)[0], *(zeros if points is not None else [])]
     return Node(GATHER, inputs, node.outputs, sizes, domain=DOMAIN, name=node.name)
+
+
+def gather_chain(view: GraphView, place: int) -> frozenset[int]:
+    """Places of the nodes before a look-up that the operator stands for as well."""
+    codes, _, scales, *_ = view.node(place).inputs
+    three = stored_codes(view, codes)
+    return view.uncast(scales)[1] | (three.chain if three is not None else frozenset())
+
+
+def _size(table: Constant | None, bits: int) -> tuple[int, int]:
+    """Rows and columns of a table of whole bytes; 0 of what is none."""
+    if table is None or table.dims is None or len(table.dims) != 2 or table.dtype != "uint8":
+        return 0, 0
+    return table.dims[0], table.dims[1] * 8 // bits
+
+
+def _stored_size(stored: StoredCodes, scale: Constant | None) -> tuple[int, int]:
+    """The same of 3-bit codes, which do not tell it by themselves."""
+    rows = scale.dims[0] if scale is not None and scale.dims else 0
+    return (rows, stored.codes // rows) if rows and stored.codes % rows == 0 else (0, 0)

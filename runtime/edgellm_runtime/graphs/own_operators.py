@@ -17,8 +17,9 @@ from edgellm_runtime.graphs.graph_view import GraphView
 from edgellm_runtime.graphs.onnx_file import ReadGraph
 from edgellm_runtime.graphs.own_attention import DOMAIN, own_attention
 from edgellm_runtime.graphs.own_experts import GatedProducts, own_experts
-from edgellm_runtime.graphs.own_gather import own_gather
+from edgellm_runtime.graphs.own_gather import gather_chain, own_gather
 from edgellm_runtime.graphs.rewriting import with_nodes
+from edgellm_runtime.graphs.three_bits import stored_codes
 from edgellm_runtime.graphs.writer import Attribute, Node
 
 __all__ = ["BITS", "BLOCKS", "DOMAIN", "OPERATORS", "UNIT", "with_own_operators"]
@@ -127,7 +128,7 @@ def with_own_operators(graph: bytes | ReadGraph, keep: Collection[str] = ()) -> 
             before |= attention.covers
         elif operations and (gather := own_gather(view, place)) is not None:
             there[place] = [gather]
-            before |= view.uncast(view.node(place).inputs[2])[1]
+            before |= gather_chain(view, place)
     needed = {name for nodes in there.values() for node in nodes for name in node.inputs}
     gone = {*there, *(place for operation in operations for place in operation.gone)}
     for place in _unread(view, gone, before - gone, needed):
@@ -191,13 +192,19 @@ def _block_product(view: GraphView, place: int) -> _Product | None:
     bits, block, width = given.get("bits", 4), given.get("block_size"), given.get("K", 0)
     if bits not in BITS or block not in BLOCKS or given.get("accuracy_level", 0) != 4 or len(matrix) not in (2, 3):
         return None
+    three = stored_codes(view, matrix[0]) if bits == 4 else None  # whose 3 bits the operator reads as they are
+    if three is not None:
+        if three.codes != given.get("N", 0) * -(-width // int(block)) * int(block):
+            return None
+        matrix, bits = (three.name, *matrix[1:]), 3
     constants = [view.constants.get(name) for name in matrix]
     if [c and c.dtype for c in constants] != ["uint8", "float32", "uint8"][: len(matrix)]:
         return None
     sizes = {"N": given.get("N", 0), "K": width, "bits": bits, "block_size": int(block or 0), "sums": 0}
     codes, scales, zeros = (*matrix, "")[:3]
     scales, cast = view.uncast(scales)
-    product = _Product(place, node.inputs[0], node.outputs[0], (codes, scales, zeros), sizes, cast | {place})
+    chain = cast | {place} | (three.chain if three is not None else frozenset())
+    product = _Product(place, node.inputs[0], node.outputs[0], (codes, scales, zeros), sizes, chain)
     return _with_sums(view, product)
 
 
