@@ -121,6 +121,14 @@ def test_each_weight_is_offered_what_its_use_allows() -> None:
         assert all(decode_ns(candidate, s) > 0 and prefill_ns(candidate, s) > 0 for s in candidate.schemes)
 
 
+def test_scales_of_8_bits_are_offered_in_the_place_of_16_where_a_target_stores_them() -> None:
+    uses = Uses(job("mixed").graph())
+    wide, narrow = (candidates_of(uses, integer_products=True, narrow_scales=n) for n in (False, True))
+    for one, other in zip(wide, narrow, strict=True):
+        assert other.schemes == (one.schemes if one.role == "loop" else tuple(s.narrow for s in one.schemes))
+    assert TARGETS["cpu"].narrow_scales and not TARGETS["onnx"].narrow_scales
+
+
 def test_a_table_that_is_only_looked_up_in_costs_no_time() -> None:
     graph = job("decoder untied with biases").graph()
     roles = {c.name: c for c in candidates_of(Uses(graph), integer_products=False)}
@@ -181,7 +189,7 @@ def test_a_bundle_within_its_budget_comes_with_the_evidence(family: str, prefer:
     assert {f.name for f in (tmp_path / "b").iterdir()} == {*manifest.files, "manifest.json"}
     Bundle(tmp_path / "b")  # every checksum, the report's among them
     page = (tmp_path / "b" / "quantization.md").read_text()
-    assert sum(said["weights"].values()) == page.count("-bit ")
+    assert sum(said["weights"].values()) == page.count("-bit block ") + page.count("-bit row ")
     assert (tmp_path / "b" / "quantization.png").read_bytes().startswith(b"\x89PNG")
     assert exported.verification.ok
 

@@ -158,10 +158,14 @@ def quantize_within(
     check_library()
     graph = job.graph()
     uses = Uses(graph)
-    held = smallest_holding(uses.tensors, uses.ends, partial(progress, "looking at weights"))
+    narrow = job.target.narrow_scales
+    looking = partial(progress, "looking at weights")
+    held = smallest_holding(uses.tensors, uses.ends, looking, narrow_scales=narrow)
     largest = {} if _was_quantized(uses, held) else job.largest(progress)
     done = smoothed(graph, largest)
-    candidates = candidates_of(uses, integer_products=budget.prefer == "prefill", tuned=job.tuning is not None)
+    candidates = candidates_of(
+        uses, integer_products=budget.prefer == "prefill", tuned=job.tuning is not None, narrow_scales=narrow
+    )  # fmt: skip
     if not candidates:
         raise QuantizeError("the model has no weight whose rows divide into blocks of 32; export it without --quantize")
     floats = _bytes_of_floats(graph, candidates) + _NODE_BYTES * len(graph.graph)

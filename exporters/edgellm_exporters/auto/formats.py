@@ -50,13 +50,16 @@ class FormatChoices:
     role: str = "product"
 
 
-def candidates_of(uses: Uses, *, integer_products: bool, tuned: bool = False) -> list[FormatChoices]:
+def candidates_of(
+    uses: Uses, *, integer_products: bool, tuned: bool = False, narrow_scales: bool = False
+) -> list[FormatChoices]:  # fmt: skip
     """The formats of each matrix; those whose rows divide into no block are left out, and stay floats.
 
     Args:
         uses: of a graph of canonical ops, after the target's passes.
         integer_products: whether to offer one scale a row, which is for the fastest prompts.
         tuned: whether codes will be tuned, which products in 2 bits need to be of any use.
+        narrow_scales: whether scales have 8 bits in the place of 16 where they can, which loses next to nothing.
     """
     found: list[FormatChoices] = []
     for name, shape in uses.shapes.items():
@@ -68,6 +71,8 @@ def candidates_of(uses: Uses, *, integer_products: bool, tuned: bool = False) ->
             schemes, role = (*_PRODUCTS, *row, *(_TUNED if tuned else ())), "product"
         else:
             schemes, role = _RECURRENT, "loop"
+        if narrow_scales and role != "loop":
+            schemes = tuple(scheme.narrow for scheme in schemes)
         fitting = tuple(s for s in schemes if s.block == ROW or shape[1] % s.block == 0)
         if fitting:
             found.append(FormatChoices(name, shape, fitting, role))

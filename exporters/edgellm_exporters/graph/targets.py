@@ -39,6 +39,7 @@ class Target:
         dtypes: precisions of activations and unquantized weights.
         caches: precisions that attention can keep keys and values in.
         narrow_caches: ops whose caches its kernels hold in fewer bits.
+        narrow_scales: whether it stores scales of 8 bits; otherwise it has the same numbers in 16.
         ragged_chunks: whether several tokens over a filled cache may come for several rows at once.
         methods: the quantizations that it has forms for.
         requires: libraries that run its graphs, any one of them, with the least version.
@@ -61,6 +62,7 @@ class Target:
     caches: tuple[str, ...]
     ragged_chunks: bool
     narrow_caches: tuple[Op, ...] = ()
+    narrow_scales: bool = False
     methods: Mapping[str, Method] = field(default_factory=lambda: METHODS)
     requires: Mapping[str, str] = field(default_factory=lambda: {"onnxruntime": "1.30"})
     roles: bool = False
@@ -83,7 +85,7 @@ TARGETS: Mapping[str, Target] = {
             name="cpu", summary="ONNX Runtime's fused kernels on CPU", rules=ort.RULES,
             passes=(MergeLinears, MergeExperts, FuseAddRMSNorm), domains={"": OPSET, ort.DOMAIN: 1},
             dtypes=("float32",), caches=("float32", "float16", "int8"), narrow_caches=(ATTENTION,),
-            ragged_chunks=False, check_kernel=ort.check_kernel, lacks_kernel=ort.lacks_kernel,
+            narrow_scales=True, ragged_chunks=False, check_kernel=ort.check_kernel, lacks_kernel=ort.lacks_kernel,
             after_lowering=(ComputeTables,),
         ),
         Target(

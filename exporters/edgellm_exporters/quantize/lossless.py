@@ -29,7 +29,11 @@ _LADDER = (
 
 
 def smallest_holding(
-    tensors: Mapping[str, ir.TensorProtocol], ends: set[str], progress: Callable[[float], None]
+    tensors: Mapping[str, ir.TensorProtocol],
+    ends: set[str],
+    progress: Callable[[float], None],
+    *,
+    narrow_scales: bool = False,
 ) -> dict[str, Scheme]:
     """The smallest format for each weight that changes it by no more than :data:`TOLERANCE`.
 
@@ -37,12 +41,14 @@ def smallest_holding(
         tensors: matrices by name; some rows of each are tried.
         ends: those that rows are looked up in, which shifted formats are not for.
         progress: told the share that is done.
+        narrow_scales: whether formats have scales of 8 bits where they can.
     """
+    ladder = [scheme.narrow if narrow_scales else scheme for scheme in _LADDER]
     found: dict[str, Scheme] = {}
     for number, (name, tensor) in enumerate(tensors.items()):
         weight = np.asarray(tensor.numpy(), dtype=np.float32)
         sample = weight[:: max(1, len(weight) // _SAMPLE_ROWS)]
-        for scheme in _LADDER:
+        for scheme in ladder:
             if sample.shape[1] % scheme.block == 0 and not (scheme.shifted and name in ends) and _holds(sample, scheme):
                 found[name] = scheme
                 break

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ml_dtypes
@@ -94,6 +94,11 @@ class Scheme:
     def signed(self) -> bool:
         """Whether scales may be negative."""
         return self.symmetric and not self.positive and self.bits < 8
+
+    @property
+    def narrow(self) -> Scheme:
+        """The same with scales of 8 bits, or itself if there is none such."""
+        return self if self.block == ROW or self.signed else replace(self, scale_bits=8)
 
     @property
     def top(self) -> int:
