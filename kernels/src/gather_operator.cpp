@@ -6,7 +6,6 @@
 #include <exception>
 #include <memory>
 
-#include "halves.h"
 #include "three_bits.h"
 #include "values.h"
 
@@ -51,7 +50,7 @@ void widen_row(const Table& t, int64_t row, float* y) {
   const uint8_t* codes = codes_of(t, row);
   for (int b = 0, start = 0; b < t.blocks; b++, start += t.block) {
     const size_t at = size_t(row) * t.blocks + b;
-    const float scale = t.scales.halves ? float_of(t.scales.halves[at]) : t.scales.floats[at];
+    const float scale = t.scales.at(at);
     const uint8_t* zeros = t.zeros ? t.zeros + row * t.zero_bytes : nullptr;
     const int zero = zeros ? zeros[b / each] >> t.bits * (b % each) & all : 1 << (t.bits - 1);
     const int end = start + t.block < t.width ? start + t.block : t.width;
@@ -108,7 +107,7 @@ std::unique_ptr<Table> table_of(const Api* api, const KernelInfo* info, const ch
   const int64_t blocks = (width + block - 1) / block, bytes = (blocks * bits + 7) / 8, row = width * bits / 8;
   const auto* codes = three ? constant<uint8_t>(api, info, 1, "codes", ort::kUint8, {{3, rows * width / 8}})
                             : constant<uint8_t>(api, info, 1, "codes", ort::kUint8, {{rows, row}});
-  const Scales scales = scales_of(api, info, 2, {{rows, blocks}});
+  const Scales scales = scales_of(api, info, 2, {{rows, blocks}}, rows, blocks);
   const uint8_t* zeros = nullptr;
   if (number_of(api, info, "zeros") != 0) zeros = constant<uint8_t>(api, info, 3, "zeros", ort::kUint8, {{rows, bytes}});
   return std::unique_ptr<Table>(new Table{name, api, rows, int(width), int(bits), int(block), int(blocks), size_t(row),

@@ -1,9 +1,11 @@
 // Matrices put into the order in which products read them, from the memory that they are given in.
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <new>
+#include <stdexcept>
 #include <vector>
 
 #if defined(__linux__)
@@ -57,6 +59,7 @@ Pieces& pieces() {
   return all;
 }
 
+constexpr int kLeastPower = -24, kPowers = 32;  // the least of two's powers, and how many more there are
 constexpr size_t kForgotten = 1 << 20;  // bytes that are read between two times that some are told to be
 
 // Tells what was read of a matrix's codes, some of it at a time.
@@ -104,6 +107,7 @@ void keep8(int block, const uint8_t* codes, uint8_t* lines) {
 bool are_halves(const Scales& scales, size_t count) {
   uint16_t half = 0;
   bool all = true;
+  if (scales.bytes) return true;  // with any power that there is
   if (scales.halves)
     for (size_t i = 0; i < count; i++) all &= (scales.halves[i] & 0x7c00) != 0x7c00;  // is a number
   else
@@ -128,10 +132,10 @@ void set_scales(const Matrix& m, uint8_t* record, int count, const Scales& scale
     if (m.half) {
       uint16_t half = 0;
       if (scales.halves) half = scales.halves[from];
-      else half_of(scales.floats[from], &half);
+      else half_of(scales.at(from), &half);
       std::memcpy(to + r * sizeof half, &half, sizeof half);
     } else {
-      const float value = scales.halves ? float_of(scales.halves[from]) : scales.floats[from];
+      const float value = scales.at(from);
       std::memcpy(to + r * sizeof value, &value, sizeof value);
     }
   }
@@ -147,6 +151,14 @@ void interleave(const int8_t* rows, size_t stride, int count, uint8_t* to) {
 }
 
 }  // namespace
+
+float Scales::at(size_t i) const {
+  if (halves) return float_of(halves[i]);
+  if (floats) return floats[i];
+  const uint8_t* row = bytes + i / blocks * (blocks + 1);
+  if (row[0] > kPowers) throw std::invalid_argument("scales whose power of two is none of 33");
+  return std::ldexp(float(row[1 + i % blocks]), int(row[0]) + kLeastPower);
+}
 
 Matrix pack(int outputs, int inputs, int bits, int block, const uint8_t* codes, Scales scales, const uint8_t* zeros,
             Read read) {

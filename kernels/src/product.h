@@ -39,12 +39,17 @@ struct Matrix {
   const uint8_t* unit(int u) const { return data.get() + u * unit_bytes(); }
 };
 
-// Scales as they are given: float32 or float16.
+// Scales as they are given: float32, float16, or bytes: of each row its power of two, counted from 2^-24, and then whole
+// numbers of these for its blocks (edgellm_runtime/graphs/narrow_scales.py).
 struct Scales {
   Scales(const float* numbers) : floats(numbers) {}
   Scales(const uint16_t* numbers) : halves(numbers) {}
+  Scales(const uint8_t* numbers, int64_t blocks) : bytes(numbers), blocks(size_t(blocks)) {}
+  float at(size_t i) const;  // throws where a power is none
   const float* floats = nullptr;
   const uint16_t* halves = nullptr;
+  const uint8_t* bytes = nullptr;
+  size_t blocks = 0;  // of a row of bytes
 };
 
 using Read = void (*)(const void* bytes, size_t size);  // told which codes will hardly be read again

@@ -66,13 +66,13 @@ Product product_of(const ort::Api* api, const ort::KernelInfo* info, size_t at, 
   const auto* codes = bits == 3
       ? constant<uint8_t>(api, info, at, "codes", ort::kUint8, {{3, outputs * blocks * block / 8}})
       : constant<uint8_t>(api, info, at, "codes", ort::kUint8, {{outputs, blocks, block * bits / 8}});
-  const Scales scales = scales_of(api, info, at + 1, {{outputs, blocks}, {outputs * blocks}});
+  const Scales scales = scales_of(api, info, at + 1, {{outputs, blocks}, {outputs * blocks}}, outputs, blocks);
   const uint8_t* zeros = nullptr;
   if (number_of(api, info, "zeros" + suffix) != 0)
     zeros = constant<uint8_t>(api, info, at + 2, "zeros", ort::kUint8, {{outputs, bytes}, {outputs * bytes}});
   const Matrix packed = pack(int(outputs), int(inputs), int(bits), int(block), codes, scales, zeros, forget);
   forget_all(scales.floats, outputs * blocks), forget_all(scales.halves, outputs * blocks);
-  forget_all(zeros, outputs * bytes);
+  forget_all(scales.bytes, outputs * (blocks + 1)), forget_all(zeros, outputs * bytes);
   return Product{packed, int(width), int(sums)};
 }
 

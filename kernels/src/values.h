@@ -88,19 +88,24 @@ inline float float_attribute(const ort::Api* api, const ort::KernelInfo* info, c
 
 using Shapes = std::initializer_list<std::initializer_list<int64_t>>;
 
-// An input that does not change, and its shape, which must be one of these.
-inline std::pair<const ort::Value*, Shape> constant_value(const ort::Api* api, const ort::KernelInfo* info, size_t index,
-                                                          const char* what, std::initializer_list<int> types,
-                                                          Shapes shapes) {
+// An input that does not change, and its shape.
+inline std::pair<const ort::Value*, Shape> constant_value(const ort::Api* api, const ort::KernelInfo* info, size_t index) {
   using Constant = ort::Status*(const ort::KernelInfo*, size_t, int*, const ort::Value**);
   int is_constant = 0;
   const ort::Value* value = nullptr;
   check(api->at<Constant>(ort::kKernelInfoGetConstantInputTensor)(info, index, &is_constant, &value));
   if (!is_constant || value == nullptr) throw std::invalid_argument("its matrix must be constant");
-  const Shape shape = shape_of(api, value);
+  return {value, shape_of(api, value)};
+}
+
+// The same; its shape must be one of these.
+inline std::pair<const ort::Value*, Shape> constant_value(const ort::Api* api, const ort::KernelInfo* info, size_t index,
+                                                          const char* what, std::initializer_list<int> types,
+                                                          Shapes shapes) {
+  const auto found = constant_value(api, info, index);
   for (const auto& expected : shapes)
     for (const int type : types)
-      if (shape.is(type, expected)) return {value, shape};
+      if (found.second.is(type, expected)) return found;
   throw std::invalid_argument(std::string(what) + " of another shape or type");
 }
 
@@ -109,8 +114,12 @@ const T* constant(const ort::Api* api, const ort::KernelInfo* info, size_t index
   return data_of<const T>(api, constant_value(api, info, index, what, {type}, shapes).first);
 }
 
-// Scales, in float32 or float16.
-inline Scales scales_of(const ort::Api* api, const ort::KernelInfo* info, size_t index, Shapes shapes) {
+// Scales, in float32 or float16; or in bytes, if they are of so many blocks of rows.
+inline Scales scales_of(const ort::Api* api, const ort::KernelInfo* info, size_t index, Shapes shapes, int64_t rows = 0,
+                        int64_t blocks = 0) {
+  const auto given = constant_value(api, info, index);
+  if (blocks != 0 && given.second.is(ort::kUint8, {rows, blocks + 1}))
+    return Scales(data_of<const uint8_t>(api, given.first), blocks);
   const auto [value, shape] = constant_value(api, info, index, "scales", {ort::kFloat, ort::kFloat16}, shapes);
   if (shape.type == ort::kFloat16) return Scales(data_of<const uint16_t>(api, value));
   return Scales(data_of<const float>(api, value));

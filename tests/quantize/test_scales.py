@@ -26,7 +26,8 @@ from edgellm_exporters.quantize.methods import find_method
 from edgellm_exporters.quantize.plan import ROW, Codes, Scheme
 from edgellm_exporters.quantize.planning import Uses
 from edgellm_exporters.quantize.rtn import round_to_nearest
-from edgellm_exporters.quantize.scales import LEAST_POWER, POWERS, in_bytes, stored_scales, units_of
+from edgellm_exporters.quantize.scales import in_bytes, stored_scales, units_of
+from edgellm_runtime.graphs.narrow_scales import LEAST_POWER, POWERS
 
 EIGHT = [
     Scheme(4, 32, symmetric=False, scale_bits=8), Scheme(4, 32, symmetric=False, shifted=True, scale_bits=8),
@@ -161,5 +162,5 @@ def test_scales_of_8_bits_take_what_is_told_and_are_folded_when_a_graph_is_loade
     narrow, wide = (written(method, bits, tmp_path / str(bits)) for bits in (8, 16))
     np.testing.assert_array_equal(narrow.logits, wide.logits)
     assert narrow.operators == wide.operators and "GatherBlockQuantized" in narrow.operators
-    powers = 4 * POWERS + 4 * 8 * 3  # the table, and a few sizes of splits
+    powers = 4 * len(POWERS) + 4 * 8 * 3  # the table, and a few sizes of splits
     assert 0 < wide.told - narrow.told - powers < wide.stored - narrow.stored <= wide.told - narrow.told

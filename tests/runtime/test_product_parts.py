@@ -18,7 +18,7 @@ from edgellm_runtime.graphs.onnx_file import nodes_of, read_model
 from edgellm_runtime.graphs.product_parts import with_product_parts
 
 
-@pytest.fixture(scope="module", params=["int4", "int8", "4:64:asymmetric"])
+@pytest.fixture(scope="module", params=["int4", "int8", "4:64:asymmetric", "4:64:asymmetric:scales8"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("parts") / "b"
     return export(make("decoder"), folder, options=ExportOptions(quantize=request.param)).bundle

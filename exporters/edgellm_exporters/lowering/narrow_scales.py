@@ -7,7 +7,8 @@ import onnx_ir as ir
 
 from edgellm_exporters.lowering import standard
 from edgellm_exporters.lowering.context import Lowering
-from edgellm_exporters.quantize.scales import LEAST_POWER, POWERS, in_bytes
+from edgellm_exporters.quantize.scales import in_bytes
+from edgellm_runtime.graphs.narrow_scales import POWERS
 
 __all__ = ["scales_of"]
 
@@ -27,7 +28,7 @@ def scales_of(context: Lowering, weight: ir.Value) -> ir.Value:
     stored = context.part(weight, "scales", quantized.lazy(lambda c: in_bytes(c.scales), like))
 
     def make() -> ir.Value:
-        table = context.const(2.0 ** np.arange(LEAST_POWER, LEAST_POWER + POWERS), np.float32)
+        table = context.const(POWERS, np.float32)
         power, numbers = context.ops(2, "Split", stored, context.const([1, blocks]), axis=1)
         units = context.op("Gather", table, context.op("Cast", power, to=ir.DataType.INT32))  # (rows, 1)
         return context.op("Mul", context.op("Cast", numbers, to=ir.DataType.FLOAT), units)

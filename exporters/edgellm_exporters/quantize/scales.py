@@ -10,12 +10,11 @@ from numpy.typing import NDArray
 
 from edgellm_exporters.quantize.grids import half_precision
 from edgellm_exporters.quantize.plan import Scheme
+from edgellm_runtime.graphs.narrow_scales import LEAST_POWER, MOST_POWER
 
-__all__ = ["LEAST_POWER", "POWERS", "in_bytes", "stored_scales", "units_of"]
+__all__ = ["in_bytes", "stored_scales", "units_of"]
 
 Array = NDArray[np.float32]
-LEAST_POWER, _MOST_POWER = -24, 8  # with either, and every whole number below, a float16
-POWERS = _MOST_POWER - LEAST_POWER + 1
 _MOST = 255
 
 
@@ -45,7 +44,7 @@ def stored_scales(scales: Array, scheme: Scheme, units: Array | None = None) -> 
 def units_of(scales: Array) -> Array:
     """The smallest power of two for each row, (rows, 1), with which none of its scales (rows, blocks) is above 255."""
     parts, powers = np.frexp(scales.max(-1, keepdims=True) / _MOST)
-    powers = np.clip(powers - (parts == 0.5), LEAST_POWER, _MOST_POWER)
+    powers = np.clip(powers - (parts == 0.5), LEAST_POWER, MOST_POWER)
     found: Array = np.ldexp(np.float32(1), powers).astype(np.float32, copy=False)
     return found
 
@@ -57,7 +56,7 @@ def in_bytes(scales: Array) -> NDArray[np.uint8]:
         scales: (rows, blocks), from :func:`stored_scales`.
 
     Returns:
-        (rows, 1 + blocks): the power of a row's unit, counted from :data:`LEAST_POWER`, and how many units a scale has.
+        (rows, 1 + blocks): the power of a row's unit, counted from the least, and how many units a scale has.
     """
     units = units_of(scales)
     powers = np.log2(units) - LEAST_POWER

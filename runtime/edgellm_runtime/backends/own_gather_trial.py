@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from edgellm_runtime.backends.kernel_test import packed_codes
 from edgellm_runtime.backends.ort import library
 from edgellm_runtime.backends.own_kernels import find
+from edgellm_runtime.graphs.narrow_scales import random_scales, scale_bits_of, widened
 from edgellm_runtime.graphs.own_attention import DOMAIN
 from edgellm_runtime.graphs.own_gather import GATHER
 from edgellm_runtime.graphs.three_bits import condensed
@@ -31,12 +32,14 @@ class GatherForm:
         block: numbers that share a scale.
         zeros: whether blocks have zero points.
         op: the operator.
+        scale_bits: of a block's scale as it is stored, 16 or 8.
     """
 
     bits: int
     block: int
     zeros: bool
     op: str = GATHER
+    scale_bits: int = 16
 
     def __str__(self) -> str:
         return f"{self.op} of {self.bits} bits in {'asymmetric' if self.zeros else 'symmetric'} blocks of {self.block}"
@@ -46,7 +49,7 @@ def gather_form(node: Node) -> GatherForm:
     """The kind of a node."""
     bits, block, zeros = (node.attributes[name] for name in ("bits", "block_size", "zeros"))
     assert isinstance(bits, int) and isinstance(block, int)
-    return GatherForm(bits, block, bool(zeros))
+    return GatherForm(bits, block, bool(zeros), scale_bits=scale_bits_of(node.attributes))
 
 
 def gather_error(form: GatherForm) -> float:
@@ -65,10 +68,14 @@ def gather_error(form: GatherForm) -> float:
     find(ort).add_to(options)
     width = _BLOCKS * form.block
     codes = draw.integers(0, 1 << form.bits, (_ROWS, width)).astype(np.uint8)
-    scales = draw.uniform(0.01, 0.02, (_ROWS, _BLOCKS)).astype(np.float16)
+    scales: Array = draw.uniform(0.01, 0.02, (_ROWS, _BLOCKS)).astype(np.float16)
+    given = scales
+    if form.scale_bits == 8:
+        given = random_scales(_ROWS, _BLOCKS, draw)
+        scales = widened(given)
     stored = 4 if form.bits == 3 else form.bits  # of a code in bytes; those of 3 bits are put together after that
     points, packed = np.full((_ROWS, _BLOCKS), 1 << stored - 1, np.uint8), packed_codes(codes, stored)
-    tensors = {"codes": condensed(packed) if form.bits == 3 else packed, "scales": scales}
+    tensors = {"codes": condensed(packed) if form.bits == 3 else packed, "scales": given}
     if form.zeros:
         points = draw.integers(0, 1 << form.bits, (_ROWS, _BLOCKS)).astype(np.uint8)
         tensors["zeros"] = packed_codes(points, stored)

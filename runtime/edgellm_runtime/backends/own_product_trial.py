@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_runtime.backends.kernel_test import packed_codes
+from edgellm_runtime.graphs.narrow_scales import random_scales, scale_bits_of, widened
 from edgellm_runtime.graphs.own_operators import UNIT
 from edgellm_runtime.graphs.three_bits import condensed
 from edgellm_runtime.graphs.writer import Node
@@ -31,12 +32,14 @@ class ProductForm:
         block: weights that share a scale; 0: a row's.
         zeros: whether blocks have zero points.
         sums: how many inputs share a sum that is read beside them; 0: no sums.
+        scale_bits: of a block's scale as it is stored, 16 or 8.
     """
 
     bits: int
     block: int
     zeros: bool = False
     sums: int = 0
+    scale_bits: int = 16
 
     def __str__(self) -> str:
         blocks = f"blocks of {self.block}" if self.block else "rows"
@@ -51,7 +54,13 @@ def product_form(node: Node, suffix: str) -> ProductForm:
         assert isinstance(value, int)
         return value
 
-    return ProductForm(size("bits"), size("block_size"), zeros=bool(size("zeros")), sums=size("sums"))
+    return ProductForm(
+        size("bits"),
+        size("block_size"),
+        zeros=bool(size("zeros")),
+        sums=size("sums"),
+        scale_bits=scale_bits_of(node.attributes, suffix),
+    )
 
 
 class ProductTrial:
@@ -72,6 +81,9 @@ class ProductTrial:
         blocks = -(-columns // block)
         codes = draw.integers(0, 1 << form.bits, (outputs, blocks * block)).astype(np.uint8)
         scales = draw.uniform(0.01, 0.02, (outputs, blocks)).astype(np.float16).astype(np.float32)
+        if form.scale_bits == 8:
+            narrow = random_scales(outputs, blocks, draw)
+            scales = widened(narrow)
         stored = 4 if form.bits == 3 else form.bits  # of a code in bytes; those of 3 bits are put together after that
         middle = np.full((outputs, blocks), 1 << stored - 1, np.uint8)
         points = draw.integers(0, 1 << form.bits, (outputs, blocks)).astype(np.uint8) if form.zeros else middle
@@ -81,6 +93,8 @@ class ProductTrial:
         if form.bits == 3:
             packed = condensed(packed)
         self.tensors = {"codes": packed, "scales": scales.astype(np.float16)}  # as bundles have them
+        if form.scale_bits == 8:
+            self.tensors["scales"] = narrow
         if not form.block:
             self.tensors = {"codes": np.ascontiguousarray(whole.T).astype(np.int8), "scales": scales[:, 0].copy()}
         if form.zeros:

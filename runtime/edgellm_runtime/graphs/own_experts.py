@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from edgellm_runtime.graphs.graph_view import GraphView
+from edgellm_runtime.graphs.narrow_scales import stored_scales
 from edgellm_runtime.graphs.own_attention import DOMAIN
 from edgellm_runtime.graphs.writer import Attribute, Node
 
@@ -122,14 +123,20 @@ def _expert(view: GraphView, place: int, mlp_of: Callable[[GraphView], GatedProd
     if asked is None:
         return None
     shares, number, chain = asked
-    chain |= {cast for name in mlp.constants for cast in view.uncast(name)[1]}
+    chain |= {cast for name in mlp.constants for cast in stored_scales(view, name)[1]}
     return _Expert(place, total, node.outputs[0], x, shares, number, _stored(view, mlp), frozenset(chain))
 
 
 def _stored(view: GraphView, mlp: GatedProducts) -> GatedProducts:
     """With scales as they are stored."""
-    constants = tuple(view.uncast(name)[0] if name else "" for name in mlp.constants)
-    return GatedProducts(mlp.reads, mlp.gives, constants, mlp.attributes)
+    stored = [stored_scales(view, name) if name else ("", frozenset[int](), dict[str, int]()) for name in mlp.constants]
+    half = len(stored) // 2  # of the first product
+    said = {
+        f"{key}{suffix}": value
+        for some, suffix in ((stored[:half], ""), (stored[half:], "_down"))
+        for _, _, told in some for key, value in told.items()
+    }  # fmt: skip
+    return GatedProducts(mlp.reads, mlp.gives, tuple(name for name, _, _ in stored), {**mlp.attributes, **said})
 
 
 def _gathered(view: GraphView, name: str, rows: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from edgellm_runtime.graphs.graph_view import Constant, GraphView
+from edgellm_runtime.graphs.narrow_scales import stored_scales
 from edgellm_runtime.graphs.own_attention import DOMAIN
 from edgellm_runtime.graphs.three_bits import StoredCodes, stored_codes
 from edgellm_runtime.graphs.writer import Node
@@ -44,7 +45,9 @@ def own_gather(view: GraphView, place: int) -> Node | None:
     if three is not None:
         codes, bits = three.name, 3
     sizes = {"N": rows, "K": width, "bits": bits, "block_size": block, "zeros": int(points is not None)}
-    inputs = [places, codes, view.uncast(scales)[0], *(zeros if points is not None else [])]
+    scales, _, said = stored_scales(view, scales)
+    sizes |= said
+    inputs = [places, codes, scales, *(zeros if points is not None else [])]
     return Node(GATHER, inputs, node.outputs, sizes, domain=DOMAIN, name=node.name)
 
 
@@ -52,7 +55,7 @@ def gather_chain(view: GraphView, place: int) -> frozenset[int]:
     """Places of the nodes before a look-up that the operator stands for as well."""
     codes, _, scales, *_ = view.node(place).inputs
     three = stored_codes(view, codes)
-    return view.uncast(scales)[1] | (three.chain if three is not None else frozenset())
+    return stored_scales(view, scales)[1] | (three.chain if three is not None else frozenset())
 
 
 def _size(table: Constant | None, bits: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from math import isclose
 
 from edgellm_runtime.graphs.graph_view import GraphView
+from edgellm_runtime.graphs.narrow_scales import narrow_scales, stored_scales
 from edgellm_runtime.graphs.onnx_file import ReadGraph
 from edgellm_runtime.graphs.own_attention import DOMAIN, own_attention
 from edgellm_runtime.graphs.own_experts import GatedProducts, own_experts
@@ -115,6 +116,7 @@ def with_own_operators(graph: bytes | ReadGraph, keep: Collection[str] = ()) -> 
     """
     read = ReadGraph.of(graph) if isinstance(graph, bytes) else graph
     view = GraphView(read.model, keep)
+    view.constants |= dict(narrow_scales(view))
     operations = list(_operations(view))
     there: dict[int, list[Node]] = {operation.last.place: [operation.node(view.node(operation.last.place).name)]
                                     for operation in operations}  # fmt: skip
@@ -202,7 +204,8 @@ def _block_product(view: GraphView, place: int) -> _Product | None:
         return None
     sizes = {"N": given.get("N", 0), "K": width, "bits": bits, "block_size": int(block or 0), "sums": 0}
     codes, scales, zeros = (*matrix, "")[:3]
-    scales, cast = view.uncast(scales)
+    scales, cast, said = stored_scales(view, scales)
+    sizes |= said
     chain = cast | {place} | (three.chain if three is not None else frozenset())
     product = _Product(place, node.inputs[0], node.outputs[0], (codes, scales, zeros), sizes, chain)
     return _with_sums(view, product)

@@ -21,6 +21,7 @@ __all__ = ["WIDENED_BYTES", "with_product_parts"]
 
 WIDENED_BYTES = 32 << 20  # of floats that one part may become
 _OUTSIDE = 1  # of TensorProto.DataLocation
+_ROW_BY_ROW = (b"Cast", b"Mul")  # what scales are made with
 _CODES = 1  # which input they are; scales, and zero points if any, come after
 
 
@@ -100,11 +101,12 @@ def _codes(model: Message) -> dict[str, _Codes]:
 
 
 def _rows(model: Message) -> dict[str, int]:
-    """The first sizes of initializers, and of what is cast from one, by name."""
+    """The first sizes of initializers, and of what is made of them with the same number of rows, by name."""
     tensors = model.get("graph", {}).get("initializer", ())
     found = {t.get("name", b"").decode(): int(t["dims"][0]) for t in tensors if t.get("dims")}
     for node in nodes_of(model):
-        source = node["input"][0].decode() if node.get("input") else ""
-        if node.get("op_type") == b"Cast" and source in found:
-            found[node["output"][0].decode()] = found[source]
+        source, op = node["input"][0].decode() if node.get("input") else "", node.get("op_type")
+        along = any(a["name"] == b"axis" and a.get("i") for a in node.get("attribute", ()))  # not of rows
+        if source in found and (op in _ROW_BY_ROW or (op == b"Split" and along)):
+            found |= {name.decode(): found[source] for name in node["output"]}
     return found

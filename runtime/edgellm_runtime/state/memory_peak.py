@@ -102,12 +102,11 @@ def memory_peak(bundle: Bundle, context: int | None = None, *, kernels: str = "o
 def _weights(model: Message) -> dict[str, int]:
     """Bytes that each initializer of a graph takes once it is loaded."""
     nodes, known = graph_nodes(model), _initializers(model)
-    widened = {node.inputs[0] for node in nodes if node.op == "Cast" and node.inputs}
+    times = {node.inputs[0]: 3 for node in nodes if node.op == "Cast" and node.inputs}  # float16, and float32 beside it
+    times |= {node.inputs[0]: 5 for node in nodes if node.op == "Split" and node.inputs}  # so too bytes of scales
     in_files = {node.inputs[1] for node in nodes if node.op == GATHER and "external_data" in known[node.inputs[1]]}
     in_files -= {name for node in nodes for place, name in enumerate(node.inputs) if (node.op, place) != (GATHER, 1)}
-    return {
-        name: _bytes(tensor) * (3 if name in widened else 1) for name, tensor in known.items() if name not in in_files
-    }
+    return {name: _bytes(tensor) * times.get(name, 1) for name, tensor in known.items() if name not in in_files}
 
 
 def _loading(model: Message) -> int:
