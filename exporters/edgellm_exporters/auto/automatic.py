@@ -172,7 +172,8 @@ def quantize_within(
     del graph
     predictions = sensitivities(
         job.model, job.weights, candidates, done, job.calibration,  # type: ignore[arg-type]
-        rounds_inputs=ort.DOMAIN in job.target.domains, scratch=directory, progress=progress,
+        rounds_inputs=ort.DOMAIN in job.target.domains, tuned=job.tuning is not None, scratch=directory,
+        progress=progress,
     )  # fmt: skip
     predictions = none_better_than_held(candidates, predictions, held)
     table = table_of(candidates, predictions, budget.prefer, budget.rates)

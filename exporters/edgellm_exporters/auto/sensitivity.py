@@ -30,6 +30,7 @@ __all__ = ["GPTQ_FACTOR", "predicted", "sensitivities"]
 # Of what rounding to nearest would cost: estimates, which verification replaces. The input of the projection to the
 # vocabulary is a norm's output whose directions are few, which is where GPTQ gains most.
 GPTQ_FACTOR, _GPTQ_FACTOR_HEAD = 0.6, 0.35
+_TUNED_FACTOR = 0.7  # of GPTQ's, where codes are tuned: measured on two texts, docs/benchmarks.md
 _TOKENS, _WINDOW = 1024, 256
 _ROWS = 8192  # of a weight at a time: a vocabulary's error is as large as the table itself
 Progress = Callable[[str, float], None]
@@ -39,7 +40,7 @@ Array = NDArray[np.float32]
 
 def sensitivities(
     model: nn.Module, weights: Weights, candidates: Sequence[FormatChoices], smoothing: Smoothing,
-    windows: Sequence[Sequence[int]], *, rounds_inputs: bool, scratch: Path | None = None,
+    windows: Sequence[Sequence[int]], *, rounds_inputs: bool, tuned: bool = False, scratch: Path | None = None,
     progress: Progress = lambda what, share: None,
 ) -> Predictions:  # fmt: skip
     """Nats a token that each format of each weight adds to the KL divergence from the float model.
@@ -54,6 +55,7 @@ def sensitivities(
         smoothing: what has been done to the graph's weights.
         windows: rows of token ids.
         rounds_inputs: whether the target's kernels round what they multiply with to 8 bits.
+        tuned: whether codes will be tuned.
         scratch: a directory for what is computed meanwhile; None for where temporary files are.
         progress: told what is done, and how much of it.
     """
@@ -64,7 +66,7 @@ def sensitivities(
     sources = [_Source(c, apart, smoothing, seen, aliases) for c in candidates]
     found: Predictions = {}
     with ThreadPoolExecutor(thread_count()) as pool:
-        done = pool.map(lambda s: s.costs(rounds_inputs), [s for s in sources if s.known])
+        done = pool.map(lambda s: s.costs(rounds_inputs, tuned), [s for s in sources if s.known])
         for number, (source, costs) in enumerate(zip([s for s in sources if s.known], done, strict=True)):
             found[source.name] = costs
             progress("measuring sensitivities", (number + 1) / len(sources))
@@ -153,7 +155,7 @@ class _Source:
         products = all(part in self.seen.products for part in self._parts)
         return products or (len(self._parts) == 1 and self._parts[0] in self.seen.lookups)
 
-    def costs(self, rounds_inputs: bool) -> dict[Scheme, float]:
+    def costs(self, rounds_inputs: bool, tuned: bool) -> dict[Scheme, float]:
         """Predicted KL of each format."""
         parts = [self.weights.read(part).float().numpy() for part in self._parts]
         weight = np.concatenate(parts) if len(parts) > 1 else parts[0]
@@ -166,6 +168,7 @@ class _Source:
             direct, looked_up = _weight_costs(weight, scheme, product, lookup)
             gptq = scheme.bits < 8 and not scheme.shifted
             factor = _GPTQ_FACTOR_HEAD if self.candidates.role == "head" else GPTQ_FACTOR
+            factor *= _TUNED_FACTOR if tuned else 1.0
             total = (factor if gptq else 1.0) * direct + looked_up + rounded.get(scheme.block, 0.0)
             found[scheme] = total / (2 * self.seen.tokens)
         return found
