@@ -163,6 +163,19 @@ def test_estimates_are_near_what_rounding_costs_and_rank_formats(family: str) ->
         assert costs[FINE] < costs[COARSE]
 
 
+def test_of_tuning_less_is_expected_to_be_lost_where_it_can_be_done() -> None:
+    own = job("decoder")
+    candidates = candidates_of(Uses(own.graph()), integer_products=False, tuned=True)
+    plain, tuned = (
+        sensitivities(own.model, own.weights, candidates, Smoothing(), CALIBRATION, rounds_inputs=False, tuned=tuned)
+        for tuned in (False, True)
+    )
+    for name, costs in plain.items():
+        for scheme, cost in costs.items():
+            able = scheme.bits < 8 and not scheme.shifted
+            assert tuned[name][scheme] < cost if able else tuned[name][scheme] == cost, (name, scheme)
+
+
 def test_rounding_inputs_costs_something_too() -> None:
     own = job("decoder")
     graph = own.graph()
