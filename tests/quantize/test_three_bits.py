@@ -10,12 +10,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from families import cpu_targets, make
+from families import VOCAB, cpu_targets, make
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_exporters.quantize.plan import Scheme
+from edgellm_runtime import open_session
+from edgellm_runtime.backends.spread_codes import SpreadCodes, spread_codes
 from edgellm_runtime.bundle import GRAPH, Bundle
 from edgellm_runtime.graphs.three_bits import condensed, spread
 
@@ -58,3 +60,30 @@ def test_nothing_of_unpacking_is_left_for_a_step(target: str, tmp_path: Path) ->
     run = {node.op_type for node in onnx.load(tmp_path / "run.onnx", load_external_data=False).graph.node}
     assert stored >= UNPACKING
     assert not run & UNPACKING
+
+
+def logits(found: Bundle) -> np.ndarray:
+    session = open_session(found, threads=1)
+    tokens = np.random.default_rng(4).integers(0, VOCAB, (1, 12))
+    return session.step(tokens, session.new_state(capacity=12), logits="all").copy()
+
+
+def test_codes_are_put_in_order_before_the_library_reads_a_graph_and_give_the_same_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = bundle("cpu")
+    ready = spread_codes(found.file(GRAPH).read_bytes(), found.file(GRAPH).parent)
+    left = {node.op_type for node in onnx.load_model_from_string(ready.graph).graph.node}
+    assert not left & UNPACKING and "MatMulNBits" in left and len(ready.codes) >= 10
+    ours = logits(found)
+    monkeypatch.setattr("edgellm_runtime.backends.ort.spread_codes", lambda model, folder, keep: SpreadCodes(model))
+    np.testing.assert_array_equal(ours, logits(found))
+
+
+def test_what_is_made_on_the_way_and_read_elsewhere_is_left_to_the_library() -> None:
+    graph = bundle("cpu").file(GRAPH)
+    model = onnx.load(graph, load_external_data=False)
+    concat = next(node for node in model.graph.node if node.op_type == "Concat" and "BitwiseAnd" in node.input[0])
+    model.graph.node.append(onnx.helper.make_node("Identity", [concat.output[0]], ["elsewhere"]))
+    data = model.SerializeToString()
+    assert spread_codes(data, graph.parent).graph is data

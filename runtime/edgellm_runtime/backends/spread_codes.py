@@ -1,0 +1,105 @@
+"""Codes of 3 bits put in order before ONNX Runtime sees a graph, so that its kernels find them as they read them.
+
+The library would do it by itself, as it folds constants, but it frees nothing of what is made on the way until all is
+made: five times what kernels read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellm_runtime.graphs.external_files import StoredTensor, stored_tensors
+from edgellm_runtime.graphs.graph_view import GraphView
+from edgellm_runtime.graphs.onnx_file import read_model
+from edgellm_runtime.graphs.rewriting import with_initializers, with_nodes
+from edgellm_runtime.graphs.three_bits import PARTS, spread, stored_codes
+from edgellm_runtime.graphs.writer import ELEMENT_TYPES, message, number, text
+
+__all__ = ["SpreadCodes", "spread_codes"]
+
+_MARK = b"BitShift"  # which a graph has that holds codes of 3 bits
+_OUTSIDE = 1  # of TensorProto.DataLocation
+
+
+@dataclass
+class SpreadCodes:
+    """A graph without the nodes that put codes of 3 bits in order.
+
+    Args:
+        graph: the serialized model.
+        codes: what these nodes would have made, by name; the graph reads them as initializers that are handed to it.
+    """
+
+    graph: bytes
+    codes: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+
+    def hand_to(self, options: Any, ort: Any) -> None:
+        """Tell a session's options of the codes, whose memory the session goes on reading."""
+        options.add_external_initializers(
+            list(self.codes), [ort.OrtValue.ortvalue_from_numpy(codes) for codes in self.codes.values()]
+        )
+
+
+def spread_codes(model: bytes, folder: Path, keep: Collection[str] = ()) -> SpreadCodes:
+    """A graph and its codes of 3 bits in bytes of two; one that has none stays as it is.
+
+    Args:
+        model: the serialized model, checked.
+        folder: of the files that it reads.
+        keep: names of values that must stay, beside the graph's outputs.
+    """
+    found = SpreadCodes(model)
+    if _MARK not in model:
+        return found
+    read = read_model(model)
+    view, places = GraphView(read, keep), {tensor.name: tensor for tensor in stored_tensors(read)}
+    gone, sources = set[int](), dict[str, list[int]]()
+    for place, chain, source in _chains(view):
+        if source in places:
+            sources.setdefault(source, []).append(place)
+            gone |= chain
+    if not all(view.inner(name, gone) for place in gone - _made(sources) for name in view.node(place).outputs):
+        return found  # what is made on the way is read elsewhere too
+    for source, reshapes in sources.items():
+        whole = spread(_bytes(folder, places[source]))
+        for place in reshapes:
+            node = view.node(place)
+            found.codes[node.outputs[0]] = whole.reshape(_shape(view, place))
+    declared = [_declared(name, codes.shape) for name, codes in found.codes.items()]
+    found.graph = with_initializers(with_nodes(model, {place: [] for place in gone}), declared)
+    return found
+
+
+def _chains(view: GraphView) -> Iterator[tuple[int, frozenset[int], str]]:
+    """The places of nodes that give whole codes, those of all that make them, and what they are made of."""
+    for place, node in enumerate(view.nodes):
+        three = stored_codes(view, node.outputs[0]) if node.op == "Reshape" else None
+        if three is not None and 2 * math.prod(_shape(view, place)) == three.codes:
+            yield place, three.chain, three.name
+
+
+def _made(sources: dict[str, list[int]]) -> set[int]:
+    return {place for places in sources.values() for place in places}
+
+
+def _shape(view: GraphView, place: int) -> tuple[int, ...]:
+    return tuple(int(size) for size in view.numbers(view.node(place).inputs[1]) or ())
+
+
+def _bytes(folder: Path, tensor: StoredTensor) -> NDArray[np.uint8]:
+    stored = np.fromfile(folder / tensor.file, np.uint8, tensor.nbytes, offset=tensor.offset)
+    return stored.reshape(PARTS, -1)
+
+
+def _declared(name: str, shape: Sequence[int]) -> bytes:
+    """An initializer whose numbers are in no file."""
+    sizes = b"".join(number(1, size) for size in shape)
+    entries = message(13, text(1, "location") + text(2, "codes"))
+    return sizes + number(2, ELEMENT_TYPES["uint8"]) + text(8, name) + entries + number(14, _OUTSIDE)
