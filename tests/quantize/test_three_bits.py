@@ -83,7 +83,8 @@ def test_codes_are_put_in_order_before_the_library_reads_a_graph_and_give_the_sa
 def test_what_is_made_on_the_way_and_read_elsewhere_is_left_to_the_library() -> None:
     graph = bundle("cpu").file(GRAPH)
     model = onnx.load(graph, load_external_data=False)
-    concat = next(node for node in model.graph.node if node.op_type == "Concat" and "BitwiseAnd" in node.input[0])
+    masked = {node.output[0] for node in model.graph.node if node.op_type == "BitwiseAnd"}
+    concat = next(node for node in model.graph.node if node.op_type == "Concat" and node.input[0] in masked)
     model.graph.node.append(onnx.helper.make_node("Identity", [concat.output[0]], ["elsewhere"]))
     data = model.SerializeToString()
     assert spread_codes(data, graph.parent).graph is data
