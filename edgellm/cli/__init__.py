@@ -66,10 +66,15 @@ def cli() -> None:
     """Take a PyTorch language model to the device: train, export, quantize, prove, run, measure."""
 
 
+_RUNNING = ("generate", "chat", "embed", "serve", "bench", "verify", "eval", "profile")  # load bundles, and no PyTorch
+_BLAS_WAIT = "OPENBLAS_THREAD_TIMEOUT"
+
+
 def main() -> None:
     """Run the command line and exit with its status."""
     _end_like_ctrl_c()
     tolerate()
+    _let_blas_rest(sys.argv[1:])
     status = run(sys.argv[1:])
     gc.freeze()  # what is left goes with the process: looking through it takes a second after an export
     sys.exit(status)
@@ -81,6 +86,14 @@ def _end_like_ctrl_c() -> None:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores one of them
             signal.signal(number, signal.default_int_handler)
+
+
+def _let_blas_rest(arguments: list[str]) -> None:
+    """Have NumPy's threads sleep after 2^4 looks for work, not after 2^26: for 0.1 s after its import they would take
+    the cores that a bundle is loaded with. This is for the process of a command; in others' processes it is theirs.
+    """
+    if arguments[:1] and arguments[0] in _RUNNING:
+        os.environ.setdefault(_BLAS_WAIT, "4")
 
 
 def run(arguments: list[str]) -> int:

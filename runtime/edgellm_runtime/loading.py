@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +28,7 @@ __all__ = ["DEVICES", "device_of", "load", "open_profiled", "open_session", "ses
 
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 _VERSION = re.compile(r"[0-9]{1,5}(\.[0-9]{1,9}){0,3}")
+_MODEL = "edgellm_runtime.model"
 _CPU_CHUNK = 256  # tokens of a prompt in one step: more are no faster, and take more memory for attention's weights
 
 
@@ -85,18 +89,43 @@ def load(
         rehearse(path, device=device, checksums=checksums, kernels=kernels)
     shrinks, context = check_flag("shrink_context", shrink_context), None
     # The weights are compared from here on, so what takes long to import is imported below.
-    with Bundle.while_checking(path, checksums=checksums, beside=threads > 1) as bundle:
+    beside = threads > 1
+    with Bundle.while_checking(path, checksums=checksums, beside=beside) as bundle, _importing(_MODEL, beside=beside):
         if max_memory is not None:
             from edgellm_runtime.state.memory_need import context_within_memory
 
             context = context_within_memory(bundle.manifest, device_of(bundle, device), max_memory, shrinks=shrinks)
         session = unchecked_session(bundle, device=device, threads=threads, kernels=kernels)
-        import edgellm_runtime.model  # noqa: F401  while the weights' checksums are still compared
     if context is not None and context < session.max_context:
         session.shorten(context, f"shortened, since max_memory is {max_memory:,} bytes")
     model = _model(session, bundle)
     model.prefix_cache = prefix_cache
     return model
+
+
+@contextmanager
+def _importing(module: str, *, beside: bool) -> Iterator[None]:
+    """A module is imported in a thread while the block runs, which leaves Python alone where a library makes a session.
+
+    What goes wrong with it is told where the module is used: it is imported there again.
+
+    Args:
+        module: its name.
+        beside: False imports nothing.
+    """
+
+    def imported() -> None:
+        with suppress(Exception):
+            importlib.import_module(module)
+
+    thread = threading.Thread(target=imported, name="edgellm-imports", daemon=True)
+    if beside:
+        thread.start()
+    try:
+        yield
+    finally:
+        if beside:
+            thread.join()
 
 
 def _model(session: Session, bundle: Bundle) -> Model:
@@ -237,10 +266,12 @@ def _backend(bundle: Bundle, device: str, threads: int | None, kernels: str, not
     own, swapped = None, None
     if manifest.quantization.get("method", "none") != "none":
         from edgellm_runtime.backends.kernel_test import check_kernels
-        from edgellm_runtime.backends.own_trial import usable_kernels
 
         check_kernels(bundle.file(GRAPH), manifest.files[GRAPH].sha256)
-        own, swapped = usable_kernels(bundle.file(GRAPH), kernels, bundle.take_graph(GRAPH)) or (None, None)
+        if kernels == "own":
+            from edgellm_runtime.backends.own_trial import usable_kernels
+
+            own, swapped = usable_kernels(bundle.file(GRAPH), kernels, bundle.take_graph(GRAPH)) or (None, None)
     fusions = manifest.dtype == "float32"
     return OrtBackend(
         bundle.file(GRAPH), manifest.signature, threads=threads, fusions=fusions, profile=notes, encoder=encoder,

@@ -96,6 +96,21 @@ def test_help_of_every_command_loads_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said", "found"),
+    [
+        (["generate", "b"], {}, "4"), (["bench", "b"], {"OPENBLAS_THREAD_TIMEOUT": "20"}, "20"),
+        (["export", "c"], {}, None), (["train"], {}, None), ([], {}, None),
+    ],
+)  # fmt: skip
+def test_threads_of_numpy_rest_in_commands_that_run_bundles(
+    arguments: list[str], said: dict[str, str], found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(said))
+    command_line._let_blas_rest(arguments)
+    assert os.environ.get("OPENBLAS_THREAD_TIMEOUT") == found
+
+
 def test_installed_command_starts() -> None:
     program = Path(sys.executable).parent / "edgellm"
     done = subprocess.run([program, "--help"], capture_output=True, text=True, check=True)

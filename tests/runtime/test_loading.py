@@ -9,12 +9,14 @@ from typing import Any
 
 import onnxruntime
 import pytest
-from tiny_bundles import attention_bundle, copied, edit_manifest, recurrent_bundle
+from tiny_bundles import attention_bundle, copied, edit_manifest, hidden_bundle, recurrent_bundle
 
 from edgellm_runtime import BackendError, BundleError, load
 from edgellm_runtime import loading as loading_module
+from edgellm_runtime.backends.ort import load_graph, session_options
 from edgellm_runtime.bundle import Bundle, sha256_of
 from edgellm_runtime.bundle import bundle as bundle_module
+from edgellm_runtime.graphs.onnx_file import nodes_of, read_model
 from edgellm_runtime.text import tokenizer as tokenizer_module
 
 WEIGHTS = "model.onnx.data"
@@ -84,6 +86,45 @@ def test_a_process_that_loads_and_steps_has_the_threads_that_were_asked_for(thre
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert int(done.stdout) <= threads
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_loading_imports_no_kernels_that_nobody_asks_for(threads: int) -> None:
+    bundle = hidden_bundle(quantize="int4")
+    code = f"""if True:
+        import sys, threading
+        from edgellm_runtime import load
+        load({str(bundle)!r}, threads={threads}, kernels="onnxruntime")
+        print("edgellm_runtime.model" in sys.modules, "edgellm_runtime.backends.kernel_test" in sys.modules)
+        print([name for name in sys.modules if name.startswith("edgellm_runtime.backends.own_")])
+        print(threading.active_count())
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["True True", "[]", "1"]
+
+
+def test_a_module_that_cannot_be_imported_beside_is_told_where_it_is_used() -> None:
+    with loading_module._importing("edgellm_runtime.no_such_module", beside=True):
+        pass
+
+
+def test_a_session_runs_the_nodes_that_all_of_the_library_s_optimizers_leave(tmp_path: Path) -> None:
+    graph = hidden_bundle(quantize="int4") / "model.onnx"
+    usual = session_options(1)
+    usual.optimized_model_filepath = str(tmp_path / "usual.onnx")
+    usual.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    onnxruntime.InferenceSession(str(graph), usual, providers=["CPUExecutionProvider"])
+    ours = session_options(1)
+    ours.optimized_model_filepath = str(tmp_path / "ours.onnx")
+    ours.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    load_graph(str(graph), graph, ours)
+    nodes = [
+        sorted(node["op_type"] for node in nodes_of(read_model((tmp_path / name).read_bytes())))
+        for name in ("usual.onnx", "ours.onnx")
+    ]
+    assert nodes[0] == nodes[1]
+    assert b"MatMulNBits" in nodes[0]
 
 
 @pytest.mark.parametrize("error", [BackendError("strange numbers"), None])

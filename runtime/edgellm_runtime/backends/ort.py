@@ -35,6 +35,9 @@ _MAKING = threading.Lock()  # of sessions, while the environment is changed for 
 _FOLDER = "session.model_external_initializers_file_folder_path"  # of the weights of a graph that is given as bytes
 # What the library makes of a product with 8-bit weights that are widened before it; by default one that rounds inputs.
 _FLOAT_PRODUCTS = "session.qdq_matmulnbits_accuracy_level"
+# Equal scalars of a graph become one, after which the library looks through the whole graph again: that takes 3 to 6 ms
+# of loading, and no step is faster for it.
+_NO_OPTIMIZERS = ["ConstantSharing"]
 _KEPT = 12  # bindings a state: two turns of single tokens, the chunk sizes of a prompt, and those of drafts
 
 
@@ -116,7 +119,9 @@ def load_graph(source: str | bytes, graph: Path, options: Any) -> Any:
     ort = library()
     try:
         with _attention_in_one_piece():
-            return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(
+                source, options, providers=["CPUExecutionProvider"], disabled_optimizers=_NO_OPTIMIZERS
+            )
     except Exception as error:  # the library raises many kinds of its own
         raise load_fault(f"ONNX Runtime {ort.__version__}", graph, error) from error
 
