@@ -8,11 +8,9 @@
 
 #include <algorithm>
 #include <cstring>
-#include <exception>
-#include <memory>
 
 #include "attention_step.h"
-#include "values.h"
+#include "custom_operator.h"
 
 namespace edgellm {
 namespace {
@@ -20,7 +18,6 @@ namespace {
 using ort::Api;
 using ort::KernelContext;
 using ort::KernelInfo;
-using ort::Status;
 
 constexpr int64_t kAlone = 8192;       // pairs of a query and a slot that are not worth a second thread
 constexpr int64_t kEnoughItems = 16;   // to share among threads as they are; fewer are cut into chunks
@@ -204,16 +201,6 @@ void join_pieces(const Step& s, int64_t groups) {
   }
 }
 
-void in_parallel(const Api* api, const Step& s, const KernelContext* context, bool alone, void (*f)(void*, size_t),
-                 int64_t parts) {
-  Step* step = const_cast<Step*>(&s);
-  if (!alone && parts > 1) {
-    using Parallel = Status*(const KernelContext*, void (*)(void*, size_t), size_t, size_t, void*);
-    return check(api->at<Parallel>(ort::kKernelContextParallelFor)(context, f, size_t(parts), 0, step));
-  }
-  for (int64_t part = 0; part < parts; part++) f(step, size_t(part));
-}
-
 // The cache's next state: the input's own memory, or a copy of it.
 uint8_t* cache_of(const Api* api, KernelContext* context, size_t input, size_t output, const Shape& shape, Cell cell) {
   const void* past = data_of<void>(api, input_of(api, context, input));
@@ -289,63 +276,38 @@ void run(const Kernel& kernel, KernelContext* context) {
   if (!many && queries.size() < elements) queries.resize(elements);
   s.q = many ? nullptr : queries.data();
   const bool alone = pairs <= kAlone;
-  in_parallel(api, s, context, alone, write_tokens, (s.batch * s.time + kTokensAtOnce - 1) / kTokensAtOnce);
+  const KernelContext* threads = alone ? nullptr : context;
+  in_parallel(api, threads, write_tokens, size_t(s.batch * s.time + kTokensAtOnce - 1) / kTokensAtOnce, &s);
   s.block = many ? many : kMostQueries;
   s.groups = (s.queries() + s.block - 1) / s.block;
   s.chunks = int((used + kChunk - 1) / kChunk);
   const int64_t groups = s.batch * kernel.cached_heads * s.groups;
-  if (many) return in_parallel(api, s, context, alone, attend_block, groups);
-  if (alone || groups >= kEnoughItems || s.chunks == 1) return in_parallel(api, s, context, alone, attend_group, groups);
+  if (many) return in_parallel(api, threads, attend_block, size_t(groups), &s);
+  if (alone || groups >= kEnoughItems || s.chunks == 1) return in_parallel(api, threads, attend_group, size_t(groups), &s);
   const size_t needed = size_t(groups) * s.chunks * kMostQueries * s.part_size();
   if (pieces.size() < needed) pieces.resize(needed);
   s.parts = pieces.data();
-  in_parallel(api, s, context, false, attend_piece, groups * s.chunks);
+  in_parallel(api, context, attend_piece, size_t(groups * s.chunks), &s);
   join_pieces(s, groups);
 }
 
-Status* fault(const Kernel& kernel, const char* what) {
-  const std::string message = std::string(kernel.name) + ": " + what;
-  return kernel.api->at<Status*(int, const char*)>(ort::kCreateStatus)(ort::kInvalidArgument, message.c_str());
-}
-
-Status* guarded(const Kernel& kernel, const std::function<void()>& work) {
-  try {
-    work();
-    return nullptr;
-  } catch (const Refused& refused) {
-    return refused.status;
-  } catch (const std::exception& error) {
-    return fault(kernel, error.what());
-  }
-}
-
-Status* compute(void* self, KernelContext* context) {
-  const Kernel& kernel = *static_cast<Kernel*>(self);
-  return guarded(kernel, [&] { run(kernel, context); });
-}
-
-Status* create(const ort::CustomOp* self, const Api* api, const KernelInfo* info, void** made) {
-  Kernel kernel{{best(), cell_of(self), false, false, 0, 0, 0, 0, 0}, self->name(self), api};
-  return guarded(kernel, [&] {
-    const int64_t heads = number_of(api, info, "num_heads"), cached = number_of(api, info, "kv_num_heads");
-    const int64_t window = number_of(api, info, "window");
-    if (kernel.form == nullptr) throw std::invalid_argument("it has no form for this processor");
-    if (heads < 1 || heads > 1 << 16 || cached < 1 || heads % cached != 0 || window < 0 || window > 1 << 30)
-      throw std::invalid_argument("sizes out of range");
-    kernel.heads = int(heads), kernel.cached_heads = int(cached), kernel.window = int(window);
-    kernel.turns = number_of(api, info, "do_rotary") != 0;
-    kernel.norms = number_of(api, info, "norms") != 0;
-    kernel.scale = float_attribute(api, info, "scale"), kernel.epsilon = float_attribute(api, info, "epsilon");
-    *made = new Kernel(kernel);
-  });
+std::unique_ptr<Kernel> kernel_of(const ort::CustomOp* self, const Api* api, const KernelInfo* info) {
+  auto kernel = std::make_unique<Kernel>(Kernel{{best(), cell_of(self), false, false, 0, 0, 0, 0, 0}, self->name(self), api});
+  const int64_t heads = number_of(api, info, "num_heads"), cached = number_of(api, info, "kv_num_heads");
+  const int64_t window = number_of(api, info, "window");
+  if (kernel->form == nullptr) throw std::invalid_argument("it has no form for this processor");
+  if (heads < 1 || heads > 1 << 16 || cached < 1 || heads % cached != 0 || window < 0 || window > 1 << 30)
+    throw std::invalid_argument("sizes out of range");
+  kernel->heads = int(heads), kernel->cached_heads = int(cached), kernel->window = int(window);
+  kernel->turns = number_of(api, info, "do_rotary") != 0;
+  kernel->norms = number_of(api, info, "norms") != 0;
+  kernel->scale = float_attribute(api, info, "scale"), kernel->epsilon = float_attribute(api, info, "epsilon");
+  return kernel;
 }
 
 Operator description(const char* (*name)(const ort::CustomOp*), Cell cell) {
-  Operator op{};
+  auto op = operator_named<Kernel, kernel_of, run, Operator>(name);
   op.cell = cell;
-  op.version = ort::kApiVersion;
-  op.name = name;
-  op.provider = [](const ort::CustomOp*) { return static_cast<const char*>(nullptr); };
   op.input_type = [](const ort::CustomOp* self, size_t i) {
     if (i == 1 || i == 2) return type_of(cell_of(self));
     return i == 3 || i == 4 ? ort::kInt32 : ort::kFloat;
@@ -357,16 +319,7 @@ Operator description(const char* (*name)(const ort::CustomOp*), Cell cell) {
     return i > 0 ? type_of(cell_of(self)) : ort::kFloat;
   };
   op.output_count = [](const ort::CustomOp*) -> size_t { return 3; };
-  op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   op.input_characteristic = [](const ort::CustomOp*, size_t i) { return i >= kInputs && i < kInputs + kOptional ? 1 : 0; };
-  op.output_characteristic = [](const ort::CustomOp*, size_t) { return 0; };
-  op.input_memory = [](const ort::CustomOp*, size_t) { return 0; };
-  op.variadic_input_minimum = op.variadic_output_minimum = [](const ort::CustomOp*) { return 1; };
-  op.variadic_input_homogeneous = op.variadic_output_homogeneous = [](const ort::CustomOp*) { return 1; };
-  op.create_kernel_2 = create;
-  op.compute_2 = compute;
-  op.start_version = [](const ort::CustomOp*) { return 1; };
-  op.end_version = [](const ort::CustomOp*) { return 0x7fffffff; };
   return op;
 }
 

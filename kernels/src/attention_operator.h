@@ -1,6 +1,5 @@
 // Attention as operators of ONNX Runtime.
 #pragma once
-#include <functional>
 #include <vector>
 
 #include "ort_abi.h"

@@ -5,8 +5,6 @@
 #include "experts_operator.h"
 
 #include <algorithm>
-#include <exception>
-#include <memory>
 #include <vector>
 
 #include "product_operator.h"
@@ -17,7 +15,6 @@ namespace {
 using ort::Api;
 using ort::KernelContext;
 using ort::KernelInfo;
-using ort::Status;
 
 constexpr size_t kMostPairs = 1024;  // of a row and its expert, of which what is between products is kept at a time
 constexpr size_t kConstants = 3;     // the first input that is one
@@ -225,21 +222,8 @@ void run(const Kernel& kernel, KernelContext* context) {
   }
 }
 
-template <class Body>
-Status* guarded(const Api* api, const char* name, Body body) {
-  try {
-    body();
-    return nullptr;
-  } catch (const Refused& refused) {
-    return refused.status;
-  } catch (const std::exception& error) {
-    const std::string message = std::string(name) + ": " + error.what();
-    return api->at<Status*(int, const char*)>(ort::kCreateStatus)(ort::kInvalidArgument, message.c_str());
-  }
-}
-
-std::unique_ptr<Kernel> kernel_of(const Api* api, const KernelInfo* info, const char* name) {
-  auto kernel = std::make_unique<Kernel>(Kernel{name, api, best(), 0, {}});
+std::unique_ptr<Kernel> kernel_of(const ort::CustomOp* self, const Api* api, const KernelInfo* info) {
+  auto kernel = std::make_unique<Kernel>(Kernel{self->name(self), api, best(), 0, {}});
   if (kernel->form == nullptr) throw std::invalid_argument("it has no form for this processor");
   const int64_t first = number_of(api, info, "first"), count = number_of(api, info, "experts");
   if (first < 0 || first > 1 << 20 || count < 1 || count > 1 << 20) throw std::invalid_argument("experts out of range");
@@ -258,31 +242,11 @@ std::unique_ptr<Kernel> kernel_of(const Api* api, const KernelInfo* info, const 
 }
 
 ort::CustomOp description() {
-  ort::CustomOp op{};
-  op.version = ort::kApiVersion;
-  op.name = [](const ort::CustomOp*) { return "ChosenExperts"; };
-  op.provider = [](const ort::CustomOp*) { return static_cast<const char*>(nullptr); };
+  auto op = operator_named<Kernel, kernel_of, run>([](const ort::CustomOp*) { return "ChosenExperts"; });
   op.input_type = [](const ort::CustomOp*, size_t i) { return i < kConstants ? ort::kFloat : ort::kAny; };
   op.input_count = [](const ort::CustomOp*) -> size_t { return kConstants + 1; };
-  op.output_type = [](const ort::CustomOp*, size_t) { return ort::kFloat; };
-  op.output_count = [](const ort::CustomOp*) -> size_t { return 1; };
-  op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   op.input_characteristic = [](const ort::CustomOp*, size_t i) { return i < kConstants ? 0 : 2; };  // or any number
-  op.output_characteristic = [](const ort::CustomOp*, size_t) { return 0; };
-  op.input_memory = [](const ort::CustomOp*, size_t) { return 0; };
-  op.variadic_input_minimum = op.variadic_output_minimum = [](const ort::CustomOp*) { return 1; };
   op.variadic_input_homogeneous = [](const ort::CustomOp*) { return 0; };
-  op.variadic_output_homogeneous = [](const ort::CustomOp*) { return 1; };
-  op.create_kernel_2 = [](const ort::CustomOp* self, const Api* api, const KernelInfo* info, void** made) {
-    const char* name = self->name(self);
-    return guarded(api, name, [&] { *made = kernel_of(api, info, name).release(); });
-  };
-  op.compute_2 = [](void* self, KernelContext* context) {
-    const Kernel& kernel = *static_cast<const Kernel*>(self);
-    return guarded(kernel.api, kernel.name, [&] { run(kernel, context); });
-  };
-  op.start_version = [](const ort::CustomOp*) { return 1; };
-  op.end_version = [](const ort::CustomOp*) { return 0x7fffffff; };
   return op;
 }
 

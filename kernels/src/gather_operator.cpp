@@ -3,11 +3,8 @@
 // memory it would bring its page along and some beside it, which would stay for good.
 #include "gather_operator.h"
 
-#include <exception>
-#include <memory>
-
+#include "custom_operator.h"
 #include "three_bits.h"
-#include "values.h"
 
 namespace edgellm {
 namespace {
@@ -15,7 +12,6 @@ namespace {
 using ort::Api;
 using ort::KernelContext;
 using ort::KernelInfo;
-using ort::Status;
 
 struct Table {
   const char* name;
@@ -79,23 +75,7 @@ void run(const Table& t, KernelContext* context) {
   for (int64_t i = 0; i < count; i++) widen_row(t, places[i] < 0 ? places[i] + t.rows : places[i], y + i * t.width);
 }
 
-template <class Work>
-Status* guarded(const Api* api, const char* name, Work work) {
-  const auto fault = [&](const char* what) {
-    const std::string message = std::string(name) + ": " + what;
-    return api->at<Status*(int, const char*)>(ort::kCreateStatus)(ort::kInvalidArgument, message.c_str());
-  };
-  try {
-    work();
-    return nullptr;
-  } catch (const Refused& refused) {
-    return refused.status;
-  } catch (const std::exception& error) {
-    return fault(error.what());
-  }
-}
-
-std::unique_ptr<Table> table_of(const Api* api, const KernelInfo* info, const char* name) {
+std::unique_ptr<Table> table_of(const ort::CustomOp* self, const Api* api, const KernelInfo* info) {
   const int64_t rows = number_of(api, info, "N"), width = number_of(api, info, "K");
   const int64_t stored = number_of(api, info, "bits"), block = number_of(api, info, "block_size");
   const bool three = stored == 3;
@@ -110,38 +90,18 @@ std::unique_ptr<Table> table_of(const Api* api, const KernelInfo* info, const ch
   const Scales scales = scales_of(api, info, 2, {{rows, blocks}}, rows, blocks);
   const uint8_t* zeros = nullptr;
   if (number_of(api, info, "zeros") != 0) zeros = constant<uint8_t>(api, info, 3, "zeros", ort::kUint8, {{rows, bytes}});
-  return std::unique_ptr<Table>(new Table{name, api, rows, int(width), int(bits), int(block), int(blocks), size_t(row),
-                                          size_t(bytes), codes, zeros, scales, three,
+  return std::unique_ptr<Table>(new Table{self->name(self), api, rows, int(width), int(bits), int(block), int(blocks),
+                                          size_t(row), size_t(bytes), codes, zeros, scales, three,
                                           {codes, size_t(rows * width * stored / 8)}});
 }
 
 ort::CustomOp description() {
-  ort::CustomOp op{};
-  op.version = ort::kApiVersion;
-  op.name = [](const ort::CustomOp*) { return "BlockGather"; };
-  op.provider = [](const ort::CustomOp*) { return static_cast<const char*>(nullptr); };
+  auto op = operator_named<Table, table_of, run>([](const ort::CustomOp*) { return "BlockGather"; });
   op.input_type = [](const ort::CustomOp*, size_t i) {
     return i == 0 ? ort::kInt64 : i == 2 ? ort::kAny : ort::kUint8;
   };
   op.input_count = [](const ort::CustomOp*) -> size_t { return 4; };
-  op.output_type = [](const ort::CustomOp*, size_t) { return ort::kFloat; };
-  op.output_count = [](const ort::CustomOp*) -> size_t { return 1; };
-  op.destroy = [](void* table) { delete static_cast<Table*>(table); };
   op.input_characteristic = [](const ort::CustomOp*, size_t i) { return i == 3 ? 1 : 0; };
-  op.output_characteristic = [](const ort::CustomOp*, size_t) { return 0; };
-  op.input_memory = [](const ort::CustomOp*, size_t) { return 0; };
-  op.variadic_input_minimum = op.variadic_output_minimum = [](const ort::CustomOp*) { return 1; };
-  op.variadic_input_homogeneous = op.variadic_output_homogeneous = [](const ort::CustomOp*) { return 1; };
-  op.create_kernel_2 = [](const ort::CustomOp* self, const Api* api, const KernelInfo* info, void** made) {
-    const char* name = self->name(self);
-    return guarded(api, name, [&] { *made = table_of(api, info, name).release(); });
-  };
-  op.compute_2 = [](void* self, KernelContext* context) {
-    const Table& table = *static_cast<const Table*>(self);
-    return guarded(table.api, table.name, [&] { run(table, context); });
-  };
-  op.start_version = [](const ort::CustomOp*) { return 1; };
-  op.end_version = [](const ort::CustomOp*) { return 0x7fffffff; };
   return op;
 }
 

@@ -4,8 +4,6 @@
 //   gated     the product's first half, through SiLU, times its second half; then a second product
 // BlockProduct has the second step alone, NormProduct the first two, GatedMlp the last two, NormGatedMlp all.
 #include <algorithm>
-#include <exception>
-#include <memory>
 #include <mutex>
 
 #include "attention_operator.h"
@@ -21,7 +19,6 @@ namespace {
 using ort::Api;
 using ort::KernelContext;
 using ort::KernelInfo;
-using ort::Status;
 
 constexpr int64_t kGatedRows = 128;     // of which what is between two products is kept at a time
 constexpr int64_t kMostRows = 1 << 20;  // of one product that are rounded and kept at a time
@@ -161,47 +158,22 @@ void run(const Kernel& kernel, KernelContext* context) {
   }
 }
 
-Status* fault(const Api* api, const char* name, const char* what) {
-  const std::string message = std::string(name) + ": " + what;
-  return api->at<Status*(int, const char*)>(ort::kCreateStatus)(ort::kInvalidArgument, message.c_str());
-}
-
-Status* compute(void* self, KernelContext* context) {
-  const Kernel& kernel = *static_cast<Kernel*>(self);
-  try {
-    run(kernel, context);
-    return nullptr;
-  } catch (const Refused& refused) {
-    return refused.status;
-  } catch (const std::exception& error) {
-    return fault(kernel.api, kernel.name, error.what());
-  }
-}
-
-Status* create(const ort::CustomOp* self, const Api* api, const KernelInfo* info, void** made) {
-  const Operator& op = *static_cast<const Operator*>(self);
-  const char* name = self->name(self);
-  try {
-    auto kernel = std::make_unique<Kernel>(Kernel{name, api, best(), op.norm, op.gated, 0, {}, {}});
-    if (kernel->form == nullptr) return fault(api, name, "it has no form for this processor");
-    const size_t at = op.norm ? 3 : 1;
-    kernel->first = product_of(api, info, at, "");
-    if (op.norm) kernel->epsilon = float_attribute(api, info, "epsilon");
-    if (op.gated) {
-      kernel->second = product_of(api, info, at + 3, "_down");
-      if (kernel->first.matrix.outputs != 2 * kernel->second.width || kernel->second.width % kUnit != 0)
-        return fault(api, name, "half of the first product must be what the second reads, a multiple of 32");
-    }
-    *made = kernel.release();
-    return nullptr;
-  } catch (const Refused& refused) {
-    return refused.status;
-  } catch (const std::exception& error) {
-    return fault(api, name, error.what());
-  }
-}
-
 const Operator& operator_of(const ort::CustomOp* self) { return *static_cast<const Operator*>(self); }
+
+std::unique_ptr<Kernel> kernel_of(const ort::CustomOp* self, const Api* api, const KernelInfo* info) {
+  const Operator& op = operator_of(self);
+  auto kernel = std::make_unique<Kernel>(Kernel{self->name(self), api, best(), op.norm, op.gated, 0, {}, {}});
+  if (kernel->form == nullptr) throw std::invalid_argument("it has no form for this processor");
+  const size_t at = op.norm ? 3 : 1;
+  kernel->first = product_of(api, info, at, "");
+  if (op.norm) kernel->epsilon = float_attribute(api, info, "epsilon");
+  if (op.gated) {
+    kernel->second = product_of(api, info, at + 3, "_down");
+    if (kernel->first.matrix.outputs != 2 * kernel->second.width || kernel->second.width % kUnit != 0)
+      throw std::invalid_argument("half of the first product must be what the second reads, a multiple of 32");
+  }
+  return kernel;
+}
 
 // Which of a product's constants an input is: 0 codes, 1 scales, 2 zeros; -1 if it comes before them.
 int constant_place(const ort::CustomOp* self, size_t i) {
@@ -210,11 +182,8 @@ int constant_place(const ort::CustomOp* self, size_t i) {
 }
 
 Operator description(const char* (*name)(const ort::CustomOp*), bool norm, bool gated) {
-  Operator op{};
+  auto op = operator_named<Kernel, kernel_of, run, Operator>(name);
   op.norm = norm, op.gated = gated;
-  op.version = ort::kApiVersion;
-  op.name = name;
-  op.provider = [](const ort::CustomOp*) { return static_cast<const char*>(nullptr); };
   op.input_type = [](const ort::CustomOp* self, size_t i) {  // codes are of either sign, scales of either size
     const int place = constant_place(self, i);
     return place == 0 || place == 1 ? ort::kAny : place == 2 ? ort::kUint8 : ort::kFloat;
@@ -222,18 +191,8 @@ Operator description(const char* (*name)(const ort::CustomOp*), bool norm, bool 
   op.input_count = [](const ort::CustomOp* self) -> size_t {
     return (operator_of(self).norm ? 3 : 1) + (operator_of(self).gated ? 6 : 3);
   };
-  op.output_type = [](const ort::CustomOp*, size_t) { return ort::kFloat; };
   op.output_count = [](const ort::CustomOp* self) -> size_t { return operator_of(self).norm ? 2 : 1; };
-  op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   op.input_characteristic = [](const ort::CustomOp* self, size_t i) { return constant_place(self, i) == 2 ? 1 : 0; };
-  op.output_characteristic = [](const ort::CustomOp*, size_t) { return 0; };
-  op.input_memory = [](const ort::CustomOp*, size_t) { return 0; };
-  op.variadic_input_minimum = op.variadic_output_minimum = [](const ort::CustomOp*) { return 1; };
-  op.variadic_input_homogeneous = op.variadic_output_homogeneous = [](const ort::CustomOp*) { return 1; };
-  op.create_kernel_2 = create;
-  op.compute_2 = compute;
-  op.start_version = [](const ort::CustomOp*) { return 1; };
-  op.end_version = [](const ort::CustomOp*) { return 0x7fffffff; };
   return op;
 }
 

@@ -18,15 +18,6 @@ size_t parts_of(size_t units, size_t bytes, size_t rows) {
   return std::clamp<size_t>(bytes / kLeastPart, 1, std::max(kFewParts, bytes / kLargePart));
 }
 
-void in_parallel(const ort::Api* api, const ort::KernelContext* context, void (*f)(void*, size_t), size_t parts,
-                 void* work, bool uneven) {
-  if (parts > 1) {
-    using Parallel = ort::Status*(const ort::KernelContext*, void (*)(void*, size_t), size_t, size_t, void*);
-    return check(api->at<Parallel>(ort::kKernelContextParallelFor)(context, f, parts, uneven ? parts : 0, work));
-  }
-  for (size_t part = 0; part < parts; part++) f(work, part);
-}
-
 void round_row(const Form& form, const Product& product, const float* x, float* own, int8_t* codes, float* scales,
                int32_t* minus_sums) {
   if (product.sums != 0) {

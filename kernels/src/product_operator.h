@@ -1,7 +1,7 @@
 // What operators with products share: their constants, and how the work is cut.
 #pragma once
+#include "custom_operator.h"
 #include "product.h"
-#include "values.h"
 
 namespace edgellm {
 
@@ -22,9 +22,5 @@ void round_row(const Form& form, const Product& product, const float* x, float* 
 
 // Into how many parts a product of some rows with matrices of so many units and bytes is cut.
 size_t parts_of(size_t units, size_t bytes, size_t rows);
-
-// f(work, part) for each part, on all threads. Each thread has its share of them, or, if they are uneven, takes the next.
-void in_parallel(const ort::Api* api, const ort::KernelContext* context, void (*f)(void*, size_t), size_t parts,
-                 void* work, bool uneven = false);
 
 }  // namespace edgellm
