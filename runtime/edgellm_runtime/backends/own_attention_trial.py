@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_runtime.backends.ort import library
-from edgellm_runtime.backends.own_kernels import find
+from edgellm_runtime.backends.own_kernels import trial_session
 from edgellm_runtime.graphs.own_attention import ATTENTIONS, DOMAIN
 from edgellm_runtime.graphs.writer import Attribute, Node, Shape, graph_bytes
 
@@ -17,8 +16,9 @@ __all__ = ["AttentionForm", "attention_error", "attention_form"]
 
 Array = NDArray[Any]
 _SIZE, _SLOTS, _SCALE, _WINDOW, _TURNED, _EPSILON = 32, 600, 0.2, 40, 16, 1e-5
-# Tokens that each row holds, and new ones: a prompt of rows of two lengths, a token, a piece over more than a chunk.
-_STEPS = (([0, 0], [7, 5]), ([300, 12], [1, 1]), ([511], [5]))
+# Tokens that each row holds, and new ones: a prompt of rows of two lengths, a token, a piece over more than a chunk, and a
+# piece that is long enough for keys to be turned for it (kFewQueries).
+_STEPS = (([0, 0], [7, 5]), ([300, 12], [1, 1]), ([511], [5]), ([250], [64]))
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,7 @@ class _Trial:
         self.norms = self.draw.uniform(0.5, 1.5, (2, _SIZE)).astype(np.float32)  # of queries and of keys
         angles = self.draw.uniform(0, 6, (_SLOTS, _TURNED // 2))
         self.tables = [np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)]
-        ort = library()
-        options = ort.SessionOptions()
-        options.log_severity_level, options.intra_op_num_threads = 4, 2
-        find(ort).add_to(options)
-        self.session = ort.InferenceSession(self._graph(), options, providers=["CPUExecutionProvider"])
+        self.session = trial_session(self._graph(), threads=2)
 
     def _graph(self) -> bytes:
         cache = self.cache

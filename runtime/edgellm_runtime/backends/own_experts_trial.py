@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_runtime.backends.ort import library
-from edgellm_runtime.backends.own_kernels import find
+from edgellm_runtime.backends.own_kernels import trial_session
 from edgellm_runtime.backends.own_product_trial import ProductForm, gated, product_form, product_trials
 from edgellm_runtime.graphs.own_attention import DOMAIN
 from edgellm_runtime.graphs.own_experts import EXPERTS
@@ -55,10 +54,7 @@ def experts_error(form: ExpertsForm) -> float:
         BackendError: the library is missing.
         Unusable: the kernels cannot run here.
     """
-    ort, draw = library(), np.random.default_rng(7)
-    options = ort.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 4, 1
-    find(ort).add_to(options)
+    draw = np.random.default_rng(7)
     experts = [list(product_trials((form.up, form.down), draw)) for _ in range(_EXPERTS)]
     up, down = experts[0]
     tensors = {
@@ -75,7 +71,7 @@ def experts_error(form: ExpertsForm) -> float:
     graph = graph_bytes(
         [node], dict.fromkeys(inputs, "float32"), {"y": "float32"}, tensors=tensors, shapes=inputs
     )  # fmt: skip
-    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    session = trial_session(graph)
     errors = []
     for rows in _ROWS:
         given = {name: draw.standard_normal((rows, int(sizes[1]))).astype(np.float32) for name, sizes in inputs.items()}

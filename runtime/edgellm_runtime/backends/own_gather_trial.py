@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_runtime.backends.kernel_test import packed_codes
-from edgellm_runtime.backends.ort import library
-from edgellm_runtime.backends.own_kernels import find
+from edgellm_runtime.backends.own_kernels import trial_session
 from edgellm_runtime.graphs.narrow_scales import random_scales, scale_bits_of, widened
 from edgellm_runtime.graphs.own_attention import DOMAIN
 from edgellm_runtime.graphs.own_gather import GATHER
@@ -62,10 +61,7 @@ def gather_error(form: GatherForm) -> float:
         BackendError: the library is missing.
         Unusable: the kernels cannot run here.
     """
-    ort, draw = library(), np.random.default_rng(7)
-    options = ort.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 4, 1
-    find(ort).add_to(options)
+    draw = np.random.default_rng(7)
     width = _BLOCKS * form.block
     codes = draw.integers(0, 1 << form.bits, (_ROWS, width)).astype(np.uint8)
     scales: Array = draw.uniform(0.01, 0.02, (_ROWS, _BLOCKS)).astype(np.float16)
@@ -82,7 +78,7 @@ def gather_error(form: GatherForm) -> float:
     sizes = {"N": _ROWS, "K": width, "bits": form.bits, "block_size": form.block, "zeros": int(form.zeros)}
     node = Node(GATHER, ["x", *tensors], ["y"], sizes, domain=DOMAIN)
     graph = graph_bytes([node], {"x": "int64"}, {"y": "float32"}, tensors=tensors, shapes={"x": ["rows", "time"]})
-    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    session = trial_session(graph)
     places = draw.integers(0, _ROWS, (3, 5))
     whole = codes.astype(np.float64) - np.repeat(points.astype(np.float64), form.block, 1)
     expected = (whole * np.repeat(scales.astype(np.float64), form.block, 1))[places]

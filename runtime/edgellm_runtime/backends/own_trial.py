@@ -23,7 +23,7 @@ from edgellm_runtime.backends.ort import library
 from edgellm_runtime.backends.own_attention_trial import AttentionForm, attention_error, attention_form
 from edgellm_runtime.backends.own_experts_trial import ExpertsForm, experts_error, experts_form
 from edgellm_runtime.backends.own_gather_trial import GatherForm, gather_error, gather_form
-from edgellm_runtime.backends.own_kernels import OwnKernels, Unusable, find, tell
+from edgellm_runtime.backends.own_kernels import OwnKernels, Unusable, find, tell, trial_session
 from edgellm_runtime.backends.own_product_trial import (
     ProductForm,
     ProductTrial,
@@ -95,14 +95,10 @@ def own_error(form: AnyForm, rows: Iterable[int] = FEW_ROWS) -> float:
         return gather_error(form)
     if isinstance(form, ExpertsForm):
         return experts_error(form)
-    ort, draw = library(), np.random.default_rng(7)
-    options = ort.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 4, 1
-    find(ort).add_to(options)
+    draw = np.random.default_rng(7)
     trials = list(product_trials(form.products, draw))
     gamma = draw.uniform(0.5, 1.5, trials[0].width).astype(np.float32) if "Norm" in form.op else None
-    graph = _graph(form, trials, gamma)
-    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    session = trial_session(_graph(form, trials, gamma))
     return max(_off(session, trials, gamma, count, draw) for count in rows)
 
 

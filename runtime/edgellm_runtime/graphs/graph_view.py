@@ -111,6 +111,13 @@ class GraphView:
         """The places of the nodes that read a value."""
         return frozenset(self._readers.get(name, ()))
 
+    def only_reader(self, name: str, op: str, domain: str = "") -> int | None:
+        """The place of the one node that reads a value, if it is of that operator and nothing else needs the value."""
+        readers = self.readers(name)
+        place = next(iter(readers)) if len(readers) == 1 and self.inner(name, readers) else None
+        same = place is not None and (self.nodes[place].op, self.domain(place)) == (op, domain)
+        return place if same else None
+
     def inner(self, name: str, readers: Collection[int]) -> bool:
         """Whether nothing but these nodes needs a value."""
         return name not in self._kept and self._readers.get(name, _NOBODY).issubset(readers)

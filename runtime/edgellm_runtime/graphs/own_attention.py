@@ -142,7 +142,7 @@ def _caches(view: GraphView, past: tuple[str, ...], present: tuple[str, ...]) ->
     after: Sequence[int | None] = ()
     if any(view.input(name) is None for name in past):
         before = [view.made_by(name, "Cast") for name in past]
-        after = [_only_cast(view, name) for name in present]
+        after = [view.only_reader(name, "Cast") for name in present]
         places = [place for place in (*before, *after) if place is not None]
         if (
             len(set(places)) != 4
@@ -161,13 +161,6 @@ def _caches(view: GraphView, past: tuple[str, ...], present: tuple[str, ...]) ->
 
 def _known(places: Iterable[int | None]) -> frozenset[int]:
     return frozenset(place for place in places if place is not None)
-
-
-def _only_cast(view: GraphView, name: str) -> int | None:
-    """The cast that alone reads a value."""
-    readers = view.readers(name)
-    place = next(iter(readers)) if len(readers) == 1 and view.inner(name, readers) else None
-    return place if place is not None and (view.node(place).op, view.domain(place)) == ("Cast", "") else None
 
 
 def _attributes(

@@ -298,7 +298,7 @@ def _row_scale(view: GraphView, row: str, scale: str, zero: str) -> set[int]:
 
 def _gated(view: GraphView, first: _Product, products: Mapping[str, _Product]) -> _Operation | None:
     """A product whose halves are multiplied, the first through SiLU, and the product that reads what comes of it."""
-    split = _reader(view, first.gives, "Split")
+    split = view.only_reader(first.gives, "Split")
     half = first.sizes["N"] // 2
     if split is None or first.sizes["N"] % (2 * UNIT) or view.node(split).numbers.get("axis") != -1:
         return None
@@ -327,17 +327,9 @@ def _width(product: _Product) -> int:
     return product.sizes["K"] * sums // (sums + 1) if sums else product.sizes["K"]
 
 
-def _reader(view: GraphView, name: str, op: str) -> int | None:
-    """The one node that reads a value, if it is of that operator and nothing else needs the value."""
-    readers = view.readers(name)
-    place = next(iter(readers)) if len(readers) == 1 else None
-    fits = place is not None and (view.node(place).op, view.domain(place)) == (op, "") and view.inner(name, readers)
-    return place if fits else None
-
-
 def _times(view: GraphView, name: str, other: str) -> int | None:
     """The one node that reads a value, if it multiplies it with another."""
-    place = _reader(view, name, "Mul")
+    place = view.only_reader(name, "Mul")
     return place if place is not None and sorted(view.node(place).inputs) == sorted([name, other]) else None
 
 
