@@ -12,6 +12,8 @@ from edgellm.cli.device import device_option
 from edgellm.cli.progress import stages
 from edgellm.cli.standard_streams import print_json
 from edgellm.cli.threads import threads_option
+from edgellm_runtime.kernel_choice import CHOICES
+from edgellm_runtime.kernel_choice import VARIABLE as KERNELS
 
 __all__ = ["evaluate", "evaluate_bundle"]
 
@@ -40,13 +42,16 @@ __all__ = ["evaluate", "evaluate_bundle"]
 @click.option("--adapter", default=None, metavar="NAME", help="Measure with this adapter of the bundle's.  "
               "[default: none]")  # fmt: skip
 @device_option
+@click.option("--kernels", type=click.Choice(CHOICES), default=None, show_default=False, help="Whose kernels to run: "
+              "own are those of the package edgellm-kernels.  "
+              f"[default: those that {KERNELS} says, else onnxruntime]")  # fmt: skip
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 @click.pass_context
 def evaluate(
     context: click.Context, /, bundle: Path, file: Path | None, against: Path | None, tokens: int, window: int,
-    write_receipt: bool, receipt: bool, adapter: str | None, device: str, threads: int | None, as_json: bool,
-    **of_task: Any,
+    write_receipt: bool, receipt: bool, adapter: str | None, device: str, kernels: str | None, threads: int | None,
+    as_json: bool, **of_task: Any,
 ) -> int:  # fmt: skip
     """Measure how well BUNDLE predicts a text, or does its task.
 
@@ -71,8 +76,9 @@ def evaluate(
             raise click.UsageError("--task needs its test data: --data FILE")
         with stages() as tell:
             result = evaluate_model(
-                bundle, **of_task, window=window, adapter=adapter, device=device, threads=threads, tell=tell
-            )
+                bundle, **of_task, window=window, adapter=adapter, device=device, kernels=kernels, threads=threads,
+                tell=tell,
+            )  # fmt: skip
         print_json(result) if as_json else print_report(result)
         return 0
     _refuse(given & of_task.keys(), "belongs to --task NAME, which is not given")
@@ -82,7 +88,8 @@ def evaluate(
         raise click.UsageError("--write-receipt needs --against CHECKPOINT, and goes without --receipt")
     if receipt or write_receipt:
         _refuse(given & {"adapter"}, "goes without a receipt, which is of the bundle without one")
-    measure = partial(evaluate_bundle, bundle, file, against, adapter=adapter, device=device, threads=threads)
+    run: dict[str, Any] = {"adapter": adapter, "device": device, "kernels": kernels, "threads": threads}
+    measure = partial(evaluate_bundle, bundle, file, against, **run)
     if receipt:
         from edgellm.cli.receipt import measure_again
 
@@ -116,14 +123,15 @@ def _refuse(names: set[str], why: str) -> None:
 
 def evaluate_bundle(
     path: Path, file: Path, against: Path | None = None, *, tokens: int = 4096, window: int = 512, skip: int = 0,
-    adapter: str | None = None, device: str = "auto", threads: int | None = None, tell: Any,
+    adapter: str | None = None, device: str = "auto", kernels: str | None = None, threads: int | None = None,
+    tell: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """The figures; the keys are those of ``--json``."""
     from edgellm_runtime import OptionError, load
     from edgellm_runtime.checks.evaluate import evaluate as run
     from edgellm_runtime.checks.receipt import Asked, read_windows
 
-    model = load(path, device=device, threads=threads).with_adapter(adapter)
+    model = load(path, device=device, kernels=kernels, threads=threads).with_adapter(adapter)
     if model.tokenizer is None:
         raise OptionError(f"{path}: has no tokenizer, so it cannot read a text; export it with one")
     try:

@@ -23,7 +23,8 @@ _WIDTH = 100  # characters of each line of theirs
 def evaluate_model(
     path: Path, *, task: str, data: Path, limit: int | None = None, beams: int | None = None,
     baseline: Path | None = None, predictions: Path | None = None, window: int = 512,
-    adapter: str | None = None, device: str = "auto", threads: int | None = None, tell: Any,
+    adapter: str | None = None, device: str = "auto", kernels: str | None = None, threads: int | None = None,
+    tell: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """The figures; the keys are those of ``--json``.
 
@@ -38,6 +39,7 @@ def evaluate_model(
         window: of generation: tokens read from an empty state at a time.
         adapter: the name of one of the bundle's; None for none.
         device: where a bundle runs.
+        kernels: whose, as :func:`edgellm_runtime.load` takes it; of a bundle alone.
         threads: CPU threads.
         tell: told what is done and how much of it.
     """
@@ -52,7 +54,7 @@ def evaluate_model(
         _check_replaceable(predictions)
     examples = read_examples(data, task, limit or 0)
     tell("reading the model", 0.0)
-    runner, kind = open_runner(path, task, adapter=adapter, device=device, threads=threads)
+    runner, kind = open_runner(path, task, adapter=adapter, device=device, kernels=kernels, threads=threads)
     report = evaluate_task(
         runner, task, examples, beams=beams, window=window, progress=lambda share: tell("asking the model", share)
     )
@@ -66,19 +68,22 @@ def evaluate_model(
 
 
 def open_runner(
-    path: Path, task: str, *, adapter: str | None = None, device: str = "auto", threads: int | None = None
-) -> tuple[Any, str]:
+    path: Path, task: str, *, adapter: str | None = None, device: str = "auto", kernels: str | None = None,
+    threads: int | None = None,
+) -> tuple[Any, str]:  # fmt: skip
     """A model behind its task's methods, and whether it is a ``bundle`` or a ``checkpoint``.
 
     Raises:
-        OptionError: it was made for another task, has no tokenizer, or no such adapter.
+        OptionError: it was made for another task, has no tokenizer, or no such adapter; kernels for a checkpoint.
     """
     from edgellm_runtime import OptionError, load
 
     if (path / "manifest.json").is_file():
-        model = load(path, device=device, threads=threads)
+        model = load(path, device=device, kernels=kernels, threads=threads)
         session, tokenizer, spec, kind = model.session, model.tokenizer, model.bundle.manifest.task, "bundle"
     else:
+        if kernels is not None:
+            raise OptionError(f"kernels {kernels!r} for a checkpoint, which PyTorch runs; leave them out")
         session, tokenizer, spec = _checkpoint(path, device, threads)
         kind = "checkpoint"
     session = session.with_adapter(adapter)

@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tiny_bundles import attention_bundle, recurrent_bundle
 
+import edgellm_runtime
+from edgellm.cli import run
 from edgellm.cli.eval import evaluate_bundle
-from edgellm_runtime import load
+from edgellm.cli.eval_task import open_runner
+from edgellm_runtime import OptionError, load
 from edgellm_runtime.checks import evaluate as module
 from edgellm_runtime.checks.evaluate import distances, evaluate, negative_log_likelihood, piece_length, windows_of
 from edgellm_runtime.checks.receipt import beginning_of
@@ -136,3 +140,25 @@ def test_evaluating_a_bundle_gives_perplexity_and_progress(tmp_path: Path) -> No
     assert result["perplexity"] == pytest.approx(evaluate(model.session, windows_of(tokens, 40, 80)).perplexity)
     assert result["tokens"] == 78
     assert told[-1] == ("predicting", 1.0)
+
+
+@pytest.mark.parametrize("task", [False, True])
+def test_eval_runs_the_kernels_that_are_asked_for(task: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    def loading(path: Path, *, kernels: str | None, **options: Any) -> Any:
+        asked.append(kernels)
+        return load(path, **options)
+
+    monkeypatch.setattr(edgellm_runtime, "load", loading)
+    (tmp_path / "text").write_text("the user said hello to the world " * 9)
+    (tmp_path / "data").write_text('{"text": "the user said hello"}\n')
+    given = ["--task", "generation", "--data", tmp_path / "data"] if task else ["--text", tmp_path / "text"]
+    for kernels in ([], ["--kernels", "own"]):
+        assert run(["eval", *map(str, (attention_bundle(), *given, *kernels))]) == 0
+    assert asked == [None, "own"]
+
+
+def test_a_checkpoint_has_no_kernels_to_choose(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="kernels 'own' for a checkpoint, which PyTorch runs; leave them out"):
+        open_runner(tmp_path, "generation", kernels="own")
