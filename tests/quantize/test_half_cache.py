@@ -44,6 +44,9 @@ def test_a_16_bit_cache_is_next_to_float32_at_half_of_the_memory(family: str, tm
     report = compare(model, open_session(made.bundle, threads=1), [WINDOW.tolist()])
     assert report.kl < 1e-6
     assert report.logits < 2e-3
+    assert report.state < 1e-3
+    bounds = made.bundle.manifest.bounds
+    assert {name: bounds[name] for name in ("kl", "state", "logits")} == {"kl": 1e-4, "state": 0.01, "logits": 0.02}
 
 
 def step_by_step(session: Session, tokens: np.ndarray, cuts: list[int], state: State) -> np.ndarray:

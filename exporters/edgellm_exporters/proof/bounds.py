@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from edgellm_exporters.proof.stand_in import bounds_in
 from edgellm_exporters.proof.traces import Trace
 from edgellm_exporters.quantize.methods import find_method
 from edgellm_runtime.spec import Signature
@@ -16,10 +17,17 @@ _FAVOURITE = 1e-3  # mean probability of the most likely token; a model that was
 
 
 def held_by(bounds: Mapping[str, float], signature: Signature, dtype: str) -> Mapping[str, float]:
-    """A method's bounds; of float weights, those of 8 bits if the cache has fewer bits. Its codes are not compared."""
-    if not any(spec.dtype == "int8" or spec.dtype == "float16" != dtype for spec in signature.state):
+    """A method's bounds; of float weights, those of what rounds as much as their cache does, if that has fewer bits.
+
+    For codes these are the bounds of 8-bit weights, for float16 those of a graph in float16, which rounds no less. Codes
+    are not compared.
+    """
+    kept = {spec.dtype for spec in signature.state} - {dtype}
+    if not kept & {"int8", "float16"}:
         return bounds
-    found = find_method("int8").bounds if bounds == find_method("none").bounds else bounds
+    found = bounds
+    if bounds == find_method("none").bounds:
+        found = find_method("int8").bounds if "int8" in kept else bounds_in(bounds, "float16")
     compared = any(spec.dtype != "int8" for spec in signature.state)
     return {name: bound for name, bound in found.items() if compared or name != "state"}
 
