@@ -17,6 +17,7 @@ from edgellm_exporters.quantize.plan import Scheme
 from edgellm_exporters.quantize.rtn import round_to_nearest
 from edgellm_exporters.quantize.tuning import own_words as own_words_module
 from edgellm_exporters.quantize.tuning import tune as tune_module
+from edgellm_exporters.quantize.tuning.distill import _Model
 from edgellm_exporters.quantize.tuning.divergence import divergence
 from edgellm_exporters.quantize.tuning.held import HeldWeights
 from edgellm_exporters.quantize.tuning.layer_stream import shell_of
@@ -162,6 +163,13 @@ def test_text_of_the_models_own_is_learned_from_and_told(monkeypatch: pytest.Mon
     without = run(model, plan_of(model), tuning(own_tokens=0, distilling_steps=2))
     assert 0 < read[0] - read[1] == with_own.tuned["own_tokens"] // CONTEXT
     assert without.tuned["own_tokens"] == 0
+
+
+def test_rows_of_a_table_without_codes_have_no_gradient() -> None:
+    model: Any = make("decoder")
+    found = _Model(shell_of(model), OwnWeights(model), {}, (), ()).rows("embedding.weight", torch.tensor([3, 1]))
+    assert not found.requires_grad
+    torch.testing.assert_close(found, model.embedding.weight[[3, 1]].detach(), rtol=0, atol=0)
 
 
 def test_the_precision_of_products_is_put_back() -> None:

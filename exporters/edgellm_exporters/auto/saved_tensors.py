@@ -1,6 +1,7 @@
 """What autograd saves between forward and backward, out of memory: weights are read again, the rest is on disk.
 
-Numbers, shapes and strides, but for axes of size 1, are those that were saved, so that gradients have the same bits.
+Numbers, shapes and strides, but for axes of size 1, are those that were saved, so that on one processor, with as many
+threads, gradients have the same bits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Codes, scales and vectors learned end to end, by the float model's distributions of the next token.
 
-Beside the codes only what moves is in memory: weights are made of codes where they are multiplied with, their gradients
-are used up where they arise, and layers are computed again for the gradient, of their inputs.
+Beside the codes, in memory are what moves and one copy of each weight, made of its codes once a step: gradients of
+weights are used up where they arise, and layers are computed again for the gradient, of their inputs.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def distilled(
     shell: nn.Module, weights: Weights, coded: Mapping[str, CodedWeight], vectors: Collection[str], tokens: Tensor,
     teacher: Source, *, paths: Sequence[str], learn: int, steps: Callable[[int], int], generator: torch.Generator,
 ) -> Distilled:  # fmt: skip
-    """Learn the codes and scales of all weights at once, and the gains of norms with them.
+    """Learn the codes and scales of all weights that are tunable at once, and some vectors with them.
 
     Args:
         shell: the model, its parameters on the meta device.
@@ -169,7 +169,7 @@ class _Model:
         """See :class:`Source`; a table's rows are looked up without a gradient."""
         if name in self._learned:
             return self._learned[name].rows(some)
-        return torch.cat([self._chosen.rows(name, i, i + 1) for i in some.tolist()])
+        return torch.cat([self._chosen.rows(name, i, i + 1) for i in some.tolist()]).detach()
 
     def read(self, name: str) -> Tensor:
         """See :class:`Source`."""

@@ -59,7 +59,7 @@ class LearnedWeight:
         return torch.Size((len(self._codes), self._codes.shape[1] * self._codes.shape[2]))
 
     def begin_at(self, weight: Tensor) -> None:
-        """Let each float begin where the weight was, as far as its code allows.
+        """Let each float begin on the way from its code to where the weight was, as far as the code allows.
 
         Args:
             weight: (rows, columns), multiplied with ``column`` and ``row``.
@@ -162,7 +162,7 @@ def _pace(square: Tensor, mean: Tensor, decayed: float) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """X W^T, where W is made of codes again for the gradient, and its own gradient used up."""
+    """X W^T, where W is not kept for the gradient but asked for again, and its own gradient is used up."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, weight: LearnedWeight, dtype: torch.dtype) -> Tensor:

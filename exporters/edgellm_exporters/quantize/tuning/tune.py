@@ -43,7 +43,7 @@ _MOST_HELD = 16  # windows that are held back, at most
 _VERSION = 4  # of the method: layers that another one finished are not taken over
 _PASSES = 1.5  # what follows a layer's steps, in times that the float layer takes to read all
 _HELD = 9  # one window of so many is held back
-_TIMED = (2, 8, 32, 128)  # steps after which it is looked how long the last ones took; the first read weights, too
+_TIMED = (2, 8, 32, 128, 512)  # steps after which it is looked how long the last ones took; the first read weights, too
 Progress = Callable[[str, float], None]
 
 
@@ -289,7 +289,7 @@ def _told(what: str, before: float, after: float, steps: int) -> dict[str, Any]:
 
 
 class _Pace:
-    """How many steps there is time for, told after the first ones.
+    """How many steps there is time for, counted again after each of :data:`_TIMED`.
 
     Args:
         tuning: has the clock.
