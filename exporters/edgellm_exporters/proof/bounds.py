@@ -19,8 +19,8 @@ _FAVOURITE = 1e-3  # mean probability of the most likely token; a model that was
 def held_by(bounds: Mapping[str, float], signature: Signature, dtype: str) -> Mapping[str, float]:
     """A method's bounds; of float weights, those of what rounds as much as their cache does, if that has fewer bits.
 
-    For codes these are the bounds of 8-bit weights, for float16 those of a graph in float16, which rounds no less. Codes
-    are not compared.
+    For codes these are the bounds of 8-bit weights, for float16 those of a graph in float16, which rounds no less.
+    Codes are not compared.
     """
     kept = {spec.dtype for spec in signature.state} - {dtype}
     if not kept & {"int8", "float16"}:

@@ -16,8 +16,8 @@ __all__ = ["AttentionForm", "attention_error", "attention_form"]
 
 Array = NDArray[Any]
 _SIZE, _SLOTS, _SCALE, _WINDOW, _TURNED, _EPSILON = 32, 600, 0.2, 40, 16, 1e-5
-# Tokens that each row holds, and new ones: a prompt of rows of two lengths, a token, a piece over more than a chunk, one
-# that is long enough for keys to be turned for it (kFewQueries).
+# Tokens that each row holds, and new ones: a prompt of rows of two lengths, a token, a piece over more than a chunk,
+# and one that is long enough for keys to be turned for it (kFewQueries).
 _STEPS = (([0, 0], [7, 5]), ([300, 12], [1, 1]), ([511], [5]), ([250], [64]))
 
 
