@@ -268,7 +268,7 @@ def _write_weights(
 ) -> tuple[dict[str, Any], Mapping[str, float], Plan, TensorSpec | None]:  # fmt: skip
     """The graph with its weights into ``scratch``; what the manifest says, bounds, plan, output of hidden states."""
     if options.budget is None:
-        graphs, plan = _planned(model, weights, target, options, rows, notes, progress)
+        graphs, plan = _planned(model, weights, target, options, rows, scratch, notes, progress)
         hidden = hidden_of(graphs.step)
         write(graphs, plan)
         record = recorded(plan, options.quantize, calibrated=bool(options.calibration))
@@ -290,7 +290,7 @@ def _write_weights(
 
 def _planned(
     model: LanguageModel, weights: Weights, target: Target, options: ExportOptions, rows: Sequence[Sequence[int]],
-    notes: list[str], progress: Progress,
+    scratch: Path, notes: list[str], progress: Progress,
 ) -> tuple[Graphs, Plan]:  # fmt: skip
     """The graphs before lowering, and which of its weights to quantize how; to ``notes``, what lacks a kernel."""
     graphs = capture_graphs(model, weights, hidden=options.hidden)
@@ -303,16 +303,17 @@ def _planned(
     give_back()
     gc.freeze()  # so too what tracing made PyTorch keep
     assert isinstance(model, nn.Module)
-    with resident(model, weights):
-        method = find_method(options.quantize, target.methods)
-        plan = make_plan(
-            method, captured, model, rows, options.calibration, progress, weights, encoder=graphs.encoder
-        )  # fmt: skip
-        if options.kv_cache != "float32":
-            progress("looking at keys and values", 0.0)
-            seen = options.calibration[:_CACHE_WINDOWS] or rows
-            names, plan.cache_left = cached_states(captured, model.state_specs(), target.narrow_caches)
-            even = [row for row in seen if len(row) == len(seen[0])]
+    method = find_method(options.quantize, target.methods)
+    plan = make_plan(
+        method, captured, model, rows, options.calibration, progress, weights, encoder=graphs.encoder,
+        layers=list(layer_modules(model)), scratch=scratch,
+    )  # fmt: skip
+    if options.kv_cache != "float32":
+        progress("looking at keys and values", 0.0)
+        seen = options.calibration[:_CACHE_WINDOWS] or rows
+        names, plan.cache_left = cached_states(captured, model.state_specs(), target.narrow_caches)
+        even = [row for row in seen if len(row) == len(seen[0])]
+        with resident(model, weights):
             if options.kv_cache == "float16":
                 plan.halves = half_caches(model, names, plan.cache_left, even)
             else:

@@ -15,8 +15,9 @@ from edgellm import streaming
 from edgellm.streaming import OwnWeights, resident
 from edgellm_exporters.auto import saved_tensors
 from edgellm_exporters.auto.fisher import Gathered, _backward, _recording, gather
-from edgellm_exporters.auto.saved_tensors import SavedTensors, ScratchFile
+from edgellm_exporters.auto.saved_tensors import SavedTensors
 from edgellm_exporters.quantize.tuning.layer_stream import shell_of
+from edgellm_exporters.weights.scratch_file import ScratchFile
 
 WINDOWS = torch.randint(0, VOCAB, (3, 24), generator=torch.Generator().manual_seed(0)).tolist()
 

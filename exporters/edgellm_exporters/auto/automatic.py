@@ -97,8 +97,7 @@ class Automatic:
 
     def largest(self, progress: Progress) -> dict[str, Any]:
         """The magnitudes of layers' inputs, which smoothing goes by."""
-        with resident(self.model, self.weights):
-            return largest_inputs(self._module, self.calibration, partial(progress, "looking at inputs"))
+        return largest_inputs(self._module, self.calibration, partial(progress, "looking at inputs"), self.weights)
 
     def build(
         self, schemes: Mapping[str, Scheme], largest: Mapping[str, Any], directory: Path, progress: Progress
@@ -106,10 +105,11 @@ class Automatic:
         """Write the graph with those formats."""
         captured = self.graph()
         done = smoothed(captured, largest)
-        with resident(self.model, self.weights):
-            plan = plan_of(schemes, done, self._module, self.calibration, progress)
+        paths = list(layer_modules(self._module))
+        plan = plan_of(
+            schemes, done, self._module, self.calibration, progress, self.weights, layers=paths, scratch=directory
+        )  # fmt: skip
         if self.tuning is not None:
-            paths = list(layer_modules(self._module))
             plan = tuned(plan, self._module, self.weights, paths, [captured], self.tuning, progress)
         write_graph(lower_to(captured, self.target, plan), directory, progress)
         return Built(sum(file.stat().st_size for file in directory.iterdir()), plan)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from edgellm.streaming import Weights, resident
-from edgellm_exporters.auto.saved_tensors import SavedTensors, ScratchFile
+from edgellm_exporters.auto.saved_tensors import SavedTensors
+from edgellm_exporters.weights.scratch_file import ScratchFile
 
 __all__ = ["Gathered", "gather"]
 

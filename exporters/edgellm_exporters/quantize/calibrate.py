@@ -1,14 +1,15 @@
-"""What real text puts into each linear layer: what calibrated methods weigh errors with. One layer at a time.
+"""What real text puts into each linear layer: what calibrated methods weigh errors with.
 
-All windows run as one batch, so that a single pass through the model meets each layer once with everything it will
-read: statistics live no longer than the layer they are for.
+Statistics live no longer than the layer they are for: all windows pass the model together, at once where they are few
+and the model is small, otherwise layer by layer (see :mod:`.calibrate_layers`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgellm.models.protocol import logit_width, read_rows
+from edgellm.streaming import OwnWeights, Weights, resident
 from edgellm_exporters.errors import QuantizeError
+from edgellm_exporters.quantize.calibrate_layers import GROUP_TOKENS, Factors, calls_of, quantize_by_layers
+from edgellm_exporters.quantize.codes_on_disk import ChosenCodes
 from edgellm_exporters.quantize.gptq import gptq
-from edgellm_exporters.quantize.named_weights import is_parametrized
+from edgellm_exporters.quantize.named_weights import is_parametrized, named_weights
 from edgellm_exporters.quantize.plan import Codes, Scheme
 from edgellm_exporters.weights.memory import trim
 
 __all__ = ["MIN_TOKENS", "check_windows", "largest_inputs", "quantize_in_turn"]
 
 MIN_TOKENS = 2048
+_WHOLE_BYTES = 64 << 20  # of what all windows together put into the widest layer, to be run at once
 Array = NDArray[np.float32]
 Progress = Callable[[float], None]
 Visit = Callable[[str, nn.Linear, Tensor], None]
@@ -42,7 +47,8 @@ def check_windows(windows: Sequence[Sequence[int]]) -> None:
 
 
 def largest_inputs(
-    model: nn.Module, windows: Sequence[Sequence[int]], progress: Progress = lambda _: None
+    model: nn.Module, windows: Sequence[Sequence[int]], progress: Progress = lambda _: None,
+    weights: Weights | None = None,
 ) -> dict[str, Array]:  # fmt: skip
     """The largest magnitude in each column of what a linear layer reads, by the name of its weight.
 
@@ -50,6 +56,7 @@ def largest_inputs(
         model: in eval mode.
         windows: rows of token ids, each read from an empty state.
         progress: told the share that is done.
+        weights: where the parameters of a model on the meta device are read.
 
     Raises:
         QuantizeError: a layer read something that is not finite.
@@ -61,14 +68,30 @@ def largest_inputs(
         if not np.isfinite(found[name]).all():
             raise QuantizeError(f"{name}: real text gives it NaN or infinite inputs; check the checkpoint")
 
-    _visit(model, windows, visit, None, progress)  # a block that is run at several places reads something else at each
+    # a block that is run at several places reads something else at each
+    with resident(model, weights or OwnWeights(model)):
+        for number, some in enumerate(groups := _grouped(_even(windows))):
+            _visit(model, some, visit, None, lambda _: None)
+            progress((number + 1) / len(groups))
     return found
+
+
+def _even(windows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Rows as long as the first: those of another length would need padding, and are left out."""
+    return [list(window) for window in windows if len(window) == len(windows[0])]
+
+
+def _grouped(windows: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]]:
+    """Windows, as many together as are run at a time."""
+    step = max(1, GROUP_TOKENS // len(windows[0]))
+    return [windows[start : start + step] for start in range(0, len(windows), step)]
 
 
 def quantize_in_turn(
     model: nn.Module, windows: Sequence[Sequence[int]], schemes: Mapping[str, Scheme],
     columns: Mapping[str, Array], rows: Mapping[str, Array], progress: Progress = lambda _: None,
-) -> dict[str, Codes]:  # fmt: skip
+    weights: Weights | None = None, layers: Sequence[str] = (), scratch: Path | None = None,
+) -> Mapping[str, Codes]:  # fmt: skip
     """GPTQ, layer after layer; each layer's inputs come from the layers before it as they were quantized.
 
     A layer that is run at several places is quantized for the inputs of all of them. Those of the first are what the
@@ -81,24 +104,49 @@ def quantize_in_turn(
         columns: factors that the weights' columns are smoothed with, by the same names.
         rows: those of their rows.
         progress: told the share that is done.
+        weights: where the parameters of a model on the meta device are read.
+        layers: paths of the model's layers, of which one is run at a time where all would take much memory.
+        scratch: a directory for what is computed meanwhile, and for codes; None for where temporary files are.
 
     Returns:
         The numbers of each weight, smoothed.
     """
-    found: dict[str, Codes] = {}
+    source, even = weights or OwnWeights(model), _even(windows)
+    factors = Factors(columns, rows)
+    if _widest(model, schemes) * sum(map(len, even)) * 4 > _WHOLE_BYTES:
+        calls = calls_of(model, source, even[0][0], layers, schemes)
+        if calls is not None:
+            return quantize_by_layers(model, source, even, schemes, factors, calls, scratch, progress)
+    with resident(model, source):
+        return _quantize_at_once(model, windows, schemes, factors, progress, scratch)
+
+
+def _widest(model: nn.Module, names: Container[str]) -> int:
+    """The most columns of a linear layer's weight."""
+    found = [p.shape[-1] for name, p in named_weights(model).items() if name in names]
+    return max(found, default=0)
+
+
+def _quantize_at_once(
+    model: nn.Module, windows: Sequence[Sequence[int]], schemes: Mapping[str, Scheme], factors: Factors,
+    progress: Progress, scratch: Path | None,
+) -> ChosenCodes:  # fmt: skip
+    """All windows as one batch, so that the model is passed once: what others are held to, and any model can do."""
+    found = ChosenCodes(scratch)
     elsewhere = _inputs_elsewhere(model, windows, set(schemes))
 
     def visit(name: str, module: nn.Linear, x: Tensor) -> None:
         if name not in schemes:
             return
-        column = torch.from_numpy(columns.get(name, np.ones(x.shape[1], dtype=np.float32)))
-        row = torch.from_numpy(rows.get(name, np.ones(module.out_features, dtype=np.float32)))[:, None]
+        column = factors.column(name, x.shape[1])
+        row = factors.row(name, 0, module.out_features)
         if name not in found:
             smooth_x = x / column
             hessian = smooth_x.T @ smooth_x
             if name in elsewhere:
                 hessian += elsewhere.pop(name) / column / column[:, None]
-            found[name] = gptq((module.weight.detach().float() * column * row).numpy(), hessian, schemes[name])
+            codes = gptq((module.weight.detach().float() * column * row).numpy(), hessian, schemes[name])
+            found.add(name, codes, schemes[name].kernel_bits)
         if is_parametrized(module):
             return  # what it is made of stays; later layers read what it gives as it is
         module.weight = nn.Parameter(torch.from_numpy(found[name].dequantize()) / column / row, requires_grad=False)
@@ -165,11 +213,8 @@ def _visit(
         if not left.total() and (wanted is not None or module.out_features == width):
             raise _Done
 
-    with _unchanged(layers), _hooked(layers, hook):
-        # rows of another length than the first would need padding, and are left out
-        batch = [list(window) for window in windows if len(window) == len(windows[0])]
-        with suppress(_Done):
-            read_rows(model, torch.tensor(batch))
+    with _unchanged(layers), _hooked(layers, hook), suppress(_Done):
+        read_rows(model, torch.tensor(_even(windows)))
 
 
 @contextmanager

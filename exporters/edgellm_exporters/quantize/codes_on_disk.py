@@ -1,11 +1,11 @@
-"""Codes that take long to compute and are asked for again, kept on disk meanwhile instead of in memory."""
+"""Codes that take long to compute and are read again, kept on disk meanwhile instead of in memory."""
 
 from __future__ import annotations
 
 import math
 import tempfile
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgellm_exporters.quantize.plan import Codes, pack, unpack
 
-__all__ = ["CodesOnDisk"]
+__all__ = ["ChosenCodes", "CodesOnDisk"]
 
 _LEAST = 1 << 18  # codes that are worth a file's time: a few looked-up rows are computed as quickly
 
@@ -46,11 +46,11 @@ class CodesOnDisk:
     """Computes codes when they are asked for the first time, and reads them after that.
 
     Args:
-        directory: where the file is to be; it has no name there, and goes with this object. A full disk costs time
-            only: what could not be kept is computed again.
+        directory: where the file is to be, None for where temporary files are; it has no name there, and goes with this
+            object. A full disk costs time only: what could not be kept is computed again.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path | None) -> None:
         self._directory = directory
         self._file: IO[bytes] | None = None
         self._kept: dict[Hashable, _Kept] = {}
@@ -76,6 +76,10 @@ class CodesOnDisk:
             except OSError:
                 self._full = True
         return codes if rows is None else codes.of_rows(*rows)
+
+    def has(self, key: Hashable) -> bool:
+        """Whether the codes of a key are kept."""
+        return key in self._kept
 
     def _written(self, codes: Codes, bits: int) -> _Kept:
         if self._file is None:
@@ -105,3 +109,48 @@ class CodesOnDisk:
         self._file.seek(place.offset + start * math.prod(place.shape[1:]) * place.dtype.itemsize)
         self._file.readinto(found.data)  # type: ignore[attr-defined]
         return found
+
+
+class ChosenCodes(Mapping[str, Codes]):
+    """Codes by the names of their weights, each read anew; they are not computed again, so a full disk costs memory.
+
+    Args:
+        directory: as for :class:`CodesOnDisk`.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        self._disk = CodesOnDisk(directory)
+        self._rows: dict[str, int] = {}
+        self._held: dict[str, Codes] = {}
+
+    def add(self, name: str, codes: Codes, bits: int) -> None:
+        """Keep the codes of one weight.
+
+        Args:
+            name: of the weight.
+            codes: of all its rows.
+            bits: of a code.
+        """
+        self._rows[name] = len(codes.codes)
+        self._disk.get(name, bits, lambda: codes)
+        if not self._disk.has(name):
+            self._held[name] = codes
+
+    def rows(self, name: str, start: int, stop: int) -> Codes:
+        """Those of some rows."""
+        if name in self._held:
+            return self._held[name].of_rows(start, stop)
+        return self._disk.get(name, 0, lambda: self._held[name], (start, stop))
+
+    def __getitem__(self, name: str) -> Codes:
+        """All of one weight's."""
+        return self.rows(name, 0, self._rows[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)

@@ -6,6 +6,7 @@ column's error weighted as the method weights it. What comes out is refined (see
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,19 +14,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgellm_exporters.errors import QuantizeError
+from edgellm_exporters.quantize.curvature import Curvature
 from edgellm_exporters.quantize.grids import best_grid
-from edgellm_exporters.quantize.plan import Codes, Scheme
+from edgellm_exporters.quantize.plan import Codes, Scheme, joined
 from edgellm_exporters.quantize.refine import refined
 
-__all__ = ["gptq"]
+__all__ = ["Rows", "gptq", "gptq_by_rows"]
 
-# Of the mean diagonal. The paper has 0.01, with which errors on another kind of text are up to a quarter larger.
-_DAMPING = 0.2
+_ROWS_BYTES = 64 << 20  # of float32 weights that are worked on at a time: a vocabulary's table is never whole
+Array = NDArray[np.float32]
+Rows = Callable[[int, int], Array]
 
 
-@torch.no_grad()
-def gptq(weight: NDArray[np.float32], hessian: Tensor, scheme: Scheme) -> Codes:
+def gptq(weight: Array, hessian: Tensor, scheme: Scheme) -> Codes:
     """Quantize a weight so that its products with real inputs change least.
 
     Args:
@@ -36,10 +37,35 @@ def gptq(weight: NDArray[np.float32], hessian: Tensor, scheme: Scheme) -> Codes:
     Raises:
         QuantizeError: the inputs were not finite.
     """
+    return gptq_by_rows(lambda start, stop: weight[start:stop], len(weight), Curvature(hessian), scheme)
+
+
+@torch.no_grad()
+def gptq_by_rows(rows: Rows, count: int, curvature: Curvature, scheme: Scheme) -> Codes:
+    """The same of a weight that is read some rows at a time: no row depends on another.
+
+    Args:
+        rows: gives those from one to before another.
+        count: how many there are.
+        curvature: of the products' inputs.
+        scheme: the format.
+
+    Raises:
+        QuantizeError: the inputs were not finite.
+    """
+    step = max(1, _ROWS_BYTES // (4 * curvature.columns))
+    pieces = ((start, min(start + step, count)) for start in range(0, count, step))
+    return joined((_quantized(rows(*piece), curvature, scheme) for piece in pieces), count)
+
+
+def _quantized(weight: Array, curvature: Curvature, scheme: Scheme) -> Codes:
+    return refined(weight, _in_turn(weight, curvature.factor(), scheme), curvature.damped(), scheme)
+
+
+def _in_turn(weight: Array, factor: Tensor, scheme: Scheme) -> Codes:
+    """Codes column by column; ``factor`` is of the inverse."""
     block = scheme.block
     rest = torch.tensor(weight.T).contiguous()  # (columns, rows): a column's weights are neighbours
-    damped = _damped(hessian)
-    factor = _factor(damped)
     codes = torch.empty(rest.shape, dtype=torch.uint8)
     scales, zeros = (torch.empty(rest.shape[0] // block, rest.shape[1]) for _ in range(2))
     for number, start in enumerate(range(0, len(rest), block)):
@@ -50,8 +76,7 @@ def gptq(weight: NDArray[np.float32], hessian: Tensor, scheme: Scheme) -> Codes:
         codes[here], errors = _block(rest[here], triangle, scale, zero, scheme.top)
         rest[later].addmm_(factor[here, later].T, errors, alpha=-1)
         scales[number], zeros[number] = scale, zero
-    found = Codes(_turned(codes), _turned(scales), _turned(zeros.to(torch.uint8)))
-    return refined(weight, found, damped, scheme)
+    return Codes(_turned(codes), _turned(scales), _turned(zeros.to(torch.uint8)))
 
 
 def _turned(part: Tensor) -> NDArray[Any]:
@@ -69,21 +94,3 @@ def _block(block: Tensor, triangle: Tensor, scale: Tensor, zero: Tensor, top: in
         errors[i] = (block[i] - (chosen - zero) * scale) / triangle[i, i]
         block[i + 1 :].addr_(triangle[i, i + 1 :], errors[i], alpha=-1)
     return codes, errors
-
-
-def _damped(hessian: Tensor) -> Tensor:
-    damped = hessian.double().clone()
-    diagonal = damped.diagonal()
-    diagonal[diagonal == 0] = 1  # an input that is always zero: its weights do not matter
-    diagonal += _DAMPING * diagonal.mean()
-    return damped
-
-
-def _factor(damped: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse."""
-    try:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
-        return upper.float()
-    except RuntimeError as error:
-        raise QuantizeError(f"the calibration inputs of a layer are not finite or degenerate ({error})") from error

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgellm_exporters.errors import QuantizeError
+from edgellm_exporters.passes.merge_linears import parts_of
 from edgellm_exporters.quantize.smooth import Smoothing
 
 __all__ = [
@@ -215,7 +216,7 @@ def joined(parts: Iterable[Codes], rows: int | None = None) -> Codes:
     """
     if rows is None:
         held = list(parts)
-        return joined(held, sum(len(part.codes) for part in held))
+        return held[0] if len(held) == 1 else joined(held, sum(len(part.codes) for part in held))
     whole: Codes | None = None
     start = 0
     for part in parts:
@@ -322,6 +323,7 @@ class Plan:
         orders: of weights that keep codes whose groups are no neighbours, the order of columns in which they are, by
             the names of the parts that were merged; what is multiplied with them is put into that order.
         by_rows: weights whose rows may be quantized some at a time, so that a vocabulary's table is never whole.
+        chosen: codes that are not computed from a weight, by the names of the parts that were merged.
         vectors: factors on the numbers of norms' gains and of biases, by name, where they were tuned too.
         tuned: what became of each layer and of all scales, where codes were tuned; for the manifest.
     """
@@ -338,6 +340,7 @@ class Plan:
     left: Mapping[str, str] = field(default_factory=dict)
     orders: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
     by_rows: frozenset[str] = frozenset()
+    chosen: Mapping[str, Codes] = field(default_factory=dict)
     vectors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     tuned: Mapping[str, Any] = field(default_factory=dict)
     _last: tuple[str, Codes] | None = field(default=None, repr=False)
@@ -370,8 +373,15 @@ class Plan:
             self._last = (name, self._computed(name, tensor, scheme))
         return self._last[1]
 
+    def chosen_of(self, name: str) -> Codes | None:
+        """The codes that were chosen for a weight, put together where it was merged; None where there are none."""
+        parts = parts_of(name)
+        return joined(self.chosen[part] for part in parts) if all(part in self.chosen for part in parts) else None
+
     def _computed(self, name: str, tensor: ir.TensorProtocol, scheme: Scheme) -> Codes:
         assert self.quantize is not None
+        if (found := self.chosen_of(name)) is not None:
+            return found
         rows_of = getattr(tensor, "rows", None)  # of a weight that can be read by rows
         total, columns = tensor.shape.numpy()
         if rows_of is None or name not in self.by_rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from edgellm.ops.schema import views
+from edgellm.streaming import Weights
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.passes.merge_linears import parts_of
 from edgellm_exporters.quantize.calibrate import check_windows, largest_inputs, quantize_in_turn
@@ -20,7 +21,7 @@ from edgellm_exporters.quantize.grids import half_precision
 from edgellm_exporters.quantize.lossless import smallest_holding
 from edgellm_exporters.quantize.methods import Method, fitted
 from edgellm_exporters.quantize.named_weights import named_weights
-from edgellm_exporters.quantize.plan import ROW, Codes, Plan, Scheme, joined
+from edgellm_exporters.quantize.plan import ROW, Codes, Plan, Scheme
 from edgellm_exporters.quantize.rtn import round_to_nearest
 from edgellm_exporters.quantize.smooth import Smoothing, by_part, smooth
 from edgellm_exporters.quantize.stored import in_order, kept
@@ -64,19 +65,22 @@ class Uses:
 def make_plan(
     method: Method, graph: ir.Model, model: nn.Module, rows: Sequence[Sequence[int]],
     calibration: Sequence[Sequence[int]] = (), progress: Progress = lambda what, share: None,
-    weights: object = None, *, encoder: ir.Model | None = None,
+    weights: Weights | None = None, *, encoder: ir.Model | None = None, layers: Sequence[str] = (),
+    scratch: Path | None = None,
 ) -> Plan:  # fmt: skip
     """The plan that a method makes for captured graphs whose passes are done; smoothing changes the graphs.
 
     Args:
         method: what to do.
         graph: of canonical ops.
-        model: in eval mode; able to run.
+        model: in eval mode; may be on the meta device.
         rows: a few rows of token ids of one length, to see the range of each layer's inputs on.
         calibration: more of them; weights of fewer than 8 bits are then chosen with GPTQ.
         progress: told what is done, and how much of it.
-        weights: where the model's parameters are read from; some may be stored as codes.
+        weights: where the model's parameters are read from, some maybe stored as codes; None: the model's own.
         encoder: the graph that shares the model's weights with it, if there is one.
+        layers: paths of the model's layers, see :func:`.calibrate.quantize_in_turn`.
+        scratch: a directory for what is computed meanwhile; None for where temporary files are.
 
     Raises:
         QuantizeError: too little text, codes of which none can be kept, or weights that no format can hold.
@@ -91,12 +95,12 @@ def make_plan(
         return Plan()
     done, seen = Smoothing(), dict[str, NDArray[np.float32]]()
     if method.smooth or method.fixed_inputs:
-        seen = largest_inputs(model, calibration or rows, partial(progress, "looking at inputs"))
+        seen = largest_inputs(model, calibration or rows, partial(progress, "looking at inputs"), weights)
     if method.smooth:
         for each in graphs:
             smoothed(each, seen, done)
     schemes = schemes_for(method, uses)
-    plan = plan_of(schemes, done, model, calibration, progress)
+    plan = plan_of(schemes, done, model, calibration, progress, weights, layers=layers, scratch=scratch)
     plan.floats = {name: shape for name, shape in uses.shapes.items() if name not in schemes}
     if plan.floats and not schemes:
         name, (_, columns) = next(iter(plan.floats.items()))
@@ -121,7 +125,7 @@ def _keeping(uses: Uses, graphs: Sequence[ir.Model], weights: object, progress: 
     for graph in graphs:
         in_order(graph, stored.orders)
     return Plan(
-        schemes, _rounded(stored.codes), by_rows=alone, kept=frozenset(stored.codes), left=stored.left,
+        schemes, _rounded, by_rows=alone, kept=frozenset(stored.codes), left=stored.left, chosen=stored.codes,
         orders={part: order for name, order in stored.orders.items() for part in parts_of(name)},
     )  # fmt: skip
 
@@ -156,28 +160,31 @@ def smoothed(
 
 def plan_of(
     schemes: Mapping[str, Scheme], done: Smoothing, model: nn.Module, calibration: Sequence[Sequence[int]],
-    progress: Progress,
+    progress: Progress, weights: Weights | None = None, *, layers: Sequence[str] = (), scratch: Path | None = None,
 ) -> Plan:  # fmt: skip
     """A plan for chosen schemes, with codes from GPTQ where there is text and they are few.
 
     Args:
         schemes: by weight's name.
         done: how the graph was smoothed.
-        model: in eval mode; able to run.
+        model: in eval mode; may be on the meta device.
         calibration: windows of token ids of one length, or none.
         progress: told what is done, and how much of it.
+        weights: where its parameters are read from; None: its own.
+        layers: as for :func:`make_plan`.
+        scratch: likewise.
     """
     few = {name: s for name, s in schemes.items() if s.bits < 8 and not s.shifted} if calibration else {}
-    chosen: dict[str, Codes] = {}
+    chosen: Mapping[str, Codes] = {}
     if few:
         sizes = {name: len(weight) for name, weight in named_weights(model).items()}
         chosen = quantize_in_turn(
             model, calibration, {part: s for name, s in few.items() for part in parts_of(name)},
             {part: f for name, f in done.columns.items() for part in parts_of(name)}, by_part(done.rows, sizes),
-            partial(progress, "calibrating"),
+            partial(progress, "calibrating"), weights, layers, scratch,
         )  # fmt: skip
     alone = frozenset(name for name in schemes if name not in chosen)
-    return Plan(schemes, _rounded(chosen), done, by_rows=alone)
+    return Plan(schemes, _rounded, done, by_rows=alone, chosen=chosen)
 
 
 def schemes_for(method: Method, uses: Uses) -> dict[str, Scheme]:
@@ -197,13 +204,5 @@ def schemes_for(method: Method, uses: Uses) -> dict[str, Scheme]:
     return found
 
 
-def _rounded(chosen: Mapping[str, Codes]) -> Any:
-    """Codes that were chosen before, put together where weights were merged since; others are rounded to nearest."""
-
-    def quantize(name: str, weight: NDArray[np.float32], scheme: Scheme) -> Codes:
-        parts = [chosen[part] for part in parts_of(name) if part in chosen]
-        if len(parts) < len(parts_of(name)):
-            return round_to_nearest(weight, scheme)
-        return joined(parts)
-
-    return quantize
+def _rounded(_name: str, weight: NDArray[np.float32], scheme: Scheme) -> Codes:
+    return round_to_nearest(weight, scheme)

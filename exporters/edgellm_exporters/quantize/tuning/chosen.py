@@ -73,7 +73,7 @@ def coded_weights(model: nn.Module, weights: Weights, plan: Plan) -> dict[str, C
         weight = weights.read(name).float()
         column = torch.from_numpy(columns[name]) if name in columns else torch.ones(weight.shape[1])
         row = torch.from_numpy(rows[name]) if name in rows else torch.ones(len(weight))
-        codes = plan.quantize(name, (weight * column * row[:, None]).numpy(), scheme)
+        codes = plan.chosen_of(name) or plan.quantize(name, (weight * column * row[:, None]).numpy(), scheme)
         found[id(parameters[name])] = CodedWeight(name, scheme, codes, column, row)
     return {name: found[id(p)] for name, p in parameters.items() if id(p) in found}
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -107,13 +107,17 @@ class LayerStream:
     Args:
         shell: the model, its parameters on the meta device; changed while a call is looked for, and put back.
         weights: where they are read.
-        tokens: (windows, time), a multiple of :data:`GROUP` windows.
+        tokens: (windows, time), a multiple of ``group`` windows.
         order: paths of the layers, as they are called.
         file: where a layer's outputs are kept, from which names for two are made.
+        group: windows that are run at a time.
     """
 
-    def __init__(self, shell: nn.Module, weights: Weights, tokens: Tensor, order: Sequence[str], file: Path) -> None:
+    def __init__(
+        self, shell: nn.Module, weights: Weights, tokens: Tensor, order: Sequence[str], file: Path, group: int = GROUP
+    ) -> None:  # fmt: skip
         self._shell, self._weights, self._tokens, self._order, self._file = shell, weights, tokens, order, file
+        self._group = group
         self._templates: list[Any] = []
         self._bare = {path: copy.deepcopy(shell.get_submodule(path)) for path in order}
         self._outputs: Tensor | None = None  # of the last layer that was passed
@@ -128,13 +132,22 @@ class LayerStream:
         assert self._outputs is not None
         return self._outputs
 
-    def call(self, windows: Sequence[int]) -> Call:
-        """What the next layer is called with for some windows, :data:`GROUP` of them.
+    @property
+    def groups(self) -> list[range]:
+        """All windows, as many together as are run at a time."""
+        return [range(start, start + self._group) for start in range(0, len(self._tokens), self._group)]
+
+    def call(self, windows: Sequence[int], path: str | None = None) -> Call:
+        """What the next layer is called with for some windows, one of :attr:`groups`.
+
+        Args:
+            windows: their places.
+            path: of a module to ask for instead, which is called after the layers that were passed.
 
         Raises:
             QuantizeError: it reads more of the layers before it than what the last of them gave.
         """
-        path = self._order[self.passed]
+        path = path or self._order[self.passed]
         given = {p: _replay(template) for p, template in zip(self._order, self._templates, strict=False)}
         if self._outputs is not None:
             given[self._order[self.passed - 1]] = _replay(self._templates[-1], self._outputs[list(windows)])
@@ -168,6 +181,24 @@ class LayerStream:
         """
         return functional_call(self._bare[self._order[self.passed]], dict(parameters), call.args, dict(call.kwargs))
 
+    @torch.no_grad()
+    def call_inside(self, windows: Sequence[int], inner: str, weights: Weights) -> Call | None:
+        """What a module of the next layer is called with; None: the layer does not call it.
+
+        Args:
+            windows: one of :attr:`groups`.
+            inner: its path in the layer.
+            weights: where the layer's parameters are read, by their names in the model.
+        """
+        path, call = self._order[self.passed], self.call(windows)
+        bare, config = self._bare[path], cast(Any, self._shell).config
+        with resident(bare, _Inside(weights, path), vocab_size=config.vocab_size), _replaced(bare, {inner: _caught}):
+            try:
+                bare(*call.args, **call.kwargs)
+            except _Called as reached:
+                return reached.call
+        return None
+
     def parameters(self, weights: Weights) -> dict[str, Tensor]:
         """The next layer's parameters, by its own names for them."""
         path = self._order[self.passed]
@@ -182,8 +213,7 @@ class LayerStream:
         """
         count, outputs, template = len(self._tokens), None, None
         path = self._file.with_name(f"{self._file.name}.{self.passed % 2}")
-        for start in range(0, count, GROUP):
-            windows = range(start, start + GROUP)
+        for windows in self.groups:
             given = self.run(self.call(windows), parameters)
             hidden = hidden_of(given, self._order[self.passed])
             if outputs is None:
@@ -194,6 +224,22 @@ class LayerStream:
             outputs[list(windows)] = hidden.float()
         self._templates.append(template)
         self._outputs = outputs
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """A layer's parameters by its own names for them; follows :class:`edgellm.streaming.Weights`."""
+
+    weights: Weights
+    path: str
+
+    def read(self, name: str) -> Tensor:
+        """One parameter."""
+        return self.weights.read(f"{self.path}.{name}")
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of one parameter."""
+        return self.weights.rows(f"{self.path}.{name}", start, stop)
 
 
 def hidden_of(given: Any, path: str) -> Tensor:

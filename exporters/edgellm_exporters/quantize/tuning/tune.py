@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgellm.streaming import Weights
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.passes.merge_linears import parts_of
-from edgellm_exporters.quantize.plan import Codes, Plan, Scheme, joined
+from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.quantize.smooth import scale_vectors, vectors_of
 from edgellm_exporters.quantize.tuning import layer_stream
 from edgellm_exporters.quantize.tuning.chosen import ChosenWeights, CodedWeight, RememberedRows, coded_weights
@@ -323,12 +322,6 @@ def _windows(tokens: Sequence[int], model: Any) -> tuple[Tensor, int]:
 
 def _with_codes(plan: Plan, coded: Mapping[str, CodedWeight], told: Mapping[str, Any]) -> Plan:
     found = {one.name: one.codes for one in coded.values()}
-    before = plan.quantize
-    assert before is not None
-
-    def quantize(name: str, weight: NDArray[np.float32], scheme: Scheme) -> Codes:
-        parts = [found[part] for part in parts_of(name) if part in found]
-        return joined(parts) if len(parts) == len(parts_of(name)) else before(name, weight, scheme)
-
     by_rows = frozenset(name for name in plan.by_rows if not all(part in found for part in parts_of(name)))
-    return dataclasses.replace(plan, quantize=quantize, by_rows=by_rows, tuned=told, _last=None)
+    others = {name: plan.chosen[name] for name in plan.chosen if name not in found}
+    return dataclasses.replace(plan, chosen={**others, **found}, by_rows=by_rows, tuned=told, _last=None)
