@@ -35,17 +35,32 @@ class Records(Mapping[str, tuple[Tensor, Tensor]]):
     def __init__(self, file: ScratchFile) -> None:
         self._file = file
         self._parts: dict[str, list[tuple[Callable[[], Tensor], Callable[[], Tensor]]]] = {}
+        self._rows: dict[str, int] = {}
 
     def add(self, name: str, first: Tensor, second: Tensor) -> None:
         """Put further rows behind a name's."""
         one, other = self._file.write(first.contiguous()), self._file.write(second.contiguous())
         assert one is not None and other is not None
         self._parts.setdefault(name, []).append((one, other))
+        self._rows[name] = self._rows.get(name, 0) + len(first)
 
     def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
         """Both, read anew."""
-        parts = self._parts[name]
-        return torch.cat([read() for read, _ in parts]), torch.cat([read() for _, read in parts])
+        first, second = zip(*self._parts[name], strict=True)
+        return self._whole(name, first), self._whole(name, second)
+
+    def _whole(self, name: str, readers: Sequence[Callable[[], Tensor]]) -> Tensor:
+        """All rows of one; no more than one part of it is in memory twice."""
+        if len(readers) == 1:
+            return readers[0]()
+        whole, start = torch.empty(0), 0
+        for read in readers:
+            part = read()
+            if not start:
+                whole = part.new_empty(self._rows[name], *part.shape[1:])
+            whole[start : start + len(part)] = part
+            start += len(part)
+        return whole
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
@@ -99,10 +114,11 @@ def gather(
 
 def _backward(model: nn.Module, window: Sequence[int], generator: torch.Generator) -> None:
     with torch.enable_grad():
-        logits, _ = model(torch.tensor([list(window)]))
-        logs = logits[0].float().log_softmax(-1)  # (time, vocab)
-        drawn = torch.multinomial(logs.detach().exp(), 1, generator=generator)
-        (-logs.gather(1, drawn).sum()).backward()
+        logits = model(torch.tensor([list(window)]))[0][0].float()  # (time, vocab)
+    # of the sum of -log p(y): p less one at y, which takes a third of the memory that autograd would
+    gradient = logits.detach().log_softmax(-1).exp_()
+    gradient.scatter_add_(1, torch.multinomial(gradient, 1, generator=generator), torch.full((len(gradient), 1), -1.0))
+    logits.backward(gradient)
 
 
 @contextmanager

@@ -63,7 +63,8 @@ def sensitivities(
     seen = gather(model, weights, few, scratch, lambda share: progress("measuring gradients", share))
     give_back()
     aliases = _first_names(model)
-    sources = [_Source(c, apart, smoothing, seen, aliases) for c in candidates]
+    lengths = {name: len(p) for name, p in model.named_parameters() if p.dim()}
+    sources = [_Source(c, apart, smoothing, seen, aliases, lengths) for c in candidates]
     found: Predictions = {}
     with ThreadPoolExecutor(thread_count()) as pool:
         done = pool.map(lambda s: s.costs(rounds_inputs, tuned), [s for s in sources if s.known])
@@ -140,6 +141,7 @@ class _Source:
     smoothing: Smoothing
     seen: Gathered
     aliases: Mapping[str, str]
+    lengths: Mapping[str, int]
 
     @property
     def name(self) -> str:
@@ -156,57 +158,93 @@ class _Source:
         return products or (len(self._parts) == 1 and self._parts[0] in self.seen.lookups)
 
     def costs(self, rounds_inputs: bool, tuned: bool) -> dict[Scheme, float]:
-        """Predicted KL of each format."""
-        parts = [self.weights.read(part).float().numpy() for part in self._parts]
-        weight = np.concatenate(parts) if len(parts) > 1 else parts[0]
-        del parts
-        weight = np.asarray(self.smoothing.scaled(self.name, weight), dtype=np.float32)
+        """Predicted KL of each format; the weight is read some rows at a time."""
         product, lookup = self._product(), self.seen.lookups.get(self._parts[0])
-        rounded = _input_costs(weight, *product, self.candidates.schemes) if product and rounds_inputs else {}
+        each = {scheme: _Effects(product, lookup) for scheme in self.candidates.schemes}
+        back = torch.zeros_like(product[0]) if product and rounds_inputs else None  # (tokens, columns)
+        for start in range(0, self.candidates.shape[0], _ROWS):
+            weight = self._rows(start, min(start + _ROWS, self.candidates.shape[0]))
+            gradient = self._gradient(product, start, start + len(weight)) if product else None
+            for scheme, effects in each.items():
+                effects.add(weight, scheme, start, gradient)
+            if back is not None and gradient is not None:
+                back.addmm_(gradient, torch.from_numpy(weight))
+        rounded = {}
+        if back is not None and product is not None:
+            rounded = _input_costs(back, product[0], self.candidates.schemes)
+        factor = _GPTQ_FACTOR_HEAD if self.candidates.role == "head" else GPTQ_FACTOR
+        factor *= _TUNED_FACTOR if tuned else 1.0
         found = {}
-        for scheme in self.candidates.schemes:
-            direct, looked_up = _weight_costs(weight, scheme, product, lookup)
+        for scheme, effects in each.items():
+            direct, looked_up = effects.squares()
             gptq = scheme.bits < 8 and not scheme.shifted
-            factor = _GPTQ_FACTOR_HEAD if self.candidates.role == "head" else GPTQ_FACTOR
-            factor *= _TUNED_FACTOR if tuned else 1.0
             total = (factor if gptq else 1.0) * direct + looked_up + rounded.get(scheme.block, 0.0)
             found[scheme] = total / (2 * self.seen.tokens)
         return found
 
+    def _rows(self, start: int, stop: int) -> Array:
+        """Some rows of the weight as smoothed, whichever of its parts they are in."""
+        found, before = [], 0
+        for part in self._parts:
+            after = before + self.lengths[part]
+            first, last = max(start, before), min(stop, after)
+            if first < last:
+                found.append(self.weights.rows(part, first - before, last - before).float().numpy())
+            before = after
+        weight = np.concatenate(found) if len(found) > 1 else found[0]
+        columns, rows = self.smoothing.columns.get(self.name), self.smoothing.rows.get(self.name)
+        weight = weight if columns is None else weight * columns
+        return np.asarray(weight if rows is None else weight * rows[start:stop, None], dtype=np.float32)
+
     def _product(self) -> tuple[Tensor, Tensor] | None:
-        """Inputs and output gradients as smoothed, or None for what is only looked up in."""
+        """Inputs as smoothed and output gradients as they were seen, or None for what is only looked up in."""
         names = [part for part in self._parts if part in self.seen.products]
         if not names:
             return None
         x, gradient = self.seen.products[names[0]]
         if len(names) > 1:
             gradient = torch.cat([gradient, *(self.seen.products[name][1] for name in names[1:])], dim=1)
-        x, gradient = x.float(), gradient.float()
-        columns, rows = self.smoothing.columns.get(self.name), self.smoothing.rows.get(self.name)
-        x = x if columns is None else x / torch.from_numpy(np.asarray(columns, dtype=np.float32))
-        return x, gradient if rows is None else gradient / torch.from_numpy(np.asarray(rows, dtype=np.float32))
+        columns = self.smoothing.columns.get(self.name)
+        x = x.float()
+        return (x if columns is None else x / torch.from_numpy(np.asarray(columns, dtype=np.float32))), gradient
+
+    def _gradient(self, product: tuple[Tensor, Tensor], start: int, stop: int) -> Tensor:
+        """Gradients of some outputs as smoothed, (tokens, outputs)."""
+        some, rows = product[1][:, start:stop].float(), self.smoothing.rows.get(self.name)
+        return some if rows is None else some / torch.from_numpy(np.asarray(rows[start:stop], dtype=np.float32))
 
 
-def _weight_costs(
-    weight: Array, scheme: Scheme, product: tuple[Tensor, Tensor] | None, lookup: tuple[Tensor, Tensor] | None
-) -> tuple[float, float]:
-    """Sums over tokens of the squared effect of the weight's error: in products, and in lookups."""
-    effect = torch.zeros(len(product[0])) if product else torch.zeros(0)
-    looked_up = torch.zeros(len(lookup[0])) if lookup else torch.zeros(0)
-    for start in range(0, len(weight), _ROWS):
-        part = weight[start : start + _ROWS]
-        error = torch.from_numpy(round_to_nearest(part, scheme).dequantize() - part)
-        if product is not None:
-            effect += ((product[1][:, start : start + len(part)] @ error) * product[0]).sum(-1)
-        if lookup is not None:
-            here = ((lookup[0] >= start) & (lookup[0] < start + len(part))).nonzero()[:, 0]
-            looked_up[here] = (lookup[1][here].float() * error[lookup[0][here] - start]).sum(-1)
-    return float(effect.square().sum()), float(looked_up.square().sum())
+class _Effects:
+    """What a weight's error in one format does at each token, in products and in lookups."""
+
+    def __init__(self, product: tuple[Tensor, Tensor] | None, lookup: tuple[Tensor, Tensor] | None) -> None:
+        self._x, self._lookup = None if product is None else product[0], lookup
+        self._product = torch.zeros(0 if product is None else len(product[0]))
+        self._looked_up = torch.zeros(0 if lookup is None else len(lookup[0]))
+
+    def add(self, weight: Array, scheme: Scheme, start: int, gradient: Tensor | None) -> None:
+        """Count further rows of the weight, those from ``start``, with the gradients of what they make."""
+        error = torch.from_numpy(round_to_nearest(weight, scheme).dequantize() - weight)
+        if gradient is not None and self._x is not None:
+            self._product += ((gradient @ error) * self._x).sum(-1)
+        if self._lookup is not None:
+            ids, gradients = self._lookup
+            here = ((ids >= start) & (ids < start + len(weight))).nonzero()[:, 0]
+            self._looked_up[here] = (gradients[here].float() * error[ids[here] - start]).sum(-1)
+
+    def squares(self) -> tuple[float, float]:
+        """Sums over tokens of the squared effect, in products and in lookups."""
+        return float(self._product.square().sum()), float(self._looked_up.square().sum())
 
 
-def _input_costs(weight: Array, x: Tensor, gradient: Tensor, schemes: Sequence[Scheme]) -> dict[int, float]:
-    """Sums over tokens of the squared effect of rounding a product's inputs, by the size of the blocks."""
-    back = gradient @ torch.from_numpy(weight)
+def _input_costs(back: Tensor, x: Tensor, schemes: Sequence[Scheme]) -> dict[int, float]:
+    """Sums over tokens of the squared effect of rounding a product's inputs, by the size of the blocks.
+
+    Args:
+        back: gradients of the inputs (tokens, columns).
+        x: the inputs.
+        schemes: that have the blocks.
+    """
     found = {}
     for block in {scheme.block for scheme in schemes}:
         blocks = x.reshape(len(x), -1, block or x.shape[1])

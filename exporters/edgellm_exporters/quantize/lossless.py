@@ -46,14 +46,23 @@ def smallest_holding(
     ladder = [scheme.narrow if narrow_scales else scheme for scheme in _LADDER]
     found: dict[str, Scheme] = {}
     for number, (name, tensor) in enumerate(tensors.items()):
-        weight = np.asarray(tensor.numpy(), dtype=np.float32)
-        sample = weight[:: max(1, len(weight) // _SAMPLE_ROWS)]
+        sample = _sample(tensor)
         for scheme in ladder:
             if sample.shape[1] % scheme.block == 0 and not (scheme.shifted and name in ends) and _holds(sample, scheme):
                 found[name] = scheme
                 break
         progress((number + 1) / len(tensors))
     return found
+
+
+def _sample(tensor: ir.TensorProtocol) -> NDArray[np.float32]:
+    """Rows at equal distances; of a weight that can be read by rows, no others are read."""
+    step = max(1, tensor.shape.numpy()[0] // _SAMPLE_ROWS)
+    rows_of = getattr(tensor, "rows", None)
+    if rows_of is None:
+        return np.asarray(tensor.numpy()[::step], dtype=np.float32)
+    places = range(0, tensor.shape.numpy()[0], step)
+    return np.concatenate([np.asarray(rows_of(place, place + 1), dtype=np.float32) for place in places])
 
 
 def _holds(weight: NDArray[np.float32], scheme: Scheme) -> bool:
