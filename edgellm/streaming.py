@@ -209,11 +209,34 @@ def _lookup(
 
 
 def _product(rows: Rows, x: Tensor, table: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear`` with a table that is read by rows."""
+    """``F.linear`` with a table that is read by rows; where gradients are wanted, they are read again for these."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        product: Tensor = _TableProduct.apply(x, rows, table, bias)  # type: ignore[no-untyped-call]
+        return product
     y = x.new_empty(*x.shape[:-1], table.shape[0])
     for start, stop in row_blocks(table.shape, table.dtype):
         y[..., start:stop] = F.linear(x, rows(start, stop), None if bias is None else bias[start:stop])
     return y
+
+
+class _TableProduct(torch.autograd.Function):
+    """:func:`_product` of what needs gradients: pieces that autograd put together would each be a copy of the whole."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Rows, table: Tensor, bias: Tensor | None) -> Tensor:
+        """(..., columns) to (..., rows)."""
+        ctx.rows, ctx.blocks = rows, row_blocks(table.shape, table.dtype)
+        with torch.no_grad():
+            return _product(rows, x, table, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+        """Of the input alone."""
+        total: Tensor | None = None
+        for start, stop in reversed(ctx.blocks):
+            part = gradients[0][..., start:stop] @ ctx.rows(start, stop)
+            total = part if total is None else total.add_(part)
+        return total, None, None, None
 
 
 _BY_ROWS: Mapping[Any, Callable[..., Tensor]] = {F.embedding: _lookup, F.linear: _product}

@@ -142,3 +142,23 @@ def test_a_file_holds_one_windows_tensors_at_a_time(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(ScratchFile, "clear", noted)
     gather(model, OwnWeights(model), WINDOWS, tmp_path)
     assert len(sizes) == len(WINDOWS) and len(set(sizes)) == 1 and sizes[0] > 0
+
+
+def test_a_product_with_a_table_by_rows_has_the_gradients_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own product is the reference; the table is read once forward and once backward."""
+    monkeypatch.setattr(streaming, "BLOCK_BYTES", 4 * 16 * 5)
+    torch.manual_seed(0)
+    table, bias, x, gradient = (torch.randn(*shape) for shape in ((23, 16), (23,), (2, 3, 16), (2, 3, 23)))
+    read: list[tuple[int, int]] = []
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        read.append((start, stop))
+        return table[start:stop]
+
+    parted, whole = (x.clone().requires_grad_() for _ in range(2))
+    found, expected = streaming._product(rows, parted, table, bias), torch.nn.functional.linear(whole, table, bias)
+    torch.testing.assert_close(found, expected)
+    found.backward(gradient)
+    expected.backward(gradient)
+    torch.testing.assert_close(parted.grad, whole.grad)
+    assert read[:5] == [(0, 5), (5, 10), (10, 15), (15, 20), (20, 23)] and read[5:] == read[4::-1]

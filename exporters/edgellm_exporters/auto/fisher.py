@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from edgellm.streaming import Weights, resident
 from edgellm_exporters.auto.saved_tensors import SavedTensors
+from edgellm_exporters.weights.memory import trim
 from edgellm_exporters.weights.scratch_file import ScratchFile
 
 __all__ = ["Gathered", "gather"]
@@ -114,11 +115,11 @@ def gather(
 
 def _backward(model: nn.Module, window: Sequence[int], generator: torch.Generator) -> None:
     with torch.enable_grad():
-        logits = model(torch.tensor([list(window)]))[0][0].float()  # (time, vocab)
+        logits = model(torch.tensor([list(window)]))[0].float()  # (1, time, vocab)
     # of the sum of -log p(y): p less one at y, which takes a third of the memory that autograd would
-    gradient = logits.detach().log_softmax(-1).exp_()
+    gradient = logits.detach()[0].log_softmax(-1).exp_()
     gradient.scatter_add_(1, torch.multinomial(gradient, 1, generator=generator), torch.full((len(gradient), 1), -1.0))
-    logits.backward(gradient)
+    logits.backward(gradient[None])
 
 
 @contextmanager
@@ -157,6 +158,8 @@ def _record(add: Callable[[Tensor, Tensor], None], module: nn.Module, inputs: An
 
     def keep(gradient: Tensor) -> None:
         add(read, gradient.reshape(-1, gradient.shape[-1]).to(_STORED))
+        trim()
 
     output.register_hook(keep)  # type: ignore[no-untyped-call]
+    trim()
     return output

@@ -21,7 +21,9 @@ from edgellm_exporters.weights.scratch_file import ScratchFile
 __all__ = ["SavedTensors"]
 
 _LEAST = 1 << 16  # bytes that are worth a place on disk
-_RECENT = 16  # weights that were read last, by which autograd's are known: each is used right after it is read
+# Weights that were read last, by which autograd's are known: each is used right after it is read. So many, and fewer of
+# large ones, down to the few that a module may have; one that is not known is kept on disk.
+_RECENT, _RECENT_BYTES, _FEWEST = 16, 64 << 20, 4
 
 
 class SavedTensors:
@@ -49,6 +51,8 @@ class SavedTensors:
     def _remembered(self, read: Callable[[], Tensor]) -> Tensor:
         found = read().detach()
         self._recent.append((found, read))
+        while len(self._recent) > _FEWEST and sum(tensor.nbytes for tensor, _ in self._recent) > _RECENT_BYTES:
+            self._recent.popleft()
         return found
 
     @contextmanager
