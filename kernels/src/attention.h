@@ -7,7 +7,8 @@
 //   i, i + 16, ..., and lanes are added as above: total. A sum starts at 0 and adds p * value, slot by slot, by fma.
 //   Chunks are merged in their order (`merge`), and the result is sum / total (`finish`).
 // Numbers of 16 bits are taken as the float32 of the same value. Of codes of 8 bits, which have a scale for each feature,
-// the query is multiplied by the keys' scales before all that, and sum / total by the values' after it.
+// the query is multiplied by the keys' scales before all that, and sum / total by the values' after it; products with
+// them are of whole numbers, as attention_codes.h has it.
 // So a query's result depends on the keys and values that it sees and on nothing else.
 #pragma once
 #include <algorithm>
@@ -179,7 +180,7 @@ void attend(const Keys& keys, const Seen* seen, int rows, float scale, Part* par
   switch (keys.cell) {
     case Cell::kFloat: return attend_cells<V>(keys.of<float>(), seen, rows, scale, parts);
     case Cell::kHalf: return attend_cells<V>(keys.of<Half>(), seen, rows, scale, parts);
-    case Cell::kCode: return attend_cells<V>(keys.of<int8_t>(), seen, rows, scale, parts);
+    case Cell::kCode: return;  // attention_codes.h
   }
 }
 

@@ -1,5 +1,5 @@
 // Attention of a prompt: a block of queries goes through the cache chunk by chunk, and each chunk's keys are turned (and
-// made float32, if they are not) once for all of them.
+// made float32, if they are float16; codes are turned as whole numbers, their values too) once for all of them.
 #include <algorithm>
 #include <cstring>
 #include <new>
@@ -37,6 +37,7 @@ class Lines {
 
 struct Memory {
   float *turned, *keys, *values;  // of a chunk; keys and values where the cache has others than float32
+  int16_t* numbers(float* place) const { return reinterpret_cast<int16_t*>(place); }  // half as large
   float *queries, *sums, *later;  // of a block, turned by position; what they have so far; what a chunk gives some
 };
 
@@ -75,24 +76,36 @@ void turn_queries(const Step& s, const Block& b, float* queries) {
   }
 }
 
-// The chunk's keys and values as numbers, its keys turned as well.
-Cells<float> read_chunk(const Step& s, const Block& b, int64_t start, int count, const Memory& memory) {
+// The chunk's keys and values: codes as they lie, else as numbers. Turned, its keys are in `memory`.
+Keys read_chunk(const Step& s, const Block& b, int64_t start, int count, const Memory& memory) {
   const Attention& kernel = *s.kernel;
   const size_t at = s.place(b.row, b.head, start);
-  auto keys = Keys{kernel.cell, s.k + at, s.v + at, count, s.size}.of<float>();
-  if (kernel.cell != Cell::kFloat) {
+  Keys keys{kernel.cell, s.k + at, s.v + at, count, s.size};
+  if (kernel.cell == Cell::kCode) {
+    kernel.form->turn_codes(keys.of<int8_t>(), memory.numbers(memory.keys), memory.numbers(memory.turned),
+                            memory.numbers(memory.values));
+    return keys;
+  }
+  if (kernel.cell == Cell::kHalf) {
     kernel.form->widen(kernel.cell, s.k + at, count * s.size, memory.keys);
     kernel.form->widen(kernel.cell, s.v + at, count * s.size, memory.values);
     keys.k = memory.keys, keys.v = memory.values;
   }
-  kernel.form->turn(keys.k, count, s.size, memory.turned);
+  kernel.form->turn(keys.of<float>().k, count, s.size, memory.turned);
   return keys;
+}
+
+void attend_many(const Attention& kernel, const Keys& keys, const Memory& memory, const Seen* seen, int rows, Part* parts) {
+  if (kernel.cell != Cell::kCode)
+    return kernel.form->attend_many(keys.of<float>(), memory.turned, seen, rows, kernel.scale, parts);
+  kernel.form->attend_turned(keys.of<int8_t>(), memory.numbers(memory.turned), memory.numbers(memory.values), seen, rows,
+                             kernel.scale, parts);
 }
 
 // One chunk, from slot `start` on, for all queries of a block that see some of it.
 void attend_chunk(const Step& s, const Block& b, int64_t start, const Memory& memory, Part* all) {
   const int64_t last_slot = b.past + (b.start + b.count - 1) / s.together;
-  const auto keys = read_chunk(s, b, start, int(std::min<int64_t>(last_slot + 1 - start, kChunk)), memory);
+  const Keys keys = read_chunk(s, b, start, int(std::min<int64_t>(last_slot + 1 - start, kChunk)), memory);
   Seen seen[kManyQueries];
   Part parts[kManyQueries];
   int whose[kManyQueries];
@@ -108,7 +121,7 @@ void attend_chunk(const Step& s, const Block& b, int64_t start, const Memory& me
       parts[rows].sum = begun ? memory.later + size_t(rows) * s.size : all[i].sum;
       whose[rows++] = begun ? i : -1 - i;
     }
-    if (rows > 0) s.kernel->form->attend_many(keys, memory.turned, seen, rows, s.kernel->scale, parts);
+    if (rows > 0) attend_many(*s.kernel, keys, memory, seen, rows, parts);
     for (int r = 0; r < rows; r++) {
       if (whose[r] >= 0) s.kernel->form->merge(parts[r], s.size, all + whose[r]);
       else all[-1 - whose[r]] = parts[r];

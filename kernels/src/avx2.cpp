@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "attention_tile.h"
+#include "attention_codes.h"
 #include "product.h"
 
 namespace edgellm {
@@ -190,10 +190,53 @@ void multiply(const Matrix& m, const Rounded& x, float* y, int first, int last) 
   }
 }
 
+// Sixteen pairs of whole numbers, for attention.
+struct Pairs {
+  __m256i low, high;
+  static Pairs load(const int16_t* from) {
+    const __m256i* halves = reinterpret_cast<const __m256i*>(from);
+    return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
+  }
+  static Pairs of(const int16_t* pair) {  // sixteen times
+    const __m256i all = broadcast(pair);
+    return {all, all};
+  }
+  static __m128i codes(const int8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
+  static Pairs widen(const int8_t* from) {
+    return {_mm256_cvtepi8_epi16(codes(from)), _mm256_cvtepi8_epi16(codes(from + 16))};
+  }
+  static Pairs widen_half(const int8_t* from) {  // eight pairs; the others are 0
+    return {_mm256_cvtepi8_epi16(codes(from)), _mm256_setzero_si256()};
+  }
+  static Pairs zip(const int8_t* a, const int8_t* b) {  // each of sixteen with its partner
+    const __m128i p = codes(a), q = codes(b);
+    return {_mm256_cvtepi8_epi16(_mm_unpacklo_epi8(p, q)), _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(p, q))};
+  }
+};
+
+struct Whole {
+  __m256i low, high;
+  static Whole zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static Whole plus(Whole sum, Pairs a, Pairs b) {
+    return {_mm256_add_epi32(sum.low, _mm256_madd_epi16(a.low, b.low)),
+            _mm256_add_epi32(sum.high, _mm256_madd_epi16(a.high, b.high))};
+  }
+  static void together(const Whole* lanes, int32_t* sums) {  // the lanes of each of 4 added
+    __m256i a[4];
+    for (int i = 0; i < 4; i++) a[i] = _mm256_add_epi32(lanes[i].low, lanes[i].high);
+    const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(a[0], a[1]), _mm256_hadd_epi32(a[2], a[3]));
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(sums), four);
+  }
+};
+
 // Sixteen numbers, for attention.
 struct Sixteen {
   static constexpr int kKeys = 4, kWide = 1, kWideAlone = 2;
   static constexpr int kScoreRows = 4, kScoreWide = 1, kValueRows = 6, kValueWide = 1, kWeighRows = 4;
+  static constexpr int kCodeRows = 4, kCodeWide = 1, kCodeValueRows = 4, kCodeValueWide = 1;
+  using Pairs = edgellm::Pairs;
+  using Whole = edgellm::Whole;
   __m256 low, high;
   static Sixteen of(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
   static Sixteen load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
@@ -209,6 +252,7 @@ struct Sixteen {
   static Sixteen fma(Sixteen a, Sixteen b, Sixteen c) {
     return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
   }
+  static Sixteen numbers(Whole whole) { return {_mm256_cvtepi32_ps(whole.low), _mm256_cvtepi32_ps(whole.high)}; }
   static Sixteen plus(Sixteen a, Sixteen b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
   static Sixteen minus(Sixteen a, Sixteen b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
   static Sixteen times(Sixteen a, Sixteen b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
@@ -227,6 +271,12 @@ struct Sixteen {
   void store(float* to) const {
     _mm256_storeu_ps(to, low);
     _mm256_storeu_ps(to + 8, high);
+  }
+  void store_lowest(int16_t* to) const {  // 16 bits of each
+    const __m256i mask = _mm256_set1_epi32(0xffff);
+    const __m256i a = _mm256_and_si256(_mm256_castps_si256(low), mask), b = _mm256_and_si256(_mm256_castps_si256(high), mask);
+    const __m256i all = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), all);
   }
   static __m128i halves(__m256 x) {
     const __m256 within = _mm256_min_ps(_mm256_set1_ps(kLargestHalf), _mm256_max_ps(_mm256_set1_ps(-kLargestHalf), x));
@@ -252,7 +302,7 @@ struct Sixteen {
 
 extern const Form kAvx2;
 const Form kAvx2{"avx2", here, round, multiply, norm, sums, gate,
-                  attend<Sixteen>, merge, finish, rotate, narrow, halve<Sixteen>, widen<Sixteen>,
-                  turn_one_by_one, attend_many<Sixteen>};
+                  attend_any<Sixteen>, merge, finish, rotate, narrow, halve<Sixteen>, widen<Sixteen>,
+                  turn_one_by_one, attend_many<Sixteen>, turn_codes<turn_one_by_one>, attend_turned<Sixteen>};
 
 }  // namespace edgellm

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "attention_tile.h"
+#include "attention_codes.h"
 #include "product.h"
 
 namespace edgellm {
@@ -167,10 +167,55 @@ void multiply(const Matrix& m, const Rounded& x, float* y, int first, int last) 
   }
 }
 
+// The place where one of sixteen stands whose lanes are added by `together`, to come out in order.
+constexpr int place(int i) { return (i & 4) << 1 | (i & 8) >> 1 | (i & 1) << 1 | (i & 2) >> 1; }
+
+// Sixteen pairs of whole numbers, for attention.
+struct Pairs {
+  __m512i x;
+  static Pairs load(const int16_t* from) { return {_mm512_loadu_si512(from)}; }
+  static Pairs of(const int16_t* pair) { return {broadcast(pair)}; }  // sixteen times
+  static Pairs widen(const int8_t* codes) {
+    return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)))};
+  }
+  static Pairs widen_half(const int8_t* codes) {  // eight pairs; the others are 0
+    return {_mm512_zextsi256_si512(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))))};
+  }
+  static Pairs zip(const int8_t* a, const int8_t* b) {  // each of sixteen with its partner
+    const __m512i low = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a)));
+    const __m512i high = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b)));
+    return {_mm512_mask_mov_epi16(low, 0xaaaaaaaa, _mm512_slli_epi32(high, 16))};
+  }
+};
+
+struct Whole {
+  __m512i x;
+  static Whole zero() { return {_mm512_setzero_si512()}; }
+  static Whole plus(Whole sum, Pairs a, Pairs b) { return {_mm512_dpwssd_epi32(sum.x, a.x, b.x)}; }
+  static void together(const Whole* lanes, int32_t* sums) {  // as Sixteen's
+    __m512i a[8], b[4], c[2];
+    for (int i = 0; i < 8; i++) {
+      const __m512i p = lanes[place(i)].x, q = lanes[place(i + 8)].x;
+      a[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(p, q, 0x44), _mm512_shuffle_i32x4(p, q, 0xee));
+    }
+    for (int i = 0; i < 4; i++)
+      b[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd));
+    for (int i = 0; i < 2; i++)
+      c[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(b[i], b[i + 2]), _mm512_unpackhi_epi64(b[i], b[i + 2]));
+    const __m512 p = _mm512_castsi512_ps(c[0]), q = _mm512_castsi512_ps(c[1]);
+    const __m512i even = _mm512_castps_si512(_mm512_shuffle_ps(p, q, 0x88));
+    const __m512i odd = _mm512_castps_si512(_mm512_shuffle_ps(p, q, 0xdd));
+    _mm512_storeu_si512(sums, _mm512_add_epi32(even, odd));
+  }
+};
+
 // Sixteen numbers, for attention.
 struct Sixteen {
   static constexpr int kKeys = 16, kWide = 2, kWideAlone = 4;
   static constexpr int kScoreRows = 4, kScoreWide = 2, kValueRows = 6, kValueWide = 4, kWeighRows = 4;
+  static constexpr int kCodeRows = 6, kCodeWide = 2, kCodeValueRows = 6, kCodeValueWide = 2;
+  using Pairs = edgellm::Pairs;
+  using Whole = edgellm::Whole;
   __m512 x;
   static Sixteen of(float value) { return {_mm512_set1_ps(value)}; }
   static Sixteen load(const float* from) { return {_mm512_loadu_ps(from)}; }
@@ -181,6 +226,7 @@ struct Sixteen {
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))))};
   }
   static Sixteen fma(Sixteen a, Sixteen b, Sixteen c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
+  static Sixteen numbers(Whole whole) { return {_mm512_cvtepi32_ps(whole.x)}; }
   static Sixteen plus(Sixteen a, Sixteen b) { return {_mm512_add_ps(a.x, b.x)}; }
   static Sixteen minus(Sixteen a, Sixteen b) { return {_mm512_sub_ps(a.x, b.x)}; }
   static Sixteen times(Sixteen a, Sixteen b) { return {_mm512_mul_ps(a.x, b.x)}; }
@@ -191,6 +237,9 @@ struct Sixteen {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(number, 23))};
   }
   void store(float* to) const { _mm512_storeu_ps(to, x); }
+  void store_lowest(int16_t* to) const {  // 16 bits of each
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_castps_si512(x)));
+  }
   void store(Half* to) const {
     const __m512 within = _mm512_min_ps(_mm512_set1_ps(kLargestHalf), _mm512_max_ps(_mm512_set1_ps(-kLargestHalf), x));
     constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
@@ -210,8 +259,6 @@ struct Sixteen {
     const __m512 d = _mm512_add_ps(_mm512_shuffle_ps(c[0], c[1], 0x88), _mm512_shuffle_ps(c[0], c[1], 0xdd));
     _mm512_storeu_ps(sums, d);
   }
-  // Where the one stands that comes out at a place: the two bits of each half of its number are exchanged.
-  static constexpr int place(int i) { return (i & 4) << 1 | (i & 8) >> 1 | (i & 1) << 1 | (i & 2) >> 1; }
 };
 
 // Sixteen slots of sixteen features, as attention_tile.h wants them: pairs of neighbours, fours, then quarters in place.
@@ -247,7 +294,7 @@ void turn(const float* k, int count, int size, float* turned) {
 
 extern const Form kAvx512;
 const Form kAvx512{"avx512-vnni", here, round, multiply, norm, sums, gate,
-                  attend<Sixteen>, merge, finish, rotate, narrow, halve<Sixteen>, widen<Sixteen>,
-                  turn, attend_many<Sixteen>};
+                  attend_any<Sixteen>, merge, finish, rotate, narrow, halve<Sixteen>, widen<Sixteen>,
+                  turn, attend_many<Sixteen>, turn_codes<turn>, attend_turned<Sixteen>};
 
 }  // namespace edgellm

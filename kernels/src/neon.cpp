@@ -8,7 +8,7 @@
 #include <sys/auxv.h>
 #endif
 
-#include "attention_tile.h"
+#include "attention_codes.h"
 #include "product.h"
 
 namespace edgellm {
@@ -140,10 +140,57 @@ void multiply(const Matrix& m, const Rounded& x, float* y, int first, int last) 
   }
 }
 
+// Sixteen pairs of whole numbers, for attention.
+struct Pairs {
+  int16x8_t x[4];
+  static Pairs load(const int16_t* from) {
+    return {{vld1q_s16(from), vld1q_s16(from + 8), vld1q_s16(from + 16), vld1q_s16(from + 24)}};
+  }
+  static Pairs of(const int16_t* pair) {  // sixteen times
+    int32_t bits;
+    std::memcpy(&bits, pair, sizeof bits);
+    const int16x8_t all = vreinterpretq_s16_s32(vdupq_n_s32(bits));
+    return {{all, all, all, all}};
+  }
+  static Pairs widen(const int8_t* from) {
+    const int8x16_t a = vld1q_s8(from), b = vld1q_s8(from + 16);
+    return {{vmovl_s8(vget_low_s8(a)), vmovl_high_s8(a), vmovl_s8(vget_low_s8(b)), vmovl_high_s8(b)}};
+  }
+  static Pairs widen_half(const int8_t* from) {  // eight pairs; the others are 0
+    const int8x16_t a = vld1q_s8(from);
+    return {{vmovl_s8(vget_low_s8(a)), vmovl_high_s8(a), vdupq_n_s16(0), vdupq_n_s16(0)}};
+  }
+  static Pairs zip(const int8_t* a, const int8_t* b) {  // each of sixteen with its partner
+    const int8x16_t p = vld1q_s8(a), q = vld1q_s8(b), low = vzip1q_s8(p, q), high = vzip2q_s8(p, q);
+    return {{vmovl_s8(vget_low_s8(low)), vmovl_high_s8(low), vmovl_s8(vget_low_s8(high)), vmovl_high_s8(high)}};
+  }
+};
+
+struct Whole {
+  int32x4_t x[4];
+  static Whole zero() { return {{vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)}}; }
+  static Whole plus(Whole sum, const Pairs& a, const Pairs& b) {
+    for (int i = 0; i < 4; i++) {
+      const int32x4_t low = vmull_s16(vget_low_s16(a.x[i]), vget_low_s16(b.x[i])), high = vmull_high_s16(a.x[i], b.x[i]);
+      sum.x[i] = vaddq_s32(sum.x[i], vpaddq_s32(low, high));
+    }
+    return sum;
+  }
+  static void together(const Whole* lanes, int32_t* sums) {  // the lanes of each of 4 added
+    for (int i = 0; i < 4; i++) {
+      const Whole& each = lanes[i];
+      sums[i] = vaddvq_s32(vaddq_s32(vaddq_s32(each.x[0], each.x[1]), vaddq_s32(each.x[2], each.x[3])));
+    }
+  }
+};
+
 // Sixteen numbers, for attention.
 struct Sixteen {
   static constexpr int kKeys = 4, kWide = 1, kWideAlone = 2;
   static constexpr int kScoreRows = 4, kScoreWide = 1, kValueRows = 6, kValueWide = 1, kWeighRows = 2;
+  static constexpr int kCodeRows = 4, kCodeWide = 1, kCodeValueRows = 4, kCodeValueWide = 1;
+  using Pairs = edgellm::Pairs;
+  using Whole = edgellm::Whole;
   float32x4_t x[4];
   static Sixteen of(float value) {
     const float32x4_t four = vdupq_n_f32(value);
@@ -162,6 +209,11 @@ struct Sixteen {
     const int16x8_t low = vmovl_s8(vget_low_s8(codes)), high = vmovl_s8(vget_high_s8(codes));
     return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))),
              vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)))}};
+  }
+  static Sixteen numbers(const Whole& whole) {
+    Sixteen y;
+    for (int i = 0; i < 4; i++) y.x[i] = vcvtq_f32_s32(whole.x[i]);
+    return y;
   }
   static Sixteen fma(const Sixteen& a, const Sixteen& b, const Sixteen& c) {
     Sixteen y;
@@ -192,6 +244,9 @@ struct Sixteen {
   void store(float* to) const {
     for (int i = 0; i < 4; i++) vst1q_f32(to + 4 * i, x[i]);
   }
+  void store_lowest(int16_t* to) const {  // 16 bits of each
+    for (int i = 0; i < 4; i++) vst1_s16(to + 4 * i, vmovn_s32(vreinterpretq_s32_f32(x[i])));
+  }
   void store(Half* to) const {
     const float32x4_t most = vdupq_n_f32(kLargestHalf);
     for (int i = 0; i < 4; i++) {
@@ -215,7 +270,7 @@ struct Sixteen {
 
 extern const Form kNeon;
 const Form kNeon{"neon-dotprod", here, round, multiply, norm, sums, gate,
-                  attend<Sixteen>, merge, finish, rotate, narrow, halve<Sixteen>, widen<Sixteen>,
-                  turn_one_by_one, attend_many<Sixteen>};
+                  attend_any<Sixteen>, merge, finish, rotate, narrow, halve<Sixteen>, widen<Sixteen>,
+                  turn_one_by_one, attend_many<Sixteen>, turn_codes<turn_one_by_one>, attend_turned<Sixteen>};
 
 }  // namespace edgellm

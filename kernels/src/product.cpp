@@ -3,7 +3,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "attention.h"
+#include "attention_codes.h"
 #include "halves.h"
 
 namespace edgellm {
@@ -105,11 +105,41 @@ struct Sixteen {
   }
 };
 
+void attend_codes_plain(const Cells<int8_t>& keys, const Seen* seen, int rows, float scale, Part* parts) {
+  for (int r = 0; r < rows; r++) {
+    std::vector<int16_t> q(padded(keys.size));
+    const float step = round_query(seen[r].query, keys.size, q.data());
+    float p[kChunk] = {};
+    int16_t weights[kChunk];
+    for (int j = seen[r].begin; j < seen[r].end; j++) {
+      int32_t dot = 0;
+      for (int i = 0; i < keys.size; i++) dot += q[i] * keys.k[size_t(j) * keys.size + i];
+      p[j] = float(dot);
+    }
+    weigh(seen[r], std::isnan(step) ? 0.0f : scale * step, p, parts + r);
+    const float total = round_weights(p, begin_of(seen[r]), end_of(seen[r]), weights);
+    parts[r].total = std::isnan(step) ? NAN : total;
+    for (int i = 0; i < keys.size; i++) {
+      int32_t sum = 0;
+      for (int j = seen[r].begin; j < seen[r].end; j++) sum += weights[j] * keys.v[size_t(j) * keys.size + i];
+      parts[r].sum[i] = float(sum);
+    }
+  }
+}
+
+void attend_plain(const Keys& keys, const Seen* seen, int rows, float scale, Part* parts) {
+  if (keys.cell == Cell::kCode) return attend_codes_plain(keys.of<int8_t>(), seen, rows, scale, parts);
+  attend<Sixteen>(keys, seen, rows, scale, parts);
+}
+
 }  // namespace
 
 const Form kPlain{"plain", [] { return true; }, round_plain, multiply_plain, norm, sums, gate,
-                  attend<Sixteen>, merge, finish, rotate, narrow, halve<Sixteen>, widen<Sixteen>,
-                  [](const float*, int, int, float*) {}, attend_in_turn<Sixteen>};
+                  attend_plain, merge, finish, rotate, narrow, halve<Sixteen>, widen<Sixteen>,
+                  [](const float*, int, int, float*) {}, attend_in_turn<Sixteen>,
+                  [](const Cells<int8_t>&, int16_t*, int16_t*, int16_t*) {},
+                  [](const Cells<int8_t>& cells, const int16_t*, const int16_t*, const Seen* seen, int rows, float scale,
+                     Part* parts) { attend_codes_plain(cells, seen, rows, scale, parts); }};
 
 const Form* const* forms() {
 #if defined(__x86_64__)

@@ -134,6 +134,11 @@ struct Form {
   // The same numbers for up to kManyQueries, from the chunk's keys and those as `turn` puts them into kChunk * size.
   void (*turn)(const float* k, int count, int size, float* turned);
   void (*attend_many)(const Cells<float>&, const float* turned, const Seen*, int rows, float scale, Part*);
+  // So too of codes: `turn_codes` puts a chunk's into keys and values, and needs `rows`; each has room for kChunk times the
+  // size, rounded up to a multiple of 32.
+  void (*turn_codes)(const Cells<int8_t>&, int16_t* rows, int16_t* keys, int16_t* values);
+  void (*attend_turned)(const Cells<int8_t>&, const int16_t* keys, const int16_t* values, const Seen*, int rows, float scale,
+                        Part*);
 };
 
 extern const Form kPlain;  // the reference, in plain C++
