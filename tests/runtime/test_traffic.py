@@ -9,6 +9,8 @@ from edgellm_runtime.checks.kernel_events import Kernel
 from edgellm_runtime.checks.traffic import GraphTraffic, Step, Traffic
 from edgellm_runtime.graphs.layer_map import graph_nodes
 from edgellm_runtime.graphs.onnx_file import read_model
+from edgellm_runtime.graphs.own_attention import DOMAIN
+from edgellm_runtime.graphs.own_experts import EXPERTS
 from edgellm_runtime.graphs.writer import Node, graph_bytes
 from edgellm_runtime.spec import StateSpec
 
@@ -26,6 +28,14 @@ def _traffic(
 
 def _kernel(op: str, given: list[tuple[int, ...]], made: list[tuple[int, ...]], **said: int) -> Kernel:
     return Kernel("n", op, 0, 0.0, 1.0, tuple(given), tuple(made), **said)
+
+
+def test_of_a_mixture_of_experts_it_is_not_known_which_weights_are_read() -> None:
+    weight = np.ones((4, 6), np.float32)
+    for op in (EXPERTS, "GatedMlp"):
+        kernel = _kernel(op, [(1, 3, 4)], [(1, 3, 6)], activation_bytes=48, output_bytes=72)
+        found = _traffic([Node(op, ["x", "w"], ["y"], domain=DOMAIN)], {"w": weight}, kernel, run={0})
+        assert (found is None) == (op == EXPERTS)
 
 
 def test_a_product_reads_its_weights_once_and_counts_two_for_each() -> None:

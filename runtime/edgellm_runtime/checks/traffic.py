@@ -16,6 +16,7 @@ from edgellm_runtime.graphs.external_files import ELEMENT_BITS
 from edgellm_runtime.graphs.layer_map import GraphNode
 from edgellm_runtime.graphs.onnx_file import read_message
 from edgellm_runtime.graphs.own_attention import ATTENTIONS
+from edgellm_runtime.graphs.own_experts import EXPERTS
 from edgellm_runtime.graphs.wire import Message
 from edgellm_runtime.spec import StateSpec
 
@@ -116,7 +117,9 @@ class GraphTraffic:
             place: the node that it runs, from :func:`~edgellm_runtime.checks.kernel_events.node_of`.
             step: what the run did.
         """
-        if place is None or any(self._nodes[i].body for i in (place, *self._absorbed.get(place, ()))):
+        if place is None or self._nodes[place].op == EXPERTS:  # how many experts were chosen is not told
+            return None
+        if any(self._nodes[i].body for i in (place, *self._absorbed.get(place, ()))):
             return None
         nodes = [self._nodes[place], *(self._nodes[i] for i in self._absorbed.get(place, ()))]
         inputs = list(dict.fromkeys(name for node in nodes for name in node.inputs if name))
