@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import weakref
@@ -22,6 +23,7 @@ from edgellm_runtime.backends.ort import OrtBackend
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.checks.far import float_session
 from edgellm_runtime.checks.layers import LAYER, tapped
+from edgellm_runtime.errors import BackendError
 from edgellm_runtime.loading import session_of, unchecked_session
 from edgellm_runtime.session import Session
 
@@ -93,6 +95,16 @@ def test_a_state_that_a_section_wrote_is_read_by_a_later_one(tmp_path: Path) -> 
     assert signature.state[0].present_name in backend.sections[-1].inputs
     whole = session_of(bundle, OrtBackend(graph, signature, threads=1))
     assert_same_bits(steps(session_of(bundle, backend)), steps(whole))
+
+
+def test_a_graph_with_other_inputs_or_outputs_than_its_signature_is_refused(tmp_path: Path) -> None:
+    bundle = exported("decoder", "none", tmp_path)
+    signature, graph = bundle.manifest.signature, bundle.file("model.onnx")
+    renamed = dataclasses.replace(signature.outputs[0], name="others")
+    with pytest.raises(BackendError, match="the graph's outputs are not those of the manifest"):
+        SectionBackend(graph, dataclasses.replace(signature, outputs=(renamed, *signature.outputs[1:])), MOST)
+    with pytest.raises(BackendError, match=rf"asks for \['{signature.state[0].past_name}'\], which the manifest"):
+        SectionBackend(graph, dataclasses.replace(signature, state=signature.state[1:]), MOST)
 
 
 def test_sections_give_the_outputs_of_layers(tmp_path: Path) -> None:

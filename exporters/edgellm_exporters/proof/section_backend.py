@@ -17,7 +17,7 @@ from edgellm_exporters.proof.sections import Section, sections_of
 from edgellm_exporters.weights.memory import trim
 from edgellm_runtime.backends.base import HostBackend
 from edgellm_runtime.backends.faults import step_fault
-from edgellm_runtime.backends.ort import library, load_graph, session_options
+from edgellm_runtime.backends.ort import check_values, library, load_graph, session_options
 from edgellm_runtime.checks.memory import memory_now_and_at_most
 from edgellm_runtime.graphs.float_inputs import with_float_inputs
 from edgellm_runtime.spec import Signature
@@ -40,6 +40,9 @@ class SectionBackend(HostBackend):
         fetch: likewise.
         float_inputs: likewise.
         memory: gives the bytes that the process holds, and the most it has held.
+
+    Raises:
+        BackendError: the graph's inputs or outputs are not those of the signature.
     """
 
     device = "cpu"
@@ -54,6 +57,10 @@ class SectionBackend(HostBackend):
         self.threads = self._options.intra_op_num_threads
         model = graph.read_bytes()
         self.sections = sections_of(with_float_inputs(model) if float_inputs else model, most, fetch)
+        made = {name for section in self.sections for name in section.outputs}
+        read = {name for section in self.sections for name in section.inputs}
+        given = {t.name for t in signature.outputs} | {s.present_name for s in signature.carried} | {*fetch}
+        check_values(read - made, made - read | made & given, signature, fetch)
         self.fetched: dict[str, Array] = {}
         self._memory, self._limit = memory, memory()[1]
         self._kept: dict[int, Any] = {}  # sessions that stay loaded, by the places of their sections

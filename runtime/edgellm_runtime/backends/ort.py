@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from edgellm_runtime.threads import thread_count
 if TYPE_CHECKING:
     from edgellm_runtime.backends.own_kernels import OwnKernels
 
-__all__ = ["OrtBackend", "check_names", "library", "load_graph", "session_options", "with_kernels"]
+__all__ = ["OrtBackend", "check_names", "check_values", "library", "load_graph", "session_options", "with_kernels"]
 
 Array = NDArray[Any]
 NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
@@ -323,11 +323,15 @@ def check_names(session: Any, signature: Signature, fetch: Sequence[str] = ()) -
     Raises:
         BackendError: they differ.
     """
-    expected = {t.name for t in signature.inputs} | {s.past_name for s in signature.state}
     found = {i.name for i in session.get_inputs()}
-    if not found <= expected:
-        raise BackendError(f"the graph asks for {sorted(found - expected)}, which the manifest does not know")
-    outputs = {t.name for t in signature.outputs} | {s.present_name for s in signature.carried} | {*fetch}
-    if outputs != {o.name for o in session.get_outputs()}:
-        raise BackendError("the graph's outputs are not those of the manifest; export the model again")
+    check_values(found, {o.name for o in session.get_outputs()}, signature, fetch)
     return found
+
+
+def check_values(inputs: Set[str], outputs: Set[str], signature: Signature, fetch: Sequence[str] = ()) -> None:
+    """Compare the names of a graph's inputs and outputs with the manifest's; errors as :func:`check_names`."""
+    expected = {t.name for t in signature.inputs} | {s.past_name for s in signature.state}
+    if not inputs <= expected:
+        raise BackendError(f"the graph asks for {sorted(inputs - expected)}, which the manifest does not know")
+    if outputs != {t.name for t in signature.outputs} | {s.present_name for s in signature.carried} | {*fetch}:
+        raise BackendError("the graph's outputs are not those of the manifest; export the model again")
