@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +25,6 @@ __all__ = ["DEVICES", "device_of", "load", "open_profiled", "open_session", "ses
 
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 _VERSION = re.compile(r"[0-9]{1,5}(\.[0-9]{1,9}){0,3}")
-_MODEL = "edgellm_runtime.model"
 _CPU_CHUNK = 256  # tokens of a prompt in one step: more are no faster, and take more memory for attention's weights
 
 
@@ -89,43 +85,18 @@ def load(
         rehearse(path, device=device, checksums=checksums, kernels=kernels)
     shrinks, context = check_flag("shrink_context", shrink_context), None
     # The weights are compared from here on, so what takes long to import is imported below.
-    beside = threads > 1
-    with Bundle.while_checking(path, checksums=checksums, beside=beside) as bundle, _importing(_MODEL, beside=beside):
+    with Bundle.while_checking(path, checksums=checksums, beside=threads > 1) as bundle:
         if max_memory is not None:
             from edgellm_runtime.state.memory_need import context_within_memory
 
             context = context_within_memory(bundle.manifest, device_of(bundle, device), max_memory, shrinks=shrinks)
         session = unchecked_session(bundle, device=device, threads=threads, kernels=kernels)
+        import edgellm_runtime.model  # noqa: F401  while the weights' checksums are still compared
     if context is not None and context < session.max_context:
         session.shorten(context, f"shortened, since max_memory is {max_memory:,} bytes")
     model = _model(session, bundle)
     model.prefix_cache = prefix_cache
     return model
-
-
-@contextmanager
-def _importing(module: str, *, beside: bool) -> Iterator[None]:
-    """A module is imported in a thread while the block runs, which leaves Python alone where a library makes a session.
-
-    What goes wrong with it is told where the module is used: it is imported there again.
-
-    Args:
-        module: its name.
-        beside: False imports nothing.
-    """
-
-    def imported() -> None:
-        with suppress(Exception):
-            importlib.import_module(module)
-
-    thread = threading.Thread(target=imported, name="edgellm-imports", daemon=True)
-    if beside:
-        thread.start()
-    try:
-        yield
-    finally:
-        if beside:
-            thread.join()
 
 
 def _model(session: Session, bundle: Bundle) -> Model:

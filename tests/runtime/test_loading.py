@@ -104,11 +104,6 @@ def test_loading_imports_no_kernels_that_nobody_asks_for(threads: int) -> None:
     assert done.stdout.splitlines() == ["True True", "[]", "1"]
 
 
-def test_a_module_that_cannot_be_imported_beside_is_told_where_it_is_used() -> None:
-    with loading_module._importing("edgellm_runtime.no_such_module", beside=True):
-        pass
-
-
 def test_a_session_runs_the_nodes_that_all_of_the_library_s_optimizers_leave(tmp_path: Path) -> None:
     graph = hidden_bundle(quantize="int4") / "model.onnx"
     usual = session_options(1)
