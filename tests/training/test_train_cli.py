@@ -97,7 +97,7 @@ def test_resuming_nothing_is_an_error(tmp_path: Path) -> None:
     [
         (("--preset", "huge"), ConfigError, "no preset 'huge'; it has reference, tiny"),
         (("--architecture", "lattice"), ConfigError, "unknown architecture 'lattice'"),
-        (("--set", "width=63"), ConfigError, "width 63"),
+        (("--set", "width=63"), ConfigError, "width is 63"),
         (("--context", "100000"), TrainingError, "too short"),
         (("--vocab-size", "10"), TrainingError, "at least 257"),
         (("--lr", "-1"), TrainingError, "lr is -1.0"),

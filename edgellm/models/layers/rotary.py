@@ -40,13 +40,15 @@ class RotaryTable(nn.Module):
                 f"max_context {max_context} and head_dim {head_dim + still} make a table of angles of over "
                 f"{_MOST_NUMBERS} numbers; correct one of them"
             )
-        # Frequencies in float64, then angles in float32, as models are trained with them and as a target computes them
-        # again: the product is rounded, its cosine only once. On the CPU even while weights are on "meta".
-        half = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu")
-        frequencies = theta ** (-half / head_dim)
-        if factors:
-            frequencies = frequencies / torch.tensor(factors, dtype=torch.float64, device="cpu")
-        angles = torch.arange(max_context, dtype=torch.float32, device="cpu")[:, None] * frequencies.float()
+        # Angles are float32 products, as models are trained with them and as a target computes them again: the product
+        # is rounded, its cosine only once. So are plain frequencies, every step of them; divided ones are rounded once.
+        # On the CPU even while weights are on "meta".
+        divided = any(factor != 1 for factor in factors)
+        dtype = torch.float64 if divided else torch.float32
+        frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=dtype, device="cpu") / head_dim)
+        if divided:
+            frequencies = (frequencies / torch.tensor(factors, dtype=dtype, device="cpu")).float()
+        angles = torch.arange(max_context, dtype=torch.float32, device="cpu")[:, None] * frequencies
         angles = angles.double()
         for name, table, value in (("cos", angles.cos(), 1.0), ("sin", angles.sin(), 0.0)):
             whole = F.pad(table * amplitude, (0, still // 2), value=value)
