@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_runtime.backends.own_kernels import trial_session
+from edgellm_runtime.backends.trial_session import trial_session
 from edgellm_runtime.graphs.own_attention import ATTENTIONS, DOMAIN
 from edgellm_runtime.graphs.writer import Attribute, Node, Shape, graph_bytes
 

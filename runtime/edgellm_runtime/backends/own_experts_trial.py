@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm_runtime.backends.own_kernels import trial_session
 from edgellm_runtime.backends.own_product_trial import ProductForm, gated, product_form, product_trials
+from edgellm_runtime.backends.trial_session import trial_session
 from edgellm_runtime.graphs.own_attention import DOMAIN
 from edgellm_runtime.graphs.own_experts import EXPERTS
 from edgellm_runtime.graphs.writer import Node, graph_bytes

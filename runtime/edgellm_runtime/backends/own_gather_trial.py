@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_runtime.backends.kernel_test import packed_codes
-from edgellm_runtime.backends.own_kernels import trial_session
+from edgellm_runtime.backends.trial_session import trial_session
 from edgellm_runtime.graphs.narrow_scales import random_scales, scale_bits_of, widened
 from edgellm_runtime.graphs.own_attention import DOMAIN
 from edgellm_runtime.graphs.own_gather import GATHER

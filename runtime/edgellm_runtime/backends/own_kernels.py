@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgellm_runtime.backends.ort import library
 from edgellm_runtime.errors import first_line
 from edgellm_runtime.graphs.onnx_file import ReadGraph
 from edgellm_runtime.graphs.own_operators import with_own_operators
 from edgellm_runtime.graphs.writer import Node
 
-__all__ = ["INTERFACE", "OwnKernels", "Unusable", "find", "tell", "trial_session"]
+__all__ = ["INTERFACE", "OwnKernels", "Unusable", "find", "tell"]
 
 INTERFACE = 5  # of the operators, which the package names too
 _TOLD: set[str] = set()
@@ -105,24 +104,6 @@ def find(ort: Any) -> OwnKernels:
             "built for it"
         ) from error
     return found
-
-
-def trial_session(graph: bytes, *, threads: int = 1) -> Any:
-    """A session of ONNX Runtime over a graph with nodes of these kernels, which are to be tried.
-
-    Args:
-        graph: serialized, with its weights.
-        threads: that the session computes with.
-
-    Raises:
-        BackendError: ONNX Runtime is missing.
-        Unusable: the kernels cannot run here.
-    """
-    ort = library()
-    options = ort.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 4, threads
-    find(ort).add_to(options)
-    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def tell(reason: str) -> None:

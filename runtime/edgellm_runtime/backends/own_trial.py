@@ -23,7 +23,7 @@ from edgellm_runtime.backends.ort import library
 from edgellm_runtime.backends.own_attention_trial import AttentionForm, attention_error, attention_form
 from edgellm_runtime.backends.own_experts_trial import ExpertsForm, experts_error, experts_form
 from edgellm_runtime.backends.own_gather_trial import GatherForm, gather_error, gather_form
-from edgellm_runtime.backends.own_kernels import OwnKernels, Unusable, find, tell, trial_session
+from edgellm_runtime.backends.own_kernels import OwnKernels, Unusable, find, tell
 from edgellm_runtime.backends.own_product_trial import (
     ProductForm,
     ProductTrial,
@@ -31,6 +31,7 @@ from edgellm_runtime.backends.own_product_trial import (
     product_form,
     product_trials,
 )
+from edgellm_runtime.backends.trial_session import trial_session
 from edgellm_runtime.errors import BackendError, first_line
 from edgellm_runtime.graphs.onnx_file import ReadGraph
 from edgellm_runtime.graphs.own_attention import ATTENTIONS, DOMAIN
