@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -13,13 +14,15 @@ import pytest
 from families import VOCAB, cpu_targets, make
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_bundles import sign
 
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_exporters.quantize.plan import Scheme
-from edgellm_runtime import open_session
+from edgellm_runtime import BackendError, BundleError, open_session
 from edgellm_runtime.backends.spread_codes import SpreadCodes, spread_codes
 from edgellm_runtime.bundle import GRAPH, Bundle
 from edgellm_runtime.graphs.three_bits import condensed, spread
+from edgellm_runtime.state.memory_peak import memory_peak
 
 METHOD, SCHEME = "3:32:asymmetric", Scheme(3, 32, symmetric=False)
 UNPACKING = {"BitShift", "BitwiseAnd", "BitwiseOr"}
@@ -88,3 +91,17 @@ def test_what_is_made_on_the_way_and_read_elsewhere_is_left_to_the_library() -> 
     model.graph.node.append(onnx.helper.make_node("Identity", [concat.output[0]], ["elsewhere"]))
     data = model.SerializeToString()
     assert spread_codes(data, graph.parent).graph is data
+
+
+@pytest.mark.parametrize("op", ["Reshape", "BitwiseAnd", "BitwiseOr", "BitShift"])
+def test_a_graph_whose_nodes_lack_inputs_is_refused_in_words(op: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundle("cpu").path, tmp_path / "b"))
+    model = onnx.load_model(folder / GRAPH, load_external_data=False)
+    for node in (node for node in model.graph.node if node.op_type == op):
+        del node.input[1:]
+    (folder / GRAPH).write_bytes(model.SerializeToString())
+    sign(folder, GRAPH)
+    with pytest.raises(BackendError, match="refuses the graph"):
+        open_session(Bundle(folder))
+    with pytest.raises(BundleError, match="a node of the graph has other inputs or outputs than its operator"):
+        memory_peak(Bundle(folder), 10, kernels="own")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgellm_runtime.errors import first_line
+from edgellm_runtime.errors import BundleError, first_line
 from edgellm_runtime.graphs.onnx_file import ReadGraph
 from edgellm_runtime.graphs.own_operators import with_own_operators
 from edgellm_runtime.graphs.writer import Node
@@ -64,7 +64,7 @@ class OwnKernels:
         read = ReadGraph.of(graph) if isinstance(graph, bytes) else graph
         try:
             return with_own_operators(read, keep)
-        except (ValueError, IndexError) as error:  # ONNX Runtime, which checks every node, can say which and why
+        except BundleError as error:  # ONNX Runtime, which checks every node, can say which and why
             raise Unusable("a node of the graph has other inputs than its operator") from error
 
 

@@ -55,10 +55,14 @@ def spread_codes(model: bytes, folder: Path, keep: Collection[str] = ()) -> Spre
         folder: of the files that it reads.
         keep: names of values that must stay, beside the graph's outputs.
     """
-    found = SpreadCodes(model)
-    if _MARK not in model:
-        return found
-    read = read_model(model)
+    try:
+        return _spread(model, folder, keep) if _MARK in model else SpreadCodes(model)
+    except (ValueError, IndexError):  # a node has other inputs than its operator: the library can say which and why
+        return SpreadCodes(model)
+
+
+def _spread(model: bytes, folder: Path, keep: Collection[str]) -> SpreadCodes:
+    found, read = SpreadCodes(model), read_model(model)
     view, places = GraphView(read, keep), {tensor.name: tensor for tensor in stored_tensors(read)}
     gone, sources = set[int](), dict[str, list[int]]()
     for place, chain, source in _chains(view):

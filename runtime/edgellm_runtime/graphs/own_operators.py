@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isclose
 
+from edgellm_runtime.errors import BundleError
 from edgellm_runtime.graphs.graph_view import GraphView
 from edgellm_runtime.graphs.narrow_scales import narrow_scales, stored_scales
 from edgellm_runtime.graphs.onnx_file import ReadGraph
@@ -113,8 +114,20 @@ def with_own_operators(graph: bytes | ReadGraph, keep: Collection[str] = ()) -> 
 
     Returns:
         The model, and the nodes that are new in it.
+
+    Raises:
+        BundleError: a node has other inputs or outputs than its operator.
     """
     read = ReadGraph.of(graph) if isinstance(graph, bytes) else graph
+    try:
+        return _swapped(read, keep)
+    except (ValueError, IndexError) as error:
+        raise BundleError(
+            "a node of the graph has other inputs or outputs than its operator; export the bundle again"
+        ) from error
+
+
+def _swapped(read: ReadGraph, keep: Collection[str]) -> tuple[bytes, tuple[Node, ...]]:
     view = GraphView(read.model, keep)
     view.constants |= dict(narrow_scales(view))
     operations = list(_operations(view))
