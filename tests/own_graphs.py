@@ -9,11 +9,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgellm_runtime.backends.ort import library
+from edgellm_runtime.backends.own_kernels import find
 from edgellm_runtime.graphs.writer import Node, graph_bytes
 
 Array = NDArray[Any]
 LIBRARY = "com.microsoft"
 EPSILON = 1e-5
+
+
+def opened(model: bytes | str, threads: int = 2, *, own: bool = True) -> Any:
+    """A session, which knows the operators or does not."""
+    ort = library()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 4
+    if own:
+        find(ort).add_to(options)
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def codes_of(packed: Array, bits: int) -> Array:

@@ -12,11 +12,10 @@ from expert_graphs import WIDTH, mixture_graph, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from own_graphs import opened
 
 from edgellm_exporters.quantize.plan import ROW, Scheme
-from edgellm_runtime.backends.ort import library
 from edgellm_runtime.backends.own_experts_trial import ExpertsForm, experts_error
-from edgellm_runtime.backends.own_kernels import find
 from edgellm_runtime.backends.own_product_trial import ProductForm
 from edgellm_runtime.graphs.own_experts import EXPERTS
 from edgellm_runtime.graphs.own_operators import DOMAIN, with_own_operators
@@ -32,15 +31,6 @@ built = pytest.mark.usefixtures("kernels")
 @pytest.fixture(name="kernels")
 def _kernels() -> None:
     pytest.importorskip("edgellm_kernels", reason="edgellm-kernels is not built; make kernels builds it")
-
-
-def opened(model: bytes, threads: int = 2, *, own: bool = True) -> Any:
-    ort = library()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 4
-    if own:
-        find(ort).add_to(options)
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 @pytest.mark.parametrize("kind", SCHEMES)

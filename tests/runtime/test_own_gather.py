@@ -11,12 +11,10 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
-from own_graphs import LIBRARY, Chain, Matrix, codes_of
+from own_graphs import LIBRARY, Chain, Matrix, codes_of, opened
 
 from edgellm_runtime.backends.kernel_test import packed_codes
-from edgellm_runtime.backends.ort import library
 from edgellm_runtime.backends.own_gather_trial import GatherForm, gather_error
-from edgellm_runtime.backends.own_kernels import find
 from edgellm_runtime.graphs.own_gather import GATHER
 from edgellm_runtime.graphs.own_operators import with_own_operators
 from edgellm_runtime.graphs.writer import Node, graph_bytes
@@ -53,14 +51,6 @@ def graph(
         nodes, {"tokens": "int64"}, {"rows": "float32", "y": "float32"}, tensors=chain.tensors,
         shapes={"tokens": ["batch", "time"]},
     )  # fmt: skip
-
-
-def opened(model: bytes | str) -> Any:
-    ort = library()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 2, 4
-    find(ort).add_to(options)
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def test_a_look_up_reads_the_table_and_its_scales_as_they_are() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from expert_graphs import mixture_graph
 from numpy.typing import NDArray
-from own_graphs import LIBRARY, Chain
+from own_graphs import LIBRARY, Chain, opened
 from tiny_bundles import attention_model, text_assets
 
 from edgellm_exporters.export import ExportOptions, export
@@ -20,9 +20,7 @@ from edgellm_exporters.quantize.plan import Scheme
 from edgellm_exporters.quantize.scales import in_bytes
 from edgellm_runtime import load
 from edgellm_runtime.backends.kernel_test import packed_codes
-from edgellm_runtime.backends.ort import library
 from edgellm_runtime.backends.own_gather_trial import GatherForm, gather_error
-from edgellm_runtime.backends.own_kernels import find
 from edgellm_runtime.backends.own_trial import OWN_BOUND, OwnForm, ProductForm, form_of, own_error
 from edgellm_runtime.bundle import GRAPH
 from edgellm_runtime.graphs.narrow_scales import POWERS, random_scales, widened
@@ -75,14 +73,6 @@ def graph(rows: int, width: int, block: int, change: Callable[[Chain], None] = l
         chain.nodes, {"tokens": "int64"}, {"x": "float32", "y": "float32"}, tensors=chain.tensors,
         shapes={"tokens": ["batch", "time"]},
     )  # fmt: skip
-
-
-def opened(model: bytes) -> Any:
-    ort = library()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 4
-    find(ort).add_to(options)
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 @pytest.mark.parametrize("method", ["4:32:asymmetric:scales8", "4:32:shifted:scales8"])

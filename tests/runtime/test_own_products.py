@@ -14,15 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from own_graphs import EPSILON, Chain, Matrix, layer
+from own_graphs import EPSILON, Chain, Matrix, layer, opened
 from tiny_bundles import attention_model, text_assets
 
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_runtime import load, open_session
 from edgellm_runtime.backends import own_trial
 from edgellm_runtime.backends.kernel_test import ALL_ROWS
-from edgellm_runtime.backends.ort import library
-from edgellm_runtime.backends.own_kernels import find
 from edgellm_runtime.backends.own_trial import OWN_BOUND, OwnForm, ProductForm, own_error
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.checks.profile import profile
@@ -61,15 +59,6 @@ def product(matrix: Matrix, form: str, x: Array) -> Array:
     )  # fmt: skip
     assert not failed
     return y
-
-
-def opened(graph: bytes, threads: int = 2) -> Any:
-    """A session that knows the operators."""
-    ort = library()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 4
-    find(ort).add_to(options)
-    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def session(matrix: Matrix, *, own: bool = True, threads: int = 2) -> Any:

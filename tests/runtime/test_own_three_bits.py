@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from own_graphs import LIBRARY, Chain
+from own_graphs import LIBRARY, Chain, opened
 from tiny_bundles import attention_model, text_assets
 
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_runtime import load
 from edgellm_runtime.backends import own_trial
 from edgellm_runtime.backends.kernel_test import packed_codes
-from edgellm_runtime.backends.ort import library
 from edgellm_runtime.backends.own_gather_trial import GatherForm, gather_error
-from edgellm_runtime.backends.own_kernels import OwnKernels, find
+from edgellm_runtime.backends.own_kernels import OwnKernels
 from edgellm_runtime.backends.own_trial import OWN_BOUND, OwnForm, ProductForm, own_error, usable_kernels
 from edgellm_runtime.bundle import GRAPH
 from edgellm_runtime.graphs.onnx_file import read_model
@@ -81,14 +80,6 @@ def graph(rows: int, width: int, block: int, change: Callable[[Chain], None] = l
         chain.nodes, {"tokens": "int64"}, {"x": "float32", "y": "float32"}, tensors=chain.tensors,
         shapes={"tokens": ["batch", "time"]},
     )  # fmt: skip
-
-
-def opened(model: bytes) -> Any:
-    ort = library()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 4
-    find(ort).add_to(options)
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def test_operators_read_what_is_stored_and_nothing_of_unpacking_is_left() -> None:
