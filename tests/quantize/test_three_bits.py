@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import shutil
 import tempfile
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from edgellm_runtime import BackendError, BundleError, open_session
 from edgellm_runtime.backends.spread_codes import SpreadCodes, spread_codes
 from edgellm_runtime.bundle import GRAPH, Bundle
 from edgellm_runtime.graphs.three_bits import condensed, spread
+from edgellm_runtime.session import Session
 from edgellm_runtime.state.memory_peak import memory_peak
 
 METHOD, SCHEME = "3:32:asymmetric", Scheme(3, 32, symmetric=False)
@@ -66,7 +69,10 @@ def test_nothing_of_unpacking_is_left_for_a_step(target: str, tmp_path: Path) ->
 
 
 def logits(found: Bundle) -> np.ndarray:
-    session = open_session(found, threads=1)
+    return logits_of(open_session(found, threads=1))
+
+
+def logits_of(session: Session) -> np.ndarray:
     tokens = np.random.default_rng(4).integers(0, VOCAB, (1, 12))
     return session.step(tokens, session.new_state(capacity=12), logits="all").copy()
 
@@ -81,6 +87,25 @@ def test_codes_are_put_in_order_before_the_library_reads_a_graph_and_give_the_sa
     ours = logits(found)
     monkeypatch.setattr("edgellm_runtime.backends.ort.spread_codes", lambda model, folder, keep: SpreadCodes(model))
     np.testing.assert_array_equal(ours, logits(found))
+
+
+def test_codes_are_gone_when_a_session_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[np.ndarray]] = []
+
+    def watched(model: bytes, folder: Path, keep: tuple[str, ...]) -> SpreadCodes:
+        ready = spread_codes(model, folder, keep)
+        made.extend(weakref.ref(codes.base) for codes in ready.codes.values())
+        return ready
+
+    found = bundle("cpu")
+    expected = logits(found)
+    monkeypatch.setattr("edgellm_runtime.backends.ort.spread_codes", watched)
+    session = open_session(found, threads=1)
+    gc.collect()
+    assert len(made) >= 10 and not any(array() is not None for array in made)
+    filling = [np.full(1 << 20, 7, np.uint8) for _ in range(20)]  # where they were
+    np.testing.assert_array_equal(logits_of(session), expected)
+    del filling
 
 
 def test_what_is_made_on_the_way_and_read_elsewhere_is_left_to_the_library() -> None:
@@ -103,5 +128,23 @@ def test_a_graph_whose_nodes_lack_inputs_is_refused_in_words(op: str, tmp_path: 
     sign(folder, GRAPH)
     with pytest.raises(BackendError, match="refuses the graph"):
         open_session(Bundle(folder))
-    with pytest.raises(BundleError, match="a node of the graph has other inputs or outputs than its operator"):
-        memory_peak(Bundle(folder), 10, kernels="own")
+    for kernels in ("onnxruntime", "own"):
+        with pytest.raises(BundleError, match="a node of the graph has other inputs or outputs than its operator"):
+            memory_peak(Bundle(folder), 10, kernels=kernels)
+
+
+@pytest.mark.parametrize("kind", ["float", "listed"])
+def test_codes_in_a_shape_that_is_no_size_are_left_to_the_library(kind: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundle("cpu").path, tmp_path / "b"))
+    model = onnx.load_model(folder / GRAPH, load_external_data=False)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    shape = next(tensors[node.input[1]] for node in model.graph.node if node.op_type == "Reshape")
+    shape.ClearField("raw_data")
+    shape.float_data.extend([float("inf")] * shape.dims[0])
+    if kind == "float":
+        shape.data_type = onnx.TensorProto.FLOAT
+    (folder / GRAPH).write_bytes(model.SerializeToString())
+    sign(folder, GRAPH)
+    with pytest.raises(BackendError, match="refuses the graph"):
+        open_session(Bundle(folder))
+    memory_peak(Bundle(folder), 10, kernels="own")

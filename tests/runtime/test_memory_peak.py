@@ -48,15 +48,16 @@ def measured(folder: Path, tokens: int, kernels: str = "onnxruntime") -> float:
 
 
 @functools.cache
-def larger_bundle() -> Path:
-    """27 million weights in float32, without text."""
+def larger_bundle(quantize: str = "none") -> Path:
+    """27 million weights, without text."""
     torch.manual_seed(0)
     config = DecoderConfig(
         vocab_size=4096, width=768, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=128, mlp_width=2048,
         max_context=512,
     )  # fmt: skip
     folder = Path(tempfile.mkdtemp(), "bundle")
-    export(Decoder(config).eval(), folder, options=ExportOptions(target="cpu"))
+    loose = {} if quantize == "none" else {"kl": 100.0, "top1": 0.0}
+    export(Decoder(config).eval(), folder, options=ExportOptions(target="cpu", quantize=quantize, bounds=loose))
     return folder
 
 
@@ -116,6 +117,16 @@ def test_the_peak_with_own_kernels_is_predicted_within_a_fifth() -> None:
         memory_peak(Bundle(quantized_bundle()), 90, kernels="own"),
         measured(quantized_bundle(), 90, "own"),
     )
+    assert abs(predicted.total - most) < 0.2 * most, (str(predicted), most)
+
+
+@only_linux
+@pytest.mark.parametrize("kernels", ["onnxruntime", "own"])
+def test_of_codes_of_3_bits_it_is_predicted_within_a_fifth(kernels: str) -> None:
+    if kernels == "own":
+        pytest.importorskip("edgellm_kernels", reason="edgellm-kernels is not built; make kernels builds it")
+    folder = larger_bundle("3:64:asymmetric")
+    predicted, most = memory_peak(Bundle(folder), 90, kernels=kernels), measured(folder, 90, kernels)
     assert abs(predicted.total - most) < 0.2 * most, (str(predicted), most)
 
 

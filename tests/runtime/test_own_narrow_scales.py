@@ -103,7 +103,11 @@ def turned(chain: Chain) -> None:
     chain.nodes[4].inputs[:] = ["wide", "wide"]  # type: ignore[index]
 
 
-@pytest.mark.parametrize("change", [powers, turned])
+def column(chain: Chain) -> None:
+    chain.tensors["table"] = np.array(POWERS, np.float32)[:, None]
+
+
+@pytest.mark.parametrize("change", [powers, turned, column])
 def test_other_scales_than_those_of_an_export_are_left_to_onnx_runtime(change: Callable[[Chain], None]) -> None:
     assert [node.op for node in with_own_operators(graph(8, 64, 32))[1]] == ["BlockProduct", "BlockGather"]
     assert not with_own_operators(graph(8, 64, 32, change))[1]

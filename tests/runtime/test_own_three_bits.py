@@ -113,7 +113,19 @@ def turned(chain: Chain) -> None:
     chain.nodes[6].inputs[:] = ["last", "first"]  # type: ignore[index]
 
 
-@pytest.mark.parametrize("change", [shifts, places, own, left, turned])
+def across(chain: Chain) -> None:
+    chain.tensors["shifts"] = np.array([SHIFTS], np.uint8)
+
+
+def wide(chain: Chain) -> None:
+    chain.tensors["own"] = np.array(0x77, np.int64)
+
+
+def whole(chain: Chain) -> None:
+    chain.tensors["flat"] = chain.tensors["solid"] = np.array([-1])
+
+
+@pytest.mark.parametrize("change", [shifts, places, own, left, turned, across, wide, whole])
 def test_other_bits_than_those_of_an_export_are_left_to_onnx_runtime(change: Callable[[Chain], None]) -> None:
     assert [node.op for node in with_own_operators(graph(8, 64, 32))[1]] == ["BlockProduct", "BlockGather"]
     assert not with_own_operators(graph(8, 64, 32, change))[1]

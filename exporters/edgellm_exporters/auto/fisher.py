@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from edgellm.streaming import Weights, resident
 from edgellm_exporters.auto.saved_tensors import SavedTensors
-from edgellm_exporters.weights.memory import trim
 from edgellm_exporters.weights.scratch_file import ScratchFile
+from edgellm_runtime.freed_pages import trim
 
 __all__ = ["Gathered", "gather"]
 

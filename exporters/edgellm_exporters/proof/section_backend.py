@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm_exporters.proof.sections import Section, sections_of
-from edgellm_exporters.weights.memory import trim
 from edgellm_runtime.backends.base import HostBackend
 from edgellm_runtime.backends.faults import step_fault
 from edgellm_runtime.backends.ort import check_values, library, load_graph, session_options
 from edgellm_runtime.checks.memory import memory_now_and_at_most
+from edgellm_runtime.freed_pages import trim
 from edgellm_runtime.graphs.float_inputs import with_float_inputs
 from edgellm_runtime.spec import Signature
 from edgellm_runtime.state import State

@@ -25,7 +25,7 @@ from edgellm_exporters.quantize.codes_on_disk import ChosenCodes
 from edgellm_exporters.quantize.gptq import gptq
 from edgellm_exporters.quantize.named_weights import is_parametrized, named_weights
 from edgellm_exporters.quantize.plan import Codes, Scheme
-from edgellm_exporters.weights.memory import trim
+from edgellm_runtime.freed_pages import trim
 
 __all__ = ["MIN_TOKENS", "check_windows", "largest_inputs", "quantize_in_turn"]
 

@@ -27,7 +27,8 @@ from edgellm_exporters.quantize.gptq import gptq_by_rows
 from edgellm_exporters.quantize.named_weights import is_parametrized
 from edgellm_exporters.quantize.plan import Scheme
 from edgellm_exporters.quantize.tuning.layer_stream import Call, LayerStream, shell_of
-from edgellm_exporters.weights.memory import give_back, trim
+from edgellm_exporters.weights.memory import give_back
+from edgellm_runtime.freed_pages import trim
 
 __all__ = ["GROUP_TOKENS", "Calls", "Factors", "calls_of", "quantize_by_layers"]
 

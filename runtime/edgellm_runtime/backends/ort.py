@@ -16,6 +16,7 @@ from edgellm_runtime.backends.base import HostBackend
 from edgellm_runtime.backends.faults import load_fault, step_fault
 from edgellm_runtime.backends.spread_codes import spread_codes
 from edgellm_runtime.errors import BackendError
+from edgellm_runtime.freed_pages import trim
 from edgellm_runtime.graphs.float_inputs import with_float_inputs
 from edgellm_runtime.graphs.writer import with_outputs
 from edgellm_runtime.spec import Signature
@@ -182,16 +183,19 @@ class OrtBackend(HostBackend):
             source = with_kernels(graph, kernels, options, fetch, swapped)
         if float_inputs:
             source = with_float_inputs(graph.read_bytes())
-        self._spread = spread_codes(source if isinstance(source, bytes) else graph.read_bytes(), graph.parent, fetch)
+        spread = spread_codes(source if isinstance(source, bytes) else graph.read_bytes(), graph.parent, fetch)
         of_encoder = options
-        if self._spread.codes:
-            source, of_encoder = self._spread.graph, session_options(threads, fusions=fusions)
-            self._spread.hand_to(options, ort)
+        if spread.codes:
+            source, of_encoder = spread.graph, session_options(threads, fusions=fusions, float_inputs=float_inputs)
+            spread.hand_to(options, ort)
         if fetch:
             source = with_outputs(source if isinstance(source, bytes) else graph.read_bytes(), fetch)
         if isinstance(source, bytes) and kernels is None:  # which have set it; twice, and the library complains
             options.add_session_config_entry(_FOLDER, str(graph.parent))
         self._session = load_graph(source, graph, options)
+        if spread.codes:  # which are in the session by now
+            spread.codes.clear()
+            trim()
         self._inputs = check_names(self._session, signature, fetch)
         self._encoder = None if encoder is None else load_graph(str(encoder), encoder, of_encoder)
         if self._encoder is not None:

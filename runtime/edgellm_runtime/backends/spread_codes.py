@@ -6,8 +6,7 @@ made: five times what kernels read.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgellm_runtime.errors import BundleError
 from edgellm_runtime.graphs.external_files import StoredTensor, stored_tensors
-from edgellm_runtime.graphs.graph_view import GraphView
+from edgellm_runtime.graphs.graph_view import GraphView, nodes_as_they_should_be
 from edgellm_runtime.graphs.onnx_file import read_model
 from edgellm_runtime.graphs.rewriting import with_initializers, with_nodes
-from edgellm_runtime.graphs.three_bits import PARTS, spread, stored_codes
+from edgellm_runtime.graphs.three_bits import PARTS, spread, whole_codes
 from edgellm_runtime.graphs.writer import ELEMENT_TYPES, message, number, text
 
 __all__ = ["SpreadCodes", "spread_codes"]
@@ -41,7 +41,7 @@ class SpreadCodes:
     codes: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
 
     def hand_to(self, options: Any, ort: Any) -> None:
-        """Tell a session's options of the codes, whose memory the session goes on reading."""
+        """Tell a session's options of the codes, which the library copies when it makes the session."""
         options.add_external_initializers(
             list(self.codes), [ort.OrtValue.ortvalue_from_numpy(codes) for codes in self.codes.values()]
         )
@@ -55,46 +55,34 @@ def spread_codes(model: bytes, folder: Path, keep: Collection[str] = ()) -> Spre
         folder: of the files that it reads.
         keep: names of values that must stay, beside the graph's outputs.
     """
+    if _MARK not in model:
+        return SpreadCodes(model)
     try:
-        return _spread(model, folder, keep) if _MARK in model else SpreadCodes(model)
-    except (ValueError, IndexError):  # a node has other inputs than its operator: the library can say which and why
+        with nodes_as_they_should_be():
+            return _spread(model, folder, keep)
+    except BundleError:  # the library can say which node is not, and why
         return SpreadCodes(model)
 
 
 def _spread(model: bytes, folder: Path, keep: Collection[str]) -> SpreadCodes:
     found, read = SpreadCodes(model), read_model(model)
     view, places = GraphView(read, keep), {tensor.name: tensor for tensor in stored_tensors(read)}
-    gone, sources = set[int](), dict[str, list[int]]()
-    for place, chain, source in _chains(view):
-        if source in places:
-            sources.setdefault(source, []).append(place)
-            gone |= chain
-    if not all(view.inner(name, gone) for place in gone - _made(sources) for name in view.node(place).outputs):
+    gone, sources = set[int](), dict[str, dict[int, tuple[int, ...]]]()
+    for place, three in whole_codes(view):
+        if three.name in places:
+            sources.setdefault(three.name, {})[place] = three.dims
+            gone |= three.chain
+    if not all(
+        view.inner(name, gone) for place in gone.difference(*sources.values()) for name in view.node(place).outputs
+    ):
         return found  # what is made on the way is read elsewhere too
     for source, reshapes in sources.items():
         whole = spread(_bytes(folder, places[source]))
-        for place in reshapes:
-            node = view.node(place)
-            found.codes[node.outputs[0]] = whole.reshape(_shape(view, place))
+        for place, dims in reshapes.items():
+            found.codes[view.node(place).outputs[0]] = whole.reshape(dims)
     declared = [_declared(name, codes.shape) for name, codes in found.codes.items()]
     found.graph = with_initializers(with_nodes(model, {place: [] for place in gone}), declared)
     return found
-
-
-def _chains(view: GraphView) -> Iterator[tuple[int, frozenset[int], str]]:
-    """The places of nodes that give whole codes, those of all that make them, and what they are made of."""
-    for place, node in enumerate(view.nodes):
-        three = stored_codes(view, node.outputs[0]) if node.op == "Reshape" else None
-        if three is not None and 2 * math.prod(_shape(view, place)) == three.codes:
-            yield place, three.chain, three.name
-
-
-def _made(sources: dict[str, list[int]]) -> set[int]:
-    return {place for places in sources.values() for place in places}
-
-
-def _shape(view: GraphView, place: int) -> tuple[int, ...]:
-    return tuple(int(size) for size in view.numbers(view.node(place).inputs[1]) or ())
 
 
 def _bytes(folder: Path, tensor: StoredTensor) -> NDArray[np.uint8]:

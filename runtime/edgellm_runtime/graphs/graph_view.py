@@ -6,19 +6,37 @@ import math
 import struct
 from collections import defaultdict
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from edgellm_runtime.errors import BundleError
 from edgellm_runtime.graphs.layer_map import GraphNode, graph_nodes
 from edgellm_runtime.graphs.onnx_file import nodes_of
 from edgellm_runtime.graphs.wire import Message
 from edgellm_runtime.graphs.writer import ELEMENT_TYPES
 
-__all__ = ["Constant", "GraphView"]
+__all__ = ["Constant", "GraphView", "nodes_as_they_should_be"]
 
 _TYPES = {number: dtype for dtype, number in ELEMENT_TYPES.items()}
 _LAYOUTS = {"float32": "f", "int64": "q", "int32": "i", "uint8": "B", "int8": "b"}
+_LISTS = {"float32": "float_data", "int64": "int64_data", **dict.fromkeys(("int32", "uint8", "int8"), "int32_data")}
 _NOBODY: set[int] = set()
 _SAME_NUMBERS = ("Squeeze", "Unsqueeze", "Reshape", "Flatten", "Identity")
+
+
+@contextmanager
+def nodes_as_they_should_be() -> Iterator[None]:
+    """Look at a graph's nodes, each as its operator has inputs and outputs.
+
+    Raises:
+        BundleError: a node has others.
+    """
+    try:
+        yield
+    except (ValueError, IndexError) as error:
+        raise BundleError(
+            "a node of the graph has other inputs or outputs than its operator; export the bundle again"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -128,13 +146,19 @@ class GraphView:
         if tensor is None or "external_data" in tensor:
             return None
         dtype, size = _TYPES.get(tensor.get("data_type", 0), ""), math.prod(tensor.get("dims", ()))
-        for field in ("int64_data", "int32_data", "float_data"):
-            if field in tensor:
-                return tuple(tensor[field])
+        if (listed := tensor.get(_LISTS.get(dtype, ""))) is not None:
+            return tuple(listed) if len(listed) == size else None
         layout, data = _LAYOUTS.get(dtype), tensor.get("raw_data", b"")
         if layout is None or len(data) != size * struct.calcsize(layout):
             return None
         return struct.unpack(f"<{size}{layout}", data)
+
+    def sizes(self, name: str) -> tuple[int, ...] | None:
+        """The elements of an initializer of int64 that is in the graph itself; None of others."""
+        given, numbers = self.constants.get(name), self.numbers(name)
+        return (
+            tuple(map(int, numbers)) if given is not None and given.dtype == "int64" and numbers is not None else None
+        )
 
     def uncast(self, name: str) -> tuple[str, frozenset[int]]:
         """The float16 initializer that a constant is cast from, and the cast's place; else the constant itself."""

@@ -28,6 +28,7 @@ __all__ = [
 
 LEAST_POWER, MOST_POWER = -24, 8  # 255 times these, and all whole numbers below, are float16's
 POWERS = tuple(2.0**power for power in range(LEAST_POWER, MOST_POWER + 1))
+_TABLE = Constant("float32", len(POWERS), (len(POWERS),))
 _SAID = "scale_bits"  # of an own operator's node that reads such bytes
 
 
@@ -78,14 +79,16 @@ def _bytes_of(view: GraphView, name: str) -> tuple[str, tuple[int, int], frozens
     table, places = view.node(units).inputs
     index = view.made_by(places, "Cast")
     split = view.made_by(view.node(wide).inputs[0], "Split")
-    if index is None or split is None or view.node(units).numbers.get("axis", 0) or view.numbers(table) != POWERS:
+    if index is None or split is None or view.node(units).numbers.get("axis", 0):
+        return None
+    if view.constants.get(table) != _TABLE or view.numbers(table) != POWERS:
         return None
     source, *sizes = view.node(split).inputs
     given = view.constants.get(source)
     if given is None or given.dtype != "uint8" or given.dims is None or len(given.dims) != 2:
         return None
     rows, columns = given.dims
-    apart = len(sizes) == 1 and view.numbers(sizes[0]) == (1, columns - 1) and view.node(split).numbers.get("axis") == 1
+    apart = len(sizes) == 1 and view.sizes(sizes[0]) == (1, columns - 1) and view.node(split).numbers.get("axis") == 1
     if not apart or view.node(split).outputs != (view.node(index).inputs[0], view.node(wide).inputs[0]):
         return None
     return source, (rows, columns), frozenset([times, wide, units, index, split])

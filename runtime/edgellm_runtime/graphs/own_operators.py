@@ -13,8 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isclose
 
-from edgellm_runtime.errors import BundleError
-from edgellm_runtime.graphs.graph_view import GraphView
+from edgellm_runtime.graphs.graph_view import GraphView, nodes_as_they_should_be
 from edgellm_runtime.graphs.narrow_scales import narrow_scales, stored_scales
 from edgellm_runtime.graphs.onnx_file import ReadGraph
 from edgellm_runtime.graphs.own_attention import DOMAIN, own_attention
@@ -119,12 +118,8 @@ def with_own_operators(graph: bytes | ReadGraph, keep: Collection[str] = ()) -> 
         BundleError: a node has other inputs or outputs than its operator.
     """
     read = ReadGraph.of(graph) if isinstance(graph, bytes) else graph
-    try:
+    with nodes_as_they_should_be():
         return _swapped(read, keep)
-    except (ValueError, IndexError) as error:
-        raise BundleError(
-            "a node of the graph has other inputs or outputs than its operator; export the bundle again"
-        ) from error
 
 
 def _swapped(read: ReadGraph, keep: Collection[str]) -> tuple[bytes, tuple[Node, ...]]:

@@ -7,6 +7,8 @@ that depends on constants alone, so that libraries compute it when they load a g
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 
 from edgellm_runtime.graphs.graph_view import Constant, GraphView
 
-__all__ = ["CODES", "PARTS", "PLACES", "SHIFTS", "StoredCodes", "condensed", "spread", "stored_codes"]
+__all__ = ["CODES", "PARTS", "PLACES", "SHIFTS", "StoredCodes", "condensed", "spread", "stored_codes", "whole_codes"]
 
 Bytes = NDArray[np.uint8]
 PARTS = 3  # that keep their places
@@ -51,11 +53,13 @@ class StoredCodes:
     Args:
         name: of the initializer, (3, an eighth of the codes) bytes.
         codes: how many there are.
+        dims: of the value that has them, in bytes of two.
         chain: places of the nodes that make bytes of two codes each.
     """
 
     name: str
     codes: int
+    dims: tuple[int, ...]
     chain: frozenset[int]
 
 
@@ -65,7 +69,8 @@ def stored_codes(view: GraphView, name: str) -> StoredCodes | None:
     concat = None if reshape is None else view.made_by(view.node(reshape).inputs[0], "Concat")
     if reshape is None or concat is None or view.node(concat).numbers.get("axis") != 0:
         return None
-    if len(view.node(concat).inputs) != 2 or view.numbers(view.node(reshape).inputs[1]) is None:
+    dims = view.sizes(view.node(reshape).inputs[1])
+    if len(view.node(concat).inputs) != 2 or dims is None:
         return None
     first, last = view.node(concat).inputs
     own, fourth = view.made_by(first, "BitwiseAnd"), _fourth(view, last)
@@ -73,15 +78,29 @@ def stored_codes(view: GraphView, name: str) -> StoredCodes | None:
         return None
     source, chain = fourth
     stored = view.constants.get(source)
-    if list(view.node(own).inputs[:1]) != [source] or view.numbers(view.node(own).inputs[1]) != (CODES,):
+    if list(view.node(own).inputs[:1]) != [source] or not _is(view, view.node(own).inputs[1], (CODES,), ()):
         return None
     if stored is None or not _fits(stored):
         return None
-    return StoredCodes(source, stored.size * 8 // PARTS, chain | {reshape, concat, own})
+    codes = stored.size * 8 // PARTS
+    return StoredCodes(source, codes, dims, chain | {reshape, concat, own}) if 2 * math.prod(dims) == codes else None
+
+
+def whole_codes(view: GraphView) -> Iterator[tuple[int, StoredCodes]]:
+    """The places of the nodes that give bytes of two codes each, and what these are made of."""
+    for place, node in enumerate(view.nodes):
+        found = stored_codes(view, node.outputs[0]) if node.op == "Reshape" else None
+        if found is not None:
+            yield place, found
 
 
 def _fits(stored: Constant) -> bool:
     return stored.dtype == "uint8" and stored.dims is not None and len(stored.dims) == 2 and stored.dims[0] == PARTS
+
+
+def _is(view: GraphView, name: str, numbers: tuple[int, ...], dims: tuple[int, ...]) -> bool:
+    """Whether a value is an initializer of these bytes."""
+    return view.constants.get(name) == Constant("uint8", len(numbers), dims) and view.numbers(name) == numbers
 
 
 def _fourth(view: GraphView, name: str) -> tuple[str, frozenset[int]] | None:
@@ -98,9 +117,9 @@ def _fourth(view: GraphView, name: str) -> tuple[str, frozenset[int]] | None:
     shifted = None if masked is None else view.made_by(view.node(masked).inputs[0], "BitShift")
     if masked is None or shifted is None or view.attributes(shifted).get("direction") != "RIGHT":
         return None
-    if len(view.node(split).inputs) != 1 or view.numbers(view.node(masked).inputs[1]) != PLACES:
+    if len(view.node(split).inputs) != 1 or not _is(view, view.node(masked).inputs[1], PLACES, (PARTS, 1)):
         return None
     source, shifts = view.node(shifted).inputs
-    if view.numbers(shifts) != SHIFTS:
+    if not _is(view, shifts, SHIFTS, (PARTS, 1)):
         return None
     return source, frozenset([last, first, split, masked, shifted])

@@ -6,15 +6,19 @@ The figures beside what files say were measured with ONNX Runtime on Linux; docs
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.graphs.external_files import ELEMENT_BITS
-from edgellm_runtime.graphs.layer_map import graph_nodes
+from edgellm_runtime.graphs.graph_view import GraphView, nodes_as_they_should_be
+from edgellm_runtime.graphs.layer_map import GraphNode, graph_nodes
 from edgellm_runtime.graphs.onnx_file import read_model
 from edgellm_runtime.graphs.own_attention import ATTENTIONS
+from edgellm_runtime.graphs.own_experts import EXPERTS
 from edgellm_runtime.graphs.own_gather import GATHER
 from edgellm_runtime.graphs.own_operators import OPERATORS, with_own_operators
+from edgellm_runtime.graphs.three_bits import PARTS, whole_codes
 from edgellm_runtime.graphs.wire import Message
 from edgellm_runtime.state.memory_need import memory_need
 
@@ -26,6 +30,7 @@ _CHUNK = 512  # tokens of a prompt that are read at once
 _WIDE = 2.5  # times its widest product, that a layer holds of each token of a chunk
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "LSTM", "GRU", "RNN", *OPERATORS)
 _PIECE = 1 << 20  # of what own kernels put in order, after which it is given back
+_SPREAD = (PARTS + 1) / PARTS  # of codes of 3 bits, as kernels read them
 _ARENA = 1.4  # the arena takes memory in pieces that are larger than what is asked for
 
 
@@ -86,7 +91,8 @@ def memory_peak(bundle: Bundle, context: int | None = None, *, kernels: str = "o
         encoder = manifest.encoder.file if manifest.encoder is not None else ""
         files |= {name: with_own_operators(data)[0] for name, data in files.items() if name != encoder}
     graphs = [read_model(data) for data in files.values()]
-    sizes, loading = [size for graph in graphs for size in _weights(graph).values()], max(map(_loading, graphs))
+    with nodes_as_they_should_be():
+        sizes, loading = [size for graph in graphs for size in _weights(graph).values()], max(map(_loading, graphs))
     chunk = min(_CHUNK, need.context)
     vocabulary = int(manifest.signature.logits.shape[-1])
     widest, heads = max(_widest(graph, vocabulary) for graph in graphs), max(map(_heads, graphs))
@@ -102,17 +108,37 @@ def memory_peak(bundle: Bundle, context: int | None = None, *, kernels: str = "o
 def _weights(model: Message) -> dict[str, int]:
     """Bytes that each initializer of a graph takes once it is loaded."""
     nodes, known = graph_nodes(model), _initializers(model)
-    times = {node.inputs[0]: 3 for node in nodes if node.op == "Cast" and node.inputs}  # float16, and float32 beside it
+    codes = {name for name, tensor in known.items() if _sizes(tensor)[:-1] == [PARTS]}
+    times: dict[str, float] = {
+        node.inputs[0]: 3 for node in nodes if node.op == "Cast" and node.inputs
+    }  # float16, and float32 beside it
     times |= {node.inputs[0]: 5 for node in nodes if node.op == "Split" and node.inputs}  # so too bytes of scales
+    times |= {name: count * _SPREAD for name, count in _spread(model).items()}
+    times |= {name: _SPREAD for node in nodes if _reads_three_bits(node) for name in node.inputs if name in codes}
     in_files = {node.inputs[1] for node in nodes if node.op == GATHER and "external_data" in known[node.inputs[1]]}
     in_files -= {name for node in nodes for place, name in enumerate(node.inputs) if (node.op, place) != (GATHER, 1)}
-    return {name: _bytes(tensor) * times.get(name, 1) for name, tensor in known.items() if name not in in_files}
+    return {name: int(_bytes(tensor) * times.get(name, 1)) for name, tensor in known.items() if name not in in_files}
+
+
+def _spread(model: Message) -> Counter[str]:
+    """Codes of 3 bits that are put in order for ONNX Runtime's kernels, and how many tensors are made of each."""
+    return Counter(three.name for _, three in whole_codes(GraphView(model)))
+
+
+def _reads_three_bits(node: GraphNode) -> bool:
+    """Whether a node is of an own operator that keeps such codes as bytes of two."""
+    return node.op in (*OPERATORS, EXPERTS) and 3 in (node.numbers.get("bits"), node.numbers.get("bits_down"))
 
 
 def _loading(model: Message) -> int:
-    """Bytes of what is there beside the weights, as it was read, while one of them is loaded."""
+    """Bytes of what is there beside the weights, as it was read, while one of them is loaded.
+
+    Codes of 3 bits are all there as they were put in order, and again as the library has copied them.
+    """
     own = {name for node in graph_nodes(model) if node.op in OPERATORS for name in node.inputs}
-    return max((min(size, _PIECE) if name in own else size for name, size in _weights(model).items()), default=0)
+    weights, spread = _weights(model), _spread(model)
+    largest = max((min(size, _PIECE) if name in own else size for name, size in weights.items()), default=0)
+    return max(largest, sum(weights[name] + weights[name] // count for name, count in spread.items()))
 
 
 def _initializers(model: Message) -> dict[str, Message]:
@@ -132,9 +158,13 @@ def _widest(model: Message, vocabulary: int) -> int:
     """Features of the widest product but the one onto the vocabulary, which is of few tokens."""
     known, widths = _initializers(model), {0}
     for node in graph_nodes(model):
-        if any(kind in node.op for kind in _PRODUCTS):
-            for sizes in (_sizes(known[name]) for name in node.inputs[1:] if name in known):
-                widths |= {sizes[0], sizes[-1]} if len(sizes) > 1 else set()
+        if not any(kind in node.op for kind in _PRODUCTS):
+            continue
+        if said := {node.numbers[name] for name in ("N", "N_down") if name in node.numbers}:
+            widths |= said
+            continue
+        for sizes in (_sizes(known[name]) for name in node.inputs[1:] if name in known):
+            widths |= {sizes[0], sizes[-1]} if len(sizes) > 1 else set()
     return max(widths - {vocabulary})
 
 
