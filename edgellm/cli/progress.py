@@ -10,6 +10,7 @@ import click
 
 from edgellm.cli.standard_streams import error_is_terminal
 
+_EVERY = 30.0  # seconds after which a stage that goes on says how far it is
 DETAIL = " · "  # parts what is being done from how it is getting on, which a bar shows in its own line
 __all__ = ["DETAIL", "stages"]
 
@@ -21,14 +22,23 @@ def stages() -> Iterator[Callable[[str, float], None]]:
         with _bar() as tell:
             yield tell
         return
-    start, last = time.perf_counter(), [""]
+    yield _Lines().tell
 
-    def tell_plainly(what: str, share: float) -> None:
-        if what != last[0]:
-            last[0] = what
-            click.echo(f"{time.perf_counter() - start:7.1f} s  {what}", err=True)
 
-    yield tell_plainly
+class _Lines:
+    """A line for each stage and, of one that takes long, for how far it is."""
+
+    def __init__(self) -> None:
+        self._start = self._told = time.perf_counter()
+        self._what, self._share = "", 0.0
+
+    def tell(self, what: str, share: float) -> None:
+        now, goes_on = time.perf_counter(), what == self._what
+        if goes_on and (share <= self._share or now < self._told + _EVERY):
+            return
+        self._told, self._what, self._share = now, what, share
+        done = f"{DETAIL}{share:.0%}" if goes_on else ""
+        click.echo(f"{now - self._start:7.1f} s  {what}{done}", err=True)
 
 
 @contextmanager

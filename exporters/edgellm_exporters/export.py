@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import nn
 
@@ -49,8 +50,9 @@ from edgellm_exporters.proof.stand_in import bounds_in, proved_on, stand_in, sta
 from edgellm_exporters.proof.text import TEMPLATE, TOKENIZER, check_text
 from edgellm_exporters.proof.torch_backend import encoder_info
 from edgellm_exporters.proof.traces import Continuation, Sources, Trace, take_traces
-from edgellm_exporters.quantize.cache import cache_scales, cached_states, half_caches
+from edgellm_exporters.quantize.cache import narrowed
 from edgellm_exporters.quantize.methods import find_method
+from edgellm_exporters.quantize.narrow_caches import NarrowCaches
 from edgellm_exporters.quantize.notes import quantization_notes
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.quantize.planning import make_plan
@@ -168,7 +170,7 @@ def _build(
         quantization, own_bounds, plan, hidden = _write_weights(
             model, weights, target, options, rows, scratch, write, notes, progress
         )  # fmt: skip
-        signature = _signature(model, quantization, options.dtype, target, hidden)
+        signature = _signature(model, plan.caches, options.dtype, target, hidden)
         bounds = {**bounds_in(held_by(own_bounds, signature, options.dtype), options.dtype), **options.bounds}
         labels = logit_width(model.config) != model.config.vocab_size  # which are nothing to go on with
         unasked = {"greedy": labels, "hidden": hidden is None, "split": signature.one_pass}
@@ -195,8 +197,8 @@ def _build(
             )  # fmt: skip
             switched = adapter_traces(model, rows[:_ADAPTER_ROWS])
             made_up = standing_in is None and sources is None
-            start = far_start(model, traces[0], made.context, rounds=plan.rounds_cache) if made_up else None
-            far = None if start is None or plan.rounds else far_row(model, start, {})
+            start = far_start(model, traces[0], made.context, rounds=bool(plan.caches)) if made_up else None
+            far = None if start is None or plan.rounds else far_row(model, start)
             info = text.info if text else None
             receipt = measured_receipt(model, open_one, scratch, info, options.receipt, progress)
         bounds = {**bounds_with_a_favourite(bounds, traces), MEANING: 0.0}
@@ -278,12 +280,8 @@ def _write_weights(
         model=model, weights=weights, target=target, calibration=options.calibration, held_out=options.held_out,
         hidden=hidden, tuning=options.tuning,
     )  # fmt: skip
-    if options.kv_cache != "float32":
-        raise ExportError(
-            f"a cache in {options.kv_cache} is not part of what the search measures; use it with another --quantize"
-        )
     others = sum(file.stat().st_size for file in scratch.iterdir())
-    notes += kernel_notes(job.graph(), target)
+    job = dataclasses.replace(job, caches=_caches(job.graph(), model, weights, target, options, rows, notes, progress))
     found = quantize_within(options.budget, job, scratch, others, progress)
     return {"method": AUTO, **found.record}, bounds_of(options.budget, found.schemes), found.plan, hidden
 
@@ -297,9 +295,7 @@ def _planned(
     for each in graphs.all:
         prepare(each, target)
     captured = graphs.step
-    notes += (lacking := kernel_notes(captured, target))
-    if lacking and options.kv_cache != "float32":
-        raise ExportError(f"such a cache needs target {target.name}'s kernel, but {lacking[0]}; leave --kv-cache out")
+    caches = _caches(captured, model, weights, target, options, rows, notes, progress)
     give_back()
     gc.freeze()  # so too what tracing made PyTorch keep
     assert isinstance(model, nn.Module)
@@ -308,33 +304,36 @@ def _planned(
         method, captured, model, rows, options.calibration, progress, weights, encoder=graphs.encoder,
         layers=list(layer_modules(model)), scratch=scratch,
     )  # fmt: skip
-    if options.kv_cache != "float32":
-        progress("looking at keys and values", 0.0)
-        seen = options.calibration[:_CACHE_WINDOWS] or rows
-        names, plan.cache_left = cached_states(captured, model.state_specs(), target.narrow_caches)
-        even = [row for row in seen if len(row) == len(seen[0])]
-        with resident(model, weights):
-            if options.kv_cache == "float16":
-                plan.halves = half_caches(model, names, plan.cache_left, even)
-            else:
-                plan.cache = cache_scales(model, names, plan.cache_left, even)
+    plan.caches = caches
     if options.tuning is not None:
         plan = tuned(plan, model, weights, list(layer_modules(model)), graphs.all, options.tuning, progress)
     give_back()
     return graphs, plan
 
 
+def _caches(
+    captured: ir.Model, model: LanguageModel, weights: Weights, target: Target, options: ExportOptions,
+    rows: Sequence[Sequence[int]], notes: list[str], progress: Progress,
+) -> NarrowCaches:  # fmt: skip
+    """The states that the bundle keeps in fewer bits; to ``notes``, what of a graph lacks a kernel."""
+    notes += (lacking := kernel_notes(captured, target))
+    if options.kv_cache == "float32":
+        return NarrowCaches()
+    if lacking:
+        raise ExportError(f"such a cache needs target {target.name}'s kernel, but {lacking[0]}; leave --kv-cache out")
+    progress("looking at keys and values", 0.0)
+    seen = options.calibration[:_CACHE_WINDOWS] or rows
+    even = [row for row in seen if len(row) == len(seen[0])]
+    return narrowed(options.kv_cache, captured, model, weights, target.narrow_caches, even)
+
+
 def _signature(
-    model: LanguageModel, quantization: Mapping[str, Any], dtype: str, target: Target, hidden: TensorSpec | None
+    model: LanguageModel, caches: NarrowCaches, dtype: str, target: Target, hidden: TensorSpec | None
 ) -> Signature:
     """The model's, with the state in the target's precision or, where it is kept in fewer bits, in that."""
-    whole, narrow = signature_of(model, hidden), frozenset(quantization.get("cache", ()))
-    kept = quantization.get("cache_dtype", "int8")
-    state = [
-        dataclasses.replace(s, dtype=kept if s.name in narrow else dtype if s.dtype == "float32" else s.dtype)
-        for s in whole.state
-    ]
-    return dataclasses.replace(whole, inputs=(*whole.inputs, *target.inputs), state=tuple(state))
+    whole = signature_of(model, hidden)
+    state = tuple(dataclasses.replace(s, dtype=dtype if s.dtype == "float32" else s.dtype) for s in whole.state)
+    return caches.declared(dataclasses.replace(whole, inputs=(*whole.inputs, *target.inputs), state=state))
 
 
 def _session(scratch: Path) -> Session:

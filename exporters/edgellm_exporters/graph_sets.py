@@ -20,7 +20,6 @@ from edgellm_exporters.graph.lower import lower_to
 from edgellm_exporters.graph.targets import Target
 from edgellm_exporters.graph.write import ENCODER_FILE, GRAPH_FILE, Progress, with_own_constants, write_graphs
 from edgellm_exporters.proof.stand_in import check_types
-from edgellm_exporters.quantize.cache import narrow_caches
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_runtime.bundle import Manifest
 from edgellm_runtime.bundle.engine_info import GraphInfo
@@ -91,8 +90,7 @@ class OneGraph:
             copies = Graphs(*(each.clone() for each in graphs.all))
             write_graphs(self._lowered(copies, plan, rounded=self.dtype), stand_in, progress)
         written = self._lowered(graphs, plan, dtype=self.dtype)
-        narrow_caches(written[GRAPH_FILE], plan.cache, ir.DataType.INT8)
-        narrow_caches(written[GRAPH_FILE], plan.halves, ir.DataType.FLOAT16)
+        plan.caches.declare(written[GRAPH_FILE])
         write_graphs(written, directory, progress)
         if stand_in is not None:
             for name in written:

@@ -80,6 +80,18 @@ def test_closed_standard_error_stops_nothing(monkeypatch):
         tell("reading", 0.0)
 
 
+def test_a_stage_that_takes_long_says_twice_a_minute_how_far_it_is(monkeypatch, capsys):
+    from edgellm.cli import progress
+
+    times = iter([0.0, 1.0, 2.0, 31.5, 32.0, 70.0, 71.0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(times))
+    with progress.stages() as tell:
+        for what, share in [("a", 0.0), ("a", 0.1), ("a", 0.4), ("a", 0.5), ("a", 0.4), ("b", 0.0)]:
+            tell(what, share)
+    shown = [line.split(" s  ") for line in capsys.readouterr().err.splitlines()]
+    assert [(float(at), what) for at, what in shown] == [(1.0, "a"), (31.5, "a · 40%"), (71.0, "b")]
+
+
 @pytest.mark.parametrize(
     ("data", "encoding", "message"),
     [

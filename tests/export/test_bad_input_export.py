@@ -29,6 +29,7 @@ from edgellm_exporters import graph_sets
 from edgellm_exporters.errors import CaptureError, ExportError
 from edgellm_exporters.export import ExportOptions
 from edgellm_exporters.graph.write import GRAPH_FILE
+from edgellm_exporters.quantize.narrow_caches import NarrowCaches
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_runtime.bundle import Bundle
 
@@ -187,7 +188,7 @@ def graphless(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(export_module, "hidden_of", lambda *_: None)
     monkeypatch.setattr(graph_sets.OneGraph, "_lowered", lambda *_, **__: {GRAPH_FILE: None})
-    monkeypatch.setattr(graph_sets, "narrow_caches", lambda *_: None)
+    monkeypatch.setattr(NarrowCaches, "declare", lambda *_: None)
     monkeypatch.setattr(graph_sets, "write_graphs", lambda *_: None)
     monkeypatch.setattr(export_module, "_session", lambda *_: None)
     monkeypatch.setattr(export_module, "take_traces", lambda *_, **__: ([None], []))

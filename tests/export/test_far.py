@@ -172,9 +172,9 @@ def test_pytorch_keeps_of_a_far_past_what_its_tokens_wrote(monkeypatch: pytest.M
     trace = next(iter(traces(model, [list(range(1, 13))])))
     start = far_start(model, trace, CONTEXT)
     assert start is not None
-    found = far_row(model, start, {})
+    found = far_row(model, start)
     monkeypatch.setattr("edgellm_exporters.proof.far_row._only_written", lambda past, start: attention_reference)
-    whole = far_row(model, start, {})
+    whole = far_row(model, start)
     assert found is not None
     assert whole is not None
     assert found.trace.state.keys() == whole.trace.state.keys() != set()

@@ -19,6 +19,7 @@ from edgellm_exporters.graph.references import expand_references
 from edgellm_exporters.graph.targets import TARGETS, Target
 from edgellm_exporters.lowering.context import Lowering, lower
 from edgellm_exporters.lowering.fixed_form import DECODE, PREFILL, Form
+from edgellm_exporters.quantize.narrow_caches import NarrowCaches
 from edgellm_exporters.quantize.plan import Plan
 
 BATCH, PAST, CAPACITY = 2, 6, 12
@@ -290,15 +291,15 @@ def test_a_rule_computes_what_the_reference_does_or_refuses_by_name(
 def test_a_cache_of_8_bits_keeps_to_what_the_op_was_given(more: str) -> None:
     """The past is in codes already; what is rounded is the new token's key and value."""
     op, arguments = OPS["Attention"], plain("Attention", 1) | (MORE["Attention", more]() if more else {})
-    plan, codes = Plan(), {}
+    scales, codes = {}, {}
     for name, output in op.caches.items():
         scale = np.full(KV_HEADS * DIM, 8 / 127, np.float32)
         codes[name] = (arguments[name] * 127 / 8).round().clamp(-127, 127).to(torch.int8)
         arguments[name] = codes[name].float() * 8 / 127
-        plan.cache = {**plan.cache, output: scale}
-    model = lower_to(graph_of(op, arguments, 1), TARGETS["cpu"], plan)
+        scales[output] = scale
+    model = lower_to(graph_of(op, arguments, 1), TARGETS["cpu"], Plan(caches=NarrowCaches(scales)))
     for value in (*model.graph.inputs, *model.graph.outputs):
-        if str(value.name).removeprefix("past.") in plan.cache:
+        if str(value.name).removeprefix("past.") in scales:
             value.type = ir.TensorType(ir.DataType.INT8)
     feeds = {n: x.numpy() for n, x in arguments.items() if isinstance(x, Tensor)}
     feeds |= {f"past.{op.caches[name]}": found.numpy() for name, found in codes.items()}

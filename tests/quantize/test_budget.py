@@ -27,11 +27,12 @@ from edgellm_exporters.auto.sensitivity import GPTQ_FACTOR, predicted, sensitivi
 from edgellm_exporters.errors import ExportError, QuantizeError
 from edgellm_exporters.export import Exported, ExportOptions, export
 from edgellm_exporters.graph.targets import TARGETS
-from edgellm_exporters.proof.parity import ParityReport
+from edgellm_exporters.proof.parity import ParityReport, compare
 from edgellm_exporters.quantize.plan import ROW, Plan, Scheme
 from edgellm_exporters.quantize.planning import Uses
 from edgellm_exporters.quantize.quantized_model import quantized_model
 from edgellm_exporters.quantize.smooth import Smoothing
+from edgellm_runtime import open_session
 from edgellm_runtime.bundle import Bundle
 
 FINE, COARSE = Scheme(8, 32), Scheme(4, 32, symmetric=False)
@@ -40,9 +41,10 @@ TEXT = np.random.default_rng(0).integers(0, VOCAB, 4000).tolist()
 CALIBRATION, HELD_OUT = divide(TEXT, 64, 2048)
 
 
-def auto(model: torch.nn.Module, path: Path, **budget: object) -> Exported:
+def auto(model: torch.nn.Module, path: Path, kv_cache: str = "float32", **budget: object) -> Exported:
     options = ExportOptions(
         quantize="auto", budget=Budget(**budget), calibration=CALIBRATION, held_out=HELD_OUT,  # type: ignore[arg-type]
+        kv_cache=kv_cache,
     )  # fmt: skip
     return export(model, path, options=options)
 
@@ -205,6 +207,23 @@ def test_a_bundle_within_its_budget_comes_with_the_evidence(family: str, prefer:
     assert sum(said["weights"].values()) == page.count("-bit block ") + page.count("-bit row ")
     assert (tmp_path / "b" / "quantization.png").read_bytes().startswith(b"\x89PNG")
     assert exported.verification.ok
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_what_a_narrow_cache_costs_is_part_of_what_is_measured(dtype: str, tmp_path: Path) -> None:
+    model = make("decoder")
+    made = auto(model, tmp_path / "b", dtype, max_kl=0.01)
+    said, state = made.bundle.manifest.quantization, made.bundle.manifest.signature.state
+    assert {spec.dtype for spec in state} == {dtype}
+    assert said["cache"] == sorted(spec.name for spec in state)
+    assert said["method"] == "auto" and made.verification.ok
+    again = compare(model, open_session(made.bundle, threads=1), HELD_OUT)
+    assert said["held_out"]["kl"] == pytest.approx(again.kl, rel=1e-3)
+
+
+def test_a_cache_is_named_among_what_to_leave_out(tmp_path: Path) -> None:
+    with pytest.raises(QuantizeError, match=r"no formats keep to KL 1e-07.*; or leave the cache in int8 out"):
+        auto(make("decoder"), tmp_path / "b", "int8", max_kl=1e-7)
 
 
 def test_a_looser_budget_gives_a_smaller_bundle(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from edgellm_exporters.proof.opened import step_backend
 from edgellm_exporters.proof.parity import ParityReport, compare
 from edgellm_exporters.quantize.calibrate import check_windows, largest_inputs
 from edgellm_exporters.quantize.lossless import smallest_holding
+from edgellm_exporters.quantize.narrow_caches import NarrowCaches
 from edgellm_exporters.quantize.plan import ROW, Codes, Plan, Scheme
 from edgellm_exporters.quantize.planning import Uses, plan_of, smoothed
 from edgellm_exporters.quantize.tuning.tune import Tuning, tuned
@@ -81,6 +82,7 @@ class Automatic:
         held_out: windows of token ids to judge with, none of them among the others.
         hidden: the graph's output for hidden states; None: it gives none.
         tuning: how the codes of each build are tuned; None: not at all.
+        caches: states that each build keeps in fewer bits: what that costs is part of what is measured.
     """
 
     model: LanguageModel
@@ -90,6 +92,7 @@ class Automatic:
     held_out: Sequence[Sequence[int]]
     hidden: TensorSpec | None = None
     tuning: Tuning | None = None
+    caches: NarrowCaches = field(default_factory=NarrowCaches)
 
     def graph(self) -> ir.Model:
         """A captured graph after the target's passes."""
@@ -111,25 +114,31 @@ class Automatic:
         )  # fmt: skip
         if self.tuning is not None:
             plan = tuned(plan, self._module, self.weights, paths, [captured], self.tuning, progress)
-        write_graph(lower_to(captured, self.target, plan), directory, progress)
+        plan.caches = self.caches
+        self._write(captured, plan, directory, progress)
         return Built(sum(file.stat().st_size for file in directory.iterdir()), plan)
 
     def weigh(self, schemes: Mapping[str, Scheme], directory: Path) -> int:
         """Bytes of the graph's files with those formats, whatever their codes; nothing is left in the directory."""
         with tempfile.TemporaryDirectory(dir=directory) as room:
-            plan = Plan(schemes, _any_codes)
-            write_graph(lower_to(self.graph(), self.target, plan), Path(room), lambda what, share: None)
+            plan = Plan(schemes, _any_codes, caches=self.caches)
+            self._write(self.graph(), plan, Path(room), lambda what, share: None)
             return sum(file.stat().st_size for file in Path(room).iterdir())
 
     def measure(self, directory: Path, progress: Progress) -> ParityReport:
         """Compare a built graph with the float model on the held-out text."""
-        signature = signature_of(self.model, self.hidden)
+        signature = self.caches.declared(signature_of(self.model, self.hidden))
         session = Session(
             step_backend(directory / GRAPH, signature), signature, max_context=self.model.config.max_context,
             ragged_chunks=self.target.ragged_chunks,
         )  # fmt: skip
         with resident(self.model, self.weights):
             return compare(self.model, session, self.held_out, progress=partial(progress, "verifying on held-out text"))
+
+    def _write(self, captured: ir.Model, plan: Plan, directory: Path, progress: Progress) -> None:
+        lowered = lower_to(captured, self.target, plan)
+        plan.caches.declare(lowered)
+        write_graph(lowered, directory, progress)
 
     @property
     def _module(self) -> nn.Module:
@@ -178,12 +187,18 @@ def quantize_within(
     predictions = none_better_than_held(candidates, predictions, held)
     table = table_of(candidates, predictions, budget.prefer, budget.rates)
     measured = MeasuredSearch(budget, job, table, largest, directory, floats, other_bytes)
-    attempt = measured.run(progress)
+    try:
+        attempt = measured.run(progress)
+    except QuantizeError as error:
+        if not job.caches:
+            raise
+        raise QuantizeError(f"{error}; or leave the cache in {job.caches.dtype} out, whose cost is in it") from error
     evidence = Evidence(budget, candidates, predictions, tuple(measured.attempts), attempt, measured.rest)
     (directory / REPORT).write_text(write_table(evidence), encoding="utf-8")
     progress("drawing the front", 0.0)
     draw_front(evidence, directory / PICTURE)
-    record = _record(budget, attempt) | ({"tuning": dict(measured.plan.tuned)} if measured.plan.tuned else {})
+    tuning = {"tuning": dict(measured.plan.tuned)} if measured.plan.tuned else {}
+    record = _record(budget, attempt) | tuning | job.caches.record
     return Outcome(attempt.choice.schemes, record, measured.plan)
 
 

@@ -230,13 +230,13 @@ def _last(context: Lowering, view: View) -> ir.Value:
 
 def _cache_scales(context: Lowering, view: View) -> list[Array]:
     """Of the features of an 8-bit cache, keys' and values'; none for floats."""
-    found = [context.plan.cache.get(str(past.name).removeprefix("past.")) for past in view.all(view.op.caches)]
+    found = [context.plan.caches.scales.get(str(past.name).removeprefix("past.")) for past in view.all(view.op.caches)]
     return [scale for scale in found if scale is not None] if all(scale is not None for scale in found) else []
 
 
 def _in_halves(context: Lowering, view: View) -> bool:
     """Whether the cache is kept in float16, which the kernel does not read."""
-    return all(str(past.name).removeprefix("past.") in context.plan.halves for past in view.all(view.op.caches))
+    return all(str(past.name).removeprefix("past.") in context.plan.caches.halves for past in view.all(view.op.caches))
 
 
 def _queries_keys_values(context: Lowering, view: View) -> Sequence[ir.Value | None]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from edgellm.models.protocol import LanguageModel, Step
@@ -19,6 +18,7 @@ from edgellm.ops.attention import attention_reference
 from edgellm.ops.schema import computed_by
 from edgellm_exporters.proof.opened import open_floats, open_proof
 from edgellm_exporters.proof.traces import Trace
+from edgellm_exporters.quantize.narrow_caches import NarrowCaches
 from edgellm_exporters.weights.memory import give_back
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.checks.far import (
@@ -97,23 +97,21 @@ def _scale(tensor: Tensor) -> float:
 
 @torch.no_grad()
 def far_row(
-    model: LanguageModel, start: FarStart, codes: Mapping[str, NDArray[Any]], halves: Collection[str] = (), *,
-    float_inputs: bool = False,
+    model: LanguageModel, start: FarStart, caches: NarrowCaches | None = None, *, float_inputs: bool = False
 ) -> FarRow | None:  # fmt: skip
     """Run a far row; None where it gives no finite logits, for the model may not be made for such a past.
 
     Args:
         model: able to run.
         start: of the row.
-        codes: scales of the caches that the bundle keeps in 8 bits, by state name.
-        halves: names of those that it keeps in float16.
+        caches: that the bundle keeps in fewer bits; None for none.
         float_inputs: whether the model rounds nothing where the bundle's kernels would.
     """
-    length, specs = len(start.tokens), model.state_specs()
+    length, specs, caches = len(start.tokens), model.state_specs(), caches or NarrowCaches()
     tokens = torch.tensor([list(start.tokens)])
     lengths = torch.tensor([length], dtype=torch.int32)
     step = Step(torch.tensor([start.past], dtype=torch.int32), lengths, torch.arange(length)[None])
-    past = {spec.name: _past(spec, start, length, codes.get(spec.name), spec.name in halves) for spec in specs}
+    past = {spec.name: _past(spec, start, length, caches) for spec in specs}
     with computed_by({ATTENTION.name: _only_written(past, start.past)}):
         logits, state = model(tokens, past, step)
     if not bool(logits.isfinite().all()):
@@ -123,7 +121,7 @@ def far_row(
         for s in specs
         for tensor in (state[s.name],)
     }
-    trace = Trace(list(start.tokens), logits[0], {n: t for n, t in written.items() if n not in codes})
+    trace = Trace(list(start.tokens), logits[0], {n: t for n, t in written.items() if n not in caches.scales})
     return FarRow(start, trace, float_inputs)
 
 
@@ -142,14 +140,14 @@ def _only_written(past: Mapping[str, Tensor], start: int) -> Callable[..., Any]:
     return attention
 
 
-def _past(spec: StateSpec, start: FarStart, length: int, scales: NDArray[Any] | None, half: bool) -> Tensor:
+def _past(spec: StateSpec, start: FarStart, length: int, caches: NarrowCaches) -> Tensor:
     whole = page_by_page(spec.resolve(1, start.past + length), np.float32)
-    if scales is None:
+    if (scales := caches.scales.get(spec.name)) is None:
         where, numbers = made_up(spec, start.past, start.scales[spec.name])
     else:
         where, numbers = made_up(dataclasses.replace(spec, dtype="int8"), start.past, 1.0)
         numbers = numbers * scales.reshape(1, whole.shape[1], 1, whole.shape[3])
-    whole[where] = numbers.astype(np.float16) if half else numbers
+    whole[where] = numbers.astype(np.float16) if spec.name in caches.halves else numbers
     return torch.from_numpy(whole)
 
 

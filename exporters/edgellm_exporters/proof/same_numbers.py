@@ -92,7 +92,8 @@ def exact_traces(
         far = None if start is None else _far(found.model, start, plan)
         give_back()
         for i, trace in enumerate(traces(found.model, repeated, theirs)):  # type: ignore[arg-type]
-            own = dataclasses.replace(trace, state={n: x for n, x in trace.state.items() if n not in plan.cache})
+            floats = {n: x for n, x in trace.state.items() if n not in plan.caches.scales}
+            own = dataclasses.replace(trace, state=floats)
             if i % times == 0:
                 kept.append(own.alone())
                 continue
@@ -110,10 +111,10 @@ def _distance(row: Trace, copy: Trace) -> dict[str, float]:
 
 def _far(model: nn.Module, start: FarStart, plan: Plan) -> FarRow | None:
     """The row far into the context; of products that round nothing, unless what a cache keeps is rounded anyway."""
-    if plan.rounds_cache:
-        return far_row(model, start, plan.cache, plan.halves)  # type: ignore[arg-type]
+    if plan.caches:
+        return far_row(model, start, plan.caches)  # type: ignore[arg-type]
     with rounding_nothing():
-        return far_row(model, start, {}, float_inputs=True)  # type: ignore[arg-type]
+        return far_row(model, start, float_inputs=True)  # type: ignore[arg-type]
 
 
 class _Noise:

@@ -5,7 +5,7 @@ Keys are cached after their rotation, so what is seen in the state is what will 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,40 @@ from numpy.typing import NDArray
 
 from edgellm.models.protocol import LanguageModel, Step, empty_state
 from edgellm.ops.schema import Op, View, views
+from edgellm.streaming import Weights, resident
 from edgellm_exporters.errors import QuantizeError
+from edgellm_exporters.quantize.narrow_caches import NarrowCaches
 from edgellm_runtime.spec import StateSpec
 
-__all__ = ["cache_scales", "cached_states", "half_caches", "narrow_caches"]
+__all__ = ["cache_scales", "cached_states", "half_caches", "narrowed"]
 
 _HEADROOM = 1.25  # what the text did not show: larger values are cut off
 _CODES = 127
 _LARGEST_HALF = 65504.0
+
+
+def narrowed(
+    dtype: str, graph: ir.Model, model: LanguageModel, weights: Weights, ops: Sequence[Op],
+    rows: Sequence[Sequence[int]],
+) -> NarrowCaches:  # fmt: skip
+    """All states that can be kept in fewer bits, so kept.
+
+    Args:
+        dtype: ``float16`` or ``int8``.
+        graph: as for :func:`cached_states`.
+        model: in eval mode; may be on the meta device.
+        weights: where its parameters are read from.
+        ops: as for :func:`cached_states`.
+        rows: as for :func:`cache_scales`.
+
+    Raises:
+        QuantizeError: there is no such state, or what real text puts into one cannot be held so.
+    """
+    names, left = cached_states(graph, model.state_specs(), ops)
+    with resident(model, weights):
+        if dtype == "float16":
+            return NarrowCaches(halves=half_caches(model, names, left, rows), left=left)
+        return NarrowCaches(scales=cache_scales(model, names, left, rows), left=left)
 
 
 def cached_states(
@@ -129,11 +155,3 @@ def half_caches(
                 f"{_LARGEST_HALF:.0f}, which is less than {_HEADROOM:g} times as much; leave the cache's precision out"
             )
     return frozenset(found)
-
-
-def narrow_caches(graph: ir.Model, names: Collection[str], dtype: ir.DataType) -> None:
-    """Declare those states of a lowered graph to be of that type. In place."""
-    ends = {f"past.{name}" for name in names} | {f"present.{name}" for name in names}
-    for value in (*graph.graph.inputs, *graph.graph.outputs):
-        if value.name in ends:
-            value.type = ir.TensorType(dtype)

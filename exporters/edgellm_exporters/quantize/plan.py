@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.passes.merge_linears import parts_of
+from edgellm_exporters.quantize.narrow_caches import NarrowCaches
 from edgellm_exporters.quantize.smooth import Smoothing
 
 __all__ = [
@@ -313,9 +314,7 @@ class Plan:
         schemes: weight name to scheme; weights that are not named stay as they are.
         quantize: computes the numbers from a weight's name, its values (rows, columns) and its scheme.
         smoothing: what the graph's weights were multiplied with before.
-        cache: scales of the states that are kept in 8 bits, by state name, (heads * head_dim,).
-        halves: states that are kept in float16.
-        cache_left: states that are asked for in fewer bits and stay as they are, with the reasons.
+        caches: the states that are kept in fewer bits.
         inputs: what is multiplied with a weight is rounded to its codes with this scale, by the weight's name.
         floats: matrices that the method would quantize, but whose rows divide into no block, with their shapes.
         kept: weights whose codes are the checkpoint's own, by the names of the parts that were merged.
@@ -331,9 +330,7 @@ class Plan:
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     quantize: Quantizer | None = None
     smoothing: Smoothing = field(default_factory=Smoothing)
-    cache: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
-    halves: frozenset[str] = frozenset()
-    cache_left: Mapping[str, str] = field(default_factory=dict)
+    caches: NarrowCaches = field(default_factory=NarrowCaches)
     inputs: Mapping[str, np.float32] = field(default_factory=dict)
     floats: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     kept: frozenset[str] = frozenset()
@@ -346,14 +343,9 @@ class Plan:
     _last: tuple[str, Codes] | None = field(default=None, repr=False)
 
     @property
-    def rounds_cache(self) -> bool:
-        """Whether states are kept in fewer bits."""
-        return bool(self.cache or self.halves)
-
-    @property
     def rounds(self) -> bool:
         """Whether a bundle's numbers are others than the model's."""
-        return bool(self.schemes) or self.rounds_cache
+        return bool(self.schemes) or bool(self.caches)
 
     def find(self, name: str, tensor: ir.TensorProtocol) -> QuantizedWeight | None:
         """How to quantize this weight, or None to leave it alone."""

@@ -73,8 +73,8 @@ def same_numbers(
         else:
             copied = _with_numbers(copied, numbers)
         _round_products(copied, numbers, integer_products=rounds, block_products=rounds, noise=noise)
-    if plan.rounds_cache:
-        round_cache(copied, plan.cache, plan.halves, noise)
+    if plan.caches:
+        round_cache(copied, plan.caches, noise)
     return SameNumbers(copied, weights if streamed else OwnWeights(copied))
 
 

@@ -18,7 +18,7 @@ def recorded(plan: Plan, method: str, *, calibrated: bool) -> dict[str, Any]:
         method: what was asked for.
         calibrated: whether codes below 8 bits were chosen on a text.
     """
-    cache = _cache(plan)
+    cache = plan.caches.record
     if not plan.schemes:
         return {"method": "none", **cache}
     counted = dict(Counter(map(str, plan.schemes.values())))
@@ -30,13 +30,3 @@ def recorded(plan: Plan, method: str, *, calibrated: bool) -> dict[str, Any]:
     if plan.tuned:
         kept["tuning"] = dict(plan.tuned)
     return {"method": method, "rounding": rounding, "weights": counted, **kept, **floats, **cache}
-
-
-def _cache(plan: Plan) -> dict[str, Any]:
-    """States that are kept in fewer bits, and those that are not though that was asked for."""
-    cache: dict[str, Any] = {"cache": sorted(plan.cache)} if plan.cache else {}
-    if plan.halves:
-        cache |= {"cache": sorted(plan.halves), "cache_dtype": "float16"}
-    if plan.cache_left:
-        cache["cache_left"] = dict(plan.cache_left)
-    return cache

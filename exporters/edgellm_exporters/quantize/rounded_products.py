@@ -6,7 +6,7 @@ read at one token was rounded at the one before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from edgellm.ops import ATTENTION, GRU, LSTM, RNN, RecurrentWeights
 from edgellm.ops.attention import attention_over
 from edgellm.ops.recurrence import elman_reference, gru_reference, lstm_reference
 from edgellm.ops.schema import computed_by
+from edgellm_exporters.quantize.narrow_caches import NarrowCaches
 from edgellm_exporters.quantize.plan import Scheme, widens
 
 __all__ = [
@@ -151,8 +152,7 @@ def round_recurrence(module: nn.Module, roundings: Mapping[str, ProductRounding]
 
 
 def round_cache(
-    model: nn.Module, scales: Mapping[str, NDArray[Any]], halves: Collection[str] = (),
-    noise: Callable[[Tensor], Tensor] = lambda x: x,
+    model: nn.Module, caches: NarrowCaches, noise: Callable[[Tensor], Tensor] = lambda x: x
 ) -> None:  # fmt: skip
     """Have attention keep keys and values in 8 bits, as codes with one scale for each feature of each head, or in 16.
 
@@ -160,11 +160,10 @@ def round_cache(
 
     Args:
         model: follows :class:`edgellm.models.protocol.LanguageModel`.
-        scales: by the name of a state in 8 bits, (heads * head_dim,).
-        halves: names of states in float16.
+        caches: which states.
         noise: what is kept passes it first.
     """
-    forward = model.forward
+    forward, scales = model.forward, caches.scales
 
     def of(name: str | None, x: Tensor) -> Tensor:
         if name is None:
@@ -172,7 +171,7 @@ def round_cache(
         return _codes_of(noise(x), scales[name]) if name in scales else _half_of(noise(x))
 
     def rounded(tokens: Tensor, state: Mapping[str, Tensor], *given: Any, **named: Any) -> Any:
-        names = {id(tensor): name for name, tensor in state.items() if name in scales or name in halves}
+        names = {id(tensor): name for name, tensor in state.items() if name in caches.names}
 
         def attention(q: Tensor, k: Tensor, v: Tensor, past_k: Any, past_v: Any, *rest: Any, **more: Any) -> Any:
             def kept(*new: Tensor) -> tuple[Tensor, Tensor]:
