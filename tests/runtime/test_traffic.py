@@ -8,9 +8,12 @@ import pytest
 from edgellm_runtime.checks.kernel_events import Kernel
 from edgellm_runtime.checks.traffic import GraphTraffic, Step, Traffic
 from edgellm_runtime.graphs.layer_map import graph_nodes
+from edgellm_runtime.graphs.narrow_scales import POWERS
 from edgellm_runtime.graphs.onnx_file import read_model
 from edgellm_runtime.graphs.own_attention import DOMAIN
 from edgellm_runtime.graphs.own_experts import EXPERTS
+from edgellm_runtime.graphs.own_gather import GATHER
+from edgellm_runtime.graphs.three_bits import CODES, PLACES, SHIFTS
 from edgellm_runtime.graphs.writer import Node, graph_bytes
 from edgellm_runtime.spec import StateSpec
 
@@ -63,6 +66,60 @@ def test_codes_in_4_bits_count_with_scales_as_they_are_when_the_graph_is_loaded(
     kernel = _kernel("MatMulNBits", [(1, 1, 64), (5, 2)], [(1, 1, 5)], activation_bytes=256, output_bytes=20)
     found = _traffic(nodes, tensors, kernel, run={1}, place=1)
     assert found == Traffic(weights=5 * 32 + 5 * 2 * 4, state=0, activations=276, operations=2 * 64 * 5)
+
+
+def test_scales_of_8_bits_count_as_the_floats_that_a_loaded_graph_has() -> None:
+    nodes = [
+        Node("Split", ["w.scales", "sizes"], ["power", "whole"], {"axis": 1}),
+        Node("Cast", ["power"], ["index"], {"to": 6}), Node("Gather", ["powers", "index"], ["unit"]),
+        Node("Cast", ["whole"], ["wide"], {"to": 1}), Node("Mul", ["wide", "unit"], ["s"]),
+        Node("MatMulNBits", ["x", "w.codes", "s"], ["y"], {"K": 64, "N": 5, "bits": 4, "block_size": 32}),
+    ]  # fmt: skip
+    tensors = {
+        "w.codes": np.zeros((5, 2, 16), np.uint8), "w.scales": np.zeros((5, 3), np.uint8), "sizes": np.array([1, 2]),
+        "powers": np.array(POWERS, np.float32),
+    }  # fmt: skip
+    kernel = _kernel("MatMulNBits", [(1, 1, 64), (5, 2)], [(1, 1, 5)], activation_bytes=256, output_bytes=20)
+    found = _traffic(nodes, tensors, kernel, run={5}, place=5)
+    assert found == Traffic(weights=5 * 32 + 5 * 2 * 4, state=0, activations=276, operations=2 * 64 * 5)
+
+
+def test_codes_of_3_bits_count_as_the_4_that_kernels_read() -> None:
+    nodes = [
+        Node("BitwiseAnd", ["w", "own"], ["first"]),
+        Node("BitShift", ["w", "shifts"], ["moved"], {"direction": "RIGHT"}),
+        Node("BitwiseAnd", ["moved", "places"], ["spare"]), Node("Split", ["spare"], ["a", "b", "c"], {"axis": 0}),
+        Node("BitwiseOr", ["a", "b"], ["ab"]), Node("BitwiseOr", ["ab", "c"], ["last"]),
+        Node("Concat", ["first", "last"], ["whole"], {"axis": 0}), Node("Reshape", ["whole", "shape"], ["codes"]),
+        Node("MatMulNBits", ["x", "codes", "s"], ["y"], {"K": 64, "N": 6, "bits": 4, "block_size": 32}),
+    ]  # fmt: skip
+    tensors = {
+        "w": np.zeros((3, 48), np.uint8), "own": np.array(CODES, np.uint8), "shape": np.array([6, 2, 16]),
+        "shifts": np.array(SHIFTS, np.uint8)[:, None], "places": np.array(PLACES, np.uint8)[:, None],
+        "s": np.ones((6, 2), np.float32),
+    }  # fmt: skip
+    kernel = _kernel("MatMulNBits", [(1, 1, 64)], [(1, 1, 6)], activation_bytes=256, output_bytes=24)
+    found = _traffic(nodes, tensors, kernel, run={8}, place=8)
+    assert found == Traffic(weights=6 * 32 + 6 * 2 * 4, state=0, activations=280, operations=2 * 64 * 6)
+
+
+@pytest.mark.parametrize("before", [[], ["skip", "gamma"]])
+def test_own_products_read_codes_of_3_bits_as_4_and_scales_of_8_as_16(before: list[str]) -> None:
+    op = "NormProduct" if before else "BlockProduct"
+    sizes = {"K": 64, "N": 6, "bits": 3, "block_size": 32, "scale_bits": 8}
+    node = Node(op, ["x", *before, "w", "s", "z"], ["y"], sizes, domain=DOMAIN)
+    tensors = {"w": np.zeros((3, 48), np.uint8), "s": np.zeros((6, 3), np.uint8), "z": np.zeros((6, 1), np.uint8)}
+    tensors |= {name: np.ones(64, np.float32) for name in before[1:]}
+    kernel = _kernel(op, [(1, 1, 64)], [(1, 1, 6)], activation_bytes=256, output_bytes=24)
+    found = _traffic([node], tensors, kernel, run={0})
+    assert found == Traffic(6 * 32 + 6 * 2 * 2 + 6 + 256 * len(before[1:]), 0, 280, operations=2 * 64 * 6)
+
+
+def test_an_own_look_up_reads_the_rows_that_it_takes() -> None:
+    node = Node(GATHER, ["x", "w", "s"], ["y"], {"N": 100, "K": 32, "bits": 3, "block_size": 32}, domain=DOMAIN)
+    tensors = {"w": np.zeros((3, 400), np.uint8), "s": np.zeros((100, 1), np.float16)}
+    kernel = _kernel(GATHER, [(1, 3)], [(1, 3, 32)], activation_bytes=24, output_bytes=384)
+    assert _traffic([node], tensors, kernel, run={0}) == Traffic(3 * (12 + 2), 0, 408, operations=0)
 
 
 def test_a_node_that_others_kernels_run_has_its_operations() -> None:

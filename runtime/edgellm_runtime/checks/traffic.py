@@ -13,17 +13,24 @@ from typing import Any
 
 from edgellm_runtime.checks.kernel_events import Kernel
 from edgellm_runtime.graphs.external_files import ELEMENT_BITS
+from edgellm_runtime.graphs.graph_view import GraphView
 from edgellm_runtime.graphs.layer_map import GraphNode
+from edgellm_runtime.graphs.narrow_scales import narrow_scales, scale_bits_of
 from edgellm_runtime.graphs.onnx_file import read_message
 from edgellm_runtime.graphs.own_attention import ATTENTIONS
 from edgellm_runtime.graphs.own_experts import EXPERTS
+from edgellm_runtime.graphs.own_gather import GATHER
+from edgellm_runtime.graphs.own_operators import OPERATORS
+from edgellm_runtime.graphs.three_bits import whole_codes
 from edgellm_runtime.graphs.wire import Message
+from edgellm_runtime.graphs.writer import ELEMENT_TYPES
 from edgellm_runtime.spec import StateSpec
 
 __all__ = ["GraphTraffic", "Step", "Traffic"]
 
 _SAME_BYTES = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Identity", "Flatten")
-_GATHERS = {"Gather": "axis", "GatherBlockQuantized": "gather_axis"}  # and the attribute that says which rows
+# The place of the table among a gather's inputs, and the attribute that says which rows.
+_GATHERS = {"Gather": (0, "axis"), "GatherBlockQuantized": (0, "gather_axis"), GATHER: (1, "")}
 _PRODUCTS = (
     "MatMul", "FusedMatMul", "Gemm", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "FusedGemm",
 )  # fmt: skip
@@ -165,8 +172,11 @@ class GraphTraffic:
         total = sum(constant.nbytes for constant in known.values())
         if len(known) < len(constants):  # of unknown size; kernels that pack nothing tell the sum
             return kernel.parameter_bytes if kernel.parameter_bytes > total else None
-        if node.op in _GATHERS and node.inputs[0] in known:
-            return self._picked(node, known[node.inputs[0]], total, kernel)
+        if node.op in _GATHERS and (table := node.inputs[_GATHERS[node.op][0]]) in known:
+            return self._picked(node, known[table], total, kernel)
+        if node.op in OPERATORS:
+            kept = (_kept(node, place, known[name]) for place, name in enumerate(node.inputs) if name in known)
+            return sum(kept)
         if node.op == "Slice":
             return min(total, kernel.output_bytes)
         if node.op in _IN_PLACE:
@@ -176,10 +186,13 @@ class GraphTraffic:
 
     def _picked(self, node: GraphNode, table: _Constant, total: int, kernel: Kernel) -> int:
         """Bytes of the rows that a gather takes."""
-        if node.numbers.get(_GATHERS[node.op], 0) != 0 or not table.dims or not table.dims[0] or not kernel.made:
+        rows, wide = table.dims[0] if table.dims else 0, len(table.dims) - 1
+        if node.op == GATHER:  # whose table need not have its rows' shape
+            rows, wide = node.numbers.get("N", 0), 1
+        if node.numbers.get(_GATHERS[node.op][1], 0) != 0 or not rows or not kernel.made:
             return min(total, kernel.output_bytes)
         made = kernel.made[0]
-        return total * min(math.prod(made[: len(made) - len(table.dims) + 1]), table.dims[0]) // table.dims[0]
+        return total * min(math.prod(made[: len(made) - wide]), rows) // rows
 
     def _operations(self, kernel: Kernel, node: GraphNode, inputs: Sequence[str], step: Step) -> int | None:
         if kernel.op in _UNKNOWN_OPERATIONS:
@@ -275,6 +288,17 @@ def _attended(node: GraphNode, past: Sequence[StateSpec], step: Step) -> int:
     return sum(spec.nbytes(1, slots if spec.capacity_axis is not None else step.capacity) for spec in past)
 
 
+def _kept(node: GraphNode, place: int, stored: _Constant) -> int:
+    """Bytes that an own operator's product reads of an input: codes of 3 bits are kept as 4, scales of 8 as 16."""
+    which, kind = divmod(place - (3 if "Norm" in node.op else 1), 3)  # codes, scales and zeros of each product
+    suffix = "_down" if which > 0 else ""
+    if kind == 0 and node.numbers.get(f"bits{suffix}") == 3:
+        return stored.nbytes * 4 // 3
+    if kind == 1 and scale_bits_of(node.numbers, suffix) == 8 and len(stored.dims) == 2:
+        return 2 * stored.dims[0] * (stored.dims[1] - 1)
+    return stored.nbytes
+
+
 def _rows(table: _Constant, count: int) -> int:
     """Bytes of so many of a table's rows."""
     rows = table.dims[0] if table.dims else 0
@@ -286,7 +310,7 @@ def _constants(model: Message, nodes: Sequence[GraphNode], run: Collection[int])
     graph: dict[str, Any] = model.get("graph", {})
     types: dict[str, int] = {}
     found: dict[str, _Constant | None] = {}
-    told = _told(graph)
+    told = _told(graph) | _made_of_codes(model)
     for tensor in graph.get("initializer", ()):
         name, kind = _text(tensor.get("name", b"")), int(tensor.get("data_type", 0))
         dims = tuple(int(size) for size in tensor.get("dims", ()))
@@ -307,6 +331,14 @@ def _constants(model: Message, nodes: Sequence[GraphNode], run: Collection[int])
                 found[name] = told.get(name)
             types[name] = kind
     return found
+
+
+def _made_of_codes(model: Message) -> dict[str, _Constant]:
+    """What is made of scales of 8 bits and of codes of 3."""
+    view = GraphView(model)
+    scales = ((name, made.dims or (), ELEMENT_TYPES[made.dtype]) for name, made in narrow_scales(view))
+    codes = ((view.node(place).outputs[0], three.dims, ELEMENT_TYPES["uint8"]) for place, three in whole_codes(view))
+    return {name: sized for name, dims, kind in (*scales, *codes) if (sized := _sized(dims, kind)) is not None}
 
 
 def _told(graph: Message) -> dict[str, _Constant]:

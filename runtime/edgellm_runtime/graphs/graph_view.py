@@ -65,6 +65,7 @@ class GraphView:
     def __init__(self, model: Message, keep: Collection[str] = ()) -> None:
         graph: Message = model["graph"]
         self._messages: list[Message] = graph.get("node", [])
+        self._domains = [_text(message.get("domain", b"")) for message in self._messages]
         self._tensors = {_text(tensor.get("name", b"")): tensor for tensor in graph.get("initializer", ())}
         self.nodes = graph_nodes(model)
         self._makers = {name: i for i, node in enumerate(self.nodes) for name in node.outputs if name}
@@ -93,7 +94,7 @@ class GraphView:
 
     def domain(self, place: int) -> str:
         """Of a node's operator."""
-        return _text(self._messages[place].get("domain", b""))
+        return self._domains[place]
 
     def attributes(self, place: int) -> dict[str, float | str | None]:
         """Of a node, those that are numbers or texts; None for others."""

@@ -147,7 +147,8 @@ def _swapped(read: ReadGraph, keep: Collection[str]) -> tuple[bytes, tuple[Node,
 
 
 def _unread(view: GraphView, gone: set[int], waiting: set[int], needed: Collection[str]) -> set[int]:
-    """The places of nodes that are gone, and of those among the waiting ones that nothing needs then.
+    """The places of nodes that are gone, and of those among the waiting ones that nothing needs then: the last first,
+    for what a node makes is read after it.
 
     Args:
         view: the graph.
@@ -155,13 +156,9 @@ def _unread(view: GraphView, gone: set[int], waiting: set[int], needed: Collecti
         waiting: places of nodes that these stand for.
         needed: values that they read.
     """
-
-    def unread(place: int) -> bool:
-        return all(name not in needed and view.inner(name, gone) for name in view.node(place).outputs if name)
-
-    while found := {place for place in waiting if unread(place)}:
-        gone |= found
-        waiting -= found
+    for place in sorted(waiting, reverse=True):
+        if all(name not in needed and view.inner(name, gone) for name in view.node(place).outputs if name):
+            gone.add(place)
     return gone
 
 
