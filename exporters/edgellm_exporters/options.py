@@ -17,7 +17,6 @@ from edgellm_exporters.quantize.tuning.tune import Tuning
 from edgellm_runtime.bundle import TokenizerInfo
 from edgellm_runtime.task_spec import TaskSpec
 
-_NOT_TUNED = ("none", "keep")
 __all__ = ["ExportOptions", "TextAssets", "check_encoder_options"]
 
 
@@ -76,10 +75,10 @@ class ExportOptions:
             method = find_method(self.quantize, target.methods)
             if method.layers is not None:
                 target.check_kernel(method.layers)
+            elif self.tuning is not None:
+                raise ExportError(f"quantize {self.quantize!r} has no codes of its own to tune; leave tuning out")
         elif target.methods is not METHODS:
             raise ExportError(f"target {self.target} has no {AUTO!r}; it has {', '.join(target.methods)}")
-        if self.tuning is not None and self.quantize in _NOT_TUNED:
-            raise ExportError(f"quantize {self.quantize!r} has no codes of its own to tune; leave tuning out")
         if self.engine is not None and not target.roles:
             raise ExportError(f"target {self.target} has no engines; leave their options out, or use --target tensorrt")
 

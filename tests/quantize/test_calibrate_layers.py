@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from families import VOCAB, make
-from torch import nn
+from torch import Tensor, nn
 
 from edgellm.streaming import OwnWeights
 from edgellm_exporters.errors import QuantizeError
@@ -19,11 +20,12 @@ from edgellm_exporters.graph.layers import layer_modules
 from edgellm_exporters.quantize import calibrate, calibrate_layers, curvature, gptq
 from edgellm_exporters.quantize.calibrate import quantize_in_turn
 from edgellm_exporters.quantize.calibrate_layers import calls_of
-from edgellm_exporters.quantize.codes_on_disk import ChosenCodes, CodesOnDisk
+from edgellm_exporters.quantize.codes_on_disk import ChosenCodes
 from edgellm_exporters.quantize.curvature import Curvature
 from edgellm_exporters.quantize.plan import Codes, Scheme
 from edgellm_exporters.quantize.rtn import round_to_nearest
 from edgellm_exporters.quantize.tuning.layer_stream import shell_of
+from edgellm_exporters.weights.scratch_file import ScratchFile
 
 WINDOWS = np.random.default_rng(0).integers(0, VOCAB, (4, 24)).tolist()
 SCHEME = Scheme(4, 16)
@@ -101,6 +103,62 @@ def test_what_is_called_twice_or_computed_is_passed_at_once(family: str) -> None
     assert calls_of(make("decoder"), OwnWeights(model), 1, [], weights_of(model)) is None
 
 
+class Remembering(nn.Module):
+    """The last layer reads what the first one gave: as a list that the layers share, or as an argument."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=VOCAB)
+        self.embedding, self.shared = nn.Embedding(VOCAB, 16), shared
+        self.layers = nn.ModuleList(Remembered(16, last=number == 2) for number in range(3))
+        self.head = nn.Linear(16, VOCAB, bias=False)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        x, met = self.embedding(ids), list[Tensor]()
+        for layer in self.layers:
+            x = layer(x, met if self.shared else tuple(met))
+            met += [] if self.shared else [x]
+        return self.head(x), {}
+
+
+class Remembered(nn.Module):
+    def __init__(self, width: int, last: bool) -> None:
+        super().__init__()
+        self.linear, self.last = nn.Linear(width, width), last
+
+    def forward(self, x: Tensor, met: Any) -> Tensor:
+        y: Tensor = self.linear(x + (met[0] if self.last else 0))
+        if isinstance(met, list):
+            met.append(y)
+        return y
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_layers_that_read_more_than_the_one_before_them_are_passed_at_once(
+    shared: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = Remembering(shared)
+    assert calls_of(model, OwnWeights(model), 1, list(layer_modules(model)), weights_of(model)) is None
+    whole, found = (chosen(model, monkeypatch, tmp_path, group=group) for group in (None, 24))
+    assert len(found) == 4
+    for name in found:
+        np.testing.assert_array_equal(found[name].codes, whole[name].codes)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), 1e6])
+@pytest.mark.parametrize("group", [None, 24])
+def test_a_weight_that_no_scale_holds_is_refused_by_name(
+    wrong: float, group: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = make("decoder untied with biases")
+    name = weights_of(model)[-1]  # nothing reads what it gives
+    with torch.no_grad():
+        model.get_parameter(name)[3, 5] = wrong
+    with pytest.raises(QuantizeError, match=f"{name} holds (NaN or infinite weights|weights of up to 1e)"):
+        chosen(model, monkeypatch, tmp_path, group=group)
+
+
 @pytest.mark.parametrize("held_bytes", [0, 1 << 30])
 def test_the_factor_is_that_of_the_inverse_on_disk_as_in_memory(
     held_bytes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -152,7 +210,7 @@ def test_chosen_codes_are_read_whole_and_by_rows_from_disk_and_where_it_is_full(
         raise OSError("no space left")
 
     if full:
-        monkeypatch.setattr(CodesOnDisk, "_append", no_room)
+        monkeypatch.setattr(ScratchFile, "write", no_room)
     generator = np.random.default_rng(0)
     weights = {"large": generator.normal(size=(600, 512)), "small": generator.normal(size=(8, 32))}
     codes = {name: round_to_nearest(w.astype(np.float32), SCHEME) for name, w in weights.items()}

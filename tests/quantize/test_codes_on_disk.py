@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import resource
 import tempfile
 import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from edgellm_exporters.quantize import plan
-from edgellm_exporters.quantize.codes_on_disk import CodesOnDisk
+from edgellm_exporters.quantize.codes_on_disk import ChosenCodes, CodesOnDisk
+from edgellm_exporters.quantize.gptq import gptq
 from edgellm_exporters.quantize.plan import Codes, Scheme, pack, unpack
 from edgellm_exporters.quantize.rtn import round_to_nearest
 
@@ -62,6 +67,38 @@ def test_a_full_disk_costs_time_only(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for _ in range(2):
         assert kept.get("all", 4, lambda: asked.append(1) or codes) is codes  # type: ignore[func-returns-value]
     assert len(asked) == 2
+
+
+@contextmanager
+def room_for(nbytes: int) -> Iterator[None]:
+    """No file of this process grows beyond that meanwhile, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_was_kept_before_the_disk_was_full_is_read_again_and_the_rest_is_held(tmp_path: Path) -> None:
+    """The last bytes of the second weight are what there is no room for."""
+    codes = {name: _codes(Scheme(4)) for name in ("first", "second", "third")}
+    nbytes = sum(part.nbytes for part in (pack(codes["first"].codes, 4), codes["first"].scales, codes["first"].zeros))
+    kept = ChosenCodes(tmp_path)
+    with room_for(2 * nbytes - 10):
+        for name, each in codes.items():
+            kept.add(name, each, 4)
+        assert [kept._disk.has(name) for name in codes] == [True, False, False]
+        assert all(_same(kept[name], each) for name, each in codes.items())
+        assert all(_same(kept.rows(name, 5, 9), each.of_rows(5, 9)) for name, each in codes.items())
+
+
+def test_codes_whose_rows_are_one_block_are_read_by_rows(tmp_path: Path) -> None:
+    found = gptq(np.random.default_rng(0).standard_normal((9000, 32), dtype=np.float32), torch.eye(32), Scheme(4))
+    kept = ChosenCodes(tmp_path)
+    kept.add("weight", found, 4)
+    assert kept._disk.has("weight")
+    assert _same(kept["weight"], found) and _same(kept.rows("weight", 700, 702), found.of_rows(700, 702))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -98,6 +98,18 @@ def test_gptq_chooses_codes_for_the_scales_that_are_stored(scheme: Scheme) -> No
     assert change(found) < 1.1 * change(gptq(w, x.T @ x, sixteen(scheme)))
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.01, 0.1])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_blocks_on_one_side_of_zero_keep_their_shifts(spread: float, share: float) -> None:
+    """A row has one unit, and their shifts' scales are many times as large as their own."""
+    rng = np.random.default_rng(0)
+    w = (np.arange(256) < share * 256) + rng.uniform(-spread, spread, (4, 256))
+    for scheme in (EIGHT[1], sixteen(EIGHT[1])):
+        found = round_to_nearest(w.astype(np.float32), scheme)
+        np.testing.assert_array_equal(found.scales, stored_scales(found.scales, scheme))
+        assert np.square(found.dequantize() - w).mean() < 1e-4 * np.square(w).mean()
+
+
 def test_a_grid_with_a_minimum_is_held_as_well() -> None:
     rng, scheme = np.random.default_rng(0), EIGHT[1]
     steps, lows = rng.uniform(0.01, 0.03, (8, 8, 1)), rng.uniform(-9, -6, (8, 8, 1))

@@ -167,16 +167,16 @@ def quantize_within(
     check_library()
     graph = job.graph()
     uses = Uses(graph)
-    narrow = job.target.narrow_scales
-    looking = partial(progress, "looking at weights")
-    held = smallest_holding(uses.tensors, uses.ends, looking, narrow_scales=narrow)
-    largest = {} if _was_quantized(uses, held) else job.largest(progress)
-    done = smoothed(graph, largest)
     candidates = candidates_of(
-        uses, integer_products=budget.prefer == "prefill", tuned=job.tuning is not None, narrow_scales=narrow
+        uses, integer_products=budget.prefer == "prefill", tuned=job.tuning is not None,
+        narrow_scales=job.target.narrow_scales,
     )  # fmt: skip
     if not candidates:
         raise QuantizeError("the model has no weight whose rows divide into blocks of 32; export it without --quantize")
+    narrow = {c.name for c in candidates if any(scheme.scale_bits == 8 for scheme in c.schemes)}
+    held = smallest_holding(uses.tensors, uses.ends, partial(progress, "looking at weights"), narrow=narrow)
+    largest = {} if _was_quantized(uses, held) else job.largest(progress)
+    done = smoothed(graph, largest)
     floats = _bytes_of_floats(graph, candidates) + _NODE_BYTES * len(graph.graph)
     del graph
     predictions = sensitivities(

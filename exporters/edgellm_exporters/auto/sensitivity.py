@@ -18,6 +18,7 @@ from edgellm_exporters.auto.fisher import Gathered, gather
 from edgellm_exporters.auto.formats import FormatChoices
 from edgellm_exporters.auto.trials import tried
 from edgellm_exporters.passes.merge_linears import parts_of
+from edgellm_exporters.quantize.in_range import in_range
 from edgellm_exporters.quantize.plan import Scheme
 from edgellm_exporters.quantize.rounded_products import round_rows
 from edgellm_exporters.quantize.rtn import round_to_nearest
@@ -194,7 +195,8 @@ class _Source:
         weight = np.concatenate(found) if len(found) > 1 else found[0]
         columns, rows = self.smoothing.columns.get(self.name), self.smoothing.rows.get(self.name)
         weight = weight if columns is None else weight * columns
-        return np.asarray(weight if rows is None else weight * rows[start:stop, None], dtype=np.float32)
+        weight = weight if rows is None else weight * rows[start:stop, None]
+        return in_range(self.name, np.asarray(weight, dtype=np.float32))
 
     def _product(self) -> tuple[Tensor, Tensor] | None:
         """Inputs as smoothed and output gradients as they were seen, or None for what is only looked up in."""

@@ -23,6 +23,7 @@ from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.quantize.calibrate_layers import GROUP_TOKENS, Factors, calls_of, quantize_by_layers
 from edgellm_exporters.quantize.codes_on_disk import ChosenCodes
 from edgellm_exporters.quantize.gptq import gptq
+from edgellm_exporters.quantize.in_range import in_range
 from edgellm_exporters.quantize.named_weights import is_parametrized, named_weights
 from edgellm_exporters.quantize.plan import Codes, Scheme
 from edgellm_runtime.freed_pages import trim
@@ -145,7 +146,8 @@ def _quantize_at_once(
             hessian = smooth_x.T @ smooth_x
             if name in elsewhere:
                 hessian += elsewhere.pop(name) / column / column[:, None]
-            codes = gptq((module.weight.detach().float() * column * row).numpy(), hessian, schemes[name])
+            weight = in_range(name, (module.weight.detach().float() * column * row).numpy())
+            codes = gptq(weight, hessian, schemes[name])
             found.add(name, codes, schemes[name].kernel_bits)
         if is_parametrized(module):
             return  # what it is made of stays; later layers read what it gives as it is

@@ -24,9 +24,10 @@ from edgellm.streaming import Weights, resident
 from edgellm_exporters.quantize.codes_on_disk import ChosenCodes
 from edgellm_exporters.quantize.curvature import Curvature
 from edgellm_exporters.quantize.gptq import gptq_by_rows
+from edgellm_exporters.quantize.in_range import in_range
 from edgellm_exporters.quantize.named_weights import is_parametrized
 from edgellm_exporters.quantize.plan import Scheme
-from edgellm_exporters.quantize.tuning.layer_stream import Call, LayerStream, shell_of
+from edgellm_exporters.quantize.tuning.layer_stream import Call, LayerStream, hidden_of, shell_of
 from edgellm_exporters.weights.memory import give_back
 from edgellm_runtime.freed_pages import trim
 
@@ -91,8 +92,9 @@ def calls_of(
 ) -> Calls | None:  # fmt: skip
     """What one token shows of a model's calls; None for one that cannot be passed layer by layer.
 
-    That is one that calls a layer or a linear layer of those names twice, or such a one before or between the layers or
-    not for each token, that computes one of their weights, or that answers sources.
+    That is one that calls a layer or a linear layer of those names twice, or such a one before, between or as the
+    layers or not for each token, that computes one of their weights, whose layers read more than what the one before
+    them gave, or that answers sources.
 
     Args:
         model: in eval mode.
@@ -108,7 +110,23 @@ def calls_of(
         return None
     with torch.no_grad(), resident(model, weights), met.watching(), suppress(_Done):
         read_rows(model, torch.tensor([[token]]))
-    return met.calls()
+    calls = met.calls()
+    return calls if calls is not None and _passes(model, weights, token, calls, met) else None
+
+
+def _passes(model: nn.Module, weights: Weights, token: int, calls: Calls, met: _Met) -> bool:
+    """Whether layers that are given what the one before them gave, and nothing else, give what they give in the model.
+
+    In a model whose layers read more, that may end in any error of its own.
+    """
+    with tempfile.TemporaryDirectory() as room, suppress(Exception):
+        stream = LayerStream(shell_of(model), weights, torch.tensor([[token]]), calls.order, Path(room) / "x", group=1)
+        for _ in calls.order:
+            stream.advance(stream.parameters(weights))
+        pairs = [(stream.call([0], linears.path).args[0], met.read(linears.path)) for linears in calls.after]
+        pairs.append((stream.passed_outputs(), hidden_of(met.last, calls.order[-1]).float()))
+        return all(torch.allclose(one, other, rtol=1e-3, atol=1e-5) for one, other in pairs)
+    return False
 
 
 class _Met:
@@ -132,6 +150,7 @@ class _Met:
         self._order: list[str] = []
         self._seen: list[tuple[str | None, int, str, Tensor]] = []  # layer, layers before, path, what was read
         self._within: str | None = None
+        self.last: Any = None  # what the last layer gave
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -140,7 +159,7 @@ class _Met:
         for path, module in self._modules.items():
             if path in self._paths:
                 hooks.append(module.register_forward_pre_hook(lambda *_, path=path: self._enter(path)))
-                hooks.append(module.register_forward_hook(lambda *_: self._leave(), always_call=True))
+                hooks.append(module.register_forward_hook(lambda *given: self._leave(given[-1]), always_call=True))
             if path in self._wanted:
                 hooks.append(module.register_forward_pre_hook(lambda m, x, path=path: self._meet(path, m, x[0])))
         try:
@@ -153,13 +172,17 @@ class _Met:
         self._order.append(path)
         self._within = path
 
-    def _leave(self) -> None:
-        self._within = None
+    def _leave(self, given: Any) -> None:
+        self._within, self.last = None, given
 
     def _meet(self, path: str, module: Any, x: Tensor) -> None:
         self._seen.append((self._within, len(self._order), path, x))
         if self._within is None and module.out_features == self._width:
             raise _Done
+
+    def read(self, path: str) -> Tensor:
+        """What a linear layer read."""
+        return next(x for _, _, where, x in self._seen if where == path)
 
     def calls(self) -> Calls | None:
         """See :func:`calls_of`."""
@@ -168,7 +191,7 @@ class _Met:
         between = any(layer is None and before < len(self._order) for layer, before, _, _ in self._seen)
         if (
             not self._order or len(set(self._order)) < len(self._order) or between
-            or sorted(met) != sorted(self._wanted) or len(set(names)) < len(names)
+            or sorted(met) != sorted(self._wanted) or len(set(names)) < len(names) or self._paths & self._wanted.keys()
         ):  # fmt: skip
             return None
         inside: dict[str, list[Linears]] = {path: [] for path in self._order}
@@ -316,8 +339,8 @@ class _SoFar:
     def smoothed(self, name: str, start: int, stop: int) -> Array:
         """Some rows of a float weight, smoothed."""
         rows = self._weights.rows(name, start, stop).detach().float()
-        found: Array = (rows * self.factors.column(name, rows.shape[1]) * self.factors.row(name, start, stop)).numpy()
-        return found
+        smooth_rows = rows * self.factors.column(name, rows.shape[1]) * self.factors.row(name, start, stop)
+        return in_range(name, smooth_rows.numpy())
 
     def read(self, name: str) -> Tensor:
         """One parameter."""

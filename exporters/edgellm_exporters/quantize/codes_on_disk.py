@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
-import math
-import tempfile
-import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 
 from edgellm_exporters.quantize.plan import Codes, pack, unpack
+from edgellm_exporters.weights.scratch_file import Reader, ScratchFile
 
-__all__ = ["ChosenCodes", "CodesOnDisk"]
+__all__ = ["ChosenCodes", "CodesOnDisk", "rows_of"]
 
 _LEAST = 1 << 18  # codes that are worth a file's time: a few looked-up rows are computed as quickly
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where an array lies in the file."""
-
-    offset: int
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-
-@dataclass(frozen=True)
 class _Kept:
-    """The places of some codes, their own packed, and what else there is to them."""
+    """What reads some codes again, their own packed, and what else there is to them."""
 
-    codes: _Place
-    scales: _Place
-    zeros: _Place
+    codes: Reader
+    scales: Reader
+    zeros: Reader
     bits: int
     padded: int  # codes in a row
     columns: int
     floating: bool
+
+    def read(self, rows: tuple[int, int] | None) -> Codes:
+        """All codes, or those of some rows."""
+        packed, scales, zeros = (reader(rows).numpy() for reader in (self.codes, self.scales, self.zeros))
+        return Codes(unpack(packed, self.bits, self.padded), scales, zeros, self.columns, self.floating)
 
 
 class CodesOnDisk:
@@ -52,7 +45,7 @@ class CodesOnDisk:
 
     def __init__(self, directory: Path | None) -> None:
         self._directory = directory
-        self._file: IO[bytes] | None = None
+        self._file: ScratchFile | None = None
         self._kept: dict[Hashable, _Kept] = {}
         self._full = False
 
@@ -68,7 +61,7 @@ class CodesOnDisk:
             rows: the first row that is wanted and the one after the last; None for all.
         """
         if key in self._kept:
-            return self._read(self._kept[key], rows)
+            return self._kept[key].read(rows)
         codes = compute()
         if codes.codes.size >= _LEAST and not self._full:
             try:
@@ -82,33 +75,11 @@ class CodesOnDisk:
         return key in self._kept
 
     def _written(self, codes: Codes, bits: int) -> _Kept:
-        if self._file is None:
-            self._file = tempfile.TemporaryFile(dir=self._directory)  # noqa: SIM115 - goes with this object
-            weakref.finalize(self, self._file.close)
-        found = _Kept(
-            self._append(self._file, pack(codes.codes, bits)), self._append(self._file, codes.scales),
-            self._append(self._file, codes.zeros), bits, codes.codes.shape[1], codes.columns, codes.floating,
-        )  # fmt: skip
-        self._file.flush()
-        return found
-
-    @staticmethod
-    def _append(file: IO[bytes], array: NDArray[Any]) -> _Place:
-        place = _Place(file.seek(0, 2), array.shape, array.dtype)
-        file.write(np.ascontiguousarray(array).data)
-        return place
-
-    def _read(self, kept: _Kept, rows: tuple[int, int] | None) -> Codes:
-        packed, scales, zeros = (self._array(place, rows) for place in (kept.codes, kept.scales, kept.zeros))
-        return Codes(unpack(packed, kept.bits, kept.padded), scales, zeros, kept.columns, kept.floating)
-
-    def _array(self, place: _Place, rows: tuple[int, int] | None) -> NDArray[Any]:
-        assert self._file is not None
-        start, stop = rows or (0, place.shape[0])
-        found = np.empty((stop - start, *place.shape[1:]), place.dtype)
-        self._file.seek(place.offset + start * math.prod(place.shape[1:]) * place.dtype.itemsize)
-        self._file.readinto(found.data)  # type: ignore[attr-defined]
-        return found
+        self._file = self._file or ScratchFile(self._directory)
+        parts = (pack(codes.codes, bits), codes.scales, codes.zeros)
+        readers = [self._file.write(torch.from_numpy(np.require(part, requirements="CW"))) for part in parts]
+        packed, scales, zeros = (reader for reader in readers if reader is not None)
+        return _Kept(packed, scales, zeros, bits, codes.codes.shape[1], codes.columns, codes.floating)
 
 
 class ChosenCodes(Mapping[str, Codes]):
@@ -154,3 +125,8 @@ class ChosenCodes(Mapping[str, Codes]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+
+def rows_of(chosen: Mapping[str, Codes], name: str, start: int, stop: int) -> Codes:
+    """Those of some rows of one weight; no others are read, where they are on disk."""
+    return chosen.rows(name, start, stop) if isinstance(chosen, ChosenCodes) else chosen[name].of_rows(start, stop)

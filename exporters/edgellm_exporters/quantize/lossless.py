@@ -6,7 +6,7 @@ Q4_0 and Q8_0 are held without loss; Q4_1 and the K-quants, whose minimum or sca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -33,7 +33,7 @@ def smallest_holding(
     ends: set[str],
     progress: Callable[[float], None],
     *,
-    narrow_scales: bool = False,
+    narrow: Collection[str] = (),
 ) -> dict[str, Scheme]:
     """The smallest format for each weight that changes it by no more than :data:`TOLERANCE`.
 
@@ -41,13 +41,13 @@ def smallest_holding(
         tensors: matrices by name; some rows of each are tried.
         ends: those that rows are looked up in, which shifted formats are not for.
         progress: told the share that is done.
-        narrow_scales: whether formats have scales of 8 bits where they can.
+        narrow: those whose formats have scales of 8 bits where they can.
     """
-    ladder = [scheme.narrow if narrow_scales else scheme for scheme in _LADDER]
     found: dict[str, Scheme] = {}
     for number, (name, tensor) in enumerate(tensors.items()):
         sample = _sample(tensor)
-        for scheme in ladder:
+        for wide in _LADDER:
+            scheme = wide.narrow if name in narrow else wide
             if sample.shape[1] % scheme.block == 0 and not (scheme.shifted and name in ends) and _holds(sample, scheme):
                 found[name] = scheme
                 break

@@ -24,6 +24,7 @@ class Method:
         bounds: what a bundle must hold to, against the float model; see :mod:`edgellm_runtime.checks.verify`.
         smooth: whether to smooth the layers' inputs first.
         keep: whether each weight gets the smallest format that holds the checkpoint's own values, instead.
+        narrow_scales: whether formats that are found so have scales of 8 bits where they can.
         exact: whether the blocks are just those that are named.
         integer_products: whether products with weights that have one scale a row round what they read, row by row.
         fixed_inputs: whether such products read codes of the weights' kind, with one scale for each tensor that was
@@ -36,6 +37,7 @@ class Method:
     bounds: Mapping[str, float] = field(default_factory=dict)
     smooth: bool = False
     keep: bool = False
+    narrow_scales: bool = False
     exact: bool = False
     integer_products: bool = True
     fixed_inputs: bool = False
@@ -94,7 +96,8 @@ ENGINE_METHODS: Mapping[str, Method] = {
         integer_products=False, fixed_inputs=True,
     ),
 }  # fmt: skip
-_FORMAT = re.compile(r"(\d+):(\d+|row)(?::(asymmetric|shifted))?(?::(scales8))?")
+_SCALES = "scales8"
+_FORMAT = re.compile(rf"(\d+):(\d+|row)(?::(asymmetric|shifted))?(?::({_SCALES}))?")
 
 
 def find_method(name: str, methods: Mapping[str, Method] = METHODS) -> Method:
@@ -111,11 +114,14 @@ def find_method(name: str, methods: Mapping[str, Method] = METHODS) -> Method:
         return methods[name]
     if methods is not METHODS:
         raise QuantizeError(f"this target has no quantization {name!r}; it has {', '.join(methods)}")
+    if name == f"keep:{_SCALES}":
+        return replace(METHODS["keep"], summary="as keep, in formats whose scales have 8 bits", narrow_scales=True)
     written = _FORMAT.fullmatch(name)
     if written is None:
         raise QuantizeError(
             f"unknown quantization {name!r}; there are {', '.join(METHODS)}, and BITS:BLOCK such as 4:32, "
-            "4:32:asymmetric, 3:64:asymmetric, 4:32:shifted or 8:row; :scales8 after it makes scales of 16 bits 8"
+            "4:32:asymmetric, 3:64:asymmetric, 4:32:shifted or 8:row; after it, or after keep, "
+            f":{_SCALES} makes scales of 16 bits 8"
         )
     bits, block, kind, narrow = written.groups()
     row, scales = block == "row", 8 if narrow else 16

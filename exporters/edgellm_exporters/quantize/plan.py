@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.passes.merge_linears import parts_of
+from edgellm_exporters.quantize.in_range import in_range
 from edgellm_exporters.quantize.narrow_caches import NarrowCaches
 from edgellm_exporters.quantize.smooth import Smoothing
 
@@ -321,7 +322,8 @@ class Plan:
         left: weights that the checkpoint stores as codes which cannot be kept, with the reasons.
         orders: of weights that keep codes whose groups are no neighbours, the order of columns in which they are, by
             the names of the parts that were merged; what is multiplied with them is put into that order.
-        by_rows: weights whose rows may be quantized some at a time, so that a vocabulary's table is never whole.
+        by_rows: weights whose rows may be quantized some at a time, so that a vocabulary's table is never whole; of
+            those whose codes were chosen nothing is quantized.
         chosen: codes that are not computed from a weight, by the names of the parts that were merged.
         vectors: factors on the numbers of norms' gains and of biases, by name, where they were tuned too.
         tuned: what became of each layer and of all scales, where codes were tuned; for the manifest.
@@ -377,13 +379,7 @@ class Plan:
         rows_of = getattr(tensor, "rows", None)  # of a weight that can be read by rows
         total, columns = tensor.shape.numpy()
         if rows_of is None or name not in self.by_rows:
-            return self.quantize(name, _finite(name, np.asarray(tensor.numpy(), dtype=np.float32)), scheme)
+            return self.quantize(name, in_range(name, np.asarray(tensor.numpy(), dtype=np.float32)), scheme)
         step = max(1, _ROWS_BYTES // (4 * columns))
         pieces = (np.asarray(rows_of(i, min(i + step, total)), dtype=np.float32) for i in range(0, total, step))
-        return joined((self.quantize(name, _finite(name, piece), scheme) for piece in pieces), total)
-
-
-def _finite(name: str, weight: NDArray[np.float32]) -> NDArray[np.float32]:
-    if not np.isfinite(weight).all():
-        raise QuantizeError(f"{name} holds NaN or infinite weights; train or download the checkpoint again")
-    return weight
+        return joined((self.quantize(name, in_range(name, piece), scheme) for piece in pieces), total)

@@ -90,7 +90,7 @@ def make_plan(
         check_windows(calibration)
     uses = Uses(*graphs)
     if method.keep:
-        return _keeping(uses, graphs, weights, partial(progress, "looking at weights"))
+        return _keeping(uses, graphs, weights, partial(progress, "looking at weights"), narrow=method.narrow_scales)
     if method.layers is None or method.ends is None:
         return Plan()
     done, seen = Smoothing(), dict[str, NDArray[np.float32]]()
@@ -113,14 +113,16 @@ def make_plan(
     return plan
 
 
-def _keeping(uses: Uses, graphs: Sequence[ir.Model], weights: object, progress: Callable[[float], None]) -> Plan:
+def _keeping(
+    uses: Uses, graphs: Sequence[ir.Model], weights: object, progress: Callable[[float], None], *, narrow: bool
+) -> Plan:  # fmt: skip
     """What is stored as codes keeps them; of the rest, each weight gets the smallest format that holds it."""
     stored = kept(weights, uses.shapes, uses.ends, uses.products)
     if stored.left and not stored.schemes:
         name, why = next(iter(stored.left.items()))
         raise QuantizeError(f"{name} cannot keep its codes: {why}; quantize to none, int8 or int4 instead")
     rest = {name: tensor for name, tensor in uses.tensors.items() if name not in stored.schemes}
-    schemes = {**stored.schemes, **smallest_holding(rest, uses.ends, progress)}
+    schemes = {**stored.schemes, **smallest_holding(rest, uses.ends, progress, narrow=rest if narrow else ())}
     alone = frozenset(rest) if stored.schemes else frozenset[str]()
     for graph in graphs:
         in_order(graph, stored.orders)
@@ -183,8 +185,7 @@ def plan_of(
             {part: f for name, f in done.columns.items() for part in parts_of(name)}, by_part(done.rows, sizes),
             partial(progress, "calibrating"), weights, layers, scratch,
         )  # fmt: skip
-    alone = frozenset(name for name in schemes if name not in chosen)
-    return Plan(schemes, _rounded, done, by_rows=alone, chosen=chosen)
+    return Plan(schemes, _rounded, done, by_rows=frozenset(schemes), chosen=chosen)
 
 
 def schemes_for(method: Method, uses: Uses) -> dict[str, Scheme]:

@@ -57,16 +57,29 @@ def _shifted(weight: Array, scheme: Scheme) -> Codes:
     rows, columns = weight.shape
     blocks = weight.reshape(rows, -1, scheme.block)
     found, lows = floating_grid(blocks, scheme)
-    scales = stored_scales(found, scheme)
+    units = _units_of_both(found, lows, scheme) if scheme.scale_bits == 8 else None
+    scales = stored_scales(found, scheme, units)
     lows += (found - scales) * np.float32(scheme.top / 2)  # a block's range keeps its middle
-    zeros = np.clip(np.rint(-lows / scales), 0, scheme.top).astype(np.float32)
-    left = lows + zeros * scales  # (rows, blocks), within half a step of zero unless the block is all on one side
-    padding = ((0, 0), (0, -left.shape[1] % scheme.block))
-    shifts = _plain(np.pad(left, padding), replace(scheme, shifted=False), units_of(scales))
-    kept = shifts.dequantize()[:, : left.shape[1], None]
+    zeros, left = _left_over(lows, scales, scheme)
+    shifts = _plain(left, replace(scheme, shifted=False), units)
+    kept = shifts.dequantize()[:, : blocks.shape[1], None]
     return Codes(
         np.concatenate([_codes(blocks - kept, scales, zeros, scheme.top).reshape(rows, columns), shifts.codes], axis=1),
         np.concatenate([scales, shifts.scales], axis=1),
         np.concatenate([zeros.astype(np.uint8), shifts.zeros], axis=1),
         columns,
     )
+
+
+def _left_over(lows: Array, scales: Array, scheme: Scheme) -> tuple[Array, Array]:
+    """Whole zeros (rows, blocks), and what they leave of the lowest values, in whole blocks: within half a step of zero
+    unless a block is all on one side.
+    """
+    zeros = np.clip(np.rint(-lows / scales), 0, scheme.top).astype(np.float32)
+    return zeros, np.pad(lows + zeros * scales, ((0, 0), (0, -lows.shape[1] % scheme.block)))
+
+
+def _units_of_both(scales: Array, lows: Array, scheme: Scheme) -> Array:
+    """The unit of each row's scales and of its shifts' scales, which are the larger where blocks are on one side."""
+    left = _left_over(lows, scales, scheme)[1].reshape(len(lows), -1, scheme.block)
+    return np.maximum(units_of(scales), units_of(best_grid(left, replace(scheme, shifted=False))[0]))

@@ -59,5 +59,5 @@ def in_bytes(scales: Array) -> NDArray[np.uint8]:
         (rows, 1 + blocks): the power of a row's unit, counted from the least, and how many units a scale has.
     """
     units = units_of(scales)
-    powers = np.log2(units) - LEAST_POWER
+    powers = np.frexp(units)[1] - 1 - LEAST_POWER
     return np.concatenate([powers, scales / units], axis=1).astype(np.uint8)

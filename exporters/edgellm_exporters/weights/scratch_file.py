@@ -1,21 +1,32 @@
-"""Tensors on disk that are computed once and read again."""
+"""Tensors on disk that are computed once and read again.
+
+Nothing is buffered: what a full disk did not take is not tried again when something else is read.
+"""
 
 from __future__ import annotations
 
+import math
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["ScratchFile"]
+__all__ = ["Reader", "ScratchFile"]
+
+
+class Reader(Protocol):
+    """Reads one tensor again, from any thread."""
+
+    def __call__(self, rows: tuple[int, int] | None = None) -> Tensor:
+        """All of it, or the rows from one to before another of one that was contiguous."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -40,10 +51,16 @@ class ScratchFile:
         weakref.finalize(self, self._file.close)
         self._end, self._lock = 0, threading.Lock()  # of the file's one position
 
-    def write(self, tensor: Tensor) -> Callable[[], Tensor] | None:
-        """Keep a tensor; what reads it again, from any thread, or None where its numbers do not lie side by side."""
+    def write(self, tensor: Tensor) -> Reader | None:
+        """Keep a tensor; what reads it again, or None where its numbers do not lie side by side.
+
+        Raises:
+            OSError: the disk is full, which leaves what was kept before as it was.
+        """
         strides = tensor.stride()
-        order = sorted(range(tensor.dim()), key=lambda axis: -strides[axis])
+        order = list(range(tensor.dim()))
+        if not tensor.is_contiguous():  # else strides of axes of size 1 may be anything
+            order.sort(key=lambda axis: -strides[axis])
         lying = tensor.detach().permute(order)
         if not lying.is_contiguous():
             return None
@@ -57,11 +74,15 @@ class ScratchFile:
             self._end = self._file.tell()
         return partial(self._read, place)
 
-    def _read(self, place: _Place) -> Tensor:
-        found = torch.empty(place.shape, dtype=place.dtype)
+    def _read(self, place: _Place, rows: tuple[int, int] | None = None) -> Tensor:
+        shape, skipped = place.shape, 0
+        if rows is not None:
+            assert place.order == tuple(range(len(shape))), "rows lie one after another"
+            shape, skipped = (rows[1] - rows[0], *shape[1:]), rows[0] * math.prod(shape[1:]) * place.dtype.itemsize
+        found = torch.empty(shape, dtype=place.dtype)
         into = memoryview(_bytes_of(found))
         with self._lock:
-            self._file.seek(place.offset)
+            self._file.seek(place.offset + skipped)
             while into:
                 count = self._file.readinto(into)  # type: ignore[attr-defined]
                 assert count, "what was written is there"

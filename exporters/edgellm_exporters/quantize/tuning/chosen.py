@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from edgellm.streaming import Weights
 from edgellm_exporters.passes.merge_linears import parts_of
+from edgellm_exporters.quantize.in_range import in_range
 from edgellm_exporters.quantize.named_weights import named_weights
 from edgellm_exporters.quantize.plan import ROW, Codes, Plan, Scheme
 from edgellm_exporters.quantize.smooth import by_part
@@ -73,7 +74,9 @@ def coded_weights(model: nn.Module, weights: Weights, plan: Plan) -> dict[str, C
         weight = weights.read(name).float()
         column = torch.from_numpy(columns[name]) if name in columns else torch.ones(weight.shape[1])
         row = torch.from_numpy(rows[name]) if name in rows else torch.ones(len(weight))
-        codes = plan.chosen_of(name) or plan.quantize(name, (weight * column * row[:, None]).numpy(), scheme)
+        codes = plan.chosen_of(name)
+        if codes is None:
+            codes = plan.quantize(name, in_range(name, (weight * column * row[:, None]).numpy()), scheme)
         found[id(parameters[name])] = CodedWeight(name, scheme, codes, column, row)
     return {name: found[id(p)] for name, p in parameters.items() if id(p) in found}
 

@@ -8,6 +8,8 @@ windows can be run through one layer.
 from __future__ import annotations
 
 import copy
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -217,9 +219,7 @@ class LayerStream:
             given = self.run(self.call(windows), parameters)
             hidden = hidden_of(given, self._order[self.passed])
             if outputs is None:
-                path.unlink(missing_ok=True)
-                shape = (count, *hidden.shape[1:])
-                outputs = torch.from_numpy(np.lib.format.open_memmap(path, "w+", np.float32, shape))
+                outputs = _room_for(path, (count, *hidden.shape[1:]))
                 template = _mapped(given, partial(_kept, hidden))
             outputs[list(windows)] = hidden.float()
         self._templates.append(template)
@@ -253,6 +253,21 @@ def hidden_of(given: Any, path: str) -> Tensor:
         if isinstance(part, Tensor) and part.dim() == 3 and part.is_floating_point():
             return part
     raise QuantizeError(f"{path} gives no (batch, time, width) to learn from; leave --tune out")
+
+
+def _room_for(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """A new file's numbers, in memory as far as they are used.
+
+    Raises:
+        OSError: the disk is full. Said of a page that is written to later, it would end the process.
+    """
+    path.unlink(missing_ok=True)  # what was mapped before stays as it was
+    with path.open("wb") as file:
+        nbytes = 4 * math.prod(shape)
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+        file.truncate(nbytes)
+    return torch.from_numpy(np.memmap(path, np.float32, "r+", shape=shape))
 
 
 class _Hidden:

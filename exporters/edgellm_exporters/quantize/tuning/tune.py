@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from edgellm.streaming import Weights
 from edgellm_exporters.errors import QuantizeError
-from edgellm_exporters.passes.merge_linears import parts_of
 from edgellm_exporters.quantize.plan import Plan
 from edgellm_exporters.quantize.smooth import scale_vectors, vectors_of
 from edgellm_exporters.quantize.tuning import layer_stream
@@ -322,6 +321,5 @@ def _windows(tokens: Sequence[int], model: Any) -> tuple[Tensor, int]:
 
 def _with_codes(plan: Plan, coded: Mapping[str, CodedWeight], told: Mapping[str, Any]) -> Plan:
     found = {one.name: one.codes for one in coded.values()}
-    by_rows = frozenset(name for name in plan.by_rows if not all(part in found for part in parts_of(name)))
     others = {name: plan.chosen[name] for name in plan.chosen if name not in found}
-    return dataclasses.replace(plan, chosen={**others, **found}, by_rows=by_rows, tuned=told, _last=None)
+    return dataclasses.replace(plan, chosen={**others, **found}, tuned=told, _last=None)
