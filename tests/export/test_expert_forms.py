@@ -30,7 +30,10 @@ def kernels_of_a_token(scheme: Scheme | None, experts: int, chosen: int, folder:
     return Counter(e["args"]["op_name"] for e in events if e["name"].endswith("_kernel_time"))
 
 
-@pytest.mark.parametrize("scheme", [None, Scheme(4, 32), Scheme(8, ROW)], ids=["float", "int4", "w8a8"])
+THREE = [Scheme(3, 64, symmetric=False, scale_bits=bits) for bits in (16, 8)]
+
+
+@pytest.mark.parametrize("scheme", [None, Scheme(4, 32), Scheme(8, ROW), *THREE], ids=str)
 def test_an_expert_without_tokens_costs_a_question_and_nothing_else(scheme: Scheme | None, tmp_path: Path) -> None:
     few, many = (kernels_of_a_token(scheme, count, 2, tmp_path) for count in (3, 9))
     assert many - few == {"If": 6, "Identity": 6} and not few - many

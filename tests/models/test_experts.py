@@ -103,7 +103,10 @@ def products_of_a_token(bundle: Path, folder: Path) -> list[str]:
     return [e["name"] for e in events if e["name"].endswith("_kernel_time") and "MatMul" in e["args"]["op_name"]]
 
 
-@pytest.mark.parametrize(("target", "quantize"), [("onnx", "none"), ("cpu", "int4"), ("cpu", "w8a8")])
+CHOSEN = [("onnx", "none"), ("cpu", "int4"), ("cpu", "w8a8"), *(("cpu", f"3:32:asymmetric{n}") for n in ("", ":scales8"))]
+
+
+@pytest.mark.parametrize(("target", "quantize"), CHOSEN)
 def test_a_token_multiplies_with_its_chosen_experts_alone(target: str, quantize: str, tmp_path: Path) -> None:
     """32 experts of which a token has 4: counted by the kernels that a step ran."""
     experts, chosen = 32, 4

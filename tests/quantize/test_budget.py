@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from families import VOCAB, make
 from edgellm.cli.budget import budget_of
 from edgellm.cli.export import export as command
 from edgellm.streaming import OwnWeights
-from edgellm_exporters.auto.automatic import Automatic, none_better_than_held
+from edgellm_exporters.auto import automatic
+from edgellm_exporters.auto.automatic import Automatic, none_better_than_held, quantize_within
 from edgellm_exporters.auto.budget import Budget, divide
 from edgellm_exporters.auto.formats import FormatChoices, candidates_of, decode_ns, prefill_ns
 from edgellm_exporters.auto.measured_search import Built, MeasuredSearch
@@ -129,6 +131,26 @@ def test_scales_of_8_bits_are_offered_in_the_place_of_16_where_a_target_stores_t
     for one, other in zip(wide, narrow, strict=True):
         assert other.schemes == (one.schemes if one.role == "loop" else tuple(s.narrow for s in one.schemes))
     assert TARGETS["cpu"].narrow_scales and not TARGETS["onnx"].narrow_scales
+
+
+def test_what_holds_a_checkpoint_s_values_is_looked_for_among_the_formats_that_are_offered(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Those of loops have scales of 16 bits, and no estimate is better than such a one either."""
+    held = dict[str, Scheme]()
+
+    def noted(candidates: Any, predictions: Any, found: dict[str, Scheme]) -> Any:
+        held.update(found)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(automatic, "sensitivities", lambda *_, **__: {})
+    monkeypatch.setattr(automatic, "none_better_than_held", noted)
+    own = job("mixed")
+    with pytest.raises(KeyboardInterrupt):
+        quantize_within(Budget(max_kl=0.5), own, tmp_path, 0, lambda what, share: None)
+    offered = {c.name: c.schemes for c in candidates_of(Uses(own.graph()), integer_products=False, narrow_scales=True)}
+    assert {scheme.scale_bits for scheme in held.values()} == {8, 16}
+    assert all(held[name] in schemes for name, schemes in offered.items() if name in held)
 
 
 def test_a_table_that_is_only_looked_up_in_costs_no_time() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from families import VOCAB, make
+from test_codes_on_disk import room_for
 from torch import Tensor, nn
 
 from edgellm.streaming import OwnWeights
@@ -24,7 +26,7 @@ from edgellm_exporters.quantize.codes_on_disk import ChosenCodes
 from edgellm_exporters.quantize.curvature import Curvature
 from edgellm_exporters.quantize.plan import Codes, Scheme
 from edgellm_exporters.quantize.rtn import round_to_nearest
-from edgellm_exporters.quantize.tuning.layer_stream import shell_of
+from edgellm_exporters.quantize.tuning.layer_stream import _room_for, shell_of
 from edgellm_exporters.weights.scratch_file import ScratchFile
 
 WINDOWS = np.random.default_rng(0).integers(0, VOCAB, (4, 24)).tolist()
@@ -157,6 +159,17 @@ def test_a_weight_that_no_scale_holds_is_refused_by_name(
         model.get_parameter(name)[3, 5] = wrong
     with pytest.raises(QuantizeError, match=f"{name} holds (NaN or infinite weights|weights of up to 1e)"):
         chosen(model, monkeypatch, tmp_path, group=group)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no room can be reserved here")
+def test_outputs_have_their_room_on_disk_before_they_are_written(tmp_path: Path) -> None:
+    """A full disk would end the process with a signal when a page is written."""
+    found = _room_for(tmp_path / "x", (4, 128, 64))
+    assert (tmp_path / "x").stat().st_blocks * 512 >= found.nbytes == 4 * 4 * 128 * 64
+    with room_for(100_000), pytest.raises(OSError):
+        _room_for(tmp_path / "x", (4, 128, 64))
+    found[2] = 3
+    assert not found[:2].any() and (found[2] == 3).all()
 
 
 @pytest.mark.parametrize("held_bytes", [0, 1 << 30])

@@ -26,7 +26,7 @@ from edgellm_exporters.proof.traces import Trace
 from edgellm_exporters.quantize import gptq as gptq_module
 from edgellm_exporters.quantize.calibrate import MIN_TOKENS, largest_inputs, quantize_in_turn
 from edgellm_exporters.quantize.gptq import gptq
-from edgellm_exporters.quantize.lossless import smallest_holding
+from edgellm_exporters.quantize.lossless import TOLERANCE, smallest_holding
 from edgellm_exporters.quantize.methods import METHODS
 from edgellm_exporters.quantize.plan import Codes, Plan, Scheme, pack
 from edgellm_exporters.quantize.planning import Uses, smoothed
@@ -286,6 +286,22 @@ def test_keeping_holds_what_gguf_rounded(stored: str, exact: bool) -> None:
     assert error == 0 if exact else error < 0.1 * second  # of rounding to a whole zero, a second time
 
 
+@pytest.mark.parametrize(("stored", "bits"), [("Q4_0", 16), ("Q8_0", 8), ("Q4_1", 8)])
+def test_keeping_with_scales_of_8_bits_takes_fewer_bytes_where_that_holds_what_gguf_rounded(
+    stored: str, bits: int
+) -> None:
+    """Q4_0's scales have a sign, for which 8 bits have no room."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize, quantize
+
+    kind = GGMLQuantizationType[stored]
+    w = dequantize(quantize(weight(64, 256), kind), kind).astype(np.float32)
+    wide, narrow = (smallest_holding({"w": ir.tensor(w)}, set(), lambda share: None, narrow=n)["w"] for n in ("", "w"))
+    assert narrow == dataclasses.replace(wide, scale_bits=bits)
+    error = round_to_nearest(w, narrow).dequantize() - w
+    assert np.square(error).mean() <= TOLERANCE**2 * np.square(w).mean()
+
+
 def test_keeping_free_weights_takes_eight_bits() -> None:
     assert smallest_holding({"w": ir.tensor(weight())}, set(), lambda share: None)["w"].bits == 8
 
@@ -319,10 +335,8 @@ def test_a_calibrated_bundle_is_nearer_than_a_rounded_one(target: str, tmp_path:
 
 
 FORMATS = [f"{bits}:32{kind}" for bits in (2, 4, 8) for kind in ("", ":asymmetric", ":shifted")]
-FORMATS += ["3:32:asymmetric"]
-
-
-FORMATS += ["8:row", "8:32:scales8", "2:32:asymmetric:scales8", "4:32:shifted:scales8"]
+FORMATS += ["3:32:asymmetric", "3:32:asymmetric:scales8", "8:row", "8:32:scales8", "2:32:asymmetric:scales8"]
+FORMATS += ["4:32:shifted:scales8", "keep:scales8"]
 
 
 @pytest.mark.parametrize("method", FORMATS)

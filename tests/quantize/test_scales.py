@@ -139,6 +139,14 @@ def test_a_format_is_written_with_its_scales() -> None:
     assert method.summary == "4-bit block 32 shifted, 8-bit scales weights"
 
 
+def test_what_is_kept_has_scales_of_8_bits_only_where_that_is_asked_for() -> None:
+    found = {method: planned(make("decoder"), "cpu", method)[1] for method in ("keep", "keep:scales8")}
+    bits = {method: {scheme.scale_bits for scheme in plan.schemes.values()} for method, plan in found.items()}
+    assert bits == {"keep": {16}, "keep:scales8": {8}}
+    with pytest.raises(QuantizeError, match="has no quantization 'keep:scales8'"):
+        find_method("keep:scales8", TARGETS["tensorrt"].methods)
+
+
 @dataclasses.dataclass(frozen=True)
 class Written:
     """A graph in a file: its logits, the operators that the library is left with, and the bytes of its weights."""

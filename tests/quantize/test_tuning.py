@@ -49,6 +49,8 @@ SCHEMES = [
     Scheme(4, 64, symmetric=False),
     Scheme(8, 32),
     Scheme(4, 32, False, scale_bits=8),
+    Scheme(3, 64, symmetric=False),
+    Scheme(3, 64, symmetric=False, scale_bits=8),
 ]
 
 
@@ -130,7 +132,10 @@ def test_passing_layer_after_layer_gives_the_models_own_logits(family: str, tmp_
     assert len(list(tmp_path.iterdir())) <= 2  # of all the layers' outputs
 
 
-@pytest.mark.parametrize(("family", "method"), [("decoder", "4:32:asymmetric"), ("decoder", "2:16"), ("mixed", "int4")])
+@pytest.mark.parametrize(("family", "method"), [
+    ("decoder", "3:64:asymmetric"), ("decoder", "3:64:asymmetric:scales8"), ("decoder", "4:32:asymmetric"),
+    ("decoder", "2:16"), ("mixed", "int4"),
+])  # fmt: skip
 def test_tuned_codes_are_nearer_to_the_float_model_on_other_text(family: str, method: str) -> None:
     model = make(family)
     plan = plan_of(model, method)
@@ -265,7 +270,7 @@ def test_too_little_text_or_time_is_refused_before_any_work(minutes: float, coun
         Tuning(minutes=minutes, tokens=tokens(count))
 
 
-@pytest.mark.parametrize("quantize", ["none", "keep"])
+@pytest.mark.parametrize("quantize", ["none", "keep", "keep:scales8"])
 def test_a_quantization_without_codes_of_its_own_is_refused(quantize: str) -> None:
     with pytest.raises(ExportError, match="no codes of its own to tune"):
         ExportOptions(quantize=quantize, tuning=tuning())

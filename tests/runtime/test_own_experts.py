@@ -24,6 +24,8 @@ Array = NDArray[Any]
 SCHEMES = {
     "int4": Scheme(4, 32), "4:64:asymmetric": Scheme(4, 64, symmetric=False), "int8": Scheme(8, 32),
     "w8a8": Scheme(8, ROW), "shifted": Scheme(4, 32, symmetric=False, shifted=True),
+    "3:64:asymmetric": Scheme(3, 64, symmetric=False),
+    "3:64:asymmetric:scales8": Scheme(3, 64, symmetric=False, scale_bits=8),
 }  # fmt: skip
 built = pytest.mark.usefixtures("kernels")
 

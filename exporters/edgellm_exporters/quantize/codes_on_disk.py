@@ -77,7 +77,7 @@ class CodesOnDisk:
     def _written(self, codes: Codes, bits: int) -> _Kept:
         self._file = self._file or ScratchFile(self._directory)
         parts = (pack(codes.codes, bits), codes.scales, codes.zeros)
-        readers = [self._file.write(torch.from_numpy(np.require(part, requirements="CW"))) for part in parts]
+        readers = [self._file.write(torch.from_numpy(np.require(part, requirements=["C", "W"]))) for part in parts]
         packed, scales, zeros = (reader for reader in readers if reader is not None)
         return _Kept(packed, scales, zeros, bits, codes.codes.shape[1], codes.columns, codes.floating)
 
