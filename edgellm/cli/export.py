@@ -51,8 +51,8 @@ within the stated bounds.
 @click.option("--quantize", default="none", help="Weights: none (float), int8, int4 (embedding and vocabulary "
               "projection in 8 bits), w8a8 (integer products, for the fastest prompts), keep (what the checkpoint "
               "rounded is not rounded again), auto (one for each, within --max-kl and --max-size-mb), or one format "
-              "for all, BITS:BLOCK, such as 4:32:asymmetric or, with blocks' scales in 8 bits instead of 16, "
-              "4:32:asymmetric:scales8. Of these, cuda has none, int8 and int4; tensorrt has "
+              "for all, BITS:BLOCK, such as 4:32:asymmetric or 3:64:asymmetric; :scales8 after it, or after keep, "
+              "makes blocks' scales 8 bits instead of 16. Of these, cuda has none, int8 and int4; tensorrt has "
               "none, int8, w8a8 and int4, and fp8 (8-bit floats).")  # fmt: skip
 @click.option("--kv-cache", default="float32", help="What attention keeps keys and values in: float32, float16 "
               "(half of the memory of long contexts; meant for edgellm's own kernels, without which each step takes "
@@ -63,7 +63,7 @@ within the stated bounds.
 @click.option("--drafter", type=click.Path(path_type=Path), default=None, metavar="DIR", help="Put a drafter into the "
               "bundle that 'edgellm train --drafter' made; implies --hidden.")  # fmt: skip
 @click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE", help="UTF-8 text like the model's work: "
-              "int4 weights are then chosen with GPTQ instead of rounded to nearest.")  # fmt: skip
+              "weights of fewer than 8 bits are then chosen with GPTQ instead of rounded to nearest.")  # fmt: skip
 @click.option("--tune", type=float, default=None, metavar="MINUTES", show_default=False, help="With --calibrate: after "
               "that, learn codes and scales against what the float model computes, layer after layer, then all layers "
               "together, for at most so long. A run that was stopped goes on with its finished layers, which are kept "
