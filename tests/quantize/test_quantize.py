@@ -31,6 +31,7 @@ from edgellm_exporters.quantize.methods import METHODS
 from edgellm_exporters.quantize.plan import Codes, Plan, Scheme, pack
 from edgellm_exporters.quantize.planning import Uses, smoothed
 from edgellm_exporters.quantize.quantized_model import quantized_model
+from edgellm_exporters.quantize.record import recorded
 from edgellm_exporters.quantize.refine import refined
 from edgellm_exporters.quantize.rtn import round_to_nearest
 from edgellm_runtime import open_session
@@ -332,6 +333,15 @@ def test_a_calibrated_bundle_is_nearer_than_a_rounded_one(target: str, tmp_path:
         options = ExportOptions(target=target, quantize="int4", calibration=calibration)
         kl[name] = export(model, tmp_path / name, options=options).parity.kl
     assert kl["calibrated"] < kl["rounded"]
+
+
+@pytest.mark.parametrize(
+    ("method", "rounding"), [("int8", "round to nearest"), ("keep", "round to nearest"), ("3:32:asymmetric", "GPTQ")]
+)
+def test_gptq_is_said_of_a_bundle_only_where_it_chose_codes(method: str, rounding: str) -> None:
+    windows = np.random.default_rng(0).integers(0, VOCAB, (MIN_TOKENS // 32, 32)).tolist()
+    plan = planned(make("decoder"), "cpu", method, windows)[1]
+    assert recorded(plan, method)["rounding"] == rounding
 
 
 FORMATS = [f"{bits}:32{kind}" for bits in (2, 4, 8) for kind in ("", ":asymmetric", ":shifted")]

@@ -325,6 +325,7 @@ class Plan:
         by_rows: weights whose rows may be quantized some at a time, so that a vocabulary's table is never whole; of
             those whose codes were chosen nothing is quantized.
         chosen: codes that are not computed from a weight, by the names of the parts that were merged.
+        calibrated: whether some of them were chosen on a text.
         vectors: factors on the numbers of norms' gains and of biases, by name, where they were tuned too.
         tuned: what became of each layer and of all scales, where codes were tuned; for the manifest.
     """
@@ -340,6 +341,7 @@ class Plan:
     orders: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
     by_rows: frozenset[str] = frozenset()
     chosen: Mapping[str, Codes] = field(default_factory=dict)
+    calibrated: bool = False
     vectors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     tuned: Mapping[str, Any] = field(default_factory=dict)
     _last: tuple[str, Codes] | None = field(default=None, repr=False)

@@ -185,7 +185,7 @@ def plan_of(
             {part: f for name, f in done.columns.items() for part in parts_of(name)}, by_part(done.rows, sizes),
             partial(progress, "calibrating"), weights, layers, scratch,
         )  # fmt: skip
-    return Plan(schemes, _rounded, done, by_rows=frozenset(schemes), chosen=chosen)
+    return Plan(schemes, _rounded, done, by_rows=frozenset(schemes), chosen=chosen, calibrated=bool(few))
 
 
 def schemes_for(method: Method, uses: Uses) -> dict[str, Scheme]:

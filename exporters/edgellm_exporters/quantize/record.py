@@ -10,19 +10,18 @@ from edgellm_exporters.quantize.plan import Plan
 __all__ = ["recorded"]
 
 
-def recorded(plan: Plan, method: str, *, calibrated: bool) -> dict[str, Any]:
+def recorded(plan: Plan, method: str) -> dict[str, Any]:
     """The manifest's ``quantization``.
 
     Args:
         plan: of the bundle's graph.
         method: what was asked for.
-        calibrated: whether codes below 8 bits were chosen on a text.
     """
     cache = plan.caches.record
     if not plan.schemes:
         return {"method": "none", **cache}
     counted = dict(Counter(map(str, plan.schemes.values())))
-    rounding = "GPTQ" if calibrated else "round to nearest"
+    rounding = "GPTQ" if plan.calibrated else "round to nearest"
     floats = {"floats": {name: list(shape) for name, shape in sorted(plan.floats.items())}} if plan.floats else {}
     kept: dict[str, Any] = {"kept": len(plan.kept)} if plan.kept else {}
     if plan.left:
