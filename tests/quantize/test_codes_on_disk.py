@@ -12,11 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from edgellm_exporters.quantize import plan
 from edgellm_exporters.quantize.codes_on_disk import ChosenCodes, CodesOnDisk
-from edgellm_exporters.quantize.gptq import gptq
 from edgellm_exporters.quantize.plan import Codes, Scheme, pack, unpack
 from edgellm_exporters.quantize.rtn import round_to_nearest
 
@@ -91,14 +89,6 @@ def test_what_was_kept_before_the_disk_was_full_is_read_again_and_the_rest_is_he
         assert [kept._disk.has(name) for name in codes] == [True, False, False]
         assert all(_same(kept[name], each) for name, each in codes.items())
         assert all(_same(kept.rows(name, 5, 9), each.of_rows(5, 9)) for name, each in codes.items())
-
-
-def test_codes_whose_rows_are_one_block_are_read_by_rows(tmp_path: Path) -> None:
-    found = gptq(np.random.default_rng(0).standard_normal((9000, 32), dtype=np.float32), torch.eye(32), Scheme(4))
-    kept = ChosenCodes(tmp_path)
-    kept.add("weight", found, 4)
-    assert kept._disk.has("weight")
-    assert _same(kept["weight"], found) and _same(kept.rows("weight", 700, 702), found.of_rows(700, 702))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

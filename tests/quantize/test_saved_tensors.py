@@ -117,6 +117,15 @@ def test_a_model_that_reads_its_weights_reads_them_again_for_the_gradient_and_ke
     assert not any(tensor.numel() >= 96 * 160 for tensor in kept)
 
 
+def test_rows_are_read_alone_even_where_an_axis_of_one_has_any_stride(tmp_path: Path) -> None:
+    numbers = torch.arange(9.0).view(1, 9).T
+    assert numbers.is_contiguous() and numbers.stride() == (1, 9)
+    for tensor in (numbers, torch.arange(18).view(9, 2)):
+        read = ScratchFile(tmp_path).write(tensor)
+        assert read is not None
+        assert torch.equal(read(), tensor) and torch.equal(read((2, 5)), tensor[2:5])
+
+
 def test_what_lies_in_another_order_comes_back_as_it_lay_and_what_does_not_lie_is_refused(tmp_path: Path) -> None:
     file = ScratchFile(tmp_path)
     some = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(2))
