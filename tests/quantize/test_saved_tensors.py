@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from edgellm import streaming
 from edgellm.streaming import OwnWeights, resident
 from edgellm_exporters.auto import saved_tensors
-from edgellm_exporters.auto.fisher import Gathered, _backward, _recording, gather
+from edgellm_exporters.auto.fisher import Gathered, Records, _backward, _recording, gather
 from edgellm_exporters.auto.saved_tensors import SavedTensors
 from edgellm_exporters.quantize.tuning.layer_stream import shell_of
 from edgellm_exporters.weights.scratch_file import ScratchFile
@@ -115,6 +115,16 @@ def test_a_model_that_reads_its_weights_reads_them_again_for_the_gradient_and_ke
     assert len(matrices) == 3
     assert all(weights.reads[name] > before[name] for name in matrices)
     assert not any(tensor.numel() >= 96 * 160 for tensor in kept)
+
+
+def test_it_costs_no_reading_to_ask_whether_something_was_gathered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make("decoder")
+    found, reads = gather(model, OwnWeights(model), WINDOWS, tmp_path), list[str]()
+    monkeypatch.setattr(Records, "__getitem__", lambda _self, name: reads.append(name))
+    assert "layers.0.mlp.up_proj.weight" in found.products and "layers.0.mlp.up_proj.weight" not in found.lookups
+    assert not reads
 
 
 def test_rows_are_read_alone_even_where_an_axis_of_one_has_any_stride(tmp_path: Path) -> None:

@@ -63,6 +63,9 @@ class Records(Mapping[str, tuple[Tensor, Tensor]]):
             start += len(part)
         return whole
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts  # without reading them
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
 

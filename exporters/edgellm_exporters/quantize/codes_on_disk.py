@@ -12,7 +12,7 @@ import torch
 from edgellm_exporters.quantize.plan import Codes, pack, unpack
 from edgellm_exporters.weights.scratch_file import Reader, ScratchFile
 
-__all__ = ["ChosenCodes", "CodesOnDisk", "rows_of"]
+__all__ = ["ChosenCodes", "CodesOnDisk"]
 
 _LEAST = 1 << 18  # codes that are worth a file's time: a few looked-up rows are computed as quickly
 
@@ -125,8 +125,3 @@ class ChosenCodes(Mapping[str, Codes]):
 
     def __len__(self) -> int:
         return len(self._rows)
-
-
-def rows_of(chosen: Mapping[str, Codes], name: str, start: int, stop: int) -> Codes:
-    """Those of some rows of one weight; no others are read, where they are on disk."""
-    return chosen.rows(name, start, stop) if isinstance(chosen, ChosenCodes) else chosen[name].of_rows(start, stop)

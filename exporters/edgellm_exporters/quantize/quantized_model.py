@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from edgellm.streaming import OwnWeights, Weights
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.passes.merge_linears import parts_of
-from edgellm_exporters.quantize.codes_on_disk import CodesOnDisk, rows_of
+from edgellm_exporters.quantize.codes_on_disk import ChosenCodes, CodesOnDisk
 from edgellm_exporters.quantize.in_range import in_range
 from edgellm_exporters.quantize.named_weights import is_parametrized, named_weights
 from edgellm_exporters.quantize.plan import ROW, Codes, Plan, Scheme
@@ -192,12 +192,14 @@ class _Numbers:
         rows = None if row is None else torch.from_numpy(row)[start:stop, None]
 
         def compute() -> Codes:
+            if name in self._chosen:
+                return self._chosen[name]
             weight = _times(_times(read(), columns), rows)
             return self._quantize(name, in_range(name, weight.numpy()), scheme)
 
         cut = None if scheme.shifted and name not in self._shifts else some  # products ask for the shifts of all rows
-        if name in self._chosen:
-            codes = rows_of(self._chosen, name, *cut or (start, stop))
+        if isinstance(self._chosen, ChosenCodes) and name in self._chosen:
+            codes = self._chosen.rows(name, *cut or (start, stop))
         elif self._kept is not None:
             codes = self._kept.get((name, start, stop), scheme.kernel_bits, compute, cut)
         else:
