@@ -232,16 +232,9 @@ void halve(const float* x, int count, Half* halves) {
   for (int i = 0; i < count; i += 16) V::load(x + i).store(halves + i);
 }
 
-template <class V, class T>
-void widen_cells(const T* cells, int count, float* x) {
-  for (int i = 0; i < count; i += 16) V::load(cells + i).store(x + i);
-}
-
 template <class V>
-void widen(Cell cell, const void* cells, int count, float* x) {
-  if (cell == Cell::kFloat) std::memcpy(x, cells, size_t(count) * sizeof(float));
-  else if (cell == Cell::kHalf) widen_cells<V>(static_cast<const Half*>(cells), count, x);
-  else widen_cells<V>(static_cast<const int8_t*>(cells), count, x);
+void widen(const Half* halves, int count, float* x) {
+  for (int i = 0; i < count; i += 16) V::load(halves + i).store(x + i);
 }
 
 }  // namespace

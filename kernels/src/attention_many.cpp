@@ -87,8 +87,9 @@ Keys read_chunk(const Step& s, const Block& b, int64_t start, int count, const M
     return keys;
   }
   if (kernel.cell == Cell::kHalf) {
-    kernel.form->widen(kernel.cell, s.k + at, count * s.size, memory.keys);
-    kernel.form->widen(kernel.cell, s.v + at, count * s.size, memory.values);
+    const Cells<Half> halves = keys.of<Half>();
+    kernel.form->widen(halves.k, count * s.size, memory.keys);
+    kernel.form->widen(halves.v, count * s.size, memory.values);
     keys.k = memory.keys, keys.v = memory.values;
   }
   kernel.form->turn(keys.of<float>().k, count, s.size, memory.turned);

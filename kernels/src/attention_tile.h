@@ -17,12 +17,17 @@ constexpr int kNearSlots = 128;    // whose values stay in a processor's first c
 
 using Weights = float[kStride];
 
-// A chunk's keys (count, size) as panels (size, kPanel); slots that are not there are 0.
+// A chunk's keys (count, size) as panels (size, kPanel); slots that are not there are 0. They may be other bits than a
+// float's, and are copied as such.
 inline void turn_one_by_one(const float* k, int count, int size, float* turned) {
-  for (int first = 0; first < count; first += kPanel, turned += size_t(size) * kPanel)
-    for (int i = 0; i < size; i++)
-      for (int j = 0; j < kPanel; j++)
-        turned[i * kPanel + j] = first + j < count ? k[size_t(first + j) * size + i] : 0.0f;
+  for (int first = 0; first < count; first += kPanel, turned += size_t(size) * kPanel) {
+    const int here = std::min(kPanel, count - first);
+    for (int i = 0; i < size; i++) {
+      float* to = turned + i * kPanel;
+      for (int j = 0; j < here; j++) std::memcpy(to + j, k + size_t(first + j) * size + i, sizeof(float));
+      std::memset(to + here, 0, (kPanel - here) * sizeof(float));
+    }
+  }
 }
 
 // exponential(max(x - top, -87)) of each lane, step by step as elementwise.h has it.

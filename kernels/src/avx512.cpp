@@ -222,9 +222,6 @@ struct Sixteen {
   static Sixteen load(const Half* from) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
   }
-  static Sixteen load(const int8_t* from) {
-    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))))};
-  }
   static Sixteen fma(Sixteen a, Sixteen b, Sixteen c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
   static Sixteen numbers(Whole whole) { return {_mm512_cvtepi32_ps(whole.x)}; }
   static Sixteen plus(Sixteen a, Sixteen b) { return {_mm512_add_ps(a.x, b.x)}; }

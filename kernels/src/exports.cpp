@@ -83,15 +83,16 @@ struct Queries {
 void attend_chunk(const Form& form, const Queries& some, const Keys& keys, int start, float scale, std::vector<Part>* all) {
   const size_t size = keys.size;
   std::vector<float> later(kManyQueries * size), turned(kChunk * size), k(keys.count * size), v(keys.count * size);
-  const bool codes = keys.cell == Cell::kCode;
+  const bool codes = keys.cell == Cell::kCode, halves = keys.cell == Cell::kHalf;
+  const Cells<float> wide = halves ? Cells<float>{k.data(), v.data(), keys.count, keys.size} : keys.of<float>();
   std::vector<int16_t> rounded[3];  // rows, keys and values
   for (auto& each : rounded) each.resize(codes ? 2 * kChunk * size : 0);
   if (some.many && codes) {
     form.turn_codes(keys.of<int8_t>(), rounded[0].data(), rounded[1].data(), rounded[2].data());
   } else if (some.many) {
-    form.widen(keys.cell, keys.k, keys.count * keys.size, k.data());
-    form.widen(keys.cell, keys.v, keys.count * keys.size, v.data());
-    form.turn(k.data(), keys.count, keys.size, turned.data());
+    if (halves) form.widen(keys.of<Half>().k, keys.count * keys.size, k.data());
+    if (halves) form.widen(keys.of<Half>().v, keys.count * keys.size, v.data());
+    form.turn(wide.k, keys.count, keys.size, turned.data());
   }
   for (int first = 0; first < some.rows; first += some.together) {
     Seen seen[kManyQueries];
@@ -107,7 +108,7 @@ void attend_chunk(const Form& form, const Queries& some, const Keys& keys, int s
     if (n == 0) continue;
     if (some.many && codes)
       form.attend_turned(keys.of<int8_t>(), rounded[1].data(), rounded[2].data(), seen, n, scale, parts);
-    else if (some.many) form.attend_many({k.data(), v.data(), keys.count, keys.size}, turned.data(), seen, n, scale, parts);
+    else if (some.many) form.attend_many(wide, turned.data(), seen, n, scale, parts);
     else form.attend(keys, seen, n, scale, parts);
     for (int r = 0; r < n; r++) {
       Part& own = (*all)[whose[r]];

@@ -204,12 +204,6 @@ struct Sixteen {
     for (int i = 0; i < 4; i++) y.x[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&from[4 * i].bits)));
     return y;
   }
-  static Sixteen load(const int8_t* from) {
-    const int8x16_t codes = vld1q_s8(from);
-    const int16x8_t low = vmovl_s8(vget_low_s8(codes)), high = vmovl_s8(vget_high_s8(codes));
-    return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))),
-             vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)))}};
-  }
   static Sixteen numbers(const Whole& whole) {
     Sixteen y;
     for (int i = 0; i < 4; i++) y.x[i] = vcvtq_f32_s32(whole.x[i]);

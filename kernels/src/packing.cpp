@@ -125,17 +125,34 @@ Matrix fresh(int outputs, int inputs, int bits, int block, const Scales& scales)
   return m;
 }
 
-// Scales of some outputs into a record, each `step` after the one before it.
-void set_scales(const Matrix& m, uint8_t* record, int count, const Scales& scales, size_t from, size_t step) {
+using NarrowHalves = uint16_t[kPowers + 1][256];
+
+// The float16 of each byte of scales with each power.
+const NarrowHalves& narrow_halves() {
+  static NarrowHalves all;
+  static const bool made = [] {
+    for (int power = 0; power <= kPowers; power++)
+      for (int whole = 0; whole < 256; whole++) half_of(std::ldexp(float(whole), power + kLeastPower), &all[power][whole]);
+    return true;
+  }();
+  (void)made;
+  return all;
+}
+
+// The scales of a block of some outputs, from output `first` on, into a record.
+void set_scales(const Matrix& m, uint8_t* record, int count, const Scales& scales, int first, int block) {
   uint8_t* to = record + m.codes_bytes();
-  for (int r = 0; r < count; r++, from += step) {
+  const NarrowHalves& narrow = narrow_halves();
+  for (int r = 0; r < count; r++) {
+    const size_t row = size_t(first + r), at = row * m.blocks + block;
     if (m.half) {
       uint16_t half = 0;
-      if (scales.halves) half = scales.halves[from];
-      else half_of(scales.at(from), &half);
+      if (scales.bytes) half = narrow[scales.power(row)][scales.bytes[row * (m.blocks + 1) + 1 + block]];
+      else if (scales.halves) half = scales.halves[at];
+      else half_of(scales.floats[at], &half);
       std::memcpy(to + r * sizeof half, &half, sizeof half);
     } else {
-      const float value = scales.at(from);
+      const float value = scales.at(at);
       std::memcpy(to + r * sizeof value, &value, sizeof value);
     }
   }
@@ -155,9 +172,14 @@ void interleave(const int8_t* rows, size_t stride, int count, uint8_t* to) {
 float Scales::at(size_t i) const {
   if (halves) return float_of(halves[i]);
   if (floats) return floats[i];
-  const uint8_t* row = bytes + i / blocks * (blocks + 1);
-  if (row[0] > kPowers) throw std::invalid_argument("scales whose power of two is none of 33");
-  return std::ldexp(float(row[1 + i % blocks]), int(row[0]) + kLeastPower);
+  const size_t row = i / blocks;
+  return std::ldexp(float(bytes[row * (blocks + 1) + 1 + i % blocks]), power(row) + kLeastPower);
+}
+
+int Scales::power(size_t row) const {
+  const uint8_t found = bytes[row * (blocks + 1)];
+  if (found > kPowers) throw std::invalid_argument("scales whose power of two is none of 33");
+  return found;
 }
 
 Matrix pack(int outputs, int inputs, int bits, int block, const uint8_t* codes, Scales scales, const uint8_t* zeros,
@@ -177,9 +199,8 @@ Matrix pack(int outputs, int inputs, int bits, int block, const uint8_t* codes, 
     const uint8_t* rows = three ? unit.data() : codes + first * row_bytes;
     if (three) spread(part, first * row_bytes, count * row_bytes, unit.data(), [&](size_t at, size_t) { return codes + at; });
     for (int b = 0; b < m.blocks; b++, record += m.record) {
-      const size_t from = size_t(first) * m.blocks + b;
       for (int r = 0; r < count; r++) keep(block, rows + (b + size_t(r) * m.blocks) * block_bytes, record + 4 * r);
-      set_scales(m, record, count, scales, from, m.blocks);
+      set_scales(m, record, count, scales, first, b);
       uint8_t* zero = record + m.record - kUnit;
       for (int r = 0; r < count; r++)
         zero[r] = zeros ? zeros[(first + r) * zero_bytes + b / each] >> bits * (b % each) & all : 1 << (bits - 1);
@@ -208,7 +229,7 @@ Matrix pack_rows(int outputs, int inputs, const int8_t* codes, Scales scales, Re
   for (int u = 0; u < m.units; u++) {
     const int count = std::min(outputs - u * kUnit, kUnit);
     uint8_t* record = m.data.get() + u * m.unit_bytes();
-    set_scales(m, record, count, scales, u * kUnit, 1);
+    set_scales(m, record, count, scales, u * kUnit, 0);
     std::memset(record + m.record - kUnit, 128, count);
   }
   return m;

@@ -85,11 +85,6 @@ struct Sixteen {
     for (int i = 0; i < kLanes; i++) y.x[i] = float_of(from[i].bits);
     return y;
   }
-  static Sixteen load(const int8_t* from) {
-    Sixteen y;
-    for (int i = 0; i < kLanes; i++) y.x[i] = float(from[i]);
-    return y;
-  }
   static Sixteen fma(const Sixteen& a, const Sixteen& b, const Sixteen& c) {
     Sixteen y;
     for (int i = 0; i < kLanes; i++) y.x[i] = std::fmaf(a.x[i], b.x[i], c.x[i]);

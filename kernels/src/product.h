@@ -45,7 +45,8 @@ struct Scales {
   Scales(const float* numbers) : floats(numbers) {}
   Scales(const uint16_t* numbers) : halves(numbers) {}
   Scales(const uint8_t* numbers, int64_t blocks) : bytes(numbers), blocks(size_t(blocks)) {}
-  float at(size_t i) const;  // throws where a power is none
+  float at(size_t i) const;         // throws where a power is none
+  int power(size_t row) const;      // so too; of bytes, counted from the least
   const float* floats = nullptr;
   const uint16_t* halves = nullptr;
   const uint8_t* bytes = nullptr;
@@ -130,7 +131,7 @@ struct Form {
   void (*rotate)(const float* x, const float* cosine, const float* sine, int turned, int size, float* y);
   void (*narrow)(const float* x, const float* scales, int size, int8_t* codes);
   void (*halve)(const float* x, int count, Half* halves);
-  void (*widen)(Cell, const void* cells, int count, float* x);  // count: a multiple of 16
+  void (*widen)(const Half* halves, int count, float* x);  // count: a multiple of 16
   // The same numbers for up to kManyQueries, from the chunk's keys and those as `turn` puts them into kChunk * size.
   void (*turn)(const float* k, int count, int size, float* turned);
   void (*attend_many)(const Cells<float>&, const float* turned, const Seen*, int rows, float scale, Part*);

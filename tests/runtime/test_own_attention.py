@@ -161,7 +161,7 @@ def cells(numbers: Array, bits: int) -> Array:
 @settings(deadline=None, max_examples=25)
 @given(
     seed=st.integers(0, 1000), rows=st.integers(1, 9), count=st.sampled_from([1, 15, 16, 200, 256, 257, 700]),
-    size=st.sampled_from([16, 48, 64, 128]), together=st.integers(1, 4), window=st.sampled_from([1, 20, 1000]),
+    size=st.sampled_from([16, 32, 48, 64, 80, 128, 256]), together=st.integers(1, 4), window=st.sampled_from([1, 20, 1000]),
     bits=st.sampled_from([32, 16, 8]),
 )  # fmt: skip
 def test_every_form_gives_a_query_the_same_bits_whatever_is_beside_it(
@@ -190,7 +190,7 @@ def test_every_form_gives_a_query_the_same_bits_whatever_is_beside_it(
 @settings(deadline=None, max_examples=25)
 @given(
     seed=st.integers(0, 1000), rows=st.integers(1, 60), count=st.sampled_from([1, 15, 33, 200, 256, 257, 700]),
-    size=st.sampled_from([16, 48, 64, 128]), together=st.integers(1, 48), window=st.sampled_from([1, 20, 1000]),
+    size=st.sampled_from([16, 32, 48, 64, 80, 128, 256]), together=st.integers(1, 48), window=st.sampled_from([1, 20, 1000]),
     in_order=st.booleans(), bits=st.sampled_from([32, 16, 8]),
 )  # fmt: skip
 def test_tiles_of_many_queries_give_each_the_bits_that_it_gets_alone(
