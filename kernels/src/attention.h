@@ -119,9 +119,13 @@ void add_tile(const Cells<T>& keys, const Seen* seen, const float (*p)[kChunk], 
   for (int r = 0; r < rows; r++) add_values<V, 1, kWide>(keys, p + r, to, seen[r].end, at, parts + r);
 }
 
+// What a query sees, with all of the sixteens that it begins and ends in.
+inline int begin_of(const Seen& seen) { return seen.begin / kLanes * kLanes; }
+inline int end_of(const Seen& seen) { return (seen.end + kLanes - 1) / kLanes * kLanes; }
+
 // Scores of one query as weights, with their largest and their sum.
 inline void weigh(const Seen& seen, float scale, float* p, Part* part) {
-  const int before = seen.begin / kLanes * kLanes, after = (seen.end + kLanes - 1) / kLanes * kLanes;
+  const int before = begin_of(seen), after = end_of(seen);
   float tops[kLanes], lanes[kLanes] = {};
   for (float& top : tops) top = -INFINITY;
   for (int j = before; j < seen.begin; j++) p[j] = -INFINITY;
@@ -155,7 +159,7 @@ void attend_cells(const Cells<T>& keys, const Seen* seen, int rows, float scale,
   alignas(64) float p[kMostQueries][kChunk];
   int first = kChunk, last = 0;
   for (int r = 0; r < rows; r++) {
-    first = std::min(first, seen[r].begin / kLanes * kLanes), last = std::max(last, seen[r].end);
+    first = std::min(first, begin_of(seen[r])), last = std::max(last, seen[r].end);
     std::fill(parts[r].sum, parts[r].sum + keys.size, 0.0f);
   }
   const auto some = keys.size == 64 ? score_all<V, 64, T> : keys.size == 128 ? score_all<V, 128, T> : score_all<V, 0, T>;

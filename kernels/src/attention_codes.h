@@ -58,9 +58,6 @@ inline float round_weights(const float* p, int from, int to, int16_t* weights) {
   return together(lanes);
 }
 
-inline int begin_of(const Seen& seen) { return seen.begin / kLanes * kLanes; }
-inline int end_of(const Seen& seen) { return (seen.end + kLanes - 1) / kLanes * kLanes; }
-
 // Dot products of kQueries queries and the slots from `start` on, V::kKeys of them in all, query by query.
 template <class V, int kSize, int kQueries>
 void code_dots(const Cells<int8_t>& keys, const int16_t* const* q, int start, typename V::Whole* lanes) {
@@ -110,15 +107,41 @@ void code_scores_all(const Cells<int8_t>& keys, const int16_t* const* q, int row
   for (; r < rows; r++) code_scores<V, kSize, 1>(keys, q + r, start, p + r);
 }
 
+// Sums of products of pairs, of kRows rows and 16 * kWide columns, in registers.
+template <class V, int kRows, int kWide>
+struct Tile {
+  typename V::Whole sums[kRows][kWide];
+  [[gnu::always_inline]] Tile() {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 16
+      for (int w = 0; w < kWide; w++) sums[r][w] = V::Whole::zero();
+  }
+  // Each row's pair, which `pair_of` gives, times the columns'.
+  template <class PairOf>
+  [[gnu::always_inline]] void add(const typename V::Pairs (&columns)[kWide], const PairOf& pair_of) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; r++) {
+      const auto pair = pair_of(r);
+#pragma GCC unroll 16
+      for (int w = 0; w < kWide; w++) sums[r][w] = V::Whole::plus(sums[r][w], pair, columns[w]);
+    }
+  }
+  // Tells `take` the row, the first column and sixteen sums as numbers.
+  template <class Take>
+  [[gnu::always_inline]] void give(const Take& take) const {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 16
+      for (int w = 0; w < kWide; w++) take(r, 16 * w, V::numbers(sums[r][w]));
+  }
+};
+
 // Sums of weights times values for kRows queries, 16 * kWide features from `at` on, slots `from` to `to` - 1.
 template <class V, int kRows, int kWide>
 void add_codes(const Cells<int8_t>& keys, const int16_t (*weights)[kChunk], int from, int to, int at, const Part* parts) {
   alignas(16) static const int8_t nothing[16 * kWide] = {};
-  typename V::Whole kept[kRows][kWide];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; r++)
-#pragma GCC unroll 16
-    for (int w = 0; w < kWide; w++) kept[r][w] = V::Whole::zero();
+  Tile<V, kRows, kWide> tile;
   for (int j = from; j < to; j += 2) {
     const int8_t* v = keys.v + size_t(j) * keys.size + at;
     const int8_t* next = j + 1 < keys.count ? v + keys.size : nothing;
@@ -127,17 +150,9 @@ void add_codes(const Cells<int8_t>& keys, const int16_t (*weights)[kChunk], int 
     typename V::Pairs values[kWide];
 #pragma GCC unroll 16
     for (int w = 0; w < kWide; w++) values[w] = V::Pairs::zip(v + 16 * w, next + 16 * w);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; r++) {
-      const auto pair = V::Pairs::of(weights[r] + j);
-#pragma GCC unroll 16
-      for (int w = 0; w < kWide; w++) kept[r][w] = V::Whole::plus(kept[r][w], pair, values[w]);
-    }
+    tile.add(values, [&](int r) { return V::Pairs::of(weights[r] + j); });
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; r++)
-#pragma GCC unroll 16
-    for (int w = 0; w < kWide; w++) V::numbers(kept[r][w]).store(parts[r].sum + at + 16 * w);
+  tile.give([&](int r, int column, const V& numbers) { numbers.store(parts[r].sum + at + column); });
 }
 
 template <class V, int kWide>
@@ -220,110 +235,69 @@ void code_score_tile(const int16_t* const* q, const int16_t* panel, int pairs, c
   constexpr int kRows = V::kCodeRows, kWide = V::kCodeWide;
   const int count = kPairs ? kPairs : pairs;
   for (int at = 0; at < kPanel; at += 16 * kWide) {
-    typename V::Whole dots[kRows][kWide];
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; r++)
-#pragma GCC unroll 16
-      for (int w = 0; w < kWide; w++) dots[r][w] = V::Whole::zero();
+    Tile<V, kRows, kWide> dots;
     const auto take = [&](int i) {
       typename V::Pairs keys[kWide];
 #pragma GCC unroll 16
       for (int w = 0; w < kWide; w++) keys[w] = V::Pairs::load(panel + 2 * (i * kPanel + at + 16 * w));
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; r++) {
-        const auto features = V::Pairs::of(q[r] + 2 * i);
-#pragma GCC unroll 16
-        for (int w = 0; w < kWide; w++) dots[r][w] = V::Whole::plus(dots[r][w], features, keys[w]);
-      }
+      dots.add(keys, [&](int r) { return V::Pairs::of(q[r] + 2 * i); });
     };
     for (int i = 0; i < count; i += 4)  // a multiple of 16
 #pragma GCC unroll 4
       for (int n = 0; n < 4; n++) take(i + n);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; r++)
-#pragma GCC unroll 16
-      for (int w = 0; w < kWide; w++) V::times(V::numbers(dots[r][w]), V::of(scales[r])).store(scores[r] + at + 16 * w);
+    dots.give([&](int r, int column, const V& numbers) {
+      V::times(numbers, V::of(scales[r])).store(scores[r] + at + column);
+    });
   }
 }
 
 template <class V>
 void code_scores_of(const int16_t* keys, int width, const int16_t* q, const float* scales, const Seen* seen, int rows,
                     Weights* p) {
-  constexpr int kRows = V::kCodeRows;
   const auto tile = width == 64 ? code_score_tile<V, 32> : width == 128 ? code_score_tile<V, 64> : code_score_tile<V, 0>;
-  alignas(64) float nowhere[kPanel];  // where a tile has more rows than there are queries
-  for (int start = 0; start < kChunk; start += kPanel, keys += size_t(width) * kPanel)
-    for (int first = 0; first < rows; first += kRows) {
-      const int16_t* numbers[kRows];
-      float* scores[kRows];
-      float steps[kRows];
-      int begin = kChunk, end = 0;
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; r++) {
-        const int row = std::min(first + r, rows - 1);
-        numbers[r] = q + size_t(row) * width, steps[r] = scales[row];
-        scores[r] = first + r < rows ? p[row] + start : nowhere;
-        begin = std::min(begin, seen[row].begin), end = std::max(end, seen[row].end);
-      }
-      if (begin < start + kPanel && end > start) tile(numbers, keys, width / 2, steps, scores);
-    }
+  over_panels<V::kCodeRows>(seen, rows, p, [&](int start, const int* whose, float* const* scores) {
+    const int16_t* numbers[V::kCodeRows];
+    float steps[V::kCodeRows];
+    for (int r = 0; r < V::kCodeRows; r++) numbers[r] = q + size_t(whose[r]) * width, steps[r] = scales[whose[r]];
+    tile(numbers, keys + size_t(start) * width, width / 2, steps, scores);
+  });
 }
 
 // Sums of weights times values of slots `from` to `to` - 1, of kRows queries and 16 * kWide features from `at` on.
 template <class V, int kRows, int kWide>
 void add_turned(const int16_t* values, int size, const int16_t (*weights)[kChunk], int from, int to, int at,
                 const Part* parts) {
-  typename V::Whole kept[kRows][kWide];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; r++)
-#pragma GCC unroll 16
-    for (int w = 0; w < kWide; w++) kept[r][w] = V::Whole::zero();
+  Tile<V, kRows, kWide> tile;
 #pragma GCC unroll 4
   for (int j = from; j < to; j += 2) {
     typename V::Pairs value[kWide];
 #pragma GCC unroll 16
     for (int w = 0; w < kWide; w++) value[w] = V::Pairs::load(values + size_t(j) * size + 2 * (at + 16 * w));
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; r++) {
-      const auto pair = V::Pairs::of(weights[r] + j);
-#pragma GCC unroll 16
-      for (int w = 0; w < kWide; w++) kept[r][w] = V::Whole::plus(kept[r][w], pair, value[w]);
-    }
+    tile.add(value, [&](int r) { return V::Pairs::of(weights[r] + j); });
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; r++)
-#pragma GCC unroll 16
-    for (int w = 0; w < kWide; w++) V::numbers(kept[r][w]).store(parts[r].sum + at + 16 * w);
+  tile.give([&](int r, int column, const V& numbers) { numbers.store(parts[r].sum + at + column); });
 }
 
 // Scores of some queries as weights, with their largest and their sum; 0 where a query does not see. Queries do not wait
 // for each other.
 template <class V, int kRows>
 void weigh_codes(const Seen* seen, Weights* p, int16_t (*weights)[kChunk], Part* parts) {
-  int before = kChunk, after = 0;
-  for (int r = 0; r < kRows; r++) before = std::min(before, begin_of(seen[r])), after = std::max(after, end_of(seen[r]));
   V tops[kRows], sums[kRows];
+  const Slots all = tops_of<V, kRows>(seen, p, tops, parts);
   for (int r = 0; r < kRows; r++) {
-    fill_edges(seen[r], before, after, -INFINITY, p[r]);
-    std::fill(weights[r], weights[r] + before, int16_t(0)), std::fill(weights[r] + after, weights[r] + kChunk, int16_t(0));
-    tops[r] = V::of(-INFINITY), sums[r] = V::of(0);
+    std::fill(weights[r], weights[r] + all.begin, int16_t(0));
+    std::fill(weights[r] + all.end, weights[r] + kChunk, int16_t(0));
+    sums[r] = V::of(0);
   }
-  for (int j = before; j < after; j += kLanes)
-    for (int r = 0; r < kRows; r++) tops[r] = V::most(V::load(p[r] + j), tops[r]);
-  for (int r = 0; r < kRows; r++) tops[r] = V::of(parts[r].top = tops[r].top());
   const V zero = V::of(0), round = V::of(kRound);
-  for (int j = before; j < after; j += kLanes)
+  for (int j = all.begin; j < all.end; j += kLanes)
     for (int r = 0; r < kRows; r++) {
       const V weight = V::times(V::most(difference_of(V::load(p[r] + j), tops[r]), zero), V::of(kMostWeight));
       const V shifted = V::plus(weight, round);
       shifted.store_lowest(weights[r] + j);
       sums[r] = V::plus(sums[r], V::minus(shifted, round));
     }
-  for (int r = 0; r < kRows; r++) {
-    alignas(64) float lanes[kLanes];
-    sums[r].store(lanes);
-    parts[r].total = together(lanes);
-  }
+  for (int r = 0; r < kRows; r++) parts[r].total = total_of(sums[r]);
 }
 
 // Up to kManyQueries over a chunk that `turn_codes` has turned.

@@ -84,22 +84,33 @@ void score_tile(const float* const* q, const float* panel, int size, float scale
   }
 }
 
+// Scores in tiles of kRows queries and a panel, where some of them see some of it: `tile` is told the panel's first slot,
+// which queries these are, and where their scores go.
+template <int kRows, class Tile>
+void over_panels(const Seen* seen, int rows, Weights* p, const Tile& tile) {
+  alignas(64) float nowhere[kPanel];  // where a tile has more rows than there are queries
+  for (int start = 0; start < kChunk; start += kPanel)
+    for (int first = 0; first < rows; first += kRows) {
+      int whose[kRows];
+      float* scores[kRows];
+      int begin = kChunk, end = 0;
+      for (int r = 0; r < kRows; r++) {
+        whose[r] = std::min(first + r, rows - 1);
+        scores[r] = first + r < rows ? p[whose[r]] + start : nowhere;
+        begin = std::min(begin, seen[whose[r]].begin), end = std::max(end, seen[whose[r]].end);
+      }
+      if (begin < start + kPanel && end > start) tile(start, whose, scores);
+    }
+}
+
 template <class V>
 void scores_of(const float* turned, int size, const Seen* seen, int rows, float scale, Weights* p) {
   const auto tile = size == 64 ? score_tile<V, 64> : size == 128 ? score_tile<V, 128> : score_tile<V, 0>;
-  alignas(64) float nowhere[kPanel];  // where a tile has more rows than there are queries
-  for (int start = 0; start < kChunk; start += kPanel, turned += size_t(size) * kPanel)
-    for (int first = 0; first < rows; first += V::kScoreRows) {
-      const float* q[V::kScoreRows];
-      float* scores[V::kScoreRows];
-      int begin = kChunk, end = 0;
-      for (int r = 0; r < V::kScoreRows; r++) {
-        const int row = std::min(first + r, rows - 1);
-        q[r] = seen[row].query, scores[r] = first + r < rows ? p[row] + start : nowhere;
-        begin = std::min(begin, seen[row].begin), end = std::max(end, seen[row].end);
-      }
-      if (begin < start + kPanel && end > start) tile(q, turned, size, scale, scores);
-    }
+  over_panels<V::kScoreRows>(seen, rows, p, [&](int start, const int* whose, float* const* scores) {
+    const float* q[V::kScoreRows];
+    for (int r = 0; r < V::kScoreRows; r++) q[r] = seen[whose[r]].query;
+    tile(q, turned + size_t(start) * size, size, scale, scores);
+  });
 }
 
 // What of a row no query sees, from `before` to `after`, the slots that are taken together.
@@ -108,34 +119,46 @@ inline void fill_edges(const Seen& seen, int before, int after, float value, flo
   std::fill(p + seen.end, p + after, value);
 }
 
+// Slots of a chunk, whole sixteens.
+struct Slots {
+  int begin, end;
+};
+
+// What some queries see in all. Scores that one of them does not see become -infinity; `tops` are the largest of each.
+template <class V, int kRows>
+[[gnu::always_inline]] inline Slots tops_of(const Seen* seen, Weights* p, V (&tops)[kRows], Part* parts) {
+  Slots all{kChunk, 0};
+  for (int r = 0; r < kRows; r++)
+    all = {std::min(all.begin, begin_of(seen[r])), std::max(all.end, end_of(seen[r]))};
+  for (int r = 0; r < kRows; r++) {
+    fill_edges(seen[r], all.begin, all.end, -INFINITY, p[r]);
+    tops[r] = V::of(-INFINITY);
+  }
+  for (int j = all.begin; j < all.end; j += kLanes)
+    for (int r = 0; r < kRows; r++) tops[r] = V::most(V::load(p[r] + j), tops[r]);
+  for (int r = 0; r < kRows; r++) tops[r] = V::of(parts[r].top = tops[r].top());
+  return all;
+}
+
+template <class V>
+float total_of(const V& sums) {
+  alignas(64) float lanes[kLanes];
+  sums.store(lanes);
+  return together(lanes);
+}
+
 // Scores of some queries as weights, with their largest and their sum: `weigh` of attention.h, but for the scale. What a
 // query does not see is 0 in its sum. Queries do not wait for each other.
 template <class V, int kRows>
 void weigh_rows(const Seen* seen, Weights* p, Part* parts) {
-  int before = kChunk, after = 0;
-  for (int r = 0; r < kRows; r++) before = std::min(before, seen[r].begin), after = std::max(after, seen[r].end);
-  before = before / kLanes * kLanes, after = (after + kLanes - 1) / kLanes * kLanes;
   V tops[kRows], sums[kRows];
-  for (int r = 0; r < kRows; r++) {
-    fill_edges(seen[r], before, after, -INFINITY, p[r]);
-    tops[r] = V::of(-INFINITY), sums[r] = V::of(0);
-  }
-  for (int j = before; j < after; j += kLanes)
-    for (int r = 0; r < kRows; r++) tops[r] = V::most(V::load(p[r] + j), tops[r]);
-  for (int r = 0; r < kRows; r++) {
-    parts[r].top = tops[r].top();
-    tops[r] = V::of(parts[r].top);
-  }
-  for (int j = before; j < after; j += kLanes)
+  const Slots all = tops_of<V, kRows>(seen, p, tops, parts);
+  for (int j = all.begin; j < all.end; j += kLanes)
     for (int r = 0; r < kRows; r++) difference_of(V::load(p[r] + j), tops[r]).store(p[r] + j);
-  for (int r = 0; r < kRows; r++) fill_edges(seen[r], before, after, 0.0f, p[r]);
-  for (int j = before; j < after; j += kLanes)
+  for (int r = 0; r < kRows; r++) fill_edges(seen[r], all.begin, all.end, 0.0f, p[r]), sums[r] = V::of(0);
+  for (int j = all.begin; j < all.end; j += kLanes)
     for (int r = 0; r < kRows; r++) sums[r] = V::plus(sums[r], V::load(p[r] + j));
-  for (int r = 0; r < kRows; r++) {
-    alignas(64) float lanes[kLanes];
-    sums[r].store(lanes);
-    parts[r].total = together(lanes);
-  }
+  for (int r = 0; r < kRows; r++) parts[r].total = total_of(sums[r]);
 }
 
 template <class V>

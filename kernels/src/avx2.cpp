@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "attention_codes.h"
-#include "product.h"
+#include "product_forms.h"
 
 namespace edgellm {
 namespace {
@@ -41,12 +41,9 @@ void round_block(const float* x, int block, int8_t* codes, float* scale, int32_t
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
     tops = _mm256_max_epi32(tops, _mm256_and_si256(bits, magnitude));
   }
-  const int32_t bits = largest(tops);
-  float top;
-  std::memcpy(&top, &bits, 4);
-  const bool finite = bits < 0x7f800000, none = !finite || top < kLeast;
-  const __m256 inverse = _mm256_set1_ps(none ? 0 : 127 / top);
-  const __m256i kept = _mm256_set1_epi32(none ? 0 : -1);
+  const BlockScale scaled(largest(tops));
+  const __m256 inverse = _mm256_set1_ps(scaled.inverse);
+  const __m256i kept = _mm256_set1_epi32(scaled.none ? 0 : -1);
   const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, -1, -1, -1, -1, -1, -1, -1, -1);
   __m256i sum = _mm256_setzero_si256();
   for (int i = 0; i < block; i += 8) {
@@ -56,19 +53,8 @@ void round_block(const float* x, int block, int8_t* codes, float* scale, int32_t
     const __m128i bytes = _mm_shuffle_epi8(_mm_packs_epi16(pairs, pairs), order);
     _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + i), bytes);
   }
-  *scale = !finite ? NAN : none ? 0 : top / 127;
+  *scale = scaled.scale;
   *minus_sum = -total(sum);
-}
-
-void round(const Matrix& m, const float* x, int8_t* codes, float* scales, int32_t* minus_sums) {
-  const int whole = m.inputs / m.block;
-  for (int b = 0; b < whole; b++)
-    round_block(x + b * m.block, m.block, codes + b * m.block, scales + b, minus_sums + b);
-  if (whole < m.blocks) {
-    float last[kLargestBlock] = {};
-    std::memcpy(last, x + whole * m.block, size_t(m.inputs - whole * m.block) * sizeof(float));
-    round_block(last, m.block, codes + whole * m.block, scales + whole, minus_sums + whole);
-  }
 }
 
 constexpr int kAhead = 2048;  // bytes: what is not in a cache takes that long to come
@@ -155,40 +141,18 @@ void tile(const Matrix& m, const Rounded& x, int row, int unit, int half, float*
   }
 }
 
-template <int kBits, int kLines, bool kHalf>
-void units(const Matrix& m, const Rounded& x, float* y, int first, int last) {
-  for (int u = first; u < last; u++) {
-    for (int half = 0; half < 2; half++) {
-      int row = 0;
-      for (; row + 2 <= x.rows; row += 2) tile<2, kBits, kLines, kHalf>(m, x, row, u, half, y);
-      if (row < x.rows) tile<1, kBits, kLines, kHalf>(m, x, row, u, half, y);
+struct Units {
+  template <int kBits, int kLines, bool kHalf>
+  static void of(const Matrix& m, const Rounded& x, float* y, int first, int last) {
+    for (int u = first; u < last; u++) {
+      for (int half = 0; half < 2; half++) {
+        int row = 0;
+        for (; row + 2 <= x.rows; row += 2) tile<2, kBits, kLines, kHalf>(m, x, row, u, half, y);
+        if (row < x.rows) tile<1, kBits, kLines, kHalf>(m, x, row, u, half, y);
+      }
     }
   }
-}
-
-template <int kBits, bool kHalf>
-void multiply_scaled(const Matrix& m, const Rounded& x, float* y, int first, int last) {
-  switch (m.block) {
-    case 16: return units<kBits, kBits / 2, kHalf>(m, x, y, first, last);
-    case 32: return units<kBits, kBits, kHalf>(m, x, y, first, last);
-    case 64: return units<kBits, 2 * kBits, kHalf>(m, x, y, first, last);
-    case 128: return units<kBits, 4 * kBits, kHalf>(m, x, y, first, last);
-    default: return units<8, 0, kHalf>(m, x, y, first, last);
-  }
-}
-
-template <int kBits>
-void multiply_bits(const Matrix& m, const Rounded& x, float* y, int first, int last) {
-  m.half ? multiply_scaled<kBits, true>(m, x, y, first, last) : multiply_scaled<kBits, false>(m, x, y, first, last);
-}
-
-void multiply(const Matrix& m, const Rounded& x, float* y, int first, int last) {
-  switch (m.bits) {
-    case 2: return multiply_bits<2>(m, x, y, first, last);
-    case 4: return multiply_bits<4>(m, x, y, first, last);
-    default: return multiply_bits<8>(m, x, y, first, last);
-  }
-}
+};
 
 // Sixteen pairs of whole numbers, for attention.
 struct Pairs {
@@ -296,7 +260,7 @@ struct Sixteen {
 }  // namespace
 
 extern const Form kAvx2;
-const Form kAvx2{"avx2", here, round, multiply, norm, sums, gate,
+const Form kAvx2{"avx2", here, round<round_block>, Kinds<Units>::multiply, norm, sums, gate,
                   attend_any<Sixteen>, merge, finish, rotate, narrow, halve<Sixteen>, widen<Sixteen>,
                   turn_one_by_one, attend_many<Sixteen>, turn_codes<turn_one_by_one>, attend_turned<Sixteen>};
 

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "attention_codes.h"
-#include "product.h"
+#include "product_forms.h"
 
 namespace edgellm {
 namespace {
@@ -26,12 +26,9 @@ void round_block(const float* x, int block, int8_t* codes, float* scale, int32_t
   __m512i tops = _mm512_setzero_si512();  // as whole numbers: in the order of floats, and a NaN is above all
   for (int i = 0; i < block; i += 16)
     tops = _mm512_max_epi32(tops, _mm512_and_si512(_mm512_loadu_si512(x + i), magnitude));
-  const int32_t bits = _mm512_reduce_max_epi32(tops);
-  float top;
-  std::memcpy(&top, &bits, 4);
-  const bool finite = bits < 0x7f800000, none = !finite || top < kLeast;
-  const __m512 inverse = _mm512_set1_ps(none ? 0 : 127 / top);
-  const __mmask16 kept = none ? 0 : 0xffff;
+  const BlockScale scaled(_mm512_reduce_max_epi32(tops));
+  const __m512 inverse = _mm512_set1_ps(scaled.inverse);
+  const __mmask16 kept = scaled.none ? 0 : 0xffff;
   const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
   __m512i sum = _mm512_setzero_si512();
   for (int i = 0; i < block; i += 16) {
@@ -40,19 +37,8 @@ void round_block(const float* x, int block, int8_t* codes, float* scale, int32_t
     const __m128i bytes = _mm_shuffle_epi8(_mm512_cvtepi32_epi8(code), order);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), bytes);
   }
-  *scale = !finite ? NAN : none ? 0 : top / 127;
+  *scale = scaled.scale;
   *minus_sum = -_mm512_reduce_add_epi32(sum);
-}
-
-void round(const Matrix& m, const float* x, int8_t* codes, float* scales, int32_t* minus_sums) {
-  const int whole = m.inputs / m.block;
-  for (int b = 0; b < whole; b++)
-    round_block(x + b * m.block, m.block, codes + b * m.block, scales + b, minus_sums + b);
-  if (whole < m.blocks) {
-    float last[kLargestBlock] = {};
-    std::memcpy(last, x + whole * m.block, size_t(m.inputs - whole * m.block) * sizeof(float));
-    round_block(last, m.block, codes + whole * m.block, scales + whole, minus_sums + whole);
-  }
 }
 
 constexpr int kAhead = 4096;  // bytes: what is not in a cache takes that long to come
@@ -131,41 +117,19 @@ void tile(const Matrix& m, const Rounded& x, int row, int unit, float* y) {
   }
 }
 
-template <int kBits, int kLines, bool kHalf>
-void units(const Matrix& m, const Rounded& x, float* y, int first, int last) {
-  for (int u = first; u < last; u++) {
-    int row = 0;
-    for (; x.rows > 8 && row + 6 <= x.rows; row += 6) tile<6, kBits, kLines, kHalf>(m, x, row, u, y);
-    for (; row + 4 <= x.rows; row += 4) tile<4, kBits, kLines, kHalf>(m, x, row, u, y);
-    if (x.rows - row == 3) tile<3, kBits, kLines, kHalf>(m, x, row, u, y);
-    if (x.rows - row == 2) tile<2, kBits, kLines, kHalf>(m, x, row, u, y);
-    if (x.rows - row == 1) tile<1, kBits, kLines, kHalf>(m, x, row, u, y);
+struct Units {
+  template <int kBits, int kLines, bool kHalf>
+  static void of(const Matrix& m, const Rounded& x, float* y, int first, int last) {
+    for (int u = first; u < last; u++) {
+      int row = 0;
+      for (; x.rows > 8 && row + 6 <= x.rows; row += 6) tile<6, kBits, kLines, kHalf>(m, x, row, u, y);
+      for (; row + 4 <= x.rows; row += 4) tile<4, kBits, kLines, kHalf>(m, x, row, u, y);
+      if (x.rows - row == 3) tile<3, kBits, kLines, kHalf>(m, x, row, u, y);
+      if (x.rows - row == 2) tile<2, kBits, kLines, kHalf>(m, x, row, u, y);
+      if (x.rows - row == 1) tile<1, kBits, kLines, kHalf>(m, x, row, u, y);
+    }
   }
-}
-
-template <int kBits, bool kHalf>
-void multiply_scaled(const Matrix& m, const Rounded& x, float* y, int first, int last) {
-  switch (m.block) {
-    case 16: return units<kBits, kBits / 2, kHalf>(m, x, y, first, last);
-    case 32: return units<kBits, kBits, kHalf>(m, x, y, first, last);
-    case 64: return units<kBits, 2 * kBits, kHalf>(m, x, y, first, last);
-    case 128: return units<kBits, 4 * kBits, kHalf>(m, x, y, first, last);
-    default: return units<8, 0, kHalf>(m, x, y, first, last);
-  }
-}
-
-template <int kBits>
-void multiply_bits(const Matrix& m, const Rounded& x, float* y, int first, int last) {
-  m.half ? multiply_scaled<kBits, true>(m, x, y, first, last) : multiply_scaled<kBits, false>(m, x, y, first, last);
-}
-
-void multiply(const Matrix& m, const Rounded& x, float* y, int first, int last) {
-  switch (m.bits) {
-    case 2: return multiply_bits<2>(m, x, y, first, last);
-    case 4: return multiply_bits<4>(m, x, y, first, last);
-    default: return multiply_bits<8>(m, x, y, first, last);
-  }
-}
+};
 
 // The place where one of sixteen stands whose lanes are added by `together`, to come out in order.
 constexpr int place(int i) { return (i & 4) << 1 | (i & 8) >> 1 | (i & 1) << 1 | (i & 2) >> 1; }
@@ -290,7 +254,7 @@ void turn(const float* k, int count, int size, float* turned) {
 }  // namespace
 
 extern const Form kAvx512;
-const Form kAvx512{"avx512-vnni", here, round, multiply, norm, sums, gate,
+const Form kAvx512{"avx512-vnni", here, round<round_block>, Kinds<Units>::multiply, norm, sums, gate,
                   attend_any<Sixteen>, merge, finish, rotate, narrow, halve<Sixteen>, widen<Sixteen>,
                   turn, attend_many<Sixteen>, turn_codes<turn>, attend_turned<Sixteen>};
 

@@ -9,7 +9,7 @@
 #endif
 
 #include "attention_codes.h"
-#include "product.h"
+#include "product_forms.h"
 
 namespace edgellm {
 namespace {
@@ -28,12 +28,9 @@ void round_block(const float* x, int block, int8_t* codes, float* scale, int32_t
     const int32x4_t bits = vreinterpretq_s32_f32(vld1q_f32(x + i));
     tops = vmaxq_s32(tops, vandq_s32(bits, vdupq_n_s32(0x7fffffff)));
   }
-  const int32_t bits = vmaxvq_s32(tops);
-  float top;
-  std::memcpy(&top, &bits, 4);
-  const bool finite = bits < 0x7f800000, none = !finite || top < kLeast;
-  const float32x4_t inverse = vdupq_n_f32(none ? 0 : 127 / top);
-  const int32x4_t kept = vdupq_n_s32(none ? 0 : -1);
+  const BlockScale scaled(vmaxvq_s32(tops));
+  const float32x4_t inverse = vdupq_n_f32(scaled.inverse);
+  const int32x4_t kept = vdupq_n_s32(scaled.none ? 0 : -1);
   int32x4_t sum = vdupq_n_s32(0);
   for (int i = 0; i < block; i += 8) {
     const int32x4_t a = vandq_s32(kept, vcvtnq_s32_f32(vmulq_f32(vld1q_f32(x + i), inverse)));
@@ -43,19 +40,8 @@ void round_block(const float* x, int block, int8_t* codes, float* scale, int32_t
     const int8x8_t apart = vuzp1_s8(bytes, bytes), others = vuzp2_s8(bytes, bytes);
     vst1_s8(codes + i, vreinterpret_s8_s32(vzip1_s32(vreinterpret_s32_s8(apart), vreinterpret_s32_s8(others))));
   }
-  *scale = !finite ? NAN : none ? 0 : top / 127;
+  *scale = scaled.scale;
   *minus_sum = -vaddvq_s32(sum);
-}
-
-void round(const Matrix& m, const float* x, int8_t* codes, float* scales, int32_t* minus_sums) {
-  const int whole = m.inputs / m.block;
-  for (int b = 0; b < whole; b++)
-    round_block(x + b * m.block, m.block, codes + b * m.block, scales + b, minus_sums + b);
-  if (whole < m.blocks) {
-    float last[kLargestBlock] = {};
-    std::memcpy(last, x + whole * m.block, size_t(m.inputs - whole * m.block) * sizeof(float));
-    round_block(last, m.block, codes + whole * m.block, scales + whole, minus_sums + whole);
-  }
 }
 
 constexpr int kAhead = 2048;  // bytes: what is not in a cache takes that long to come
@@ -263,7 +249,7 @@ struct Sixteen {
 }  // namespace
 
 extern const Form kNeon;
-const Form kNeon{"neon-dotprod", here, round, multiply, norm, sums, gate,
+const Form kNeon{"neon-dotprod", here, round<round_block>, multiply, norm, sums, gate,
                   attend_any<Sixteen>, merge, finish, rotate, narrow, halve<Sixteen>, widen<Sixteen>,
                   turn_one_by_one, attend_many<Sixteen>, turn_codes<turn_one_by_one>, attend_turned<Sixteen>};
 

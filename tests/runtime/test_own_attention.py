@@ -161,7 +161,8 @@ def cells(numbers: Array, bits: int) -> Array:
 @settings(deadline=None, max_examples=25)
 @given(
     seed=st.integers(0, 1000), rows=st.integers(1, 9), count=st.sampled_from([1, 15, 16, 200, 256, 257, 700]),
-    size=st.sampled_from([16, 32, 48, 64, 80, 128, 256]), together=st.integers(1, 4), window=st.sampled_from([1, 20, 1000]),
+    size=st.sampled_from([16, 32, 48, 64, 80, 128, 256]), together=st.integers(1, 4),
+    window=st.sampled_from([1, 20, 1000]),
     bits=st.sampled_from([32, 16, 8]),
 )  # fmt: skip
 def test_every_form_gives_a_query_the_same_bits_whatever_is_beside_it(
@@ -190,7 +191,8 @@ def test_every_form_gives_a_query_the_same_bits_whatever_is_beside_it(
 @settings(deadline=None, max_examples=25)
 @given(
     seed=st.integers(0, 1000), rows=st.integers(1, 60), count=st.sampled_from([1, 15, 33, 200, 256, 257, 700]),
-    size=st.sampled_from([16, 32, 48, 64, 80, 128, 256]), together=st.integers(1, 48), window=st.sampled_from([1, 20, 1000]),
+    size=st.sampled_from([16, 32, 48, 64, 80, 128, 256]), together=st.integers(1, 48),
+    window=st.sampled_from([1, 20, 1000]),
     in_order=st.booleans(), bits=st.sampled_from([32, 16, 8]),
 )  # fmt: skip
 def test_tiles_of_many_queries_give_each_the_bits_that_it_gets_alone(
@@ -317,14 +319,20 @@ def test_it_is_close_to_that_of_onnx_runtime(kind: str) -> None:
         assert np.abs(cache.astype(np.float64) - other).max() <= (1 if dtype == "int8" else close)  # a code at a tie
 
 
-def test_a_later_token_and_slots_not_in_use_spoil_nothing() -> None:
+@pytest.mark.parametrize("kind", ["floats", "16 bits", "8 bits"])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_a_later_token_and_slots_not_in_use_spoil_nothing(kind: str, wrong: float) -> None:
     kernels()
-    x, layer, spoilt = tokens(1, 40), Layer(own()), Layer(own())
+    dtype = dtype_of(kind)
+    x, (layer, spoilt) = tokens(2, 40), (Layer(own(**KINDS[kind]), batch=2, dtype=dtype) for _ in range(2))
     for cache in spoilt.caches:
-        cache[:] = np.nan
+        cache[:] = -77 if dtype == "int8" else wrong
     other = x.copy()
-    other[0, 30] = np.nan
-    np.testing.assert_array_equal(spoilt.step(other)[0, :30], layer.step(x)[0, :30])
+    other[0, 30] = wrong
+    found, expected = spoilt.step(other), layer.step(x)
+    np.testing.assert_array_equal(found[0, :30], expected[0, :30])
+    np.testing.assert_array_equal(found[1], expected[1])
+    assert np.isnan(found[0, 30]).all()
 
 
 @pytest.mark.parametrize("op", ATTENTIONS.values())
