@@ -22,7 +22,7 @@ def in_range(name: str, weight: NDArray[np.float32]) -> NDArray[np.float32]:
     Raises:
         QuantizeError: it has numbers that are not finite or too large.
     """
-    largest = float(np.abs(weight).max(initial=0))
+    largest = max(float(weight.max(initial=0)), -float(weight.min(initial=0)))  # NaN, if one is; no copy is made
     if not np.isfinite(largest):
         raise QuantizeError(f"{name} holds NaN or infinite weights; train or download the checkpoint again")
     if largest > _LARGEST:

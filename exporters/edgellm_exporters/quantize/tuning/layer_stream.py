@@ -8,6 +8,7 @@ windows can be run through one layer.
 from __future__ import annotations
 
 import copy
+import errno
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -264,8 +265,12 @@ def _room_for(path: Path, shape: tuple[int, ...]) -> Tensor:
     path.unlink(missing_ok=True)  # what was mapped before stays as it was
     with path.open("wb") as file:
         nbytes = 4 * math.prod(shape)
-        if hasattr(os, "posix_fallocate"):  # not on macOS
-            os.posix_fallocate(file.fileno(), 0, nbytes)
+        try:
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, nbytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # some file systems cannot reserve
+                raise
         file.truncate(nbytes)
     return torch.from_numpy(np.memmap(path, np.float32, "r+", shape=shape))
 
