@@ -1,13 +1,15 @@
 """How transformers' attention is taken over: functions registered with its interfaces, which serve the call under way.
 
 A layer hands its keys and values to its cache and then calls its attention. Whoever runs a model puts a :class:`Call`
-on the stack first; the cache of :func:`inputs_of` and our attention tell it.
+on the stack first; the cache of :func:`inputs_of` and our attention tell it. The cache knows its call, so that a layer
+can be run again by itself, with the arguments that it was called with, as calibration and tuning do.
 """
 
 from __future__ import annotations
 
 import abc
 import inspect
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -40,6 +42,7 @@ NEUTRAL = frozenset({
     "use_cache",
 })  # fmt: skip
 _STACK: list[Call] = []
+_TOLD: list[weakref.ref[Call]] = []  # at most one: the call whose cache was told last
 
 
 class Mask:
@@ -119,6 +122,14 @@ def under_way(call: Call) -> Iterator[None]:
         _STACK.pop()
 
 
+def _served() -> Call:
+    """The call under way; of a layer that is run by itself, the one that it was called in."""
+    found = _STACK[-1] if _STACK else _TOLD[0]() if _TOLD else None
+    if found is None:
+        raise CheckpointError("its layers have no caches, so that none can be run by itself; leave --tune out")
+    return found
+
+
 def register() -> None:
     """Make our attention and its masks known to transformers."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -137,7 +148,7 @@ def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, scaling: float | None = None,
     dropout: float = 0.0, **keywords: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    call = _STACK[-1]
+    call = _served()
     if not call.waiting:
         raise CheckpointError(
             f"{type(module).__name__} attends to keys and values that no layer's cache was given; such layers have no "
@@ -170,7 +181,7 @@ def _plain(
 
 def attended(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What a layer without a cache attends to: (batch, heads, time, head_dim) to (batch, time, heads, head_dim)."""
-    call = _STACK[-1]
+    call = _served()
     k, v = call.update(layer, k, v)
     return call.attend(call.waiting.pop(), q, k, v, None, None, {})
 
@@ -182,7 +193,7 @@ def strange(keywords: Mapping[str, Any], *known: str) -> list[str]:
 
 def positions_under_way() -> Tensor:
     """(batch, time): of the tokens that the call under way reads."""
-    found = _STACK[-1].positions
+    found = _served().positions
     assert found is not None
     return found
 
@@ -208,6 +219,8 @@ def _slots_of(layers: int) -> Any:
     """A cache whose layers hand keys and values straight on; our attention does the rest."""
     from transformers.cache_utils import Cache, CacheLayerMixin
 
+    call = _STACK[-1]
+
     class Slot(CacheLayerMixin):  # type: ignore[misc]
         is_sliding = False
 
@@ -219,20 +232,21 @@ def _slots_of(layers: int) -> Any:
             pass
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            return _STACK[-1].update(self.index, key_states, value_states)
+            _TOLD[:] = [weakref.ref(call)]
+            return call.update(self.index, key_states, value_states)
 
         def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-            return _STACK[-1].slots(query_length), 0
+            return call.slots(query_length), 0
 
         def get_seq_length(self) -> int:
-            return _STACK[-1].kept()
+            return call.kept()
 
         def get_max_length(self) -> int:
             return -1
 
     class Slots(Cache):  # type: ignore[misc]
         def update_indexer(self, key_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
-            return _STACK[-1].update_index(layer_idx, key_states)
+            return call.update_index(layer_idx, key_states)
 
         get_conv_state = update_conv_state = get_recurrent_state = update_recurrent_state = _refuse_state
 

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from families import VOCAB, make
+from general_models import build
 from test_codes_on_disk import room_for
 from torch import Tensor, nn
 
+from edgellm.general.model import GeneralModel
 from edgellm.streaming import OwnWeights
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.graph.layers import layer_modules
@@ -43,16 +45,17 @@ def weights_of(model: nn.Module) -> list[str]:
 
 
 def chosen(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch, directory: Path, *, group: int | None, **more: Any
+    model: Any, monkeypatch: pytest.MonkeyPatch, directory: Path, *, group: int | None, **more: Any
 ) -> Mapping[str, Codes]:
     """Codes of all linear layers, with so many tokens at a time; None: all windows in one batch."""
+    windows = [[token % model.config.vocab_size for token in window] for window in WINDOWS]
     monkeypatch.setattr(calibrate, "_WHOLE_BYTES", 1 << 60 if group is None else 0)
     monkeypatch.setattr(calibrate_layers, "GROUP_TOKENS", group or 1)
     schemes = dict.fromkeys(weights_of(model), SCHEME)
     columns = {name: np.full(model.get_parameter(name).shape[1], 0.5, np.float32) for name in list(schemes)[1::2]}
     rows = {name: np.full(model.get_parameter(name).shape[0], 2, np.float32) for name in list(schemes)[::3]}
     paths = list(layer_modules(model))
-    return quantize_in_turn(model, WINDOWS, schemes, columns, rows, layers=paths, scratch=directory, **more)
+    return quantize_in_turn(model, windows, schemes, columns, rows, layers=paths, scratch=directory, **more)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -69,6 +72,19 @@ def test_a_layer_at_a_time_chooses_the_codes_of_one_pass(
         np.testing.assert_array_equal(found[name].scales, whole[name].scales)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text"])
+def test_layers_of_the_general_road_are_run_by_themselves(
+    kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:  # fmt: skip
+    """Their attention serves the call that they were called in, which is over by then."""
+    model = GeneralModel(build(kind)).eval()
+    assert calls_of(model, OwnWeights(model), 1, list(layer_modules(model)), weights_of(model)) is not None
+    whole, found = (chosen(model, monkeypatch, tmp_path, group=group) for group in (None, 1 << 20))
+    assert set(found) == set(whole) and found
+    for name in found:
+        np.testing.assert_array_equal(found[name].codes, whole[name].codes)
 
 
 def test_windows_a_few_at_a_time_leave_the_same_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

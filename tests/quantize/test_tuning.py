@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 from families import CONTEXT, VOCAB, make, planned
+from general_models import build
 from rich.progress import Progress
 from source_models import bart_model
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from edgellm.cli import progress as progress_module
 from edgellm.cli.calibration import Calibration, tuning_of
 from edgellm.cli.export import export as command
+from edgellm.errors import CheckpointError
+from edgellm.general.model import GeneralModel
 from edgellm.streaming import OwnWeights
 from edgellm_exporters.auto.automatic import Automatic
 from edgellm_exporters.auto.budget import divide
@@ -117,11 +120,11 @@ def test_gradients_of_a_latent_weight_are_those_of_a_product_that_rounds_nothing
     torch.testing.assert_close(latent.factor.grad, scales.grad * scales.detach())
 
 
-@pytest.mark.parametrize("family", ["decoder", "mixed"])
+@pytest.mark.parametrize("family", ["decoder", "mixed", "llama"])
 def test_passing_layer_after_layer_gives_the_models_own_logits(family: str, tmp_path: Path) -> None:
-    model = make(family)
+    model = GeneralModel(build(family)).eval() if family == "llama" else make(family)
     shell, weights = shell_of(model), OwnWeights(model)
-    text = torch.tensor(tokens(16 * 24)).view(16, 24)
+    text = torch.tensor(tokens(16 * 24)).view(16, 24) % model.config.vocab_size
     order = layers_called(shell, weights, text[:8], list(layer_modules(model)))
     assert order == list(layer_modules(model))
     stream = LayerStream(shell, RememberedRows(weights), text, order, tmp_path / "x")
@@ -312,6 +315,22 @@ def test_a_layer_that_reads_more_than_the_one_before_it_is_refused_by_name(tmp_p
     stream.advance(stream.parameters(weights))
     with pytest.raises(QuantizeError, match=r"layers\.2 reads NaN, or more"):
         stream.call(range(8))
+
+
+def test_a_model_of_the_general_road_is_tuned(tmp_path: Path) -> None:
+    model = GeneralModel(build("llama")).eval()
+    text = [token % model.config.vocab_size for token in tokens()]
+    options = ExportOptions(quantize="3:16:asymmetric", tuning=tuning(tokens=text))
+    exported = export(model, tmp_path / "b", options=options)
+    assert exported.verification.ok
+    assert any("2 of 2 layers are tuned" in note for note in exported.notes)
+
+
+def test_a_model_whose_layers_have_no_caches_is_not_tuned() -> None:
+    model = GeneralModel(build("openai-gpt")).eval()
+    text = [token % model.config.vocab_size for token in tokens()]
+    with pytest.raises(CheckpointError, match="leave --tune out"):
+        run(model, plan_of(model, "int4"), tuning(tokens=text))
 
 
 def test_a_tuned_bundle_holds_its_checks_and_says_what_was_done(tmp_path: Path) -> None:
