@@ -42,6 +42,7 @@ NEUTRAL = frozenset({
     "use_cache",
 })  # fmt: skip
 _STACK: list[Call] = []
+_NOT_ALONE = "its layers tell no cache what they attend to, so that none can be run by itself; leave --tune out"
 _TOLD: list[weakref.ref[Call]] = []  # at most one: the call whose cache was told last
 
 
@@ -123,10 +124,10 @@ def under_way(call: Call) -> Iterator[None]:
 
 
 def _served() -> Call:
-    """The call under way; of a layer that is run by itself, the one that it was called in."""
+    """The call under way; of a layer that is run by itself, the one whose cache it has just told."""
     found = _STACK[-1] if _STACK else _TOLD[0]() if _TOLD else None
     if found is None:
-        raise CheckpointError("its layers have no caches, so that none can be run by itself; leave --tune out")
+        raise CheckpointError(_NOT_ALONE)
     return found
 
 
@@ -181,7 +182,9 @@ def _plain(
 
 def attended(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What a layer without a cache attends to: (batch, heads, time, head_dim) to (batch, time, heads, head_dim)."""
-    call = _served()
+    if not _STACK:
+        raise CheckpointError(_NOT_ALONE)
+    call = _STACK[-1]
     k, v = call.update(layer, k, v)
     return call.attend(call.waiting.pop(), q, k, v, None, None, {})
 

@@ -326,11 +326,12 @@ def test_a_model_of_the_general_road_is_tuned(tmp_path: Path) -> None:
     assert any("2 of 2 layers are tuned" in note for note in exported.notes)
 
 
-def test_a_model_whose_layers_have_no_caches_is_not_tuned() -> None:
+def test_layers_without_caches_are_not_run_by_themselves(tmp_path: Path) -> None:
     model = GeneralModel(build("openai-gpt")).eval()
-    text = [token % model.config.vocab_size for token in tokens()]
-    with pytest.raises(CheckpointError, match="leave --tune out"):
-        run(model, plan_of(model, "int4"), tuning(tokens=text))
+    text, weights = torch.tensor(tokens(64)).view(8, 8) % model.config.vocab_size, OwnWeights(model)
+    stream = LayerStream(shell_of(model), weights, text, list(layer_modules(model)), tmp_path / "x")
+    with pytest.raises(CheckpointError, match="tell no cache .* leave --tune out"):
+        stream.advance(stream.parameters(weights))
 
 
 def test_a_tuned_bundle_holds_its_checks_and_says_what_was_done(tmp_path: Path) -> None:
