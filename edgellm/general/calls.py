@@ -41,8 +41,8 @@ NEUTRAL = frozenset({
     "output_router_logits", "past_key_value", "past_key_values", "position_embeddings", "position_ids", "return_dict",
     "use_cache",
 })  # fmt: skip
-_STACK: list[Call] = []
 _NOT_ALONE = "its layers tell no cache what they attend to, so that none can be run by itself; leave --tune out"
+_STACK: list[Call] = []
 _TOLD: list[weakref.ref[Call]] = []  # at most one: the call whose cache was told last
 
 

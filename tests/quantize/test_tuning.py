@@ -330,7 +330,7 @@ def test_layers_without_caches_are_not_run_by_themselves(tmp_path: Path) -> None
     model = GeneralModel(build("openai-gpt")).eval()
     text, weights = torch.tensor(tokens(64)).view(8, 8) % model.config.vocab_size, OwnWeights(model)
     stream = LayerStream(shell_of(model), weights, text, list(layer_modules(model)), tmp_path / "x")
-    with pytest.raises(CheckpointError, match="tell no cache .* leave --tune out"):
+    with pytest.raises(CheckpointError, match=r"tell no cache .* leave --tune out"):
         stream.advance(stream.parameters(weights))
 
 
