@@ -207,7 +207,7 @@ def _print_cells(cells: list[dict[str, Any]], versions: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    columns = ("bundle", "workload", "first token ms", "prefill tok/s", "decode tok/s", "p50 / p99 ms", "MB")
+    columns = ("bundle", "workload", "first token ms", "prefill tok/s", "decode tok/s", "p50 / p99 ms", "MiB")
     table = Table(*columns, caption=f"{cells[0]['device']}; {_said(versions)}; in brackets: 95% of the rounds")
     for column in table.columns[2:]:
         column.justify = "right"
@@ -259,7 +259,7 @@ def _print_table(cell: dict[str, Any], versions: dict[str, Any]) -> None:
         ("prefill", f"{cell['prefill_tokens_per_s']:.0f} tok/s", "prefill"),
         (f"decode ({cell['new_tokens']} tokens)", f"{cell['decode_tokens_per_s']:.1f} tok/s", "decode"),
         ("between tokens, p50 / p95 / p99", f"{itl['p50']:.2f} / {itl['p95']:.2f} / {itl['p99']:.2f} ms", ""),
-        ("peak memory", "unknown" if peak is None else f"{peak:.0f} MB", ""),
+        ("peak memory", "unknown" if peak is None else f"{peak:.0f} MiB", ""),
         *(
             [] if cell["joules_per_token"] is None
             else [("energy, prompts included", f"{cell['joules_per_token']:.2f} J a token", "")]

@@ -15,7 +15,7 @@ from edgellm_runtime.errors import OptionError
 __all__ = ["SUFFIXES", "comparison_lines", "workload_text", "written"]
 
 _COLUMNS = ("bundle", "prompt", "new", "depth", "rows", "threads", "first token ms", "prefill tok/s", "decode tok/s",
-            "between tokens ms p50", "p95", "p99", "peak MB", "load s")  # fmt: skip
+            "between tokens ms p50", "p95", "p99", "peak MiB", "load s")  # fmt: skip
 _STYLE = (
     ":root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;"
     "padding:0 1rem}"

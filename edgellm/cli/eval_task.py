@@ -185,7 +185,7 @@ def print_report(result: Mapping[str, Any]) -> None:
     if result["refused"]:
         rows.append(("refused", f"{result['refused']:,} examples, counted as wrong"))
     rows.append(("time of one", f"{latency['median']:.1f} ms median, {latency['p95']:.1f} ms 95th percentile"))
-    rows.append(("memory", f"{result['peak_rss_mb'] or 0:.0f} MB at most"))
+    rows.append(("memory", f"{result['peak_rss_mb'] or 0:.0f} MiB at most"))
     width = max(len(left) for left, _ in rows)
     for left, right in rows:
         click.echo(f"{left:>{width}}  {right}")

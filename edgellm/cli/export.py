@@ -323,7 +323,7 @@ def print_summary(result: dict[str, Any]) -> None:
         *summary_row(result["receipt"]),
         *_generation(result),
         ("checks that hold", f"{held} of {len(result['checks'])}"),
-        ("took", f"{result['seconds']:.1f} s, {result['peak_rss_mb'] or 0:.0f} MB"),
+        ("took", f"{result['seconds']:.1f} s, {result['peak_rss_mb'] or 0:.0f} MiB"),
     ):
         table.add_row(*row)
     Console().print(table)

@@ -19,8 +19,8 @@ _LINES: Sequence[tuple[str, Callable[[dict[str, Any]], str]]] = (
     ("decode", lambda r: f"{r['decode_tokens_per_s']:.0f} tok/s"),
     ("  in PyTorch", lambda r: f"{r['pytorch']['decode_tokens_per_s']:.0f} tok/s"),
     ("speed-up of decode", lambda r: f"{r['speedup']:.1f} x"),
-    ("peak memory (RSS)", lambda r: f"{r['peak_rss_mb'] or 0:.0f} MB"),
-    ("  in PyTorch", lambda r: f"{r['pytorch']['peak_rss_mb']:.0f} MB"),
+    ("peak memory (RSS)", lambda r: f"{r['peak_rss_mb'] or 0:.0f} MiB"),
+    ("  in PyTorch", lambda r: f"{r['pytorch']['peak_rss_mb']:.0f} MiB"),
 )
 
 

@@ -199,7 +199,7 @@ FAULTS: list[tuple[str, Break, str]] = [
     ("EDGE013", little_memory, "96 tokens take .* and 10,240 bytes are free"),
     ("EDGE014", cold, "of the bundle are read from disk"),
     ("EDGE015", no_caches, "EDGELLM_CACHE_DIR is set to nothing"),
-    ("EDGE015", no_room, "has 3 MB free"),
+    ("EDGE015", no_room, "has 3 MiB free"),
     ("EDGE016", wrong_kernel, r"MatMulNBits of 4 bits in asymmetric blocks of 32 is off by \d+%"),
     ("EDGE017", memory_for_little, "the whole context takes"),
     ("EDGE018", no_own_kernels, "edgellm-kernels is not installed .*; ONNX Runtime's kernels run instead"),

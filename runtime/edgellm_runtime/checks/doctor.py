@@ -183,7 +183,7 @@ def _caches(root: Path) -> Iterator[Finding]:
     if cache.fault:
         yield Finding("EDGE015", cache.fault, f"set {VARIABLE} to a directory of your own")
     elif free is not None and free < _LITTLE_DISK:
-        yield Finding("EDGE015", f"{cache.path.parent} has {free >> 20} MB free", "make room on that disk")
+        yield Finding("EDGE015", f"{cache.path.parent} has {free >> 20} MiB free", "make room on that disk")
     if cache.path.exists():
         cache.path.unlink()
 
@@ -283,7 +283,7 @@ def _weights(bundle: Bundle, device: str, root: Path) -> Iterator[Finding]:
         if share is not None and share < _COLD:
             cold += int(entry.bytes * (1 - share))
     if cold > _WORTH_TELLING:
-        yield Finding("EDGE014", f"{cold >> 20} MB of the bundle are read from disk when it is loaded first",
+        yield Finding("EDGE014", f"{cold >> 20} MiB of the bundle are read from disk when it is loaded first",
                       "nothing: the second load is faster; copy it to a fast disk if the first must be")  # fmt: skip
 
 

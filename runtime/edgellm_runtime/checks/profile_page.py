@@ -265,7 +265,7 @@ def _decades(values: Sequence[float]) -> tuple[int, int]:
 def _notes(result: Mapping[str, Any]) -> str:
     roof = result["roof"]
     measured = "" if roof is None else (
-        f" The roof was measured between the rounds: {roof['array_mb']} MB read with "
+        f" The roof was measured between the rounds: {roof['array_mb']} MiB read with "
         f"{_count(roof['threads'], 'thread')}, and a product of float32 matrices. Caches and kernels of whole numbers "
         "can be faster than it."
     )  # fmt: skip
