@@ -140,26 +140,49 @@ def test_one_section_is_in_memory_at_a_time_and_none_after_a_step(
     assert max(section.nbytes for section in backend.sections) < total / 2
 
 
+class Process:
+    """One that may hold so many bytes, of which each loaded session takes four sections'."""
+
+    def __init__(self, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.limit, self.besides, self.loaded = limit, 0, list[bytes]()
+        self._load, self._alive = section_backend.load_graph, list[weakref.ref[Any]]()
+        monkeypatch.setattr(section_backend, "load_graph", self.load)
+
+    def load(self, model: bytes, *given: Any) -> Any:
+        session = self._load(model, *given)
+        self.loaded.append(model)
+        self._alive.append(weakref.ref(session))
+        return session
+
+    def memory(self) -> tuple[int, int]:
+        return self.besides + 4 * MOST * sum(each() is not None for each in self._alive), self.limit
+
+
 def test_sections_stay_loaded_while_the_process_holds_less_than_it_did(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here it held as much as makes room for two of them."""
-    bundle, loaded = exported("decoder", "int4", tmp_path), list[bytes]()
-    load = section_backend.load_graph
-
-    def counted(model: bytes, *given: Any) -> Any:
-        loaded.append(model)
-        return load(model, *given)
-
-    monkeypatch.setattr(section_backend, "load_graph", counted)
-    asked = [(0, 10 * MOST), (0, 0), (8 * MOST, 0)]  # at the beginning, after the first section, after the second
-    session, backend = in_sections(bundle, memory=lambda: asked.pop(0) if asked else (9 * MOST, 0))
-    count = len(backend.sections)
-    monkeypatch.setattr(section_backend, "trim", lambda: None)
-    found = steps(session)
-    assert_same_bits(found, steps(unchecked_session(bundle, device="cpu", threads=1, kernels="onnxruntime")))
+    bundle = exported("decoder", "int4", tmp_path)
+    expected = steps(unchecked_session(bundle, device="cpu", threads=1, kernels="onnxruntime"))
+    process = Process(13 * MOST, monkeypatch)
+    session, backend = in_sections(bundle, memory=process.memory)
+    assert_same_bits(steps(session), expected)
     models = [section.model for section in backend.sections]
-    assert loaded[: 2 * count - 2] == models + models[2:]
+    assert process.loaded[: 2 * len(models) - 2] == models + models[2:]
+
+
+def test_sections_that_stay_loaded_go_where_another_has_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, row = exported("decoder", "int4", tmp_path), np.arange(5)[None]
+    process = Process(13 * MOST, monkeypatch)
+    session, backend = in_sections(bundle, memory=process.memory)
+    models, found = [section.model for section in backend.sections], list[Any]()
+    for process.besides, loaded in [(0, models), (6 * MOST, models[2:]), (0, models[1:])]:
+        process.loaded.clear()
+        found.append(session.step(row, session.new_state(1, 5)).copy())
+        assert process.loaded == loaded
+    assert_same_bits(found[1:], found[:1] * 2)
 
 
 def test_an_export_in_sections_is_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

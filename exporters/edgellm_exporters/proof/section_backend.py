@@ -64,6 +64,7 @@ class SectionBackend(HostBackend):
         self.fetched: dict[str, Array] = {}
         self._memory, self._limit = memory, memory()[1]
         self._kept: dict[int, Any] = {}  # sessions that stay loaded, by the places of their sections
+        self._most, self._largest = len(self.sections), max(self.sections, key=lambda section: section.nbytes)
 
     def run(
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
@@ -96,10 +97,10 @@ class SectionBackend(HostBackend):
             if not spec.encoded
         }
         for place, section in enumerate(self.sections):
-            session = self._kept.get(place) or load_graph(section.model, self._graph, self._options)
+            session = self._kept.get(place) or self._load(section)
             values |= self._given(session, section, values, written)
             values |= {name: written[name] for name in section.outputs if name in written}  # later ones may read them
-            if place not in self._kept and self._has_room():
+            if place not in self._kept and len(self._kept) < self._most and self._has_room(self._largest):
                 self._kept[place] = session
             del session
             trim()
@@ -107,9 +108,17 @@ class SectionBackend(HostBackend):
         state.swap()
         return values
 
-    def _has_room(self) -> bool:
-        """Whether another section can be loaded beside those that are: its weights, as they lie and in order."""
-        return self._memory()[0] + 2 * max(section.nbytes for section in self.sections) <= self._limit
+    def _load(self, section: Section) -> Any:
+        """A section's session, for which those that stayed loaded make room, the last first; they do not stay again."""
+        while self._kept and not self._has_room(section):
+            self._kept.popitem()
+            self._most = len(self._kept)
+            trim()
+        return load_graph(section.model, self._graph, self._options)
+
+    def _has_room(self, section: Section) -> bool:
+        """Whether a section can be loaded beside those that are: its weights, as they lie and in order."""
+        return self._memory()[0] + 2 * section.nbytes <= self._limit
 
     def _given(
         self, session: Any, section: Section, values: Mapping[str, Array], written: Mapping[str, Array]
