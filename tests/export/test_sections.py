@@ -81,6 +81,16 @@ def test_sections_whose_products_read_floats_give_the_bits_of_the_whole_graph(me
     assert_same_bits(steps(in_sections(bundle, float_inputs=True)[0]), steps(float_session(bundle, 1)))
 
 
+def test_a_weight_that_is_larger_than_a_section_is_in_several(tmp_path: Path) -> None:
+    _, backend = in_sections(exported("decoder", "int4", tmp_path))
+    graphs = [onnx.ModelProto.FromString(section.model).graph for section in backend.sections]
+    parts = [
+        sum(t.name.startswith("layers.0.mlp.gate_proj+up_proj.weight.codes.") for t in g.initializer) for g in graphs
+    ]
+    assert sum(parts) == 7 and max(parts) < 7  # of 48 rows each
+    assert max(section.nbytes for section in backend.sections) <= MOST
+
+
 def test_a_state_that_a_section_wrote_is_read_by_a_later_one(tmp_path: Path) -> None:
     bundle = exported("decoder", "none", tmp_path)
     signature = bundle.manifest.signature

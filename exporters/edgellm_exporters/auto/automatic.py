@@ -44,6 +44,7 @@ from edgellm_exporters.quantize.narrow_caches import NarrowCaches
 from edgellm_exporters.quantize.plan import ROW, Codes, Plan, Scheme
 from edgellm_exporters.quantize.planning import Uses, plan_of, smoothed
 from edgellm_exporters.quantize.tuning.tune import Tuning, tuned
+from edgellm_exporters.weights.memory import give_back
 from edgellm_runtime.bundle import GRAPH
 from edgellm_runtime.session import Session
 from edgellm_runtime.spec import TensorSpec
@@ -115,13 +116,14 @@ class Automatic:
         if self.tuning is not None:
             plan = tuned(plan, self._module, self.weights, paths, [captured], self.tuning, progress)
         plan.caches = self.caches
+        give_back()
         self._write(captured, plan, directory, progress)
         return Built(sum(file.stat().st_size for file in directory.iterdir()), plan)
 
     def weigh(self, schemes: Mapping[str, Scheme], directory: Path) -> int:
         """Bytes of the graph's files with those formats, whatever their codes; nothing is left in the directory."""
         with tempfile.TemporaryDirectory(dir=directory) as room:
-            plan = Plan(schemes, _any_codes, caches=self.caches)
+            plan = Plan(schemes, _any_codes, caches=self.caches, by_rows=frozenset(schemes))
             self._write(self.graph(), plan, Path(room), lambda what, share: None)
             return sum(file.stat().st_size for file in Path(room).iterdir())
 
@@ -186,6 +188,7 @@ def quantize_within(
     )  # fmt: skip
     predictions = none_better_than_held(candidates, predictions, held)
     table = table_of(candidates, predictions, budget.prefer, budget.rates)
+    give_back()
     measured = MeasuredSearch(budget, job, table, largest, directory, floats, other_bytes)
     try:
         attempt = measured.run(progress)

@@ -20,6 +20,7 @@ from edgellm_runtime.backends.ort import check_values, library, load_graph, sess
 from edgellm_runtime.checks.memory import memory_now_and_at_most
 from edgellm_runtime.freed_pages import trim
 from edgellm_runtime.graphs.float_inputs import with_float_inputs
+from edgellm_runtime.graphs.product_parts import with_product_parts
 from edgellm_runtime.spec import Signature
 from edgellm_runtime.state import State
 
@@ -34,7 +35,7 @@ class SectionBackend(HostBackend):
     Args:
         graph: the file, of one's own making.
         signature: its inputs, outputs and state.
-        most: bytes of a section's weights.
+        most: bytes of a section's weights, and of a product's weight in floats: larger ones are made in parts.
         threads: as for ``OrtBackend``.
         fusions: likewise.
         fetch: likewise.
@@ -55,8 +56,8 @@ class SectionBackend(HostBackend):
         self._graph, self._signature, self._fetch = graph, signature, tuple(fetch)
         self._options = session_options(threads, fusions=fusions, float_inputs=float_inputs, weights=graph.parent)
         self.threads = self._options.intra_op_num_threads
-        model = graph.read_bytes()
-        self.sections = sections_of(with_float_inputs(model) if float_inputs else model, most, fetch)
+        model = with_float_inputs(graph.read_bytes()) if float_inputs else graph.read_bytes()
+        self.sections = sections_of(with_product_parts(model, most), most, fetch)
         made = {name for section in self.sections for name in section.outputs}
         read = {name for section in self.sections for name in section.inputs}
         given = {t.name for t in signature.outputs} | {s.present_name for s in signature.carried} | {*fetch}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import onnx
+import onnx.helper
 
 __all__ = ["Section", "sections_of"]
 
@@ -64,6 +65,11 @@ class _Graph:
         self._asked = {value.name for value in graph.output} | fetch
         inferred = onnx.shape_inference.infer_shapes(model).graph.value_info
         self._known = {value.name: value for value in (*graph.input, *graph.value_info, *inferred, *graph.output)}
+        for node in graph.node:
+            if node.op_type == "Concat" and node.output[0] in self._known:  # of products made in parts
+                whole = self._known[node.output[0]].type.tensor_type.elem_type
+                parts = (name for name in node.input if name not in self._known)
+                self._known |= {name: onnx.helper.make_tensor_value_info(name, whole, None) for name in parts}
         self._makes: dict[str, onnx.NodeProto] = {}  # constants, by name
         self.nodes: list[onnx.NodeProto] = []
         for node in graph.node:

@@ -32,6 +32,7 @@ __all__ = ["MIN_TOKENS", "check_windows", "largest_inputs", "quantize_in_turn"]
 
 MIN_TOKENS = 2048
 _WHOLE_BYTES = 64 << 20  # of what all windows together put into the widest layer, to be run at once
+_WEIGHT_BYTES = 256 << 20  # of the largest weight in floats, likewise
 Array = NDArray[np.float32]
 Progress = Callable[[float], None]
 Visit = Callable[[str, nn.Linear, Tensor], None]
@@ -114,7 +115,8 @@ def quantize_in_turn(
     """
     source, even = weights or OwnWeights(model), _even(windows)
     factors = Factors(columns, rows)
-    if _widest(model, schemes) * sum(map(len, even)) * 4 > _WHOLE_BYTES:
+    widest, largest = _largest(model, schemes)
+    if 4 * widest * sum(map(len, even)) > _WHOLE_BYTES or 4 * largest > _WEIGHT_BYTES:
         calls = calls_of(model, source, even[0][0], layers, schemes)
         if calls is not None:
             return quantize_by_layers(model, source, even, schemes, factors, calls, scratch, progress)
@@ -122,10 +124,10 @@ def quantize_in_turn(
         return _quantize_at_once(model, windows, schemes, factors, progress, scratch)
 
 
-def _widest(model: nn.Module, names: Container[str]) -> int:
-    """The most columns of a linear layer's weight."""
-    found = [p.shape[-1] for name, p in named_weights(model).items() if name in names]
-    return max(found, default=0)
+def _largest(model: nn.Module, names: Container[str]) -> tuple[int, int]:
+    """The most columns of a linear layer's weight, and the most numbers of one."""
+    found = [p for name, p in named_weights(model).items() if name in names]
+    return max((p.shape[-1] for p in found), default=0), max((p.numel() for p in found), default=0)
 
 
 def _quantize_at_once(
