@@ -26,7 +26,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def test_a_product_in_parts_gives_the_same_logits(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    for most in (1 << 30, 10_000):
+    for most in (1 << 30, 10_240):
         monkeypatch.setattr("edgellm_runtime.graphs.float_inputs.WIDENED_BYTES", most)
         session = float_session(bundle, 1)
         far = far_golden(goldens_file(bundle)[FAR], session.width, session)
@@ -36,11 +36,11 @@ def test_a_product_in_parts_gives_the_same_logits(bundle: Bundle, monkeypatch: p
 
 def test_parts_read_the_codes_where_they_are(bundle: Bundle) -> None:
     graph = bundle.file(GRAPH).read_bytes()
-    parted = with_product_parts(graph, 10_000)
+    parted = with_product_parts(graph, 10_240)
     before, after = ({t.name: t for t in stored_tensors(read_model(data))} for data in (graph, parted))
     products = [n for n in nodes_of(read_model(parted)) if n["op_type"] == b"MatMulNBits"]
     sizes = [{a["name"]: a["i"] for a in n["attribute"]} for n in products]
-    assert all(4 * size[b"N"] * size[b"K"] <= 10_000 for size in sizes)
+    assert all(4 * size[b"N"] * size[b"K"] <= 10_240 for size in sizes)
     assert after.items() >= before.items()
     for name in {name.rpartition(".")[0] for name in after.keys() - before.keys()}:
         parts = sorted(
@@ -59,5 +59,5 @@ def test_a_graph_of_small_products_stays_as_it_is(bundle: Bundle) -> None:
 def test_the_library_runs_parts_from_a_file_beside_the_graph(bundle: Bundle, tmp_path: Path) -> None:
     ort, options = library(), library().SessionOptions()
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
-    parted = with_product_parts(bundle.file(GRAPH).read_bytes(), 10_000)
+    parted = with_product_parts(bundle.file(GRAPH).read_bytes(), 10_240)
     assert ort.InferenceSession(parted, options, providers=["CPUExecutionProvider"]).get_outputs()

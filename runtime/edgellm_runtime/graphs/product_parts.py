@@ -20,7 +20,7 @@ from edgellm_runtime.graphs.writer import ELEMENT_TYPES, Node, message, number, 
 __all__ = ["WIDENED_BYTES", "with_product_parts"]
 
 WIDENED_BYTES = 32 << 20  # of floats that one part may become
-_TOGETHER = 16  # outputs, of which kernels compute so many at once or fewer: cut elsewhere, sums have another order
+_TOGETHER = 16  # outputs, of which kernels compute so many at once or fewer: cut elsewhere, sums are in another order
 _OUTSIDE = 1  # of TensorProto.DataLocation
 _ROW_BY_ROW = (b"Cast", b"Mul")  # what scales are made with
 _CODES = 1  # which input they are; scales, and zero points if any, come after
@@ -47,7 +47,7 @@ def with_product_parts(model: bytes, most: int = WIDENED_BYTES) -> bytes:
 
     Args:
         model: the serialized model; its products are MatMulNBits.
-        most: bytes of floats that a product's weight may become.
+        most: bytes of floats that a product's weight may become, unless 16 rows are more.
     """
     read = read_model(model)
     codes, rows = _codes(read), _rows(read)
@@ -61,8 +61,7 @@ def with_product_parts(model: bytes, most: int = WIDENED_BYTES) -> bytes:
         beside = [name for name in inputs[_CODES + 1 :] if name]  # with so many numbers for each row, all in one axis
         if inputs[_CODES] not in codes or len(inputs) > _CODES + 3 or any(name not in rows for name in beside):
             return None
-        size = max(1, most // (4 * given["K"]))
-        size -= size % _TOGETHER if size > _TOGETHER else 0
+        size = _TOGETHER * max(1, most // (4 * given["K"] * _TOGETHER))
         cuts = [(start, min(start + size, given["N"])) for start in range(0, given["N"], size)]
         names = [f"{inputs[_CODES]}.{start}" for start, _ in cuts]
         parts.update((n, codes[inputs[_CODES]].part(n, *cut)) for n, cut in zip(names, cuts, strict=True))
