@@ -273,6 +273,7 @@ def _write_weights(
         graphs, plan = _planned(model, weights, target, options, rows, scratch, notes, progress)
         hidden = hidden_of(graphs.step)
         write(graphs, plan)
+        plan.forget()
         record = recorded(plan, options.quantize)
         return record, find_method(options.quantize, target.methods).bounds, plan, hidden
     hidden = hidden_of(capture(model, weights, hidden=True)) if options.hidden else None

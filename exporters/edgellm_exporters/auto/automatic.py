@@ -129,6 +129,7 @@ class Automatic:
 
     def measure(self, directory: Path, progress: Progress) -> ParityReport:
         """Compare a built graph with the float model on the held-out text."""
+        progress("verifying on held-out text", 0.0)
         signature = self.caches.declared(signature_of(self.model, self.hidden))
         session = Session(
             step_backend(directory / GRAPH, signature), signature, max_context=self.model.config.max_context,
@@ -141,6 +142,7 @@ class Automatic:
         lowered = lower_to(captured, self.target, plan)
         plan.caches.declare(lowered)
         write_graph(lowered, directory, progress)
+        plan.forget()
 
     @property
     def _module(self) -> nn.Module:

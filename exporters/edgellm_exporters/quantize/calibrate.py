@@ -114,6 +114,7 @@ def quantize_in_turn(
         The numbers of each weight, smoothed.
     """
     source, even = weights or OwnWeights(model), _even(windows)
+    progress(0.0)
     factors = Factors(columns, rows)
     widest, largest = _largest(model, schemes)
     if 4 * widest * sum(map(len, even)) > _WHOLE_BYTES or 4 * largest > _WEIGHT_BYTES:

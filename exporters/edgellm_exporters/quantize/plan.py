@@ -351,6 +351,10 @@ class Plan:
         """Whether a bundle's numbers are others than the model's."""
         return bool(self.schemes) or bool(self.caches)
 
+    def forget(self) -> None:
+        """Drop the numbers that were computed last: a graph is written."""
+        self._last = None
+
     def find(self, name: str, tensor: ir.TensorProtocol) -> QuantizedWeight | None:
         """How to quantize this weight, or None to leave it alone."""
         if name not in self.schemes or self.quantize is None:
