@@ -11,10 +11,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny_bundles import attention_bundle, recurrent_bundle
+from tiny_bundles import attention_bundle, copied, recurrent_bundle, sign
 
 from edgellm.cli.inspect import inspect
 from edgellm.models.decoder import Decoder, DecoderConfig
@@ -108,6 +109,18 @@ def test_with_own_kernels_scales_keep_their_16_bits_and_a_table_stays_in_its_fil
     assert (theirs.loading, own.loading) == (table, 1 << 20)
     assert (theirs.state, theirs.text) == (own.state, own.text)
     assert 0 < own.scratch <= theirs.scratch  # scores of attention are not kept
+
+
+def test_a_table_that_is_cast_before_it_is_looked_up_is_counted_too(tmp_path: Path) -> None:
+    folder = copied(quantized_bundle(), tmp_path)
+    model = onnx.load_model(folder / "model.onnx", load_external_data=False)
+    place, gather = next((i, n) for i, n in enumerate(model.graph.node) if n.op_type == "GatherBlockQuantized")
+    model.graph.node.insert(place, onnx.helper.make_node("Cast", [gather.input[0]], ["table"], to=UINT8))
+    gather.input[0] = "table"
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    sign(folder, "model.onnx")
+    plain, changed = (memory_peak(Bundle(path), 10, kernels="own") for path in (quantized_bundle(), folder))
+    assert changed.weights > plain.weights  # it does not stay in its file
 
 
 @only_linux

@@ -32,7 +32,9 @@ def product(**change: Any) -> bytes:
     dtypes = {name: given.pop(name, dtype) for name, dtype in (("w", np.uint8), ("s", np.float32), ("z", np.uint8))}
     inputs = given.pop("inputs", ["x", "w", "s", "z"])
     op = given.pop("op", "MatMulNBits")
-    shapes = {"w": (8, 2, 4 * given["bits"]), "s": (8, 2), "z": (8, 1)}
+    block, outputs = given["block_size"] or 32, given.pop("rows", 8)
+    blocks = -(-64 // block)
+    shapes = {"w": (outputs, blocks, block * given["bits"] // 8), "s": (outputs, blocks), "z": (outputs, 1)}
     tensors = {name: np.zeros(shapes[name], dtype) for name, dtype in dtypes.items() if dtype is not None}
     others = {name: "float32" for name in inputs if name and name not in tensors}
     return graph_bytes(
@@ -61,7 +63,7 @@ def test_products_that_they_compute_are_theirs(change: dict[str, Any]) -> None:
     [
         {"bits": 3}, {"block_size": 256}, {"accuracy_level": 0}, {"op": "GatherBlockQuantized"}, {"z": np.float32},
         {"s": np.float16}, {"w": None}, {"inputs": ["x", "w", "s", "z", "order"]},
-        {"inputs": ["x", "w", "s", "", "", "bias"]},
+        {"inputs": ["x", "w", "s", "", "", "bias"]}, {"rows": 16},
     ],
     ids=str,
 )  # fmt: skip

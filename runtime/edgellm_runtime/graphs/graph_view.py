@@ -75,8 +75,9 @@ class GraphView:
                 self._readers[name].add(i)
         self.gives = [_text(value.get("name", b"")) for value in graph.get("output", ())]
         self._kept = {*keep, *self.gives}
-        for i, message in enumerate(self._messages):  # what is read inside of loops and branches
-            inner = (node for part in message.get("attribute", ()) for node in nodes_of(part, "attribute"))
+        bodies = [i for i, node in enumerate(self.nodes) if node.body]
+        for i in bodies:  # what is read inside of loops and branches
+            inner = (node for part in self._messages[i]["attribute"] for node in nodes_of(part, "attribute"))
             for name in (_text(name) for node in inner for name in node.get("input", ())):
                 self._readers[name].add(i)
         self.constants = dict(self._constants())

@@ -56,8 +56,8 @@ def graph_nodes(model: Message) -> list[GraphNode]:
     """
     return [
         GraphNode(
-            _text(node.get("name", b"")), _text(node.get("op_type", b"")), tuple(map(_text, node.get("input", ()))),
-            tuple(map(_text, node.get("output", ()))),
+            _text(node.get("name", b"")), _text(node.get("op_type", b"")), _texts(node.get("input", ())),
+            _texts(node.get("output", ())),
             {_text(a.get("name", b"")): int(a["i"]) for a in node.get("attribute", ()) if "i" in a},
             any(a.keys() & {"g", "graphs"} for a in node.get("attribute", ())),
         )
@@ -200,6 +200,13 @@ class _Places:
 
 def _is_weight(tensor: Message) -> bool:
     return tensor.get("data_type", 0) not in _COUNTS and math.prod(tensor.get("dims", ())) > 1
+
+
+def _texts(values: Sequence[bytes]) -> tuple[str, ...]:
+    try:
+        return tuple(map(bytes.decode, values))
+    except UnicodeDecodeError:
+        return tuple(map(_text, values))
 
 
 def _text(value: bytes) -> str:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from edgellm_runtime.graphs.graph_view import GraphView
-from edgellm_runtime.graphs.narrow_scales import stored_scales
 from edgellm_runtime.graphs.own_attention import DOMAIN
+from edgellm_runtime.graphs.stored_weights import stored_weights
 from edgellm_runtime.graphs.writer import Attribute, Node
 
 __all__ = ["EXPERTS", "GatedProducts", "Mixture", "own_experts"]
@@ -33,7 +33,7 @@ class GatedProducts:
 
     reads: str
     gives: str
-    constants: tuple[str, ...]
+    constants: tuple[str, str, str, str, str, str]
     attributes: Mapping[str, Attribute]
 
 
@@ -123,20 +123,17 @@ def _expert(view: GraphView, place: int, mlp_of: Callable[[GraphView], GatedProd
     if asked is None:
         return None
     shares, number, chain = asked
-    chain |= {cast for name in mlp.constants for cast in stored_scales(view, name)[1]}
-    return _Expert(place, total, node.outputs[0], x, shares, number, _stored(view, mlp), frozenset(chain))
+    stored, before = _stored(view, mlp)
+    return _Expert(place, total, node.outputs[0], x, shares, number, stored, frozenset(chain | before))
 
 
-def _stored(view: GraphView, mlp: GatedProducts) -> GatedProducts:
-    """With scales as they are stored."""
-    stored = [stored_scales(view, name) if name else ("", frozenset[int](), dict[str, int]()) for name in mlp.constants]
-    half = len(stored) // 2  # of the first product
-    said = {
-        f"{key}{suffix}": value
-        for some, suffix in ((stored[:half], ""), (stored[half:], "_down"))
-        for _, _, told in some for key, value in told.items()
-    }  # fmt: skip
-    return GatedProducts(mlp.reads, mlp.gives, tuple(name for name, _, _ in stored), {**mlp.attributes, **said})
+def _stored(view: GraphView, mlp: GatedProducts) -> tuple[GatedProducts, frozenset[int]]:
+    """With weights as they are stored, and the places of the nodes before the branch that make them of these."""
+    codes, scales, zeros, *of_down = mlp.constants
+    up, down = stored_weights(view, codes, scales), stored_weights(view, *of_down[:2])
+    said = {**up.said, **{f"{key}_down": value for key, value in down.said.items()}}
+    constants = (up.codes, up.scales, zeros, down.codes, down.scales, of_down[2])
+    return GatedProducts(mlp.reads, mlp.gives, constants, {**mlp.attributes, **said}), up.chain | down.chain
 
 
 def _gathered(view: GraphView, name: str, rows: str) -> str | None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from edgellm_runtime.graphs.graph_view import Constant, GraphView
-from edgellm_runtime.graphs.narrow_scales import stored_scales
 from edgellm_runtime.graphs.own_attention import DOMAIN
-from edgellm_runtime.graphs.three_bits import StoredCodes, stored_codes
+from edgellm_runtime.graphs.stored_weights import stored_weights
 from edgellm_runtime.graphs.writer import Node
 
 __all__ = ["GATHER", "gather_chain", "own_gather"]
@@ -31,8 +30,7 @@ def own_gather(view: GraphView, place: int) -> Node | None:
     points = view.constants.get(zeros[0]) if zeros and zeros[0] else None
     if set(view.attributes(place)) - _READ or given.get("gather_axis", 0) != 0 or bits not in _BITS:
         return None
-    scale, three = view.constants.get(scales), stored_codes(view, codes) if bits == 4 else None
-    rows, width = _stored_size(three, scale) if three is not None else _size(view.constants.get(codes), bits)
+    scale, (rows, width) = view.constants.get(scales), _size(view.constants.get(codes), bits)
     if not width or block < _LEAST_BLOCK:
         return None
     if given.get("quantize_axis", 1) not in (1, -1) or asked is None or asked.dtype != "int64":
@@ -42,20 +40,16 @@ def own_gather(view: GraphView, place: int) -> Node | None:
         return None
     if bool(zeros and zeros[0]) and (points is None or points.dtype != "uint8"):
         return None
-    if three is not None:
-        codes, bits = three.name, 3
-    sizes = {"N": rows, "K": width, "bits": bits, "block_size": block, "zeros": int(points is not None)}
-    scales, _, said = stored_scales(view, scales)
-    sizes |= said
-    inputs = [places, codes, scales, *(zeros if points is not None else [])]
+    stored = stored_weights(view, codes, scales)
+    sizes = {"N": rows, "K": width, "bits": bits, "block_size": block, "zeros": int(points is not None), **stored.said}
+    inputs = [places, stored.codes, stored.scales, *(zeros if points is not None else [])]
     return Node(GATHER, inputs, node.outputs, sizes, domain=DOMAIN, name=node.name)
 
 
 def gather_chain(view: GraphView, place: int) -> frozenset[int]:
     """Places of the nodes before a look-up that the operator stands for as well."""
     codes, _, scales, *_ = view.node(place).inputs
-    three = stored_codes(view, codes)
-    return stored_scales(view, scales)[1] | (three.chain if three is not None else frozenset())
+    return stored_weights(view, codes, scales).chain
 
 
 def _size(table: Constant | None, bits: int) -> tuple[int, int]:
@@ -63,9 +57,3 @@ def _size(table: Constant | None, bits: int) -> tuple[int, int]:
     if table is None or table.dims is None or len(table.dims) != 2 or table.dtype != "uint8":
         return 0, 0
     return table.dims[0], table.dims[1] * 8 // bits
-
-
-def _stored_size(stored: StoredCodes, scale: Constant | None) -> tuple[int, int]:
-    """The same of 3-bit codes, which do not tell it by themselves."""
-    rows = scale.dims[0] if scale is not None and scale.dims else 0
-    return (rows, stored.codes // rows) if rows and stored.codes % rows == 0 else (0, 0)

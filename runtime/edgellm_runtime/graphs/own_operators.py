@@ -14,13 +14,12 @@ from dataclasses import dataclass, field, replace
 from math import isclose
 
 from edgellm_runtime.graphs.graph_view import GraphView, nodes_as_they_should_be
-from edgellm_runtime.graphs.narrow_scales import narrow_scales, stored_scales
 from edgellm_runtime.graphs.onnx_file import ReadGraph
 from edgellm_runtime.graphs.own_attention import DOMAIN, own_attention
 from edgellm_runtime.graphs.own_experts import GatedProducts, own_experts
 from edgellm_runtime.graphs.own_gather import gather_chain, own_gather
 from edgellm_runtime.graphs.rewriting import with_nodes
-from edgellm_runtime.graphs.three_bits import stored_codes
+from edgellm_runtime.graphs.stored_weights import made_weights, stored_weights
 from edgellm_runtime.graphs.writer import Attribute, Node
 
 __all__ = ["BITS", "BLOCKS", "DOMAIN", "OPERATORS", "UNIT", "with_own_operators"]
@@ -124,7 +123,7 @@ def with_own_operators(graph: bytes | ReadGraph, keep: Collection[str] = ()) -> 
 
 def _swapped(read: ReadGraph, keep: Collection[str]) -> tuple[bytes, tuple[Node, ...]]:
     view = GraphView(read.model, keep)
-    view.constants |= dict(narrow_scales(view))
+    view.constants |= dict(made_weights(view))
     operations = list(_operations(view))
     there: dict[int, list[Node]] = {operation.last.place: [operation.node(view.node(operation.last.place).name)]
                                     for operation in operations}  # fmt: skip
@@ -199,20 +198,17 @@ def _block_product(view: GraphView, place: int) -> _Product | None:
     bits, block, width = given.get("bits", 4), given.get("block_size"), given.get("K", 0)
     if bits not in BITS or block not in BLOCKS or given.get("accuracy_level", 0) != 4 or len(matrix) not in (2, 3):
         return None
-    three = stored_codes(view, matrix[0]) if bits == 4 else None  # whose 3 bits the operator reads as they are
-    if three is not None:
-        if three.codes != given.get("N", 0) * -(-width // int(block)) * int(block):
-            return None
-        matrix, bits = (three.name, *matrix[1:]), 3
     constants = [view.constants.get(name) for name in matrix]
     if [c and c.dtype for c in constants] != ["uint8", "float32", "uint8"][: len(matrix)]:
         return None
-    sizes = {"N": given.get("N", 0), "K": width, "bits": bits, "block_size": int(block or 0), "sums": 0}
+    outputs, columns = given.get("N", 0), -(-width // int(block)) * int(block)
+    if constants[0] is None or 8 * constants[0].size != outputs * columns * bits:
+        return None
     codes, scales, zeros = (*matrix, "")[:3]
-    scales, cast, said = stored_scales(view, scales)
-    sizes |= said
-    chain = cast | {place} | (three.chain if three is not None else frozenset())
-    product = _Product(place, node.inputs[0], node.outputs[0], (codes, scales, zeros), sizes, chain)
+    stored = stored_weights(view, codes, scales)
+    sizes = {"N": outputs, "K": width, "bits": bits, "block_size": int(block), "sums": 0, **stored.said}
+    constant_names = (stored.codes, stored.scales, zeros)
+    product = _Product(place, node.inputs[0], node.outputs[0], constant_names, sizes, stored.chain | {place})
     return _with_sums(view, product)
 
 

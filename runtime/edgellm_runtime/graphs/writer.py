@@ -31,6 +31,7 @@ ELEMENT_TYPES: Mapping[str, int] = {
 _IR_VERSION, _OPSET = 10, 21
 _FLOAT, _INT, _STRING, _TENSOR, _INTS = 1, 2, 3, 4, 7  # of AttributeProto.AttributeType
 _FIXED32 = 5
+_SHORT = tuple(bytes([value]) for value in range(0x80))  # numbers of one byte, which most are
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,8 @@ def number(field_number: int, value: int) -> bytes:
 
 
 def _varint(value: int) -> bytes:
+    if 0 <= value < len(_SHORT):
+        return _SHORT[value]
     value &= (1 << 64) - 1  # a negative number is written as its two's complement
     out = bytearray()
     while True:

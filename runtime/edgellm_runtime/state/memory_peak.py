@@ -115,7 +115,9 @@ def _weights(model: Message) -> dict[str, int]:
     times |= {node.inputs[0]: 5 for node in nodes if node.op == "Split" and node.inputs}  # so too bytes of scales
     times |= {name: count * _SPREAD for name, count in _spread(model).items()}
     times |= {name: _SPREAD for node in nodes if _reads_three_bits(node) for name in node.inputs if name in codes}
-    in_files = {node.inputs[1] for node in nodes if node.op == GATHER and "external_data" in known[node.inputs[1]]}
+    in_files = {
+        node.inputs[1] for node in nodes if node.op == GATHER and "external_data" in known.get(node.inputs[1], ())
+    }
     in_files -= {name for node in nodes for place, name in enumerate(node.inputs) if (node.op, place) != (GATHER, 1)}
     return {name: int(_bytes(tensor) * times.get(name, 1)) for name, tensor in known.items() if name not in in_files}
 
