@@ -351,7 +351,9 @@ def _prove(
     verification = verify(bundle, session, measured=False)
     checks = (*parity.checks(dict(bundle.manifest.bounds)), *verification.checks)
     if any(not check.ok for check in checks):
-        raise ParityError(unequal(checks, bundle.manifest.dtype, bundle.manifest.quantization.get("method") != "none"))
+        how = bundle.manifest.quantization
+        caches = how.get("cache_dtype", "int8") if "cache" in how else ""
+        raise ParityError(unequal(checks, bundle.manifest.dtype, how.get("method", "none"), caches))
     return parity, verification
 
 

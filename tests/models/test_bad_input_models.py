@@ -257,14 +257,15 @@ def test_unequal_figures_are_named_once_with_what_to_do() -> None:
         held("kl", 2.0, 1e-4),
         held("top1", 1, 0.9),
     ]
-    said = unequal(checks, "float16", False)
+    said = unequal(checks, "float16", "none")
     assert said.count("logits") == said.count("kl") == 1
     assert "top1" not in said
     assert (
         "logits is nan, bound 0.0001; kl is 2, bound 0.0001; its numbers are beyond what float16 holds, so use" in said
     )
-    assert "hold its steps against the whole in PyTorch" in unequal(checks[2:], "float32", False)
-    assert "try another --quantize" in unequal(checks[2:], "float32", True)
+    assert "hold its steps against the whole in PyTorch" in unequal(checks[2:], "float32", "none")
+    assert "try another --quantize; no bundle" in unequal(checks[2:], "float32", "int4")
+    assert "give a smaller --max-kl, or leave the cache in int8 out" in unequal(checks[2:], "float32", "auto", "int8")
 
 
 def test_forward_that_loops_over_tokens() -> None:

@@ -137,13 +137,14 @@ def _perplexity(nats: Sequence[Array]) -> float:
     return float(np.exp(found.mean())) if len(found) else float("nan")
 
 
-def unequal(checks: Sequence[Check], dtype: str, quantized: bool) -> str:
+def unequal(checks: Sequence[Check], dtype: str, method: str, caches: str = "") -> str:
     """A sentence on checks some of which do not hold: each figure once, as it is worst, and what to do.
 
     Args:
         checks: of one bundle.
         dtype: what it computes in.
-        quantized: whether its weights are.
+        method: that its weights are quantized by, or ``none``.
+        caches: what keys and values are kept in, if in fewer bits.
     """
     worst: dict[str, Check] = {}
     for check in (c for c in checks if not c.ok):
@@ -158,13 +159,16 @@ def unequal(checks: Sequence[Check], dtype: str, quantized: bool) -> str:
         remedy = "it gives NaN or infinite numbers, so look for a softmax over nothing, a log or a division by zero"
     elif dtype != "float32":
         remedy = f"{dtype} may be too coarse for it, so try another dtype"
-    elif quantized:
+    elif method == "auto":
+        remedy = "formats that hold the limit on the text may not on others, so give a smaller --max-kl"
+    elif method != "none":
         remedy = "its weights may need a finer format, so try another --quantize"
     else:
         remedy = (
             "its forward may give other numbers in steps than at once, so hold its steps against the whole in PyTorch, "
             "with padding and with a past"
         )
+    remedy += f", or leave the cache in {caches} out" if caches else ""
     return f"the bundle does not compute what PyTorch computes: {figures}; {remedy}; no bundle was written"
 
 
