@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edgellm_runtime.backends.ort import library
-from edgellm_runtime.backends.own_attention_trial import AttentionForm, attention_error
+from edgellm_runtime.backends.own_attention_trial import AttentionForm, attention_error, attention_form
 from edgellm_runtime.backends.own_kernels import find
 from edgellm_runtime.backends.own_trial import OWN_BOUND
 from edgellm_runtime.graphs.own_attention import ATTENTIONS, DOMAIN
@@ -102,8 +102,10 @@ def test_attention_over_a_cache_is_theirs(narrow: bool, change: dict[str, Any]) 
     inputs += ["q_norm", "k0_norm"] if normed else ["", ""] if narrow else []
     inputs += ["ks", "vs"] if narrow else []
     sizes |= {"window": change.get("window", 0), "norms": int(normed), "epsilon": float(np.float32(1e-5 * normed))}
+    sizes |= {"head_size": SIZE}
     outputs = ("y", "next_k", "next_v")
     assert node == Node(ATTENTIONS["int8" if narrow else "float32"], inputs, outputs, sizes, domain=DOMAIN, name="a")
+    assert attention_form(node).size == SIZE  # so that what is tried at load is what runs
 
 
 @pytest.mark.parametrize(
@@ -336,11 +338,12 @@ def test_a_later_token_and_slots_not_in_use_spoil_nothing(kind: str, wrong: floa
 
 
 @pytest.mark.parametrize("op", ATTENTIONS.values())
-@pytest.mark.parametrize("together", [1, 3])
-def test_the_trial_at_load_finds_it_right(op: str, together: int) -> None:
+@pytest.mark.parametrize(("together", "size"), [(1, 64), (3, 128), (3, 48)])
+def test_the_trial_at_load_finds_it_right(op: str, together: int, size: int) -> None:
     kernels()
     for window, turned, normed in ((False, True, False), (True, False, True), (False, True, True)):
-        assert 0 < attention_error(AttentionForm(op, together, window, turned, normed)) < OWN_BOUND / 100
+        error = attention_error(AttentionForm(op, size, together, window, turned, normed))
+        assert 0 < error < OWN_BOUND / (50 if op == ATTENTIONS["int8"] else 1000)  # numbers of 16 bits, and of 32
 
 
 def test_a_graph_that_names_more_tokens_than_its_rows_hold_gets_no_more_memory() -> None:

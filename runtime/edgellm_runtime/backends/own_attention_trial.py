@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from edgellm_runtime.graphs.writer import Attribute, Node, Shape, graph_bytes
 __all__ = ["AttentionForm", "attention_error", "attention_form"]
 
 Array = NDArray[Any]
-_SIZE, _SLOTS, _SCALE, _WINDOW, _TURNED, _EPSILON = 32, 600, 0.2, 40, 16, 1e-5
+_SLOTS, _WINDOW, _TURNED, _EPSILON = 600, 40, 16, 1e-5
 # Tokens that each row holds, and new ones: a prompt of rows of two lengths, a token, a piece over more than a chunk,
 # and one that is long enough for keys to be turned for it (kFewQueries).
 _STEPS = (([0, 0], [7, 5]), ([300, 12], [1, 1]), ([511], [5]), ([250], [64]))
@@ -27,6 +28,7 @@ class AttentionForm:
 
     Args:
         op: the operator.
+        size: of a head; some have code of their own.
         together: heads that share one head of the cache.
         window: whether a token sees only so many before it.
         turned: whether queries and keys are turned by their positions.
@@ -34,21 +36,22 @@ class AttentionForm:
     """
 
     op: str
+    size: int
     together: int
     window: bool
     turned: bool
     normed: bool = False
 
     def __str__(self) -> str:
-        return f"{self.op} of {self.together} heads to one of the cache"
+        return f"{self.op} of {self.together} heads of {self.size} to one of the cache"
 
 
 def attention_form(node: Node) -> AttentionForm:
     """The kind of a node."""
-    heads, cached = (node.attributes[name] for name in ("num_heads", "kv_num_heads"))
-    assert isinstance(heads, int) and isinstance(cached, int)
+    heads, cached, size = (node.attributes[name] for name in ("num_heads", "kv_num_heads", "head_size"))
+    assert isinstance(heads, int) and isinstance(cached, int) and isinstance(size, int)
     window, turned, normed = (bool(node.attributes[name]) for name in ("window", "do_rotary", "norms"))
-    return AttentionForm(node.op, heads // cached, window, turned, normed)
+    return AttentionForm(node.op, size, heads // cached, window, turned, normed)
 
 
 def attention_error(form: AttentionForm) -> float:
@@ -72,9 +75,9 @@ class _Trial:
         self.form, self.draw = form, np.random.default_rng(7)
         self.cache = next(dtype for dtype, op in ATTENTIONS.items() if op == form.op)
         self.narrow = self.cache == "int8"
-        self.heads = 2 * form.together
-        self.scales = self.draw.uniform(0.01, 0.02, (2, 2, _SIZE)).astype(np.float32)  # of keys and of values
-        self.norms = self.draw.uniform(0.5, 1.5, (2, _SIZE)).astype(np.float32)  # of queries and of keys
+        self.heads, self.scale = 2 * form.together, 1 / math.sqrt(form.size)
+        self.scales = self.draw.uniform(0.01, 0.02, (2, 2, form.size)).astype(np.float32)  # of keys and of values
+        self.norms = self.draw.uniform(0.5, 1.5, (2, form.size)).astype(np.float32)  # of queries and of keys
         angles = self.draw.uniform(0, 6, (_SLOTS, _TURNED // 2))
         self.tables = [np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)]
         self.session = trial_session(self._graph(), threads=2)
@@ -91,7 +94,7 @@ class _Trial:
         while not inputs[-1]:
             inputs.pop()
         sizes: dict[str, Attribute] = {
-            "num_heads": self.heads, "kv_num_heads": 2, "scale": _SCALE, "do_rotary": int(self.form.turned),
+            "num_heads": self.heads, "kv_num_heads": 2, "scale": self.scale, "do_rotary": int(self.form.turned),
             "window": _WINDOW * self.form.window, "norms": int(self.form.normed), "epsilon": _EPSILON,
         }  # fmt: skip
         shapes: dict[str, Shape] = {"longest": []}
@@ -101,11 +104,11 @@ class _Trial:
 
     def error(self, past: Array, new: Array) -> float:
         """Of one step, for rows that hold ``past`` tokens and read ``new`` ones."""
-        shape = (len(past), 2, _SLOTS, _SIZE)
+        shape = (len(past), 2, _SLOTS, self.form.size)
         caches = [self.draw.standard_normal(shape).astype(self.cache) for _ in range(2)]
         if self.narrow:
             caches = [self.draw.integers(-128, 128, shape).astype(np.int8) for _ in range(2)]
-        x = self.draw.standard_normal((len(past), new.max(), (self.heads + 4) * _SIZE)).astype(np.float32)
+        x = self.draw.standard_normal((len(past), new.max(), (self.heads + 4) * self.form.size)).astype(np.float32)
         last = (past + new - 1).astype(np.int32)
         given = {"x": x, "k": caches[0], "v": caches[1], "last": last, "longest": np.array(last.max() + 1, np.int32)}
         y, *present = self.session.run(None, given)
@@ -119,7 +122,7 @@ class _Trial:
 
     def _row(self, x: Array, caches: list[Array], past: int) -> tuple[Array, Array, Array]:
         """The result of one row's tokens (time, features), and its keys and values (heads, slots, size)."""
-        parts = x.reshape(len(x), -1, _SIZE).transpose(1, 0, 2)
+        parts = x.reshape(len(x), -1, self.form.size).transpose(1, 0, 2)
         queries, keys, values = np.split(parts, [self.heads, self.heads + 2])
         places = past + np.arange(len(x))
         queries, keys = (
@@ -134,7 +137,7 @@ class _Trial:
             held.append(np.concatenate([cache[:, :past], fresh], 1).astype(np.float64))
         wide = [h * scale[:, None] if self.narrow else h for h, scale in zip(held, self.scales, strict=True)]
         k, v = (np.repeat(each, self.form.together, 0) for each in wide)
-        scores = _SCALE * queries.astype(np.float64) @ k.transpose(0, 2, 1)
+        scores = self.scale * queries.astype(np.float64) @ k.transpose(0, 2, 1)
         apart = places[:, None] - np.arange(scores.shape[-1])
         unseen = (apart < 0) | (self.form.window & (apart >= _WINDOW))
         weights = np.exp(np.where(unseen, -np.inf, scores - scores.max(-1, keepdims=True)))

@@ -128,6 +128,7 @@ def own_attention(view: GraphView, place: int) -> OwnAttention | None:
     found = None if source is None else _attributes(attributes, source, (bool(cosines), bool(sines)))
     if source is None or found is None:
         return None
+    found["head_size"] = caches.size  # which the operator sees by itself, but not who asks whether it is right
     inputs = [source.packed, *caches.past, last, longest, cosines, sines, *source.norms, k_scale, v_scale]
     while not inputs[-1]:
         inputs.pop()
