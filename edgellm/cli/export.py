@@ -16,6 +16,7 @@ from edgellm.cli.checkpoints import read_checkpoint, road_options
 from edgellm.cli.defaults import options_text
 from edgellm.cli.engine import EngineFlags, building_options
 from edgellm.cli.progress import stages
+from edgellm.cli.quantization_text import cache_rows
 from edgellm.cli.receipt import summary_row, text_for_export
 from edgellm.cli.standard_streams import print_json
 from edgellm.cli.threads import threads_option
@@ -265,18 +266,6 @@ def _summary(exported: Exported, loaded: Checkpoint, target: str, dtype: str, qu
 _TOLD = ("cache", "cache_dtype", "cache_left", "budget", "predicted_kl", "held_out")  # of the manifest's quantization
 
 
-def _cache(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """How many states are kept in fewer bits, and which are not though that was asked for."""
-    if "cache" not in result:
-        return []
-    left: dict[str, str] = result.get("cache_left", {})
-    shown = ", ".join(f"{name} ({why})" for name, why in list(left.items())[:2])
-    more = f", and {len(left) - 2} more" if len(left) > 2 else ""
-    kept = f"{len(result['cache'])} of {len(result['cache']) + len(left)} states"
-    bits = 16 if result.get("cache_dtype") == "float16" else 8
-    return [(f"keys and values in {bits} bits", f"{kept}{f'; not {shown}{more}' if left else ''}")]
-
-
 def _generation(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The options that the bundle sets, where it sets any."""
     return [("generates with", options_text(result["generation"]))] if result["generation"] else []
@@ -317,7 +306,7 @@ def print_summary(result: dict[str, Any]) -> None:
         ("size", f"{result['bytes'] / 1e6:.1f} MB, {result['bits_per_weight']:.2f} bits a weight"),
         (f"KL from PyTorch, {parity['tokens']} tokens", f"{parity['kl_mean']:.2e} nats"),
         ("same most likely token", f"{parity['top1_agreement']:.1%}"),
-        *_cache(result),
+        *cache_rows(result),
         *_compared(result),
         *_held_out(result),
         *summary_row(result["receipt"]),

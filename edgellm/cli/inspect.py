@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from edgellm.cli.defaults import options_text
+from edgellm.cli.quantization_text import quantization_rows
 from edgellm.cli.standard_streams import print_json
 from edgellm_runtime.json_text import json_text
 
@@ -47,7 +48,7 @@ def _print(bundle: Any, context: int | None) -> None:
     table = Table(title=escape(f"{manifest.name} ({bundle.path})"), show_header=False)
     for row in (
         ("target", f"{manifest.target['name']}, {manifest.dtype}, needs {manifest.target.get('requires', {})}"),
-        ("quantization", json_text(manifest.quantization)),
+        *quantization_rows(manifest.quantization),
         (
             "vocabulary, context",
             f"{manifest.signature.outputs[0].shape[-1]:,} tokens, {manifest.max_context:,} at most",

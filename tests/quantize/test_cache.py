@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import CONTEXT, VOCAB, make
 
-from edgellm.cli.export import _cache
+from edgellm.cli.quantization_text import cache_rows
 from edgellm.models.decoder import Decoder
 from edgellm.models.protocol import Step, empty_state
 from edgellm_exporters.errors import ExportError, QuantizeError
@@ -78,7 +78,7 @@ def test_states_that_no_kernel_holds_in_8_bits_stay_float_and_are_named(tmp_path
         assert said["cache_left"] == left
         dtypes = {s.name: s.dtype for s in made.bundle.manifest.signature.state}
         assert {name for name, dtype in dtypes.items() if dtype == "int8"} == set(names)
-        [(_, shown)] = _cache(said)  # a line of the summary
+        [(_, shown)] = cache_rows(said)  # a line of the summary
         assert all(f"{name} ({why})" in shown for name, why in list(left.items())[:2])
         assert shown.startswith(f"2 of {2 + len(left)} states; not ")
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_bundles import attention_bundle, half_bundle
 
-from edgellm.cli.export import _cache
+from edgellm.cli.quantization_text import cache_rows
 from edgellm.models.protocol import LanguageModel, Step, empty_state
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.export import ExportOptions, export
@@ -40,7 +40,7 @@ def test_a_16_bit_cache_is_next_to_float32_at_half_of_the_memory(family: str, tm
     assert {spec.name for spec in specs if spec.dtype == "float16"} == set(said["cache"]) != set()
     assert said["cache_dtype"] == "float16"
     assert all(spec.dtype == "float16" for spec in specs if spec.update == "append")
-    assert _cache(said)[0][0] == "keys and values in 16 bits"
+    assert cache_rows(said)[0][0] == "keys and values in 16 bits"
     report = compare(model, open_session(made.bundle, threads=1), [WINDOW.tolist()])
     assert report.kl < 1e-6
     assert report.logits < 2e-3
