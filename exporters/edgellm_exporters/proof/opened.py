@@ -20,7 +20,7 @@ from edgellm_runtime.spec import Signature
 __all__ = ["open_floats", "open_proof", "open_tapped", "step_backend"]
 
 _WHOLE_BYTES = 576 << 20  # of weights in memory at once, as kernels have put them in order; more are run in sections
-_SECTION_BYTES = 128 << 20
+_SECTION_BYTES = 64 << 20
 
 
 def open_proof(bundle: Bundle, threads: int | None = None) -> Session:

@@ -1,7 +1,7 @@
 """Steps of a graph whose sections are loaded one after the other in each step: slow, in little memory.
 
-The first sections stay loaded as long as that leaves the process below the most it has held; where it had little, each
-step loads all of them anew, in the memory of one.
+From the second step on the first sections stay loaded, as long as that leaves the process below the most it has held;
+where it had little, each step loads all of them anew, in the memory of one.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class SectionBackend(HostBackend):
         self.fetched: dict[str, Array] = {}
         self._memory, self._limit = memory, memory()[1]
         self._kept: dict[int, Any] = {}  # sessions that stay loaded, by the places of their sections
+        self._met = False  # all sections, once: before that none stays, for the next may take more than it seems
+        self._grown = 0  # by the most that a section took once it was loaded
         self._most, self._largest = len(self.sections), max(self.sections, key=lambda section: section.nbytes)
 
     def run(
@@ -101,10 +103,11 @@ class SectionBackend(HostBackend):
             session = self._kept.get(place) or self._load(section)
             values |= self._given(session, section, values, written)
             values |= {name: written[name] for name in section.outputs if name in written}  # later ones may read them
-            if place not in self._kept and len(self._kept) < self._most and self._has_room(self._largest):
+            if self._met and place not in self._kept and len(self._kept) < self._most and self._has_room(self._largest):
                 self._kept[place] = session
             del session
             trim()
+        self._met = True
         self.fetched = {name: values[name] for name in self._fetch}
         state.swap()
         return values
@@ -115,11 +118,18 @@ class SectionBackend(HostBackend):
             self._kept.popitem()
             self._most = len(self._kept)
             trim()
-        return load_graph(section.model, self._graph, self._options)
+        before = self._memory()[0]
+        session = load_graph(section.model, self._graph, self._options)
+        self._grown = max(self._grown, self._memory()[0] - before)
+        return session
 
     def _has_room(self, section: Section) -> bool:
-        """Whether a section can be loaded beside those that are: its weights, as they lie and in order."""
-        return self._memory()[0] + 2 * section.nbytes <= self._limit
+        """Whether a section can be loaded beside those that are: its weights, as they lie and in order.
+
+        Scales of few bits become floats, so that in order they may take more than they do in the file: what the largest
+        section took tells, and loading takes as much as half of that again.
+        """
+        return self._memory()[0] + max(2 * section.nbytes, self._grown * 3 // 2) <= self._limit
 
     def _given(
         self, session: Any, section: Section, values: Mapping[str, Array], written: Mapping[str, Array]
