@@ -14,6 +14,7 @@ from torch import Tensor
 
 from edgellm_exporters.errors import QuantizeError
 from edgellm_exporters.weights.scratch_file import ScratchFile
+from edgellm_runtime.freed_pages import trim
 
 __all__ = ["Curvature"]
 
@@ -77,7 +78,8 @@ class Curvature:
         _invert_lower(work)
         for start in range(0, size, _STEP):
             stop = min(start + _STEP, size)
-            yield work[size - stop : size - start].float().flip(0, 1).triu(start)
+            yield work[size - stop : size - start].float().flip(0, 1).triu_(start)
+            trim()
 
     def _reversed(self) -> Tensor:
         """The matrix in float64, its rows and columns in reverse."""
@@ -85,6 +87,8 @@ class Curvature:
         for part in self._damped():
             work[stop - len(part) : stop] = part.flip(0, 1)
             stop -= len(part)
+            del part
+            trim()  # what is free would be held beside the largest matrix that there is
         work.diagonal().copy_(self._diagonal.flip(0))
         return work
 
