@@ -27,7 +27,9 @@ from edgellm_runtime.state.memory_peak import LIBRARIES, memory_peak
 
 UINT8, FLOAT16 = 2, 10  # as onnx.proto numbers them
 CHILD = """
+import ctypes
 import sys
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # no huge pages, which round up what is small where the system has some to give
 import numpy as np
 from edgellm_runtime import load
 from edgellm_runtime.checks.memory import peak_rss_mb
