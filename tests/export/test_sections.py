@@ -175,7 +175,7 @@ def test_sections_stay_loaded_while_the_process_holds_less_than_it_did(
     """Here it held as much as makes room for two of them."""
     bundle = exported("decoder", "int4", tmp_path)
     expected = steps(unchecked_session(bundle, device="cpu", threads=1, kernels="onnxruntime"))
-    process = Process(15 * MOST, monkeypatch)
+    process = Process(19 * MOST, monkeypatch)
     session, backend = in_sections(bundle, memory=process.memory)
     assert_same_bits(steps(session), expected)
     models = [section.model for section in backend.sections]
@@ -186,7 +186,7 @@ def test_sections_that_stay_loaded_go_where_another_has_no_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle, row = exported("decoder", "int4", tmp_path), np.arange(5)[None]
-    process = Process(15 * MOST, monkeypatch)
+    process = Process(19 * MOST, monkeypatch)
     session, backend = in_sections(bundle, memory=process.memory)
     models, found = [section.model for section in backend.sections], list[Any]()
     for process.besides, loaded in [(0, models), (0, models), (4 * MOST, models[2:]), (0, models[1:])]:

@@ -119,6 +119,7 @@ def measure(
         parts += row
         if number == 0:
             state = _state(reference, own)
+        del reference  # or it would be in memory while the next is computed
         progress((number + 1) / count)
     kl = np.concatenate([p.kl for p in parts])
     return ParityReport(

@@ -127,9 +127,9 @@ class SectionBackend(HostBackend):
         """Whether a section can be loaded beside those that are: its weights, as they lie and in order.
 
         Scales of few bits become floats, so that in order they may take more than they do in the file: what the largest
-        section took tells, and loading takes as much as half of that again.
+        section took tells, of which loading takes up to two and a half times as much for a moment.
         """
-        return self._memory()[0] + max(2 * section.nbytes, self._grown * 3 // 2) <= self._limit
+        return self._memory()[0] + max(2 * section.nbytes, self._grown * 5 // 2) <= self._limit
 
     def _given(
         self, session: Any, section: Section, values: Mapping[str, Array], written: Mapping[str, Array]

@@ -102,6 +102,7 @@ def traces(model: LanguageModel, rows: Sequence[Tokens], sources: Sources = None
             given = {path: tensor[i] for path, tensor in layers.items() if tensor.shape[:2] == tokens.shape}
             yield Trace(list(row), logits[i], used, given, hidden=None if hidden is None else hidden[i])
         start += len(same)
+        del logits, state, hidden, layers, used, given  # or these rows would be in memory beside the next
 
 
 def _answered(model: LanguageModel, row: Tokens, source: Tokens) -> Trace:
