@@ -338,12 +338,12 @@ def test_a_later_token_and_slots_not_in_use_spoil_nothing(kind: str, wrong: floa
 
 
 @pytest.mark.parametrize("op", ATTENTIONS.values())
-@pytest.mark.parametrize(("together", "size"), [(1, 64), (3, 128), (3, 48)])
+@pytest.mark.parametrize(("together", "size"), [(1, 32), (3, 48), (3, 64), (3, 128)])
 def test_the_trial_at_load_finds_it_right(op: str, together: int, size: int) -> None:
     kernels()
     for window, turned, normed in ((False, True, False), (True, False, True), (False, True, True)):
         error = attention_error(AttentionForm(op, size, together, window, turned, normed))
-        assert 0 < error < OWN_BOUND / (50 if op == ATTENTIONS["int8"] else 1000)  # numbers of 16 bits, and of 32
+        assert 0 < error < OWN_BOUND / (100 if op == ATTENTIONS["int8"] else 1000)  # numbers of 16 bits, and of 32
 
 
 def test_a_graph_that_names_more_tokens_than_its_rows_hold_gets_no_more_memory() -> None:

@@ -312,7 +312,7 @@ def test_wrong_shapes_and_inputs_are_refused() -> None:
     with pytest.raises(Exception, match=r"takes float32 rows of 128 numbers|Got invalid dimensions"):
         session(matrix).run(None, {"x": rows(2, 64)[None]})
     for change, said in (
-        ({"codes": matrix.codes[:39]}, "MatMulNBits"),  # left to the library, which refuses it
+        ({"codes": matrix.codes[:39]}, r"MatMulNBits.*shape"),  # left to the library, which refuses it
         ({"scales": matrix.scales[:, :1].copy()}, "scales of another shape"),
         ({"zeros": matrix.zeros[:7]}, "zeros of another shape"),
     ):  # type: ignore[index]
