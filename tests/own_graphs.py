@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tiny_bundles import attention_model, text_assets
 
+from edgellm_exporters.export import ExportOptions, export
 from edgellm_runtime.backends.ort import library
 from edgellm_runtime.backends.own_kernels import find
+from edgellm_runtime.graphs.onnx_file import read_model
 from edgellm_runtime.graphs.writer import Node, graph_bytes
 
 Array = NDArray[Any]
 LIBRARY = "com.microsoft"
 EPSILON = 1e-5
+
+
+@functools.cache
+def bundle(method: str) -> Path:
+    """A small decoder that answers texts, quantized so."""
+    folder = Path(tempfile.mkdtemp()) / "b"
+    export(attention_model(), folder, text=text_assets(), options=ExportOptions(target="cpu", quantize=method))
+    return folder
+
+
+def ops(graph: bytes) -> list[str]:
+    """The kinds of a graph's nodes, in order."""
+    return [node["op_type"].decode() for node in read_model(graph)["graph"]["node"]]
 
 
 def opened(model: bytes | str, threads: int = 2, *, own: bool = True) -> Any:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from expert_graphs import mixture_graph
 from numpy.typing import NDArray
-from own_graphs import LIBRARY, Chain, opened
-from tiny_bundles import attention_model, text_assets
+from own_graphs import LIBRARY, Chain, bundle, opened, ops
 
-from edgellm_exporters.export import ExportOptions, export
 from edgellm_exporters.quantize.plan import Scheme
 from edgellm_exporters.quantize.scales import in_bytes
 from edgellm_runtime import load
@@ -37,17 +32,6 @@ def _kernels() -> None:
 
 
 built = pytest.mark.usefixtures("kernels")
-
-
-@functools.cache
-def bundle(method: str) -> Path:
-    folder = Path(tempfile.mkdtemp()) / "b"
-    export(attention_model(), folder, text=text_assets(), options=ExportOptions(target="cpu", quantize=method))
-    return folder
-
-
-def ops(graph: bytes) -> list[str]:
-    return [node["op_type"].decode() for node in read_model(graph)["graph"]["node"]]
 
 
 def graph(rows: int, width: int, block: int, change: Callable[[Chain], None] = lambda chain: None) -> bytes:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from own_graphs import LIBRARY, Chain, opened
-from tiny_bundles import attention_model, text_assets
+from own_graphs import LIBRARY, Chain, bundle, opened, ops
 
-from edgellm_exporters.export import ExportOptions, export
 from edgellm_runtime import load
 from edgellm_runtime.backends import own_trial
 from edgellm_runtime.backends.kernel_test import packed_codes
@@ -22,7 +18,6 @@ from edgellm_runtime.backends.own_gather_trial import GatherForm, gather_error
 from edgellm_runtime.backends.own_kernels import OwnKernels
 from edgellm_runtime.backends.own_trial import OWN_BOUND, OwnForm, ProductForm, own_error, usable_kernels
 from edgellm_runtime.bundle import GRAPH
-from edgellm_runtime.graphs.onnx_file import read_model
 from edgellm_runtime.graphs.own_operators import with_own_operators
 from edgellm_runtime.graphs.three_bits import PLACES, SHIFTS, condensed
 from edgellm_runtime.graphs.writer import graph_bytes
@@ -37,18 +32,6 @@ def _kernels() -> None:
 
 
 built = pytest.mark.usefixtures("kernels")
-
-
-@functools.cache
-def bundle() -> Path:
-    folder = Path(tempfile.mkdtemp()) / "b"
-    options = ExportOptions(target="cpu", quantize="3:32:asymmetric")
-    export(attention_model(), folder, text=text_assets(), options=options)
-    return folder
-
-
-def ops(graph: bytes) -> list[str]:
-    return [node["op_type"].decode() for node in read_model(graph)["graph"]["node"]]
 
 
 def graph(rows: int, width: int, block: int, change: Callable[[Chain], None] = lambda chain: None) -> bytes:
@@ -83,7 +66,7 @@ def graph(rows: int, width: int, block: int, change: Callable[[Chain], None] = l
 
 
 def test_operators_read_what_is_stored_and_nothing_of_unpacking_is_left() -> None:
-    exported = (bundle() / GRAPH).read_bytes()
+    exported = (bundle("3:32:asymmetric") / GRAPH).read_bytes()
     swapped, nodes = with_own_operators(exported)
     assert {"MatMulNBits", "BitShift", "BitwiseOr"} <= set(ops(exported))
     assert not {"MatMulNBits", "GatherBlockQuantized", "BitShift", "BitwiseAnd", "BitwiseOr"} & set(ops(swapped))
@@ -145,9 +128,9 @@ def test_rows_and_products_are_those_of_onnx_runtime(rows: int, width: int, bloc
 
 @built
 def test_a_bundle_gives_the_same_tokens_on_them() -> None:
-    model = load(bundle(), kernels="own")
+    model = load(bundle("3:32:asymmetric"), kernels="own")
     assert model.session.kernels is not None
-    expected = load(bundle(), kernels="onnxruntime").generate("the", max_new_tokens=8).tokens
+    expected = load(bundle("3:32:asymmetric"), kernels="onnxruntime").generate("the", max_new_tokens=8).tokens
     assert model.generate("the", max_new_tokens=8).tokens == expected
 
 
@@ -158,5 +141,5 @@ def test_an_older_library_is_told_and_onnx_runtime_computes(monkeypatch: pytest.
     monkeypatch.setattr(own_trial, "find", lambda ort: OwnKernels(Path("nowhere"), "none", "of another build"))
     monkeypatch.setattr(own_trial, "own_error", refuse)
     own_trial._known_error.cache_clear()
-    assert usable_kernels(bundle() / GRAPH, "own") is None
+    assert usable_kernels(bundle("3:32:asymmetric") / GRAPH, "own") is None
     assert "does not take" in caplog.text and "install those of this release" in caplog.text
