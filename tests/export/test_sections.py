@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgellm_exporters.export import ExportOptions, export
 from edgellm_exporters.proof import opened, section_backend
+from edgellm_exporters.proof.parity import compare
 from edgellm_exporters.proof.section_backend import SectionBackend
 from edgellm_exporters.proof.sections import sections_of
 from edgellm_runtime.backends.ort import OrtBackend
@@ -194,6 +195,20 @@ def test_sections_that_stay_loaded_go_where_another_has_no_room(
         found.append(session.step(row, session.new_state(1, 5)).copy())
         assert process.loaded == loaded
     assert_same_bits(found[1:], found[:1] * 3)
+
+
+def test_no_section_is_loaded_while_pytorch_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the comparison is that of the whole graph."""
+    bundle, model, rows = exported("decoder", "int4", tmp_path), make("decoder"), [[1, 2, 3], [4, 5, 6, 7]]
+    process, held = Process(999 * MOST, monkeypatch), list[int]()
+    session, _ = in_sections(bundle, memory=process.memory)
+    whole = compare(model, unchecked_session(bundle, device="cpu", threads=1, kernels="onnxruntime"), rows)
+    for _ in range(2):  # from the second step on all stay
+        session.step(np.arange(5)[None], session.new_state(1, 5))
+    assert process.memory()[0] > 0
+    model.register_forward_pre_hook(lambda *_: held.append(process.memory()[0]))
+    assert compare(model, session, rows) == whole
+    assert held == [0, 0]
 
 
 def test_an_export_in_sections_is_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

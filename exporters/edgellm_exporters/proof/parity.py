@@ -202,8 +202,9 @@ def _parts(session: Session, state: State, reference: Trace) -> Iterator[_Part]:
         check_finite(theirs, start)
         targets = row[start + 1 : start + 1 + len(ours)] if session.predicts_tokens else row[:0]
         found = distances(theirs, ours, targets)
-        difference, largest = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
-        yield _Part(difference, largest, found.kl, found.same, found.nll, found.reference_nll)
+        difference = np.max([np.abs(a - b).max() for a, b in zip(ours, theirs, strict=True)])  # no copies of all rows
+        largest = np.maximum(theirs.max(), -theirs.min())
+        yield _Part(float(difference), float(largest), found.kl, found.same, found.nll, found.reference_nll)
 
 
 def _state(reference: Trace, own: State) -> float:

@@ -1,7 +1,8 @@
 """Steps of a graph whose sections are loaded one after the other in each step: slow, in little memory.
 
 From the second step on the first sections stay loaded, as long as that leaves the process below the most it has held;
-where it had little, each step loads all of them anew, in the memory of one.
+where it had little, each step loads all of them anew, in the memory of one. What else wants memory between steps has
+them go by :func:`rest`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +26,17 @@ from edgellm_runtime.graphs.product_parts import with_product_parts
 from edgellm_runtime.spec import Signature
 from edgellm_runtime.state import State
 
-__all__ = ["SectionBackend"]
+__all__ = ["SectionBackend", "rest"]
 
 Array = NDArray[Any]
+_ALL: WeakSet[SectionBackend] = WeakSet()
+
+
+def rest() -> None:
+    """Drop every section of any graph that stayed loaded; the steps after that load them anew."""
+    for backend in _ALL:
+        backend.rest()
+    trim()
 
 
 class SectionBackend(HostBackend):
@@ -68,6 +78,11 @@ class SectionBackend(HostBackend):
         self._met = False  # all sections, once: before that none stays, for the next may take more than it seems
         self._grown = 0  # by the most that a section took once it was loaded
         self._most, self._largest = len(self.sections), max(self.sections, key=lambda section: section.nbytes)
+        _ALL.add(self)
+
+    def rest(self) -> None:
+        """Drop what stayed loaded."""
+        self._kept.clear()
 
     def run(
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State

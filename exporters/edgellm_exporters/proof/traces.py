@@ -15,6 +15,7 @@ from torch import Tensor
 from edgellm.models.protocol import LanguageModel, SourceModel, Step, empty_state, logit_width, with_hidden
 from edgellm_exporters.errors import ParityError
 from edgellm_exporters.graph.layers import layers_recorded
+from edgellm_exporters.proof.section_backend import rest
 from edgellm_exporters.weights.memory import give_back
 from edgellm_runtime.session import Session
 
@@ -79,6 +80,8 @@ class Trace:
 def traces(model: LanguageModel, rows: Sequence[Tokens], sources: Sources = None) -> Iterator[Trace]:
     """Run rows from empty states; neighbours of equal length together, as many as memory allows.
 
+    Sections of graphs that are loaded meanwhile are not while PyTorch runs: its logits would come on top of them.
+
     Args:
         model: the reference, in eval mode.
         rows: token ids, at least one each.
@@ -91,6 +94,7 @@ def traces(model: LanguageModel, rows: Sequence[Tokens], sources: Sources = None
     while start < len(rows):
         length = len(rows[start])
         most = max(1, _LOGITS_BYTES // (4 * length * model.config.vocab_size))
+        rest()
         same = list(itertools.takewhile(lambda row: len(row) == length, rows[start : start + most]))  # noqa: B023
         tokens = torch.tensor([list(row) for row in same])  # (batch, time)
         with layers_recorded(model) as layers:  # type: ignore[arg-type]
