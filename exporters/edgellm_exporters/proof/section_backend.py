@@ -88,7 +88,8 @@ class SectionBackend(HostBackend):
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
     ) -> Array:
         """See :meth:`edgellm_runtime.backends.Backend.run`."""
-        return self._step(tokens, lengths, logit_positions, state)[self._signature.logits.name].astype(np.float32)
+        made = self._step(tokens, lengths, logit_positions, state)
+        return np.asarray(made[self._signature.logits.name], np.float32)
 
     def run_hidden(
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int32], logit_positions: NDArray[np.int64], state: State
@@ -96,7 +97,7 @@ class SectionBackend(HostBackend):
         """See :meth:`edgellm_runtime.backends.Backend.run_hidden`."""
         assert self._signature.hidden is not None
         made = self._step(tokens, lengths, logit_positions, state)
-        return made[self._signature.logits.name].astype(np.float32), made[self._signature.hidden.name]
+        return np.asarray(made[self._signature.logits.name], np.float32), made[self._signature.hidden.name]
 
     def _step(self, tokens: Array, lengths: Array, logit_positions: Array, state: State) -> dict[str, Array]:
         """What there is after all sections, by name."""
