@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from edgellm import streaming
 from edgellm.streaming import OwnWeights, resident
 from edgellm_exporters.auto import saved_tensors
-from edgellm_exporters.auto.fisher import Gathered, Records, _backward, _recording, gather
+from edgellm_exporters.auto.fisher import Gathered, Record, _backward, _recording, gather
 from edgellm_exporters.auto.saved_tensors import SavedTensors
 from edgellm_exporters.quantize.tuning.layer_stream import shell_of
 from edgellm_exporters.weights.scratch_file import ScratchFile
@@ -52,8 +52,8 @@ def gathered_in_memory(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def all_of(found: Gathered) -> dict[str, tuple[Tensor, Tensor]]:
-    every = [(name, records[name]) for records in (found.products, found.lookups) for name in records]
-    return {f"{number}:{name}": pair for number, (name, pair) in enumerate(every)}
+    every = [(name, record) for records in (found.products, found.lookups) for name, record in records.items()]
+    return {f"{number}:{name}": (record.read(), record.gradients()) for number, (name, record) in enumerate(every)}
 
 
 class Counted:
@@ -121,10 +121,22 @@ def test_it_costs_no_reading_to_ask_whether_something_was_gathered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make("decoder")
-    found, reads = gather(model, OwnWeights(model), WINDOWS, tmp_path), list[str]()
-    monkeypatch.setattr(Records, "__getitem__", lambda _self, name: reads.append(name))
+    reads, read = list[Any](), ScratchFile._read
+    monkeypatch.setattr(ScratchFile, "_read", lambda *given: reads.append(given) or read(*given))
+    found = gather(model, OwnWeights(model), WINDOWS, tmp_path)
+    reads.clear()
     assert "layers.0.mlp.up_proj.weight" in found.products and "layers.0.mlp.up_proj.weight" not in found.lookups
     assert not reads
+    found.products["layers.0.mlp.up_proj.weight"].read()
+    assert len(reads) == len(WINDOWS)
+
+
+def test_gradients_of_some_columns_are_those_of_all(tmp_path: Path) -> None:
+    record, given = Record(ScratchFile(tmp_path)), torch.randn(9, 7).bfloat16()
+    for some in (slice(0, 4), slice(4, 9)):
+        record.add(torch.arange(9)[some], given[some])
+    assert torch.equal(record.read(), torch.arange(9)) and torch.equal(record.gradients(), given)
+    assert torch.equal(record.gradients((2, 5)), given[:, 2:5])
 
 
 def test_rows_are_read_alone_even_where_an_axis_of_one_has_any_stride(tmp_path: Path) -> None:

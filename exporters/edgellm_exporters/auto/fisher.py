@@ -18,59 +18,67 @@ from torch import Tensor, nn
 
 from edgellm.streaming import Weights, resident
 from edgellm_exporters.auto.saved_tensors import SavedTensors
-from edgellm_exporters.weights.scratch_file import ScratchFile
+from edgellm_exporters.weights.scratch_file import Reader, ScratchFile
 from edgellm_runtime.freed_pages import trim
 
-__all__ = ["Gathered", "gather"]
+__all__ = ["Gathered", "Record", "gather"]
 
 _STORED = torch.bfloat16  # squares of thousands of them are averaged: 8 bits of each are enough, and halve the memory
 
 
-class Records(Mapping[str, tuple[Tensor, Tensor]]):
-    """Two tensors for each of some names, on disk; both grow by what is added.
+class Record:
+    """What one module read, and the gradients of what it gave, token by token; on disk.
+
+    Args:
+        file: where.
+    """
+
+    def __init__(self, file: ScratchFile) -> None:
+        self._file = file
+        self._parts: list[tuple[Reader, Reader]] = []
+
+    def add(self, read: Tensor, gradients: Tensor) -> None:
+        """Put further tokens behind those that are there.
+
+        Args:
+            read: (tokens, ...).
+            gradients: (tokens, columns), of which some columns can be read alone.
+        """
+        one, other = self._file.write(read.contiguous()), self._file.write(gradients.T.contiguous())
+        assert one is not None and other is not None
+        self._parts.append((one, other))
+
+    def read(self) -> Tensor:
+        """What the module read, (tokens, ...)."""
+        return torch.cat([read() for read, _ in self._parts])
+
+    def gradients(self, columns: tuple[int, int] | None = None) -> Tensor:
+        """Of all columns, or of those from one to before another: (tokens, columns)."""
+        return torch.cat([lying(columns) for _, lying in self._parts], dim=1).T
+
+
+class Records(Mapping[str, Record]):
+    """Records by name.
 
     Args:
         file: where they are.
     """
 
     def __init__(self, file: ScratchFile) -> None:
-        self._file = file
-        self._parts: dict[str, list[tuple[Callable[[], Tensor], Callable[[], Tensor]]]] = {}
-        self._rows: dict[str, int] = {}
+        self._file, self._found = file, dict[str, Record]()
 
-    def add(self, name: str, first: Tensor, second: Tensor) -> None:
-        """Put further rows behind a name's."""
-        one, other = self._file.write(first.contiguous()), self._file.write(second.contiguous())
-        assert one is not None and other is not None
-        self._parts.setdefault(name, []).append((one, other))
-        self._rows[name] = self._rows.get(name, 0) + len(first)
+    def add(self, name: str, read: Tensor, gradients: Tensor) -> None:
+        """Put further tokens behind those of a name."""
+        self._found.setdefault(name, Record(self._file)).add(read, gradients)
 
-    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
-        """Both, read anew."""
-        first, second = zip(*self._parts[name], strict=True)
-        return self._whole(name, first), self._whole(name, second)
-
-    def _whole(self, name: str, readers: Sequence[Callable[[], Tensor]]) -> Tensor:
-        """All rows of one; no more than one part of it is in memory twice."""
-        if len(readers) == 1:
-            return readers[0]()
-        whole, start = torch.empty(0), 0
-        for read in readers:
-            part = read()
-            if not start:
-                whole = part.new_empty(self._rows[name], *part.shape[1:])
-            whole[start : start + len(part)] = part
-            start += len(part)
-        return whole
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._parts  # without reading them
+    def __getitem__(self, name: str) -> Record:
+        return self._found[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._parts)
+        return iter(self._found)
 
     def __len__(self) -> int:
-        return len(self._parts)
+        return len(self._found)
 
 
 @dataclass(frozen=True)
@@ -84,8 +92,8 @@ class Gathered:
         tokens: how many were read.
     """
 
-    products: Mapping[str, tuple[Tensor, Tensor]]
-    lookups: Mapping[str, tuple[Tensor, Tensor]]
+    products: Mapping[str, Record]
+    lookups: Mapping[str, Record]
     tokens: int
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,20 +159,20 @@ class _Source:
         return products or (len(self._parts) == 1 and self._parts[0] in self.seen.lookups)
 
     def costs(self, rounds_inputs: bool, tuned: bool) -> dict[Scheme, float]:
-        """Predicted KL of each format; the weight is read some rows at a time."""
-        product, lookup = self._product(), self.seen.lookups.get(self._parts[0])
-        each = {scheme: _Effects(product, lookup) for scheme in self.candidates.schemes}
-        back = torch.zeros_like(product[0]) if product and rounds_inputs else None  # (tokens, columns)
+        """Predicted KL of each format; the weight and its outputs' gradients are read some rows at a time."""
+        x, lookup = self._inputs(), self._lookup()
+        each = {scheme: _Effects(x, lookup) for scheme in self.candidates.schemes}
+        back = torch.zeros_like(x) if x is not None and rounds_inputs else None  # (tokens, columns)
         for start in range(0, self.candidates.shape[0], _ROWS):
             weight = self._rows(start, min(start + _ROWS, self.candidates.shape[0]))
-            gradient = self._gradient(product, start, start + len(weight)) if product else None
+            gradient = None if x is None else self._gradients(start, start + len(weight))
             for scheme, effects in each.items():
                 effects.add(weight, scheme, start, gradient)
             if back is not None and gradient is not None:
                 back.addmm_(gradient, torch.from_numpy(weight))
         rounded = {}
-        if back is not None and product is not None:
-            rounded = _input_costs(back, product[0], self.candidates.schemes)
+        if back is not None and x is not None:
+            rounded = _input_costs(back, x, self.candidates.schemes)
         factor = _GPTQ_FACTOR_HEAD if self.candidates.role == "head" else GPTQ_FACTOR
         factor *= _TUNED_FACTOR if tuned else 1.0
         found = {}
@@ -184,44 +184,49 @@ class _Source:
         return found
 
     def _rows(self, start: int, stop: int) -> Array:
-        """Some rows of the weight as smoothed, whichever of its parts they are in."""
-        found, before = [], 0
-        for part in self._parts:
-            after = before + self.lengths[part]
-            first, last = max(start, before), min(stop, after)
-            if first < last:
-                found.append(self.weights.rows(part, first - before, last - before).float().numpy())
-            before = after
+        """Some rows of the weight as smoothed."""
+        found = [self.weights.rows(part, *some).float().numpy() for part, some in self._within(start, stop)]
         weight = np.concatenate(found) if len(found) > 1 else found[0]
         columns, rows = self.smoothing.columns.get(self.name), self.smoothing.rows.get(self.name)
         weight = weight if columns is None else weight * columns
         weight = weight if rows is None else weight * rows[start:stop, None]
         return in_range(self.name, np.asarray(weight, dtype=np.float32))
 
-    def _product(self) -> tuple[Tensor, Tensor] | None:
-        """Inputs as smoothed and output gradients as they were seen, or None for what is only looked up in."""
-        names = [part for part in self._parts if part in self.seen.products]
-        if not names:
-            return None
-        x, gradient = self.seen.products[names[0]]
-        if len(names) > 1:
-            gradient = torch.cat([gradient, *(self.seen.products[name][1] for name in names[1:])], dim=1)
-        columns = self.smoothing.columns.get(self.name)
-        x = x.float()
-        return (x if columns is None else x / torch.from_numpy(np.asarray(columns, dtype=np.float32))), gradient
+    def _within(self, start: int, stop: int) -> Iterator[tuple[str, tuple[int, int]]]:
+        """The parts that some rows of the weight are in, and which rows of theirs these are."""
+        before = 0
+        for part in self._parts:
+            after = before + self.lengths[part]
+            first, last = max(start, before), min(stop, after)
+            if first < last:
+                yield part, (first - before, last - before)
+            before = after
 
-    def _gradient(self, product: tuple[Tensor, Tensor], start: int, stop: int) -> Tensor:
-        """Gradients of some outputs as smoothed, (tokens, outputs)."""
-        some, rows = product[1][:, start:stop].float(), self.smoothing.rows.get(self.name)
+    def _inputs(self) -> Tensor | None:
+        """What the product reads, as smoothed: (tokens, columns); None for what is only looked up in."""
+        if self._parts[0] not in self.seen.products:
+            return None
+        x, columns = self.seen.products[self._parts[0]].read().float(), self.smoothing.columns.get(self.name)
+        return x if columns is None else x / torch.from_numpy(np.asarray(columns, dtype=np.float32))
+
+    def _lookup(self) -> tuple[Tensor, Tensor] | None:
+        """Token ids, and the gradients of the rows that were looked up; None for what is not looked up in."""
+        found = self.seen.lookups.get(self._parts[0])
+        return None if found is None else (found.read(), found.gradients())
+
+    def _gradients(self, start: int, stop: int) -> Tensor:
+        """Gradients of some of the product's outputs as smoothed, (tokens, outputs)."""
+        found = [self.seen.products[part].gradients(some) for part, some in self._within(start, stop)]
+        some, rows = torch.cat(found, dim=1).float(), self.smoothing.rows.get(self.name)
         return some if rows is None else some / torch.from_numpy(np.asarray(rows[start:stop], dtype=np.float32))
 
 
 class _Effects:
     """What a weight's error in one format does at each token, in products and in lookups."""
 
-    def __init__(self, product: tuple[Tensor, Tensor] | None, lookup: tuple[Tensor, Tensor] | None) -> None:
-        self._x, self._lookup = None if product is None else product[0], lookup
-        self._product = torch.zeros(0 if product is None else len(product[0]))
+    def __init__(self, x: Tensor | None, lookup: tuple[Tensor, Tensor] | None) -> None:
+        self._x, self._lookup = x, lookup
+        self._product = torch.zeros(0 if x is None else len(x))
         self._looked_up = torch.zeros(0 if lookup is None else len(lookup[0]))
 
     def add(self, weight: Array, scheme: Scheme, start: int, gradient: Tensor | None) -> None:
