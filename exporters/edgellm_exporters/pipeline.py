@@ -53,6 +53,7 @@ from edgellm_runtime.spec import Signature
 __all__ = ["Exported", "Pipeline"]
 
 _ADAPTER_ROWS = 2  # goldens of each adapter
+_MEASURED = ("logits", "kl", "top1", "state", "greedy", "tokens")  # of a parity report, in the manifest
 _FLOAT_ONLY = "float_reference_only"  # in the manifest's quantization: why it has no goldens of the same numbers
 
 
@@ -152,7 +153,7 @@ class Pipeline:
             give_back()
             parity, verification = self._prove(open_one(), reference)
             reference = reference.without_logits()
-        self._keep_measured(parity, reference, same, layers)
+        self._keep_measured(reference, same, layers)
         self._finish(reference)
         return self._exported(parity, verification)
 
@@ -269,6 +270,8 @@ class Pipeline:
         traces, what = reference.traces, "comparing with PyTorch"
         self._progress(what, 0.0)
         parity = measure(session, traces, len(traces), reference.said, partial(self._progress, what))
+        # which verifying goes by: of tokens that are nearer than the format's own error none is the likelier
+        self._save(measured={k: getattr(parity, k) for k in _MEASURED})
         self._progress("verifying goldens", 0.0)
         bundle = Bundle(self._scratch)
         verification = verify(bundle, session, measured=False)
@@ -279,15 +282,12 @@ class Pipeline:
             raise ParityError(unequal(checks, bundle.manifest.dtype, how.get("method", "none"), caches))
         return parity, verification
 
-    def _keep_measured(
-        self, parity: ParityReport, reference: _Reference, same: ExactTraces, layers: list[str]
-    ) -> None:  # fmt: skip
-        """In the manifest, what was measured, and the bounds that follow from it."""
-        measured = {k: getattr(parity, k) for k in ("logits", "kl", "top1", "state", "greedy", "tokens")}
+    def _keep_measured(self, reference: _Reference, same: ExactTraces, layers: list[str]) -> None:
+        """In the manifest, what else was measured, and the bounds that follow from it."""
         self._manifest, exact = with_measured_bounds(
             self._scratch, self._manifest, same, reference.traces[0], layers, reference.far or same.far
         )
-        self._save(measured=measured | exact, receipt=reference.receipt)
+        self._save(measured={**self._manifest.measured, **exact}, receipt=reference.receipt)
 
     def _finish(self, reference: _Reference) -> None:
         """What is made of proved graphs, and a head that drafts for them."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from families import make
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgellm_exporters.export import ExportOptions, export
 from edgellm_runtime.checks.distance import favourites, tie_width
 from edgellm_runtime.checks.goldens import Golden
+from edgellm_runtime.checks.verify import Check, Verification, verify
+from edgellm_runtime.loading import unchecked_session
 
 LOGITS = np.array([[3.0, 2.9, 1.0], [5.0, 2.0, 1.0], [0.5, 0.5, 0.2]])
 IDS = np.array([[4, 2, 7], [1, 3, 5], [6, 0, 9]])
@@ -54,3 +59,15 @@ def test_a_kl_divergence_is_that_of_errors_as_wide_as_a_tie(seed: int, error: fl
     p, q = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in (logits, spoilt))
     kl = float((np.exp(p) * (p - q)).sum(1).mean())
     assert tie_width({"kl": kl}, {"kl": 1.0}) == pytest.approx(error, rel=0.2)
+
+
+def top1(verification: Verification) -> Check:
+    return next(check for check in verification.checks if check.name == "top1")
+
+
+@pytest.mark.parametrize("family", ["decoder", "mixed"])
+def test_an_export_counts_ties_as_verifying_its_bundle_does(family: str, tmp_path: Path) -> None:
+    made = export(make(family), tmp_path / "bundle", options=ExportOptions(quantize="int4", bounds={"top1": 0.0}))
+    session = unchecked_session(made.bundle, device="cpu", threads=1, kernels="onnxruntime")
+    assert top1(made.verification) == top1(verify(made.bundle, session))
+    assert "without ties" in top1(made.verification).what
