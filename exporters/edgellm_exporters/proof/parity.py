@@ -103,7 +103,8 @@ def measure(
     """
     parts: list[_Part] = []
     worst, state, first = 0.0, 0.0, None
-    for number, reference in enumerate(references):
+    number = 0  # enumerate() would hold one reference while the next is computed
+    for reference in references:
         own = session.new_state(1, len(reference.tokens), sources=reference.sources)
         row = list(_parts(session, own, reference))
         if not (largest := np.max([p.largest for p in row])):
@@ -119,8 +120,9 @@ def measure(
         parts += row
         if number == 0:
             state = _state(reference, own)
-        del reference  # or it would be in memory while the next is computed
-        progress((number + 1) / count)
+        del reference, own  # as these would be
+        number += 1  # noqa: SIM113
+        progress(number / count)
     kl = np.concatenate([p.kl for p in parts])
     return ParityReport(
         tokens=len(kl), logits=worst, kl=float(kl.mean()), kl_p99=float(np.percentile(kl, 99)),

@@ -8,6 +8,7 @@ them go by :func:`rest`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -19,6 +20,7 @@ from edgellm_exporters.proof.sections import Section, sections_of
 from edgellm_runtime.backends.base import HostBackend
 from edgellm_runtime.backends.faults import step_fault
 from edgellm_runtime.backends.ort import check_values, library, load_graph, session_options
+from edgellm_runtime.backends.spread_codes import spread_codes
 from edgellm_runtime.checks.memory import memory_now_and_at_most
 from edgellm_runtime.freed_pages import trim
 from edgellm_runtime.graphs.float_inputs import with_float_inputs
@@ -64,8 +66,10 @@ class SectionBackend(HostBackend):
         memory: Callable[[], tuple[int, int]] = memory_now_and_at_most,
     ) -> None:  # fmt: skip
         self._graph, self._signature, self._fetch = graph, signature, tuple(fetch)
-        self._options = session_options(threads, fusions=fusions, float_inputs=float_inputs, weights=graph.parent)
-        self.threads = self._options.intra_op_num_threads
+        self._make_options = partial(
+            session_options, threads, fusions=fusions, float_inputs=float_inputs, weights=graph.parent
+        )
+        self.threads = self._make_options().intra_op_num_threads
         model = with_float_inputs(graph.read_bytes()) if float_inputs else graph.read_bytes()
         self.sections = sections_of(with_product_parts(model, most), most, fetch)
         made = {name for section in self.sections for name in section.outputs}
@@ -135,7 +139,12 @@ class SectionBackend(HostBackend):
             self._most = len(self._kept)
             trim()
         before = self._memory()[0]
-        session = load_graph(section.model, self._graph, self._options)
+        spread, options = spread_codes(section.model, self._graph.parent, section.outputs), self._make_options()
+        if spread.codes:
+            spread.hand_to(options, library())
+        session = load_graph(spread.graph, self._graph, options)
+        del spread, options
+        trim()
         self._grown = max(self._grown, self._memory()[0] - before)
         return session
 

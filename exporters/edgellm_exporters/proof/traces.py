@@ -76,7 +76,6 @@ class Trace:
         return replace(self, logits=self.logits.new_empty(0)).alone()
 
 
-@torch.no_grad()
 def traces(model: LanguageModel, rows: Sequence[Tokens], sources: Sources = None) -> Iterator[Trace]:
     """Run rows from empty states; neighbours of equal length together, as many as memory allows.
 
@@ -97,7 +96,8 @@ def traces(model: LanguageModel, rows: Sequence[Tokens], sources: Sources = None
         rest()
         same = list(itertools.takewhile(lambda row: len(row) == length, rows[start : start + most]))  # noqa: B023
         tokens = torch.tensor([list(row) for row in same])  # (batch, time)
-        with layers_recorded(model) as layers:  # type: ignore[arg-type]
+        # not as a decorator, which would hold what a generator gave while it makes what comes next
+        with torch.no_grad(), layers_recorded(model) as layers:  # type: ignore[arg-type]
             empty = empty_state(model, len(tokens), length)
             (logits, state), hidden = with_hidden(model, tokens, empty, Step.whole(tokens))
         for i, row in enumerate(same):
@@ -109,6 +109,7 @@ def traces(model: LanguageModel, rows: Sequence[Tokens], sources: Sources = None
         del logits, state, hidden, layers, used, given  # or these rows would be in memory beside the next
 
 
+@torch.no_grad()
 def _answered(model: LanguageModel, row: Tokens, source: Tokens) -> Trace:
     """The trace of one row that answers a source."""
     assert isinstance(model, SourceModel)
