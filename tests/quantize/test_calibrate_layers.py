@@ -26,7 +26,7 @@ from edgellm_exporters.quantize.calibrate import quantize_in_turn
 from edgellm_exporters.quantize.calibrate_layers import calls_of
 from edgellm_exporters.quantize.codes_on_disk import ChosenCodes
 from edgellm_exporters.quantize.curvature import Curvature
-from edgellm_exporters.quantize.plan import Codes, Scheme
+from edgellm_exporters.quantize.plan import Codes, Scheme, joined
 from edgellm_exporters.quantize.rtn import round_to_nearest
 from edgellm_exporters.quantize.tuning.layer_stream import _room_for, shell_of
 from edgellm_exporters.weights.scratch_file import ScratchFile
@@ -225,7 +225,7 @@ def test_a_weight_is_quantized_some_rows_at_a_time(monkeypatch: pytest.MonkeyPat
         read.append((start, stop))
         return weight[start:stop]
 
-    found = gptq.gptq_by_rows(rows, 48, Curvature(x.T @ x), SCHEME)
+    found = joined(gptq.gptq_by_rows(rows, 48, Curvature(x.T @ x), SCHEME))
     assert read == [(0, 20), (20, 40), (40, 48)]
     assert (found.codes != whole.codes).mean() < 0.01  # products of fewer rows may be summed in another order
     assert found.codes.shape == whole.codes.shape
@@ -245,8 +245,10 @@ def test_chosen_codes_are_read_whole_and_by_rows_from_disk_and_where_it_is_full(
     codes = {name: round_to_nearest(w.astype(np.float32), SCHEME) for name, w in weights.items()}
     kept = ChosenCodes(tmp_path)
     for name, each in codes.items():
-        kept.add(name, each, SCHEME.bits)
+        third = len(each.codes) // 3  # some parts are kept on disk, and a weight of few codes in memory
+        kept.add(name, (each.of_rows(*rows) for rows in [(0, third), (third, len(each.codes))]), SCHEME.bits)
     assert list(kept) == ["large", "small"] and "other" not in kept
     for name, each in codes.items():
         np.testing.assert_array_equal(kept[name].dequantize(), each.dequantize())
-        np.testing.assert_array_equal(kept.rows(name, 3, 7).dequantize(), each.dequantize()[3:7])
+        for start, stop in [(0, 2), (3, 7), (1, 8), (len(each.codes) // 3, len(each.codes))]:
+            np.testing.assert_array_equal(kept.rows(name, start, stop).dequantize(), each.dequantize()[start:stop])

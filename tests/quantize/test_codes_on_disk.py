@@ -85,8 +85,8 @@ def test_what_was_kept_before_the_disk_was_full_is_read_again_and_the_rest_is_he
     kept = ChosenCodes(tmp_path)
     with room_for(2 * nbytes - 10):
         for name, each in codes.items():
-            kept.add(name, each, 4)
-        assert [kept._disk.has(name) for name in codes] == [True, False, False]
+            kept.add(name, [each], 4)
+        assert [kept._disk.has((name, 0)) for name in codes] == [True, False, False]
         assert all(_same(kept[name], each) for name, each in codes.items())
         assert all(_same(kept.rows(name, 5, 9), each.of_rows(5, 9)) for name, each in codes.items())
 

@@ -151,7 +151,7 @@ def _quantize_at_once(
                 hessian += elsewhere.pop(name) / column / column[:, None]
             weight = in_range(name, (module.weight.detach().float() * column * row).numpy())
             codes = gptq(weight, hessian, schemes[name])
-            found.add(name, codes, schemes[name].kernel_bits)
+            found.add(name, [codes], schemes[name].kernel_bits)
         if is_parametrized(module):
             return  # what it is made of stays; later layers read what it gives as it is
         module.weight = nn.Parameter(torch.from_numpy(found[name].dequantize()) / column / row, requires_grad=False)

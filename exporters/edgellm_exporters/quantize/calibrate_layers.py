@@ -292,9 +292,8 @@ class _Run:
             return
         for name in linears.names:
             rows = partial(self._so_far.smoothed, name)
-            codes = gptq_by_rows(rows, self._so_far.count(name), curvature, self._schemes[name])
-            self.chosen.add(name, codes, self._schemes[name].kernel_bits)
-            del codes
+            parts = gptq_by_rows(rows, self._so_far.count(name), curvature, self._schemes[name])
+            self.chosen.add(name, parts, self._schemes[name].kernel_bits)
             give_back()
 
     def _curvature(self, name: str, call_of: Callable[[range], Call | None]) -> Curvature | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from edgellm_exporters.quantize.plan import Codes, pack, unpack
+from edgellm_exporters.quantize.plan import Codes, joined, pack, unpack
 from edgellm_exporters.weights.scratch_file import Reader, ScratchFile
 
 __all__ = ["ChosenCodes", "CodesOnDisk"]
@@ -91,37 +91,54 @@ class ChosenCodes(Mapping[str, Codes]):
 
     def __init__(self, directory: Path | None) -> None:
         self._disk = CodesOnDisk(directory)
-        self._rows: dict[str, int] = {}
-        self._held: dict[str, Codes] = {}
+        self._parts: dict[str, list[tuple[int, int]]] = {}  # rows from one to before another, by the weight's name
+        self._held: dict[tuple[str, int], Codes] = {}
 
-    def add(self, name: str, codes: Codes, bits: int) -> None:
+    def add(self, name: str, parts: Iterable[Codes], bits: int) -> None:
         """Keep the codes of one weight.
 
         Args:
             name: of the weight.
-            codes: of all its rows.
+            parts: of its codes, rows after rows; no two of them are in memory at once.
             bits: of a code.
         """
-        self._rows[name] = len(codes.codes)
-        self._disk.get(name, bits, lambda: codes)
-        if not self._disk.has(name):
-            self._held[name] = codes
+        places: list[tuple[int, int]] = []
+        start = 0
+        for part in parts:
+            self._keep((name, start), part, bits)
+            places.append((start, start := start + len(part.codes)))
+            del part  # before the next is computed
+        self._parts[name] = places
 
     def rows(self, name: str, start: int, stop: int) -> Codes:
         """Those of some rows."""
-        if name in self._held:
-            return self._held[name].of_rows(start, stop)
-        return self._disk.get(name, 0, lambda: self._held[name], (start, stop))
+        here = [(first, max(start, first), min(stop, last)) for first, last in self._parts[name]]
+        found = [(first, (a - first, b - first)) for first, a, b in here if a < b]
+        if len(found) == 1:
+            return self._part(name, *found[0])
+        return joined((self._part(name, *each) for each in found), stop - start)
+
+    def _keep(self, key: tuple[str, int], codes: Codes, bits: int) -> None:
+        self._disk.get(key, bits, lambda: codes)
+        if not self._disk.has(key):
+            self._held[key] = codes
+
+    def _part(self, name: str, first: int, some: tuple[int, int]) -> Codes:
+        """Some rows of the part that begins at a row."""
+        key = (name, first)
+        if key in self._held:
+            return self._held[key].of_rows(*some)
+        return self._disk.get(key, 0, lambda: self._held[key], some)
 
     def __getitem__(self, name: str) -> Codes:
         """All of one weight's."""
-        return self.rows(name, 0, self._rows[name])
+        return self.rows(name, 0, self._parts[name][-1][1])
 
     def __contains__(self, name: object) -> bool:
-        return name in self._rows
+        return name in self._parts
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
+        return iter(self._parts)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._parts)

@@ -6,7 +6,7 @@ column's error weighted as the method weights it. What comes out is refined (see
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -37,11 +37,11 @@ def gptq(weight: Array, hessian: Tensor, scheme: Scheme) -> Codes:
     Raises:
         QuantizeError: the inputs were not finite.
     """
-    return gptq_by_rows(lambda start, stop: weight[start:stop], len(weight), Curvature(hessian), scheme)
+    parts = gptq_by_rows(lambda start, stop: weight[start:stop], len(weight), Curvature(hessian), scheme)
+    return joined(parts, len(weight))
 
 
-@torch.no_grad()
-def gptq_by_rows(rows: Rows, count: int, curvature: Curvature, scheme: Scheme) -> Codes:
+def gptq_by_rows(rows: Rows, count: int, curvature: Curvature, scheme: Scheme) -> Iterator[Codes]:
     """The same of a weight that is read some rows at a time: no row depends on another.
 
     Args:
@@ -50,14 +50,18 @@ def gptq_by_rows(rows: Rows, count: int, curvature: Curvature, scheme: Scheme) -
         curvature: of the products' inputs.
         scheme: the format.
 
+    Yields:
+        The codes of the rows that were read together, in their order.
+
     Raises:
         QuantizeError: the inputs were not finite.
     """
     step = max(1, _ROWS_BYTES // (4 * curvature.columns))
-    pieces = ((start, min(start + step, count)) for start in range(0, count, step))
-    return joined((_quantized(rows(*piece), curvature, scheme) for piece in pieces), count)
+    for start in range(0, count, step):
+        yield _quantized(rows(start, min(start + step, count)), curvature, scheme)
 
 
+@torch.no_grad()
 def _quantized(weight: Array, curvature: Curvature, scheme: Scheme) -> Codes:
     return refined(weight, _in_turn(weight, curvature.factor(), scheme), curvature.damped(), scheme)
 
