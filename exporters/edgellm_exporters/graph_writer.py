@@ -18,7 +18,7 @@ from edgellm_exporters.auto.automatic import Automatic, quantize_within
 from edgellm_exporters.auto.budget import AUTO, Budget, bounds_of
 from edgellm_exporters.errors import ExportError
 from edgellm_exporters.graph.capture import capture, hidden_of
-from edgellm_exporters.graph.capture_encoder import capture_graphs
+from edgellm_exporters.graph.capture_encoder import Graphs, capture_graphs
 from edgellm_exporters.graph.layers import layer_modules
 from edgellm_exporters.graph.lower import kernel_notes, prepare
 from edgellm_exporters.graph.targets import Target
@@ -95,6 +95,15 @@ class GraphWriter:
 
     def _by_method(self, stand_in: Path | None) -> Quantized:
         """Weights quantized by one method."""
+        graphs, plan = self._planned()
+        hidden = hidden_of(graphs.step)
+        self.graphs.write(graphs, plan, self.scratch, stand_in, self.progress)
+        plan.forget()
+        bounds = find_method(self.options.quantize, self.target.methods).bounds
+        return Quantized(recorded(plan, self.options.quantize), bounds, plan, hidden)
+
+    def _planned(self) -> tuple[Graphs, Plan]:
+        """The graphs before lowering, and which of their weights to quantize how."""
         options, model = self.options, self.model
         graphs = capture_graphs(model, self.weights, hidden=options.hidden)
         for each in graphs.all:
@@ -103,20 +112,16 @@ class GraphWriter:
         give_back()
         gc.freeze()  # so too what tracing made PyTorch keep
         assert isinstance(model, nn.Module)
-        method = find_method(options.quantize, self.target.methods)
+        method, paths = find_method(options.quantize, self.target.methods), list(layer_modules(model))
         plan = make_plan(
             method, graphs.step, model, self.rows, options.calibration, self.progress, self.weights,
-            encoder=graphs.encoder, layers=list(layer_modules(model)), scratch=self.scratch,
+            encoder=graphs.encoder, layers=paths, scratch=self.scratch,
         )  # fmt: skip
         plan.caches = caches
         if options.tuning is not None:
-            paths = list(layer_modules(model))
             plan = tuned(plan, model, self.weights, paths, graphs.all, options.tuning, self.progress)
         give_back()
-        hidden = hidden_of(graphs.step)
-        self.graphs.write(graphs, plan, self.scratch, stand_in, self.progress)
-        plan.forget()
-        return Quantized(recorded(plan, options.quantize), method.bounds, plan, hidden)
+        return graphs, plan
 
     def _within_budget(self, budget: Budget) -> Quantized:
         """Weights in the formats that a search chose."""

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from edgellm.checkpoints import save_checkpoint
 from edgellm.cli import run
-from edgellm_exporters import export as export_module
-from edgellm_exporters import graph_sets
+from edgellm_exporters import graph_sets, graph_writer, pipeline
 from edgellm_exporters.errors import CaptureError, ExportError
 from edgellm_exporters.export import ExportOptions
 from edgellm_exporters.graph.write import GRAPH_FILE
@@ -183,20 +182,18 @@ def there() -> Path:
 @pytest.fixture
 def graphless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the seconds of tracing; what is tested comes after."""
-    monkeypatch.setattr(
-        export_module, "_planned", lambda *_: (SimpleNamespace(step=None, encoder=None, all=()), Plan())
-    )
-    monkeypatch.setattr(export_module, "hidden_of", lambda *_: None)
+    nothing = SimpleNamespace(step=None, encoder=None, all=())
+    monkeypatch.setattr(graph_writer.GraphWriter, "_planned", lambda _: (nothing, Plan()))
+    monkeypatch.setattr(graph_writer, "hidden_of", lambda *_: None)
     monkeypatch.setattr(graph_sets.OneGraph, "_lowered", lambda *_, **__: {GRAPH_FILE: None})
     monkeypatch.setattr(NarrowCaches, "declare", lambda *_: None)
     monkeypatch.setattr(graph_sets, "write_graphs", lambda *_: None)
-    monkeypatch.setattr(export_module, "_session", lambda *_: None)
-    monkeypatch.setattr(export_module, "take_traces", lambda *_, **__: ([None], []))
-    monkeypatch.setattr(export_module, "bounds_with_a_favourite", lambda bounds, _: bounds)
-    monkeypatch.setattr(export_module, "far_start", lambda *_, **__: None)
-    monkeypatch.setattr(export_module, "layers_in", lambda *_: [])
-    monkeypatch.setattr(export_module, "meaning_of", lambda _: {})
-    monkeypatch.setattr(export_module, "Bundle", lambda *_, **__: None)
+    monkeypatch.setattr(pipeline, "take_traces", lambda *_, **__: ([None], []))
+    monkeypatch.setattr(pipeline, "bounds_with_a_favourite", lambda bounds, _: bounds)
+    monkeypatch.setattr(pipeline, "far_start", lambda *_, **__: None)
+    monkeypatch.setattr(pipeline, "layers_in", lambda *_: [])
+    monkeypatch.setattr(pipeline, "meaning_of", lambda _: {})
+    monkeypatch.setattr(pipeline, "Bundle", lambda *_, **__: None)
 
 
 def test_failed_export_leaves_the_bundle_that_was_there(
@@ -211,6 +208,11 @@ def test_failed_export_leaves_the_bundle_that_was_there(
 # while at it
 
 
+def place_of(step: str) -> Any:
+    """What a step of an export is looked up in."""
+    return {"write_graphs": graph_sets, "_write_text": pipeline.Pipeline}.get(step, pipeline)
+
+
 def full(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -220,7 +222,7 @@ def full(*_: object, **__: object) -> None:
 def test_full_disk(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    monkeypatch.setattr(graph_sets if step == "write_graphs" else export_module, step, full)
+    monkeypatch.setattr(place_of(step), step, full)
     message = refused(capsys, checkpoint)
     out = checkpoint.parent / "out"
     assert message == f"{out}: cannot be written (No space left on device); free some space or choose another place"
@@ -234,7 +236,7 @@ def test_interrupt_at_any_step_leaves_nothing(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(graph_sets if step == "write_graphs" else export_module, step, interrupt)
+    monkeypatch.setattr(place_of(step), step, interrupt)
     assert run(["export", str(checkpoint), "-o", str(checkpoint.parent / "out")]) == 130
     assert capsys.readouterr().err.endswith("Error: interrupted\n")
     only(checkpoint.parent, "checkpoint")
