@@ -16,10 +16,12 @@ from families import make
 from onnx import TensorProto, helper, numpy_helper
 
 from edgellm_exporters.export import ExportOptions, export
-from edgellm_exporters.proof import opened, section_backend
+from edgellm_exporters.graph.capture import signature_of
+from edgellm_exporters.proof import opened, parity, section_backend
 from edgellm_exporters.proof.parity import compare
 from edgellm_exporters.proof.section_backend import SectionBackend
 from edgellm_exporters.proof.sections import sections_of
+from edgellm_exporters.proof.torch_backend import TorchBackend
 from edgellm_runtime.backends.ort import OrtBackend
 from edgellm_runtime.bundle import Bundle
 from edgellm_runtime.checks.far import float_session
@@ -66,8 +68,8 @@ def assert_same_bits(one: list[Any], other: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("family", "method"),
     [
-        ("decoder", "none"), ("decoder", "int4"), ("decoder", "w8a8"), ("mixed", "none"),
-        ("windows and soft caps", "int4"),
+        ("decoder", "none"), ("decoder", "int4"), ("decoder", "w8a8"), ("decoder", "3:32:asymmetric"),
+        ("mixed", "none"), ("windows and soft caps", "int4"),
     ],
 )  # fmt: skip
 def test_sections_give_the_bits_of_the_whole_graph(family: str, method: str, tmp_path: Path) -> None:
@@ -209,6 +211,22 @@ def test_no_section_is_loaded_while_pytorch_runs(tmp_path: Path, monkeypatch: py
     model.register_forward_pre_hook(lambda *_: held.append(process.memory()[0]))
     assert compare(model, session, rows) == whole
     assert held == [0, 0]
+
+
+def test_logits_of_a_row_are_gone_when_the_next_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own, and what iterates over them, hold what a generator gave last unless care is taken."""
+    model, given, alive, look = make("decoder"), list[weakref.ref[Any]](), list[bool](), parity._parts
+
+    def noted(session: Session, state: Any, reference: Any) -> Any:
+        given.append(weakref.ref(reference.logits))
+        return look(session, state, reference)
+
+    monkeypatch.setattr(parity, "_parts", noted)
+    model.register_forward_pre_hook(lambda *_: alive.append(any(each() is not None for each in given)))
+    backend = TorchBackend(make("decoder"))
+    session = Session(backend, signature_of(model), max_context=model.config.max_context, ragged_chunks=True)
+    compare(model, session, [[1, 2, 3], [4, 5, 6, 7], [8, 9]])
+    assert alive == [False] * 3 and len(given) == 3
 
 
 def test_an_export_in_sections_is_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
