@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from edgellm_runtime.backends.caches import CacheFile
 from edgellm_runtime.backends.ort import library
 from edgellm_runtime.errors import BackendError
+from edgellm_runtime.freed_pages import trim
 from edgellm_runtime.graphs.onnx_file import nodes_of, read_model
 from edgellm_runtime.graphs.wire import Message
 from edgellm_runtime.graphs.writer import Node, graph_bytes
@@ -196,6 +197,7 @@ def check_kernels(graph: Path, digest: str) -> None:
                 f"install another version of it, or export the model again with {_remedy(form)}"
             )
     cache.write(b"right")
+    trim()  # what the trials took, before weights come
 
 
 @functools.cache

@@ -33,6 +33,7 @@ from edgellm_runtime.backends.own_product_trial import (
 )
 from edgellm_runtime.backends.trial_session import trial_session
 from edgellm_runtime.errors import BackendError, first_line
+from edgellm_runtime.freed_pages import trim
 from edgellm_runtime.graphs.onnx_file import ReadGraph
 from edgellm_runtime.graphs.own_attention import ATTENTIONS, DOMAIN
 from edgellm_runtime.graphs.own_experts import EXPERTS
@@ -168,6 +169,7 @@ def usable_kernels(
                 if (error := _known_error(form)) > OWN_BOUND:
                     raise Unusable(f"edgellm-kernels computes {form} wrong on this processor, by {error:.0%}")
             cache.write(b"right")
+            trim()  # what the trials took, before weights come
     except Unusable as reason:
         tell(str(reason))
         return None
