@@ -157,6 +157,7 @@ def export_checkpoint(
     from edgellm_exporters.atomic import check_destination
     from edgellm_exporters.export import ExportOptions
     from edgellm_exporters.graph.targets import find_target
+    from edgellm_exporters.weights.memory import give_back_large_blocks
 
     start = time.perf_counter()
     budget = with_rates(budget_of(quantize, calibrate, max_kl, max_size_mb, prefer), rates, target)
@@ -167,6 +168,7 @@ def export_checkpoint(
     )  # fmt: skip
     check_destination(output, force=force)
     tell("importing PyTorch", 0.0)
+    give_back_large_blocks()
     limit_torch_threads()
     from edgellm.checkpoints import adapted, checkpoint_directory, switchable
     from edgellm_exporters.export import export as run

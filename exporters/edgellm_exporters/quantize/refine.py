@@ -38,9 +38,9 @@ def refined(weight: NDArray[np.float32], codes: Codes, hessian: Tensor, scheme: 
         piece = _Piece(weight[rows], Codes(codes.codes[rows], scales, codes.zeros[rows]), hessian, scheme)
         for _ in range(sweeps):
             piece.sweep()
-        pieces.append((piece.codes.T, piece.scales.T))
-    found, scales = (torch.cat(parts).numpy() for parts in zip(*pieces, strict=True))
-    return Codes(np.ascontiguousarray(found.astype(np.uint8)), np.ascontiguousarray(scales), codes.zeros)
+        pieces.append((piece.codes.numpy().T, piece.scales.numpy().T))
+    found, scales = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+    return Codes(np.ascontiguousarray(found), np.ascontiguousarray(scales), codes.zeros)
 
 
 class _Piece:
@@ -48,12 +48,13 @@ class _Piece:
 
     def __init__(self, weight: NDArray[np.float32], codes: Codes, hessian: Tensor, scheme: Scheme) -> None:
         self._hessian, self._block, self._scheme = hessian, scheme.block, scheme
-        self.codes = torch.tensor(codes.codes.T).float()
+        self.codes = torch.tensor(codes.codes.T).contiguous()
         self.scales = torch.tensor(codes.scales.T).contiguous()
         self._units = units_of(np.abs(codes.scales))  # (rows, 1), which stay
         self._zeros = torch.tensor(codes.zeros.T).float()
-        error = torch.tensor(codes.dequantize().T - weight.T)
-        self._slope = hessian @ error  # half of how each row's error grows with each of its weights
+        error = codes.dequantize()
+        error -= weight
+        self._slope = hessian @ torch.from_numpy(error).T  # half of how a row's error grows with each of its weights
 
     def sweep(self) -> None:
         """Choose every scale and every code again, block after block."""
@@ -68,7 +69,7 @@ class _Piece:
             wide = levels * self.scales[number]
             slope += own @ (wide - before)
             self._choose(here, number, wide, slope, own)
-            self._slope += self._hessian[:, here] @ (wide - before)
+            self._slope.addmm_(self._hessian[:, here], wide.sub_(before))
 
     def _stored(self, scales: Tensor) -> Tensor:
         """A block's scales (rows,) as the file will hold them."""
