@@ -8,11 +8,11 @@ import os
 
 from edgellm_runtime.freed_pages import trim
 
-__all__ = ["give_back", "give_back_large_blocks"]
+__all__ = ["SET_BY_USERS", "give_back", "give_back_large_blocks"]
 
 _LARGE = 4 << 20  # bytes
 _MMAP_THRESHOLD = -3  # as malloc.h has it
-_SET_BY_USERS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+SET_BY_USERS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")  # by these variables
 
 
 def give_back() -> None:
@@ -28,7 +28,7 @@ def give_back_large_blocks() -> None:
     (mallopt(3)): exports that use blocks of many sizes were seen to hold 250 MiB for nothing. A user's own settings in
     the environment stay.
     """
-    if any(name in os.environ for name in _SET_BY_USERS):
+    if any(name in os.environ for name in SET_BY_USERS):
         return
     try:
         set_option = ctypes.CDLL(None).mallopt
