@@ -66,10 +66,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str | Non
 
 
 @pytest.fixture(scope="module", params=[("cpu", "none"), ("onnx", "none"), ("cpu", "int8")])
-def bundle(request: pytest.FixtureRequest, made: tuple[Path, dict[str | None, np.ndarray]]) -> tuple[Path, str]:
-    """A bundle with both adapters."""
+def bundle(
+    request: pytest.FixtureRequest, made: tuple[Path, dict[str | None, np.ndarray]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, str]:  # fmt: skip
+    """A bundle with both adapters; one more where pytest comes back to the parameters, as in another order it does."""
     (folder, _), (target, quantize) = made, request.param
-    there = folder / f"{target}-{quantize}"
+    there = tmp_path_factory.mktemp("bundles") / f"{target}-{quantize}"
     given = [option for name in ADAPTERS for option in ("--adapter", f"{name}={folder / name}")]
     result = CliRunner().invoke(
         export, [str(folder / "base"), "-o", str(there), "--target", target, "--quantize", quantize, "--json", *given]

@@ -16,6 +16,7 @@ import torch
 from engine_rows import CAPABILITY, PRECISIONS
 from families import CONTEXT, EVERY, FAMILIES, VOCAB, make
 from source_models import SOURCE_FAMILIES, t5_model
+from tiny_bundles import copied
 
 from edgellm.cli import run
 from edgellm.models.layers import GatedDeltaMixer, RecurrentMixer, SelectiveMixer, SelfAttention
@@ -210,7 +211,10 @@ def test_the_bundle_runs_on_the_cpu_and_keeps_to_its_context(bundle: Path) -> No
         session.step(np.zeros((2, 9), np.int64), state)
 
 
-def test_build_replaces_the_engines_and_nothing_else(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_build_replaces_the_engines_and_nothing_else(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    bundle = copied(bundle, tmp_path)
     before = Bundle(bundle).manifest
     assert run(["build", str(bundle), "--compute-capability", "12.0", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)

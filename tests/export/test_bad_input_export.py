@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -264,15 +265,26 @@ def test_signal_in_the_middle_of_an_export_leaves_nothing(checkpoint: Path, numb
             if "capturing" in line:
                 break
         time.sleep(0.3)
+        heard, lines = threading.Event(), list[str]()
+
+        def listen() -> None:
+            for line in process.stderr or ():
+                lines.append(line)
+                if "interrupted" in line:
+                    heard.set()
+            heard.set()  # it has ended
+
+        listening = threading.Thread(target=listen)
+        listening.start()
         for _ in range(5):  # Python drops an interrupt that falls into a finalizer; people press the keys again
             process.send_signal(number)
-            try:
-                output, errors = process.communicate(timeout=1.5)
+            if heard.wait(3):  # one more would end it at once, before it has cleared up
                 break
-            except subprocess.TimeoutExpired:
-                continue
-        else:
-            output, errors = process.communicate(timeout=60)
+        process.wait(60)
+        listening.join(60)
+        assert process.stdout is not None
+        output = process.stdout.read()
+        errors = "".join(lines)
     assert process.returncode == 130, errors
     assert output == ""
     assert errors.endswith("Error: interrupted\n")
