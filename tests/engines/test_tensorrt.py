@@ -247,12 +247,13 @@ def test_a_bundle_that_answers_sources_holds_an_engine_of_its_encoder(tmp_path: 
     assert [len(answer.tokens) for answer in answers] == [3, 3]
 
 
-def test_building_needs_neither_pytorch_nor_onnx(bundle: Path) -> None:
+def test_building_needs_neither_pytorch_nor_onnx(bundle: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from edgellm.cli import run; "
         "assert run(['build', sys.argv[1], '--compute-capability', '8.9', '--json']) == 0; "
         "assert not {'torch', 'onnx', 'onnx_ir', 'onnxscript', 'onnxruntime'} & sys.modules.keys()"
     )
+    bundle = copied(bundle, tmp_path)
     done = subprocess.run([sys.executable, "-c", code, bundle], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
